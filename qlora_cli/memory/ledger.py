@@ -1,0 +1,145 @@
+"""The ledger: where the bytes are, as pure data. See "The ledger" in the design for the contract.
+
+A phase's `at_peak` adds up to its `peak_bytes`; making a phase that does not add up is an error of
+the program and raises at once, because a table whose rows miss bytes is worse than no table.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+CATEGORIES = (
+    "base",
+    "quant_constants",
+    "embeddings",
+    "head",
+    "adapter",
+    "gradients",
+    "optimizer",
+    "activations",
+    "loss",
+    "temporary",
+    "other",
+)
+"""base: frozen weights of the blocks; quant_constants: scales and codes of packed weights;
+embeddings, head: token tables; adapter: A and B, or every trained weight of full fine-tuning;
+activations: what backward needs; loss: logits of one chunk and what they become; temporary: what one
+operation needs while it runs; other: seen by the device's counter and attributed to nothing."""
+
+PHASES = ("load", "first_step", "step", "eval", "merge")
+
+Source = Literal["measured", "planned"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The worst instant of one part of the job. All figures in bytes."""
+
+    name: str
+    peak_bytes: int
+    live_bytes: int
+    at_peak: dict[str, int]
+
+    def __post_init__(self) -> None:
+        _check_sum(self.name, self.peak_bytes, self.at_peak)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of before and after: a method's worst instant over the whole job."""
+
+    method: str
+    source: Source
+    peak_bytes: int
+    at_peak: dict[str, int]
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_sum(self.method, self.peak_bytes, self.at_peak)
+
+
+@dataclass(frozen=True)
+class Device:
+    """kind: cpu | cuda."""
+
+    kind: str
+    name: str
+    capacity_bytes: int
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """The device's own peaks, in bytes; zero where the device keeps no such counter.
+
+    allocated and reserved: torch's caching allocator. driver: all that the driver counts as used,
+    context and libraries included.
+    """
+
+    allocated: int = 0
+    reserved: int = 0
+    driver: int = 0
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What `memory.json` holds."""
+
+    device: Device
+    phases: tuple[Phase, ...]
+    before: Side
+    after: Side
+    planned_peak_bytes: int
+    measured_peak_bytes: int
+    allocator: Allocator = field(default_factory=Allocator)
+    instrument: str = ""
+    """What the figures were read from, in words: the tracker, the allocator, or the plan."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times less memory the job needs than full fine-tuning."""
+        return self.before.peak_bytes / self.after.peak_bytes if self.after.peak_bytes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of the contract; an absent `bits` is left out."""
+        content = asdict(self)
+        content["phases"] = list(content["phases"])
+        for side in ("before", "after"):
+            if content[side]["bits"] is None:
+                del content[side]["bits"]
+        content["ratio"] = self.ratio
+        return content
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Ledger:
+        """The inverse of `to_dict`; raises KeyError or AssertionError on a damaged one."""
+        return cls(
+            device=Device(**content["device"]),
+            phases=tuple(Phase(**phase) for phase in content["phases"]),
+            before=Side(**content["before"]),
+            after=Side(**content["after"]),
+            planned_peak_bytes=content["planned_peak_bytes"],
+            measured_peak_bytes=content["measured_peak_bytes"],
+            allocator=Allocator(**content["allocator"]),
+            instrument=content["instrument"],
+        )
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        beside = path.with_suffix(".tmp")
+        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        beside.replace(path)
+
+
+def worst(phases: tuple[Phase, ...]) -> Phase:
+    """The phase with the highest peak."""
+    return max(phases, key=lambda phase: phase.peak_bytes)
+
+
+def _check_sum(name: str, peak_bytes: int, at_peak: dict[str, int]) -> None:
+    unknown = set(at_peak) - set(CATEGORIES)
+    assert not unknown, f"{name}: unknown categories {sorted(unknown)}"
+    total = sum(at_peak.values())
+    assert total == peak_bytes, f"{name}: categories add up to {total}, the peak is {peak_bytes}"

@@ -1,0 +1,65 @@
+"""Bytes, durations and counts as text: the only formatter of sizes in the project.
+
+A GiB is 1024^3 bytes, everywhere. No figure is ever printed without its unit.
+"""
+
+from __future__ import annotations
+
+import re
+
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
+
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B?|B)?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def format_bytes(num_bytes: int) -> str:
+    """`5.70 GiB`, `12.4 MiB`, `512 B`: three significant digits, binary units."""
+    sign, size = ("-", -num_bytes) if num_bytes < 0 else ("", num_bytes)
+    if size < KIB:
+        return f"{sign}{size} B"
+    value, unit = float(size), "B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        value /= KIB
+        # 999.5 and more would be rounded to four digits; the next unit says it in three.
+        if value < 999.5 or unit == "TiB":
+            break
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{sign}{value:.{digits}f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `24G`, `24 GB` or `8000000000` as bytes; K, M, G and T are powers of 1024.
+
+    Raises ValueError where the text is no size.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write it as 24GiB")
+    unit = (match["unit"] or "").upper().rstrip("B").rstrip("I")
+    return int(float(match["number"]) * KIB ** _POWERS[unit])
+
+
+def format_duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    minutes, rest = divmod(total, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_count(number: int) -> str:
+    """`8,030,261,248`: counts are exact and grouped."""
+    return f"{number:,}"
+
+
+def format_ratio(ratio: float) -> str:
+    """`3.1x`: how many times smaller or larger."""
+    return f"{ratio:.1f}x" if ratio < 100 else f"{ratio:,.0f}x"
