@@ -1,0 +1,150 @@
+"""The run's folder: every file name once, and what `run.json` holds.
+
+    run.json          resolved recipe, automatic choices with reasons, versions, device, status
+    adapter/          adapter_config.json + adapter_model.safetensors, in PEFT's format
+    weights/          the trained model of full fine-tuning, instead of adapter/
+    checkpoints/      step-000200/ ... whole or absent, never half
+    memory.json       the ledger
+    metrics.jsonl     one line an optimizer step
+    report.html       self-contained
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import UsageError
+
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+class RunFolder:
+    """Paths of a run, and the few operations that must not leave half a thing behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def run_json(self) -> Path:
+        """What the run is."""
+        return self.path / "run.json"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in PEFT's format."""
+        return self.path / "adapter"
+
+    @property
+    def weights(self) -> Path:
+        """The trained model of full fine-tuning."""
+        return self.path / "weights"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def memory_json(self) -> Path:
+        """The ledger."""
+        return self.path / "memory.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line an optimizer step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report, self-contained."""
+        return self.path / "report.html"
+
+    def create(self) -> None:
+        """Makes the folder for a new run. Raises UsageError where a run already lives in it."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UsageError(
+                f"{self.path} is in use",
+                where="output",
+                hint="name another folder with output=..., continue the run with --resume, or "
+                "remove the folder",
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> dict[str, Any]:
+        """run.json's content. Raises UsageError where this is no run's folder."""
+        if not self.run_json.is_file():
+            raise UsageError(
+                f"{self.path} is no run's folder",
+                hint="a run's folder holds run.json; `qlora train` makes one",
+            )
+        try:
+            content: dict[str, Any] = json.loads(self.run_json.read_text())
+        except ValueError as fault:
+            raise UsageError(f"damaged: {fault}", where=str(self.run_json)) from fault
+        return content
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """run.json, whole or as it was."""
+        write_json(self.run_json, content)
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of one checkpoint."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a whole checkpoint, in order."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = (_STEP.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+
+@contextmanager
+def appear_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes its name when all of it is on the disk.
+
+    An older folder of the name is replaced in the last instant. On an error nothing is left.
+    """
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        for path in beside.rglob("*"):
+            if path.is_file():
+                _to_disk(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        folder.replace(old)
+        beside.replace(folder)
+        shutil.rmtree(old)
+    else:
+        beside.replace(folder)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Whole or as it was before."""
+    beside = file.with_suffix(file.suffix + ".partial")
+    try:
+        beside.write_text(json.dumps(content, indent=1) + "\n")
+        _to_disk(beside)
+        beside.replace(file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _to_disk(file: Path) -> None:
+    """A rename must never survive a power cut that the content did not."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

@@ -1,0 +1,50 @@
+"""`qlora generate`."""
+
+from __future__ import annotations
+
+import click
+
+from qlora_cli.cli.output import emit, json_option, working
+
+
+@click.command()
+@click.argument("run_or_model")
+@click.option("--prompt", required=True, help="The text to go on from.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Stop after so many tokens.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0.0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token each time.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
+@json_option
+def generate(
+    run_or_model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Go on from a prompt with a run's folder or a model."""
+    from qlora_cli.jobs import generate as job
+    from qlora_cli.ui import tables
+
+    with working() as observer:
+        result = job.run(
+            run_or_model,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            observer=observer,
+        )
+    emit(result, as_json, tables.generation)

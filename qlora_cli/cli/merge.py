@@ -1,0 +1,35 @@
+"""`qlora merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qlora_cli.cli.output import emit, json_option, working
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Of the written weights; float16 unless given.",
+)
+@click.option(
+    "--base",
+    type=click.Choice(["original", "dequantized", "auto"]),
+    default="auto",
+    show_default=True,
+    help="Add the adapter to the base's own weights, or to the ones it was trained on.",
+)
+@json_option
+def merge(run: Path, out: Path, dtype: str | None, base: str, as_json: bool) -> None:
+    """Write a 16-bit checkpoint with the adapter of RUN in it, tensor by tensor."""
+    from qlora_cli.jobs import merge as job
+    from qlora_cli.ui import tables
+
+    with working() as observer:
+        result = job.run(run, out=out, dtype=dtype, base=base, observer=observer)
+    emit(result, as_json, tables.merge)

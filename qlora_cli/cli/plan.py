@@ -1,0 +1,69 @@
+"""`qlora plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from qlora_cli.cli.output import emit, json_option, overrides_argument, working
+from qlora_cli.errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from qlora_cli.recipe.resolve import DeviceFacts
+
+
+@click.command()
+@click.argument("recipe")
+@overrides_argument
+@click.option("--vram", metavar="SIZE", help="Plan for a card that is not here: 24GiB, 8G.")
+@click.option("--fit", is_flag=True, help="Search for changes that make the job smaller.")
+@click.option("--compare", is_flag=True, help="Plan other methods on the same data and batch, too.")
+@json_option
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    recipe: str,
+    overrides: tuple[str, ...],
+    vram: str | None,
+    fit: bool,
+    compare: bool,
+    as_json: bool,
+) -> None:
+    """Say what memory a job needs, by phase and category, before anything is loaded.
+
+    RECIPE is a YAML file or the name of a shipped recipe. Exits 3 when the job does not fit.
+    """
+    from qlora_cli.recipe.load import load_recipe
+
+    facts = None if vram is None else _imagined_card(vram)
+    loaded = load_recipe(recipe, overrides)
+    from qlora_cli.jobs import plan as job
+    from qlora_cli.ui import tables
+
+    with working():
+        result = job.run(loaded, device_facts=facts, fit=fit, compare=compare)
+    emit(result, as_json, tables.plan)
+    if result.fits is False:
+        ctx.exit(DoesNotFit.exit_code)
+
+
+def _imagined_card(vram: str) -> DeviceFacts:
+    """A card of that size with what an RTX 4090 can do, the usual consumer card of today."""
+    from qlora_cli.recipe.resolve import DeviceFacts
+    from qlora_cli.units import format_bytes, parse_bytes
+
+    try:
+        capacity = parse_bytes(vram)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--vram") from error
+    if capacity <= 0:
+        raise click.BadParameter("a card has some memory", param_hint="--vram")
+    return DeviceFacts(
+        kind="cuda",
+        name=f"a {format_bytes(capacity)} card",
+        capacity_bytes=capacity,
+        capability=(8, 9),
+        multiprocessors=128,
+        imagined=True,
+    )

@@ -1,0 +1,32 @@
+"""`qlora quickstart`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qlora_cli.cli.output import emit, json_option, working
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs/quickstart"),
+    show_default=True,
+    help="Folder for the run and the merged model; what an earlier quickstart left is replaced.",
+)
+@json_option
+def quickstart(out: Path, as_json: bool) -> None:
+    """See the whole way on the embedded base: offline, on a CPU or a GPU, in minutes."""
+    from qlora_cli.jobs import quickstart as job
+    from qlora_cli.jobs import report as report_job
+    from qlora_cli.ui import report, tables
+
+    with working() as observer:
+        result = job.run(out=out, observer=observer)
+        page = result.train.run / report.FILE_NAME
+        report.write(report_job.run(result.train.run, html=page), page)
+        observer.note(f"report: {page}")
+    emit(result, as_json, tables.quickstart)

@@ -1,0 +1,34 @@
+"""`qlora train`."""
+
+from __future__ import annotations
+
+import click
+
+from qlora_cli.cli.output import emit, json_option, overrides_argument, working
+
+
+@click.command()
+@click.argument("recipe")
+@overrides_argument
+@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@json_option
+def train(recipe: str, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
+    """Fine-tune: RECIPE is a YAML file or the name of a shipped recipe.
+
+    Ctrl-C writes a checkpoint and exits 130; --resume goes on from there.
+    """
+    from qlora_cli.recipe.load import load_recipe
+    from qlora_cli.recipe.shipped import find_recipe
+
+    path = find_recipe(recipe)
+    loaded = load_recipe(path, overrides)
+    from qlora_cli.jobs import report as report_job
+    from qlora_cli.jobs import train as job
+    from qlora_cli.ui import report, tables
+
+    with working() as observer:
+        result = job.run(loaded, recipe_path=path, resume=resume, observer=observer)
+        page = result.run / report.FILE_NAME
+        report.write(report_job.run(result.run, html=page), page)
+        observer.note(f"report: {page}")
+    emit(result, as_json, tables.train)

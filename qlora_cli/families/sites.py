@@ -1,0 +1,40 @@
+"""Finds in a model the linears that a family's spec names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from qlora_cli.errors import ModelError
+from qlora_cli.families.spec import Family, LinearSpec
+from qlora_cli.nn.surgery import Site
+
+
+def find_sites(model: nn.Module, family: Family, config: Any) -> list[Site]:
+    """Every linear of every block, in the model's order. Raises ModelError for a missing one."""
+    blocks: Any = model.get_submodule(family.blocks)
+    return [
+        _site(model, f"{family.blocks}.{index}.{spec.path}", spec, config)
+        for index in range(len(blocks))
+        for spec in family.linears
+    ]
+
+
+def _site(model: nn.Module, path: str, spec: LinearSpec, config: Any) -> Site:
+    try:
+        module: Any = model.get_submodule(path)
+    except AttributeError as missing:
+        raise ModelError(f"no linear {path} in this model", where="model.name") from missing
+    shape = tuple(module.weight.shape)
+    out_features, in_features = reversed(shape) if spec.transposed else shape
+    rows = dict(spec.rows(config)) if spec.rows else {spec.roles[0]: slice(0, out_features)}
+    return Site(
+        path=path,
+        roles=spec.roles,
+        rows=rows,
+        in_features=in_features,
+        out_features=out_features,
+        bias=module.bias is not None,
+        transposed=spec.transposed,
+    )

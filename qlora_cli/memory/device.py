@@ -1,0 +1,69 @@
+"""The device the job runs on: what it is, what its own counters say. Reads, never decides."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from qlora_cli.memory.ledger import Allocator
+from qlora_cli.recipe.resolve import DeviceFacts
+
+
+def inspect_device() -> DeviceFacts:
+    """The first CUDA card where there is one, else this machine's CPU."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return DeviceFacts(
+            kind="cuda",
+            name=properties.name,
+            capacity_bytes=properties.total_memory,
+            capability=(properties.major, properties.minor),
+            multiprocessors=properties.multi_processor_count,
+        )
+    return DeviceFacts(kind="cpu", name=_cpu_name(), capacity_bytes=host_capacity_bytes())
+
+
+def host_capacity_bytes() -> int:
+    """Memory of this machine, or what its container allows where that is less."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(physical, int(text)) if text.isdigit() else physical
+
+
+def reset_peak(device: torch.device) -> None:
+    """The allocator's peaks count from now; nothing to do on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def read_allocator(device: torch.device) -> Allocator:
+    """The caching allocator's peaks and the driver's figure now, in bytes; zeros on a CPU."""
+    if device.type != "cuda":
+        return Allocator()
+    free, total = torch.cuda.mem_get_info(device)
+    return Allocator(
+        allocated=torch.cuda.max_memory_allocated(device),
+        reserved=torch.cuda.max_memory_reserved(device),
+        driver=total - free,
+    )
+
+
+def live_and_peak(device: torch.device) -> tuple[int, int]:
+    """Bytes in use now and at most: of the card, or of this process on a CPU (its resident set)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    status = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+    )
+    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,244 @@
+"""A linear layer over a packed, frozen weight: 4 bit (NF4, FP4), 8 bit (LLM.int8()) or 16 bit.
+
+Why not bitsandbytes' modules: they cannot be built on imagined tensors, their int8 product keeps its
+input where checkpointing cannot drop it, and on some CPUs an eval() forward repacks Linear4bit's
+weight in place so that LoRA's gradients silently become None. Its functional operations are exact
+and are what this file is built on; dequantize and matmul stay visible to the memory tracker.
+
+Packed weights are parameters, not buffers, because distributed engines shard parameters. Nothing
+here is kept on an autograd context: backward asks the layer for its weight again.
+
+Shapes: x (tokens, in), y (tokens, out), weight (out, in). Sources: Dettmers et al. 2022 (LLM.int8(),
+equations 3 to 8), 2023 (QLoRA, equations 4 to 6).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.memory.tracker import scope
+
+# On CPUs with AVX512-BF16 importing bitsandbytes warns that an optional package is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+import bitsandbytes.functional as bnb_functional  # noqa: E402
+
+BLOCK_4BIT = 64
+"""Weights that share a scale (QLoRA's default)."""
+BLOCK_SCALES = 256
+"""Scales that share a scale of their own, with double quantization."""
+OUTLIER_SHARE = 8
+"""Beyond in / 8 outlier columns the whole product is done in the compute dtype. LLM.int8() finds
+about 0.1 % of columns; the cap makes the memory of the outlier part bounded and so plannable."""
+
+_ops = torch.ops.bitsandbytes
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a base weight is held and what it computes in.
+
+    storage: of 16-bit weights. threshold: LLM.int8()'s outlier threshold, 0 for none.
+    """
+
+    bits: int
+    compute: torch.dtype
+    storage: torch.dtype
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    threshold: float = 6.0
+
+    def plain(self) -> Format:
+        """The same, unquantized: for heads and for what must not be packed."""
+        return Format(16, self.compute, self.storage)
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + b with W packed and frozen. Made empty; `pack` fills it."""
+
+    scale: nn.Parameter | None
+    scale_of_scale: nn.Parameter | None
+    offset_of_scale: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, held: Format) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.held = held
+        self.weight = _frozen(torch.empty(out_features, in_features, device="meta"))
+        self.bias = _frozen(torch.empty(out_features, device="meta")) if bias else None
+        for constant in ("scale", "scale_of_scale", "offset_of_scale"):
+            self.register_parameter(constant, None)
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> None:
+        """Takes a full weight (out, in) on the device it shall live on; keeps no copy of it.
+
+        Scales are always computed from float32 values. Raises AssertionError on a wrong shape.
+        """
+        assert weight.shape == (self.out_features, self.in_features), weight.shape
+        if self.held.bits == 4:
+            self._pack_4bit(weight)
+        elif self.held.bits == 8:
+            self._pack_8bit(weight)
+        else:
+            with scope("base"):
+                self.weight = _frozen(weight.to(self.held.storage).contiguous())
+
+    def _pack_4bit(self, weight: Tensor) -> None:
+        with scope("base"):
+            packed, scale = _ops.quantize_4bit(
+                weight.contiguous(), BLOCK_4BIT, self.held.quant_type, torch.uint8
+            )
+        self.weight = _frozen(packed)
+        with scope("quant_constants"):
+            if not self.held.double_quant:
+                self.scale = _frozen(scale)
+                return
+            offset = scale.mean()
+            codes, scale_of_scale = _ops.quantize_blockwise(
+                scale - offset, code_of_scales(scale.device), BLOCK_SCALES
+            )
+        self.scale = _frozen(codes)
+        self.scale_of_scale = _frozen(scale_of_scale)
+        self.offset_of_scale = _frozen(offset)
+
+    def _pack_8bit(self, weight: Tensor) -> None:
+        with scope("quant_constants"):
+            # An all-zero row has scale 0 and would divide by it.
+            scale = weight.abs().amax(dim=1).float().clamp_min(torch.finfo(torch.float32).tiny)
+            scale /= 127
+        with scope("base"):
+            packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+            packed.copy_(torch.div(weight, scale[:, None]).round_())
+        self.weight, self.scale = _frozen(packed), _frozen(scale)
+
+    def constants(self) -> Iterator[nn.Parameter]:
+        """The scales of a packed weight."""
+        for constant in (self.scale, self.scale_of_scale, self.offset_of_scale):
+            if constant is not None:
+                yield constant
+
+    def dequantize(self) -> Tensor:
+        """The frozen values (out, in) in the compute dtype: what the adapter is trained on."""
+        with scope("temporary"):
+            if self.held.bits == 16:
+                return self.weight.to(self.held.compute)
+            if self.held.bits == 8:
+                return self._scaled(self.weight)
+            assert self.scale is not None
+            return _ops.dequantize_4bit(  # type: ignore[no-any-return]
+                self.weight,
+                self._block_scales(),
+                BLOCK_4BIT,
+                self.held.quant_type,
+                [self.out_features, self.in_features],
+                self.held.compute,
+            )
+
+    def _block_scales(self) -> Tensor:
+        assert self.scale is not None
+        if self.scale_of_scale is None:
+            return self.scale
+        scale: Tensor = _ops.dequantize_blockwise(
+            self.scale,
+            self.scale_of_scale,
+            code_of_scales(self.scale.device),
+            BLOCK_SCALES,
+            torch.float32,
+        )
+        assert self.offset_of_scale is not None
+        return scale.add_(self.offset_of_scale)
+
+    def _scaled(self, columns: Tensor) -> Tensor:
+        """int8 columns (out, n) as compute dtype; multiplied in float32, rounded once."""
+        assert self.scale is not None
+        out = torch.empty(columns.shape, dtype=self.held.compute, device=columns.device)
+        return torch.mul(columns, self.scale[:, None], out=out)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b, outside autograd."""
+        if self.held.bits == 8:
+            y = self._product_8bit(x)
+            return y if self.bias is None else y.add_(self.bias)
+        if self.bias is None:
+            return x @ self.dequantize().t()
+        return torch.addmm(self.bias, x, self.dequantize().t())
+
+    def _product_8bit(self, x: Tensor) -> Tensor:
+        columns = _outlier_columns(x, self.held.threshold)
+        if columns.numel() > self.in_features // OUTLIER_SHARE:
+            return x @ self.dequantize().t()
+        with scope("temporary"):
+            inliers = x.index_fill(1, columns, 0) if columns.numel() else x
+            row_scale = inliers.abs().amax(dim=1, keepdim=True).float()
+            row_scale = row_scale.clamp_min_(torch.finfo(torch.float32).tiny).div_(127)
+            codes = torch.div(inliers, row_scale).round_().to(torch.int8)
+            del inliers
+            counts = _ops.int8_linear_matmul(codes, self.weight)
+            assert self.scale is not None
+            scaled = torch.mul(counts, row_scale).mul_(self.scale)
+        y = scaled.to(x.dtype)
+        if columns.numel():
+            y.addmm_(x.index_select(1, columns), self._scaled(self.weight[:, columns]).t())
+        return y
+
+    def grad_input(self, grad: Tensor) -> Tensor:
+        """Gradient (tokens, in) of the input from that of the output (tokens, out)."""
+        return grad @ self.dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out); differentiable in x only."""
+        y: Tensor = _FrozenProduct.apply(x.reshape(-1, self.in_features), self)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A product whose weight needs no gradient: nothing is saved for backward."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.layer = layer  # type: ignore[attr-defined]
+        return layer.product(x)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, None]:
+        return ctx.layer.grad_input(grad), None  # type: ignore[attr-defined]
+
+
+_codes: dict[torch.device, Tensor] = {}
+
+
+def code_of_scales(device: torch.device) -> Tensor:
+    """The 256 values that quantized scales stand for, one copy a device.
+
+    Kept here and not in bitsandbytes' own cache, which a plan on `meta` would poison.
+    """
+    if device not in _codes:
+        with scope("quant_constants"):
+            _codes[device] = bnb_functional.create_dynamic_map().to(device)
+    return _codes[device]
+
+
+def _outlier_columns(x: Tensor, threshold: float) -> Tensor:
+    """Indices of input columns with a value beyond the threshold.
+
+    On imagined tensors: the most columns for which the mixed product is still used, its bound.
+    """
+    if threshold == 0:
+        return torch.empty(0, dtype=torch.long, device=x.device)
+    with scope("temporary"):
+        beyond = (x.abs() > threshold).any(dim=0)
+        if x.is_meta:
+            return torch.empty(x.shape[1] // OUTLIER_SHARE, dtype=torch.long, device="meta")
+        return beyond.nonzero().flatten()
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,61 @@
+"""`dotted.key=value` on the command line: one setting of the recipe, said again."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from qlora_cli.errors import Problem
+from qlora_cli.recipe.describe import choices, field_at, sections, takes_list
+from qlora_cli.recipe.document import DocumentError, read_value
+from qlora_cli.recipe.suggest import nearest_key
+
+
+@dataclass(frozen=True)
+class Override:
+    """One override. unset: `key=` with nothing behind it takes the setting back to its default."""
+
+    text: str
+    key: str
+    value: Any
+    unset: bool
+
+
+def parse_override(text: str) -> Override | Problem:
+    """The override that `text` says, or what is wrong with it.
+
+    The value is read as YAML. For a list, `q,v` means `[q, v]`; for a text, what YAML would take
+    for something else (`123`, `a: b`) is that text.
+    """
+    key, sign, raw = (part.strip() for part in text.partition("="))
+    info = field_at(key)
+    if not sign:
+        what = "is no override; write it as key=value"
+        return Problem(f"override {text}", what, f"{key}=..." if info else None)
+    if key in sections():
+        names = ", ".join(f"{key}.{name}=..." for name in sections()[key].model_fields)
+        return Problem(f"override {text}", f"{key} is a section; set one of {names}")
+    if info is None:
+        return Problem(f"override {text}", f"unknown setting {key}", nearest_key(key))
+    try:
+        return Override(text, key, _value(raw, info), unset=not raw)
+    except DocumentError as error:
+        return Problem(f"override {text}", f"the value is no YAML: {error}")
+
+
+def _value(raw: str, info: FieldInfo) -> Any:
+    takes_text = str in (info.annotation, *get_args(info.annotation))
+    try:
+        value = read_value(raw)
+    except DocumentError:
+        if takes_text:
+            return raw
+        raise
+    if takes_text and not isinstance(value, str | types.NoneType):
+        return raw
+    if takes_list(info) and isinstance(value, str) and value not in choices(info):
+        return [part.strip() for part in value.split(",")]
+    return value

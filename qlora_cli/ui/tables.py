@@ -1,0 +1,224 @@
+"""Each command's result as something rich can print. Nothing here computes a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qlora_cli.jobs.results import (
+    Advice,
+    DataResult,
+    DoctorResult,
+    EvalResult,
+    GenerateResult,
+    MergeResult,
+    PlanResult,
+    QuickstartResult,
+    ReportResult,
+    ShownRow,
+    TrainResult,
+    VerifyResult,
+)
+from qlora_cli.memory.ledger import Ledger
+from qlora_cli.ui import memory
+from qlora_cli.units import format_bytes, format_count, format_duration
+
+_STATES = {"ok": "green", "limited": "yellow", "missing": "red"}
+
+
+def plan(result: PlanResult) -> RenderableType:
+    """Whether the job fits, what it holds when, and what would make it smaller."""
+    share = result.trainable_parameters / max(result.total_parameters, 1)
+    facts = {
+        "trained": f"{format_count(result.trainable_parameters)} of "
+        f"{format_count(result.total_parameters)} parameters ({share:.2%})",
+        "adapter on disk": format_bytes(result.adapter_bytes),
+        "planned in": format_duration(result.seconds),
+    }
+    parts = [_verdict(result), memory.phase_table(result.ledger)]
+    parts.append(memory.before_and_after(result.ledger))
+    if result.compare:
+        parts.append(memory.comparison(result.compare))
+    if result.advice:
+        parts.append(_advice(result.advice))
+    return Group(*parts, _facts(facts))
+
+
+def train(result: TrainResult) -> RenderableType:
+    """What was trained, where it lies, and the memory it took."""
+    return Group(
+        memory.phase_table(result.ledger), memory.before_and_after(result.ledger), _trained(result)
+    )
+
+
+def report(result: ReportResult) -> RenderableType:
+    """A finished or running job: its memory, its last step, its choices."""
+    facts = {key: str(result.run[key]) for key in ("status", "output") if key in result.run}
+    if result.metrics:
+        first, last = result.metrics[0], result.metrics[-1]
+        facts["steps"] = format_count(last["step"])
+        facts["loss"] = f"{first['loss']:.3f} at first, {last['loss']:.3f} at last"
+        facts["speed"] = f"{_mean_speed(result.metrics):,.0f} tokens/s"
+    facts |= _planned(result.ledger)
+    if result.html is not None:
+        facts["html"] = str(result.html)
+    memory_parts = (memory.phase_table(result.ledger), memory.before_and_after(result.ledger))
+    return Group(*memory_parts, _facts(facts))
+
+
+def merge(result: MergeResult) -> RenderableType:
+    """Where the merged model lies and what it is."""
+    return _facts(
+        {
+            "merged model": str(result.out),
+            "dtype": result.dtype,
+            "base": result.base,
+            "tensors": format_count(result.tensors),
+            "size": format_bytes(result.bytes),
+        }
+    )
+
+
+def verify(result: VerifyResult) -> RenderableType:
+    """Passed or not, by how much, and every fault."""
+    word, style = ("passed", "bold green") if result.passed else ("FAILED", "bold red")
+    facts = {
+        "largest logit difference": f"{result.max_logit_difference:.3g}",
+        "mean KL divergence": f"{result.mean_kl:.3g} nats",
+        "same first choice": f"{result.top1_agreement:.2%} of tokens",
+    }
+    faults = [Text(f"  {fault}") for fault in result.faults]
+    return Group(Text(f"verification {word}", style=style), *faults, _facts(facts))
+
+
+def evaluation(result: EvalResult) -> RenderableType:
+    """Loss, perplexity and accuracy over the trained tokens of the rows."""
+    return _facts(
+        {
+            "loss": f"{result.loss:.4f} nats a token",
+            "perplexity": f"{result.perplexity:.4g}",
+            "accuracy": f"{result.accuracy:.2%} of tokens predicted first",
+            "tokens": format_count(result.tokens),
+        }
+    )
+
+
+def generation(result: GenerateResult) -> RenderableType:
+    """The text and nothing else, so that it can be piped."""
+    return Text(result.text)
+
+
+def data(result: DataResult) -> RenderableType:
+    """Totals, what is odd about the rows, and some of them as the model sees them."""
+    share = result.trained_tokens / max(result.tokens, 1)
+    facts = {
+        "rows": f"{format_count(result.rows)} ({result.format})",
+        "sequences": format_count(result.sequences),
+        "tokens": f"{format_count(result.tokens)}, {share:.1%} trained on",
+        "longest row": f"{format_count(result.longest_row)} tokens",
+    }
+    findings = [Text(f"! {finding}", style="yellow") for finding in result.findings]
+    key = [Text("Trained tokens are green and stand between [ and ].", style="dim")]
+    shown = [row(one) for one in result.shown]
+    return Group(_facts(facts), *findings, *(key if shown else []), *shown)
+
+
+def row(shown: ShownRow) -> RenderableType:
+    """A row's tokens; what is trained on is marked by colour and, for eyes without, by brackets."""
+    text = Text()
+    inside = False
+    for token, trained in shown.tokens:
+        if trained != inside:
+            text.append("[" if trained else "]", style="bold green")
+            inside = trained
+        text.append(token, style="green" if trained else "dim")
+    if inside:
+        text.append("]", style="bold green")
+    return Group(Text(f"\n{shown.origin}", style="bold"), text)
+
+
+def doctor(result: DoctorResult) -> RenderableType:
+    """One line a check, with what to do where something is not ok."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for check in result.checks:
+        told = Text(check.detail)
+        if check.hint:
+            told.append(f"\n{check.hint}", style="dim")
+        table.add_row(Text(check.state, style=_STATES.get(check.state, "")), check.name, told)
+    return table
+
+
+def quickstart(result: QuickstartResult) -> RenderableType:
+    """The whole way: memory, loss, proof, and the same prompts before and after."""
+    facts = {
+        "held-out loss": f"{result.loss_before:.3f} before, {result.loss_after:.3f} after",
+        "merged model": f"{result.merge.out} ({format_bytes(result.merge.bytes)}, "
+        f"{result.merge.dtype})",
+    }
+    samples = [_sample(*sample) for sample in result.samples]
+    return Group(
+        memory.before_and_after(result.train.ledger),
+        _trained(result.train),
+        _facts(facts),
+        verify(result.verify),
+        *samples,
+    )
+
+
+def _verdict(result: PlanResult) -> Text:
+    peak = format_bytes(result.ledger.planned_peak_bytes)
+    where = memory.device_line(result.ledger)
+    if result.fits is None:
+        return Text(f"needs {peak}", style="bold")
+    word, style = ("fits", "bold green") if result.fits else ("DOES NOT FIT", "bold red")
+    phase = memory.worst_phase(result.ledger)
+    return Text.assemble((word, style), f" on {where}: needs {peak}, in phase {phase}")
+
+
+def _advice(advice: Sequence[Advice]) -> RenderableType:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("change")
+    table.add_column("saves", justify="right")
+    table.add_column("peak then", justify="right")
+    for one in advice:
+        table.add_row(one.change, format_bytes(one.saves_bytes), format_bytes(one.peak_bytes))
+    return Group(Text("What makes it smaller", style="bold"), table)
+
+
+def _trained(result: TrainResult) -> RenderableType:
+    facts = {
+        "run": str(result.run),
+        "steps": format_count(result.steps),
+        "train loss": f"{result.train_loss:.3f}",
+        "speed": f"{result.tokens_per_second:,.0f} tokens/s",
+    }
+    if result.eval_loss is not None:
+        facts["held-out loss"] = f"{result.eval_loss:.3f}"
+    return _facts(facts | _planned(result.ledger))
+
+
+def _planned(ledger: Ledger) -> dict[str, str]:
+    told = memory.planned_against_measured(ledger)
+    return {} if told is None else {"peak": told}
+
+
+def _mean_speed(metrics: Sequence[Mapping[str, float]]) -> float:
+    return sum(line["tokens_per_second"] for line in metrics) / len(metrics)
+
+
+def _sample(prompt: str, before: str, after: str) -> RenderableType:
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False, show_lines=False)
+    for name, text in (("prompt", prompt), ("before", before), ("after", after)):
+        table.add_row(Text(name, style="bold"), Text(text.strip()))
+    return table
+
+
+def _facts(facts: Mapping[str, str]) -> RenderableType:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, told in facts.items():
+        table.add_row(Text(name, style="bold"), Text(told, overflow="fold"))
+    return table

@@ -1,0 +1,100 @@
+"""Where a base lies: the embedded starter, a folder, or the hub's cache."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import ModelError
+
+STARTER = "starter"
+_CONFIG = "config.json"
+_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+def find_base(name: str, revision: str | None) -> Path:
+    """The folder that holds the base's config, weights and tokenizer; fetched where it must be.
+
+    Raises ModelError where there is no such folder and the hub does not give it.
+    """
+    local = _local(name)
+    if local is None:
+        return _from_hub(name, revision, _FILES)
+    if not (local / _CONFIG).is_file():
+        raise ModelError(
+            f"no {_CONFIG} in the folder {local}",
+            where="model.name",
+            hint="name a folder that holds config.json and safetensors files",
+        )
+    return local
+
+
+def find_config(name: str, revision: str | None) -> Path:
+    """The base's config.json alone, which is all that a plan reads. A .json file may be named."""
+    path = Path(name)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise ModelError(f"no file {path}", where="model.name")
+        return path
+    local = _local(name)
+    return (find_base(name, None) if local else _from_hub(name, revision, [_CONFIG])) / _CONFIG
+
+
+def read_config(file: Path) -> Any:
+    """transformers' config object. Raises ModelError on one that transformers does not know."""
+    from transformers import AutoConfig
+
+    try:
+        content = json.loads(file.read_text())
+        model_type = content.pop("model_type")
+    except (ValueError, KeyError, AttributeError) as fault:
+        raise ModelError(f"not a model's config: {fault!r}", where=str(file)) from fault
+    if "quantization_config" in content:
+        raise ModelError(
+            "this base is quantized already",
+            where=str(file),
+            hint="name the 16-bit model it was made from; qlora quantizes it as it loads",
+        )
+    try:
+        return AutoConfig.for_model(model_type, **content)
+    except (ValueError, TypeError) as fault:
+        raise ModelError(f"transformers cannot read this config: {fault}", where=str(file)) from fault
+
+
+def _local(name: str) -> Path | None:
+    if name == STARTER:
+        return Path(str(resources.files("qlora_cli.starter")))
+    path = Path(name).expanduser()
+    return path if path.is_dir() else None
+
+
+def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"no folder {name}", where="model.name", hint=_nearby(name))
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError as fault:
+        raise ModelError(f"{name!r} is no folder and no hub id", where="model.name") from fault
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
+        summary = str(fault).strip().splitlines()[0]
+        raise ModelError(
+            f"{name!r} is no folder here, and the hub does not give it: {summary}",
+            where="model.name",
+            hint="check the name and the network, log in for a gated model (`hf auth login`), or "
+            "name a folder",
+        ) from fault
+
+
+def _nearby(name: str) -> str | None:
+    parent = Path(name).expanduser().parent
+    if not parent.is_dir():
+        return f"{parent} is no folder either"
+    names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    near = difflib.get_close_matches(Path(name).name, names, n=3)
+    return f"did you mean {', '.join(str(parent / found) for found in near)}?" if near else None
