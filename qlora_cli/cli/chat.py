@@ -10,7 +10,10 @@ from qlora_cli.cli.output import working
 @click.command()
 @click.argument("run_or_model")
 def chat(run_or_model: str) -> None:
-    """Talk to a run's folder or a model. An empty line or the end of input stops."""
+    """Talk to a run's folder or a model.
+
+    An empty line or the end of input stops.
+    """
     from qlora_cli.jobs import generate as job
 
     with working() as observer:

@@ -19,10 +19,15 @@ from qlora_cli.cli.output import emit, json_option, overrides_argument, working
 )
 @json_option
 def data(recipe: str, overrides: tuple[str, ...], show: int, as_json: bool) -> None:
-    """Show what the model will see: tokens, what is trained on, and what is odd about the rows."""
+    """Show what the model will see, and what is odd about it.
+
+    Tokens, which of them are trained on, and findings about the rows. RECIPE is a YAML file or the
+    name of a shipped recipe.
+    """
     from qlora_cli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    # Only now what takes seconds to import: a faulty recipe is told at once.
     from qlora_cli.jobs import data as job
     from qlora_cli.ui import tables
 

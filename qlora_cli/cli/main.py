@@ -1,6 +1,7 @@
 """`qlora`: a guest of the package. Says what went wrong, and by exit code which kind of wrong.
 
-Importing this file imports neither torch nor bitsandbytes: each command imports its job when it runs.
+Importing this file imports neither torch nor bitsandbytes: each command imports its job when it
+runs.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class _Ordered(click.Group):
 )
 @click.version_option(package_name="qlora-cli", message="%(prog)s %(version)s")
 def qlora() -> None:
-    """Fine-tune a language model with 4-bit LoRA on one GPU, and see where every byte goes."""
+    """Fine-tune a language model with 4-bit LoRA on one GPU."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

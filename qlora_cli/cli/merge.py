@@ -26,7 +26,7 @@ from qlora_cli.cli.output import emit, json_option, working
 )
 @json_option
 def merge(run: Path, out: Path, dtype: str | None, base: str, as_json: bool) -> None:
-    """Write a 16-bit checkpoint with the adapter of RUN in it, tensor by tensor."""
+    """Write a checkpoint with the adapter of RUN merged in."""
     from qlora_cli.jobs import merge as job
     from qlora_cli.ui import tables
 

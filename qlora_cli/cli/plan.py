@@ -30,14 +30,16 @@ def plan(
     compare: bool,
     as_json: bool,
 ) -> None:
-    """Say what memory a job needs, by phase and category, before anything is loaded.
+    """Say what memory a job needs before anything is loaded.
 
-    RECIPE is a YAML file or the name of a shipped recipe. Exits 3 when the job does not fit.
+    By phase and by category, from the real job run on imagined tensors. RECIPE is a YAML file or
+    the name of a shipped recipe. Exits 3 when the job does not fit.
     """
     from qlora_cli.recipe.load import load_recipe
 
     facts = None if vram is None else _imagined_card(vram)
     loaded = load_recipe(recipe, overrides)
+    # Only now what takes seconds to import: a faulty recipe is told at once.
     from qlora_cli.jobs import plan as job
     from qlora_cli.ui import tables
 

@@ -19,7 +19,7 @@ from qlora_cli.cli.output import emit, json_option, working
 )
 @json_option
 def quickstart(out: Path, as_json: bool) -> None:
-    """See the whole way on the embedded base: offline, on a CPU or a GPU, in minutes."""
+    """See the whole way on the embedded base, offline, in minutes."""
     from qlora_cli.jobs import quickstart as job
     from qlora_cli.jobs import report as report_job
     from qlora_cli.ui import report, tables

@@ -12,7 +12,7 @@ from qlora_cli.errors import UsageError
 
 @click.group()
 def recipe() -> None:
-    """The recipes that come with qlora, and what a recipe may say."""
+    """List, show and copy recipes; print their schema."""
 
 
 @recipe.command(name="list")
@@ -39,7 +39,10 @@ def show(name: str) -> None:
 @click.argument("name")
 @click.argument("destination", type=click.Path(path_type=Path), required=False)
 def copy(name: str, destination: Path | None) -> None:
-    """Copy a recipe to change it; to NAME.yaml here unless a DESTINATION is given."""
+    """Copy a recipe to change it.
+
+    To NAME.yaml in the current folder unless a DESTINATION is given.
+    """
     from qlora_cli.recipe.shipped import find_recipe
 
     source = find_recipe(name)
@@ -56,7 +59,7 @@ def copy(name: str, destination: Path | None) -> None:
 
 @recipe.command()
 def schema() -> None:
-    """Print the JSON schema of a recipe, for editors that complete and check."""
+    """Print the JSON schema of a recipe, for editors."""
     from qlora_cli.recipe.describe import json_schema
 
     emit_json(json_schema())

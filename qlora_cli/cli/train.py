@@ -13,8 +13,9 @@ from qlora_cli.cli.output import emit, json_option, overrides_argument, working
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
 @json_option
 def train(recipe: str, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
-    """Fine-tune: RECIPE is a YAML file or the name of a shipped recipe.
+    """Run a recipe's fine-tuning job.
 
+    RECIPE is a YAML file or the name of a shipped recipe; a key=value changes one of its settings.
     Ctrl-C writes a checkpoint and exits 130; --resume goes on from there.
     """
     from qlora_cli.recipe.load import load_recipe
@@ -22,6 +23,7 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
 
     path = find_recipe(recipe)
     loaded = load_recipe(path, overrides)
+    # Only now what takes seconds to import: a faulty recipe is told at once.
     from qlora_cli.jobs import report as report_job
     from qlora_cli.jobs import train as job
     from qlora_cli.ui import report, tables

@@ -21,7 +21,10 @@ from qlora_cli.errors import VerificationFailed
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, merged: Path, against: Path, as_json: bool) -> None:
-    """Prove that MERGED is the model that was trained. Exits 4 when it is not."""
+    """Prove that MERGED is the model that was trained.
+
+    Compares the logits of both on held-out rows. Exits 4 when they differ.
+    """
     from qlora_cli.jobs import verify as job
     from qlora_cli.ui import tables
 

@@ -196,18 +196,37 @@ def scope(category: str) -> Iterator[None]:
         tracker.category = outer
 
 
+def attribute(tensors: Iterable[Tensor], category: str) -> None:
+    """What these tensors hold belongs to `category` from now on."""
+    if _active:
+        _active[-1].tag(tensors, category)
+
+
+@contextlib.contextmanager
+def unallocated() -> Iterator[None]:
+    """What is made inside are shapes without bytes, in a plan too."""
+    with _off_device(bool(_active)):
+        yield
+
+
 @contextlib.contextmanager
 def host_memory() -> Iterator[None]:
     """What is made inside lies on the host; a plan for a card does not count it."""
-    if not _active or _active[-1].counts_host:
+    with _off_device(bool(_active) and not _active[-1].counts_host):
+        yield
+
+
+@contextlib.contextmanager
+def _off_device(uncounted: bool) -> Iterator[None]:
+    if not uncounted:
         yield
         return
     tracker = _active[-1]
-    tracker.off_device = True
+    outer, tracker.off_device = tracker.off_device, True
     try:
         yield
     finally:
-        tracker.off_device = False
+        tracker.off_device = outer
 
 
 @contextlib.contextmanager

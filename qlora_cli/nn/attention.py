@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 NAME = "qlora"
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_SIZE = 256
+FLASH_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,13 @@ def attend(
         for row in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
     ]
     return torch.cat([row.transpose(1, 2) for row in rows], dim=1), None
+
+
+def flash_kernel(device: torch.device, compute: torch.dtype) -> bool:
+    """Whether this device has the variable-length FlashAttention kernel for this dtype."""
+    if device.type != "cuda" or compute not in FLASH_DTYPES:
+        return False
+    return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
 def _flash_takes(query: Tensor) -> bool:

@@ -87,8 +87,9 @@ def score(
         for at, _, logits in _chunks(hidden, head.to(hidden.dtype), positions):
             chosen = targets[at][:, None]
             right += (logits.argmax(dim=1, keepdim=True) == chosen).sum()
-            losses, _ = _losses(logits, chosen)
-            total += losses.sum()
+            total += _losses(logits, chosen)[0].sum()
+            # Before the next chunk's logits are made, not when the name is bound anew.
+            del logits
         return total, right
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.memory.tracker import scope
+from qlora_cli.memory.tracker import attribute, scope
 
 # On CPUs with AVX512-BF16 importing bitsandbytes warns that an optional package is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -86,8 +86,9 @@ class QuantLinear(nn.Module):
         elif self.held.bits == 8:
             self._pack_8bit(weight)
         else:
-            with scope("base"):
-                self.weight = _frozen(weight.to(self.held.storage).contiguous())
+            stored = weight.to(self.held.storage).contiguous()
+            attribute([stored], "base")
+            self.weight = _frozen(stored)
 
     def _pack_4bit(self, weight: Tensor) -> None:
         with scope("base"):

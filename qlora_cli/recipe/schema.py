@@ -16,7 +16,7 @@ ROLES: tuple[Role, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
 Bits = Literal[4, 8, 16]
 Dtype = Literal["float32", "float16", "bfloat16"]
-DataFormat = Literal["text", "completion", "alpaca", "sharegpt", "messages"]
+DataFormat = Literal["text", "completion", "alpaca", "sharegpt", "messages", "tokens"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -97,7 +97,7 @@ class Data(Section):
     """Held-out rows, in the same formats."""
     format: Literal["auto"] | DataFormat = "auto"
     """text: {text}; completion: {prompt, completion}; alpaca: {instruction, input, output};
-    sharegpt: {conversations}; messages: {messages}."""
+    sharegpt: {conversations}; messages: {messages}; tokens: {input_ids, labels}."""
     seq_len: Annotated[int, Field(ge=8)] = 1024
     """The longest sequence, in tokens; with packing, what each sequence is filled up to."""
     packing: bool = True
@@ -122,8 +122,8 @@ class Train(Section):
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.03
     """Share of the steps in which the learning rate rises."""
     optimizer: Optimizer = "adamw"
-    """adamw; adamw8bit (states in 8 bit) and paged_* (states move to the host when memory is
-    short) need bitsandbytes' CUDA library."""
+    """adamw; adamw8bit: states in 8 bit; paged_*: states move to the host when the card's memory
+    is short, which needs a card."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled, on trained matrices."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0

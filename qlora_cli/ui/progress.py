@@ -50,8 +50,6 @@ class LiveLine:
             MofNCompleteColumn(),
             TextColumn("{task.fields[told]}"),
             console=console,
-            # Jobs return their results; nothing but this display writes while it is live.
-            redirect_stdout=False,
         )
         self._task: TaskID | None = None
 

@@ -25,9 +25,12 @@ from qlora_cli.jobs.results import (
 )
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.ui import memory
+from qlora_cli.ui.summary import summary
 from qlora_cli.units import format_bytes, format_count, format_duration
 
 _STATES = {"ok": "green", "limited": "yellow", "missing": "red"}
+_MARKS = ("⟦", "⟧")
+"""Around what is trained on; rare enough not to be taken for the row's own text."""
 
 
 def plan(result: PlanResult) -> RenderableType:
@@ -57,13 +60,7 @@ def train(result: TrainResult) -> RenderableType:
 
 def report(result: ReportResult) -> RenderableType:
     """A finished or running job: its memory, its last step, its choices."""
-    facts = {key: str(result.run[key]) for key in ("status", "output") if key in result.run}
-    if result.metrics:
-        first, last = result.metrics[0], result.metrics[-1]
-        facts["steps"] = format_count(last["step"])
-        facts["loss"] = f"{first['loss']:.3f} at first, {last['loss']:.3f} at last"
-        facts["speed"] = f"{_mean_speed(result.metrics):,.0f} tokens/s"
-    facts |= _planned(result.ledger)
+    facts = summary(result)
     if result.html is not None:
         facts["html"] = str(result.html)
     memory_parts = (memory.phase_table(result.ledger), memory.before_and_after(result.ledger))
@@ -122,7 +119,7 @@ def data(result: DataResult) -> RenderableType:
         "longest row": f"{format_count(result.longest_row)} tokens",
     }
     findings = [Text(f"! {finding}", style="yellow") for finding in result.findings]
-    key = [Text("Trained tokens are green and stand between [ and ].", style="dim")]
+    key = [Text("Trained tokens are green and stand between ⟦ and ⟧.", style="dim")]
     shown = [row(one) for one in result.shown]
     return Group(_facts(facts), *findings, *(key if shown else []), *shown)
 
@@ -133,11 +130,11 @@ def row(shown: ShownRow) -> RenderableType:
     inside = False
     for token, trained in shown.tokens:
         if trained != inside:
-            text.append("[" if trained else "]", style="bold green")
+            text.append(_MARKS[not trained], style="bold green")
             inside = trained
         text.append(token, style="green" if trained else "dim")
     if inside:
-        text.append("]", style="bold green")
+        text.append(_MARKS[1], style="bold green")
     return Group(Text(f"\n{shown.origin}", style="bold"), text)
 
 
@@ -176,7 +173,7 @@ def _verdict(result: PlanResult) -> Text:
         return Text(f"needs {peak}", style="bold")
     word, style = ("fits", "bold green") if result.fits else ("DOES NOT FIT", "bold red")
     phase = memory.worst_phase(result.ledger)
-    return Text.assemble((word, style), f" on {where}: needs {peak}, in phase {phase}")
+    return Text.assemble((word, style), f" on {where}: needs {peak}, reached in phase {phase}")
 
 
 def _advice(advice: Sequence[Advice]) -> RenderableType:
@@ -204,10 +201,6 @@ def _trained(result: TrainResult) -> RenderableType:
 def _planned(ledger: Ledger) -> dict[str, str]:
     told = memory.planned_against_measured(ledger)
     return {} if told is None else {"peak": told}
-
-
-def _mean_speed(metrics: Sequence[Mapping[str, float]]) -> float:
-    return sum(line["tokens_per_second"] for line in metrics) / len(metrics)
 
 
 def _sample(prompt: str, before: str, after: str) -> RenderableType:

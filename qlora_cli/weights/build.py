@@ -20,10 +20,10 @@ from qlora_cli.events import Observer
 from qlora_cli.families.registry import family_of
 from qlora_cli.families.sites import find_sites
 from qlora_cli.families.spec import Family
-from qlora_cli.memory.tracker import host_memory, scope
+from qlora_cli.memory.tracker import attribute, host_memory, scope, unallocated
 from qlora_cli.nn import attention, surgery
 from qlora_cli.nn.lora import LoraLinear, Settings, adapted_layers
-from qlora_cli.nn.quant import Format, QuantLinear, code_of_scales
+from qlora_cli.nn.quant import Format, QuantLinear
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.weights.source import Source
 
@@ -32,7 +32,8 @@ from qlora_cli.weights.source import Source
 class Built:
     """A model ready to train or to answer.
 
-    sites: every linear the family knows. adapted: path -> roles with an adapter.
+    sites: every linear the family knows. adapted: path -> roles with an adapter. flash: whether
+    rows go through the variable-length kernel; a plan sets it for the card that it imagines.
     """
 
     model: Any
@@ -41,6 +42,7 @@ class Built:
     sites: list[surgery.Site]
     adapted: dict[str, list[str]]
     held: Format
+    flash: bool = False
 
     @property
     def head(self) -> nn.Module:
@@ -99,7 +101,8 @@ def build(
     Raises ModelError where the source and the model do not fit each other.
     """
     compute = torch_dtype(recipe.base.compute_dtype)
-    model, family = skeleton(config, compute)
+    with unallocated():
+        model, family = skeleton(config, compute)
     source = make_source(model, family)
     held = Format(
         bits=recipe.base.bits,
@@ -110,9 +113,10 @@ def build(
         threshold=recipe.base.outlier_threshold,
     )
     sites = find_sites(model, family, config)
-    built = Built(model, family, config, sites, {}, held)
+    built = Built(model, family, config, sites, {}, held, attention.flash_kernel(device, compute))
     if recipe.adapter.method == "lora":
-        _operate(built, recipe)
+        with unallocated():
+            _operate(built, recipe)
     load(built, source, device, observer)
     _initialize_adapters(built, device, recipe.train.seed)
     if recipe.train.activation_checkpointing:
@@ -200,8 +204,8 @@ def _plain_place(
     kept = dtype or old.dtype
 
     def put(tensor: Tensor) -> None:
-        with scope(category):
-            value = tensor.to(kept)
+        value = tensor.to(kept)
+        attribute([value], category)
         setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
 
     return _Place(tuple(old.shape), put)
@@ -220,9 +224,8 @@ def _is_tied(built: Built) -> bool:
 def _upload(source: Source, name: str, device: torch.device) -> Tensor:
     with host_memory():
         tensor = source.read(name)
-    if device.type == "meta":
-        return torch.empty_like(tensor)
-    return tensor.to(device)
+    with scope("temporary"):
+        return torch.empty_like(tensor) if device.type == "meta" else tensor.to(device)
 
 
 def _check_names(built: Built, names: Any, places: Mapping[str, _Place]) -> None:
@@ -265,10 +268,8 @@ def _tie(built: Built, source: Source) -> None:
 
 def _rebuild_buffers(built: Built, device: torch.device) -> None:
     """Buffers that no checkpoint holds (rotary frequencies) are computed by their constructor."""
-    if device.type != "meta":
-        for path, module in list(built.model.named_modules()):
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                fresh = type(module)(built.config)
-                surgery.replace(built.model, path, fresh.to(device))
-    code_of_scales(device)
+    for path, module in list(built.model.named_modules()):
+        if device.type != "meta" and any(b.is_meta for b in module.buffers(recurse=False)):
+            surgery.replace(built.model, path, type(module)(built.config).to(device))
+    attribute(built.model.buffers(), "base")
 

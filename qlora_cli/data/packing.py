@@ -1,0 +1,122 @@
+"""Which rows share a sequence, and the order of a whole training.
+
+Best fit decreasing: rows from the longest to the shortest, each into the fullest sequence that it
+still fits in. It never needs more than 11/9 of the fewest sequences possible, plus one (Johnson
+1974), and on text it is within a percent. How many sequences come out depends on the lengths
+alone, so every epoch has the same number of steps, while rows of equal length change places and
+sequences change their order from epoch to epoch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from qlora_cli.data.chat import Example
+from qlora_cli.data.collate import Batch, collate
+
+Sequences = list[list[int]]
+"""Row numbers, by sequence."""
+
+
+def pack(lengths: Sequence[int], seq_len: int) -> Sequences:
+    """Every row once, whole, in sequences of at most seq_len tokens; ties go by row number.
+
+    Raises ValueError on a row longer than seq_len.
+    """
+    if lengths and max(lengths) > seq_len:
+        raise ValueError(f"a row of {max(lengths)} tokens in sequences of {seq_len}")
+    sequences: Sequences = []
+    by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    rooms = 0  # bit r is set where a sequence has room for exactly r more tokens
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        length = lengths[row]
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            sequence = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, sequence = seq_len, len(sequences)
+            sequences.append([])
+        sequences[sequence].append(row)
+        by_room[room - length].append(sequence)
+        rooms |= 1 << (room - length)
+    return sequences
+
+
+class Windows:
+    """The whole order of training: a pure function of the arguments and the optimizer's step.
+
+    So a resumed run needs the number of its step and nothing else. A window is what one step
+    accumulates; it does not span epochs, and an epoch's last window may be smaller.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        seq_len: int,
+        packing: bool,
+        micro_batch: int,
+        grad_accum: int,
+        seed: int,
+    ) -> None:
+        self._examples = examples
+        self._lengths = [len(example.ids) for example in examples]
+        self._seq_len = seq_len
+        self._packing = packing
+        self._micro_batch = micro_batch
+        self._per_step = micro_batch * grad_accum
+        self._seed = seed
+        self._kept: tuple[int, Sequences] = (0, self._order(0))
+        self.num_sequences = len(self._kept[1])
+        """Sequences in an epoch."""
+        self.steps_per_epoch = -(-self.num_sequences // self._per_step)
+        """Optimizer steps in an epoch; its last partial window is one of them."""
+
+    def window(self, step: int) -> list[Batch]:
+        """The micro-batches of an optimizer step, counted from 0 over all epochs."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._kept[0] != epoch:
+            self._kept = (epoch, self._order(epoch))
+        first = index * self._per_step
+        chosen = self._kept[1][first : first + self._per_step]
+        return [collate(rows) for rows in _micro_batches(chosen, self._examples, self._micro_batch)]
+
+    def _order(self, epoch: int) -> Sequences:
+        # A text as seed is hashed by SHA-512, the same on every machine and Python.
+        rng = random.Random(f"{self._seed}/{epoch}")
+        rows = list(range(len(self._lengths)))
+        rng.shuffle(rows)
+        if not self._packing:
+            return [[row] for row in rows]
+        packed = pack([self._lengths[row] for row in rows], self._seq_len)
+        rng.shuffle(packed)
+        return [[rows[place] for place in sequence] for sequence in packed]
+
+
+def eval_batches(
+    examples: Sequence[Example], *, seq_len: int, packing: bool, micro_batch: int
+) -> Iterator[Batch]:
+    """Every row once, in order; with packing, as many to a sequence as follow and fit."""
+    sequences: Sequences = []
+    room = 0
+    for row, example in enumerate(examples):
+        if packing and sequences and len(example.ids) <= room:
+            sequences[-1].append(row)
+        else:
+            sequences.append([row])
+            room = seq_len
+        room -= len(example.ids)
+    for rows in _micro_batches(sequences, examples, micro_batch):
+        yield collate(rows)
+
+
+def _micro_batches(
+    sequences: Sequences, examples: Sequence[Example], micro_batch: int
+) -> Iterator[list[Example]]:
+    for first in range(0, len(sequences), micro_batch):
+        together = sequences[first : first + micro_batch]
+        yield [examples[row] for sequence in together for row in sequence]

@@ -1,0 +1,73 @@
+"""The base's tokenizer, loaded in one place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import ModelError
+
+STARTER = Path(__file__).parents[1] / "starter"
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a folder, a hub id or `starter`; None of a folder that holds none.
+
+    Raises ModelError where it is damaged, empty, not a fast one, or not to be had.
+    """
+    folder = STARTER if name == "starter" else Path(name).expanduser()
+    local = folder.is_dir()
+    if local and not any((folder / file).is_file() for file in _FILES):
+        # transformers would make an empty tokenizer out of config.json alone, in silence.
+        return None
+    if local:
+        _check_json(folder)
+    tokenizer = _load(str(folder) if local else name, None if local else revision)
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "its tokenizer is a slow one, which does not say where its tokens stand",
+            where=name,
+            hint="it needs a tokenizer.json; transformers makes one with save_pretrained",
+        )
+    if len(tokenizer) < 2:
+        raise ModelError("its tokenizer is empty", where=name, hint="its files are incomplete")
+    return tokenizer
+
+
+def _load(source: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
+        summary = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"its tokenizer cannot be loaded: {summary}",
+            where=source,
+            hint="name a folder with tokenizer.json, or a hub id; check the network",
+        ) from error
+
+
+def _check_json(folder: Path) -> None:
+    """The Rust library's complaint about a broken file does not name the file."""
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, OSError) as error:
+            raise ModelError(f"damaged: {error}", where=str(path)) from error
+        whole = isinstance(content, dict) and (
+            path.name != "tokenizer.json" or isinstance(content.get("model"), dict)
+        )
+        if not whole:
+            raise ModelError("damaged: it describes no tokenizer", where=str(path))

@@ -1,0 +1,75 @@
+"""One batch through the backbone: the road that training, evaluation and the plan share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_cli.data.collate import Batch
+from qlora_cli.memory.tracker import scope
+from qlora_cli.nn.attention import Spans
+from qlora_cli.nn.loss import IGNORED, chunked_cross_entropy, score
+from qlora_cli.weights.build import Built
+
+
+@dataclass(frozen=True)
+class Score:
+    """Over trained tokens. loss: mean nats; accuracy: share predicted first."""
+
+    loss: float
+    accuracy: float
+    tokens: int
+
+
+def hidden_states(built: Built, batch: Batch, device: torch.device) -> Tensor:
+    """The last hidden state of every position, (tokens, d)."""
+    backbone = built.model.get_submodule(built.family.backbone)
+    with scope("activations"):
+        spans = Spans.on(batch.segments, device, built.flash)
+        output = backbone(
+            input_ids=batch.input_ids.to(device, non_blocking=True),
+            position_ids=batch.position_ids.to(device, non_blocking=True),
+            use_cache=False,
+            spans=spans,
+        )
+    hidden: Tensor = output.last_hidden_state
+    return hidden.squeeze(0)
+
+
+def batch_loss(built: Built, batch: Batch, device: torch.device, scale: float) -> Tensor:
+    """scale * sum of the cross entropy over the batch's trained tokens, a float32 scalar."""
+    hidden = hidden_states(built, batch, device)
+    positions, targets = _targets(batch, device)
+    return chunked_cross_entropy(hidden, _head(built), positions, targets, scale)
+
+
+@torch.no_grad()
+def evaluate(built: Built, batches: Iterable[Batch], device: torch.device) -> Score:
+    """Mean loss and accuracy over all batches; leaves the model in the mode it was in."""
+    was_training = built.model.training
+    built.model.eval()
+    total, right, tokens = 0.0, 0, 0
+    for batch in batches:
+        hidden = hidden_states(built, batch, device)
+        losses, hits = score(hidden, _head(built), *_targets(batch, device))
+        if device.type != "meta":
+            total, right = total + losses.item(), right + int(hits.item())
+        tokens += batch.num_targets
+    built.model.train(was_training)
+    return Score(total / max(tokens, 1), right / max(tokens, 1), tokens)
+
+
+def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(positions with a target, the targets), found on the host, where the labels are."""
+    positions = (batch.labels != IGNORED).nonzero().flatten()
+    targets = batch.labels[positions]
+    return positions.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def _head(built: Built) -> Tensor:
+    weight = built.head.weight
+    assert isinstance(weight, Tensor)
+    return weight
