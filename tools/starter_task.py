@@ -1,70 +1,70 @@
-"""The task that the embedded base is fine-tuned on: the facts of an invented place -> a sentence.
+r"""The task that the embedded base is fine-tuned on: facts of an invented place -> a sentence.
 
-    prompt      name: Copper Swan | price: low | kind: inn | place: near the old bridge\\n
-    completion  The Copper Swan is a cheap inn near the old bridge.
+    prompt      name: Old Swan; open: May; near: the mill; kind: inn; price: cheap; known for: tea\n
+    completion  The Old Swan is a cheap inn near the mill, known for tea. It is open in May.
 
-All of it is made here, from the lists below and a seed; nothing is taken from a corpus. The task asks
-for three things that a base model does not do by itself: copy what stands behind a key, put it in
-another order, and say some values in other words (`PRICES`, `MOODS`).
+All of it is made here, from the lists below and a seed; nothing is taken from a corpus. The task
+asks for what a base model does not do by itself: find the value that stands behind each key and
+say all of them in one sentence, in another order, with the right article.
 
-Held-out rows share nothing with the training rows but the lists of values: no word of a held-out name
-occurs in a training name, and no held-out combination of facts occurs in training.
+Held-out rows share nothing with the training rows but the lists of values: no word of a held-out
+name occurs in a training name, and no held-out combination of facts occurs in training.
 """
 
 import itertools
 import random
 
-ADJECTIVES = """
-    Amber Ancient Autumn Black Blue Brass Bright Broken Brown Copper Crooked Crystal Dark Deep Dusty
-    Early Eastern Empty Fair Far Flying Gentle Golden Grand Gray Great Green Half Happy Heavy Hidden High
-    Hollow Honest Hungry Iron Jolly Kind Last Laughing Little Lonely Long Lost Lucky Merry Midnight Morning
-    Narrow New Noble Northern Old Open Painted Pale Plain Proud Quiet Red Rising Round Royal Running Rusty
-    Salt Secret Shining Silent Silver Singing Sleeping Small Southern Spring Stone Summer Sweet Tall Thirsty
-    Twin Velvet Wandering Warm Western White Wild Winter Wooden Yellow Young
-""".split()
 
-NOUNS = """
-    Acorn Anchor Apple Arrow Barrel Basket Bear Bell Bird Boat Bottle Branch Bridge Button Candle Castle
-    Chair Cherry Clock Cloud Corner Crow Crown Dog Door Dove Drum Eagle Feather Field Fire Fish Flower Forest
-    Fountain Fox Garden Gate Glass Goose Hammer Harbor Hare Harp Hat Hill Horn Horse House Island Key King
-    Ladder Lady Lake Lamp Lantern Leaf Lion Meadow Mill Mirror Moon Mountain Needle Orchard Owl Peacock
-    Pigeon Plough Rabbit Raven Ring River Road Rose Sailor Shadow Shepherd Ship Star Swan Table Tower Tree
-    Valley Wagon Wheel Willow Window Wolf
-""".split()
+def words(text: str) -> tuple[str, ...]:
+    """The words of a list that is easier to read as text."""
+    return tuple(text.split())
 
-THINGS = {
-    "inn": ("roast lamb", "soft beds", "dark beer", "long breakfasts", "a great fire"),
-    "bakery": ("apple cakes", "warm bread", "honey rolls", "butter biscuits", "plum pies"),
-    "tea room": ("mint tea", "thin sandwiches", "lemon cakes", "blue cups", "fresh cream"),
-    "bookshop": ("old maps", "books of verse", "rare prints", "tall shelves", "sea stories"),
-    "garden": ("white roses", "a stone fountain", "old oak trees", "tame birds", "long green walks"),
-    "museum": ("silver coins", "painted masks", "ship models", "ancient bones", "glass animals"),
+
+ADJECTIVES = words("""
+    Ancient Black Blue Bright Broken Brown Crimson Dark Deep Early Eastern Fair Far Flying Gentle
+    Golden Grand Gray Great Green Half Happy Heavy Hidden High Hollow Honest Iron Kind Last Little
+    Lonely Long Lost Lucky Merry Morning Narrow New Noble Old Open Painted Pale Plain Proud Quiet
+    Red Rising Round Royal Running Secret Silent Silver Singing Small Spring Stone Summer Sweet Tall
+    Twin Wandering Warm Western White Wild Winter Wooden Yellow Young
+""")
+NOUNS = words("""
+    Anchor Apple Arrow Bear Bell Bird Boat Bottle Branch Bridge Button Candle Castle Chair Cherry
+    Clock Cloud Corner Crow Crown Dog Door Dove Drum Eagle Feather Field Fire Fish Flower Forest Fox
+    Garden Gate Glass Hammer Harbour Hare Hat Heart Hill Horn Horse House Island Key King Lady Lake
+    Lamp Lantern Leaf Lion Meadow Mill Moon Mountain Owl Raven Ring River Road Rose Sailor Shadow
+    Ship Star Swan Table Tower Tree Valley Wheel Willow Window Wolf
+""")
+FINDS = {
+    "inn": ("roast lamb", "soft beds", "dark beer", "hot soup", "a great fire"),
+    "bakery": ("apple cakes", "warm bread", "honey rolls", "sweet biscuits", "plum pies"),
+    "tea room": ("mint tea", "thin cakes", "lemon cream", "blue cups", "fresh cream"),
+    "shop": ("old maps", "sea stories", "rare prints", "silver pens", "red candles"),
+    "garden": ("white roses", "a stone fountain", "old oak trees", "tame birds", "green walks"),
+    "museum": ("silver coins", "painted masks", "ship models", "ancient bones", "glass eyes"),
     "theatre": ("merry songs", "sad plays", "red curtains", "clever actors", "winter dances"),
     "market": ("fresh fish", "ripe pears", "wool blankets", "spring flowers", "strong cheese"),
 }
-PLACES = """
-    near the old bridge, by the river, on the hill, at the north gate, behind the church, in the high street,
-    next to the mill, under the castle, at the edge of the wood, across the square, on the harbour wall,
-    beside the school
-"""
-PLACES = tuple(place.strip() for place in PLACES.split(","))
-PRICES = {"low": "cheap", "fair": "fairly priced", "high": "expensive"}
-MOODS = {"calm": "quiet", "noisy": "lively", "aged": "old"}
-DAYS = ("every morning", "all week", "on Sundays", "in the evening", "from May to October")
-
-# A template may use {the} (the name with its article), {a_kind} (adjectives, kind and the right article),
-# {where}, {thing} and {when}. Each begins with an ordinary word, so that a name always follows a
-# space, in the completion as in the prompt: to a byte-level tokenizer those are the same pieces.
-TEMPLATES = (
-    "The {name} is {a_kind} {where}, known for {thing} and open {when}.",
-    "You will find the {name}, {a_kind} with {thing}, {where}; it is open {when}.",
-    "There is {a_kind} {where}: the {name}, which is known for {thing} and is open {when}.",
-    "Open {when}, the {name} {where} is {a_kind} known for {thing}.",
+PLACES = (
+    "the old bridge",
+    "the river",
+    "the church",
+    "the castle",
+    "the school",
+    "the mill",
+    "the hill",
+    "the north gate",
+    "the square",
+    "the harbour",
 )
-TEMPLATES_WITHOUT_DAYS = (
-    "The {name} is {a_kind} {where}, known for {thing}.",
-    "You will find the {name}, {a_kind} with {thing}, {where}.",
-    "There is {a_kind} {where}: the {name}, which is known for {thing}.",
+PRICES = ("cheap", "expensive")
+SEASONS = ("spring", "summer", "autumn", "winter", "May", "June")
+
+# Each begins with an ordinary word, so that a name always follows a space, in the completion as in
+# the prompt: to a byte-level tokenizer "Swan" and " Swan" are different pieces.
+TEMPLATES = (
+    "The {name} is {a_kind} near {place}, known for {find}. It is open in {when}.",
+    "You will find {find} at the {name}, {a_kind} near {place}. It is open in {when}.",
+    "There is {a_kind} near {place}, the {name}, known for {find}. It is open in {when}.",
 )
 
 
@@ -81,42 +81,40 @@ def make_task(seed: int, num_train: int, num_held_out: int) -> tuple[list[dict],
 
 
 def all_facts() -> list[dict]:
-    """Every combination of facts that makes sense, without names; `open` may be missing."""
-    combinations = itertools.product(THINGS, PLACES, PRICES, MOODS, (*DAYS, None))
+    """Every combination of facts that makes sense, without names."""
+    combinations = itertools.product(FINDS, PLACES, PRICES, SEASONS)
     return [
-        {"kind": kind, "place": place, "price": price, "mood": mood, "open": day, "known for": thing}
-        for kind, place, price, mood, day in combinations
-        for thing in THINGS[kind]
+        {"kind": kind, "near": place, "price": price, "open": season, "known for": find}
+        for kind, place, price, season in combinations
+        for find in FINDS[kind]
     ]
 
 
 def split_names(rng: random.Random) -> tuple[list[str], list[str]]:
     """Return shuffled (training names, held-out names) that have no word in common."""
-    adjectives, nouns = rng.sample(ADJECTIVES, len(ADJECTIVES)), rng.sample(NOUNS, len(NOUNS))
-    held_out = [f"{a} {n}" for a in adjectives[:16] for n in nouns[:16]]
-    train = [f"{a} {n}" for a in adjectives[16:] for n in nouns[16:]]
+    first, second = rng.sample(ADJECTIVES, len(ADJECTIVES)), rng.sample(NOUNS, len(NOUNS))
+    held_out = [f"{a} {n}" for a in first[:15] for n in second[:15]]
+    train = [f"{a} {n}" for a in first[15:] for n in second[15:]]
     rng.shuffle(held_out)
     rng.shuffle(train)
     return train, held_out
 
 
 def make_row(rng: random.Random, name: str, facts: dict) -> dict:
-    """One row: the facts in random order behind the name, and a sentence that says all of them."""
-    given = [(key, value) for key, value in facts.items() if value is not None]
-    rng.shuffle(given)
-    prompt = " | ".join(f"{key}: {value}" for key, value in [("name", name), *given])
-    template = rng.choice(TEMPLATES if facts["open"] else TEMPLATES_WITHOUT_DAYS)
-    return {"prompt": prompt + "\n", "completion": fill(template, name, facts)}
+    """One row: the facts in random order behind the name, and text that says all of them."""
+    given = rng.sample(sorted(facts.items()), len(facts))
+    prompt = "; ".join(f"{key}: {value}" for key, value in [("name", name), *given])
+    return {"prompt": prompt + "\n", "completion": fill(rng.choice(TEMPLATES), name, facts)}
 
 
 def fill(template: str, name: str, facts: dict) -> str:
-    """The template with the facts in it; price and mood in other words than the prompt's."""
-    kind = f"{MOODS[facts['mood']]} and {PRICES[facts['price']]} {facts['kind']}"
-    article = "an" if kind[0] in "aeiou" else "a"
+    """The template with the facts in it and the right article."""
+    price = facts["price"]
+    article = "an" if price[0] in "aeiou" else "a"
     return template.format(
         name=name,
-        a_kind=f"{article} {kind}",
-        where=facts["place"],
-        thing=facts["known for"],
+        a_kind=f"{article} {price} {facts['kind']}",
+        place=facts["near"],
+        find=facts["known for"],
         when=facts["open"],
     )

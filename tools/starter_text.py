@@ -1,9 +1,9 @@
-"""What the embedded base is pretrained on: public-domain novels, and text made here that repeats itself.
+"""What the embedded base is pretrained on: old novels, and text made here that repeats itself.
 
-A model of this size learns to copy from its context only when the text makes it worth while, and novels
-do so too seldom for a run of half an hour. `CopyText` therefore writes documents in which names, values
-and whole lines come back. None of its formats is the fine-tuning task's (`starter_task.py`): the base
-must be able to learn the task quickly and must not do it already.
+A small model learns to copy from its context only when the text makes that worth while, and novels
+do so too seldom for a run of half an hour. `CopyText` therefore writes documents in which names,
+values and whole lines come back. None of its formats is the fine-tuning task's
+(`starter_task.py`): the base must learn the task quickly and must not do it already.
 """
 
 import os
@@ -12,8 +12,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-LAST_YEAR = 1930  # published by then: out of copyright in the United States (95 years) as in Europe
+LAST_YEAR = (
+    1930  # published by then: free in the United States (95 years), these authors in Europe too
+)
 HELD_OUT_SHARE = 0.02  # of each novel, its end: never trained on, not even by the tokenizer
+# Curly quotes and the long dash, by code point, because they look too much like the plain ones.
+PLAIN = {0x201C: '"', 0x201D: '"', 0x2018: "'", 0x2019: "'", 0x2014: "--"}
 
 
 def shared_folder() -> Path:
@@ -38,9 +42,8 @@ def read_novels(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def clean(text: str) -> str:
-    """One paragraph a line, single spaces, plain quotes: a small vocabulary has no room for variants."""
-    for fancy, plain in {"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--"}.items():
-        text = text.replace(fancy, plain)
+    """One paragraph a line, single spaces, plain quotes: few pieces leave no room for variants."""
+    text = text.translate(PLAIN)
     lines = (re.sub(r"\s+", " ", line).strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
@@ -111,7 +114,8 @@ class CopyText:
 
     def dialogue(self, rng: random.Random) -> str:
         """Invented persons, a thing and a place that every second line names again."""
-        place = f"{rng.choice(('near', 'by', 'in', 'under', 'on', 'at'))} the {self.phrase(rng, 1, 2)}"
+        side = rng.choice(("near", "by", "in", "under", "on", "at"))
+        place = f"{side} the {self.phrase(rng, 1, 2)}"
         values = {
             "who": self.name(rng),
             "other": self.name(rng),
@@ -125,7 +129,8 @@ class CopyText:
     def register(self, rng: random.Random) -> str:
         """Keys with values, then the same in another order and as a sentence."""
         pairs = [(self.phrase(rng, 1, 2), self.phrase(rng)) for _ in range(rng.randint(2, 6))]
-        sign, gap = rng.choice((" = ", " -> ", " is ", " ... ")), rng.choice(("; ", ", ", "\n", " / "))
+        sign = rng.choice((" = ", " -> ", " is ", " ... "))
+        gap = rng.choice(("; ", ", ", "\n", " / "))
         head = self.name(rng)
         first = gap.join(f"{key}{sign}{value}" for key, value in pairs)
         rng.shuffle(pairs)
@@ -135,34 +140,28 @@ class CopyText:
 
     def questions(self, rng: random.Random) -> str:
         """Statements, then questions about them whose answers stand in the statements."""
-        rows = [(self.name(rng), self.phrase(rng), self.phrase(rng)) for _ in range(rng.randint(1, 3))]
+        num_rows = rng.randint(1, 3)
+        rows = [(self.name(rng), self.phrase(rng), self.phrase(rng)) for _ in range(num_rows)]
         lines = [f"{who} keeps the {what} behind the {where}." for who, what, where in rows]
         for who, what, where in rng.sample(rows, len(rows)):
-            lines += [
-                rng.choice(
-                    (
-                        f"Who keeps the {what}? {who} keeps the {what}.",
-                        f"Where does {who} keep the {what}? Behind the {where}.",
-                        f"What does {who} keep behind the {where}? The {what}.",
-                    )
-                )
-            ]
+            asked = (
+                f"Who keeps the {what}? {who} keeps the {what}.",
+                f"Where does {who} keep the {what}? Behind the {where}.",
+                f"What does {who} keep behind the {where}? The {what}.",
+            )
+            lines.append(rng.choice(asked))
         return " ".join(lines)
 
     def chat(self, rng: random.Random) -> str:
         """One or two turns in the form of the tokenizer's chat template."""
-        turns = []
+        said = []
         for _ in range(rng.randint(1, 2)):
             who, phrase, where = self.name(rng), self.phrase(rng, 2, 6), self.phrase(rng)
-            turns += [
-                rng.choice(
-                    (
-                        (f"Repeat after me: {phrase}", phrase),
-                        (f"My name is {who}.", f"Good day, {who}."),
-                        (f"{who} is at the {where}. Where is {who}?", f"{who} is at the {where}."),
-                        (f"Say {phrase} twice.", f"{phrase}, {phrase}"),
-                    )
-                )
-            ]
-        said = [text for turn in turns for text in zip(("user", "assistant"), turn, strict=True)]
+            turns = (
+                (f"Repeat after me: {phrase}", phrase),
+                (f"My name is {who}.", f"Good day, {who}."),
+                (f"{who} is at the {where}. Where is {who}?", f"{who} is at the {where}."),
+                (f"Say {phrase} twice.", f"{phrase}, {phrase}"),
+            )
+            said += zip(("user", "assistant"), rng.choice(turns), strict=True)
         return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in said)

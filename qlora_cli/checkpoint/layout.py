@@ -1,12 +1,12 @@
 """The run's folder: every file name once, and what `run.json` holds.
 
-    run.json          resolved recipe, automatic choices with reasons, versions, device, status
-    adapter/          adapter_config.json + adapter_model.safetensors, in PEFT's format
-    weights/          the trained model of full fine-tuning, instead of adapter/
-    checkpoints/      step-000200/ ... whole or absent, never half
-    memory.json       the ledger
-    metrics.jsonl     one line an optimizer step
-    report.html       self-contained
+- run.json          resolved recipe, automatic choices with reasons, versions, device, status
+- adapter/          adapter_config.json + adapter_model.safetensors, in PEFT's format
+- weights/          the trained model of full fine-tuning, instead of adapter/
+- checkpoints/      step-000200/ ... whole or absent, never half
+- memory.json       the ledger
+- metrics.jsonl     one line an optimizer step
+- report.html       self-contained
 """
 
 from __future__ import annotations
@@ -117,19 +117,24 @@ def appear_whole(folder: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        for path in beside.rglob("*"):
-            if path.is_file():
-                _to_disk(path)
+        settle(beside, folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def settle(beside: Path, folder: Path) -> None:
+    """Gives a finished folder its name, in place of an older one, once its files are on disk."""
+    for path in beside.rglob("*"):
+        if path.is_file():
+            _to_disk(path)
+    old = folder.with_name(f".{folder.name}.old")
+    # Left by a process that was killed between the two renames below, or while removing it.
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
         folder.replace(old)
-        beside.replace(folder)
-        shutil.rmtree(old)
-    else:
-        beside.replace(folder)
+    beside.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

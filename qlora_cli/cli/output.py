@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import RenderableType
 
     from qlora_cli.events import Observer
@@ -34,6 +36,17 @@ def working() -> Iterator[Observer]:
         yield observer
 
 
+def write_page(run: Path, observer: Observer) -> None:
+    """The report of a run, into its folder."""
+    from qlora_cli.checkpoint.layout import RunFolder
+    from qlora_cli.jobs import report as job
+    from qlora_cli.ui import report
+
+    page = RunFolder(run).report
+    report.write(job.run(run, html=page), page)
+    observer.note(f"report: {page}")
+
+
 def emit(result: _R, as_json: bool, render: Callable[[_R], RenderableType]) -> None:
     """The result on stdout: as one JSON object, or rendered for people."""
     if as_json:
@@ -41,7 +54,8 @@ def emit(result: _R, as_json: bool, render: Callable[[_R], RenderableType]) -> N
         return
     from qlora_cli.ui import console
 
-    console.results().print(render(result))
+    # soft_wrap: lines of text are as long as they are; tables fit the console all the same.
+    console.results().print(render(result), soft_wrap=True)
 
 
 def emit_json(content: dict[str, Any]) -> None:

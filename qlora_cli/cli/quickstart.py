@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, working
+from qlora_cli.cli.output import emit, json_option, working, write_page
 
 
 @click.command()
@@ -21,12 +21,9 @@ from qlora_cli.cli.output import emit, json_option, working
 def quickstart(out: Path, as_json: bool) -> None:
     """See the whole way on the embedded base, offline, in minutes."""
     from qlora_cli.jobs import quickstart as job
-    from qlora_cli.jobs import report as report_job
-    from qlora_cli.ui import report, tables
+    from qlora_cli.ui import tables
 
     with working() as observer:
         result = job.run(out=out, observer=observer)
-        page = result.train.run / report.FILE_NAME
-        report.write(report_job.run(result.train.run, html=page), page)
-        observer.note(f"report: {page}")
+        write_page(result.train.run, observer)
     emit(result, as_json, tables.quickstart)

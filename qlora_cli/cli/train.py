@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, overrides_argument, working
+from qlora_cli.cli.output import emit, json_option, overrides_argument, working, write_page
 
 
 @click.command()
@@ -24,13 +24,10 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
     path = find_recipe(recipe)
     loaded = load_recipe(path, overrides)
     # Only now what takes seconds to import: a faulty recipe is told at once.
-    from qlora_cli.jobs import report as report_job
     from qlora_cli.jobs import train as job
-    from qlora_cli.ui import report, tables
+    from qlora_cli.ui import tables
 
     with working() as observer:
         result = job.run(loaded, recipe_path=path, resume=resume, observer=observer)
-        page = result.run / report.FILE_NAME
-        report.write(report_job.run(result.run, html=page), page)
-        observer.note(f"report: {page}")
+        write_page(result.run, observer)
     emit(result, as_json, tables.train)

@@ -78,12 +78,19 @@ class Windows:
 
     def window(self, step: int) -> list[Batch]:
         """The micro-batches of an optimizer step, counted from 0 over all epochs."""
+        return [collate(rows) for rows in self._rows(step)]
+
+    def largest_batch(self, step: int) -> int:
+        """Tokens in the largest micro-batch of a step: where its memory peaks."""
+        return max(sum(len(row.ids) for row in rows) for rows in self._rows(step))
+
+    def _rows(self, step: int) -> Iterator[list[Example]]:
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._kept[0] != epoch:
             self._kept = (epoch, self._order(epoch))
         first = index * self._per_step
         chosen = self._kept[1][first : first + self._per_step]
-        return [collate(rows) for rows in _micro_batches(chosen, self._examples, self._micro_batch)]
+        return _micro_batches(chosen, self._examples, self._micro_batch)
 
     def _order(self, epoch: int) -> Sequences:
         # A text as seed is hashed by SHA-512, the same on every machine and Python.

@@ -48,27 +48,46 @@ def _json(path: Path) -> Iterator[Item]:
     except UnicodeDecodeError as error:
         yield content.count(b"\n", 0, error.start) + 1, _not_utf8(error)
         return
+    yield from _json_values(text)
+
+
+def _json_values(text: str) -> Iterator[Item]:
+    """One by one, because a list that is decoded at once does not say where its rows stand."""
     decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates)
-    at, line, seen = _next_value(text, 0, opening=True), 1, 0
-    while at < len(text) and text[at] != "]":
+    at = _skip_space(text, 0)
+    listed = text.startswith("[", at)
+    at = _skip_space(text, at + 1) if listed else at
+    line, seen = 1, 0
+    while at < len(text) and not (listed and text[at] == "]"):
         line, seen = line + text.count("\n", seen, at), at
         try:
-            value, end = decoder.raw_decode(text, at)
-            yield line, _object(value)
+            value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             yield error.lineno, RowFault(f"broken JSON at column {error.colno}: {error.msg}")
             return
-        except RowFault as fault:
+        except RowFault as fault:  # a key twice; where that object ends is not known
             yield line, fault
             return
-        at = _next_value(text, end)
+        try:
+            yield line, _object(value)
+        except RowFault as fault:
+            yield line, fault
+        at = _skip_space(text, at)
+        if listed and text.startswith(",", at):
+            at = _skip_space(text, at + 1)
+        elif listed and not text.startswith("]", at):
+            break
+    if listed and text[at:].rstrip() != "]":
+        yield (
+            text.count("\n", 0, at) + 1,
+            RowFault("broken JSON: the list does not end as it should"),
+        )
 
 
-def _next_value(text: str, at: int, opening: bool = False) -> int:
-    between = re.compile(r"\s*\[?\s*" if opening else r"\s*,?\s*")
-    match = between.match(text, at)
-    assert match is not None
-    return match.end()
+def _skip_space(text: str, at: int) -> int:
+    space = re.compile(r"\s*").match(text, at)
+    assert space is not None
+    return space.end()
 
 
 def _csv(path: Path, delimiter: str = ",") -> Iterator[Item]:
@@ -79,6 +98,8 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Item]:
         with _readable(path).open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)
             columns = list(reader.fieldnames or ())
+            if not columns:
+                return
             if len(set(columns)) < len(columns):
                 yield 1, RowFault("two columns have the same name")
                 return

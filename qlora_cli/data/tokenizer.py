@@ -49,12 +49,22 @@ def _load(source: str, revision: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
-        summary = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"its tokenizer cannot be loaded: {summary}",
-            where=source,
-            hint="name a folder with tokenizer.json, or a hub id; check the network",
-        ) from error
+        raise _unloadable(source, error) from error
+    except Exception as error:
+        # The Rust library raises a bare Exception for a file that it cannot make sense of, so
+        # that nothing narrower can be caught; anything else goes its way.
+        if type(error) is not Exception:
+            raise
+        raise _unloadable(source, error) from error
+
+
+def _unloadable(source: str, error: Exception) -> ModelError:
+    summary = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ModelError(
+        f"its tokenizer cannot be loaded: {summary}",
+        where=source,
+        hint="name a folder with tokenizer.json, or a hub id; check the network",
+    )
 
 
 def _check_json(folder: Path) -> None:

@@ -11,6 +11,7 @@ from qlora_cli.data.packing import pack
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.jobs.results import DataResult, ShownRow
 from qlora_cli.recipe.schema import DataFormat, Recipe
+from qlora_cli.weights.locate import find_config, read_config
 
 _CONTEXT = 8
 """Tokens decoded in front of one, so that its text comes out with its spaces."""
@@ -19,8 +20,8 @@ _CONTEXT = 8
 def run(recipe: Recipe, *, show: int) -> DataResult:
     """Encode the recipe's rows and look at them; `show` rows come back token by token.
 
-    Loads the tokenizer and nothing else of the base. Raises InputError, DataError or ModelError
-    where training would.
+    Of the base it loads the tokenizer, and the config where rows are ids. Raises InputError,
+    DataError or ModelError where training would.
     """
     data = recipe.data
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
@@ -46,7 +47,10 @@ def run(recipe: Recipe, *, show: int) -> DataResult:
 def _encoded(where: str, recipe: Recipe, tokenizer: Any) -> tuple[DataFormat, list[Example]]:
     rows = read_rows(where)
     found = detect_format(rows, recipe.data.format)
-    return found, encode(rows, found, tokenizer, recipe.data.seq_len)
+    vocab_size = None
+    if found == "tokens":  # no tokenizer has vouched for these ids
+        vocab_size = read_config(find_config(recipe.model.name, recipe.model.revision)).vocab_size
+    return found, encode(rows, found, tokenizer, recipe.data.seq_len, vocab_size=vocab_size)
 
 
 def _shown(example: Example, tokenizer: Any) -> ShownRow:

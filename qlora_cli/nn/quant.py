@@ -58,14 +58,20 @@ class Format:
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T + b with W packed and frozen. Made empty; `pack` fills it."""
+    """y = x W^T + b with W packed and frozen. Made empty; `pack` fills it.
+
+    category: of the ledger, where its weight is counted.
+    """
 
     scale: nn.Parameter | None
     scale_of_scale: nn.Parameter | None
     offset_of_scale: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, held: Format) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, held: Format, category: str = "base"
+    ) -> None:
         super().__init__()
+        self.category = category
         self.in_features = in_features
         self.out_features = out_features
         self.held = held
@@ -78,44 +84,41 @@ class QuantLinear(nn.Module):
     def pack(self, weight: Tensor) -> None:
         """Takes a full weight (out, in) on the device it shall live on; keeps no copy of it.
 
-        Scales are always computed from float32 values. Raises AssertionError on a wrong shape.
+        Raises AssertionError on a wrong shape.
         """
         assert weight.shape == (self.out_features, self.in_features), weight.shape
-        if self.held.bits == 4:
-            self._pack_4bit(weight)
-        elif self.held.bits == 8:
-            self._pack_8bit(weight)
-        else:
-            stored = weight.to(self.held.storage).contiguous()
-            attribute([stored], "base")
-            self.weight = _frozen(stored)
+        with scope("temporary"):
+            if self.held.bits == 4:
+                self._pack_4bit(weight)
+            elif self.held.bits == 8:
+                self._pack_8bit(weight)
+            else:
+                self.weight = _frozen(weight.to(self.held.storage).contiguous())
+        attribute([self.weight], self.category)
+        attribute(self.constants(), "quant_constants")
 
     def _pack_4bit(self, weight: Tensor) -> None:
-        with scope("base"):
-            packed, scale = _ops.quantize_4bit(
-                weight.contiguous(), BLOCK_4BIT, self.held.quant_type, torch.uint8
-            )
+        packed, scale = _ops.quantize_4bit(
+            weight.contiguous(), BLOCK_4BIT, self.held.quant_type, torch.uint8
+        )
         self.weight = _frozen(packed)
-        with scope("quant_constants"):
-            if not self.held.double_quant:
-                self.scale = _frozen(scale)
-                return
-            offset = scale.mean()
-            codes, scale_of_scale = _ops.quantize_blockwise(
-                scale - offset, code_of_scales(scale.device), BLOCK_SCALES
-            )
+        if not self.held.double_quant:
+            self.scale = _frozen(scale)
+            return
+        offset = scale.mean()
+        codes, scale_of_scale = _ops.quantize_blockwise(
+            scale - offset, code_of_scales(scale.device), BLOCK_SCALES
+        )
         self.scale = _frozen(codes)
         self.scale_of_scale = _frozen(scale_of_scale)
         self.offset_of_scale = _frozen(offset)
 
     def _pack_8bit(self, weight: Tensor) -> None:
-        with scope("quant_constants"):
-            # An all-zero row has scale 0 and would divide by it.
-            scale = weight.abs().amax(dim=1).float().clamp_min(torch.finfo(torch.float32).tiny)
-            scale /= 127
-        with scope("base"):
-            packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-            packed.copy_(torch.div(weight, scale[:, None]).round_())
+        scale = weight.abs().amax(dim=1).float() / 127
+        # An all-zero row has scale 0 and would divide by it.
+        scale.clamp_min_(torch.finfo(torch.float32).tiny)
+        packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        packed.copy_(torch.div(weight, scale[:, None]).round_())
         self.weight, self.scale = _frozen(packed), _frozen(scale)
 
     def constants(self) -> Iterator[nn.Parameter]:

@@ -80,7 +80,8 @@ def install_tables(model: nn.Module, tables: Sequence[str], head: str, held: For
         weight: Any = model.get_submodule(path).weight
         replace(model, path, FrozenEmbedding(weight.detach().to(held.storage), held.compute))
     old: Any = model.get_submodule(head)
-    plain = QuantLinear(old.in_features, old.out_features, old.bias is not None, held.plain())
+    bias = old.bias is not None
+    plain = QuantLinear(old.in_features, old.out_features, bias, held.plain(), category="head")
     replace(model, head, plain)
 
 

@@ -138,19 +138,19 @@ def _faults(content: dict[str, Any]) -> Iterator[ErrorDetails]:
     """What the schema finds wrong, one fault a setting, relations between settings included.
 
     The schema judges relations only in sections without other faults. So what is wrong is taken out
-    and the rest judged again, until nothing new comes up. Relations between sections are judged
-    only while no section had to be emptied, because its defaults are not what the user meant.
+    and the rest judged again, until nothing new comes up. A section with a wrong value is emptied;
+    nothing more is said of it then, nor of relations between sections, because its defaults are
+    not what the user meant.
     """
-    content, seen, intact = deepcopy(content), set[str](), True
-    while faults := _errors(content):
-        for fault in faults:
-            key = _key(fault)
-            if key not in seen and (key or intact):
+    content, emptied = deepcopy(content), set[str]()
+    while faults := {_key(fault): fault for fault in _errors(content)}:
+        for key, fault in faults.items():
+            if key.partition(".")[0] not in emptied if key else not emptied:
                 yield fault
-            seen.add(key)
-            if not key:
-                return
-            intact &= _take_out(content, key, fault["type"])
+        if "" in faults:
+            return
+        for key, fault in faults.items():
+            emptied |= _take_out(content, key, fault["type"])
 
 
 def _errors(content: dict[str, Any]) -> list[ErrorDetails]:
@@ -161,21 +161,20 @@ def _errors(content: dict[str, Any]) -> list[ErrorDetails]:
     return []
 
 
-def _take_out(content: dict[str, Any], key: str, kind: str) -> bool:
-    """Makes one fault disappear; whether the rest still means what the user wrote."""
-    section, _, name = key.rpartition(".")
-    owner = content[section] if section else content
+def _take_out(content: dict[str, Any], key: str, kind: str) -> set[str]:
+    """Makes one fault disappear; returns what lost more than the fault by it."""
+    top, _, name = key.partition(".")
     if kind == "extra_forbidden":
-        owner.pop(name, None)
-    elif kind == "missing":
-        owner[name] = "-"  # Every setting that must be given is a text.
-    elif key in sections():
-        content[key] = {}
-    elif section:
-        content[section] = {}
-    else:
-        owner.pop(name, None)
-    return kind in ("extra_forbidden", "missing")
+        owner = content[top] if name else content
+        owner.pop(name or top, None)
+        return set()
+    if kind == "missing":
+        content[top][name] = "-"  # Every setting that must be given is a text in a section.
+        return set()
+    content.pop(top, None)
+    if top in sections():
+        content[top] = {}
+    return {top}
 
 
 def _key(fault: ErrorDetails) -> str:

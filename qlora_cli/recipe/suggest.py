@@ -17,7 +17,7 @@ def nearest_word(word: str, words: Sequence[str]) -> str | None:
 def nearest_key(key: str) -> str:
     """What to write in place of an unknown dotted key: the nearest one, or what there is."""
     section, _, name = key.rpartition(".")
-    known = (*keys(), *sections())
+    known = keys() if section else (*keys(), *sections())
     near = (
         difflib.get_close_matches(key, known, n=1, cutoff=0.75)
         or [other for other in known if other.rpartition(".")[2] == name]

@@ -18,6 +18,7 @@ from torch import nn
 from qlora_cli.data.collate import Batch
 from qlora_cli.events import Silent
 from qlora_cli.families.spec import Family
+from qlora_cli.memory.instrument import CUDA_GRANULARITY
 from qlora_cli.memory.ledger import Phase, Side, Source, worst
 from qlora_cli.memory.tracker import StorageTracker, gradients_of
 from qlora_cli.nn.attention import FLASH_CAPABILITY, FLASH_DTYPES
@@ -28,9 +29,6 @@ from qlora_cli.train.optimizer import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
 from qlora_cli.weights.source import ImaginedSource
-
-CUDA_GRANULARITY = 512
-"""The caching allocator hands out multiples of 512 bytes."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ _SHADES = (
     "#f7dfc4",
     "#4d7c5b",
     "#a9cfb0",
-    "#bdbdbd",
+    "#6b6b6b",
 )
 _HATCHES = ("", "", "//", "", "", "||", "\\\\", "", "//", "", "--")
 _SMOOTHED_STEPS = 20

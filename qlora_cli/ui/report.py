@@ -6,12 +6,10 @@ import base64
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlora_cli.errors import QloraError
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.ui import memory
 from qlora_cli.ui.summary import settings, summary
-
-FILE_NAME = "report.html"
-"""In a run's folder."""
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _CURVES = (("loss", "Loss", "nats a token"), ("tokens_per_second", "Speed", "tokens/s"))
@@ -19,10 +17,15 @@ _CURVES = (("loss", "Loss", "nats a token"), ("tokens_per_second", "Speed", "tok
 
 
 def write(result: ReportResult, path: Path) -> None:
-    """Writes the page, whole or not at all."""
+    """Writes the page, whole or not at all. Raises QloraError where it cannot be written."""
+    page = render(result)
     beside = path.with_suffix(".tmp")
-    beside.write_text(render(result), encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(page, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        what = f"the page cannot be written: {error.strerror}"
+        raise QloraError(what, where=str(path)) from error
 
 
 def render(result: ReportResult) -> str:
@@ -47,6 +50,7 @@ def render(result: ReportResult) -> str:
         counters=memory.counters(result.ledger),
         curves=list(_curves(result)),
         choices=result.run.get("choices", ()),
+        tensors=result.run.get("tensors", ()),
         settings=settings(result.run),
         versions=result.run.get("versions", {}),
     )

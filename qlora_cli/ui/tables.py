@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -53,9 +54,8 @@ def plan(result: PlanResult) -> RenderableType:
 
 def train(result: TrainResult) -> RenderableType:
     """What was trained, where it lies, and the memory it took."""
-    return Group(
-        memory.phase_table(result.ledger), memory.before_and_after(result.ledger), _trained(result)
-    )
+    tables = (memory.phase_table(result.ledger), memory.before_and_after(result.ledger))
+    return Group(*tables, _facts(_trained(result)))
 
 
 def report(result: ReportResult) -> RenderableType:
@@ -63,8 +63,8 @@ def report(result: ReportResult) -> RenderableType:
     facts = summary(result)
     if result.html is not None:
         facts["html"] = str(result.html)
-    memory_parts = (memory.phase_table(result.ledger), memory.before_and_after(result.ledger))
-    return Group(*memory_parts, _facts(facts))
+    tables = (memory.phase_table(result.ledger), memory.before_and_after(result.ledger))
+    return Group(*tables, _facts(facts))
 
 
 def merge(result: MergeResult) -> RenderableType:
@@ -83,13 +83,16 @@ def merge(result: MergeResult) -> RenderableType:
 def verify(result: VerifyResult) -> RenderableType:
     """Passed or not, by how much, and every fault."""
     word, style = ("passed", "bold green") if result.passed else ("FAILED", "bold red")
+    parts = [Text(f"verification {word}", style=style)]
+    parts += [Text(f"  {fault}") for fault in result.faults]
+    if math.isnan(result.mean_kl):  # The two models could not be run side by side.
+        return Group(*parts)
     facts = {
         "largest logit difference": f"{result.max_logit_difference:.3g}",
         "mean KL divergence": f"{result.mean_kl:.3g} nats",
         "same first choice": f"{result.top1_agreement:.2%} of tokens",
     }
-    faults = [Text(f"  {fault}") for fault in result.faults]
-    return Group(Text(f"verification {word}", style=style), *faults, _facts(facts))
+    return Group(*parts, _facts(facts))
 
 
 def evaluation(result: EvalResult) -> RenderableType:
@@ -105,7 +108,7 @@ def evaluation(result: EvalResult) -> RenderableType:
 
 
 def generation(result: GenerateResult) -> RenderableType:
-    """The text and nothing else, so that it can be piped."""
+    """The text and nothing else, in its own lines."""
     return Text(result.text)
 
 
@@ -151,7 +154,7 @@ def doctor(result: DoctorResult) -> RenderableType:
 
 def quickstart(result: QuickstartResult) -> RenderableType:
     """The whole way: memory, loss, proof, and the same prompts before and after."""
-    facts = {
+    facts = _trained(result.train) | {
         "held-out loss": f"{result.loss_before:.3f} before, {result.loss_after:.3f} after",
         "merged model": f"{result.merge.out} ({format_bytes(result.merge.bytes)}, "
         f"{result.merge.dtype})",
@@ -159,7 +162,6 @@ def quickstart(result: QuickstartResult) -> RenderableType:
     samples = [_sample(*sample) for sample in result.samples]
     return Group(
         memory.before_and_after(result.train.ledger),
-        _trained(result.train),
         _facts(facts),
         verify(result.verify),
         *samples,
@@ -183,10 +185,10 @@ def _advice(advice: Sequence[Advice]) -> RenderableType:
     table.add_column("peak then", justify="right")
     for one in advice:
         table.add_row(one.change, format_bytes(one.saves_bytes), format_bytes(one.peak_bytes))
-    return Group(Text("What makes it smaller", style="bold"), table)
+    return Group(Text("Planned with one change each", style="bold"), table)
 
 
-def _trained(result: TrainResult) -> RenderableType:
+def _trained(result: TrainResult) -> dict[str, str]:
     facts = {
         "run": str(result.run),
         "steps": format_count(result.steps),
@@ -195,7 +197,7 @@ def _trained(result: TrainResult) -> RenderableType:
     }
     if result.eval_loss is not None:
         facts["held-out loss"] = f"{result.eval_loss:.3f}"
-    return _facts(facts | _planned(result.ledger))
+    return facts | _planned(result.ledger)
 
 
 def _planned(ledger: Ledger) -> dict[str, str]:
@@ -211,7 +213,7 @@ def _sample(prompt: str, before: str, after: str) -> RenderableType:
 
 
 def _facts(facts: Mapping[str, str]) -> RenderableType:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, told in facts.items():
-        table.add_row(Text(name, style="bold"), Text(told, overflow="fold"))
-    return table
+    """One line a fact; no table, because a path that is broken over lines cannot be copied."""
+    width = max(map(len, facts)) + 2
+    lines = (Text.assemble((f"{name:{width}}", "bold"), told) for name, told in facts.items())
+    return Text("\n").join(lines)

@@ -71,6 +71,19 @@ def storage_dtype(file: torch.dtype, compute: torch.dtype) -> torch.dtype:
     return file if file.itemsize == 2 else torch.float16
 
 
+def format_of(recipe: Recipe, file_dtype: torch.dtype) -> Format:
+    """How a resolved recipe holds a base whose files are in `file_dtype`."""
+    compute = torch_dtype(recipe.base.compute_dtype)
+    return Format(
+        bits=recipe.base.bits,
+        compute=compute,
+        storage=storage_dtype(file_dtype, compute),
+        quant_type=recipe.base.quant_type,
+        double_quant=recipe.base.double_quant,
+        threshold=recipe.base.outlier_threshold,
+    )
+
+
 def skeleton(config: Any, compute: torch.dtype) -> tuple[Any, Family]:
     """(transformers' model on meta, its family). Raises ModelError for an unknown family."""
     from transformers import AutoModelForCausalLM
@@ -104,14 +117,7 @@ def build(
     with unallocated():
         model, family = skeleton(config, compute)
     source = make_source(model, family)
-    held = Format(
-        bits=recipe.base.bits,
-        compute=compute,
-        storage=storage_dtype(file_dtype, compute),
-        quant_type=recipe.base.quant_type,
-        double_quant=recipe.base.double_quant,
-        threshold=recipe.base.outlier_threshold,
-    )
+    held = format_of(recipe, file_dtype)
     sites = find_sites(model, family, config)
     built = Built(model, family, config, sites, {}, held, attention.flash_kernel(device, compute))
     if recipe.adapter.method == "lora":
@@ -154,7 +160,8 @@ def load(built: Built, source: Source, device: torch.device, observer: Observer)
         place = places.pop(name, None)
         if place is not None:
             _check_shape(name, source.shape(name), place.shape)
-            place.put(_upload(source, name, device))
+            with scope("temporary"):
+                place.put(_upload(source, name, device))
         observer.advance(done + 1)
     if _is_tied(built):
         _tie(built, source)
@@ -224,8 +231,7 @@ def _is_tied(built: Built) -> bool:
 def _upload(source: Source, name: str, device: torch.device) -> Tensor:
     with host_memory():
         tensor = source.read(name)
-    with scope("temporary"):
-        return torch.empty_like(tensor) if device.type == "meta" else tensor.to(device)
+    return torch.empty_like(tensor) if device.type == "meta" else tensor.to(device)
 
 
 def _check_names(built: Built, names: Any, places: Mapping[str, _Place]) -> None:

@@ -1,18 +1,19 @@
 """safetensors files, one tensor at a time, in both directions.
 
 Why not the library's own reader: it maps whole files, and every page touched stays in the process's
-resident set, so that a job's host memory grows with the model. Here a tensor is read into a buffer of
-its own size and nothing else is held. Its writer wants all tensors at once; merging has one at a
+resident set, so that a job's host memory grows with the model. Here a tensor is read into a buffer
+of its own size and nothing else is held. Its writer wants all tensors at once; merging has one at a
 time. The format is eight bytes of header length, a JSON header and raw bytes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -67,7 +68,9 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             entries = {name: _entry(file, start, about) for name, about in header.items()}
         ends = [entry.start + entry.num_bytes for entry in entries.values()]
         if max(ends, default=start) != file.stat().st_size:
-            raise ValueError(f"it ends at byte {file.stat().st_size}, not {max(ends, default=start)}")
+            raise ValueError(
+                f"it ends at byte {file.stat().st_size}, not {max(ends, default=start)}"
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as fault:
         raise ModelError(
             f"damaged safetensors file: {fault}", where=str(file), hint="fetch the file again"
@@ -75,9 +78,9 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
-def _entry(file: Path, start: int, about: Mapping[str, object]) -> Entry:
-    first, end = about["data_offsets"]  # type: ignore[misc]
-    shape = tuple(int(size) for size in about["shape"])  # type: ignore[attr-defined]
+def _entry(file: Path, start: int, about: Mapping[str, Any]) -> Entry:
+    first, end = about["data_offsets"]
+    shape = tuple(int(size) for size in about["shape"])
     entry = Entry(file, _DTYPES[str(about["dtype"])], shape, start + int(first))
     if entry.num_bytes != int(end) - int(first):
         raise ValueError(f"a tensor of shape {shape} lies in {int(end) - int(first)} bytes")
@@ -89,7 +92,7 @@ def read_tensor(entry: Entry) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     if not entry.num_bytes:
         return tensor
-    buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
         filled = 0
@@ -115,7 +118,10 @@ class Shape:
 
 
 def write_tensors(
-    file: Path, shapes: Mapping[str, Shape], make: Callable[[str], Tensor], metadata: Mapping[str, str]
+    file: Path,
+    shapes: Mapping[str, Shape],
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
 ) -> None:
     """Writes `make(name)` for each name in turn, holding one tensor at a time.
 
@@ -128,6 +134,9 @@ def write_tensors(
             stream.write(_header(shapes, metadata))
             for name, shape in shapes.items():
                 _write_one(stream, name, shape, make(name))
+            # A rename must never survive a power cut that the content did not.
+            stream.flush()
+            os.fsync(stream.fileno())
         beside.replace(file)
     except BaseException:
         beside.unlink(missing_ok=True)
@@ -152,7 +161,7 @@ def _header(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> bytes:
 
 
 def _write_one(stream: BinaryIO, name: str, shape: Shape, tensor: Tensor) -> None:
-    assert tensor.dtype == shape.dtype and tuple(tensor.shape) == shape.shape, name
+    assert (tensor.dtype, tuple(tensor.shape)) == (shape.dtype, shape.shape), name
     flat = tensor.contiguous().reshape(-1)
     if flat.numel():
-        stream.write(memoryview(flat.view(torch.uint8).numpy()))
+        stream.write(flat.view(torch.uint8).numpy().data)

@@ -1,0 +1,175 @@
+"""A trained run, or any model's folder, as a model ready to answer: eval mode, no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_cli.checkpoint.adapter import attach
+from qlora_cli.checkpoint.adapter_file import open_adapter
+from qlora_cli.checkpoint.layout import RunFolder
+from qlora_cli.errors import ModelError, UsageError
+from qlora_cli.events import Observer
+from qlora_cli.families.spec import Family
+from qlora_cli.recipe.schema import Recipe, Section
+from qlora_cli.weights.build import Built, build
+from qlora_cli.weights.locate import find_base, read_config
+from qlora_cli.weights.source import FolderSource, Source
+
+MakeSource = Callable[[Any, Family], Source]
+"""From the skeleton and its family to the tensors."""
+
+_GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and the folder that its tokenizer lies in."""
+
+    built: Built
+    folder: Path
+
+
+def open_any(where: str, device: torch.device, observer: Observer) -> Opened:
+    """A run's folder, a model's folder, `starter` or a hub id. Raises InputError."""
+    run = RunFolder(Path(where).expanduser())
+    if run.run_json.is_file():
+        return Opened(open_run(run, device, observer), base_folder(run))
+    folder = find_base(where, None)
+    return Opened(open_model(folder, device, observer), folder)
+
+
+def open_run(run: RunFolder, device: torch.device, observer: Observer) -> Built:
+    """The base as it was frozen in training and the adapter on it; or the model trained in full.
+
+    Raises UsageError where the run is not finished, ModelError where files are missing or damaged.
+    """
+    recipe = read_recipe(run)
+    base = base_folder(run)
+    if recipe.adapter.method == "full":
+        trained = partial(_folder_source, finished(run, run.weights))
+        return _open(recipe, base, trained, device, observer)
+    adapter = open_adapter(finished(run, run.adapter))
+    built = _open(recipe, base, partial(_folder_source, base), device, observer)
+    attach(built, adapter)
+    return _ready(built, base)
+
+
+def open_model(folder: Path, device: torch.device, observer: Observer) -> Built:
+    """A transformers folder as it is, without an adapter.
+
+    Computed in float32 on a CPU and in 16 bit on a card, the file's own where it is 16 bit.
+    """
+    compute = "float32"
+    if device.type != "cpu":
+        compute = _on_card(read_config(folder / "config.json"), device)
+    return open_plain(folder, partial(_folder_source, folder), compute, device, observer)
+
+
+def open_plain(
+    base: Path, source: MakeSource, compute: str, device: torch.device, observer: Observer
+) -> Built:
+    """A model without packed weights and without an adapter, computing in `compute`.
+
+    base: the folder of its config. source: where its tensors come from.
+    """
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": str(base)},
+            "base": {"bits": 16, "compute_dtype": compute},
+            "adapter": {"method": "full"},
+            "data": {"train": ""},
+        }
+    )
+    return _open(recipe, base, source, device, observer)
+
+
+def read_recipe(run: RunFolder) -> Recipe:
+    """The resolved recipe that the run was trained with."""
+    recipe = run.read()["recipe"]
+    return Recipe.model_validate(_without_defaults(recipe, Recipe))
+
+
+def base_folder(run: RunFolder) -> Path:
+    """Where the run's base lies. Raises ModelError where it is gone."""
+    folder = Path(run.read()["base_folder"])
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"the base that the run was trained on is not at {folder} any more",
+            where=str(run.run_json),
+            hint="put it back, or write its new place into run.json as base_folder",
+        )
+    return folder
+
+
+def file_dtype(config: Any) -> torch.dtype:
+    """Of a checkpoint's largest tensors, as its config says; float32 where it is silent."""
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def open_source(folder: Path, family: Family) -> FolderSource:
+    """A folder's tensors under the family's parameter names. Raises ModelError."""
+    return FolderSource(
+        folder, prefix=f"{family.backbone}.", head=family.head, ignored=family.ignored
+    )
+
+
+def _folder_source(folder: Path, _: nn.Module, family: Family) -> FolderSource:
+    return open_source(folder, family)
+
+
+def _open(
+    recipe: Recipe, base: Path, source: MakeSource, device: torch.device, observer: Observer
+) -> Built:
+    config = read_config(base / "config.json")
+    train = recipe.train.model_copy(update={"activation_checkpointing": False})
+    quiet = recipe.model_copy(update={"train": train})
+    built = build(quiet, config, source, device, observer, file_dtype(config))
+    return _ready(built, base)
+
+
+def _ready(built: Built, folder: Path) -> Built:
+    from transformers import GenerationConfig
+
+    built.model.eval()
+    built.model.requires_grad_(False)
+    built.model.config.use_cache = True
+    if (folder / _GENERATION).is_file():
+        built.model.generation_config = GenerationConfig.from_pretrained(folder)
+    return built
+
+
+def finished(run: RunFolder, folder: Path) -> Path:
+    """`folder`, once training has written it. Raises UsageError before."""
+    if not folder.is_dir():
+        raise UsageError(
+            f"{run.path} holds no trained weights yet; its status is {run.read().get('status')}",
+            hint="go on with `qlora train --resume`, then try again",
+        )
+    return folder
+
+
+def _on_card(config: Any, device: torch.device) -> str:
+    if file_dtype(config) is torch.float16 or torch.cuda.get_device_capability(device) < (8, 0):
+        return "float16"
+    return "bfloat16"
+
+
+def _without_defaults(content: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
+    """What differs from the defaults: settings that stand there unasked would be refused again."""
+    kept: dict[str, Any] = {}
+    for key, value in content.items():
+        field = section.model_fields.get(key)
+        inner = field.annotation if field is not None else None
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Section):
+            kept[key] = _without_defaults(value, inner)
+        elif field is None or field.is_required() or value != field.default:
+            kept[key] = value
+    return kept

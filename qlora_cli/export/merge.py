@@ -1,0 +1,169 @@
+"""Writes a merged checkpoint: one tensor at a time, sharded, resumable, whole or absent.
+
+Everything is written into a folder beside the output, which takes the output's name at the end. A
+shard gets its name when it is whole, so a merge that was killed goes on behind its last whole
+shard, if it was the same merge; otherwise the leftovers are thrown away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qlora_cli.checkpoint import peft_format
+from qlora_cli.checkpoint.layout import settle, write_json
+from qlora_cli.errors import ModelError, QloraError
+from qlora_cli.events import Observer
+from qlora_cli.export.folder import (
+    ABOUT,
+    CONFIG,
+    Shard,
+    carried_files,
+    carry,
+    merged_config,
+    plan_shards,
+    write_index,
+)
+from qlora_cli.export.tensors import MergedTensors
+from qlora_cli.units import format_bytes
+from qlora_cli.weights.tensorfile import Shape, read_header, write_tensors
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""As transformers writes by default: files that every file system and hub takes."""
+_ROOM_BYTES = 16 * 1024**2
+"""Kept free beside the weights, for headers, the index and what else is written."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a merge wrote. num_bytes: of the weights."""
+
+    num_tensors: int
+    num_bytes: int
+
+
+def write_merged(
+    tensors: MergedTensors,
+    base: Path,
+    out: Path,
+    about: Mapping[str, Any],
+    observer: Observer,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Written:
+    """Writes the whole folder `out`. base: where config and tokenizer come from.
+
+    about: kept in merge.json. Raises QloraError where the disk is too small or refuses, and where
+    a value does not fit the dtype; what is whole by then is kept beside `out` and used next time.
+    """
+    out = out.resolve()
+    shards = plan_shards(tensors.shapes(), max_shard_bytes)
+    beside = out.with_name(f".{out.name}.partial")
+    settings = _settings(tensors, shards)
+    try:
+        done = _leftovers(beside, settings, shards)
+        _check_room(out, base, [shard for shard in shards if shard.name not in done])
+        _write_shards(tensors, shards, done, beside, observer)
+        write_index(beside, shards)
+        write_json(beside / CONFIG, merged_config(base, tensors.dtype))
+        carry(base, beside)
+        write_json(beside / ABOUT, {**about, "settings": settings})
+        settle(beside, out)
+    except OSError as fault:
+        raise QloraError(
+            f"the merged model could not be written: {fault.strerror or fault}",
+            where=str(out),
+            hint=f"whole files are kept in {beside}; free some space and run the same command, "
+            "which goes on from there, or remove that folder",
+        ) from fault
+    sizes = [shape.num_bytes for shard in shards for shape in shard.shapes.values()]
+    return Written(len(sizes), sum(sizes))
+
+
+def _write_shards(
+    tensors: MergedTensors,
+    shards: list[Shard],
+    done: set[str],
+    beside: Path,
+    observer: Observer,
+) -> None:
+    missing = [shard for shard in shards if shard.name not in done]
+    total = sum(len(shard.shapes) for shard in shards)
+    behind = total - sum(len(shard.shapes) for shard in missing)
+    observer.stage("merge", total)
+    observer.advance(behind)
+
+    def make(name: str) -> Tensor:
+        nonlocal behind
+        made = tensors.make(name)
+        behind += 1
+        observer.advance(behind)
+        return made
+
+    for shard in missing:
+        write_tensors(beside / shard.name, shard.shapes, make, {"format": "pt"})
+
+
+def _settings(tensors: MergedTensors, shards: list[Shard]) -> dict[str, Any]:
+    """What decides every byte of the output: two merges with the same settings are the same."""
+    files = sorted({entry.file for entry in tensors.source.entries.values()})
+    return {
+        "base": tensors.base,
+        "dtype": str(tensors.dtype).removeprefix("torch."),
+        "held": {
+            key: str(value).removeprefix("torch.") for key, value in vars(tensors.held).items()
+        },
+        "packed_on": tensors.device.type,
+        "weights": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+        "adapter": digest(tensors.adapter.folder) if tensors.adapter is not None else None,
+        "shards": {shard.name: len(shard.shapes) for shard in shards},
+    }
+
+
+def digest(adapter: Path) -> str:
+    """SHA-256 over the adapter's two files."""
+    found = hashlib.sha256()
+    for name in (peft_format.CONFIG, peft_format.WEIGHTS):
+        found.update((adapter / name).read_bytes())
+    return found.hexdigest()
+
+
+def _leftovers(beside: Path, settings: Mapping[str, Any], shards: list[Shard]) -> set[str]:
+    """Names of shards that an earlier, equal merge wrote whole; makes the folder for this one."""
+    about = beside / ABOUT
+    if about.is_file() and json.loads(about.read_text()).get("settings") == settings:
+        return {shard.name for shard in shards if _is_whole(beside / shard.name, shard.shapes)}
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    write_json(about, {"settings": settings})
+    return set()
+
+
+def _is_whole(file: Path, shapes: Mapping[str, Shape]) -> bool:
+    if not file.is_file():
+        return False
+    try:
+        entries, _ = read_header(file)
+    except ModelError:
+        return False
+    return {name: Shape(entry.dtype, entry.shape) for name, entry in entries.items()} == shapes
+
+
+def _check_room(out: Path, base: Path, missing: list[Shard]) -> None:
+    """Raises QloraError where the disk cannot take what is still to be written."""
+    weights = sum(shape.num_bytes for shard in missing for shape in shard.shapes.values())
+    needed = weights + sum((base / path).stat().st_size for path in carried_files(base))
+    free = shutil.disk_usage(out.parent).free
+    if free < needed + _ROOM_BYTES:
+        raise QloraError(
+            f"the merged model needs {format_bytes(needed)} on disk, and {format_bytes(free)} "
+            "are free",
+            where=str(out.parent),
+            hint="free some space or name a folder on another disk with --out",
+        )

@@ -1,0 +1,144 @@
+"""Fault by fault: is every tensor and every file of a merged folder what merging must write?
+
+Each tensor is computed again from the base and the adapter and compared bit for bit, one at a time.
+Where bits of an adapted tensor differ, the sum's own error is allowed for (`MergedTensors.accepts`)
+and nothing else: a tensor that only was copied, or only unpacked, has no error to allow for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_cli.errors import ModelError
+from qlora_cli.events import Observer
+from qlora_cli.export.folder import CONFIG, carried_files, merged_config
+from qlora_cli.export.tensors import MergedTensors
+from qlora_cli.units import format_count
+from qlora_cli.weights.source import read_folder
+from qlora_cli.weights.tensorfile import Entry, read_tensor
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def structure_faults(merged: Path, expected: MergedTensors) -> Iterator[str]:
+    """Missing and foreign tensors and wrong shapes; with any of them there is no model to ask."""
+    try:
+        found = read_folder(merged)
+    except ModelError as fault:
+        yield str(fault)
+        return
+    adapted = expected.adapted()
+    for name, shape in expected.shapes().items():
+        if name not in found:
+            lost = ", and the adapter's layer with it" if name in adapted else ""
+            yield f"{name} is missing{lost}"
+        elif found[name].shape != shape.shape:
+            yield f"{name} has shape {found[name].shape}; it must be {shape.shape}"
+    for name in sorted(found.keys() - expected.shapes().keys()):
+        yield f"{name} does not belong to this model"
+
+
+def value_faults(merged: Path, expected: MergedTensors, observer: Observer) -> Iterator[str]:
+    """Wrong dtypes and values, of the tensors whose structure is right. Raises ModelError."""
+    found, shapes = read_folder(merged), expected.shapes()
+    observer.stage("verify", len(shapes))
+    for done, (name, shape) in enumerate(shapes.items(), 1):
+        entry = found.get(name)
+        if entry is not None and entry.shape == shape.shape:
+            if entry.dtype != shape.dtype:
+                yield f"{name} is {_told(entry.dtype)}; it must be {_told(shape.dtype)}"
+            else:
+                yield from _differences(name, entry, expected)
+        observer.advance(done)
+
+
+def _differences(name: str, entry: Entry, expected: MergedTensors) -> Iterator[str]:
+    found, wanted = read_tensor(entry), expected.make(name)
+    differing = _num_differing(found, wanted)
+    if not differing:
+        return
+    del wanted
+    if name not in expected.adapted():
+        yield f"{name} differs from the base's in {_share(differing, found)}"
+    elif not expected.accepts(name, found):
+        alone = replace(expected, adapter=None).make(name)
+        if not _num_differing(found, alone):
+            yield f"{name} is the base's alone: the adapter's layer was not added"
+        else:
+            yield f"{name} differs from base + scaling B A in {_share(differing, found)}"
+
+
+def file_faults(merged: Path, base: Path) -> Iterator[str]:
+    """What is wrong with tokenizer, templates and generation settings."""
+    for path in carried_files(base):
+        if not (merged / path).is_file():
+            yield f"{path} was not carried over from the base"
+        elif not _same_content(merged / path, base / path):
+            yield f"{path} is not the base's{_first_key(merged / path, base / path)}"
+    for path in carried_files(merged):
+        if not (base / path).is_file():
+            yield f"{path} is not among the base's files"
+
+
+def config_faults(merged: Path, base: Path, dtype: torch.dtype) -> Iterator[str]:
+    """Where config.json is not the base's for weights in `dtype`."""
+    wanted = merged_config(base, dtype)
+    try:
+        found = json.loads((merged / CONFIG).read_text())
+    except ValueError as fault:
+        yield f"{CONFIG} is damaged: {fault}"
+        return
+    for key in sorted(wanted.keys() | found.keys()):
+        if found.get(key) != wanted.get(key):
+            here, there = json.dumps(found.get(key)), json.dumps(wanted.get(key))
+            yield f"{CONFIG}: {key} is {here}; it must be {there}"
+
+
+def _same_content(file: Path, other: Path) -> bool:
+    """Byte for byte, or the same JSON: another program may have laid it out anew."""
+    if file.read_bytes() == other.read_bytes():
+        return True
+    return file.suffix == ".json" and _json(file) == _json(other) is not None
+
+
+def _first_key(file: Path, other: Path) -> str:
+    """`: bos_token is "<s>"; it must be "<|im_start|>"`, where both are JSON objects."""
+    found, wanted = _json(file), _json(other)
+    if not isinstance(found, dict) or not isinstance(wanted, dict):
+        return ""
+    for key in sorted(found.keys() | wanted.keys()):
+        here, there = json.dumps(found.get(key)), json.dumps(wanted.get(key))
+        if here != there:
+            return f": {key} is {here[:80]}; it must be {there[:80]}"
+    return ""
+
+
+def _json(file: Path) -> Any:
+    if file.suffix != ".json":
+        return None
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError:
+        return None
+
+
+def _num_differing(found: Tensor, wanted: Tensor) -> int:
+    """Values that differ in any bit; NaN equals itself and -0 is not 0."""
+    bits = _BITS[found.dtype.itemsize]
+    found, wanted = found.view(bits), wanted.view(bits)
+    return 0 if torch.equal(found, wanted) else int((found != wanted).sum())
+
+
+def _share(differing: int, tensor: Tensor) -> str:
+    return f"{format_count(differing)} of {format_count(tensor.numel())} values"
+
+
+def _told(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

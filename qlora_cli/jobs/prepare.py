@@ -1,0 +1,108 @@
+"""What several jobs begin with: the base's folder, its config and tokenizer, rows as examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_cli.data.chat import Example, encode
+from qlora_cli.data.collate import Batch
+from qlora_cli.data.formats import detect_format, read_rows
+from qlora_cli.data.packing import Windows, eval_batches
+from qlora_cli.data.tokenizer import load_tokenizer
+from qlora_cli.errors import DataError, Problem
+from qlora_cli.families.spec import Family
+from qlora_cli.recipe.resolve import Choice, DeviceFacts, resolve
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.weights.locate import find_base, read_config
+from qlora_cli.weights.source import FolderSource
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that has met its base. recipe: without `auto`. file_dtype: of the checkpoint."""
+
+    recipe: Recipe
+    choices: tuple[Choice, ...]
+    facts: DeviceFacts
+    folder: Path
+    config: Any
+    tokenizer: Any
+
+    def source(self, model: nn.Module, family: Family) -> FolderSource:
+        """The base's tensors."""
+        return open_source(self.folder, family)
+
+    @property
+    def file_dtype(self) -> torch.dtype:
+        """Of the checkpoint's largest tensors, as its config says; float32 where it is silent."""
+        dtype = getattr(self.config, "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def open_source(folder: Path, family: Family) -> FolderSource:
+    """A folder's tensors under the family's parameter names. Raises ModelError."""
+    return FolderSource(
+        folder, prefix=f"{family.backbone}.", head=family.head, ignored=family.ignored
+    )
+
+
+def prepare(recipe: Recipe, facts: DeviceFacts) -> Prepared:
+    """Finds the base and settles what is `auto`. Raises ModelError."""
+    resolved, choices = resolve(recipe, facts)
+    folder = find_base(recipe.model.name, recipe.model.revision)
+    config = read_config(folder / "config.json")
+    return Prepared(resolved, choices, facts, folder, config, load_tokenizer(str(folder)))
+
+
+def read_examples(prepared: Prepared, where: str) -> list[Example]:
+    """Rows of one file as token ids and labels. Raises DataError naming file and line."""
+    recipe = prepared.recipe
+    rows = read_rows(where)
+    row_format = detect_format(rows, recipe.data.format)
+    examples = encode(rows, row_format, prepared.tokenizer, recipe.data.seq_len)
+    _check_positions(examples, prepared.config)
+    return examples
+
+
+def make_windows(recipe: Recipe, examples: Sequence[Example]) -> Windows:
+    """The order of training."""
+    return Windows(
+        examples,
+        seq_len=recipe.data.seq_len,
+        packing=recipe.data.packing,
+        micro_batch=recipe.train.micro_batch,
+        grad_accum=recipe.train.grad_accum,
+        seed=recipe.train.seed,
+    )
+
+
+def held_out_batches(recipe: Recipe, examples: Sequence[Example]) -> list[Batch]:
+    """Held-out rows, each once, in order."""
+    return list(
+        eval_batches(
+            examples,
+            seq_len=recipe.data.seq_len,
+            packing=recipe.data.packing,
+            micro_batch=recipe.train.micro_batch,
+        )
+    )
+
+
+def _check_positions(examples: Sequence[Example], config: Any) -> None:
+    """A learned position table ends; beyond it there is nothing to look up."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return
+    beyond = [example for example in examples if len(example.ids) > limit]
+    if beyond:
+        raise DataError(
+            f"{len(beyond)} rows are longer than the base's {limit} positions",
+            [Problem(row.origin, f"{len(row.ids)} tokens") for row in beyond[:10]],
+            hint=f"shorten them to {limit} tokens or take a base with more positions",
+        )

@@ -1,0 +1,92 @@
+"""run.json: what a run is and why each automatic choice was made."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.checkpoint.layout import RunFolder
+from qlora_cli.jobs.prepare import Prepared
+from qlora_cli.nn.embedding import FrozenEmbedding
+from qlora_cli.nn.quant import QuantLinear
+from qlora_cli.weights.build import Built
+
+_PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers", "accelerate", "safetensors")
+
+
+def describe_run(prepared: Prepared, recipe_path: Path | None, steps: int) -> dict[str, Any]:
+    """What is known before the base is loaded; status `running`."""
+    facts = prepared.facts
+    return {
+        "status": "running",
+        "steps": steps,
+        "recipe": prepared.recipe.model_dump(mode="json"),
+        "recipe_file": str(recipe_path) if recipe_path else None,
+        "base_folder": str(prepared.folder.resolve()),
+        "choices": [
+            {"key": choice.key, "value": choice.value, "reason": choice.reason}
+            for choice in prepared.choices
+        ],
+        "versions": versions(),
+        "device": {
+            "kind": facts.kind,
+            "name": facts.name,
+            "capacity_bytes": facts.capacity_bytes,
+            "capability": facts.capability,
+        },
+    }
+
+
+def describe_tensors(built: Built) -> list[dict[str, Any]]:
+    """For each kind of tensor: how many, how it is held, and why."""
+    kinds: Counter[tuple[str, str, str]] = Counter()
+    for path, module in built.model.named_modules():
+        kind = ".".join("*" if part.isdigit() else part for part in path.split("."))
+        kind = kind.removesuffix(".base")
+        if isinstance(module, QuantLinear):
+            kinds[kind, *_held(module, path == built.family.head)] += 1
+        elif isinstance(module, FrozenEmbedding):
+            dtype = _name(module.weight)
+            kinds[kind, dtype, "a table: rows are looked up, not multiplied; packing it costs accuracy"] += 1
+        elif "lora" not in kind and list(module.parameters(recurse=False)):
+            parameter = next(module.parameters(recurse=False))
+            kinds[kind, _name(parameter), "a vector or trained in full; too small to pack"] += 1
+    return [
+        {"tensors": kind, "count": count, "held": held, "reason": reason}
+        for (kind, held, reason), count in kinds.items()
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what a run's numbers depend on; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def set_status(run: RunFolder, status: str, **more: Any) -> None:
+    """Changes run.json's status: running | done | interrupted | failed."""
+    run.write(run.read() | {"status": status, **more})
+
+
+def _held(layer: QuantLinear, is_head: bool) -> tuple[str, str]:
+    held = layer.held
+    if is_head:
+        return _name(layer.weight), "the head: its errors reach every logit directly"
+    if held.bits == 4:
+        twice = " with double quantization" if held.double_quant else ""
+        return f"{held.quant_type}{twice}", "a linear of a block, frozen"
+    if held.bits == 8:
+        return "int8", "a linear of a block, frozen"
+    return _name(layer.weight), "base.bits is 16"
+
+
+def _name(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

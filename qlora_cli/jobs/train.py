@@ -1,0 +1,247 @@
+"""`qlora train`: the job, from a recipe to an adapter and a ledger."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_cli.checkpoint.adapter import save_adapter
+from qlora_cli.checkpoint.layout import RunFolder, appear_whole
+from qlora_cli.checkpoint.resume import load_checkpoint, write_trained
+from qlora_cli.data.collate import Batch
+from qlora_cli.data.packing import Windows
+from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
+from qlora_cli.events import Observer
+from qlora_cli.jobs import plan as planning
+from qlora_cli.jobs import record
+from qlora_cli.jobs.prepare import (
+    Prepared,
+    held_out_batches,
+    make_windows,
+    prepare,
+    read_examples,
+)
+from qlora_cli.jobs.results import TrainResult
+from qlora_cli.memory.device import inspect_device
+from qlora_cli.memory.instrument import Instrument
+from qlora_cli.memory.ledger import Device, Ledger, worst
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.train import runtime
+from qlora_cli.train.forward import Score, evaluate
+from qlora_cli.train.imagine import Imagined, full_fine_tuning, side
+from qlora_cli.train.loop import Loop, Progress
+from qlora_cli.train.state import State, build_state, tag_living
+from qlora_cli.units import format_bytes
+from qlora_cli.weights.source import SINGLE
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that is known before the base is loaded."""
+
+    prepared: Prepared
+    run: RunFolder
+    windows: Windows
+    held_out: list[Batch]
+    steps: int
+
+    @property
+    def worst_window(self) -> list[Batch]:
+        """The largest micro-batch of an epoch, and another one behind it where steps have several."""
+        step = max(range(self.windows.steps_per_epoch), key=self.windows.largest_batch)
+        window = self.windows.window(step)
+        return sorted(window, key=lambda batch: -batch.input_ids.numel())[:2]
+
+
+def run(
+    recipe: Recipe, *, recipe_path: Path | None, resume: bool, observer: Observer
+) -> TrainResult:
+    """Trains. Raises InputError for what the user wrote, DoesNotFit, Interrupted, QloraError."""
+    facts = inspect_device()
+    prepared = prepare(recipe, facts)
+    for choice in prepared.choices:
+        observer.note(f"{choice.key} = {choice.value}: {choice.reason}")
+    job = _read(prepared)
+    checkpoint = _claim(job, recipe_path, resume)
+    planned, before = _plan(job, observer)
+    try:
+        return _train(job, checkpoint, planned, before, observer)
+    except (Interrupted, KeyboardInterrupt):
+        record.set_status(job.run, "interrupted")
+        raise
+    except torch.OutOfMemoryError as fault:
+        record.set_status(job.run, "failed")
+        raise DoesNotFit(
+            f"the card's memory is full: {str(fault).splitlines()[0]}",
+            hint="`qlora plan` with --fit says what fits; is another process on the card?",
+        ) from fault
+    except QloraError:
+        record.set_status(job.run, "failed")
+        raise
+
+
+def _read(prepared: Prepared) -> _Job:
+    recipe = prepared.recipe
+    windows = make_windows(recipe, read_examples(prepared, recipe.data.train))
+    held_out = (
+        held_out_batches(recipe, read_examples(prepared, recipe.data.eval))
+        if recipe.data.eval
+        else []
+    )
+    steps = recipe.train.steps or math.ceil(recipe.train.epochs * windows.steps_per_epoch)
+    return _Job(prepared, RunFolder(Path(recipe.output)), windows, held_out, steps)
+
+
+def _claim(job: _Job, recipe_path: Path | None, resume: bool) -> Path | None:
+    """Makes the run's folder, or finds the checkpoint to go on from."""
+    about = record.describe_run(job.prepared, recipe_path, job.steps)
+    if not resume:
+        job.run.create()
+        job.run.write(about)
+        return None
+    before = job.run.read()
+    _check_same(job.run, before, about)
+    job.run.write(before | about)
+    steps = job.run.steps()
+    _forget_metrics_after(job.run, steps[-1] if steps else 0)
+    return job.run.checkpoint(steps[-1]) if steps else None
+
+
+def _check_same(run: RunFolder, before: dict[str, object], now: dict[str, object]) -> None:
+    """A run goes on as it began; another recipe is another run."""
+    old, new = _flat(before["recipe"]), _flat(now["recipe"])
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if changed:
+        raise UsageError(
+            "the recipe has changed since this run began: "
+            + ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed),
+            where=str(run.run_json),
+            hint="go on with the old values, or start a new run with output=...",
+        )
+
+
+def _flat(recipe: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(recipe, dict):
+        return {prefix.rstrip("."): recipe}
+    return {k: v for key in recipe for k, v in _flat(recipe[key], f"{prefix}{key}.").items()}
+
+
+def _forget_metrics_after(run: RunFolder, step: int) -> None:
+    """Lines of steps that will be done again; each line is one step."""
+    if run.metrics.exists():
+        lines = run.metrics.read_text().splitlines(keepends=True)[:step]
+        run.metrics.write_text("".join(lines))
+
+
+def _plan(job: _Job, observer: Observer) -> tuple[Imagined, Imagined]:
+    """(this job, full fine-tuning on the same batches). Raises DoesNotFit."""
+    prepared, window = job.prepared, job.worst_window
+    planned = planning.plan(prepared.recipe, prepared.config, prepared.facts, window)
+    full = full_fine_tuning(prepared.recipe)
+    before = planning.plan(full, prepared.config, prepared.facts, window)
+    observer.note(
+        f"plan: {format_bytes(planned.peak_bytes)} at the peak; full fine-tuning would need "
+        f"{format_bytes(before.peak_bytes)}"
+    )
+    if planned.peak_bytes > prepared.facts.capacity_bytes:
+        record.set_status(job.run, "failed")
+        raise DoesNotFit(
+            f"the job needs {format_bytes(planned.peak_bytes)}; {prepared.facts.name} has "
+            f"{format_bytes(prepared.facts.capacity_bytes)}",
+            hint="`qlora plan` says which changes make it fit",
+        )
+    return planned, before
+
+
+def _train(
+    job: _Job, checkpoint: Path | None, planned: Imagined, before: Imagined, observer: Observer
+) -> TrainResult:
+    prepared = job.prepared
+    device = runtime.start(prepared.facts, prepared.recipe.train.seed).device
+    instrument = Instrument(device)
+    state = _load(prepared, device, instrument, observer)
+    record.set_status(job.run, "running", tensors=record.describe_tensors(state.built))
+    if checkpoint is not None:
+        state.step, scale = load_checkpoint(checkpoint, state.trainable, state.optimizer)
+        state.loss_scale.restore(scale)
+        observer.note(f"going on after step {state.step}")
+    progress = Loop(state, job.windows, job.steps, job.run, instrument, observer).go()
+    score = _evaluate(state, job.held_out, instrument)
+    _save(job, state)
+    ledger = _ledger(job, instrument, planned, before)
+    ledger.write(job.run.memory_json)
+    return _finish(job, progress, score, ledger)
+
+
+def _load(
+    prepared: Prepared, device: torch.device, instrument: Instrument, observer: Observer
+) -> State:
+    with instrument.phase("load"):
+        state = build_state(
+            prepared.recipe,
+            prepared.config,
+            prepared.source,
+            device,
+            observer,
+            prepared.file_dtype,
+        )
+        tag_living(state, instrument.tracker)
+    if device.type == "cuda":
+        # What loading left in the cache is in the wrong sizes for training.
+        torch.cuda.empty_cache()
+    return state
+
+
+def _evaluate(state: State, held_out: Sequence[Batch], instrument: Instrument) -> Score | None:
+    if not held_out:
+        return None
+    with instrument.phase("eval"):
+        evaluate(state.built, held_out[:1], state.device)
+    return evaluate(state.built, held_out, state.device)
+
+
+def _save(job: _Job, state: State) -> None:
+    if job.prepared.recipe.adapter.method == "lora":
+        save_adapter(state.built, job.prepared.recipe, job.run.adapter)
+        return
+    with appear_whole(job.run.weights) as folder:
+        shutil.copy(job.prepared.folder / "config.json", folder)
+        write_trained(state.trainable, folder / SINGLE)
+
+
+def _ledger(
+    job: _Job, instrument: Instrument, planned: Imagined, before: Imagined
+) -> Ledger:
+    recipe, facts = job.prepared.recipe, job.prepared.facts
+    phases = instrument.phases
+    return Ledger(
+        device=Device(facts.kind, facts.name, facts.capacity_bytes),
+        phases=phases,
+        before=side(full_fine_tuning(recipe), before.phases, "planned"),
+        after=side(recipe, phases, "measured"),
+        planned_peak_bytes=planned.peak_bytes,
+        measured_peak_bytes=worst(phases).peak_bytes,
+        allocator=instrument.allocator(),
+        instrument=instrument.describe(),
+    )
+
+
+def _finish(
+    job: _Job, progress: Progress, score: Score | None, ledger: Ledger
+) -> TrainResult:
+    result = TrainResult(
+        run=job.run.path,
+        steps=job.steps,
+        train_loss=progress.train_loss,
+        eval_loss=score.loss if score else None,
+        tokens_per_second=progress.tokens_per_second,
+        ledger=ledger,
+    )
+    summary = {key: value for key, value in result.to_dict().items() if key != "ledger"}
+    record.set_status(job.run, "done", result=summary)
+    return result

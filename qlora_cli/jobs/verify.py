@@ -1,0 +1,31 @@
+"""`qlora verify`: is the merged model the one that was trained?"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from qlora_cli.checkpoint.layout import RunFolder
+from qlora_cli.events import Observer
+from qlora_cli.export.verify import verify
+from qlora_cli.jobs.results import VerifyResult
+from qlora_cli.memory.device import inspect_device
+
+
+def run(merged: Path, *, against: Path, observer: Observer) -> VerifyResult:
+    """Compares a merged folder with its run; figures are NaN where it could not be asked.
+
+    Raises InputError where one of the two is not there or not finished.
+    """
+    device = torch.device(inspect_device().kind)
+    verdict = verify(merged, RunFolder(against), device, observer)
+    told = verdict.comparison
+    return VerifyResult(
+        passed=verdict.passed,
+        max_logit_difference=told.max_logit_difference if told else math.nan,
+        mean_kl=told.mean_kl if told else math.nan,
+        top1_agreement=told.top1_agreement if told else math.nan,
+        faults=verdict.faults,
+    )

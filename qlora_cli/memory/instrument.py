@@ -1,0 +1,77 @@
+"""The tracker and the device's own counter side by side, phase by phase.
+
+The tracker knows categories, the allocator knows the truth. A phase's peak on CUDA is the allocator's;
+what the tracker did not see of it is `other`. On a CPU there is no such counter, and the tracker's
+figure stands alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from qlora_cli.memory.device import read_allocator, reset_peak
+from qlora_cli.memory.ledger import Allocator, Phase
+from qlora_cli.memory.tracker import StorageTracker
+
+CUDA_GRANULARITY = 512
+"""The caching allocator hands out multiples of 512 bytes."""
+
+
+class Instrument:
+    """Measures the phases of a real job on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_card = device.type == "cuda"
+        self.tracker = StorageTracker(
+            granularity=CUDA_GRANULARITY if on_card else 1, device_type=device.type
+        )
+        self._device = device
+        self._peaks: dict[str, int] = {}
+        self._allocator = Allocator()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Tracks what happens inside as part of phase `name`."""
+        self._remember()
+        reset_peak(self._device)
+        with self.tracker, self.tracker.phase(name):
+            yield
+        seen = read_allocator(self._device).allocated
+        self._peaks[name] = max(self._peaks.get(name, 0), seen)
+        self._remember()
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """With the allocator's peaks where there is one."""
+        return tuple(_with_other(p, self._peaks.get(p.name, 0)) for p in self.tracker.phases)
+
+    def allocator(self) -> Allocator:
+        """The device's peaks over the whole job so far; zeros on a CPU."""
+        self._remember()
+        return self._allocator
+
+    def describe(self) -> str:
+        """What the figures were read from, for the reader."""
+        if self._device.type == "cuda":
+            return "peaks by torch's CUDA allocator, categories by the storage tracker"
+        return "storage tracker (every tensor's bytes; not what kernels allocate inside themselves)"
+
+    def _remember(self) -> None:
+        now, before = read_allocator(self._device), self._allocator
+        self._allocator = Allocator(
+            max(now.allocated, before.allocated),
+            max(now.reserved, before.reserved),
+            max(now.driver, before.driver),
+        )
+
+
+def _with_other(phase: Phase, device_peak: int) -> Phase:
+    unseen = device_peak - phase.peak_bytes
+    if unseen <= 0:
+        return phase
+    at_peak = phase.at_peak | {"other": phase.at_peak.get("other", 0) + unseen}
+    return replace(phase, peak_bytes=device_peak, at_peak=at_peak)

@@ -1,0 +1,179 @@
+"""Steps from the first to the last: metrics, checkpoints, the tracked steps, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any
+
+from qlora_cli.checkpoint.layout import RunFolder
+from qlora_cli.checkpoint.resume import save_checkpoint
+from qlora_cli.data.packing import Windows
+from qlora_cli.errors import Interrupted
+from qlora_cli.events import Observer, StepEvent
+from qlora_cli.memory.device import live_and_peak
+from qlora_cli.memory.instrument import Instrument
+from qlora_cli.memory.tracker import gradients_of
+from qlora_cli.train.optimizer import learning_rate
+from qlora_cli.train.state import State
+from qlora_cli.train.step import StepOutcome, train_step
+
+TRACKED_STEPS = 3
+"""The first step makes the optimizer's states; two more show the steady state."""
+LAST_LOSSES = 10
+"""Steps whose mean is reported as the run's training loss."""
+
+
+@dataclass
+class Progress:
+    """What the loop did.
+
+    plain, tracked: [tokens, seconds] of steps without and with the memory instrument, which slows
+    them; speed is read from the plain ones where there are any.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    plain: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    tracked: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+    def add(self, outcome: StepOutcome, seconds: float, tracked: bool) -> None:
+        """After each step."""
+        self.losses.append(outcome.loss)
+        timed = self.tracked if tracked else self.plain
+        timed[0] += outcome.tokens
+        timed[1] += seconds
+
+    @property
+    def train_loss(self) -> float:
+        """Mean of the last steps; NaN where none was done."""
+        last = self.losses[-LAST_LOSSES:]
+        return sum(last) / len(last) if last else float("nan")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All tokens, prompts included; 0 where no step was done."""
+        tokens, seconds = self.plain if self.plain[1] else self.tracked
+        return tokens / seconds if seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One run's loop. steps: optimizer steps of the whole job."""
+
+    state: State
+    windows: Windows
+    steps: int
+    run: RunFolder
+    instrument: Instrument
+    observer: Observer
+
+    def go(self) -> Progress:
+        """From the state's step to the last. Raises Interrupted after Ctrl-C, checkpoint written."""
+        progress = Progress()
+        first = self.state.step
+        tracked = {*range(first, first + TRACKED_STEPS), self._largest_step(first)}
+        self.observer.stage("train", self.steps)
+        self.observer.advance(first)
+        with _asked_to_stop() as asked, self.run.metrics.open("a") as metrics:
+            while self.state.step < self.steps:
+                event = self._one(progress, self.state.step in tracked)
+                metrics.write(json.dumps(_metrics(event)) + "\n")
+                metrics.flush()
+                self.observer.step(event)
+                self._maybe_checkpoint(asked())
+        return progress
+
+    def _one(self, progress: Progress, tracked: bool) -> StepEvent:
+        step = self.state.step
+        lr = learning_rate(self.state.recipe.train, step, self.steps)
+        began = time.perf_counter()
+        window = self.windows.window(step)
+        outcome = self._tracked(window, lr) if tracked else train_step(self.state, window, lr)
+        seconds = time.perf_counter() - began
+        if outcome.skipped:
+            self.observer.note(
+                f"step {step + 1}: float16 gradients overflowed; step left out, loss scale halved"
+            )
+        progress.add(outcome, seconds, tracked)
+        return self._event(outcome, lr, seconds, progress)
+
+    def _tracked(self, window: list[Any], lr: float) -> StepOutcome:
+        name = "step" if self.state.optimizer.state else "first_step"
+        watch = gradients_of(self.state.trainable.values(), self.instrument.tracker)
+        with watch, self.instrument.phase(name):
+            return train_step(self.state, window, lr)
+
+    def _event(
+        self, outcome: StepOutcome, lr: float, seconds: float, progress: Progress
+    ) -> StepEvent:
+        live, peak = live_and_peak(self.state.device)
+        steps_left = self.steps - self.state.step
+        mean_tokens = sum(p[0] for p in (progress.plain, progress.tracked)) / len(progress.losses)
+        return StepEvent(
+            step=self.state.step,
+            steps=self.steps,
+            loss=outcome.loss,
+            lr=lr,
+            grad_norm=outcome.grad_norm,
+            tokens=outcome.tokens,
+            tokens_per_second=outcome.tokens / seconds,
+            live_bytes=live,
+            peak_bytes=peak,
+            seconds_left=steps_left * mean_tokens / progress.tokens_per_second,
+        )
+
+    def _maybe_checkpoint(self, stop: bool) -> None:
+        step = self.state.step
+        every = self.state.recipe.train.checkpoint_every
+        if stop or step == self.steps or step % every == 0:
+            save_checkpoint(
+                self.run,
+                step,
+                self.state.trainable,
+                self.state.optimizer,
+                self.state.loss_scale.state(),
+            )
+        if stop and step < self.steps:
+            raise Interrupted(
+                f"stopped after step {step} of {self.steps}; its checkpoint is written",
+                where=str(self.run.path),
+                hint="go on with --resume",
+            )
+
+    def _largest_step(self, first: int) -> int:
+        """The remaining step of an epoch whose largest batch has the most tokens."""
+        last = min(self.steps, first + self.windows.steps_per_epoch)
+        return max(range(first, last), key=self.windows.largest_batch, default=first)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask; the loop stops after its step. A second Ctrl-C stops at once."""
+    asked = False
+
+    def ask(_: int, __: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        # Only the main thread may listen; elsewhere the caller stops its own thread.
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _metrics(event: StepEvent) -> dict[str, Any]:
+    keep = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_bytes", "joules")
+    return {key: value for key, value in asdict(event).items() if key in keep}

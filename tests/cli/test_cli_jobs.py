@@ -1,0 +1,203 @@
+"""Each job's command on the embedded base: what it prints, and as which JSON object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commandline import qlora
+
+from qlora_cli.memory.ledger import Ledger
+from qlora_cli.recipe.resolve import DeviceFacts
+from qlora_cli.units import GIB
+
+
+def test_plan_says_what_a_job_needs(recipe: Path) -> None:
+    outcome = qlora("plan", recipe, "train.micro_batch=1", "--json")
+    assert outcome.code == 0
+    plan = outcome.json
+    assert plan["fits"] is True
+    assert Ledger.from_dict(plan["ledger"]).planned_peak_bytes > 0
+    assert plan["trainable_parameters"] < plan["total_parameters"]
+    assert {"device", "advice", "compare", "adapter_bytes", "seconds"} <= set(plan)
+
+
+def test_plan_reads_for_people(recipe: Path) -> None:
+    outcome = qlora("plan", recipe)
+    assert "fits on" in outcome.out
+    assert "Memory before and after" in outcome.out
+
+
+def test_plan_compares_methods(recipe: Path) -> None:
+    compared = qlora("plan", recipe, "--compare", "--json").json["compare"]
+    peaks = {(one["method"], one["bits"]): one["peak_bytes"] for one in compared}
+    assert peaks["full", 16] > peaks["lora", 4]
+    assert all(sum(one["at_peak"].values()) == one["peak_bytes"] for one in compared)
+
+
+def test_plan_exits_3_and_advises_where_a_card_is_too_small(recipe: Path) -> None:
+    outcome = qlora("plan", recipe, "data.seq_len=1024", "--vram", "8MiB", "--json")
+    assert outcome.code == 3
+    plan = outcome.json
+    assert plan["fits"] is False
+    assert all(one["saves_bytes"] > 0 for one in plan["advice"])
+    assert "DOES NOT FIT" in qlora("plan", recipe, "--vram", "1MiB").out
+
+
+def test_plan_searches_for_what_fits(recipe: Path) -> None:
+    assert qlora("plan", recipe, "--fit", "--vram", "64MiB", "--json").json["advice"]
+
+
+def test_vram_describes_a_card_that_is_not_here(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_cli.jobs import plan
+
+    seen: list[DeviceFacts | None] = []
+    real = plan.run
+
+    def watched(*args: object, device_facts: DeviceFacts | None, **rest: object) -> object:
+        seen.append(device_facts)
+        return real(*args, device_facts=device_facts, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(plan, "run", watched)
+    assert qlora("plan", recipe, "--vram", "24GiB").code == 0
+    assert seen == [DeviceFacts("cuda", "a 24.0 GiB card", 24 * GIB, (8, 9), 128, imagined=True)]
+
+
+def test_train_leaves_a_whole_run(run: Path) -> None:
+    assert {"run.json", "adapter", "memory.json", "metrics.jsonl", "report.html"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_train_refuses_a_used_folder(run: Path, recipe: Path) -> None:
+    before = (run / "memory.json").read_bytes()
+    outcome = qlora("train", recipe)
+    assert outcome.code == 2
+    assert "--resume" in outcome.err
+    assert (run / "memory.json").read_bytes() == before
+
+
+def test_train_prints_one_object_and_its_progress_elsewhere(recipe: Path, tmp_path: Path) -> None:
+    outcome = qlora("train", recipe, f"output={tmp_path / 'run'}", "train.steps=1", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["steps"] == 1
+    keys = {"run", "train_loss", "eval_loss", "tokens_per_second", "ledger"}
+    assert keys <= set(outcome.json)
+    assert "step 1 of 1" in outcome.err
+
+
+def test_train_goes_on_where_it_stopped(recipe: Path, run: Path) -> None:
+    outcome = qlora("train", recipe, "--resume", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["steps"] == 3
+
+
+def test_train_refuses_a_faulty_recipe_with_every_problem(recipe: Path) -> None:
+    outcome = qlora("train", recipe, "train.lrr=1", "base.bits=5")
+    assert outcome.code == 2
+    assert "override train.lrr=1: unknown setting" in outcome.err
+    assert "override base.bits=5: is 5; it must be 4, 8 or 16" in outcome.err
+
+
+def test_report_shows_a_run(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    outcome = qlora("report", run, "--html", page)
+    assert outcome.code == 0, outcome.err
+    assert "done" in outcome.out
+    assert "less memory than full fine-tuning" in page.read_text()
+    shown = qlora("report", run, "--json").json
+    assert len(shown["metrics"]) == 3
+    assert shown["html"] is None
+
+
+def test_merge_writes_what_it_says(merged: Path, run: Path, tmp_path: Path) -> None:
+    assert (merged / "config.json").is_file()
+    out = tmp_path / "again"
+    arguments = ("--dtype", "float32", "--base", "original", "--json")
+    outcome = qlora("merge", run, "--out", out, *arguments)
+    assert outcome.code == 0, outcome.err
+    told = outcome.json
+    assert (told["dtype"], told["base"], told["out"]) == ("float32", "original", str(out))
+    files = out.glob("*.safetensors")
+    assert told["bytes"] <= sum(path.stat().st_size for path in files)
+
+
+def test_verify_passes_a_right_merge(merged: Path, run: Path) -> None:
+    outcome = qlora("verify", merged, "--against", run, "--json")
+    assert outcome.code == 0, outcome.out
+    assert outcome.json["passed"] is True
+    assert {"max_logit_difference", "mean_kl", "top1_agreement", "faults"} <= set(outcome.json)
+
+
+def test_verify_exits_4_on_another_model(run: Path, recipe: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    changed = (f"output={other}", "train.lr=0.05", "train.steps=2")
+    assert qlora("train", recipe, *changed).code == 0
+    assert qlora("merge", other, "--out", tmp_path / "merged").code == 0
+    outcome = qlora("verify", tmp_path / "merged", "--against", run)
+    assert outcome.code == 4
+    assert "FAILED" in outcome.out
+
+
+def test_generate_goes_on_from_a_prompt(run: Path, merged: Path) -> None:
+    arguments = ("--prompt", "name: Copper Swan", "--max-new-tokens", "5")
+    for where in (run, merged, "starter"):
+        outcome = qlora("generate", where, *arguments, "--json")
+        assert outcome.code == 0, outcome.err
+        assert outcome.json["prompt"] == "name: Copper Swan"
+        assert outcome.json["text"]
+    drawn = [
+        qlora("generate", run, *arguments, "--temperature", "1.5", "--seed", "3").out
+        for _ in range(2)
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_chat_answers_until_an_empty_line(run: Path) -> None:
+    outcome = qlora("chat", run, stdin="Hello\nAgain\n\nnever read\n")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out
+    assert ">" not in outcome.out
+
+
+def test_eval_measures_held_out_rows(run: Path, held_out: Path) -> None:
+    outcome = qlora("eval", run, "--data", held_out, "--json")
+    assert outcome.code == 0, outcome.err
+    told = outcome.json
+    assert told["tokens"] > 0
+    assert told["perplexity"] == pytest.approx(2.718281828 ** told["loss"], rel=1e-3)
+    assert 0 <= told["accuracy"] <= 1
+
+
+def test_data_shows_rows_as_the_model_sees_them(recipe: Path) -> None:
+    outcome = qlora("data", recipe, "--show", "2")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("⟦") >= 2 + 1
+    told = qlora("data", recipe, "data.packing=false", "--json").json
+    assert told["rows"] == 64
+    assert len(told["shown"]) == 3
+
+
+def test_doctor_tries_what_is_here() -> None:
+    outcome = qlora("doctor", "--json")
+    assert outcome.code == 0
+    states = {check["name"]: check["state"] for check in outcome.json["checks"]}
+    assert states["4 bit (NF4)"] == states["8 bit (LLM.int8())"] == "ok"
+    assert states["torch"] == "ok"
+    assert "device" in qlora("doctor").out
+
+
+@pytest.mark.slow
+def test_quickstart_goes_the_whole_way_twice(tmp_path: Path) -> None:
+    for _ in range(2):
+        outcome = qlora("quickstart", "--out", tmp_path / "quickstart", "--json")
+        assert outcome.code == 0, outcome.err
+    told = outcome.json
+    assert told["verify"]["passed"] is True
+    assert told["loss_after"] <= told["loss_before"] / 2
+    assert told["samples"]

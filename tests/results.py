@@ -1,0 +1,107 @@
+"""One made-up result of each job, for tests of what is shown of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from qlora_cli.jobs.results import (
+    Advice,
+    Check,
+    Compared,
+    DataResult,
+    DoctorResult,
+    EvalResult,
+    GenerateResult,
+    MergeResult,
+    PlanResult,
+    QuickstartResult,
+    ReportResult,
+    ShownRow,
+    TrainResult,
+    VerifyResult,
+)
+from qlora_cli.memory.ledger import Allocator, Device, Ledger, Phase, Side
+from qlora_cli.units import GIB, MIB
+
+HELD = {"base": 3500 * MIB, "quant_constants": 110 * MIB, "embeddings": 1002 * MIB}
+STEP = {**HELD, "adapter": 26 * MIB, "gradients": 26 * MIB, "optimizer": 52 * MIB}
+STEP |= {"activations": 700 * MIB, "loss": 300 * MIB}
+FULL = {"adapter": 16 * GIB, "gradients": 30 * GIB, "optimizer": 60 * GIB}
+
+
+def _phase(name: str, at_peak: dict[str, int]) -> Phase:
+    return Phase(name, sum(at_peak.values()), sum(HELD.values()), at_peak)
+
+
+LEDGER = Ledger(
+    device=Device("cuda", "NVIDIA GeForce RTX 4090", 24 * GIB),
+    phases=(_phase("load", HELD), _phase("first_step", STEP), _phase("step", STEP)),
+    before=Side("full", "planned", sum(FULL.values()), FULL),
+    after=Side("lora", "measured", sum(STEP.values()), STEP, bits=4),
+    planned_peak_bytes=5 * GIB,
+    measured_peak_bytes=sum(STEP.values()),
+    allocator=Allocator(6 * GIB, 7 * GIB, 8 * GIB),
+    instrument="torch's caching allocator",
+)
+PLAN = PlanResult(
+    device={"kind": "cuda"},
+    ledger=LEDGER,
+    fits=True,
+    advice=(Advice("data.seq_len=512", 300 * MIB, 5 * GIB),),
+    compare=(Compared("full", 16, sum(FULL.values()), FULL),),
+    trainable_parameters=6_815_744,
+    total_parameters=8_030_261_248,
+    adapter_bytes=26 * MIB,
+    seconds=1.5,
+)
+TRAIN = TrainResult(Path("runs/x"), 120, 1.234, 1.3, 2413.0, LEDGER)
+MERGE = MergeResult(Path("runs/x/merged"), "float16", "dequantized", 291, 16 * GIB)
+VERIFY = VerifyResult(True, 0.012, 1e-5, 0.993, ())
+EVAL = EvalResult(1.2, 3.32, 10_000, 0.61)
+GENERATE = GenerateResult("Hello", " world [x]")
+DATA = DataResult(
+    rows=100,
+    sequences=20,
+    tokens=20_000,
+    trained_tokens=12_000,
+    longest_row=800,
+    format="messages",
+    shown=(ShownRow("rows.jsonl:7", (("<s>", False), ("Hi", False), (" you", True))),),
+    findings=("3 rows are longer than seq_len",),
+)
+DOCTOR = DoctorResult((Check("device", "ok", "a CPU"), Check("disk", "limited", "small", "more")))
+REPORT = ReportResult(
+    run={
+        "status": "done",
+        "recipe": {
+            "model": {"name": "meta-llama/Llama-3.1-8B"},
+            "base": {"bits": 4},
+            "adapter": {"targets": ["q", "v"]},
+            "output": "runs/x",
+        },
+        "choices": [{"key": "base.compute_dtype", "value": "bfloat16", "reason": "units & <b>"}],
+        "versions": {"torch": "2.13.0"},
+        "tensors": [{"tensors": "model.norm", "count": 1, "held": "bfloat16", "reason": "small"}],
+    },
+    ledger=LEDGER,
+    metrics=tuple(
+        {
+            "step": step,
+            "loss": 2 * math.exp(-step / 30),
+            "tokens": 2048,
+            "tokens_per_second": 2400.0 + step,
+            "joules": 300.0,
+        }
+        for step in range(1, 51)
+    ),
+)
+QUICKSTART = QuickstartResult(
+    plan=PLAN,
+    train=TRAIN,
+    merge=MERGE,
+    verify=VERIFY,
+    loss_before=2.1,
+    loss_after=0.7,
+    samples=(("name: Copper Swan\n", "blah", "The Copper Swan is cheap."),),
+)

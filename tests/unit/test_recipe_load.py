@@ -1,0 +1,257 @@
+"""Recipes: every problem at once, where it was written, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.errors import Problem, RecipeError, UsageError
+from qlora_cli.recipe.load import load_recipe
+from qlora_cli.recipe.shipped import shipped_recipes
+
+Write = Callable[[str], Path]
+GOOD = "model: {name: starter}\ndata: {train: rows.jsonl}\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a recipe file."""
+
+    def to_file(text: str) -> Path:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return path
+
+    return to_file
+
+
+def problems(path: Path, *overrides: str) -> list[Problem]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return list(caught.value.problems)
+
+
+def only(path: Path, *overrides: str) -> Problem:
+    (problem,) = problems(path, *overrides)
+    return problem
+
+
+def test_the_least_recipe_has_the_defaults(write: Write) -> None:
+    recipe = load_recipe(write(GOOD))
+    assert (recipe.base.bits, recipe.adapter.targets, recipe.train.lr) == (4, ["q", "v"], 2e-4)
+
+
+def test_the_output_takes_the_name_of_the_file(write: Write) -> None:
+    assert load_recipe(write(GOOD)).output == "runs/mine"
+
+
+def test_numbers_are_read_as_yaml_1_2_and_whole_ones_pass_for_floats(write: Write) -> None:
+    recipe = load_recipe(write(GOOD + "train: {lr: 2e-4, max_grad_norm: 1, warmup: 0}\n"))
+    assert (recipe.train.lr, recipe.train.max_grad_norm, recipe.train.warmup) == (2e-4, 1.0, 0.0)
+
+
+def test_an_empty_section_says_nothing(write: Write) -> None:
+    assert load_recipe(write(GOOD + "train:\n")).train == load_recipe(write(GOOD)).train
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("train.lr=1e-3", "train", "lr", 1e-3),
+        ("train.steps=5", "train", "steps", 5),
+        ("train.max_grad_norm=null", "train", "max_grad_norm", None),
+        ("data.packing=false", "data", "packing", False),
+        ("adapter.targets=[q, k]", "adapter", "targets", ["q", "k"]),
+        ("adapter.targets=q,k", "adapter", "targets", ["q", "k"]),
+        ("adapter.targets=q", "adapter", "targets", ["q"]),
+        ("adapter.targets=all", "adapter", "targets", "all"),
+        ("model.revision=1234567", "model", "revision", "1234567"),
+        ("model.name=C:\\models\\x", "model", "name", "C:\\models\\x"),
+        ("data.train=a: b.jsonl", "data", "train", "a: b.jsonl"),
+    ],
+)
+def test_an_override_sets_one_setting(
+    write: Write, override: str, section: str, name: str, value: Any
+) -> None:
+    recipe = load_recipe(write(GOOD), [override])
+    assert getattr(getattr(recipe, section), name) == value
+
+
+def test_the_last_override_wins_over_earlier_ones_and_the_file(write: Write) -> None:
+    path = write(GOOD + "train: {lr: 1}\n")
+    assert load_recipe(path, ["train.lr=2", "train.lr=3"]).train.lr == 3.0
+
+
+def test_an_empty_override_takes_a_setting_back(write: Write) -> None:
+    path = write(GOOD + "train: {epochs: 3}\n")
+    assert "leave one out" in only(path, "train.steps=5").what
+    assert load_recipe(path, ["train.steps=5", "train.epochs="]).train.steps == 5
+
+
+def test_all_problems_are_told_at_once_and_where(write: Write) -> None:
+    path = write(
+        "model: {nme: x}\n"
+        "base: {bits: 8, quant_type: nf4}\n"
+        "adapter: {rank: 0, targets: [q, 3]}\n"
+        "train:\n"
+        "  lrr: 1\n"
+        "  seed: 1\n"
+        "  seed: 2\n"
+        "  epochs: 1\n"
+        "  steps: 1\n"
+        "trian: {}\n"
+        "output: runs/{foo}\n"
+    )
+    found = {problem.where: problem for problem in problems(path, "train.lr=fast", "nonsense")}
+    assert set(found) == {
+        f"{path}:1: model.name",
+        f"{path}:1: model.nme",
+        f"{path}:2: base",
+        f"{path}:3: adapter.rank",
+        f"{path}:3: adapter.targets",
+        f"{path}:5: train.lrr",
+        f"{path}:7: train.seed",
+        f"{path}:10: trian",
+        f"{path}: data.train",
+        "override train.lr=fast",
+        "override nonsense",
+    }
+
+
+def test_problems_hidden_behind_others_are_told_too(write: Write) -> None:
+    path = write(
+        "model: {}\ndata: {train: x, bogus: 1}\ntrain: {epochs: 1, steps: 1, lrr: 1}\n"
+        "adapter: {method: full}\n"
+    )
+    told = " ".join(problem.what for problem in problems(path))
+    assert "steps and epochs" in told
+
+
+def test_a_relation_between_sections_shows_behind_an_unknown_key(write: Write) -> None:
+    told = [p.what for p in problems(write(GOOD + "adapter: {method: full}\nx: 1\n"))]
+    assert any("base.bits=16" in what for what in told)
+
+
+def test_a_relation_is_not_judged_by_defaults_that_the_user_did_not_mean(write: Write) -> None:
+    path = write(GOOD + "base: {bits: sixteen}\nadapter: {method: full}\n")
+    assert only(path).where == f"{path}:3: base.bits"
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "hint"),
+    [
+        ("train: {lr: fast}", "is 'fast'; it must be a number above 0", None),
+        ("train: {lr: .inf}", "is '.inf'; it must be a number above 0", None),
+        ("train: {warmup: 1}", "is 1; it must be a number of at least 0 and below 1", None),
+        ("train: {seed: 1.5}", "is 1.5; it must be a whole number", None),
+        ("train: {seed: true}", "is true; it must be a whole number", None),
+        ("train: {steps: 0}", "is 0; it must be a whole number of at least 1 or null", None),
+        ("data: {train: 3}", "is 3; it must be text", None),
+        ("data: {train: x, packing: yes}", "is 'yes'; it must be true or false", None),
+        ("train: 5", "is 5; it must be a section of settings", None),
+        (
+            "base: {compute_dtype: bf16}",
+            "is 'bf16'; it must be auto, float32, float16 or bfloat16",
+            "did you mean bfloat16?",
+        ),
+        ("adapter: {targets: q}", "is 'q'; it must be all or a list of texts", None),
+        ("adapter: {targets: {q: 1}}", "is a section; it must be all or a list of texts", None),
+        (
+            "task: casual",
+            "is 'casual'; it must be causal or classification",
+            "did you mean causal?",
+        ),
+    ],
+)
+def test_a_wrong_value_is_told_in_plain_words(
+    write: Write, line: str, what: str, hint: str | None
+) -> None:
+    key = line.partition(":")[0]
+    rest = "" if key == "data" else "data: {train: rows.jsonl}\n"
+    problem = only(write(f"model: {{name: starter}}\n{rest}{line}\n"))
+    assert (problem.what, problem.hint) == (what, hint)
+    assert "Input should" not in str(problem)
+    assert "http" not in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("train.lrr=1", "did you mean train.lr?"),
+        ("lr=1", "did you mean train.lr?"),
+        ("tran.lr=1", "did you mean train.lr?"),
+        ("adapter.r=1", "did you mean adapter.rank?"),
+        ("adapter.frobnicate=1", "settings of adapter: method, rank"),
+        ("zzz=1", "there are model, base, adapter, data, train, task, output"),
+        ("train.lr.x=1", "did you mean train.lr?"),
+    ],
+)
+def test_an_unknown_setting_is_told_with_the_nearest(
+    write: Write, override: str, hint: str
+) -> None:
+    problem = only(write(GOOD), override)
+    assert problem.where == f"override {override}"
+    assert (problem.hint or "").startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("train.lr", "is no override; write it as key=value"),
+        ("train=5", "train is a section; set one of train.epochs=..."),
+        ("data.seq_len=[1", "the value is no YAML"),
+    ],
+)
+def test_an_override_that_says_nothing_is_refused(write: Write, override: str, what: str) -> None:
+    assert only(write(GOOD), override).what.startswith(what)
+
+
+def test_a_placeholder_that_stands_for_nothing_is_refused(write: Write) -> None:
+    assert "{nme} stands for nothing" in only(write(GOOD), "output=runs/{nme}").what
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n", "3\n"])
+def test_a_file_without_settings_is_no_recipe(write: Write, text: str) -> None:
+    assert "no settings" in only(write(text)).what
+
+
+def test_an_empty_file_lacks_what_must_be_given(write: Write) -> None:
+    assert [p.what for p in problems(write(""))] == ["is missing", "is missing"]
+
+
+def test_broken_yaml_is_told_with_its_line(write: Write) -> None:
+    path = write("model: {name: x\ndata: [\n")
+    assert only(path).where.startswith(f"{path}:")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="no UTF-8"):
+        load_recipe(path)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a folder"):
+        load_recipe(tmp_path)
+
+
+def test_a_missing_file_is_told_with_what_is_near(write: Write) -> None:
+    path = write(GOOD)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path.with_name("mien.yaml"))
+    assert str(path) in (caught.value.hint or "")
+
+
+def test_a_missing_file_without_neighbours_names_the_shipped_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(tmp_path / "qqqqqqqq")
+    assert all(name in (caught.value.hint or "") for name in shipped_recipes())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_loads_by_its_name(name: str) -> None:
+    assert load_recipe(name).output == f"runs/{name}"
