@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,13 +39,6 @@ _LLAMA_LIKE = {
     "max_position_embeddings": 64,
 }
 _GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
-
-
-def shared(name: str) -> Path | None:
-    """A path in the project's shared data, None where this machine has none."""
-    beside = Path(__file__).resolve().parents[2] / "shared"
-    path = Path(os.environ.get("QLORA_SHARED", beside)) / "data" / name
-    return path if path.exists() else None
 
 
 def make_base(
@@ -120,6 +112,7 @@ def make_recipe(model: Path, rows: Path, **sections: Mapping[str, Any]) -> Recip
         "base": {"bits": 4, "compute_dtype": "float32"},
         "adapter": {"rank": 3, "alpha": 6.0, "targets": "all"},
         "data": {"train": str(rows), "eval": str(rows), "seq_len": 32},
+        "train": {},
     }
     merged = {key: {**content.get(key, {}), **sections.get(key, {})} for key in content}
     if sections.get("adapter", {}).get("method") == "full":

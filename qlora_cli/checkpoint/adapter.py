@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from qlora_cli.checkpoint import peft_format
 from qlora_cli.checkpoint.adapter_file import SHOWN, Adapter, AdapterLayer, Memory, open_adapter
-from qlora_cli.checkpoint.layout import appear_whole, write_json
+from qlora_cli.checkpoint.layout import appear_whole, write_json, writing
 from qlora_cli.checkpoint.peft_format import PeftConfig
-from qlora_cli.errors import ModelError, QloraError
+from qlora_cli.errors import ModelError
 from qlora_cli.nn import surgery
 from qlora_cli.nn.lora import LoraLinear, adapted_layers
 from qlora_cli.nn.quant import QuantLinear
@@ -47,17 +47,11 @@ def save_adapter(built: Built, recipe: Recipe, folder: Path) -> None:
         return _stacked(layers[named[0]], named[1]).cpu()
 
     header = {"format": "pt", **_memory_of(built, layers, recipe.adapter).header()}
-    try:
-        with appear_whole(folder) as beside:
-            config = _config_of(built, layers, recipe)
-            write_json(beside / peft_format.CONFIG, config.model_dump(mode="json"))
-            write_tensors(beside / peft_format.WEIGHTS, shapes, make, header)
-    except OSError as fault:
-        raise QloraError(
-            f"the adapter could not be written: {fault.strerror or fault}",
-            where=str(folder),
-            hint="the last checkpoint is whole; free disk space and go on with --resume",
-        ) from fault
+    hint = "the last checkpoint is whole; free disk space and go on with --resume"
+    with writing("the adapter", folder, hint), appear_whole(folder) as beside:
+        config = _config_of(built, layers, recipe)
+        write_json(beside / peft_format.CONFIG, config.model_dump(mode="json"))
+        write_tensors(beside / peft_format.WEIGHTS, shapes, make, header)
 
 
 def _memory_of(built: Built, layers: Mapping[str, LoraLinear], settings: schema.Adapter) -> Memory:
@@ -67,7 +61,7 @@ def _memory_of(built: Built, layers: Mapping[str, LoraLinear], settings: schema.
         for path, layer in layers.items()
         if path in fused
     }
-    return Memory(settings.rank, settings.alpha, blocks)
+    return Memory(settings.rank, settings.alpha, settings.rslora, blocks)
 
 
 def _config_of(built: Built, layers: Mapping[str, LoraLinear], recipe: Recipe) -> PeftConfig:

@@ -32,19 +32,19 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Memory:
-    """What our own writer adds in the header. rank, alpha: of one part.
+    """What our own writer adds in the header. rank, alpha, rslora: of one part.
 
     blocks: path of a fused linear -> role -> (first, end) of its rows, in the order of the columns.
     """
 
     rank: int
     alpha: float
+    rslora: bool
     blocks: Mapping[str, Mapping[str, tuple[int, int]]]
 
     def header(self) -> dict[str, str]:
         """As safetensors metadata, which holds text only."""
-        content = {"rank": self.rank, "alpha": self.alpha, "blocks": self.blocks}
-        return {_KEY: json.dumps(content)}
+        return {_KEY: json.dumps(vars(self))}
 
     @classmethod
     def of(cls, header: Mapping[str, str], file: Path) -> Memory | None:
@@ -57,7 +57,8 @@ class Memory:
                 path: {role: (int(first), int(end)) for role, (first, end) in parts.items()}
                 for path, parts in content["blocks"].items()
             }
-            return cls(int(content["rank"]), float(content["alpha"]), blocks)
+            rank, alpha = int(content["rank"]), float(content["alpha"])
+            return cls(rank, alpha, bool(content["rslora"]), blocks)
         except (ValueError, KeyError, TypeError, AttributeError) as fault:
             raise ModelError(f"damaged header: {fault!r}", where=str(file)) from fault
 
@@ -202,12 +203,12 @@ def _layer(
     if a.dtype != b.dtype or a.dtype not in _FLOATS:
         raise ModelError(f"{path}: A is {a.dtype} and B is {b.dtype}", where=str(a.file))
     rows = {"": slice(0, b.shape[0])}
-    alpha = config.alpha(path)
+    alpha, rslora = config.alpha(path), config.use_rslora
     if memory is not None:
         blocks = memory.blocks.get(path, {"": (0, b.shape[0])})
         rows = {role: slice(*span) for role, span in blocks.items()}
-        rank, alpha = memory.rank, memory.alpha
-    settings = Settings(rank, alpha, config.lora_dropout, a.dtype, config.use_rslora)
+        rank, alpha, rslora = memory.rank, memory.alpha, memory.rslora
+    settings = Settings(rank, alpha, config.lora_dropout, a.dtype, rslora)
     layer = AdapterLayer(path, a, b, rows, settings)
     _check_agreement(layer, config)
     return layer

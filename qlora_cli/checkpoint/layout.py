@@ -16,11 +16,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.errors import UsageError
+from qlora_cli.errors import QloraError, UsageError
 
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -75,7 +75,15 @@ class RunFolder:
                 hint="name another folder with output=..., continue the run with --resume, or "
                 "remove the folder",
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing("the run's folder", self.path, hint="name another folder with output=..."):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def discard(self) -> None:
+        """Takes a run back of which no step was done, so that its folder is free again."""
+        self.run_json.unlink(missing_ok=True)
+        self.metrics.unlink(missing_ok=True)
+        with suppress(OSError):  # Whatever else lies in it is not ours to remove.
+            self.path.rmdir()
 
     def read(self) -> dict[str, Any]:
         """run.json's content. Raises UsageError where this is no run's folder."""
@@ -91,8 +99,9 @@ class RunFolder:
         return content
 
     def write(self, content: Mapping[str, Any]) -> None:
-        """run.json, whole or as it was."""
-        write_json(self.run_json, content)
+        """run.json, whole or as it was. Raises QloraError where the disk refuses."""
+        with writing("run.json", self.run_json):
+            write_json(self.run_json, content)
 
     def checkpoint(self, step: int) -> Path:
         """The folder of one checkpoint."""
@@ -104,6 +113,17 @@ class RunFolder:
             return []
         found = (_STEP.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in found if match)
+
+
+@contextmanager
+def writing(what: str, where: Path, hint: str = "free disk space and try again") -> Iterator[None]:
+    """Turns a disk's refusal into a QloraError that says what could not be written."""
+    try:
+        yield
+    except OSError as fault:
+        raise QloraError(
+            f"{what} could not be written: {fault.strerror or fault}", where=str(where), hint=hint
+        ) from fault
 
 
 @contextmanager

@@ -105,8 +105,8 @@ def read_config(folder: Path) -> PeftConfig:
         config = PeftConfig.model_validate_json(file.read_bytes())
     except ValidationError as fault:
         first = fault.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ModelError(f"{key}: {first['msg']}".removeprefix(": "), where=str(file)) from fault
+        key = f"{first['loc'][0]}: " if first["loc"] else ""
+        raise ModelError(f"{key}{first['msg']}", where=str(file)) from fault
     _refuse_features(config, file)
     for pattern in (*config.rank_pattern, *config.alpha_pattern, *_expressions(config)):
         _check_expression(pattern, file)

@@ -1,25 +1,28 @@
 """Checkpoints: everything that makes a resumed run bit-identical to an unbroken one.
 
-A checkpoint holds the trained tensors, the optimizer's state, the loss scale, the random states and the
-step. The order of rows is a pure function of the step (`data/packing.py`), and so is the learning rate;
-neither is stored.
+A checkpoint holds the trained tensors, the optimizer's state, the loss scale, the random states
+and the step. The order of rows is a pure function of the step (`data/packing.py`), and so is the
+learning rate; neither is stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_cli.checkpoint.layout import RunFolder, appear_whole
-from qlora_cli.errors import QloraError
+from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.weights.tensorfile import Shape, read_header, read_tensor, write_tensors
 
 _TENSORS = "trained.safetensors"
 _STATE = "state.pt"
+_DAMAGE = (ModelError, OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError)
+"""What torch.load and the readers raise on files that are missing, cut short or overwritten."""
 
 
 def save_checkpoint(
@@ -40,11 +43,12 @@ def save_checkpoint(
                 "loss_scale": dict(loss_scale),
                 "random": _random_states(),
             }
-            torch.save(state, beside / _STATE)
-    except (OSError, RuntimeError) as fault:
-        # torch.save reports a full disk as a RuntimeError.
+            # Given a path, torch reports a full disk as a RuntimeError that does not say so.
+            with (beside / _STATE).open("wb") as stream:
+                torch.save(state, stream)
+    except OSError as fault:
         raise QloraError(
-            f"the checkpoint could not be written: {fault}",
+            f"the checkpoint could not be written: {fault.strerror or fault}",
             where=str(folder),
             hint="earlier checkpoints are whole; free disk space and go on with --resume",
         ) from fault
@@ -58,12 +62,19 @@ def load_checkpoint(
 
     Raises ModelError on damaged files, QloraError where the checkpoint is of another model.
     """
-    read_trained(folder / _TENSORS, trainable)
-    device = next(iter(trainable.values())).device
-    state: dict[str, Any] = torch.load(folder / _STATE, map_location=device, weights_only=True)
-    _load_optimizer(optimizer, state["optimizer"])
-    _restore_random_states(state["random"])
-    return int(state["step"]), state["loss_scale"]
+    try:
+        read_trained(folder / _TENSORS, trainable)
+        device = next(iter(trainable.values())).device
+        state: dict[str, Any] = torch.load(folder / _STATE, map_location=device, weights_only=True)
+        _load_optimizer(optimizer, state["optimizer"])
+        _restore_random_states(state["random"])
+        return int(state["step"]), state["loss_scale"]
+    except _DAMAGE as fault:
+        raise ModelError(
+            f"this checkpoint is damaged: {repr(fault)[:200]}",
+            where=str(folder),
+            hint="remove its folder and --resume goes on from the one before it",
+        ) from fault
 
 
 def write_trained(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -76,7 +87,8 @@ def write_trained(tensors: Mapping[str, Tensor], file: Path) -> None:
 def read_trained(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """The inverse of `write_trained`, into parameters that are there already."""
     entries, _ = read_header(file)
-    if set(entries) != set(parameters):
+    stored = {name: entry.shape for name, entry in entries.items()}
+    if stored != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
         raise QloraError(
             "the tensors stored are not those that the recipe trains",
             where=str(file),

@@ -62,6 +62,9 @@ def qlora() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line and exits with the contract's code."""
+    # Read by OpenMP when torch is imported, later. Threads that spin while they wait make training
+    # twenty times slower as soon as another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(arguments))
 
 

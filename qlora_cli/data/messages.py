@@ -52,7 +52,7 @@ _CALLS = ("function_call", "tool_call")
 _WEIGHTS = ("weight", "loss_weight")
 
 
-class RowFault(Exception):  # noqa: N818 - one row's fault is no error yet: all are collected first
+class RowFault(Exception):
     """What is wrong with one row; who reads the rows makes one DataError of all of them."""
 
     def __init__(self, what: str, hint: str | None = None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from qlora_cli.checkpoint import peft_format
-from qlora_cli.checkpoint.layout import settle, write_json
+from qlora_cli.checkpoint.layout import settle, write_json, writing
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Observer
 from qlora_cli.export.folder import (
@@ -66,7 +66,11 @@ def write_merged(
     shards = plan_shards(tensors.shapes(), max_shard_bytes)
     beside = out.with_name(f".{out.name}.partial")
     settings = _settings(tensors, shards)
-    try:
+    hint = (
+        f"whole files are kept in {beside}; free some space and run the same command, which goes "
+        "on from there, or remove that folder"
+    )
+    with writing("the merged model", out, hint):
         done = _leftovers(beside, settings, shards)
         _check_room(out, base, [shard for shard in shards if shard.name not in done])
         _write_shards(tensors, shards, done, beside, observer)
@@ -75,13 +79,6 @@ def write_merged(
         carry(base, beside)
         write_json(beside / ABOUT, {**about, "settings": settings})
         settle(beside, out)
-    except OSError as fault:
-        raise QloraError(
-            f"the merged model could not be written: {fault.strerror or fault}",
-            where=str(out),
-            hint=f"whole files are kept in {beside}; free some space and run the same command, "
-            "which goes on from there, or remove that folder",
-        ) from fault
     sizes = [shape.num_bytes for shard in shards for shape in shard.shapes.values()]
     return Written(len(sizes), sum(sizes))
 

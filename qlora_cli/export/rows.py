@@ -43,7 +43,7 @@ def judged_rows(recipe: Recipe, base: Path, config: Any) -> JudgedRows:
     held_out = [(recipe.data.eval, False)] if recipe.data.eval else []
     for where, from_end in [*held_out, (recipe.data.train, True)]:
         try:
-            rows = _read(where, recipe, base, from_end)
+            rows = _read(where, recipe, base, config.vocab_size, from_end)
         except InputError as fault:
             notes.append(f"{where} cannot be judged on: {fault.what.rstrip(':')}")
             continue
@@ -56,11 +56,13 @@ def judged_rows(recipe: Recipe, base: Path, config: Any) -> JudgedRows:
     return JudgedRows(_random_rows(config), "random tokens", False, tuple(notes))
 
 
-def _read(where: str, recipe: Recipe, base: Path, from_end: bool) -> list[Example]:
+def _read(where: str, recipe: Recipe, base: Path, vocab_size: int, from_end: bool) -> list[Example]:
     rows = read_rows(where)
     chosen = rows[-MAX_ROWS:] if from_end else rows[:MAX_ROWS]
     row_format = detect_format(chosen, recipe.data.format)
-    examples = encode(chosen, row_format, load_tokenizer(str(base)), recipe.data.seq_len)
+    tokenizer = load_tokenizer(str(base))
+    seq_len = recipe.data.seq_len
+    examples = encode(chosen, row_format, tokenizer, seq_len, vocab_size=vocab_size)
     kept: list[Example] = []
     for example in examples:
         if kept and sum(len(row.ids) for row in kept) + len(example.ids) > MAX_TOKENS:

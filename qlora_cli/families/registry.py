@@ -13,6 +13,11 @@ from qlora_cli.families.spec import Family
 FAMILIES = (LLAMA, GPT2)
 
 
+def is_known(config: Any) -> bool:
+    """Whether `family_of` finds one."""
+    return any(config.model_type in family.model_types for family in FAMILIES)
+
+
 def family_of(config: Any, linears: Iterable[str] = ()) -> Family:
     """The family that a transformers config names by its `model_type`.
 

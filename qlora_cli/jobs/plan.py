@@ -53,7 +53,7 @@ def run(
 def plan(
     recipe: Recipe, config: Any, facts: DeviceFacts, window: Sequence[Batch] | None = None
 ) -> Imagined:
-    """Imagines a resolved recipe on its worst batches; the largest it allows where none are given."""
+    """Imagines a resolved recipe on `window`, or on the largest batches that it allows."""
     if window is None:
         worst_one = worst_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
         window = [worst_one] * min(2, recipe.train.grad_accum)
@@ -94,7 +94,10 @@ def _smaller(
     changes: list[tuple[str, Recipe]] = []
     if not train.activation_checkpointing:
         changes.append(
-            ("train.activation_checkpointing=true", _with(recipe, "train", activation_checkpointing=True))
+            (
+                "train.activation_checkpointing=true",
+                _with(recipe, "train", activation_checkpointing=True),
+            )
         )
     if train.micro_batch > 1:
         changes.append(("train.micro_batch=1", _with(recipe, "train", micro_batch=1)))
@@ -111,7 +114,7 @@ def _smaller(
 
 
 def _largest(recipe: Recipe, config: Any, facts: DeviceFacts) -> tuple[Advice, ...]:
-    """The largest sequence at micro-batch 1 and the largest micro-batch at the recipe's sequence."""
+    """The largest sequence at micro-batch 1, the largest micro-batch at the recipe's length."""
     now = plan(recipe, config, facts).peak_bytes
     limit = int(getattr(config, "max_position_embeddings", None) or 2**17)
     alone = _with(recipe, "train", micro_batch=1)
@@ -120,17 +123,17 @@ def _largest(recipe: Recipe, config: Any, facts: DeviceFacts) -> tuple[Advice, .
         ("data.seq_len", lambda n: _with(alone, "data", seq_len=n), limit, 64),
         ("train.micro_batch", lambda n: _with(recipe, "train", micro_batch=n), 256, 1),
     ):
-        best = _bisect(lambda n, make=make: plan(make(n), config, facts).peak_bytes, top, unit, facts)
+        best = _bisect(
+            lambda n, make=make: plan(make(n), config, facts).peak_bytes, top, unit, facts
+        )
         if best is not None:
             value, peak = best
             found.append(Advice(f"{text}={value}", now - peak, peak))
     return tuple(found)
 
 
-def _bisect(
-    peak_of: Any, top: int, unit: int, facts: DeviceFacts
-) -> tuple[int, int] | None:
-    """The largest multiple of `unit` up to `top` whose peak fits, and that peak; None if none does."""
+def _bisect(peak_of: Any, top: int, unit: int, facts: DeviceFacts) -> tuple[int, int] | None:
+    """(largest multiple of `unit` up to `top` whose peak fits, that peak); None if none does."""
     low, high, best = 1, max(1, top // unit), None
     while low <= high:
         middle = (low + high) // 2
@@ -145,5 +148,3 @@ def _bisect(
 def _with(recipe: Recipe, section: str, **changes: Any) -> Recipe:
     part = getattr(recipe, section).model_copy(update=changes)
     return recipe.model_copy(update={section: part})
-
-

@@ -65,7 +65,10 @@ def read_examples(prepared: Prepared, where: str) -> list[Example]:
     recipe = prepared.recipe
     rows = read_rows(where)
     row_format = detect_format(rows, recipe.data.format)
-    examples = encode(rows, row_format, prepared.tokenizer, recipe.data.seq_len)
+    vocab_size = prepared.config.vocab_size
+    examples = encode(
+        rows, row_format, prepared.tokenizer, recipe.data.seq_len, vocab_size=vocab_size
+    )
     _check_positions(examples, prepared.config)
     return examples
 

@@ -50,7 +50,11 @@ def describe_tensors(built: Built) -> list[dict[str, Any]]:
             kinds[kind, *_held(module, path == built.family.head)] += 1
         elif isinstance(module, FrozenEmbedding):
             dtype = _name(module.weight)
-            kinds[kind, dtype, "a table: rows are looked up, not multiplied; packing it costs accuracy"] += 1
+            kinds[
+                kind,
+                dtype,
+                "a table: rows are looked up, not multiplied; packing it costs accuracy",
+            ] += 1
         elif "lora" not in kind and list(module.parameters(recurse=False)):
             parameter = next(module.parameters(recurse=False))
             kinds[kind, _name(parameter), "a vector or trained in full; too small to pack"] += 1
@@ -61,7 +65,7 @@ def describe_tensors(built: Built) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what a run's numbers depend on; a package that is not installed is left out."""
+    """Of Python and of the packages that a run's numbers depend on, where installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from qlora_cli.checkpoint.adapter import save_adapter
-from qlora_cli.checkpoint.layout import RunFolder, appear_whole
+from qlora_cli.checkpoint.layout import RunFolder, appear_whole, writing
 from qlora_cli.checkpoint.resume import load_checkpoint, write_trained
 from qlora_cli.data.collate import Batch
 from qlora_cli.data.packing import Windows
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.jobs import plan as planning
-from qlora_cli.jobs import record
+from qlora_cli.jobs import record, report
 from qlora_cli.jobs.prepare import (
     Prepared,
     held_out_batches,
@@ -39,6 +40,8 @@ from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.units import format_bytes
 from qlora_cli.weights.source import SINGLE
 
+_RESUME = "the last checkpoint is whole; free disk space and go on with --resume"
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -52,8 +55,9 @@ class _Job:
 
     @property
     def worst_window(self) -> list[Batch]:
-        """The largest micro-batch of an epoch, and another one behind it where steps have several."""
-        step = max(range(self.windows.steps_per_epoch), key=self.windows.largest_batch)
+        """The largest micro-batch that the job meets in an epoch, and one behind it, if any."""
+        steps = range(min(self.steps, self.windows.steps_per_epoch))
+        step = max(steps, key=self.windows.largest_batch)
         window = self.windows.window(step)
         return sorted(window, key=lambda batch: -batch.input_ids.numel())[:2]
 
@@ -67,22 +71,36 @@ def run(
     for choice in prepared.choices:
         observer.note(f"{choice.key} = {choice.value}: {choice.reason}")
     job = _read(prepared)
+    if resume and (finished := _finished(job, recipe_path)) is not None:
+        observer.note(f"{job.run.path} is finished; there is nothing to go on with")
+        return finished
     checkpoint = _claim(job, recipe_path, resume)
-    planned, before = _plan(job, observer)
     try:
+        planned, before = _plan(job, observer)
         return _train(job, checkpoint, planned, before, observer)
-    except (Interrupted, KeyboardInterrupt):
-        record.set_status(job.run, "interrupted")
-        raise
     except torch.OutOfMemoryError as fault:
-        record.set_status(job.run, "failed")
+        _leave(job.run, "failed", resume)
         raise DoesNotFit(
             f"the card's memory is full: {str(fault).splitlines()[0]}",
             hint="`qlora plan` with --fit says what fits; is another process on the card?",
         ) from fault
-    except QloraError:
-        record.set_status(job.run, "failed")
+    except (Interrupted, KeyboardInterrupt):
+        _leave(job.run, "interrupted", resume)
         raise
+    except BaseException:
+        _leave(job.run, "failed", resume)
+        raise
+
+
+def _leave(run: RunFolder, status: str, resumed: bool) -> None:
+    """After an error: the status; or nothing at all, where a new run has not done a step."""
+    done_nothing = not run.steps() and not (run.metrics.exists() and run.metrics.stat().st_size)
+    # The error on its way says more than that run.json could not be written, either.
+    with suppress(OSError, QloraError):
+        if done_nothing and not resumed:
+            run.discard()
+        else:
+            record.set_status(run, status)
 
 
 def _read(prepared: Prepared) -> _Job:
@@ -95,6 +113,16 @@ def _read(prepared: Prepared) -> _Job:
     )
     steps = recipe.train.steps or math.ceil(recipe.train.epochs * windows.steps_per_epoch)
     return _Job(prepared, RunFolder(Path(recipe.output)), windows, held_out, steps)
+
+
+def _finished(job: _Job, recipe_path: Path | None) -> TrainResult | None:
+    """What a finished run said at its end; None where there is something left to do."""
+    about = job.run.read()
+    if about["status"] != "done" or not job.run.memory_json.is_file():
+        return None
+    _check_same(job.run, about, record.describe_run(job.prepared, recipe_path, job.steps))
+    ledger = report.run(job.run.path, html=None).ledger
+    return TrainResult(**about["result"] | {"run": job.run.path, "ledger": ledger})
 
 
 def _claim(job: _Job, recipe_path: Path | None, resume: bool) -> Path | None:
@@ -135,7 +163,10 @@ def _forget_metrics_after(run: RunFolder, step: int) -> None:
     """Lines of steps that will be done again; each line is one step."""
     if run.metrics.exists():
         lines = run.metrics.read_text().splitlines(keepends=True)[:step]
-        run.metrics.write_text("".join(lines))
+        beside = run.metrics.with_suffix(".tmp")
+        with writing("metrics.jsonl", run.metrics):
+            beside.write_text("".join(lines))
+            beside.replace(run.metrics)
 
 
 def _plan(job: _Job, observer: Observer) -> tuple[Imagined, Imagined]:
@@ -149,7 +180,6 @@ def _plan(job: _Job, observer: Observer) -> tuple[Imagined, Imagined]:
         f"{format_bytes(before.peak_bytes)}"
     )
     if planned.peak_bytes > prepared.facts.capacity_bytes:
-        record.set_status(job.run, "failed")
         raise DoesNotFit(
             f"the job needs {format_bytes(planned.peak_bytes)}; {prepared.facts.name} has "
             f"{format_bytes(prepared.facts.capacity_bytes)}",
@@ -174,7 +204,8 @@ def _train(
     score = _evaluate(state, job.held_out, instrument)
     _save(job, state)
     ledger = _ledger(job, instrument, planned, before)
-    ledger.write(job.run.memory_json)
+    with writing("the memory report", job.run.memory_json, hint=_RESUME):
+        ledger.write(job.run.memory_json)
     return _finish(job, progress, score, ledger)
 
 
@@ -209,14 +240,13 @@ def _save(job: _Job, state: State) -> None:
     if job.prepared.recipe.adapter.method == "lora":
         save_adapter(state.built, job.prepared.recipe, job.run.adapter)
         return
-    with appear_whole(job.run.weights) as folder:
+    weights = job.run.weights
+    with writing("the trained model", weights, hint=_RESUME), appear_whole(weights) as folder:
         shutil.copy(job.prepared.folder / "config.json", folder)
         write_trained(state.trainable, folder / SINGLE)
 
 
-def _ledger(
-    job: _Job, instrument: Instrument, planned: Imagined, before: Imagined
-) -> Ledger:
+def _ledger(job: _Job, instrument: Instrument, planned: Imagined, before: Imagined) -> Ledger:
     recipe, facts = job.prepared.recipe, job.prepared.facts
     phases = instrument.phases
     return Ledger(
@@ -231,9 +261,7 @@ def _ledger(
     )
 
 
-def _finish(
-    job: _Job, progress: Progress, score: Score | None, ledger: Ledger
-) -> TrainResult:
+def _finish(job: _Job, progress: Progress, score: Score | None, ledger: Ledger) -> TrainResult:
     result = TrainResult(
         run=job.run.path,
         steps=job.steps,

@@ -1,8 +1,8 @@
 """The tracker and the device's own counter side by side, phase by phase.
 
-The tracker knows categories, the allocator knows the truth. A phase's peak on CUDA is the allocator's;
-what the tracker did not see of it is `other`. On a CPU there is no such counter, and the tracker's
-figure stands alone.
+The tracker knows categories, the allocator knows the truth. A phase's peak on CUDA is the
+allocator's; what the tracker did not see of it is `other`. On a CPU there is no such counter, and
+the tracker's figure stands alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from qlora_cli.memory.device import read_allocator, reset_peak
 from qlora_cli.memory.ledger import Allocator, Phase
+from qlora_cli.memory.rules import CPU_RULES
 from qlora_cli.memory.tracker import StorageTracker
 
 CUDA_GRANULARITY = 512
@@ -27,7 +28,9 @@ class Instrument:
     def __init__(self, device: torch.device) -> None:
         on_card = device.type == "cuda"
         self.tracker = StorageTracker(
-            granularity=CUDA_GRANULARITY if on_card else 1, device_type=device.type
+            rules={} if on_card else CPU_RULES,
+            granularity=CUDA_GRANULARITY if on_card else 1,
+            device_type=device.type,
         )
         self._device = device
         self._peaks: dict[str, int] = {}
@@ -58,7 +61,7 @@ class Instrument:
         """What the figures were read from, for the reader."""
         if self._device.type == "cuda":
             return "peaks by torch's CUDA allocator, categories by the storage tracker"
-        return "storage tracker (every tensor's bytes; not what kernels allocate inside themselves)"
+        return "storage tracker (every tensor's bytes, and by rule what kernels allocate inside)"
 
     def _remember(self) -> None:
         now, before = read_allocator(self._device), self._allocator

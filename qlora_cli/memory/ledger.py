@@ -26,8 +26,9 @@ CATEGORIES = (
 )
 """base: frozen weights of the blocks; quant_constants: scales and codes of packed weights;
 embeddings, head: token tables; adapter: A and B, or every trained weight of full fine-tuning;
-activations: what backward needs; loss: logits of one chunk and what they become; temporary: what one
-operation needs while it runs; other: seen by the device's counter and attributed to nothing."""
+activations: what backward needs; loss: logits of one chunk and what they become; temporary: what
+one operation needs while it runs; other: seen by the device's counter and attributed to
+nothing."""
 
 PHASES = ("load", "first_step", "step", "eval", "merge")
 
@@ -129,8 +130,12 @@ class Ledger:
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
         beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        beside.replace(path)
+        try:
+            beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def worst(phases: tuple[Phase, ...]) -> Phase:

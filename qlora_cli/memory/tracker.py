@@ -1,9 +1,9 @@
 """Counts every storage's life, on real and on imagined tensors alike.
 
-Why an own instrument: torch's MemTracker raises on frozen parameters and takes 35 s for an 8B model;
-FakeTensorMode cannot build packed weights and changes transformers' mask; the allocator's counters
-exist only on CUDA and know no categories. A dispatch mode that holds a weak reference to each new
-storage sees the same bytes as the allocator is asked for, on `meta`, CPU and CUDA.
+Why an own instrument: torch's MemTracker raises on frozen parameters and takes 35 s for an 8B
+model; FakeTensorMode cannot build packed weights and changes transformers' mask; the allocator's
+counters exist only on CUDA and know no categories. A dispatch mode that holds a weak reference to
+each new storage sees the same bytes as the allocator is asked for, on `meta`, CPU and CUDA.
 
 What it cannot see: what a kernel allocates inside itself. `rules` (memory/rules.py) name these for
 operations where it matters; the rest is shown as `other` beside the device's own counter.
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from qlora_cli.memory.ledger import CATEGORIES, Phase
 
 TemporaryRule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], Sequence[int]]
-"""(args, kwargs, output) of an operation -> bytes of each temporary that its kernel holds inside."""
+"""(args, kwargs, output) of an operation -> bytes of each temporary inside its kernel."""
 
 _active: list[StorageTracker] = []
 
@@ -45,15 +45,16 @@ class _Entry:
 class StorageTracker(TorchDispatchMode):
     """While entered, every new storage is counted under the current category (`scope`).
 
-    rules: temporaries inside kernels. granularity: the allocator's rounding in bytes, 512 on CUDA.
-    device_type: count only storages there (`cuda`), for real runs. counts_host: whether what is
-    made under `host_memory` belongs to the device, for plans, where everything is on meta: true
-    for a CPU, false for a card. Storages that lived before are counted by `tag`.
+    rules: temporaries inside kernels, by the operation's name. granularity: the allocator's
+    rounding in bytes, 512 on CUDA. device_type: count only storages there (`cuda`), for real runs.
+    counts_host: whether what is made under `host_memory` belongs to the device, for plans, where
+    everything is on meta: true for a CPU, false for a card. Storages that lived before are counted
+    by `tag`.
     """
 
     def __init__(
         self,
-        rules: Mapping[Any, TemporaryRule] | None = None,
+        rules: Mapping[str, TemporaryRule] | None = None,
         granularity: int = 1,
         counts_host: bool = True,
         device_type: str | None = None,
@@ -135,7 +136,7 @@ class StorageTracker(TorchDispatchMode):
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
-        rule = self._rules.get(func)
+        rule = self._rules.get(func.name())
         inside = 0 if rule is None else sum(map(self._rounded, rule(args, kwargs, output)))
         if self._live_bytes + inside > self._peak_bytes:
             self._peak_bytes = self._live_bytes + inside

@@ -6,7 +6,8 @@ attention is registered without a mask function, transformers builds no mask: a 
 tokens x tokens and, with grouped heads, push SDPA to its slow and memory-hungry MATH kernel.
 
 Two roads. On CUDA cards with FlashAttention one variable-length call does all rows; elsewhere each
-row is its own SDPA call. `split` and not slicing: the backward of a slice allocates the whole tensor.
+row is its own SDPA call. `split` and not slicing: the backward of a slice allocates the whole
+tensor.
 
 Letters: B batch (always 1 in training), H heads, G key/value heads, T query and S key positions, D
 head size.
@@ -83,9 +84,10 @@ def attend(
     if len(lengths) == 1:
         out = _attend_row(query, key, value, scaling, sliding_window)
         return out.transpose(1, 2).contiguous(), None
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     rows = [
         _attend_row(*row, scaling, sliding_window)
-        for row in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+        for row in zip(queries, keys, values, strict=True)
     ]
     return torch.cat([row.transpose(1, 2) for row in rows], dim=1), None
 
@@ -102,7 +104,12 @@ def _flash_takes(query: Tensor) -> bool:
 
 
 def _attend_flash(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, spans: Spans
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    spans: Spans,
 ) -> Tensor:
     """All rows in one call; grouped heads are taken as they are."""
     assert query.shape[0] == 1, "rows lie in one sequence"

@@ -42,9 +42,7 @@ class Settings:
 class LoraLinear(nn.Module):
     """A packed linear and its adapter. `parts` maps a role to its rows of the output."""
 
-    def __init__(
-        self, base: QuantLinear, parts: Mapping[str, slice], settings: Settings
-    ) -> None:
+    def __init__(self, base: QuantLinear, parts: Mapping[str, slice], settings: Settings) -> None:
         super().__init__()
         self.base = base
         self.parts = dict(parts)
@@ -97,7 +95,7 @@ class _LoraProduct(torch.autograd.Function):
     """The packed product plus every part's low-rank product, added in place."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         x: Tensor,
         dropped: Tensor,
@@ -117,7 +115,7 @@ class _LoraProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         layer: LoraLinear = ctx.layer  # type: ignore[attr-defined]

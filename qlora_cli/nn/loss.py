@@ -1,8 +1,9 @@
 """Cross entropy over the vocabulary in chunks of tokens, never a tokens x vocabulary tensor.
 
-For 2048 tokens of a 128k vocabulary the usual float32 logits take 3 GB; this takes the logits of one
-chunk. The gradient of the hidden states is computed in the same pass, because the logits are there.
-torch's own `linear_cross_entropy` returns a bfloat16 loss and copies the head to float32 on CPU.
+For 2048 tokens of a 128k vocabulary the usual float32 logits take 3 GB; this takes the logits of
+one chunk. The gradient of the hidden states is computed in the same pass, because the logits are
+there. torch's own `linear_cross_entropy` returns a bfloat16 loss and copies the head to float32 on
+CPU.
 
 Letters: n positions, m of them with a target, d hidden size, V vocabulary.
 """
@@ -20,7 +21,7 @@ from qlora_cli.memory.tracker import scope
 IGNORED = -100
 """A label that is not trained on."""
 CHUNK_ELEMENTS = 2**25
-"""Logits of one chunk: 128 MiB in float32. Halving it saves 96 MiB and reads the head twice as often."""
+"""Logits of one chunk: 128 MiB in float32. Half of it saves 96 MiB and reads the head twice."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -1,15 +1,16 @@
 """A linear layer over a packed, frozen weight: 4 bit (NF4, FP4), 8 bit (LLM.int8()) or 16 bit.
 
-Why not bitsandbytes' modules: they cannot be built on imagined tensors, their int8 product keeps its
-input where checkpointing cannot drop it, and on some CPUs an eval() forward repacks Linear4bit's
-weight in place so that LoRA's gradients silently become None. Its functional operations are exact
-and are what this file is built on; dequantize and matmul stay visible to the memory tracker.
+Why not bitsandbytes' modules: they cannot be built on imagined tensors, their int8 product keeps
+its input where checkpointing cannot drop it, and on some CPUs an eval() forward repacks
+Linear4bit's weight in place so that LoRA's gradients silently become None. Its functional
+operations are exact and are what this file is built on; dequantize and matmul stay visible to the
+memory tracker.
 
 Packed weights are parameters, not buffers, because distributed engines shard parameters. Nothing
 here is kept on an autograd context: backward asks the layer for its weight again.
 
-Shapes: x (tokens, in), y (tokens, out), weight (out, in). Sources: Dettmers et al. 2022 (LLM.int8(),
-equations 3 to 8), 2023 (QLoRA, equations 4 to 6).
+Shapes: x (tokens, in), y (tokens, out), weight (out, in). Sources: Dettmers et al. 2022
+(LLM.int8(), equations 3 to 8), 2023 (QLoRA, equations 4 to 6).
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ BLOCK_SCALES = 256
 OUTLIER_SHARE = 8
 """Beyond in / 8 outlier columns the whole product is done in the compute dtype. LLM.int8() finds
 about 0.1 % of columns; the cap makes the memory of the outlier part bounded and so plannable."""
+PACK_ELEMENTS = 2**22
+"""Weights packed at once, a multiple of every block. On a CPU bitsandbytes holds up to 28 bytes for
+each while it works; on a whole gate projection of an 8B model that would be 1.5 GiB."""
 
+_TINY = torch.finfo(torch.float32).tiny
 _ops = torch.ops.bitsandbytes
 
 
@@ -76,7 +81,9 @@ class QuantLinear(nn.Module):
         self.out_features = out_features
         self.held = held
         self.weight = _frozen(torch.empty(out_features, in_features, device="meta"))
-        self.bias = _frozen(torch.empty(out_features, device="meta")) if bias else None
+        self.bias = None
+        if bias:
+            self.bias = _frozen(torch.empty(out_features, dtype=held.compute, device="meta"))
         for constant in ("scale", "scale_of_scale", "offset_of_scale"):
             self.register_parameter(constant, None)
 
@@ -98,9 +105,15 @@ class QuantLinear(nn.Module):
         attribute(self.constants(), "quant_constants")
 
     def _pack_4bit(self, weight: Tensor) -> None:
-        packed, scale = _ops.quantize_4bit(
-            weight.contiguous(), BLOCK_4BIT, self.held.quant_type, torch.uint8
-        )
+        flat, device = weight.reshape(-1), weight.device
+        packed = torch.empty(-(-flat.numel() // 2), 1, dtype=torch.uint8, device=device)
+        scale = torch.empty(-(-flat.numel() // BLOCK_4BIT), device=device)
+        for start in range(0, flat.numel(), PACK_ELEMENTS):
+            codes, scales = _ops.quantize_4bit(
+                flat[start : start + PACK_ELEMENTS], BLOCK_4BIT, self.held.quant_type, torch.uint8
+            )
+            packed[start // 2 :][: codes.shape[0]] = codes
+            scale[start // BLOCK_4BIT :][: scales.shape[0]] = scales
         self.weight = _frozen(packed)
         if not self.held.double_quant:
             self.scale = _frozen(scale)
@@ -114,11 +127,15 @@ class QuantLinear(nn.Module):
         self.offset_of_scale = _frozen(offset)
 
     def _pack_8bit(self, weight: Tensor) -> None:
-        scale = weight.abs().amax(dim=1).float() / 127
-        # An all-zero row has scale 0 and would divide by it.
-        scale.clamp_min_(torch.finfo(torch.float32).tiny)
         packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        packed.copy_(torch.div(weight, scale[:, None]).round_())
+        scale = torch.empty(self.out_features, device=weight.device)
+        num_rows = max(1, PACK_ELEMENTS // self.in_features)
+        for rows, codes, own in zip(
+            *(t.split(num_rows) for t in (weight, packed, scale)), strict=True
+        ):
+            # An all-zero row has scale 0 and would divide by it.
+            own.copy_(rows.abs().amax(dim=1).float() / 127).clamp_min_(_TINY)
+            codes.copy_(torch.div(rows, own[:, None]).round_())
         self.weight, self.scale = _frozen(packed), _frozen(scale)
 
     def constants(self) -> Iterator[nn.Parameter]:
@@ -180,7 +197,7 @@ class QuantLinear(nn.Module):
         with scope("temporary"):
             inliers = x.index_fill(1, columns, 0) if columns.numel() else x
             row_scale = inliers.abs().amax(dim=1, keepdim=True).float()
-            row_scale = row_scale.clamp_min_(torch.finfo(torch.float32).tiny).div_(127)
+            row_scale = row_scale.clamp_min_(_TINY).div_(127)
             codes = torch.div(inliers, row_scale).round_().to(torch.int8)
             del inliers
             counts = _ops.int8_linear_matmul(codes, self.weight)
@@ -210,9 +227,7 @@ class _FrozenProduct(torch.autograd.Function):
         return layer.product(x)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.layer.grad_input(grad), None  # type: ignore[attr-defined]
 
 

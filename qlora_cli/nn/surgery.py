@@ -49,11 +49,16 @@ def parts_to_adapt(sites: Sequence[Site], targets: str | Sequence[str]) -> dict[
         ordered = list(dict.fromkeys(role for site in sites for role in site.roles))
         raise ProblemsError(
             "unknown adapter targets",
-            [Problem("adapter.targets", f"{name!r} is no role and no linear's path") for name in unknown],
+            [
+                Problem("adapter.targets", f"{name!r} is no role and no linear's path")
+                for name in unknown
+            ],
             hint=f"roles of this model: {', '.join(ordered)}; a path looks like {sites[0].path}",
         )
     chosen = {
-        site.path: list(site.roles) if site.path in wanted else [r for r in site.roles if r in wanted]
+        site.path: list(site.roles)
+        if site.path in wanted
+        else [r for r in site.roles if r in wanted]
         for site in sites
     }
     return {path: roles for path, roles in chosen.items() if roles}
@@ -112,5 +117,5 @@ def linear_paths(block: nn.Module) -> list[str]:
     return [
         path
         for path, module in block.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2  # type: ignore[operator, union-attr]
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2
     ]

@@ -1,8 +1,8 @@
 """The plan: the real job on imagined tensors.
 
-`build_state` and `train_step` as the job calls them, on `meta`, with the memory tracker around them.
-Only the source of weights and the batch differ. Why meta and not FakeTensorMode: the latter cannot
-build packed weights and makes transformers build a mask; meta is also three times faster.
+`build_state` and `train_step` as the job calls them, on `meta`, with the memory tracker around
+them. Only the source of weights and the batch differ. Why meta and not FakeTensorMode: the latter
+cannot build packed weights and makes transformers build a mask; meta is also three times faster.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qlora_cli.events import Silent
 from qlora_cli.families.spec import Family
 from qlora_cli.memory.instrument import CUDA_GRANULARITY
 from qlora_cli.memory.ledger import Phase, Side, Source, worst
+from qlora_cli.memory.rules import CPU_RULES
 from qlora_cli.memory.tracker import StorageTracker, gradients_of
 from qlora_cli.nn.attention import FLASH_CAPABILITY, FLASH_DTYPES
 from qlora_cli.recipe.resolve import DeviceFacts
@@ -60,6 +61,7 @@ def imagine(
     """
     on_card = facts.kind == "cuda"
     tracker = StorageTracker(
+        rules={} if on_card else CPU_RULES,
         granularity=CUDA_GRANULARITY if on_card else 1,
         counts_host=not on_card,
         device_type="meta",
@@ -100,7 +102,14 @@ def full_fine_tuning(recipe: Recipe) -> Recipe:
 
 def _build(recipe: Recipe, config: Any) -> State:
     def source(model: nn.Module, family: Family) -> ImaginedSource:
-        tensors = dict(model.named_parameters())
+        # No plan knows the order of a file. The worst is taken: the blocks' linears, which are packed,
+        # come when all else is there, and the largest comes last.
+        tensors = dict(
+            sorted(
+                model.named_parameters(),
+                key=lambda item: (item[0].startswith(family.blocks), item[1].numel()),
+            )
+        )
         if getattr(config, "tie_word_embeddings", False):
             tensors.pop(f"{family.head}.weight", None)
         return ImaginedSource(tensors, file_dtype)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
-from qlora_cli.checkpoint.layout import RunFolder
+from qlora_cli.checkpoint.layout import RunFolder, writing
 from qlora_cli.checkpoint.resume import save_checkpoint
 from qlora_cli.data.packing import Windows
 from qlora_cli.errors import Interrupted
@@ -27,6 +27,7 @@ TRACKED_STEPS = 3
 """The first step makes the optimizer's states; two more show the steady state."""
 LAST_LOSSES = 10
 """Steps whose mean is reported as the run's training loss."""
+_FULL = "earlier checkpoints are whole; free disk space and go on with --resume"
 
 
 @dataclass
@@ -73,17 +74,19 @@ class Loop:
     observer: Observer
 
     def go(self) -> Progress:
-        """From the state's step to the last. Raises Interrupted after Ctrl-C, checkpoint written."""
+        """From the state's step to the last.
+
+        Raises Interrupted after Ctrl-C, checkpoint written; QloraError where the disk refuses.
+        """
         progress = Progress()
         first = self.state.step
         tracked = {*range(first, first + TRACKED_STEPS), self._largest_step(first)}
         self.observer.stage("train", self.steps)
         self.observer.advance(first)
-        with _asked_to_stop() as asked, self.run.metrics.open("a") as metrics:
+        with _asked_to_stop() as asked:
             while self.state.step < self.steps:
                 event = self._one(progress, self.state.step in tracked)
-                metrics.write(json.dumps(_metrics(event)) + "\n")
-                metrics.flush()
+                self._note(event)
                 self.observer.step(event)
                 self._maybe_checkpoint(asked())
         return progress
@@ -145,6 +148,12 @@ class Loop:
                 hint="go on with --resume",
             )
 
+    def _note(self, event: StepEvent) -> None:
+        """One line in metrics.jsonl. Raises QloraError where the disk refuses."""
+        file = self.run.metrics
+        with writing(file.name, file, hint=_FULL), file.open("a") as metrics:
+            metrics.write(json.dumps(_metrics(event)) + "\n")
+
     def _largest_step(self, first: int) -> int:
         """The remaining step of an epoch whose largest batch has the most tokens."""
         last = min(self.steps, first + self.windows.steps_per_epoch)
@@ -175,5 +184,14 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 def _metrics(event: StepEvent) -> dict[str, Any]:
-    keep = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_bytes", "joules")
+    keep = (
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "peak_bytes",
+        "joules",
+    )
     return {key: value for key, value in asdict(event).items() if key in keep}

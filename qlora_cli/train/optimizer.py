@@ -1,8 +1,9 @@
 """AdamW, its learning rate and fp16's loss scale: the only place that makes an optimizer.
 
-Why not torch.optim.AdamW: it has no float32 master copy for 16-bit parameters, which full fine-tuning
-and float16 adapters need (an update of lr 2e-4 is lost in a float16 weight), and its fused kernel
-refuses imagined tensors. The arithmetic is torch's own fused kernel. Source: Loshchilov and Hutter 2019.
+Why not torch.optim.AdamW: it has no float32 master copy for 16-bit parameters, which full
+fine-tuning and float16 adapters need (an update of lr 2e-4 is lost in a float16 weight), and its
+fused kernel refuses imagined tensors. The arithmetic is torch's own fused kernel. Source:
+Loshchilov and Hutter 2019.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ EPSILON = 1e-8
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay. A parameter costs 8 bytes of state in float32, and 4 more
-    for its master copy where the parameter itself is 16 bit.
+    """Adam with decoupled weight decay.
+
+    A parameter costs 8 bytes of state in float32, and 4 more for its master copy where it is 16 bit
+    itself.
+
+    `grad_factor` of a group multiplies its gradients: float16 ones in float32, where what a loss
+    scale has saved is not lost again.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float) -> None:
-        super().__init__(parameters, {"lr": 0.0, "weight_decay": weight_decay})
+        super().__init__(parameters, {"lr": 0.0, "weight_decay": weight_decay, "grad_factor": 1.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -41,12 +47,14 @@ class AdamW(torch.optim.Optimizer):
                 if not self.state[parameter]:
                     self._begin(parameter)
             whole = [p for p in ready if p.dtype == torch.float32]
+            if whole and group["grad_factor"] != 1.0:
+                torch._foreach_mul_([p.grad for p in whole], group["grad_factor"])
             self._update(whole, [p.grad for p in whole], [self.state[p] for p in whole], group)
             # One at a time: only one float32 copy of a gradient exists at any moment.
             for parameter in (p for p in ready if p.dtype != torch.float32):
                 state = self.state[parameter]
                 with scope("temporary"):
-                    grad = parameter.grad.float()
+                    grad = parameter.grad.float().mul_(group["grad_factor"])
                 self._update([state["master"]], [grad], [state], group)
                 parameter.copy_(state["master"])
 
@@ -87,7 +95,7 @@ class AdamW(torch.optim.Optimizer):
 def make_optimizer(
     train: Train, parameters: Iterable[nn.Parameter], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer. Raises RecipeError where the device has no such thing."""
+    """The recipe's optimizer. Raises RecipeError for what the device or the parameters rule out."""
     parameters = list(parameters)
     if train.optimizer == "adamw":
         return AdamW(parameters, train.weight_decay)
@@ -101,6 +109,18 @@ def make_optimizer(
                     f"{train.optimizer} moves its states between a card and the host, and there is "
                     "no card",
                     "use adamw or adamw8bit",
+                )
+            ],
+        )
+    if any(parameter.dtype.itemsize == 2 for parameter in parameters):
+        raise RecipeError(
+            "the recipe would lose its updates",
+            [
+                Problem(
+                    "train.optimizer",
+                    f"{train.optimizer} keeps no float32 copy of a 16-bit weight, and small "
+                    "updates vanish in it",
+                    "use adamw, or adapter.dtype=float32",
                 )
             ],
         )

@@ -42,7 +42,8 @@ def build_state(
 ) -> State:
     """From a resolved recipe to a state before its first step.
 
-    Raises ModelError for a base that does not fit its config, RecipeError for what the device lacks.
+    Raises ModelError for a base that does not fit its config, RecipeError for what the device
+    lacks.
     """
     built = build(recipe, config, make_source, device, observer, file_dtype)
     built.model.train()

@@ -43,7 +43,7 @@ def train_step(state: State, window: Sequence[Batch], lr: float) -> StepOutcome:
         total = torch.zeros((), dtype=torch.float32, device=state.device)
     for batch in window:
         loss = batch_loss(state.built, batch, state.device, scale)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.detach()
         del loss
     with scope("temporary"):
@@ -69,18 +69,21 @@ def _gradient_norm(state: State) -> Tensor:
 
 def _update(state: State, norm: float, lr: float) -> None:
     """Unscales and clips in one multiplication, then steps."""
+    own = isinstance(state.optimizer, AdamW)
     limit = state.recipe.train.max_grad_norm
     true_norm = norm / state.loss_scale.value
     factor = 1.0 / state.loss_scale.value
     if limit is not None and true_norm > limit:
         factor *= limit / (true_norm + 1e-6)
-    if factor != 1.0:
+    if factor != 1.0 and not own:
         grads = [p.grad for p in state.trainable.values() if p.grad is not None]
         torch._foreach_mul_(grads, factor)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
+        if own:
+            group["grad_factor"] = factor
     # bitsandbytes allocates its states itself; ours names them.
-    with scope("temporary" if isinstance(state.optimizer, AdamW) else "optimizer"):
+    with scope("temporary" if own else "optimizer"):
         state.optimizer.step()
 
 

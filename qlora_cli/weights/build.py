@@ -1,9 +1,9 @@
 """The base, streamed: one tensor at a time from its source, quantized as it arrives.
 
-The model is made on meta, gets its packed linears and adapters there (`nn/surgery.py`), and then each
-tensor of the source goes to its place. No full-precision copy of the model ever exists: at any
-moment there is what is already packed, and one tensor. The plan calls the same function with an
-imagined source.
+The model is made on meta, gets its packed linears and adapters there (`nn/surgery.py`), and then
+each tensor of the source goes to its place. No full-precision copy of the model ever exists: at
+any moment there is what is already packed, and one tensor. The plan calls the same function with
+an imagined source.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer
-from qlora_cli.families.registry import family_of
+from qlora_cli.families.registry import family_of, is_known
 from qlora_cli.families.sites import find_sites
 from qlora_cli.families.spec import Family
 from qlora_cli.memory.tracker import attribute, host_memory, scope, unallocated
@@ -88,6 +88,8 @@ def skeleton(config: Any, compute: torch.dtype) -> tuple[Any, Family]:
     """(transformers' model on meta, its family). Raises ModelError for an unknown family."""
     from transformers import AutoModelForCausalLM
 
+    if not is_known(config):
+        family_of(config, _linears_of_a_block(config))
     family = family_of(config)
     # The base's own dropout is off: the adapter has its own, and dropped activations are kept.
     for key in family.dropouts:
@@ -97,7 +99,23 @@ def skeleton(config: Any, compute: torch.dtype) -> tuple[Any, Family]:
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention.NAME, dtype=compute
         )
+    # Batches have no padding; told of a pad token, GPT-2 would look for it in every batch.
+    model.config.pad_token_id = None
     return model, family
+
+
+def _linears_of_a_block(config: Any) -> list[str]:
+    """Paths within the first block of a model of any family, for the error about an unknown one."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, ImportError):  # Not a causal model, or one that needs more.
+        return []
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    blocks = next((blocks for blocks in lists if len(blocks)), None)
+    return surgery.linear_paths(blocks[0]) if blocks is not None else []
 
 
 def build(
@@ -151,7 +169,7 @@ def _initialize_adapters(built: Built, device: torch.device, seed: int) -> None:
 
 
 def load(built: Built, source: Source, device: torch.device, observer: Observer) -> None:
-    """Fills every place of the model from the source. Raises ModelError naming what does not fit."""
+    """Fills every place of the model from the source. Raises ModelError for what does not fit."""
     places = dict(_places(built, device))
     names = source.names()
     _check_names(built, names, places)
@@ -205,7 +223,11 @@ def _packed_place(module: QuantLinear, transposed: bool) -> _Place:
 
 
 def _plain_place(
-    module: nn.Module, key: str, category: str, device: torch.device, dtype: torch.dtype | None = None
+    module: nn.Module,
+    key: str,
+    category: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> _Place:
     old: nn.Parameter = getattr(module, key)
     kept = dtype or old.dtype
@@ -240,8 +262,11 @@ def _check_names(built: Built, names: Any, places: Mapping[str, _Place]) -> None
     allowed = {f"{built.family.head}.weight"} if _is_tied(built) else set()
     unexpected = sorted(present - set(places) - allowed)
     if missing or unexpected:
-        parts = [f"{word}: {', '.join(some[:5])}{' ...' if len(some) > 5 else ''}"
-                 for word, some in (("missing", missing), ("not of this model", unexpected)) if some]
+        parts = [
+            f"{word}: {', '.join(some[:5])}{' ...' if len(some) > 5 else ''}"
+            for word, some in (("missing", missing), ("not of this model", unexpected))
+            if some
+        ]
         raise ModelError(
             "the checkpoint's tensors are not those of its config; " + "; ".join(parts),
             where="model.name",
@@ -278,4 +303,3 @@ def _rebuild_buffers(built: Built, device: torch.device) -> None:
         if device.type != "meta" and any(b.is_meta for b in module.buffers(recurse=False)):
             surgery.replace(built.model, path, type(module)(built.config).to(device))
     attribute(built.model.buffers(), "base")
-

@@ -50,7 +50,9 @@ def read_config(file: Path) -> Any:
     try:
         content = json.loads(file.read_text())
         model_type = content.pop("model_type")
-    except (ValueError, KeyError, AttributeError) as fault:
+    except OSError as fault:
+        raise ModelError(f"cannot be read: {fault.strerror or fault}", where=str(file)) from fault
+    except (ValueError, KeyError, AttributeError, TypeError) as fault:
         raise ModelError(f"not a model's config: {fault!r}", where=str(file)) from fault
     if "quantization_config" in content:
         raise ModelError(
@@ -61,7 +63,9 @@ def read_config(file: Path) -> Any:
     try:
         return AutoConfig.for_model(model_type, **content)
     except (ValueError, TypeError) as fault:
-        raise ModelError(f"transformers cannot read this config: {fault}", where=str(file)) from fault
+        raise ModelError(
+            f"transformers cannot read this config: {fault}", where=str(file)
+        ) from fault
 
 
 def _local(name: str) -> Path | None:

@@ -1,14 +1,14 @@
 """Where a base's tensors come from: safetensors files, or imagination for a plan.
 
-Names here are the model's own parameter names (`model.layers.0.self_attn.q_proj.weight`). A file may
-leave out or add the backbone's prefix, as GPT-2's on the hub does; `FolderSource` finds the tensor and
-remembers its own name, which merging writes again.
+Names here are the model's own parameter names (`model.layers.0.self_attn.q_proj.weight`). A file
+may leave out or add the backbone's prefix, as GPT-2's on the hub does; `FolderSource` finds the
+tensor and remembers its own name, which merging writes again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -79,7 +79,7 @@ class FolderSource:
 class ImaginedSource:
     """Tensors of a model on meta: shapes and dtypes, no bytes."""
 
-    def __init__(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self._dtype = dtype
 

@@ -71,6 +71,8 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise ValueError(
                 f"it ends at byte {file.stat().st_size}, not {max(ends, default=start)}"
             )
+    except OSError as fault:
+        raise ModelError(f"cannot be read: {fault.strerror or fault}", where=str(file)) from fault
     except (ValueError, KeyError, TypeError, AttributeError) as fault:
         raise ModelError(
             f"damaged safetensors file: {fault}", where=str(file), hint="fetch the file again"

@@ -1,0 +1,162 @@
+"""Opened for answering, a model says what transformers' own says, with and without a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qlora_cli.checkpoint.layout import RunFolder, appear_whole
+from qlora_cli.checkpoint.open import open_any, open_model, open_run, read_recipe
+from qlora_cli.checkpoint.resume import write_trained
+from qlora_cli.errors import InputError, ModelError, UsageError
+from qlora_cli.events import Silent
+from qlora_cli.export.merge import write_merged
+from qlora_cli.export.tensors import merged_tensors
+from tests.runs import (
+    CPU,
+    FAMILIES,
+    build_base,
+    logits,
+    make_base,
+    make_recipe,
+    make_rows,
+    make_run,
+)
+
+IDS = torch.tensor([[5, 80, 91, 7, 33, 250, 64, 12]])
+PRETRAINED = ("stories260K", "gpt_nano_sort", "books-gpt2")
+
+
+def theirs(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def go_on(model: Any, ids: Tensor, num: int) -> list[int]:
+    """Greedy text."""
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=0,
+    )
+    return [int(token) for token in output[0]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_answers_as_transformers_own(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base", family, dtype=dtype)
+    built, reference = open_model(base, CPU, Silent()), theirs(base)
+    assert not built.model.training
+    assert not any(parameter.requires_grad for parameter in built.model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(logits(built, IDS), reference(IDS).logits[0])
+    assert go_on(built.model, IDS, 20) == go_on(reference, IDS, 20)
+    assert built.model.generation_config.top_k == 7
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_a_pretrained_model_writes_the_same_text(name: str, shared: Path) -> None:
+    folder = shared / "data" / "models" / name
+    built, reference = open_model(folder, CPU, Silent()), theirs(folder)
+    ids = torch.tensor([[1, 2, 0, 1, 2, 1]])
+    num = 5 if name == "gpt_nano_sort" else 60
+    assert go_on(built.model, ids, num) == go_on(reference, ids, num)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_run_answers_as_it_was_trained(family: str, bits: int, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", family)
+    recipe = make_recipe(base, make_rows(tmp_path / "rows.jsonl"), base={"bits": bits})
+    run, trained = make_run(tmp_path / "run", recipe)
+    opened = open_run(run, CPU, Silent())
+    assert torch.equal(logits(opened, IDS), logits(trained, IDS))
+    if bits != 8:  # int8 rounds a row of activations by its largest; a cache changes no row
+        text = go_on(opened.model, IDS, 12)
+        whole = opened.model(torch.tensor([text[:-1]]), use_cache=False).logits[0]
+        assert text[IDS.shape[1] :] == whole.argmax(1)[IDS.shape[1] - 1 :].tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_run_writes_the_runs_text(family: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", family)
+    run, _ = make_run(tmp_path / "run", make_recipe(base, make_rows(tmp_path / "rows.jsonl")))
+    tensors = merged_tensors(run, "dequantized", torch.float32, CPU)
+    write_merged(tensors, base, tmp_path / "out", {}, Silent())
+    opened = open_run(run, CPU, Silent())
+    assert go_on(theirs(tmp_path / "out"), IDS, 20) == go_on(opened.model, IDS, 20)
+
+
+def test_a_run_trained_in_full_opens_its_own_weights(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama", tied=True)
+    recipe = make_recipe(
+        base,
+        make_rows(tmp_path / "rows.jsonl"),
+        base={"bits": 16},
+        adapter={"method": "full"},
+    )
+    trained = build_base(recipe)
+    with torch.no_grad():
+        for parameter in trained.trainable().values():
+            parameter += 0.01
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    run.write({"recipe": recipe.model_dump(mode="json"), "base_folder": str(base)})
+    with appear_whole(run.weights) as folder:
+        write_trained(trained.trainable(), folder / "model.safetensors")
+    trained.model.eval()
+    assert torch.equal(logits(open_run(run, CPU, Silent()), IDS), logits(trained, IDS))
+
+
+def test_anything_is_opened_by_what_it_is(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    run, _ = make_run(tmp_path / "run", make_recipe(base, make_rows(tmp_path / "rows.jsonl")))
+    assert open_any(str(run.path), CPU, Silent()).built.adapted
+    opened = open_any(str(base), CPU, Silent())
+    assert not opened.built.adapted
+    assert opened.folder == base
+    with pytest.raises(InputError, match="no folder"):
+        open_any(str(tmp_path / "nothing"), CPU, Silent())
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"base": {"bits": 16}},
+        {"base": {"bits": 8, "outlier_threshold": 0.0}},
+        {"base": {"bits": 16}, "adapter": {"method": "full"}},
+        {"adapter": {"rslora": True, "targets": ["q"], "alpha": 3.5}},
+    ],
+    ids=str,
+)
+def test_a_recipe_comes_back_from_run_json(sections: dict[str, Any], tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "base", tmp_path / "rows.jsonl", **sections)
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    run.write({"recipe": recipe.model_dump(mode="json")})
+    assert read_recipe(run) == recipe
+
+
+def test_a_run_without_its_adapter_or_base_is_a_clear_error(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    run, _ = make_run(tmp_path / "run", make_recipe(base, make_rows(tmp_path / "rows.jsonl")))
+    run.adapter.rename(tmp_path / "elsewhere")
+    run.write(run.read() | {"status": "interrupted"})
+    with pytest.raises(UsageError, match="no trained weights yet; its status is interrupted"):
+        open_run(run, CPU, Silent())
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match="the base that the run was trained on is not at"):
+        open_run(run, CPU, Silent())

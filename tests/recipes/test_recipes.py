@@ -1,0 +1,110 @@
+"""Every shipped recipe: loads, says what it is, holds what its header says, plans or trains."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import qlora
+
+from qlora_cli.cli.plan import _imagined_card
+from qlora_cli.jobs import plan as planning
+from qlora_cli.recipe.document import read_document
+from qlora_cli.recipe.load import load_recipe
+from qlora_cli.recipe.resolve import resolve
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.shipped import shipped_recipes, summary
+from qlora_cli.units import GIB
+from qlora_cli.weights.locate import read_config
+
+PLANNED = {
+    "chat": ("Qwen2.5-3B", "8GiB"),
+    "gpt2-e2e": ("gpt2-medium", "8GiB"),
+    "llama-3.1-8b-24gb": ("Llama-3-8B", "24GiB"),
+    "llama-3.1-8b-8gb": ("Llama-3-8B", "8GiB"),
+    "mistral-7b-12gb": ("Mistral-7B-v0.1", "12GiB"),
+    "qwen2.5-7b-12gb": ("Qwen2.5-7B", "12GiB"),
+}
+"""Recipe -> (a config of its base's shapes, the card it is for)."""
+TRAINED = {"starter"}
+"""Recipes that run on any machine."""
+
+
+def header(file: Path) -> str:
+    """The comment at the top as one line."""
+    lines = file.read_text().splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def test_every_shipped_recipe_is_tested_here() -> None:
+    assert set(shipped_recipes()) == set(PLANNED) | TRAINED
+
+
+@pytest.mark.parametrize("name", sorted(set(PLANNED) | TRAINED))
+def test_it_loads_and_says_what_it_is(name: str) -> None:
+    file = shipped_recipes()[name]
+    assert load_recipe(name).output == f"runs/{name}"
+    assert summary(file).endswith(".")
+    assert ("Measured on" in header(file)) != ("Not measured. Planned by" in header(file))
+
+
+@pytest.mark.parametrize("name", sorted(set(PLANNED) | TRAINED))
+def test_it_holds_only_what_differs_from_the_defaults(name: str) -> None:
+    content = read_document(shipped_recipes()[name].read_text()).content
+    for section, settings in content.items():
+        model: Any = Recipe.model_fields[section].annotation
+        same = [key for key, value in settings.items() if model.model_fields[key].default == value]
+        assert not same, f"{section}: {', '.join(same)}"
+
+
+def small(config: Path, folder: Path) -> Path:
+    """The same widths in two blocks, which plan in a moment."""
+    content = json.loads(config.read_text())
+    for key in ("num_hidden_layers", "n_layer"):
+        if key in content:
+            content[key] = 2
+    for key in ("layer_types",):
+        content.pop(key, None)
+    path = folder / "small.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_it_plans(name: str, shared: Path, tmp_path: Path) -> None:
+    config, vram = PLANNED[name]
+    base = small(shared / "data" / "configs" / f"{config}.json", tmp_path)
+    outcome = qlora("plan", name, f"model.name={base}", "--vram", vram, "--json")
+    assert outcome.code == 0, outcome.err
+    told = outcome.json
+    assert told["fits"] is True
+    assert 0 < told["trainable_parameters"] < told["total_parameters"] / 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANNED)
+def test_its_header_tells_the_plan_of_the_whole_base(name: str, shared: Path) -> None:
+    config, vram = PLANNED[name]
+    facts = _imagined_card(vram)
+    told = header(shipped_recipes()[name])
+    figure = re.search(r"--vram (\w+)` on .*?: ([\d.]+) GiB at the worst instant", told)
+    assert figure, told
+    recipe, _ = resolve(load_recipe(name), facts)
+    base = read_config(shared / "data" / "configs" / f"{config}.json")
+    peak = planning.plan(recipe, base, facts).peak_bytes
+    assert (figure[1], figure[2]) == (vram, f"{peak / GIB:.2f}")
+    assert peak < 0.9 * facts.capacity_bytes  # The CUDA context and fragments come on top.
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_it_trains(name: str, tmp_path: Path) -> None:
+    changes = (f"output={tmp_path / 'run'}", "train.steps=4", "train.grad_accum=1")
+    outcome = qlora("train", name, *changes, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["steps"] == 4
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[-1] < losses[0]
