@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qlora_cli.memory.tracker import host_memory
 from qlora_cli.nn.quant import QuantLinear
 
 
@@ -51,19 +52,23 @@ class LoraLinear(nn.Module):
         self.lora_b = nn.ParameterDict()
 
     def initialize(self, device: torch.device, generator: torch.Generator) -> None:
-        """A ~ N(0, 1/in), B = 0: the adapted model starts as the base (LoRA, 4.1).
-
-        Drawn on the host in float32, so that a seed gives the same A on every device.
-        """
-        base, settings = self.base, self.settings
+        """A ~ N(0, 1/in), B = 0: the adapted model starts as the base (LoRA, 4.1)."""
+        settings = self.settings
         for role, rows in self.parts.items():
-            a = torch.empty(settings.rank, base.in_features, device=device, dtype=settings.dtype)
-            if device.type != "meta":
-                drawn = torch.randn(settings.rank, base.in_features, generator=generator)
-                a.copy_(drawn.mul_(base.in_features**-0.5))
             num_rows = rows.stop - rows.start
             b = torch.zeros(num_rows, settings.rank, device=device, dtype=settings.dtype)
-            self.lora_a[role], self.lora_b[role] = nn.Parameter(a), nn.Parameter(b)
+            self.lora_a[role] = nn.Parameter(self._gaussian(device, generator))
+            self.lora_b[role] = nn.Parameter(b)
+
+    def _gaussian(self, device: torch.device, generator: torch.Generator) -> Tensor:
+        """A's first values; drawn on the host in float32: a seed gives the same A on any device."""
+        shape = (self.settings.rank, self.base.in_features)
+        a = torch.empty(shape, device=device, dtype=self.settings.dtype)
+        with host_memory():
+            drawn = torch.empty(shape, device="meta" if a.is_meta else "cpu")
+            if not a.is_meta:
+                drawn.normal_(generator=generator)
+        return a.copy_(drawn.mul_(self.base.in_features**-0.5))
 
     def delta(self) -> Tensor:
         """(alpha / rank) B A as (out, in) in float32: what merging adds to W."""

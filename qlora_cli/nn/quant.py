@@ -35,7 +35,7 @@ BLOCK_SCALES = 256
 OUTLIER_SHARE = 8
 """Beyond in / 8 outlier columns the whole product is done in the compute dtype. LLM.int8() finds
 about 0.1 % of columns; the cap makes the memory of the outlier part bounded and so plannable."""
-PACK_ELEMENTS = 2**22
+PACK_ELEMENTS = 2**20
 """Weights packed at once, a multiple of every block. On a CPU bitsandbytes holds up to 28 bytes for
 each while it works; on a whole gate projection of an 8B model that would be 1.5 GiB."""
 

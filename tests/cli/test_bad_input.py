@@ -58,9 +58,7 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe of a finished run, which no test may change."""
     folder = tmp_path_factory.mktemp("trained")
     path = folder / "job.yaml"
-    path.write_text(
-        RECIPE.format(base=tiny, rows=make_rows(folder / "rows.jsonl"), folder=folder)
-    )
+    path.write_text(RECIPE.format(base=tiny, rows=make_rows(folder / "rows.jsonl"), folder=folder))
     outcome = qlora("train", path)
     assert outcome.code == 0, outcome.err
     return path
@@ -157,7 +155,9 @@ def test_a_file_that_is_not_there_names_its_neighbours(job: Path, setting: str) 
 
 
 def write_rows(file: Path, *rows: object) -> Path:
-    file.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    file.write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    )
     return file
 
 
@@ -217,7 +217,9 @@ def test_an_unknown_family_lists_its_linears(job: Path, tiny: Path, tmp_path: Pa
     (other / "config.json").write_text(json.dumps(config))
     for command in ("train", "plan"):
         outcome = qlora(command, job, f"model.name={other}")
-        refused(outcome, 2, "'opt' is not known", "llama", "self_attn.q_proj", "qlora_cli/families/")
+        refused(
+            outcome, 2, "'opt' is not known", "llama", "self_attn.q_proj", "qlora_cli/families/"
+        )
     free_again(job)
 
 

@@ -18,6 +18,7 @@ from tests.numerics.test_merge_memory import LARGEST_BYTES, make_large_base
 LOAD = """
 import ctypes, gc, json, sys, time
 from pathlib import Path
+import torch
 torch.set_num_threads(1)
 from qlora_cli.checkpoint.open import file_dtype, open_source
 from qlora_cli.events import Silent

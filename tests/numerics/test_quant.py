@@ -221,7 +221,7 @@ def test_eval_and_back_leaves_gradients_as_they_were(bits: int) -> None:
 
 
 def test_nothing_is_kept_for_backward() -> None:
-    """A frozen product needs no input in backward; keeping it would cost what checkpointing saves."""
+    """A frozen product needs no input in backward; keeping it would undo checkpointing."""
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:

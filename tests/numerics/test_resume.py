@@ -100,7 +100,10 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"optimizer": "adamw8bit"},
         "adapter": {"dropout": 0.2, "rank": 64, "alpha": 64.0},
     },
-    "float16": {"base": {"compute_dtype": "float16"}, "adapter": {"dropout": 0.2, "dtype": "float16"}},
+    "float16": {
+        "base": {"compute_dtype": "float16"},
+        "adapter": {"dropout": 0.2, "dtype": "float16"},
+    },
     "gpt2, rows alone": {"family": "gpt2", "data": {"packing": False}},
     "full": {"base": {"bits": 16}, "adapter": {"method": "full"}},
 }
@@ -250,9 +253,7 @@ def small() -> tuple[dict[str, torch.nn.Parameter], AdamW]:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named(
-    tmp_path: Path, good_checkpoint: Path, damage: str
-) -> None:
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, good_checkpoint: Path, damage: str) -> None:
     folder = shutil.copytree(good_checkpoint, tmp_path / "step-000001")
     assert load_checkpoint(folder, *small())[0] == 1
     DAMAGE[damage](folder)

@@ -38,10 +38,10 @@ class World:
     delta: Tensor
 
 
-def merge(run: RunFolder, out: Path, kind: Base = "dequantized") -> Path:
+def merge(run: RunFolder, out: Path, kind: Base = "dequantized", shard_bytes: int = 60_000) -> Path:
     tensors = merged_tensors(run, kind, torch.float16, CPU)
     base = Path(run.read()["base_folder"])
-    write_merged(tensors, base, out, {}, Silent(), max_shard_bytes=60_000)
+    write_merged(tensors, base, out, {}, Silent(), max_shard_bytes=shard_bytes)
     return out
 
 
@@ -243,6 +243,20 @@ def test_a_right_merge_passes(family: str, bits: int, kind: Base, tmp_path: Path
     assert verdict.comparison is not None
     # int8 rounds activations too, which a merged model does not.
     assert verdict.comparison.mean_kl < (1e-4 if bits != 8 else 2e-2)
+
+
+@pytest.mark.parametrize("name", ["stories260K", "gpt_nano_sort", "books-gpt2"])
+@pytest.mark.parametrize("kind", ["original", "dequantized"])
+def test_a_right_merge_of_a_pretrained_model_passes(
+    name: str, kind: Base, shared: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(
+        shared / "data" / "models" / name,
+        make_rows(tmp_path / "rows.jsonl"),
+        base={"compute_dtype": "bfloat16"},
+    )
+    run, _ = make_run(tmp_path / "run", recipe, spread=0.005)
+    assert check(merge(run, tmp_path / "merged", kind), run).faults == ()
 
 
 def test_the_job_gives_figures_and_passes(world: World) -> None:

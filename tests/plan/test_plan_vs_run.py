@@ -99,7 +99,12 @@ def load(recipe: Recipe) -> State:
     folder = Path(recipe.model.name)
     config = read_config(folder / "config.json")
     return build_state(
-        recipe, config, lambda _, found: open_source(folder, found), CPU, Silent(), file_dtype(config)
+        recipe,
+        config,
+        lambda _, found: open_source(folder, found),
+        CPU,
+        Silent(),
+        file_dtype(config),
     )
 
 
@@ -154,7 +159,10 @@ def test_the_plan_is_the_run(
     plan, run, peaks = planned(recipe), tracked(recipe), judged(recipe)
     assert tuple(plan) == tuple(run) == tuple(peaks) == PHASES
     errors = {
-        name: (plan[name].peak_bytes / run[name].peak_bytes - 1, plan[name].peak_bytes / peaks[name] - 1)
+        name: (
+            plan[name].peak_bytes / run[name].peak_bytes - 1,
+            plan[name].peak_bytes / peaks[name] - 1,
+        )
         for name in PHASES
     }
     told = ", ".join(f"{k} {peaks[k]} {a:+.2%} {b:+.2%}" for k, (a, b) in errors.items())
@@ -163,7 +171,7 @@ def test_the_plan_is_the_run(
     for name in PHASES[1:]:
         for error in errors[name]:
             assert -0.01 <= error <= 0.03, (name, told)
-    # The plan takes the worst order of a file; what order can cost is one linear while it is packed.
+    # The plan takes the worst order of a file; an order can save one linear's packing at most.
     for measured in (run["load"].peak_bytes, peaks["load"]):
         assert 0.99 * measured <= plan["load"].peak_bytes <= measured + PACKING_BYTES, told
     worst_measured = max(peaks.values())
