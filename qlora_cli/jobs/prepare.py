@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_cli.checkpoint.open import file_dtype, open_source
 from qlora_cli.data.chat import Example, encode
 from qlora_cli.data.collate import Batch
 from qlora_cli.data.formats import detect_format, read_rows
@@ -40,16 +41,8 @@ class Prepared:
 
     @property
     def file_dtype(self) -> torch.dtype:
-        """Of the checkpoint's largest tensors, as its config says; float32 where it is silent."""
-        dtype = getattr(self.config, "dtype", None)
-        return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def open_source(folder: Path, family: Family) -> FolderSource:
-    """A folder's tensors under the family's parameter names. Raises ModelError."""
-    return FolderSource(
-        folder, prefix=f"{family.backbone}.", head=family.head, ignored=family.ignored
-    )
+        """Of the checkpoint's largest tensors."""
+        return file_dtype(self.config)
 
 
 def prepare(recipe: Recipe, facts: DeviceFacts) -> Prepared:

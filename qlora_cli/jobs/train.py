@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train import runtime
 from qlora_cli.train.forward import Score, evaluate
 from qlora_cli.train.imagine import Imagined, full_fine_tuning, side
-from qlora_cli.train.loop import Loop, Progress
+from qlora_cli.train.loop import LAST_LOSSES, Loop, Progress
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.units import format_bytes
 from qlora_cli.weights.source import SINGLE
@@ -261,11 +262,18 @@ def _ledger(job: _Job, instrument: Instrument, planned: Imagined, before: Imagin
     )
 
 
+def _train_loss(run: RunFolder) -> float:
+    """Mean loss of the last steps, also of those that an earlier process did."""
+    lines = run.metrics.read_text().splitlines()[-LAST_LOSSES:]
+    losses: list[float] = [json.loads(line)["loss"] for line in lines]
+    return sum(losses) / len(losses)
+
+
 def _finish(job: _Job, progress: Progress, score: Score | None, ledger: Ledger) -> TrainResult:
     result = TrainResult(
         run=job.run.path,
         steps=job.steps,
-        train_loss=progress.train_loss,
+        train_loss=_train_loss(job.run),
         eval_loss=score.loss if score else None,
         tokens_per_second=progress.tokens_per_second,
         ledger=ledger,

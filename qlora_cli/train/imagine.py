@@ -102,8 +102,8 @@ def full_fine_tuning(recipe: Recipe) -> Recipe:
 
 def _build(recipe: Recipe, config: Any) -> State:
     def source(model: nn.Module, family: Family) -> ImaginedSource:
-        # No plan knows the order of a file. The worst is taken: the blocks' linears, which are packed,
-        # come when all else is there, and the largest comes last.
+        # No plan knows the order of a file. The worst is taken: the blocks' linears, which are
+        # packed, come when all else is there, and the largest comes last.
         tensors = dict(
             sorted(
                 model.named_parameters(),

@@ -32,28 +32,22 @@ _FULL = "earlier checkpoints are whole; free disk space and go on with --resume"
 
 @dataclass
 class Progress:
-    """What the loop did.
+    """What the loop did in this process.
 
     plain, tracked: [tokens, seconds] of steps without and with the memory instrument, which slows
     them; speed is read from the plain ones where there are any.
     """
 
-    losses: list[float] = field(default_factory=list)
+    steps: int = 0
     plain: list[float] = field(default_factory=lambda: [0.0, 0.0])
     tracked: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def add(self, outcome: StepOutcome, seconds: float, tracked: bool) -> None:
         """After each step."""
-        self.losses.append(outcome.loss)
+        self.steps += 1
         timed = self.tracked if tracked else self.plain
         timed[0] += outcome.tokens
         timed[1] += seconds
-
-    @property
-    def train_loss(self) -> float:
-        """Mean of the last steps; NaN where none was done."""
-        last = self.losses[-LAST_LOSSES:]
-        return sum(last) / len(last) if last else float("nan")
 
     @property
     def tokens_per_second(self) -> float:
@@ -116,7 +110,7 @@ class Loop:
     ) -> StepEvent:
         live, peak = live_and_peak(self.state.device)
         steps_left = self.steps - self.state.step
-        mean_tokens = sum(p[0] for p in (progress.plain, progress.tracked)) / len(progress.losses)
+        mean_tokens = sum(p[0] for p in (progress.plain, progress.tracked)) / progress.steps
         return StepEvent(
             step=self.state.step,
             steps=self.steps,

@@ -108,7 +108,7 @@ def test_these_tests_would_see_a_leak(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_transformers_own(tmp_path: Path, family: str) -> None:
-    """Its eager attention, with grouped heads and, in Mistral, a window that slides over the row."""
+    """Its eager attention, with grouped heads and, in Mistral, a sliding window."""
     base, built = make(tmp_path, family)
     theirs = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, attn_implementation="eager"
@@ -133,7 +133,7 @@ def test_the_sliding_window_matters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_a_cache_is_the_forward_pass(tmp_path: Path, family: str) -> None:
     """Tokens one by one, each attending to the cache, are what whole passes predict."""
-    base, built = make(tmp_path, family)
+    _, built = make(tmp_path, family)
     stir(built)
     built.model.eval()
     built.model.config.use_cache = True

@@ -57,8 +57,8 @@ peak = memory()["VmHWM"]
 gc.collect()
 ctypes.CDLL("libc.so.6").malloc_trim(0)
 after = memory()["VmRSS"]
-held = sum({p.data_ptr(): p.numel() * p.element_size() for p in
-            (state.parameters() if sys.argv[2] == "whole" else state.built.model.parameters())}.values())
+model = state if sys.argv[2] == "whole" else state.built.model
+held = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
 print(json.dumps({"before": before["VmRSS"], "peak": peak, "after": after, "held": held,
                   "seconds": seconds}))
 """

@@ -1,4 +1,4 @@
-"""AdamW is torch's, float16 loses no update, schedules end where they should, overflow is survived."""
+"""AdamW is torch's, float16 loses no update, schedules end well, overflow is survived."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_16_bit_parameters_follow_a_float32_master(dtype: torch.dtype) -> None:
 
 
 def test_small_updates_add_up_in_float16() -> None:
-    """1 - 1e-4 rounds to 1 in float16: a hundred such updates are lost unless a master keeps them."""
+    """1 - 1e-4 rounds to 1 in float16: a hundred such updates are lost without a master."""
     weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
     assert torch.equal(weight.detach() - 1e-4, torch.ones(4, dtype=torch.float16))
     optimizer = AdamW([weight], 0.0)
@@ -95,8 +95,7 @@ def test_small_updates_add_up_in_float16() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_loss_scale_is_taken_off_in_float32(dtype: torch.dtype) -> None:
-    """Gradients of 1e-7 vanish in float16; scaled by 2^16 they fit, and unscaled they must not
-    fall back into float16."""
+    """Gradients of 1e-7 vanish in float16; unscaled, they must not fall back into it."""
     true = 1e-7
     assert torch.tensor(true, dtype=torch.float16).item() != pytest.approx(true, rel=0.1)
     moments = []
