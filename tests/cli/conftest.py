@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from commandline import qlora
 
 import qlora_cli.starter
+from tests.commandline import qlora
 
 STARTER = Path(qlora_cli.starter.__file__).parent
 RECIPE = """\

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import Outcome, qlora
-from runs import make_base, make_rows
 
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.weights.source import INDEX, SINGLE
+from tests.commandline import Outcome, qlora
+from tests.runs import make_base, make_rows
 
 RECIPE = """\
 model: {{name: {base}}}

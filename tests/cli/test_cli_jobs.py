@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from commandline import qlora
 
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.recipe.resolve import DeviceFacts
 from qlora_cli.units import GIB
+from tests.commandline import qlora
 
 
 def test_plan_says_what_a_job_needs(recipe: Path) -> None:

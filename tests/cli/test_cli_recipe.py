@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from commandline import qlora
 
 from qlora_cli.recipe.describe import keys
 from qlora_cli.recipe.shipped import shipped_recipes
+from tests.commandline import qlora
 
 
 def test_list_names_every_shipped_recipe_and_says_what_it_is_for() -> None:

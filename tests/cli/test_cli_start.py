@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 import pytest
-from commandline import qlora
 
 import qlora_cli
 from qlora_cli.cli import main
@@ -24,6 +23,7 @@ from qlora_cli.errors import (
     UsageError,
     VerificationFailed,
 )
+from tests.commandline import qlora
 
 SLOW = ("torch", "bitsandbytes", "transformers", "datasets", "accelerate", "matplotlib", "pandas")
 LIST_IMPORTS = """

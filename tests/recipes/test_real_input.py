@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from commandline import qlora
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.checkpoint.open import open_run
 from qlora_cli.events import Silent
+from tests.commandline import qlora
 
 pytestmark = pytest.mark.slow
 

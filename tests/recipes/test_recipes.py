@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import qlora
 
 from qlora_cli.cli.plan import _imagined_card
 from qlora_cli.jobs import plan as planning
@@ -19,6 +18,7 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.shipped import shipped_recipes, summary
 from qlora_cli.units import GIB
 from qlora_cli.weights.locate import read_config
+from tests.commandline import qlora
 
 PLANNED = {
     "chat": ("Qwen2.5-3B", "8GiB"),

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import results
 
 from qlora_cli.errors import QloraError
 from qlora_cli.ui import figures, report
+from tests import results
 
 
 class Reader(HTMLParser):

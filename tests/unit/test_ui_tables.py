@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import results
 from rich.console import Console, RenderableType
 
 from qlora_cli.memory.ledger import CATEGORIES, Allocator
 from qlora_cli.ui import memory, tables
 from qlora_cli.units import format_bytes
+from tests import results
 
 
 def text_of(shown: RenderableType, width: int = 100) -> str:
