@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-ROLES: tuple[Role, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
 Bits = Literal[4, 8, 16]
 Dtype = Literal["float32", "float16", "bfloat16"]
