@@ -9,6 +9,7 @@ import pytest
 
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.recipe.resolve import DeviceFacts
+from qlora_cli.recipe.shipped import find_recipe
 from qlora_cli.units import GIB
 from tests.commandline import qlora
 
@@ -193,7 +194,18 @@ def test_doctor_tries_what_is_here() -> None:
 
 
 @pytest.mark.slow
-def test_quickstart_goes_the_whole_way_twice(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_quickstart_goes_the_whole_way_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the shipped recipe, but a seventh of its steps: enough for the loss to fall by half."""
+    from qlora_cli.jobs import quickstart
+
+    shorter = tmp_path / "starter.yaml"
+    shipped = find_recipe(quickstart.RECIPE).read_text()
+    assert "steps: 300" in shipped
+    shorter.write_text(shipped.replace("steps: 300", "steps: 40"))
+    monkeypatch.setattr(quickstart, "RECIPE", str(shorter))
     for _ in range(2):
         outcome = qlora("quickstart", "--out", tmp_path / "quickstart", "--json")
         assert outcome.code == 0, outcome.err
