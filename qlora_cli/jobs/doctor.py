@@ -87,11 +87,9 @@ def _quantize(bits: Bits, device: torch.device) -> float:
 
 def _paged_optimizers(kind: str) -> Check:
     if kind == "cuda":
-        return Check("8-bit and paged AdamW", "ok", "there is a CUDA card")
-    detail = "bitsandbytes has them on CUDA cards only"
-    return Check(
-        "8-bit and paged AdamW", "limited", detail, "train.optimizer=adamw works everywhere"
-    )
+        return Check("paged AdamW", "ok", "there is a CUDA card")
+    hint = "train.optimizer=adamw and adamw8bit work everywhere"
+    return Check("paged AdamW", "limited", "its states move between a card and the host", hint)
 
 
 def _disk() -> Check:
