@@ -138,7 +138,7 @@ def appear_whole(folder: Path) -> Iterator[Path]:
     try:
         yield beside
         settle(beside, folder)
-    except BaseException:
+    except BaseException:  # Ctrl-C too must leave nothing half written
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
@@ -164,7 +164,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
         beside.write_text(json.dumps(content, indent=1) + "\n")
         _to_disk(beside)
         beside.replace(file)
-    except BaseException:
+    except BaseException:  # Ctrl-C too must leave nothing half written
         beside.unlink(missing_ok=True)
         raise
 

@@ -88,7 +88,7 @@ def run(
     except (Interrupted, KeyboardInterrupt):
         _leave(job.run, "interrupted", resume)
         raise
-    except BaseException:
+    except BaseException:  # whatever it is, run.json must not go on saying running
         _leave(job.run, "failed", resume)
         raise
 

@@ -133,7 +133,7 @@ class Ledger:
         try:
             beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
             beside.replace(path)
-        except BaseException:
+        except BaseException:  # Ctrl-C too must leave nothing half written
             beside.unlink(missing_ok=True)
             raise
 

@@ -140,7 +140,7 @@ def write_tensors(
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(file)
-    except BaseException:
+    except BaseException:  # Ctrl-C too must leave nothing half written
         beside.unlink(missing_ok=True)
         raise
 
