@@ -19,8 +19,8 @@ from qlora_cli.data.readers import READERS, Item, read_hub
 from qlora_cli.errors import DataError, InputError, Problem
 from qlora_cli.recipe.schema import DataFormat
 from qlora_cli.units import format_count
+from qlora_cli.weights.locate import STARTER, STARTER_FOLDER
 
-STARTER = Path(__file__).parents[1] / "starter"
 SHOWN_PROBLEMS = 10
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]%:+-]+))?")
 
@@ -106,8 +106,9 @@ def _by_fields(fields: dict[str, Any]) -> DataFormat | None:
 
 def _open(where: str) -> tuple[str, Iterator[Item]]:
     """The name that origins begin with, and the items; nothing is read yet."""
-    if where.startswith("starter:"):
-        path = STARTER / f"{where.removeprefix('starter:')}.jsonl"
+    prefix = f"{STARTER}:"
+    if where.startswith(prefix):
+        path = STARTER_FOLDER / f"{where.removeprefix(prefix)}.jsonl"
         if not path.is_file():
             raise InputError(
                 f"no rows named {where!r}", hint="there are starter:train and starter:held_out"

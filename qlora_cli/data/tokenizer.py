@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import ModelError
+from qlora_cli.weights.locate import STARTER, STARTER_FOLDER
 
-STARTER = Path(__file__).parents[1] / "starter"
 _FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -24,7 +24,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
     Raises ModelError where it is damaged, empty, not a fast one, or not to be had.
     """
-    folder = STARTER if name == "starter" else Path(name).expanduser()
+    folder = STARTER_FOLDER if name == STARTER else Path(name).expanduser()
     local = folder.is_dir()
     if local and not any((folder / file).is_file() for file in _FILES):
         # transformers would make an empty tokenizer out of config.json alone, in silence.

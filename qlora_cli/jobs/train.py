@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from qlora_cli.checkpoint.adapter import save_adapter
-from qlora_cli.checkpoint.layout import RunFolder, appear_whole, writing
+from qlora_cli.checkpoint.layout import RunFolder, appear_whole, write_json, writing
 from qlora_cli.checkpoint.resume import load_checkpoint, write_trained
 from qlora_cli.data.collate import Batch
 from qlora_cli.data.packing import Windows
@@ -206,7 +206,7 @@ def _train(
     _save(job, state)
     ledger = _ledger(job, instrument, planned, before)
     with writing("the memory report", job.run.memory_json, hint=_RESUME):
-        ledger.write(job.run.memory_json)
+        write_json(job.run.memory_json, ledger.to_dict())
     return _finish(job, progress, score, ledger)
 
 

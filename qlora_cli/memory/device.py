@@ -57,7 +57,8 @@ def live_and_peak(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+    live, peak = (int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    return live, peak
 
 
 def _cpu_name() -> str:

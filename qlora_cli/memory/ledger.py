@@ -6,9 +6,7 @@ the program and raises at once, because a table whose rows miss bytes is worse t
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 CATEGORIES = (
@@ -126,16 +124,6 @@ class Ledger:
             allocator=Allocator(**content["allocator"]),
             instrument=content["instrument"],
         )
-
-    def write(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
-        beside = path.with_suffix(".tmp")
-        try:
-            beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-            beside.replace(path)
-        except BaseException:  # Ctrl-C too must leave nothing half written
-            beside.unlink(missing_ok=True)
-            raise
 
 
 def worst(phases: tuple[Phase, ...]) -> Phase:

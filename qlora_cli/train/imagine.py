@@ -68,7 +68,7 @@ def imagine(
     )
     with tracker:
         with tracker.phase("load"):
-            state = _build(recipe, config)
+            state, total_parameters = _build(recipe, config)
             tag_living(state, tracker)
         state.built.flash = _has_flash(facts, state)
         _steps(state, tracker, window[:2])
@@ -78,7 +78,7 @@ def imagine(
     return Imagined(
         phases=tracker.phases,
         trainable_parameters=sum(p.numel() for p in state.trainable.values()),
-        total_parameters=_count_parameters(config),
+        total_parameters=total_parameters,
         adapter_bytes=sum(p.numel() * p.element_size() for p in state.trainable.values()),
     )
 
@@ -100,8 +100,13 @@ def full_fine_tuning(recipe: Recipe) -> Recipe:
     )
 
 
-def _build(recipe: Recipe, config: Any) -> State:
+def _build(recipe: Recipe, config: Any) -> tuple[State, int]:
+    """(the state before its first step, parameters of the base as its config makes it)."""
+    total_parameters = 0
+
     def source(model: nn.Module, family: Family) -> ImaginedSource:
+        nonlocal total_parameters
+        total_parameters = sum(parameter.numel() for parameter in model.parameters())
         # No plan knows the order of a file. The worst is taken: the blocks' linears, which are
         # packed, come when all else is there, and the largest comes last.
         tensors = dict(
@@ -116,7 +121,8 @@ def _build(recipe: Recipe, config: Any) -> State:
 
     file_dtype = getattr(config, "dtype", None) or torch.float16
     meta = torch.device("meta")
-    return build_state(recipe, deepcopy(config), source, meta, Silent(), file_dtype)
+    state = build_state(recipe, deepcopy(config), source, meta, Silent(), file_dtype)
+    return state, total_parameters
 
 
 def _steps(state: State, tracker: StorageTracker, window: Sequence[Batch]) -> None:
@@ -129,11 +135,3 @@ def _steps(state: State, tracker: StorageTracker, window: Sequence[Batch]) -> No
 def _has_flash(facts: DeviceFacts, state: State) -> bool:
     capable = facts.capability is not None and facts.capability >= FLASH_CAPABILITY
     return capable and state.built.held.compute in FLASH_DTYPES
-
-
-def _count_parameters(config: Any) -> int:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(deepcopy(config))
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -11,6 +11,8 @@ from typing import Any
 from qlora_cli.errors import ModelError
 
 STARTER = "starter"
+"""The name of the embedded base."""
+STARTER_FOLDER = Path(str(resources.files("qlora_cli.starter")))
 _CONFIG = "config.json"
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
@@ -70,7 +72,7 @@ def read_config(file: Path) -> Any:
 
 def _local(name: str) -> Path | None:
     if name == STARTER:
-        return Path(str(resources.files("qlora_cli.starter")))
+        return STARTER_FOLDER
     path = Path(name).expanduser()
     return path if path.is_dir() else None
 
