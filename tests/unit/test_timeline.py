@@ -1,0 +1,125 @@
+"""Memory over time: thinning never loses a peak, and a file gives back what was recorded."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_cli.memory.timeline import MOST_MOMENTS, Timeline, read_stretches
+
+
+def ticking() -> Timeline:
+    """A second passes between any two looks at the clock."""
+    clock = itertools.count()
+    return Timeline(lambda: float(next(clock)))
+
+
+@given(st.integers(0, 5000), st.integers(0, 2**40), st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_highest_moment_survives_wherever_it_lies(
+    num_changes: int, height: int, data: st.DataObject
+) -> None:
+    peak_at = data.draw(st.integers(0, num_changes))
+    timeline = ticking()
+    timeline.begin("step")
+    for change in range(num_changes + 1):
+        high = {"activations": height + 1_000, "base": 7}
+        low = {"activations": change * 31 % 1_000, "base": 7}
+        timeline.changed(high if change == peak_at else low)
+    timeline.end()
+    (stretch,) = timeline.stretches
+    assert stretch.peak_bytes == height + 1_007
+    assert len(stretch.seconds) <= MOST_MOMENTS
+    assert list(stretch.seconds) == sorted(stretch.seconds)
+    at = stretch.totals.index(stretch.peak_bytes)
+    assert stretch.seconds[at] == peak_at + 1
+
+
+def test_few_changes_are_kept_each_with_its_time_and_the_end_behind_them() -> None:
+    timeline = ticking()
+    timeline.begin("load")
+    for size in range(1, 6):
+        timeline.changed({"base": size})
+    timeline.end()
+    (stretch,) = timeline.stretches
+    assert list(stretch.seconds) == [1, 2, 3, 4, 5, 6]
+    assert list(stretch.bytes["base"]) == [1, 2, 3, 4, 5, 5]
+
+
+def test_thinned_moments_lie_evenly_over_the_stretch() -> None:
+    timeline = ticking()
+    timeline.begin("step")
+    for change in range(50_000):
+        timeline.changed({"base": change})
+    timeline.end()
+    (stretch,) = timeline.stretches
+    gaps = [b - a for a, b in itertools.pairwise(stretch.seconds)]
+    assert len(gaps) > MOST_MOMENTS / 4
+    assert max(gaps) <= 2 * 50_000 / len(gaps)
+
+
+def test_what_is_told_is_copied() -> None:
+    timeline, living = ticking(), {"base": 1}
+    timeline.begin("load")
+    timeline.changed(living)
+    living["base"] = 9
+    timeline.end()
+    assert list(timeline.stretches[0].bytes["base"]) == [1, 1]
+
+
+def test_marks_and_the_step_belong_to_the_stretch_under_way() -> None:
+    timeline = ticking()
+    timeline.mark("forward")
+    timeline.number(1)
+    timeline.begin("step")
+    timeline.number(3)
+    timeline.mark("forward")
+    timeline.mark("backward")
+    timeline.end()
+    timeline.begin("eval")
+    timeline.end()
+    step, evaluation = timeline.stretches
+    assert (step.step, step.marks) == (3, ((1.0, "forward"), (2.0, "backward")))
+    assert (evaluation.step, evaluation.marks) == (None, ())
+    assert evaluation.peak_bytes == 0
+
+
+def test_outside_a_stretch_nothing_is_recorded() -> None:
+    timeline = ticking()
+    timeline.changed({"base": 1})
+    timeline.end()
+    assert timeline.stretches == ()
+    timeline.begin("load")
+    with pytest.raises(AssertionError, match="inside another"):
+        timeline.begin("step")
+
+
+def test_a_file_gives_back_what_was_recorded() -> None:
+    timeline = ticking()
+    for step in range(2):
+        timeline.begin("step")
+        timeline.number(step + 1)
+        timeline.mark("forward")
+        for size in range(2000):
+            timeline.changed({"base": 5, "activations": size, "loss": 0})
+        timeline.end()
+    told = json.loads(json.dumps(timeline.to_dict()))
+    assert read_stretches(told) == timeline.stretches
+    assert set(told["stretches"][0]) == {"phase", "step", "seconds", "bytes", "marks"}
+    assert set(told["stretches"][0]["bytes"]) == {"base", "activations"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"bytes": {"base": [1]}}, {"bytes": {"bases": [1, 2]}}, {"seconds": ["x", 2]}, {"marks": [1]}],
+)
+def test_a_damaged_stretch_is_refused(damage: dict[str, object]) -> None:
+    sound = {"phase": "load", "step": None, "seconds": [1, 2], "bytes": {"base": [1, 2]}}
+    sound |= {"marks": []}
+    assert len(read_stretches({"stretches": [sound]})) == 1
+    with pytest.raises((AssertionError, TypeError, ValueError)):
+        read_stretches({"stretches": [sound | damage]})
