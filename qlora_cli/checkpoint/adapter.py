@@ -157,9 +157,7 @@ def _check_same(layer: LoraLinear, source: AdapterLayer, site: Site, folder: Pat
 
 def detach(built: Built) -> None:
     """Takes the adapter away: what stays is the frozen base as training held it."""
-    built.adapted = {}
-    for path, layer in list(adapted_layers(built.model)):
-        surgery.replace(built.model, path, layer.base)
+    put(built, {})
 
 
 def attach(built: Built, adapter: Adapter) -> None:
@@ -167,16 +165,34 @@ def attach(built: Built, adapter: Adapter) -> None:
 
     For answering, not for going on with training. Raises ProblemsError where it does not fit.
     """
+    put(built, layers_on(built, adapter))
+
+
+def layers_on(built: Built, adapter: Adapter) -> dict[str, LoraLinear]:
+    """Path -> the adapter's layer over that packed linear of `built`, which stays as it is.
+
+    Frozen, for answering. Raises ProblemsError where the adapter does not fit.
+    """
     adapter.check(built.sites)
-    built.adapted = {}
+    sites = {site.path: site for site in built.sites}
+    return {
+        path: _adapted(_linear_at(built, path), layer, sites[path])
+        for path, layer in adapter.layers.items()
+    }
+
+
+def put(built: Built, layers: Mapping[str, LoraLinear]) -> None:
+    """Puts these layers in place and takes away all others. No weight is moved or changed."""
+    built.adapted = {path: list(layer.parts) for path, layer in layers.items()}
     for site in built.sites:
-        module = built.model.get_submodule(site.path)
-        base = module.base if isinstance(module, LoraLinear) else module
-        layer = adapter.layers.get(site.path)
-        new = base if layer is None else _adapted(base, layer, site)
+        new = layers.get(site.path, _linear_at(built, site.path))
         surgery.replace(built.model, site.path, new)
-        if layer is not None:
-            built.adapted[site.path] = list(layer.rows_on(site))
+
+
+def _linear_at(built: Built, path: str) -> Any:
+    """The linear itself, without the adapter's layer around it."""
+    module = built.model.get_submodule(path)
+    return module.base if isinstance(module, LoraLinear) else module
 
 
 def _adapted(base: QuantLinear, source: AdapterLayer, site: Site) -> LoraLinear:
@@ -185,4 +201,4 @@ def _adapted(base: QuantLinear, source: AdapterLayer, site: Site) -> LoraLinear:
     for role, part in zip(layer.parts, source.read(), strict=True):
         layer.lora_a[role] = nn.Parameter(part.a.to(device))
         layer.lora_b[role] = nn.Parameter(part.b.to(device))
-    return layer
+    return layer.eval().requires_grad_(False)

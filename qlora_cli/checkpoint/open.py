@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qlora_cli.checkpoint.adapter import attach
-from qlora_cli.checkpoint.adapter_file import open_adapter
+from qlora_cli.checkpoint.adapter_file import Adapter, open_adapter
 from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Observer
@@ -55,10 +55,23 @@ def open_run(run: RunFolder, device: torch.device, observer: Observer) -> Built:
     if recipe.adapter.method == "full":
         trained = partial(_folder_source, finished(run, run.weights))
         return _open(recipe, base, trained, device, observer)
-    adapter = open_adapter(finished(run, run.adapter))
+    adapter = adapter_at(run.path)
     built = _open(recipe, base, partial(_folder_source, base), device, observer)
     attach(built, adapter)
     return _ready(built, base)
+
+
+def adapter_at(where: Path) -> Adapter:
+    """The adapter of a run, or of a folder in PEFT's format. Raises InputError."""
+    run = RunFolder(where.expanduser())
+    if not run.run_json.is_file():
+        return open_adapter(run.path)
+    if read_recipe(run).adapter.method == "full":
+        raise UsageError(
+            f"{where} was trained in full; it has no adapter",
+            hint="name it as the model itself: `qlora generate RUN`",
+        )
+    return open_adapter(finished(run, run.adapter))
 
 
 def open_model(folder: Path, device: torch.device, observer: Observer) -> Built:
