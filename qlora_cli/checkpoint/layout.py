@@ -5,8 +5,10 @@
 - weights/          the trained model of full fine-tuning, instead of adapter/
 - checkpoints/      step-000200/ ... whole or absent, never half
 - memory.json       the ledger
+- timeline.json     memory over time, of the phases that were tracked
 - metrics.jsonl     one line an optimizer step
 - report.html       self-contained
+- memory.png        its memory figures as one picture
 """
 
 from __future__ import annotations
@@ -57,6 +59,11 @@ class RunFolder:
         return self.path / "memory.json"
 
     @property
+    def timeline_json(self) -> Path:
+        """Memory over time."""
+        return self.path / "timeline.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON line an optimizer step."""
         return self.path / "metrics.jsonl"
@@ -65,6 +72,11 @@ class RunFolder:
     def report(self) -> Path:
         """The report, self-contained."""
         return self.path / "report.html"
+
+    @property
+    def memory_png(self) -> Path:
+        """The report's memory figures as one picture."""
+        return self.path / "memory.png"
 
     def create(self) -> None:
         """Makes the folder for a new run. Raises UsageError where a run already lives in it."""

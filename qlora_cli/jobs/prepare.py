@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.checkpoint.open import file_dtype, open_source
 from qlora_cli.data.chat import Example, encode
 from qlora_cli.data.collate import Batch
@@ -45,6 +47,25 @@ class Prepared:
         return file_dtype(self.config)
 
 
+@dataclass(frozen=True)
+class Job:
+    """All that is known of a training job before the base is loaded."""
+
+    prepared: Prepared
+    run: RunFolder
+    windows: Windows
+    held_out: list[Batch]
+    steps: int
+
+    @property
+    def worst_window(self) -> list[Batch]:
+        """The largest micro-batch that the job meets in an epoch, and one behind it, if any."""
+        steps = range(min(self.steps, self.windows.steps_per_epoch))
+        step = max(steps, key=self.windows.largest_batch)
+        window = self.windows.window(step)
+        return sorted(window, key=lambda batch: -batch.input_ids.numel())[:2]
+
+
 def prepare(recipe: Recipe, facts: DeviceFacts) -> Prepared:
     """Finds the base and settles what is `auto`. Raises ModelError."""
     resolved, choices = resolve(recipe, facts)
@@ -64,6 +85,19 @@ def read_examples(prepared: Prepared, where: str) -> list[Example]:
     )
     _check_positions(examples, prepared.config)
     return examples
+
+
+def read_job(prepared: Prepared) -> Job:
+    """Reads the rows, so that the order of training is known. Raises DataError."""
+    recipe = prepared.recipe
+    windows = make_windows(recipe, read_examples(prepared, recipe.data.train))
+    held_out = (
+        held_out_batches(recipe, read_examples(prepared, recipe.data.eval))
+        if recipe.data.eval
+        else []
+    )
+    steps = recipe.train.steps or math.ceil(recipe.train.epochs * windows.steps_per_epoch)
+    return Job(prepared, RunFolder(Path(recipe.output)), windows, held_out, steps)
 
 
 def make_windows(recipe: Recipe, examples: Sequence[Example]) -> Windows:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,18 +14,11 @@ from qlora_cli.checkpoint.adapter import save_adapter
 from qlora_cli.checkpoint.layout import RunFolder, appear_whole, write_json, writing
 from qlora_cli.checkpoint.resume import load_checkpoint, write_trained
 from qlora_cli.data.collate import Batch
-from qlora_cli.data.packing import Windows
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.jobs import plan as planning
 from qlora_cli.jobs import record, report
-from qlora_cli.jobs.prepare import (
-    Prepared,
-    held_out_batches,
-    make_windows,
-    prepare,
-    read_examples,
-)
+from qlora_cli.jobs.prepare import Job, Prepared, prepare, read_job
 from qlora_cli.jobs.results import TrainResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.instrument import Instrument
@@ -44,25 +35,6 @@ from qlora_cli.weights.source import SINGLE
 _RESUME = "the last checkpoint is whole; free disk space and go on with --resume"
 
 
-@dataclass(frozen=True)
-class _Job:
-    """All that is known before the base is loaded."""
-
-    prepared: Prepared
-    run: RunFolder
-    windows: Windows
-    held_out: list[Batch]
-    steps: int
-
-    @property
-    def worst_window(self) -> list[Batch]:
-        """The largest micro-batch that the job meets in an epoch, and one behind it, if any."""
-        steps = range(min(self.steps, self.windows.steps_per_epoch))
-        step = max(steps, key=self.windows.largest_batch)
-        window = self.windows.window(step)
-        return sorted(window, key=lambda batch: -batch.input_ids.numel())[:2]
-
-
 def run(
     recipe: Recipe, *, recipe_path: Path | None, resume: bool, observer: Observer
 ) -> TrainResult:
@@ -71,7 +43,7 @@ def run(
     prepared = prepare(recipe, facts)
     for choice in prepared.choices:
         observer.note(f"{choice.key} = {choice.value}: {choice.reason}")
-    job = _read(prepared)
+    job = read_job(prepared)
     if resume and (finished := _finished(job, recipe_path)) is not None:
         observer.note(f"{job.run.path} is finished; there is nothing to go on with")
         return finished
@@ -104,19 +76,7 @@ def _leave(run: RunFolder, status: str, resumed: bool) -> None:
             record.set_status(run, status)
 
 
-def _read(prepared: Prepared) -> _Job:
-    recipe = prepared.recipe
-    windows = make_windows(recipe, read_examples(prepared, recipe.data.train))
-    held_out = (
-        held_out_batches(recipe, read_examples(prepared, recipe.data.eval))
-        if recipe.data.eval
-        else []
-    )
-    steps = recipe.train.steps or math.ceil(recipe.train.epochs * windows.steps_per_epoch)
-    return _Job(prepared, RunFolder(Path(recipe.output)), windows, held_out, steps)
-
-
-def _finished(job: _Job, recipe_path: Path | None) -> TrainResult | None:
+def _finished(job: Job, recipe_path: Path | None) -> TrainResult | None:
     """What a finished run said at its end; None where there is something left to do."""
     about = job.run.read()
     if about["status"] != "done" or not job.run.memory_json.is_file():
@@ -126,7 +86,7 @@ def _finished(job: _Job, recipe_path: Path | None) -> TrainResult | None:
     return TrainResult(**about["result"] | {"run": job.run.path, "ledger": ledger})
 
 
-def _claim(job: _Job, recipe_path: Path | None, resume: bool) -> Path | None:
+def _claim(job: Job, recipe_path: Path | None, resume: bool) -> Path | None:
     """Makes the run's folder, or finds the checkpoint to go on from."""
     about = record.describe_run(job.prepared, recipe_path, job.steps)
     if not resume:
@@ -170,7 +130,7 @@ def _forget_metrics_after(run: RunFolder, step: int) -> None:
             beside.replace(run.metrics)
 
 
-def _plan(job: _Job, observer: Observer) -> tuple[Imagined, Imagined]:
+def _plan(job: Job, observer: Observer) -> tuple[Imagined, Imagined]:
     """(this job, full fine-tuning on the same batches). Raises DoesNotFit."""
     prepared, window = job.prepared, job.worst_window
     planned = planning.plan(prepared.recipe, prepared.config, prepared.facts, window)
@@ -190,7 +150,7 @@ def _plan(job: _Job, observer: Observer) -> tuple[Imagined, Imagined]:
 
 
 def _train(
-    job: _Job, checkpoint: Path | None, planned: Imagined, before: Imagined, observer: Observer
+    job: Job, checkpoint: Path | None, planned: Imagined, before: Imagined, observer: Observer
 ) -> TrainResult:
     prepared = job.prepared
     device = runtime.start(prepared.facts, prepared.recipe.train.seed).device
@@ -237,7 +197,7 @@ def _evaluate(state: State, held_out: Sequence[Batch], instrument: Instrument) -
     return evaluate(state.built, held_out, state.device)
 
 
-def _save(job: _Job, state: State) -> None:
+def _save(job: Job, state: State) -> None:
     if job.prepared.recipe.adapter.method == "lora":
         save_adapter(state.built, job.prepared.recipe, job.run.adapter)
         return
@@ -247,7 +207,7 @@ def _save(job: _Job, state: State) -> None:
         write_trained(state.trainable, folder / SINGLE)
 
 
-def _ledger(job: _Job, instrument: Instrument, planned: Imagined, before: Imagined) -> Ledger:
+def _ledger(job: Job, instrument: Instrument, planned: Imagined, before: Imagined) -> Ledger:
     recipe, facts = job.prepared.recipe, job.prepared.facts
     phases = instrument.phases
     return Ledger(
@@ -269,7 +229,7 @@ def _train_loss(run: RunFolder) -> float:
     return sum(losses) / len(losses)
 
 
-def _finish(job: _Job, progress: Progress, score: Score | None, ledger: Ledger) -> TrainResult:
+def _finish(job: Job, progress: Progress, score: Score | None, ledger: Ledger) -> TrainResult:
     result = TrainResult(
         run=job.run.path,
         steps=job.steps,

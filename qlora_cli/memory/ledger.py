@@ -83,8 +83,25 @@ class Allocator:
 
 
 @dataclass(frozen=True)
+class InstrumentCost:
+    """What measuring cost the job it measured.
+
+    steps: optimizer steps of this process; tracked_steps: those with the instrument on.
+    tracked_seconds: mean of the tracked ones after the process's first, which is slower anyway;
+    plain_seconds: what as many tokens take without the instrument; either is 0 where there was no
+    such step. record_bytes: on the host, of the instrument's own records after the last of them.
+    """
+
+    steps: int
+    tracked_steps: int
+    tracked_seconds: float
+    plain_seconds: float
+    record_bytes: int
+
+
+@dataclass(frozen=True)
 class Ledger:
-    """What `memory.json` holds."""
+    """What `memory.json` holds. Fields with a default are absent from older files."""
 
     device: Device
     phases: tuple[Phase, ...]
@@ -95,6 +112,14 @@ class Ledger:
     allocator: Allocator = field(default_factory=Allocator)
     instrument: str = ""
     """What the figures were read from, in words: the tracker, the allocator, or the plan."""
+    before_planned_bytes: int = 0
+    """Full fine-tuning's planned peak, kept beside a measured one; 0 where `before` is the plan."""
+    floor_bytes: int = 0
+    """What the job cannot do without: packed weights, adapter state, one block's working set and
+    the blocks' inputs; 0 where it is not known."""
+    instrument_cost: InstrumentCost | None = None
+    notes: tuple[str, ...] = ()
+    """What a reader of these figures has to know of how they came about, one sentence each."""
 
     @property
     def ratio(self) -> float:
@@ -104,7 +129,7 @@ class Ledger:
     def to_dict(self) -> dict[str, Any]:
         """The object of the contract; an absent `bits` is left out."""
         content = asdict(self)
-        content["phases"] = list(content["phases"])
+        content["phases"], content["notes"] = list(content["phases"]), list(self.notes)
         for side in ("before", "after"):
             if content[side]["bits"] is None:
                 del content[side]["bits"]
@@ -114,6 +139,7 @@ class Ledger:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Ledger:
         """The inverse of `to_dict`; raises KeyError or AssertionError on a damaged one."""
+        cost = content.get("instrument_cost")
         return cls(
             device=Device(**content["device"]),
             phases=tuple(Phase(**phase) for phase in content["phases"]),
@@ -123,6 +149,10 @@ class Ledger:
             measured_peak_bytes=content["measured_peak_bytes"],
             allocator=Allocator(**content["allocator"]),
             instrument=content["instrument"],
+            before_planned_bytes=content.get("before_planned_bytes", 0),
+            floor_bytes=content.get("floor_bytes", 0),
+            instrument_cost=None if cost is None else InstrumentCost(**cost),
+            notes=tuple(content.get("notes", ())),
         )
 
 

@@ -8,9 +8,10 @@ moments. Time is the host's: on a card the moment at which work is asked for, no
 
 from __future__ import annotations
 
+import contextlib
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,40 +82,48 @@ class Timeline:
         self._began = clock()
         self._stretches: list[Stretch] = []
         self._open: _Recording | None = None
+        self._latest: dict[str, int] = {}
 
     @property
     def stretches(self) -> tuple[Stretch, ...]:
         """Those that have ended, in order."""
         return tuple(self._stretches)
 
-    def begin(self, phase: str) -> None:
-        """A tracked phase begins; `changed` follows at once with what lives already."""
-        assert self._open is None, f"{phase} begins inside another stretch"
-        self._open = _Recording(phase)
+    @contextlib.contextmanager
+    def stretch(self, phase: str, step: int | None = None) -> Iterator[None]:
+        """What happens inside is one stretch; nothing is kept of one that ends in an exception."""
+        self.begin(phase, step)
+        try:
+            yield
+            self.end()
+        finally:
+            self._open = None
 
-    def number(self, step: int) -> None:
-        """The stretch under way is this optimizer step, counted from 1."""
+    def begin(self, phase: str, step: int | None = None) -> None:
+        """A tracked phase begins; step: the optimizer step, counted from 1, where it is one."""
+        assert self._open is None, f"{phase} begins inside another stretch"
+        self._open = _Recording(phase, step)
+        self._open.add(self._now(), self._latest)
+
+    def end(self) -> None:
+        """The stretch under way is over; nothing where there is none."""
         if self._open is not None:
-            self._open.step = step
+            self._stretches.append(self._open.finish(self._now()))
+            self._open = None
 
     def changed(self, by_category: Mapping[str, int]) -> None:
-        """What lives from now on; copied. Nothing where no stretch is under way.
+        """What lives from now on; copied. Between stretches it is where the next one begins.
 
         What lives only inside one operation is told by two calls, with it and without it.
         """
+        self._latest = dict(by_category)
         if self._open is not None:
-            self._open.add(self._now(), by_category)
+            self._open.add(self._now(), self._latest)
 
     def mark(self, name: str) -> None:
         """Something begins now: forward, backward, update."""
         if self._open is not None:
             self._open.marks.append((self._now(), name))
-
-    def end(self) -> None:
-        """The stretch under way is over, by an error too; nothing where there is none."""
-        if self._open is not None:
-            self._stretches.append(self._open.finish(self._now()))
-            self._open = None
 
     def to_dict(self) -> dict[str, Any]:
         """What `timeline.json` holds."""
@@ -139,18 +148,18 @@ class _Moment:
 class _Recording:
     """A stretch under way. Each moment stands for `_joined` changes, the last one for fewer."""
 
-    def __init__(self, phase: str) -> None:
+    def __init__(self, phase: str, step: int | None) -> None:
         self.phase = phase
-        self.step: int | None = None
+        self.step = step
         self.marks: list[tuple[float, str]] = []
         self._moments: list[_Moment] = []
         self._joined = 1
         self._in_last = 0
         self._latest: dict[str, int] = {}
 
-    def add(self, seconds: float, by_category: Mapping[str, int]) -> None:
-        self._latest = dict(by_category)
-        moment = _Moment(seconds, sum(self._latest.values()), self._latest)
+    def add(self, seconds: float, by_category: dict[str, int]) -> None:
+        self._latest = by_category
+        moment = _Moment(seconds, sum(by_category.values()), by_category)
         if self._in_last in (0, self._joined):
             self._halve_when_full()
             self._moments.append(moment)

@@ -36,7 +36,7 @@ def test_the_highest_moment_survives_wherever_it_lies(
     assert len(stretch.seconds) <= MOST_MOMENTS
     assert list(stretch.seconds) == sorted(stretch.seconds)
     at = stretch.totals.index(stretch.peak_bytes)
-    assert stretch.seconds[at] == peak_at + 1
+    assert stretch.seconds[at] == peak_at + 2
 
 
 def test_few_changes_are_kept_each_with_its_time_and_the_end_behind_them() -> None:
@@ -46,8 +46,8 @@ def test_few_changes_are_kept_each_with_its_time_and_the_end_behind_them() -> No
         timeline.changed({"base": size})
     timeline.end()
     (stretch,) = timeline.stretches
-    assert list(stretch.seconds) == [1, 2, 3, 4, 5, 6]
-    assert list(stretch.bytes["base"]) == [1, 2, 3, 4, 5, 5]
+    assert list(stretch.seconds) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(stretch.bytes["base"]) == [0, 1, 2, 3, 4, 5, 5]
 
 
 def test_thinned_moments_lie_evenly_over_the_stretch() -> None:
@@ -68,22 +68,40 @@ def test_what_is_told_is_copied() -> None:
     timeline.changed(living)
     living["base"] = 9
     timeline.end()
-    assert list(timeline.stretches[0].bytes["base"]) == [1, 1]
+    assert list(timeline.stretches[0].bytes["base"]) == [0, 1, 1]
+
+
+def test_a_stretch_begins_with_what_lived_before_it() -> None:
+    timeline = ticking()
+    with timeline.stretch("load"):
+        timeline.changed({"base": 8})
+    timeline.changed({"base": 6})
+    with timeline.stretch("step", 1):
+        pass
+    assert list(timeline.stretches[1].bytes["base"]) == [6, 6]
+
+
+def test_a_stretch_that_ends_in_an_exception_leaves_nothing() -> None:
+    timeline = ticking()
+    with pytest.raises(ValueError, match="no step"), timeline.stretch("step", 1):
+        raise ValueError("no step")
+    assert timeline.stretches == ()
+    with timeline.stretch("step", 1):
+        pass
+    assert [stretch.step for stretch in timeline.stretches] == [1]
 
 
 def test_marks_and_the_step_belong_to_the_stretch_under_way() -> None:
     timeline = ticking()
     timeline.mark("forward")
-    timeline.number(1)
-    timeline.begin("step")
-    timeline.number(3)
+    timeline.begin("step", 3)
     timeline.mark("forward")
     timeline.mark("backward")
     timeline.end()
     timeline.begin("eval")
     timeline.end()
     step, evaluation = timeline.stretches
-    assert (step.step, step.marks) == (3, ((1.0, "forward"), (2.0, "backward")))
+    assert (step.step, step.marks) == (3, ((2.0, "forward"), (3.0, "backward")))
     assert (evaluation.step, evaluation.marks) == (None, ())
     assert evaluation.peak_bytes == 0
 
@@ -101,8 +119,7 @@ def test_outside_a_stretch_nothing_is_recorded() -> None:
 def test_a_file_gives_back_what_was_recorded() -> None:
     timeline = ticking()
     for step in range(2):
-        timeline.begin("step")
-        timeline.number(step + 1)
+        timeline.begin("step", step + 1)
         timeline.mark("forward")
         for size in range(2000):
             timeline.changed({"base": 5, "activations": size, "loss": 0})
