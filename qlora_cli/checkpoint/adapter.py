@@ -197,8 +197,12 @@ def _linear_at(built: Built, path: str) -> Any:
 
 def _adapted(base: QuantLinear, source: AdapterLayer, site: Site) -> LoraLinear:
     layer = LoraLinear(base, source.rows_on(site), source.settings)
-    device = base.weight.device
-    for role, part in zip(layer.parts, source.read(), strict=True):
-        layer.lora_a[role] = nn.Parameter(part.a.to(device))
-        layer.lora_b[role] = nn.Parameter(part.b.to(device))
+    fill(layer, source, base.weight.device)
     return layer.eval().requires_grad_(False)
+
+
+def fill(layer: LoraLinear, source: AdapterLayer, device: torch.device) -> None:
+    """Reads the layer's A and B from the adapter's file; frozen."""
+    for role, part in zip(layer.parts, source.read(), strict=True):
+        layer.lora_a[role] = nn.Parameter(part.a.to(device), requires_grad=False)
+        layer.lora_b[role] = nn.Parameter(part.b.to(device), requires_grad=False)
