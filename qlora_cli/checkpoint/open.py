@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_cli.checkpoint.adapter import attach
+from qlora_cli.checkpoint.adapter import attach, detach
 from qlora_cli.checkpoint.adapter_file import Adapter, open_adapter
 from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.errors import ModelError, UsageError
@@ -30,19 +30,45 @@ _GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and the folder that its tokenizer lies in."""
+    """A model, the folder of its config and tokenizer, and the one of its base's weights."""
 
     built: Built
     folder: Path
+    weights: Path
 
 
 def open_any(where: str, device: torch.device, observer: Observer) -> Opened:
     """A run's folder, a model's folder, `starter` or a hub id. Raises InputError."""
     run = RunFolder(Path(where).expanduser())
     if run.run_json.is_file():
-        return Opened(open_run(run, device, observer), base_folder(run))
+        folder = base_folder(run)
+        return Opened(open_run(run, device, observer), folder, _weights_of(run))
     folder = find_base(where, None)
-    return Opened(open_model(folder, device, observer), folder)
+    return Opened(open_model(folder, device, observer), folder, folder)
+
+
+def open_for_adapters(where: str, device: torch.device, observer: Observer) -> Opened:
+    """The same, with linears that adapters can be put on. Raises InputError.
+
+    A LoRA run is as `open_any` opens it. What has no packed base is held in 16 bit, as training
+    with base.bits=16 would hold it.
+    """
+    run = RunFolder(Path(where).expanduser())
+    if not run.run_json.is_file():
+        folder = find_base(where, None)
+        built = _open_packed(folder, folder, _compute_on(device, folder), device, observer)
+        return Opened(built, folder, folder)
+    recipe = read_recipe(run)
+    if recipe.adapter.method == "lora":
+        return open_any(where, device, observer)
+    folder, weights = base_folder(run), _weights_of(run)
+    built = _open_packed(folder, weights, recipe.base.compute_dtype, device, observer)
+    return Opened(built, folder, weights)
+
+
+def _weights_of(run: RunFolder) -> Path:
+    full = read_recipe(run).adapter.method == "full"
+    return finished(run, run.weights) if full else base_folder(run)
 
 
 def open_run(run: RunFolder, device: torch.device, observer: Observer) -> Built:
@@ -53,7 +79,7 @@ def open_run(run: RunFolder, device: torch.device, observer: Observer) -> Built:
     recipe = read_recipe(run)
     base = base_folder(run)
     if recipe.adapter.method == "full":
-        trained = partial(_folder_source, finished(run, run.weights))
+        trained = partial(_folder_source, _weights_of(run))
         return _open(recipe, base, trained, device, observer)
     adapter = adapter_at(run.path)
     built = _open(recipe, base, partial(_folder_source, base), device, observer)
@@ -79,9 +105,7 @@ def open_model(folder: Path, device: torch.device, observer: Observer) -> Built:
 
     Computed in float32 on a CPU and in 16 bit on a card, the file's own where it is 16 bit.
     """
-    compute = "float32"
-    if device.type != "cpu":
-        compute = _on_card(read_config(folder / "config.json"), device)
+    compute = _compute_on(device, folder)
     return open_plain(folder, partial(_folder_source, folder), compute, device, observer)
 
 
@@ -92,15 +116,28 @@ def open_plain(
 
     base: the folder of its config. source: where its tensors come from.
     """
-    recipe = Recipe.model_validate(
+    return _open(_sixteen_bit(base, compute, "full"), base, source, device, observer)
+
+
+def _open_packed(
+    base: Path, weights: Path, compute: str, device: torch.device, observer: Observer
+) -> Built:
+    recipe = _sixteen_bit(base, compute, "lora")
+    built = _open(recipe, base, partial(_folder_source, weights), device, observer)
+    # What training would begin with; nothing was trained here.
+    detach(built)
+    return built
+
+
+def _sixteen_bit(base: Path, compute: str, method: str) -> Recipe:
+    return Recipe.model_validate(
         {
             "model": {"name": str(base)},
             "base": {"bits": 16, "compute_dtype": compute},
-            "adapter": {"method": "full"},
+            "adapter": {"method": method},
             "data": {"train": ""},
         }
     )
-    return _open(recipe, base, source, device, observer)
 
 
 def read_recipe(run: RunFolder) -> Recipe:
@@ -169,7 +206,11 @@ def finished(run: RunFolder, folder: Path) -> Path:
     return folder
 
 
-def _on_card(config: Any, device: torch.device) -> str:
+def _compute_on(device: torch.device, folder: Path) -> str:
+    """Of a model that no recipe speaks of."""
+    if device.type == "cpu":
+        return "float32"
+    config = read_config(folder / "config.json")
     if file_dtype(config) is torch.float16 or torch.cuda.get_device_capability(device) < (8, 0):
         return "float16"
     return "bfloat16"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
+from qlora_cli.cli.adapters import adapter_option, merged_option
 from qlora_cli.cli.output import emit, json_option, working
 
 
@@ -25,6 +28,16 @@ from qlora_cli.cli.output import emit, json_option, working
     help="0 takes the likeliest token each time.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
+@adapter_option
+@click.option(
+    "--use",
+    "uses",
+    multiple=True,
+    metavar="NAME",
+    help="Who answers: an adapter's name, `run` for the run's own adapter, `base` for none; may be "
+    "repeated.  [default: every adapter in turn]",
+)
+@merged_option
 @json_option
 def generate(
     run_or_model: str,
@@ -32,6 +45,9 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    adapters: dict[str, Path],
+    uses: tuple[str, ...],
+    merged: bool,
     as_json: bool,
 ) -> None:
     """Go on from a prompt with a run's folder or a model."""
@@ -46,5 +62,8 @@ def generate(
             temperature=temperature,
             seed=seed,
             observer=observer,
+            adapters=adapters,
+            uses=uses,
+            merged=merged,
         )
     emit(result, as_json, tables.generation)

@@ -1,13 +1,24 @@
-"""`qlora generate` and `qlora chat`: ask a run or a model."""
+"""`qlora generate` and `qlora chat`: ask a run or a model, with one adapter of several on it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from qlora_cli.checkpoint.open import Opened, open_any
+from qlora_cli.checkpoint.layout import RunFolder
+from qlora_cli.checkpoint.open import (
+    Opened,
+    adapter_at,
+    open_any,
+    open_for_adapters,
+    open_source,
+)
+from qlora_cli.checkpoint.switch import BASE, AdapterSwitch
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Observer
@@ -16,6 +27,7 @@ from qlora_cli.memory.device import inspect_device
 
 CHAT_TOKENS = 512
 """The most tokens of one answer in a chat."""
+NO_ADAPTERS: Mapping[str, Path] = MappingProxyType({})
 
 
 def run(
@@ -26,34 +38,58 @@ def run(
     temperature: float,
     seed: int,
     observer: Observer,
+    adapters: Mapping[str, Path] = NO_ADAPTERS,
+    uses: Sequence[str] = (),
+    merged: bool = False,
 ) -> GenerateResult:
     """Goes on from a prompt, as it stands. temperature 0 takes the likeliest token each time.
 
-    Raises InputError where there is no such model, no tokenizer, or the prompt is too long.
+    adapters: name -> folder or run, on the base of `where`. uses: names that answer, each in turn
+    and with the same draws; none means every adapter. merged: they answer from within the weights.
+    Raises InputError where there is no such model, adapter or name, no tokenizer, or the prompt is
+    too long.
     """
-    speaker = open_speaker(where, observer)
-    torch.manual_seed(seed)
+    speaker = open_speaker(where, observer, adapters, merged=merged)
+    for name in uses:
+        speaker.switch.check(name)
     ids = speaker.tokenizer(prompt)["input_ids"]
-    return GenerateResult(prompt, speaker.continue_from(ids, max_new_tokens, temperature))
+    answers = {}
+    for name in uses or speaker.switch.adapters or (BASE,):
+        speaker.switch.use(name)
+        torch.manual_seed(seed)
+        answers[name] = speaker.continue_from(ids, max_new_tokens, temperature)
+    return GenerateResult(prompt, next(iter(answers.values())), answers)
 
 
-def open_chat(where: str, observer: Observer) -> Chat:
-    """A conversation that begins. Raises ModelError where the tokenizer has no chat template."""
-    speaker = open_speaker(where, observer)
+def open_chat(
+    where: str,
+    observer: Observer,
+    *,
+    adapters: Mapping[str, Path] = NO_ADAPTERS,
+    use: str | None = None,
+    merged: bool = False,
+) -> Chat:
+    """A conversation that begins; `use` answers, or the first adapter.
+
+    Raises ModelError where the tokenizer has no chat template, UsageError for an unknown name.
+    """
+    speaker = open_speaker(where, observer, adapters, merged=merged)
     if not speaker.tokenizer.chat_template:
         raise ModelError(
             "its tokenizer has no chat template",
             where=where,
             hint="use `qlora generate`, or train on rows of a model that has one",
         )
+    speaker.switch.use(use or next(iter(speaker.switch.adapters), BASE))
     return Chat(speaker)
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model and its tokenizer, ready to answer."""
+    """A model, the adapters it may answer with, and its tokenizer."""
 
     opened: Opened
+    switch: AdapterSwitch
     tokenizer: Any
     device: torch.device
 
@@ -94,14 +130,40 @@ class Speaker:
         return 0
 
 
-def open_speaker(where: str, observer: Observer) -> Speaker:
-    """Opens a run's folder or a model. Raises ModelError where it has no tokenizer."""
+def open_speaker(
+    where: str,
+    observer: Observer,
+    adapters: Mapping[str, Path] = NO_ADAPTERS,
+    *,
+    merged: bool = False,
+) -> Speaker:
+    """Opens a run's folder or a model, and adapters on it. Raises ModelError without a tokenizer.
+
+    A run answers with its own adapter until the switch is used.
+    """
+    found = {name: adapter_at(folder) for name, folder in adapters.items()}
     device = torch.device(inspect_device().kind)
-    opened = open_any(where, device, observer)
+    open_it = open_for_adapters if adapters or merged else open_any
+    opened = open_it(where, device, observer)
     tokenizer = load_tokenizer(str(opened.folder))
     if tokenizer is None:
         raise ModelError("it has no tokenizer, so it cannot read text", where=str(opened.folder))
-    return Speaker(opened, tokenizer, device)
+    source = open_source(opened.weights, opened.built.family)
+    switch = AdapterSwitch(opened.built, source, merged=merged)
+    for name, adapter in found.items():
+        switch.add(name, adapter)
+        _note_its_base(name, adapters[name], opened.folder, observer)
+    if merged and not switch.adapters:
+        raise UsageError("there is no adapter to merge", where="--merged")
+    return Speaker(opened, switch, tokenizer, device)
+
+
+def _note_its_base(name: str, folder: Path, base: Path, observer: Observer) -> None:
+    """Says so where a run's adapter was trained on another base than the one it answers on."""
+    run = RunFolder(folder.expanduser())
+    own = run.read()["base_folder"] if run.run_json.is_file() else None
+    if own is not None and Path(own) != base.resolve():
+        observer.note(f"adapter {name} was trained on {own} and answers here on {base}")
 
 
 @dataclass
@@ -120,3 +182,12 @@ class Chat:
         answer = self.speaker.continue_from(ids, CHAT_TOKENS, temperature=0.0).strip()
         self.messages.append({"role": "assistant", "content": answer})
         return answer
+
+    def use(self, name: str) -> None:
+        """Another adapter answers from here on; what was said stays said. Raises QloraError."""
+        self.speaker.switch.use(name)
+
+    @property
+    def answering(self) -> str:
+        """The adapter's name, or `base`."""
+        return self.speaker.switch.current

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.memory.ledger import Ledger
+from qlora_cli.memory.timeline import Stretch
 
 
 class Result:
@@ -99,20 +100,33 @@ class EvalResult(Result):
 
 @dataclass(frozen=True)
 class GenerateResult(Result):
-    """`qlora generate`."""
+    """`qlora generate`. answers: who answered -> the text, in turn; text: the first of them.
+
+    Who is an adapter's name, `run` for a run's own adapter, `base` for a model without one.
+    """
 
     prompt: str
     text: str
+    answers: dict[str, str]
 
 
 @dataclass(frozen=True)
 class ReportResult(Result):
-    """`qlora report`. run: the content of run.json; metrics: the lines of metrics.jsonl."""
+    """`qlora report`. run: the content of run.json; metrics: the lines of metrics.jsonl.
+
+    timeline: for the figures; the object that is printed leaves it to timeline.json.
+    """
 
     run: dict[str, Any]
     ledger: Ledger
     metrics: tuple[dict[str, Any], ...]
+    timeline: tuple[Stretch, ...] = ()
     html: Path | None = None
+    png: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the timeline's thousands of figures."""
+        return {name: value for name, value in super().to_dict().items() if name != "timeline"}
 
 
 @dataclass(frozen=True)

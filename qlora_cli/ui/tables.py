@@ -108,8 +108,11 @@ def evaluation(result: EvalResult) -> RenderableType:
 
 
 def generation(result: GenerateResult) -> RenderableType:
-    """The text and nothing else, in its own lines."""
-    return Text(result.text)
+    """The text and nothing else, in its own lines; with several answers, whose each is."""
+    if len(result.answers) == 1:
+        return Text(result.text)
+    shown = [Text(f"{name}:\n{text}") for name, text in result.answers.items()]
+    return Text("\n\n").join(shown)
 
 
 def data(result: DataResult) -> RenderableType:

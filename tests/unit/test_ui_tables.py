@@ -31,7 +31,7 @@ def text_of(shown: RenderableType, width: int = 100) -> str:
         (tables.merge, results.MERGE, ["runs/x/merged", "291", "16.0 GiB", "dequantized"]),
         (tables.verify, results.VERIFY, ["passed", "0.012", "99.30%"]),
         (tables.evaluation, results.EVAL, ["1.2000", "3.32", "61.00%", "10,000"]),
-        (tables.generation, results.GENERATE, [" world [x]"]),
+        (tables.generation, results.GENERATE, [" world [x]", "run", "base", " bark"]),
         (tables.data, results.DATA, ["100 (messages)", "60.0% trained on", "! 3 rows", "⟦ you⟧"]),
         (tables.doctor, results.DOCTOR, ["ok", "limited", "more"]),
         (tables.quickstart, results.QUICKSTART, ["2.100 before, 0.700 after", "Swan is cheap"]),
@@ -101,8 +101,10 @@ def test_a_proof_that_could_not_be_measured_shows_no_figures() -> None:
 
 def test_generated_text_keeps_its_own_lines() -> None:
     long = " word" * 100
-    shown = tables.generation(replace(results.GENERATE, text=f"{long}\n\n[red]x"))
-    assert text_of(shown) == f"{long}\n\n[red]x\n"
+    text = f"{long}\n\n[red]x"
+    shown = tables.generation(replace(results.GENERATE, text=text, answers={"base": text}))
+    assert text_of(shown) == f"{text}\n"
+    assert text_of(tables.generation(results.GENERATE)) == "run:\n world [x]\n\nbase:\n bark\n"
 
 
 def test_a_long_path_is_not_broken_over_lines() -> None:

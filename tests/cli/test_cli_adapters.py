@@ -1,0 +1,134 @@
+"""`--adapter`: several adapters on one base, and which of them answers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import qlora_cli.starter
+from tests.commandline import qlora
+
+PROMPT = ("--prompt", "name: Copper Swan", "--max-new-tokens", "8")
+STARTER = Path(qlora_cli.starter.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def loud(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's adapter as another program would write it, and grown until nobody overhears it."""
+    folder = tmp_path_factory.mktemp("loud") / "adapter"
+    shutil.copytree(run / "adapter", folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = {
+        name: 300 * tensor if ".lora_B." in name else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file)
+    return folder
+
+
+def text_of(*arguments: str | Path) -> str:
+    outcome = qlora("generate", *arguments, *PROMPT, "--json")
+    assert outcome.code == 0, outcome.err
+    return str(outcome.json["text"])
+
+
+def test_every_adapter_answers_in_turn(run: Path, loud: Path) -> None:
+    arguments = ("--adapter", f"loud={loud}", "--adapter", f"again={run}", *PROMPT)
+    outcome = qlora("generate", run, *arguments, "--json")
+    assert outcome.code == 0, outcome.err
+    told = outcome.json
+    assert list(told["answers"]) == ["run", "loud", "again"]
+    assert told["text"] == told["answers"]["run"] == text_of(run)
+    assert told["answers"]["again"] == told["answers"]["run"] != told["answers"]["loud"]
+    read = qlora("generate", run, *arguments).out
+    assert "loud:\n" in read
+    assert told["answers"]["loud"].strip() in read
+
+
+def test_use_names_who_answers(run: Path, loud: Path) -> None:
+    arguments = ("--adapter", f"loud={loud}", *PROMPT)
+    outcome = qlora("generate", run, *arguments, "--use", "loud", "--use", "base", "--json")
+    assert outcome.code == 0, outcome.err
+    assert list(outcome.json["answers"]) == ["loud", "base"]
+    assert outcome.json["text"] == outcome.json["answers"]["loud"]
+    assert "note" not in outcome.err
+
+
+def test_draws_are_the_same_for_each(run: Path) -> None:
+    arguments = ("--adapter", f"again={run}", "--temperature", "1.5", *PROMPT)
+    answers = qlora("generate", run, *arguments, "--json").json["answers"]
+    assert answers["again"] == answers["run"]
+
+
+def test_without_an_adapter_the_model_is_the_base() -> None:
+    told = qlora("generate", "starter", *PROMPT, "--json").json
+    assert told["answers"] == {"base": told["text"]}
+    assert qlora("generate", "starter", *PROMPT, "--use", "base", "--json").json == told
+
+
+def test_merged_answers_are_the_unmerged_ones(loud: Path, run: Path) -> None:
+    """Far enough from a tie, the roundings of the merge to 16 bit do not show in the text."""
+    arguments = ("--adapter", f"loud={loud}", "--adapter", f"run2={run}", "--use", "loud")
+    arguments += ("--use", "run2", "--use", "base", *PROMPT)
+    plain = qlora("generate", "starter", *arguments, "--json")
+    merged = qlora("generate", "starter", *arguments, "--merged", "--json")
+    assert plain.code == merged.code == 0, plain.err + merged.err
+    assert merged.json == plain.json
+
+
+def test_an_adapter_on_another_base_than_its_own_is_noted(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(STARTER, tmp_path / "copy")
+    outcome = qlora("generate", copy, "--adapter", f"far={run}", *PROMPT)
+    assert outcome.code == 0, outcome.err
+    assert f"answers here on {copy}" in " ".join(outcome.err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--adapter", "loud"), "'loud' is not NAME=DIR"),
+        (("--adapter", "=x"), "'=x' is not NAME=DIR"),
+        (("--adapter", "a=x", "--adapter", "a=y"), "'a' is given twice"),
+        (("--adapter", "a=nowhere"), "no adapter_config.json in nowhere"),
+        (("--adapter", "base={loud}"), "the name 'base' is taken"),
+        (("--adapter", "run={loud}"), "the name 'run' is taken"),
+        (("--use", "loud"), "there is no adapter 'loud'"),
+        (("--merged",), "cannot be added into the weights of a 4-bit base"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_obeyed_is_refused(
+    arguments: tuple[str, ...], told: str, run: Path, loud: Path
+) -> None:
+    filled = [word.format(loud=loud) for word in arguments]
+    outcome = qlora("generate", run, *filled, *PROMPT)
+    assert outcome.code == 2
+    assert told in outcome.err
+
+
+def test_nothing_to_merge_is_refused() -> None:
+    outcome = qlora("generate", "starter", "--merged", *PROMPT)
+    assert outcome.code == 2
+    assert "there is no adapter to merge" in outcome.err
+
+
+def test_chat_switches_on_a_line(run: Path, loud: Path) -> None:
+    lines = "Hello\n/use loud\nHello\n/use lout\n/use\n/use base\nHello\n\n"
+    outcome = qlora("chat", run, "--adapter", f"loud={loud}", "--use", "run", stdin=lines)
+    assert outcome.code == 0, outcome.err
+    assert len(outcome.out.splitlines()) >= 3
+    assert "loud answers" in outcome.err
+    assert "did you mean loud?" in outcome.err
+    assert "there is no adapter ''" in outcome.err
+    assert outcome.err.rstrip().splitlines()[-2].endswith("base answers")
+
+
+def test_chat_answers_from_within_the_weights(run: Path, loud: Path) -> None:
+    arguments = ("--adapter", f"loud={loud}", "--adapter", f"run2={run}")
+    lines = "Hello\n/use run2\nHello\n/use base\nHello\n\n"
+    merged = qlora("chat", "starter", *arguments, "--merged", stdin=lines)
+    assert merged.code == 0, merged.err
+    assert merged.out == qlora("chat", "starter", *arguments, stdin=lines).out
