@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,11 +26,21 @@ DTYPE = "float16"
 """Of the merged weights, where nothing else is asked for."""
 
 
-def run(run: Path, *, out: Path, dtype: str | None, base: str, observer: Observer) -> MergeResult:
+def run(
+    run: Path,
+    *,
+    out: Path,
+    dtype: str | None,
+    base: str,
+    observer: Observer,
+    gguf: str | None = None,
+) -> MergeResult:
     """Writes the merged model of a run.
 
-    base: original | dequantized | auto. Raises UsageError where `out` is in use or the run has no
-    such base, QloraError where a value does not fit the dtype or the disk is full.
+    base: original | dequantized | auto. gguf: f16 | q8_0, to write such a file of it too. Raises
+    UsageError where `out` is in use, the run has no such base or llama.cpp no such model;
+    QloraError where a value does not fit the dtype or the disk is full; VerificationFailed where
+    the GGUF file is not read back as it should be.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is in use", where="--out", hint="name another folder")
@@ -38,10 +50,15 @@ def run(run: Path, *, out: Path, dtype: str | None, base: str, observer: Observe
     wanted = torch_dtype(dtype or DTYPE)
     device = torch.device(inspect_device().kind)
     tensors = merged_tensors(folder, "original", wanted, device)
+    if gguf is not None:
+        merged_bytes = sum(shape.num_bytes for shape in tensors.shapes().values())
+        _exporter().check_exportable(base_folder(folder), gguf, out, merged_bytes)
     judgement = _choose(folder, tensors, base, observer)
     tensors = replace(tensors, base=judgement.base)
     about = _about(recipe, judgement)
     written = write_merged(tensors, base_folder(folder), out, about, observer)
+    if gguf is not None:
+        observer.note(f"GGUF file: {_exporter().export_gguf(out, gguf, observer)}")
     return MergeResult(
         out=out,
         dtype=dtype or DTYPE,
@@ -49,6 +66,19 @@ def run(run: Path, *, out: Path, dtype: str | None, base: str, observer: Observe
         tensors=written.num_tensors,
         bytes=written.num_bytes,
     )
+
+
+def _exporter() -> ModuleType:
+    """What writes GGUF files. Raises UsageError where the package that it needs is absent."""
+    if find_spec("gguf") is None:
+        raise UsageError(
+            "GGUF files need the gguf package, which is not installed",
+            where="--gguf",
+            hint="pip install 'qlora-cli[gguf]'",
+        )
+    from qlora_cli.export import gguf
+
+    return gguf
 
 
 def _check_base(recipe: Recipe, base: str) -> None:

@@ -1,0 +1,95 @@
+"""llama.cpp itself reads our GGUF files, splits texts as the tokenizer does and answers the same.
+
+Runs where the package llama_cpp is installed (`pip install llama-cpp-python` compiles llama.cpp,
+which takes some ten minutes), and is skipped elsewhere; test_gguf.py asks other readers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_cli.events import Silent
+from qlora_cli.export import gguf
+from qlora_cli.export.gguf_model import ARCHITECTURES
+from tests.interop.test_gguf import SCALED
+from tests.vocabularies import CUTS, TEXT, make_model, named, sentencepiece
+
+llama_cpp = pytest.importorskip("llama_cpp")
+
+HARD = [
+    *TEXT,
+    "<s>",
+    " a",
+    "a  b\n\n\n c",
+    "1234567.89",
+    "<|im_start|>the",
+    "don't DON'T",
+    "\t\t x",
+]
+
+
+def opened(file: Path) -> Any:
+    """The model in llama.cpp, with the logits of every position."""
+    return llama_cpp.Llama(
+        str(file), n_ctx=64, n_threads=1, logits_all=True, verbose=False, n_gpu_layers=0
+    )
+
+
+def distance(folder: Path, encoding: gguf.Encoding) -> float:
+    """The root mean square difference of the logits, as a share of the logits' own."""
+    file = gguf.export_gguf(folder, encoding, Silent())
+    ids = [1, 80, 91, 7, 33, 250, 64, 12, 300, 5, 17, 200, 201, 44, 45, 46, 47, 81, 90, 3, 2, 9, 10]
+    model = opened(file)
+    model.eval(ids)
+    found = torch.tensor(np.array(model.scores[: len(ids)]))
+    model.close()
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor([ids])).logits[0]
+    return float((found - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize(("encoding", "allowed"), [("f16", 2e-3), ("q8_0", 3e-2)])
+def test_the_model_answers_as_in_transformers(
+    family: str, encoding: gguf.Encoding, allowed: float, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    folder = make_model(tmp_path / "model", family, spread=0.1, **sizes)
+    assert distance(folder, encoding) < allowed
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_parameters": SCALED},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 32},
+        {"tied": True},
+        {"num_key_value_heads": 1},
+    ],
+    ids=str,
+)
+def test_every_setting_of_llama_answers_as_in_transformers(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "model", "llama", spread=0.1, **settings)
+    assert distance(folder, "f16") < 2e-3
+
+
+@pytest.mark.parametrize("name", [*CUTS, "sentencepiece"])
+def test_texts_are_split_as_the_tokenizer_splits_them(name: str, tmp_path: Path) -> None:
+    tokenizer = sentencepiece() if name == "sentencepiece" else named(name)
+    folder = make_model(tmp_path / "model", "llama", tokenizer)
+    model = opened(gguf.export_gguf(folder, "f16", Silent()))
+    own: Any = AutoTokenizer.from_pretrained(folder)
+    found = [model.tokenize(text.encode(), add_bos=True, special=True) for text in HARD]
+    model.close()
+    assert found == [own.encode(text) for text in HARD]
