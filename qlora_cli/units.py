@@ -60,6 +60,6 @@ def format_count(number: int) -> str:
     return f"{number:,}"
 
 
-def format_ratio(ratio: float) -> str:
-    """`3.1x`: how many times smaller or larger."""
-    return f"{ratio:.1f}x" if ratio < 100 else f"{ratio:,.0f}x"
+def format_ratio(ratio: float, digits: int = 1) -> str:
+    """`3.1x`: how many times smaller or larger; digits behind the point, none from 100 on."""
+    return f"{ratio:.{digits}f}x" if ratio < 100 else f"{ratio:,.0f}x"

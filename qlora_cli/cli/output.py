@@ -37,14 +37,14 @@ def working() -> Iterator[Observer]:
 
 
 def write_page(run: Path, observer: Observer) -> None:
-    """The report of a run, into its folder."""
+    """The report of a run, into its folder: the page and the picture."""
     from qlora_cli.checkpoint.layout import RunFolder
     from qlora_cli.jobs import report as job
     from qlora_cli.ui import report
 
-    page = RunFolder(run).report
-    report.write(job.run(run, html=page), page)
-    observer.note(f"report: {page}")
+    folder = RunFolder(run)
+    report.write(job.run(run, html=folder.report, png=folder.memory_png))
+    observer.note(f"report: {folder.report}")
 
 
 def emit(result: _R, as_json: bool, render: Callable[[_R], RenderableType]) -> None:

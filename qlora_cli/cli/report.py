@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, working
+from qlora_cli.cli.output import emit, json_option, working, write_page
 
 
 @click.command()
@@ -16,15 +16,32 @@ from qlora_cli.cli.output import emit, json_option, working
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also write a page with curves that needs nothing beside it.",
 )
+@click.option(
+    "--png",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the memory figures as one picture.",
+)
+@click.option(
+    "--measure-before",
+    is_flag=True,
+    help="Run two real steps of full fine-tuning on the same data, where they fit, and compare "
+    "with these instead of their plan.",
+)
 @json_option
-def report(run: Path, html: Path | None, as_json: bool) -> None:
+def report(
+    run: Path, html: Path | None, png: Path | None, measure_before: bool, as_json: bool
+) -> None:
     """Show the memory, curves and timings of a run's folder."""
     from qlora_cli.jobs import report as job
     from qlora_cli.ui import report as page
     from qlora_cli.ui import tables
 
-    with working():
-        result = job.run(run, html=html)
-        if html is not None:
-            page.write(result, html)
+    with working() as observer:
+        if measure_before:
+            from qlora_cli.jobs import before
+
+            before.measure(run, observer=observer)
+            write_page(run, observer)
+        result = job.run(run, html=html, png=png)
+        page.write(result)
     emit(result, as_json, tables.report)

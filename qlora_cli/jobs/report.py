@@ -3,32 +3,61 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.errors import UsageError
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.memory.ledger import Ledger
+from qlora_cli.memory.timeline import Stretch, read_stretches
+
+_T = TypeVar("_T")
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
+"""What readers raise on a file that is no longer as it was written."""
 
 
-def run(run: Path, *, html: Path | None) -> ReportResult:
-    """What a run left behind. html: where the caller writes the page.
+def run(run: Path, *, html: Path | None = None, png: Path | None = None) -> ReportResult:
+    """What a run left behind. html, png: where the caller writes the page and the picture.
 
     Raises UsageError where the run has no ledger yet or one of its files is damaged.
     """
     folder = RunFolder(run)
     about = folder.read()
-    if not folder.memory_json.is_file():
+    ledger = read_ledger(folder)
+    if ledger is None:
         raise UsageError(
             f"{run} has no memory.json yet; its status is {about.get('status')}",
-            hint="a run writes it at its end; go on with `qlora train --resume`",
+            hint="a run writes it with each checkpoint; go on with `qlora train --resume`",
         )
+    return ReportResult(
+        run=about,
+        ledger=ledger,
+        metrics=_metrics(folder.metrics),
+        timeline=read_timeline(folder),
+        html=html,
+        png=png,
+    )
+
+
+def read_ledger(run: RunFolder) -> Ledger | None:
+    """memory.json; None where the run has none yet. Raises UsageError on a damaged one."""
+    return _read(run.memory_json, Ledger.from_dict)
+
+
+def read_timeline(run: RunFolder) -> tuple[Stretch, ...]:
+    """timeline.json; empty where the run has none. Raises UsageError on a damaged one."""
+    return _read(run.timeline_json, read_stretches) or ()
+
+
+def _read(file: Path, make: Callable[[dict[str, Any]], _T]) -> _T | None:
+    if not file.is_file():
+        return None
     try:
-        ledger = Ledger.from_dict(json.loads(folder.memory_json.read_text()))
-    except (ValueError, KeyError, TypeError, AssertionError) as fault:
-        raise UsageError(f"damaged: {fault!r}", where=str(folder.memory_json)) from fault
-    return ReportResult(run=about, ledger=ledger, metrics=_metrics(folder.metrics), html=html)
+        return make(json.loads(file.read_text()))
+    except _DAMAGE as fault:
+        raise UsageError(f"damaged: {fault!r}", where=str(file)) from fault
 
 
 def _metrics(file: Path) -> tuple[dict[str, Any], ...]:

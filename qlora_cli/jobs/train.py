@@ -11,22 +11,23 @@ from pathlib import Path
 import torch
 
 from qlora_cli.checkpoint.adapter import save_adapter
-from qlora_cli.checkpoint.layout import RunFolder, appear_whole, write_json, writing
+from qlora_cli.checkpoint.layout import RunFolder, appear_whole, writing
 from qlora_cli.checkpoint.resume import load_checkpoint, write_trained
 from qlora_cli.data.collate import Batch
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.jobs import plan as planning
 from qlora_cli.jobs import record, report
+from qlora_cli.jobs.memory import Earlier, MemoryRecord
 from qlora_cli.jobs.prepare import Job, Prepared, prepare, read_job
 from qlora_cli.jobs.results import TrainResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.instrument import Instrument
-from qlora_cli.memory.ledger import Device, Ledger, worst
+from qlora_cli.memory.ledger import Ledger
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train import runtime
 from qlora_cli.train.forward import Score, evaluate
-from qlora_cli.train.imagine import Imagined, full_fine_tuning, side
+from qlora_cli.train.imagine import Imagined, full_fine_tuning
 from qlora_cli.train.loop import LAST_LOSSES, Loop, Progress
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.units import format_bytes
@@ -82,7 +83,7 @@ def _finished(job: Job, recipe_path: Path | None) -> TrainResult | None:
     if about["status"] != "done" or not job.run.memory_json.is_file():
         return None
     _check_same(job.run, about, record.describe_run(job.prepared, recipe_path, job.steps))
-    ledger = report.run(job.run.path, html=None).ledger
+    ledger = report.run(job.run.path).ledger
     return TrainResult(**about["result"] | {"run": job.run.path, "ledger": ledger})
 
 
@@ -140,7 +141,7 @@ def _plan(job: Job, observer: Observer) -> tuple[Imagined, Imagined]:
         f"plan: {format_bytes(planned.peak_bytes)} at the peak; full fine-tuning would need "
         f"{format_bytes(before.peak_bytes)}"
     )
-    if planned.peak_bytes > prepared.facts.capacity_bytes:
+    if not planned.fits(prepared.facts.capacity_bytes):
         raise DoesNotFit(
             f"the job needs {format_bytes(planned.peak_bytes)}; {prepared.facts.name} has "
             f"{format_bytes(prepared.facts.capacity_bytes)}",
@@ -155,24 +156,27 @@ def _train(
     prepared = job.prepared
     device = runtime.start(prepared.facts, prepared.recipe.train.seed).device
     instrument = Instrument(device)
-    state = _load(prepared, device, instrument, observer)
+    state = load(prepared, device, instrument, observer)
     record.set_status(job.run, "running", tensors=record.describe_tensors(state.built))
+    earlier = None
     if checkpoint is not None:
         state.step, scale = load_checkpoint(checkpoint, state.trainable, state.optimizer)
         state.loss_scale.restore(scale)
+        earlier = Earlier.of(job.run, state.step)
         observer.note(f"going on after step {state.step}")
-    progress = Loop(state, job.windows, job.steps, job.run, instrument, observer).go()
+    memory = MemoryRecord(job, planned, before, instrument, earlier)
+    loop = Loop(state, job.windows, job.steps, job.run, instrument, observer, memory.write)
+    progress = loop.go()
     score = _evaluate(state, job.held_out, instrument)
     _save(job, state)
-    ledger = _ledger(job, instrument, planned, before)
-    with writing("the memory report", job.run.memory_json, hint=_RESUME):
-        write_json(job.run.memory_json, ledger.to_dict())
+    ledger = memory.write(progress)
     return _finish(job, progress, score, ledger)
 
 
-def _load(
+def load(
     prepared: Prepared, device: torch.device, instrument: Instrument, observer: Observer
 ) -> State:
+    """The state before its first step, seen by the instrument. Raises as `build_state`."""
     with instrument.phase("load"):
         state = build_state(
             prepared.recipe,
@@ -183,9 +187,7 @@ def _load(
             prepared.file_dtype,
         )
         tag_living(state, instrument.tracker)
-    if device.type == "cuda":
-        # What loading left in the cache is in the wrong sizes for training.
-        torch.cuda.empty_cache()
+    instrument.release_cache()
     return state
 
 
@@ -205,21 +207,6 @@ def _save(job: Job, state: State) -> None:
     with writing("the trained model", weights, hint=_RESUME), appear_whole(weights) as folder:
         shutil.copy(job.prepared.folder / "config.json", folder)
         write_trained(state.trainable, folder / SINGLE)
-
-
-def _ledger(job: Job, instrument: Instrument, planned: Imagined, before: Imagined) -> Ledger:
-    recipe, facts = job.prepared.recipe, job.prepared.facts
-    phases = instrument.phases
-    return Ledger(
-        device=Device(facts.kind, facts.name, facts.capacity_bytes),
-        phases=phases,
-        before=side(full_fine_tuning(recipe), before.phases, "planned"),
-        after=side(recipe, phases, "measured"),
-        planned_peak_bytes=planned.peak_bytes,
-        measured_peak_bytes=worst(phases).peak_bytes,
-        allocator=instrument.allocator(),
-        instrument=instrument.describe(),
-    )
 
 
 def _train_loss(run: RunFolder) -> float:

@@ -34,6 +34,21 @@ def host_capacity_bytes() -> int:
     return min(physical, int(text)) if text.isdigit() else physical
 
 
+def available_bytes(device: torch.device) -> int:
+    """What a job could have now: free on the card, or of this machine and its container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.current").exists():
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Pages of files give way where memory is asked for.
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        free = min(free, host_capacity_bytes() - used)
+    return free
+
+
 def reset_peak(device: torch.device) -> None:
     """The allocator's peaks count from now; nothing to do on a CPU."""
     if device.type == "cuda":

@@ -6,7 +6,7 @@ the program and raises at once, because a table whose rows miss bytes is worse t
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, Literal
 
 CATEGORIES = (
@@ -29,6 +29,7 @@ one operation needs while it runs; other: seen by the device's counter and attri
 nothing."""
 
 PHASES = ("load", "first_step", "step", "eval", "merge")
+STEP_PHASES = ("first_step", "step")
 
 Source = Literal["measured", "planned"]
 
@@ -44,6 +45,14 @@ class Phase:
 
     def __post_init__(self) -> None:
         _check_sum(self.name, self.peak_bytes, self.at_peak)
+
+    def at_least(self, seen_bytes: int) -> Phase:
+        """With a device's own count of the peak; what it saw beyond the categories is `other`."""
+        unseen = seen_bytes - self.peak_bytes
+        if unseen <= 0:
+            return self
+        at_peak = self.at_peak | {"other": self.at_peak.get("other", 0) + unseen}
+        return replace(self, peak_bytes=seen_bytes, at_peak=at_peak)
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,11 @@ class Allocator:
     allocated: int = 0
     reserved: int = 0
     driver: int = 0
+
+    def or_more(self, other: Allocator) -> Allocator:
+        """Each counter's higher value of the two."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Allocator(*(max(pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -159,6 +173,14 @@ class Ledger:
 def worst(phases: tuple[Phase, ...]) -> Phase:
     """The phase with the highest peak."""
     return max(phases, key=lambda phase: phase.peak_bytes)
+
+
+def worse_of_each(earlier: tuple[Phase, ...], now: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    """The phases of two processes of one job; one that both went through is its worse time."""
+    phases = {phase.name: phase for phase in earlier}
+    for phase in now:
+        phases[phase.name] = worst((phase, phases.get(phase.name, phase)))
+    return tuple(phases.values())
 
 
 def _check_sum(name: str, peak_bytes: int, at_peak: dict[str, int]) -> None:

@@ -8,10 +8,9 @@ moments. Time is the host's: on a card the moment at which work is asked for, no
 
 from __future__ import annotations
 
-import contextlib
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,24 +88,19 @@ class Timeline:
         """Those that have ended, in order."""
         return tuple(self._stretches)
 
-    @contextlib.contextmanager
-    def stretch(self, phase: str, step: int | None = None) -> Iterator[None]:
-        """What happens inside is one stretch; nothing is kept of one that ends in an exception."""
-        self.begin(phase, step)
-        try:
-            yield
-            self.end()
-        finally:
-            self._open = None
-
-    def begin(self, phase: str, step: int | None = None) -> None:
-        """A tracked phase begins; step: the optimizer step, counted from 1, where it is one."""
+    def begin(self, phase: str) -> None:
+        """A tracked phase begins."""
         assert self._open is None, f"{phase} begins inside another stretch"
-        self._open = _Recording(phase, step)
+        self._open = _Recording(phase)
         self._open.add(self._now(), self._latest)
 
+    def number(self, step: int) -> None:
+        """The stretch under way is this optimizer step, counted from 1."""
+        if self._open is not None:
+            self._open.step = step
+
     def end(self) -> None:
-        """The stretch under way is over; nothing where there is none."""
+        """The stretch under way is over, by an error too; nothing where there is none."""
         if self._open is not None:
             self._stretches.append(self._open.finish(self._now()))
             self._open = None
@@ -148,9 +142,9 @@ class _Moment:
 class _Recording:
     """A stretch under way. Each moment stands for `_joined` changes, the last one for fewer."""
 
-    def __init__(self, phase: str, step: int | None) -> None:
+    def __init__(self, phase: str) -> None:
         self.phase = phase
-        self.step = step
+        self.step: int | None = None
         self.marks: list[tuple[float, str]] = []
         self._moments: list[_Moment] = []
         self._joined = 1

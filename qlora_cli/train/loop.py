@@ -16,7 +16,7 @@ from qlora_cli.checkpoint.resume import save_checkpoint
 from qlora_cli.data.packing import Windows
 from qlora_cli.errors import Interrupted
 from qlora_cli.events import Observer, StepEvent
-from qlora_cli.memory.device import live_and_peak
+from qlora_cli.memory.device import live_and_peak, reset_peak
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.tracker import gradients_of
 from qlora_cli.train.optimizer import learning_rate
@@ -31,34 +31,65 @@ _FULL = "earlier checkpoints are whole; free disk space and go on with --resume"
 
 
 @dataclass
+class Timed:
+    """Steps of one kind, added up. tokens: all, prompts included."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """One more."""
+        self.steps += 1
+        self.tokens += tokens
+        self.seconds += seconds
+
+
+@dataclass
 class Progress:
     """What the loop did in this process.
 
-    plain, tracked: [tokens, seconds] of steps without and with the memory instrument, which slows
-    them; speed is read from the plain ones where there are any.
+    first: the first step, which warms up; tracked, plain: later ones with and without the memory
+    instrument, which slows them. untracked_peak_bytes: the device's counter after the worst of the
+    steps that the instrument did not see.
     """
 
-    steps: int = 0
-    plain: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    tracked: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    first: Timed = field(default_factory=Timed)
+    tracked: Timed = field(default_factory=Timed)
+    plain: Timed = field(default_factory=Timed)
+    untracked_peak_bytes: int = 0
 
-    def add(self, outcome: StepOutcome, seconds: float, tracked: bool) -> None:
+    def add(self, tokens: int, seconds: float, tracked: bool) -> None:
         """After each step."""
-        self.steps += 1
-        timed = self.tracked if tracked else self.plain
-        timed[0] += outcome.tokens
-        timed[1] += seconds
+        later = self.tracked if tracked else self.plain
+        (later if self.steps else self.first).add(tokens, seconds)
+
+    @property
+    def steps(self) -> int:
+        """Of any kind."""
+        return self.first.steps + self.tracked.steps + self.plain.steps
+
+    @property
+    def tokens_per_step(self) -> float:
+        """The mean; there must be a step."""
+        return (self.first.tokens + self.tracked.tokens + self.plain.tokens) / self.steps
 
     @property
     def tokens_per_second(self) -> float:
-        """All tokens, prompts included; 0 where no step was done."""
-        tokens, seconds = self.plain if self.plain[1] else self.tracked
-        return tokens / seconds if seconds else 0.0
+        """Of the kind of steps that is least disturbed; 0 where no step was done."""
+        for timed in (self.plain, self.tracked, self.first):
+            if timed.seconds:
+                return timed.tokens / timed.seconds
+        return 0.0
 
 
 @dataclass(frozen=True)
 class Loop:
-    """One run's loop. steps: optimizer steps of the whole job."""
+    """One run's loop.
+
+    steps: optimizer steps of the whole job. remember: called after each checkpoint, so that what
+    was measured outlives this process, too.
+    """
 
     state: State
     windows: Windows
@@ -66,6 +97,7 @@ class Loop:
     run: RunFolder
     instrument: Instrument
     observer: Observer
+    remember: Callable[[Progress], object]
 
     def go(self) -> Progress:
         """From the state's step to the last.
@@ -82,12 +114,14 @@ class Loop:
                 event = self._one(progress, self.state.step in tracked)
                 self._note(event)
                 self.observer.step(event)
-                self._maybe_checkpoint(asked())
+                self._maybe_checkpoint(progress, asked())
         return progress
 
     def _one(self, progress: Progress, tracked: bool) -> StepEvent:
         step = self.state.step
         lr = learning_rate(self.state.recipe.train, step, self.steps)
+        if not tracked:
+            reset_peak(self.state.device)
         began = time.perf_counter()
         window = self.windows.window(step)
         outcome = self._tracked(window, lr) if tracked else train_step(self.state, window, lr)
@@ -96,13 +130,17 @@ class Loop:
             self.observer.note(
                 f"step {step + 1}: float16 gradients overflowed; step left out, loss scale halved"
             )
-        progress.add(outcome, seconds, tracked)
-        return self._event(outcome, lr, seconds, progress)
+        progress.add(outcome.tokens, seconds, tracked)
+        event = self._event(outcome, lr, seconds, progress)
+        if not tracked:
+            progress.untracked_peak_bytes = max(progress.untracked_peak_bytes, event.peak_bytes)
+        return event
 
     def _tracked(self, window: list[Any], lr: float) -> StepOutcome:
         name = "step" if self.state.optimizer.state else "first_step"
         watch = gradients_of(self.state.trainable.values(), self.instrument.tracker)
         with watch, self.instrument.phase(name):
+            self.instrument.timeline.number(self.state.step + 1)
             return train_step(self.state, window, lr)
 
     def _event(
@@ -110,7 +148,6 @@ class Loop:
     ) -> StepEvent:
         live, peak = live_and_peak(self.state.device)
         steps_left = self.steps - self.state.step
-        mean_tokens = sum(p[0] for p in (progress.plain, progress.tracked)) / progress.steps
         return StepEvent(
             step=self.state.step,
             steps=self.steps,
@@ -121,10 +158,10 @@ class Loop:
             tokens_per_second=outcome.tokens / seconds,
             live_bytes=live,
             peak_bytes=peak,
-            seconds_left=steps_left * mean_tokens / progress.tokens_per_second,
+            seconds_left=steps_left * progress.tokens_per_step / progress.tokens_per_second,
         )
 
-    def _maybe_checkpoint(self, stop: bool) -> None:
+    def _maybe_checkpoint(self, progress: Progress, stop: bool) -> None:
         step = self.state.step
         every = self.state.recipe.train.checkpoint_every
         if stop or step == self.steps or step % every == 0:
@@ -135,6 +172,7 @@ class Loop:
                 self.state.optimizer,
                 self.state.loss_scale.state(),
             )
+            self.remember(progress)
         if stop and step < self.steps:
             raise Interrupted(
                 f"stopped after step {step} of {self.steps}; its checkpoint is written",

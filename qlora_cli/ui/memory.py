@@ -11,12 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_cli.jobs.results import Compared
-from qlora_cli.memory.ledger import CATEGORIES, Ledger, worst
-from qlora_cli.units import format_bytes, format_ratio
+from qlora_cli.memory.ledger import CATEGORIES, InstrumentCost, Ledger, worst
+from qlora_cli.units import format_bytes, format_duration, format_ratio
 
 _METHODS = {"full": "full fine-tuning", "lora": "LoRA"}
 _CATEGORIES = {"adapter": "adapter (trained)", "quant_constants": "quantization constants"}
 """Full fine-tuning's trained weights are `adapter` as well; the rest reads as it is."""
+_FLOOR = "the floor is weights, adapter state, one block's working set and the blocks' inputs"
+_UNSEEN = "temporaries and workspaces inside kernels, `other` in the table"
+_CACHED = "freed blocks that torch keeps to use again, and fragmentation"
+_OUTSIDE = "the CUDA context, modules and libraries, and other processes on the card"
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,7 @@ def planned_against_measured(ledger: Ledger) -> str | None:
     planned, measured = ledger.planned_peak_bytes, ledger.measured_peak_bytes
     if not planned or not measured:
         return None
-    off = (planned - measured) / measured
-    return f"planned {format_bytes(planned)}, measured {format_bytes(measured)} ({off:+.1%})"
+    return _against(planned, measured)
 
 
 def worst_phase(ledger: Ledger) -> str:
@@ -121,6 +124,76 @@ def counters(ledger: Ledger) -> dict[str, str]:
         "used on the card, context and libraries included": ledger.allocator.driver,
     }
     return {name: format_bytes(size) for name, size in told.items() if size}
+
+
+def proof(ledger: Ledger) -> dict[str, str]:
+    """What stands behind the figures, one sentence each; only what the ledger knows."""
+    told = {
+        "attributed": _attributed(ledger),
+        "floor": _floor(ledger),
+        "full fine-tuning": _before_measured(ledger),
+        "instrument": _cost(ledger.instrument_cost),
+    }
+    return {name: text for name, text in told.items() if text}
+
+
+def differences(ledger: Ledger) -> dict[str, str]:
+    """The device's own counters, each with why it is more than the one before; empty on a CPU."""
+    told, before = {}, ledger.after.peak_bytes - ledger.after.at_peak.get("other", 0)
+    if not ledger.allocator.allocated:
+        return {}
+    for name, size, why in (
+        ("all categories", before, ""),
+        ("allocated by torch", ledger.allocator.allocated, _UNSEEN),
+        ("reserved by torch", ledger.allocator.reserved, _CACHED),
+        ("used on the card", ledger.allocator.driver, _OUTSIDE),
+    ):
+        if size:
+            more = f" ({format_bytes(size - before)} more: {why})" if why else ""
+            told[name] = f"{format_bytes(size)}{more}"
+            before = size
+    return told
+
+
+def _attributed(ledger: Ledger) -> str | None:
+    side = ledger.after
+    if side.source != "measured" or not side.peak_bytes:
+        return None
+    other = side.at_peak.get("other", 0)
+    share = 1 - other / side.peak_bytes
+    judge = "" if ledger.allocator.allocated else "; a CPU keeps no counter to compare with"
+    return f"{share:.1%} of the peak, other {format_bytes(other)}{judge}"
+
+
+def _floor(ledger: Ledger) -> str | None:
+    if not ledger.floor_bytes:
+        return None
+    ratio = format_ratio(ledger.after.peak_bytes / ledger.floor_bytes, digits=2)
+    return f"{format_bytes(ledger.floor_bytes)}, peak {ratio} of it; {_FLOOR}"
+
+
+def _before_measured(ledger: Ledger) -> str | None:
+    planned, measured = ledger.before_planned_bytes, ledger.before.peak_bytes
+    if not planned or ledger.before.source != "measured":
+        return None
+    return _against(planned, measured)
+
+
+def _cost(cost: InstrumentCost | None) -> str | None:
+    if cost is None:
+        return None
+    told = f"on for {cost.tracked_steps:,} of {cost.steps:,} steps, then off"
+    if cost.tracked_seconds and cost.plain_seconds:
+        told += (
+            f"; such a step took {format_duration(cost.tracked_seconds)}, without it as many "
+            f"tokens take {format_duration(cost.plain_seconds)}"
+        )
+    return f"{told}; its records held {format_bytes(cost.record_bytes)} on the host"
+
+
+def _against(planned: int, measured: int) -> str:
+    off = (planned - measured) / measured
+    return f"planned {format_bytes(planned)}, measured {format_bytes(measured)} ({off:+.1%})"
 
 
 def _table(shown: Grid) -> Table:

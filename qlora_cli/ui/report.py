@@ -5,26 +5,41 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_cli.errors import QloraError
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.ui import memory
 from qlora_cli.ui.summary import settings, summary
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _TEMPLATE = Path(__file__).with_name("report.html")
 _CURVES = (("loss", "Loss", "nats a token"), ("tokens_per_second", "Speed", "tokens/s"))
 """Key in metrics.jsonl, title, label of the axis."""
 
 
-def write(result: ReportResult, path: Path) -> None:
-    """Writes the page, whole or not at all. Raises QloraError where it cannot be written."""
-    page = render(result)
+def write(result: ReportResult) -> None:
+    """The page and the picture where the result names a file for them, each whole or not at all.
+
+    Raises QloraError where one cannot be written.
+    """
+    if result.html is not None:
+        _write(result.html, render(result).encode())
+    if result.png is not None:
+        from qlora_cli.ui import figures
+
+        _write(result.png, figures.as_png(figures.poster(result)))
+
+
+def _write(path: Path, content: bytes) -> None:
     beside = path.with_suffix(".tmp")
     try:
-        beside.write_text(page, encoding="utf-8")
+        beside.write_bytes(content)
         beside.replace(path)
     except OSError as error:
-        what = f"the page cannot be written: {error.strerror}"
+        what = f"the report cannot be written: {error.strerror}"
         raise QloraError(what, where=str(path)) from error
 
 
@@ -41,19 +56,35 @@ def render(result: ReportResult) -> str:
     ).from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         saving=memory.saving(result.ledger),
+        notes=result.ledger.notes,
         summary=summary(result),
         sides=memory.grid(sides),
         sides_figure=_embedded(figures.stacked_bars(sides)),
+        over_time=list(_over_time(result)),
         phases=memory.grid(phases),
         phases_figure=_embedded(figures.stacked_bars(phases)),
         instrument=result.ledger.instrument,
-        counters=memory.counters(result.ledger),
+        differences=memory.differences(result.ledger),
         curves=list(_curves(result)),
         choices=result.run.get("choices", ()),
         tensors=result.run.get("tensors", ()),
         settings=settings(result.run),
         versions=result.run.get("versions", {}),
     )
+
+
+def _over_time(result: ReportResult) -> Iterator[dict[str, str]]:
+    """One step and the run; an older run has no timeline."""
+    from qlora_cli.ui import figures, timelines
+
+    if step := timelines.worst_step(result.timeline):
+        figure = figures.over_step(step, result.ledger.planned_peak_bytes)
+        about = f"the step with the highest peak, {timelines.name(step)}"
+        yield {"title": "Memory over one step", "about": about, "source": _embedded(figure)}
+    if result.timeline:
+        about = "what was tracked, each stretch as wide as the others; the gaps were not tracked"
+        source = _embedded(figures.over_run(result))
+        yield {"title": "Memory over the run", "about": about, "source": source}
 
 
 def _curves(result: ReportResult) -> Iterator[dict[str, str]]:
@@ -64,6 +95,9 @@ def _curves(result: ReportResult) -> Iterator[dict[str, str]]:
             yield {"title": title, "source": _embedded(figures.curve(result.metrics, key, label))}
 
 
-def _embedded(svg: str) -> str:
+def _embedded(figure: Figure) -> str:
     """As an image of its own: identifiers inside one figure cannot meet those of another."""
+    from qlora_cli.ui import figures
+
+    svg = figures.as_svg(figure)
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"

@@ -21,6 +21,7 @@ def summary(result: ReportResult) -> dict[str, str]:
     }
     if planned := memory.planned_against_measured(result.ledger):
         facts["peak"] = planned
+    facts |= memory.proof(result.ledger)
     return facts | (_progress(result.metrics) if result.metrics else {})
 
 

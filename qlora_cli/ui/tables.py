@@ -60,11 +60,13 @@ def train(result: TrainResult) -> RenderableType:
 
 def report(result: ReportResult) -> RenderableType:
     """A finished or running job: its memory, its last step, its choices."""
-    facts = summary(result)
-    if result.html is not None:
-        facts["html"] = str(result.html)
+    facts = summary(result) | memory.differences(result.ledger)
+    for name, path in (("html", result.html), ("png", result.png)):
+        if path is not None:
+            facts[name] = str(path)
     tables = (memory.phase_table(result.ledger), memory.before_and_after(result.ledger))
-    return Group(*tables, _facts(facts))
+    notes = [Text(f"! {note}", style="yellow") for note in result.ledger.notes]
+    return Group(*tables, *notes, _facts(facts))
 
 
 def merge(result: MergeResult) -> RenderableType:

@@ -40,8 +40,9 @@ def test_a_closure_is_counted_with_what_it_holds_and_without_the_program() -> No
 def test_a_timeline_grows_with_its_moments() -> None:
     timeline = Timeline()
     before = record_bytes(timeline)
-    with timeline.stretch("step", 1):
-        for size in range(500):
-            timeline.changed({"base": size})
+    timeline.begin("step")
+    for size in range(500):
+        timeline.changed({"base": size})
+    timeline.end()
     grown = record_bytes(timeline) - before
     assert 500 * (8 + 8) <= grown < 500 * (8 + 8) + 5000

@@ -1,0 +1,152 @@
+"""What a training job leaves about its memory: memory.json and timeline.json.
+
+Both are written at each checkpoint and at the end, so that a run that was stopped can be reported,
+and a process that resumes it takes over what the earlier one measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qlora_cli.checkpoint.layout import RunFolder, write_json, writing
+from qlora_cli.errors import UsageError
+from qlora_cli.jobs.prepare import Job
+from qlora_cli.jobs.report import read_ledger, read_timeline
+from qlora_cli.memory.cost import record_bytes
+from qlora_cli.memory.instrument import Instrument
+from qlora_cli.memory.ledger import (
+    STEP_PHASES,
+    Device,
+    InstrumentCost,
+    Ledger,
+    Phase,
+    Side,
+    worse_of_each,
+    worst,
+)
+from qlora_cli.memory.timeline import Stretch
+from qlora_cli.train.imagine import Imagined, full_fine_tuning, side
+from qlora_cli.train.loop import Progress
+
+_HINT = "the last checkpoint is whole; free disk space and go on with --resume"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What another process measured of the same run. step: after which this process goes on."""
+
+    step: int
+    ledger: Ledger | None = None
+    stretches: tuple[Stretch, ...] = ()
+    damage: str | None = None
+
+    @classmethod
+    def of(cls, run: RunFolder, step: int) -> Earlier:
+        """A damaged file is left out, and said to be: a report is no reason not to train."""
+        try:
+            return cls(step, read_ledger(run), read_timeline(run))
+        except UsageError as fault:
+            return cls(step, damage=str(fault).splitlines()[0])
+
+
+@dataclass(frozen=True)
+class MemoryRecord:
+    """One process's view of a job's memory. earlier: None in a run's first process."""
+
+    job: Job
+    planned: Imagined
+    before: Imagined
+    instrument: Instrument
+    earlier: Earlier | None
+
+    def write(self, progress: Progress) -> Ledger:
+        """Writes both files, each whole. Raises QloraError where the disk refuses."""
+        run, ledger = self.job.run, self._ledger(progress)
+        known = self.earlier.stretches if self.earlier else ()
+        stretches = [s.to_dict() for s in (*known, *self.instrument.timeline.stretches)]
+        with writing("the memory report", run.memory_json, hint=_HINT):
+            write_json(run.timeline_json, {"stretches": stretches})
+            write_json(run.memory_json, ledger.to_dict())
+        return ledger
+
+    def _ledger(self, progress: Progress) -> Ledger:
+        recipe, facts = self.job.prepared.recipe, self.job.prepared.facts
+        device = Device(facts.kind, facts.name, facts.capacity_bytes)
+        known = self._known(device)
+        phases = self.instrument.phases
+        if known is not None:
+            phases = worse_of_each(known.phases, phases)
+        phases = self._with_untracked(phases, progress)
+        stepped = _has_step(phases)
+        before, before_planned_bytes = self._before(known)
+        allocator = self.instrument.allocator()
+        if facts.kind == "cuda":
+            allocated = max(allocator.allocated, progress.untracked_peak_bytes)
+            allocator = replace(allocator, allocated=allocated)
+        return Ledger(
+            device=device,
+            phases=phases,
+            before=before,
+            after=side(recipe, phases, "measured")
+            if stepped
+            else side(recipe, self.planned.phases, "planned"),
+            planned_peak_bytes=self.planned.peak_bytes,
+            measured_peak_bytes=worst(phases).peak_bytes if stepped else 0,
+            allocator=allocator if known is None else allocator.or_more(known.allocator),
+            instrument=self.instrument.describe(),
+            before_planned_bytes=before_planned_bytes,
+            floor_bytes=self.planned.floor_bytes,
+            instrument_cost=_cost(progress, self.instrument),
+            notes=tuple(self._notes(known, stepped)),
+        )
+
+    def _known(self, device: Device) -> Ledger | None:
+        """What an earlier process measured, if on the same device."""
+        ledger = self.earlier.ledger if self.earlier else None
+        return ledger if ledger is not None and ledger.device == device else None
+
+    def _with_untracked(self, phases: tuple[Phase, ...], progress: Progress) -> tuple[Phase, ...]:
+        """A step that only the card's counter saw may be the worst; its excess is `other`."""
+        if self.job.prepared.facts.kind != "cuda":
+            return phases
+        return tuple(
+            phase.at_least(progress.untracked_peak_bytes) if phase.name == "step" else phase
+            for phase in phases
+        )
+
+    def _before(self, known: Ledger | None) -> tuple[Side, int]:
+        """(full fine-tuning, its planned peak where it was measured in the meantime)."""
+        if known is not None and known.before.source == "measured":
+            return known.before, self.before.peak_bytes
+        return side(full_fine_tuning(self.job.prepared.recipe), self.before.phases, "planned"), 0
+
+    def _notes(self, known: Ledger | None, stepped: bool) -> list[str]:
+        notes = []
+        if self.earlier is not None:
+            taken = (
+                "phases show the worse of this process and of those before it"
+                if known is not None
+                else "what earlier processes measured is not known"
+            )
+            notes.append(f"The run was resumed after step {self.earlier.step}; {taken}.")
+            if self.earlier.damage:
+                notes.append(f"Left out: {self.earlier.damage}.")
+        if not stepped:
+            notes.append("No training step was measured; `after` is the plan.")
+        return notes
+
+
+def _has_step(phases: tuple[Phase, ...]) -> bool:
+    return any(phase.name in STEP_PHASES for phase in phases)
+
+
+def _cost(progress: Progress, instrument: Instrument) -> InstrumentCost:
+    tracked, plain = progress.tracked, progress.plain
+    tokens = tracked.tokens / tracked.steps if tracked.steps else 0.0
+    return InstrumentCost(
+        steps=progress.steps,
+        tracked_steps=tracked.steps + progress.first.steps,
+        tracked_seconds=tracked.seconds / tracked.steps if tracked.steps else 0.0,
+        plain_seconds=plain.seconds / plain.tokens * tokens if plain.tokens else 0.0,
+        record_bytes=record_bytes(instrument),
+    )
