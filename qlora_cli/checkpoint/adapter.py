@@ -198,7 +198,7 @@ def _linear_at(built: Built, path: str) -> Any:
 def _adapted(base: QuantLinear, source: AdapterLayer, site: Site) -> LoraLinear:
     layer = LoraLinear(base, source.rows_on(site), source.settings)
     fill(layer, source, base.weight.device)
-    return layer.eval().requires_grad_(False)
+    return layer.eval()
 
 
 def fill(layer: LoraLinear, source: AdapterLayer, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +43,7 @@ _INERT = {
 class PeftConfig(BaseModel):
     """`adapter_config.json`, as far as it decides the product. Field names are PEFT's."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     peft_type: str = "LORA"
     task_type: str | None = "CAUSAL_LM"
@@ -82,9 +82,12 @@ class PeftConfig(BaseModel):
         """Whether PEFT would adapt the linear at this path."""
         if self.exclude_modules and _names(self.exclude_modules, path):
             return False
-        if self.target_modules == "all-linear":
-            return True
-        return _names(self.target_modules, path) and self._transforms(path)
+        if isinstance(self.target_modules, str):
+            everything = self.target_modules.lower() == "all-linear"
+            return everything or _names(self.target_modules, path)
+        # Where the list names the whole path, PEFT does not ask for the layer's number.
+        named = _names(self.target_modules, path)
+        return path in self.target_modules or (named and self._transforms(path))
 
     def _transforms(self, path: str) -> bool:
         if self.layers_to_transform in (None, []):
@@ -102,33 +105,26 @@ def read_config(folder: Path) -> PeftConfig:
             f"no {CONFIG} in {folder}", hint="an adapter's folder holds it beside its weights"
         )
     try:
-        config = PeftConfig.model_validate_json(file.read_bytes())
+        content = json.loads(file.read_bytes())
+    except ValueError as fault:
+        raise ModelError(f"Invalid JSON: {fault}", where=str(file)) from fault
+    if isinstance(content, dict):
+        _refuse_features(content, file)
+    try:
+        config = PeftConfig.model_validate(content)
     except ValidationError as fault:
         first = fault.errors()[0]
         key = f"{first['loc'][0]}: " if first["loc"] else ""
         raise ModelError(f"{key}{first['msg']}", where=str(file)) from fault
-    _refuse_features(config, file)
     for pattern in (*config.rank_pattern, *config.alpha_pattern, *_expressions(config)):
         _check_expression(pattern, file)
     return config
 
 
-def _refuse_features(config: PeftConfig, file: Path) -> None:
-    features: dict[str, Any] = {
-        key: value
-        for key, value in (config.model_extra or {}).items()
-        if value and key not in _INERT
-    }
-    if config.peft_type != "LORA":
-        features["peft_type"] = config.peft_type
-    if config.task_type not in (None, "CAUSAL_LM"):
-        features["task_type"] = config.task_type
-    if config.bias != "none":
-        features["bias"] = config.bias
-    if config.modules_to_save:
-        features["modules_to_save"] = config.modules_to_save
-    if config.init_lora_weights not in (None, *_PLAIN_STARTS):
-        features["init_lora_weights"] = config.init_lora_weights
+def _refuse_features(content: Mapping[str, Any], file: Path) -> None:
+    """Before the settings themselves are looked at: another method's have other names."""
+    kind = content.get("peft_type", "LORA")
+    features = dict(_features(content)) if kind == "LORA" else {"peft_type": kind}
     if features:
         told = ", ".join(f"{key}: {json.dumps(value)}" for key, value in sorted(features.items()))
         raise ModelError(
@@ -139,9 +135,28 @@ def _refuse_features(config: PeftConfig, file: Path) -> None:
         )
 
 
+def _features(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings that change the product in a way that this package does not have."""
+    allowed: dict[str, tuple[Any, ...]] = {
+        "task_type": (None, "CAUSAL_LM"),
+        "bias": ("none",),
+        "modules_to_save": (None, []),
+        "init_lora_weights": (None, *_PLAIN_STARTS),
+    }
+    if isinstance(content.get("target_modules"), str):
+        # PEFT does not say what it would mean, and refuses it.
+        allowed["layers_to_transform"] = (None,)
+    for key, value in content.items():
+        if key in allowed and value not in allowed[key]:
+            yield key, value
+        if value and key not in PeftConfig.model_fields and key not in _INERT:
+            yield key, value
+
+
 def _expressions(config: PeftConfig) -> list[str]:
-    both = (config.target_modules, config.exclude_modules)
-    return [text for text in both if isinstance(text, str)]
+    single = [config.target_modules, config.exclude_modules, config.layers_pattern]
+    several = config.layers_pattern if isinstance(config.layers_pattern, list) else []
+    return [text for text in [*single, *several] if isinstance(text, str)]
 
 
 def _check_expression(pattern: str, file: Path) -> None:
@@ -193,8 +208,8 @@ def _pattern_of(patterns: Mapping[str, object], path: str) -> str:
 
 def _layer_index(path: str, pattern: str | list[str] | None) -> int | None:
     """The block's number in a path: of the first list that `pattern` names, or of any list."""
-    names = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
-    for name in names:
+    names = [pattern] if isinstance(pattern, str) else pattern
+    for name in names if names and pattern else [r"[^.]*"]:
         match = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path)
         if match is not None:
             return int(match[1])

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from qlora_cli.checkpoint.adapter import attach, save_adapter
 from qlora_cli.checkpoint.adapter_file import open_adapter
@@ -19,49 +16,20 @@ from qlora_cli.checkpoint.open import open_run
 from qlora_cli.events import Silent
 from qlora_cli.nn.lora import adapted_layers
 from qlora_cli.weights.build import Built
-from tests.runs import (
-    CPU,
-    FAMILIES,
-    build_base,
-    logits,
-    make_base,
-    make_recipe,
-    make_rows,
-    make_run,
-    stir,
+from tests.peft_side import (
+    IDS,
+    frozen_16_bit,
+    load_into_peft,
+    their_logits,
+    theirs,
+    write_peft_adapter,
 )
+from tests.runs import CPU, FAMILIES, build_base, logits, make_run, stir
 
 # PEFT 0.21 asks transformers 5.23 by a name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-IDS = torch.tensor([[5, 80, 91, 7, 33, 250, 64, 12]])
 TARGETS: list[Any] = ["all", ["q", "v"], ["q", "o", "down"], ["k"]]
-
-
-def frozen_16_bit(folder: Path, family: str, **adapter: Any) -> tuple[Path, Any]:
-    """A base that both sides hold exactly, so that only the adapters can differ."""
-    base = make_base(folder / "base", family, tied=family == "gpt2")
-    rows = make_rows(folder / "rows.jsonl")
-    return base, make_recipe(base, rows, base={"bits": 16}, adapter=adapter)
-
-
-def theirs(base: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-
-
-def their_logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(IDS).logits[0]
-    return found
-
-
-def load_into_peft(base: Path, adapter: Path) -> Any:
-    """With every warning an error; PEFT warns of missing keys, strange keys and wrong flags."""
-    model = theirs(base)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        return PeftModel.from_pretrained(model, adapter)
 
 
 def assert_same_keys(model: Any, adapter: Path) -> None:
@@ -101,72 +69,11 @@ def test_peft_merges_ours_to_the_same_weights(family: str, tmp_path: Path) -> No
         torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-6)
 
 
-def a_peft_adapter(base: Path, folder: Path, **settings: Any) -> Tensor:
-    """PEFT's own adapter with B not zero, saved; the logits that PEFT gives with it."""
-    torch.manual_seed(11)
-    model = get_peft_model(theirs(base), LoraConfig(task_type="CAUSAL_LM", **settings))
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    model.save_pretrained(folder)
-    return their_logits(model)
-
-
-PEFT_LLAMA: dict[str, dict[str, Any]] = {
-    "names": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
-    "all linear": {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"},
-    "expression": {"r": 2, "target_modules": r".*layers\.1\.mlp\.(up|gate)_proj"},
-    "rslora": {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "use_rslora": True},
-    "patterns": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj", "v_proj", "o_proj"],
-        "rank_pattern": {"o_proj": 2, "layers.0.self_attn.q_proj": 7},
-        "alpha_pattern": {"v_proj": 5, "layers.1.self_attn.q_proj": 1},
-    },
-    "rslora patterns": {
-        "r": 4,
-        "target_modules": ["q_proj", "v_proj"],
-        "use_rslora": True,
-        "rank_pattern": {"q_proj": 9},
-        "alpha_pattern": {"v_proj": 5},
-    },
-    "some layers": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1]},
-    "excluded": {
-        "r": 4,
-        "target_modules": ["q_proj", "v_proj"],
-        "exclude_modules": ["layers.0.self_attn.v_proj"],
-    },
-    "gaussian": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
-}
-PEFT_GPT2: dict[str, dict[str, Any]] = {
-    "fused": {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"], "fan_in_fan_out": True},
-    "all": {
-        "r": 3,
-        "target_modules": ["c_attn", "c_proj", "c_fc"],
-        "fan_in_fan_out": True,
-        "use_rslora": True,
-    },
-}
-PEFT_WRITES = [("llama", name) for name in PEFT_LLAMA] + [("gpt2", name) for name in PEFT_GPT2]
-
-
-@pytest.mark.parametrize(("family", "name"), [*PEFT_WRITES, ("qwen2", "names"), ("qwen3", "names")])
-def test_we_load_pefts(family: str, name: str, tmp_path: Path) -> None:
-    settings = PEFT_GPT2[name] if family == "gpt2" else PEFT_LLAMA[name]
-    base, recipe = frozen_16_bit(tmp_path, family)
-    wanted = a_peft_adapter(base, tmp_path / "theirs", **settings)
-    built = build_base(recipe)
-    attach(built, open_adapter(tmp_path / "theirs"))
-    built.model.eval()
-    torch.testing.assert_close(logits(built, IDS), wanted, rtol=1e-4, atol=1e-3)
-    in_file = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
-    assert len(in_file) == sum(2 * len(roles) for roles in built.adapted.values())
-
-
 def test_a_fused_adapter_of_peft_is_one_part(tmp_path: Path) -> None:
     base, recipe = frozen_16_bit(tmp_path, "gpt2")
-    a_peft_adapter(base, tmp_path / "theirs", **PEFT_GPT2["fused"])
+    write_peft_adapter(
+        base, tmp_path / "theirs", r=4, target_modules=["c_attn"], fan_in_fan_out=True
+    )
     built = build_base(recipe)
     attach(built, open_adapter(tmp_path / "theirs"))
     assert set(map(tuple, built.adapted.values())) == {("qkv",)}

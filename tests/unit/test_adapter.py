@@ -164,6 +164,7 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"init_lora_weights": "pissa_niter_4"},
     {"init_lora_weights": "loftq"},
     {"something_new": {"depth": 3}},
+    {"layers_to_transform": [0], "target_modules": "all-linear"},
 ]
 
 
@@ -248,6 +249,7 @@ def test_wrong_tensors_are_named(
         ({"target_modules": None}, "target_modules: "),
         ({"target_modules": "(q_proj"}, "is no regular expression"),
         ({"rank_pattern": {"[": 3}}, "is no regular expression"),
+        ({"layers_pattern": ["h", "("]}, "is no regular expression"),
         ({"lora_alpha": 60.0}, "scales it by 20 at rank 3, and its weights were written for 2 at"),
         ({"use_rslora": True}, "and its weights were written for"),
     ],
@@ -266,6 +268,9 @@ def test_missing_files_and_broken_json_are_named(written: Path) -> None:
         open_adapter(written)
     (written / "adapter_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"adapter_config\.json: Invalid JSON"):
+        open_adapter(written)
+    (written / "adapter_config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"adapter_config\.json: Input should be a valid dict"):
         open_adapter(written)
     (written / "adapter_config.json").unlink()
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
