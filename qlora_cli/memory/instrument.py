@@ -13,25 +13,25 @@ from dataclasses import replace
 
 import torch
 
-from qlora_cli.memory.device import read_allocator, reset_peak
+from qlora_cli.memory.allocator import CachingAllocator
+from qlora_cli.memory.counter import Counter
+from qlora_cli.memory.cuda_rules import cuda_rules
+from qlora_cli.memory.device import inspect_device, read_allocator, reset_peak
 from qlora_cli.memory.ledger import Allocator, Phase
 from qlora_cli.memory.rules import CPU_RULES
+from qlora_cli.memory.timeline import Timeline
 from qlora_cli.memory.tracker import StorageTracker
-
-CUDA_GRANULARITY = 512
-"""The caching allocator hands out multiples of 512 bytes."""
 
 
 class Instrument:
     """Measures the phases of a real job on one device."""
 
     def __init__(self, device: torch.device) -> None:
+        self.timeline = Timeline()
         on_card = device.type == "cuda"
-        self.tracker = StorageTracker(
-            rules={} if on_card else CPU_RULES,
-            granularity=CUDA_GRANULARITY if on_card else 1,
-            device_type=device.type,
-        )
+        self._counter = Counter(CachingAllocator() if on_card else None, self.timeline)
+        rules = cuda_rules(inspect_device()) if on_card else CPU_RULES
+        self.tracker = StorageTracker(self._counter, rules, device_type=device.type)
         self._device = device
         self._peaks: dict[str, int] = {}
         self._allocator = Allocator()
@@ -41,16 +41,27 @@ class Instrument:
         """Tracks what happens inside as part of phase `name`."""
         self._remember()
         reset_peak(self._device)
-        with self.tracker, self.tracker.phase(name):
-            yield
+        self.timeline.begin(name)
+        try:
+            with self.tracker, self._counter.phase(name):
+                yield
+        finally:
+            self.timeline.end()
         seen = read_allocator(self._device).allocated
         self._peaks[name] = max(self._peaks.get(name, 0), seen)
         self._remember()
 
+    def release_cache(self) -> None:
+        """What the allocator holds and nobody uses goes back to the card: after loading it is in the
+        wrong sizes for training."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._counter.release_cache()
+
     @property
     def phases(self) -> tuple[Phase, ...]:
         """With the allocator's peaks where there is one."""
-        return tuple(_with_other(p, self._peaks.get(p.name, 0)) for p in self.tracker.phases)
+        return tuple(_with_other(p, self._peaks.get(p.name, 0)) for p in self._counter.phases)
 
     def allocator(self) -> Allocator:
         """The device's peaks over the whole job so far; zeros on a CPU."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.memory.tracker import TemporaryRule
+from qlora_cli.memory.tracker import Rules, TemporaryRule
 
 _HELD_BY_QUANTIZATION = {
     ("nf4", 4): 9.5,
@@ -45,7 +45,7 @@ def _quantize_4bit(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     return (int(weight.numel() * _HELD_BY_QUANTIZATION[quant_type, weight.element_size()]),)
 
 
-CPU_RULES: Mapping[str, TemporaryRule] = {
+_ON_CPU: Mapping[str, TemporaryRule] = {
     **{
         f"aten::{name}.{overload}": _mixed_dtypes
         for name in ("add", "sub", "mul", "div")
@@ -55,3 +55,5 @@ CPU_RULES: Mapping[str, TemporaryRule] = {
     "bitsandbytes::quantize_4bit": _quantize_4bit,
 }
 """By the operation's name, so that bitsandbytes need not be imported to state a rule."""
+
+CPU_RULES = Rules(_ON_CPU)

@@ -1,77 +1,108 @@
-"""Counts every storage's life, on real and on imagined tensors alike.
+"""Sees every storage's life, on real and on imagined tensors alike.
 
 Why an own instrument: torch's MemTracker raises on frozen parameters and takes 35 s for an 8B
 model; FakeTensorMode cannot build packed weights and changes transformers' mask; the allocator's
 counters exist only on CUDA and know no categories. A dispatch mode that holds a weak reference to
 each new storage sees the same bytes as the allocator is asked for, on `meta`, CPU and CUDA.
 
-What it cannot see: what a kernel allocates inside itself. `rules` (memory/rules.py) name these for
-operations where it matters; the rest is shown as `other` beside the device's own counter.
+It only sees. What it saw goes to a sink: a `Counter` adds it up in a real job, a `Recording` keeps
+it for a plan.
+
+What it cannot see: what a kernel allocates inside itself. `Rules` name these for operations where
+it matters; the rest is shown as `other` beside the device's own counter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_cli.memory.ledger import CATEGORIES, Phase
+from qlora_cli.memory.ledger import CATEGORIES
 
 TemporaryRule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], Sequence[int]]
 """(args, kwargs, output) of an operation -> bytes of each temporary inside its kernel."""
 
+
+@dataclass(frozen=True)
+class Rules:
+    """What kernels of one device allocate inside.
+
+    temporaries: by the operation's name; gone when it returns. workspace_bytes: kept from the first
+    matrix product of each of the two threads on, the caller's and autograd's (cuBLAS).
+    """
+
+    temporaries: Mapping[str, TemporaryRule] = field(default_factory=dict)
+    workspace_bytes: int = 0
+
+
+class Sink(Protocol):
+    """Receives what the tracker saw, in order."""
+
+    def allocate(
+        self, key: Hashable, num_bytes: int, category: str, origin: Hashable = None
+    ) -> None:
+        """A storage is made; origin: the storage that the operation worked on, where it is known."""
+
+    def free(self, key: Hashable) -> None:
+        """It is gone."""
+
+    def recategorize(self, key: Hashable, category: str) -> None:
+        """It belongs to `category` from now on."""
+
+    def mark(self, name: str) -> None:
+        """A part of a step begins: forward, backward, update."""
+
+    def enter(self, path: str) -> None:
+        """What follows belongs to the module at `path`; to none where it is empty."""
+
+
+_MATRIX_PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm"))
 _active: list[StorageTracker] = []
 
 
 @dataclass
 class _Entry:
-    """A living storage. num_bytes is rounded as the device's allocator rounds."""
+    """A living storage. key: None for one that lies elsewhere and is not told of."""
 
+    key: int | None
     num_bytes: int
     category: str
     reference: weakref.ref[Any] | None = None
 
 
 class StorageTracker(TorchDispatchMode):
-    """While entered, every new storage is counted under the current category (`scope`).
+    """While entered, every new storage is told under the current category (`scope`).
 
-    rules: temporaries inside kernels, by the operation's name. granularity: the allocator's
-    rounding in bytes, 512 on CUDA. device_type: count only storages there (`cuda`), for real runs.
-    counts_host: whether what is made under `host_memory` belongs to the device, for plans, where
-    everything is on meta: true for a CPU, false for a card. Storages that lived before are counted
-    by `tag`.
+    device_type: see only storages there: `cuda` or `cpu`, `meta` for plans. counts_host: whether
+    what is made under `host_memory` belongs to the device, for plans, where everything is on meta:
+    true for a CPU, false for a card. Storages that lived before are counted by `tag`.
     """
 
     def __init__(
-        self,
-        rules: Mapping[str, TemporaryRule] | None = None,
-        granularity: int = 1,
-        counts_host: bool = True,
-        device_type: str | None = None,
+        self, sink: Sink, rules: Rules, device_type: str | None = None, counts_host: bool = True
     ) -> None:
         super().__init__()
         self.category = "activations"
         self.counts_host = counts_host
+        self.place: Literal["device", "host", "nowhere"] = "device"
+        self.sink = sink
+        self._rules = rules
         self._device_type = device_type
-        self.off_device = False
-        self._rules = dict(rules or {})
-        self._granularity = granularity
         self._living: dict[int, _Entry] = {}
-        self._by_category: dict[str, int] = defaultdict(int)
-        self._live_bytes = 0
-        self._peak_bytes = 0
-        self._at_peak: dict[str, int] = {}
-        self._phases: dict[str, Phase] = {}
+        self._keys = itertools.count()
+        self._products_on: set[str] = set()
+        self._part_of_step = "forward"
 
     def __enter__(self) -> StorageTracker:
         _active.append(self)
@@ -83,29 +114,14 @@ class StorageTracker(TorchDispatchMode):
         super().__exit__(*exception)
 
     @property
-    def live_bytes(self) -> int:
-        """Of all counted storages, now."""
-        return self._live_bytes
+    def num_living(self) -> int:
+        """Storages that are watched now."""
+        return len(self._living)
 
-    @property
-    def peak_bytes(self) -> int:
-        """The most since the current phase began."""
-        return self._peak_bytes
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """The phases seen so far, in order; a phase seen twice is its worse time."""
-        return tuple(self._phases.values())
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """The peak of what happens inside becomes the phase's."""
-        self._peak_bytes, self._at_peak = self._live_bytes, self._composition()
-        yield
-        seen = Phase(name, self._peak_bytes, self._live_bytes, self._at_peak)
-        before = self._phases.get(name)
-        if before is None or before.peak_bytes <= seen.peak_bytes:
-            self._phases[name] = seen
+    def mark(self, name: str) -> None:
+        """A part of a step begins."""
+        self._part_of_step = name
+        self.sink.mark(name)
 
     def tag(self, tensors: Iterable[Tensor], category: str) -> None:
         """Counts these tensors' storages under `category` from now on, known or new."""
@@ -114,13 +130,11 @@ class StorageTracker(TorchDispatchMode):
             storage = tensor.untyped_storage()
             entry = self._living.get(storage._cdata)
             if entry is None:
-                self._count(storage, category)
-            elif entry.category != category:
-                self._by_category[entry.category] -= entry.num_bytes
-                self._by_category[category] += entry.num_bytes
+                if self._is_watched(tensor):
+                    self._begin(storage, category)
+            elif entry.key is not None and entry.category != category:
                 entry.category = category
-        if self._live_bytes > self._peak_bytes:
-            self._peak_bytes, self._at_peak = self._live_bytes, self._composition()
+                self.sink.recategorize(entry.key, category)
 
     def __torch_dispatch__(
         self,
@@ -132,55 +146,72 @@ class StorageTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.add.Tensor and _accumulates_in_place(args):
             return args[0].add_(args[1])
+        if self._rules.workspace_bytes and func._schema.name in _MATRIX_PRODUCTS:
+            self._workspace()
         output = func(*args, **kwargs)
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
-        rule = self._rules.get(func.name())
-        inside = 0 if rule is None else sum(map(self._rounded, rule(args, kwargs, output)))
-        if self._live_bytes + inside > self._peak_bytes:
-            self._peak_bytes = self._live_bytes + inside
-            self._at_peak = self._composition()
-            if inside:
-                self._at_peak["temporary"] = self._at_peak.get("temporary", 0) + inside
+        self._see(output, args)
+        rule = self._rules.temporaries.get(func.name())
+        if rule is not None and self.place == "device":
+            self._inside(rule(args, kwargs, output))
         return output
 
-    def _composition(self) -> dict[str, int]:
-        return {name: self._by_category[name] for name in CATEGORIES if self._by_category[name]}
+    def _workspace(self) -> None:
+        thread = "backward" if self._part_of_step == "backward" else "forward"
+        if thread not in self._products_on:
+            self._products_on.add(thread)
+            self.sink.allocate(next(self._keys), self._rules.workspace_bytes, "temporary")
 
-    def _rounded(self, num_bytes: int) -> int:
-        return -(-num_bytes // self._granularity) * self._granularity
-
-    def _see(self, tensor: Tensor) -> None:
-        if self.off_device or self._device_type not in (None, tensor.device.type):
+    def _see(self, output: Any, args: tuple[Any, ...]) -> None:
+        if self.place == "nowhere":
             return
-        storage = tensor.untyped_storage()
-        entry = self._living.get(storage._cdata)
-        if entry is None:
-            self._count(storage, self.category)
-            return
-        grown = self._rounded(storage.nbytes()) - entry.num_bytes
-        if grown:
-            entry.num_bytes += grown
-            self._add(grown, entry.category)
+        outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
+        origins = _origins(args, len(outputs))
+        for tensor, origin in zip(outputs, origins, strict=True):
+            if not isinstance(tensor, Tensor) or not self._is_watched(tensor):
+                continue
+            storage = tensor.untyped_storage()
+            entry = self._living.get(storage._cdata)
+            if entry is None:
+                self._begin(storage, self.category, origin)
+            elif storage.nbytes() != entry.num_bytes:
+                self._resize(entry, storage.nbytes())
 
-    def _count(self, storage: torch.UntypedStorage, category: str) -> None:
-        key = storage._cdata
-        entry = _Entry(self._rounded(storage.nbytes()), category)
-        self._living[key] = entry
-        self._add(entry.num_bytes, category)
+    def _is_watched(self, tensor: Tensor) -> bool:
+        return self._device_type in (None, tensor.device.type)
+
+    def _inside(self, sizes: Sequence[int]) -> None:
+        keys = [next(self._keys) for _ in sizes]
+        for key, num_bytes in zip(keys, sizes, strict=True):
+            self.sink.allocate(key, num_bytes, "temporary")
+        for key in keys:
+            self.sink.free(key)
+
+    def _resize(self, entry: _Entry, num_bytes: int) -> None:
+        if entry.key is None:
+            return
+        old, entry.key, entry.num_bytes = entry.key, next(self._keys), num_bytes
+        self.sink.allocate(entry.key, num_bytes, entry.category)
+        self.sink.free(old)
+
+    def _begin(
+        self, storage: torch.UntypedStorage, category: str, origin: Tensor | None = None
+    ) -> None:
+        address = storage._cdata
+        known = None if origin is None else self._living.get(origin.untyped_storage()._cdata)
+        key = None if self.place == "host" else next(self._keys)
+        entry = _Entry(key, storage.nbytes(), category)
+        self._living[address] = entry
+        if key is not None:
+            self.sink.allocate(key, entry.num_bytes, category, known.key if known else None)
 
         def died(_: Any) -> None:
             # The address may already belong to a newer storage; only this one's entry goes.
-            if self._living.get(key) is entry:
-                del self._living[key]
-            self._add(-entry.num_bytes, entry.category)
+            if self._living.get(address) is entry:
+                del self._living[address]
+            if entry.key is not None:
+                self.sink.free(entry.key)
 
         entry.reference = weakref.ref(storage, died)
-
-    def _add(self, num_bytes: int, category: str) -> None:
-        self._live_bytes += num_bytes
-        self._by_category[category] += num_bytes
 
 
 @contextlib.contextmanager
@@ -203,31 +234,56 @@ def attribute(tensors: Iterable[Tensor], category: str) -> None:
         _active[-1].tag(tensors, category)
 
 
+def mark(name: str) -> None:
+    """A part of a step begins: forward, backward, update."""
+    if _active:
+        _active[-1].mark(name)
+
+
+@contextlib.contextmanager
+def within(path: str) -> Iterator[None]:
+    """What is made inside belongs to the module at `path`: a plan repeats a block's for its like."""
+    if not _active:
+        yield
+        return
+    sink = _active[-1].sink
+    sink.enter(path)
+    try:
+        yield
+    finally:
+        sink.enter("")
+
+
 @contextlib.contextmanager
 def unallocated() -> Iterator[None]:
     """What is made inside are shapes without bytes, in a plan too."""
-    with _off_device(bool(_active)):
+    with _placed("nowhere" if _active else None):
         yield
 
 
 @contextlib.contextmanager
 def host_memory() -> Iterator[None]:
     """What is made inside lies on the host; a plan for a card does not count it."""
-    with _off_device(bool(_active) and not _active[-1].counts_host):
+    with _placed("host" if _active and not _active[-1].counts_host else None):
         yield
+
+
+def is_on_host() -> bool:
+    """Whether a plan is under way whose device has the host's memory."""
+    return bool(_active) and _active[-1].counts_host
 
 
 @contextlib.contextmanager
-def _off_device(uncounted: bool) -> Iterator[None]:
-    if not uncounted:
+def _placed(place: Literal["host", "nowhere"] | None) -> Iterator[None]:
+    if place is None:
         yield
         return
     tracker = _active[-1]
-    outer, tracker.off_device = tracker.off_device, True
+    outer, tracker.place = tracker.place, place
     try:
         yield
     finally:
-        tracker.off_device = outer
+        tracker.place = outer
 
 
 @contextlib.contextmanager
@@ -248,6 +304,15 @@ def gradients_of(parameters: Iterable[nn.Parameter], tracker: StorageTracker) ->
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _origins(args: tuple[Any, ...], num_outputs: int) -> Sequence[Tensor | None]:
+    """For each output the tensor it was made of: its fellow in a list, or the first one."""
+    first = args[0] if args else None
+    if isinstance(first, list | tuple):
+        fellows = [item if isinstance(item, Tensor) else None for item in first]
+        return fellows if len(fellows) == num_outputs else [None] * num_outputs
+    return [first if isinstance(first, Tensor) else None] * num_outputs
 
 
 def _accumulates_in_place(args: tuple[Any, ...]) -> bool:

@@ -7,7 +7,8 @@ tokens x tokens and, with grouped heads, push SDPA to its slow and memory-hungry
 
 Two roads. On CUDA cards with FlashAttention one variable-length call does all rows; elsewhere each
 row is its own SDPA call. `split` and not slicing: the backward of a slice allocates the whole
-tensor.
+tensor. A plan takes the kernel that its target would take (`kernel_for`): on meta tensors SDPA
+falls to MATH in silence, which no real device would choose here.
 
 Letters: B batch (always 1 in training), H heads, G key/value heads, T query and S key positions, D
 head size.
@@ -16,7 +17,7 @@ head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +30,21 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_SIZE = 256
 FLASH_CAPABILITY = (8, 0)
 
+Kernel = Literal["varlen", "efficient", "cpu"]
+"""varlen: FlashAttention over all rows; efficient: SDPA's memory-efficient kernel, a row at a time;
+cpu: SDPA's FlashAttention for CPUs, a row at a time."""
+
 
 @dataclass(frozen=True)
 class Spans:
     """Where rows lie in a sequence without padding.
 
-    lengths: of the rows, in order. offsets: their starts and the end, (rows + 1,) int32 on the
-    device; None where the variable-length kernel is not used.
+    lengths: of the rows, in order. kernel: which the device has. offsets: the rows' starts and the
+    end, (rows + 1,) int32 on the device; None where the kernel is not varlen.
     """
 
     lengths: tuple[int, ...]
+    kernel: Kernel
     offsets: Tensor | None = None
 
     @property
@@ -47,16 +53,26 @@ class Spans:
         return max(self.lengths)
 
     @classmethod
-    def on(cls, lengths: tuple[int, ...], device: torch.device, flash: bool) -> Spans:
+    def on(cls, lengths: tuple[int, ...], device: torch.device, kernel: Kernel) -> Spans:
         """With offsets where the variable-length kernel will be asked for."""
-        if not flash:
-            return cls(lengths)
+        if kernel != "varlen":
+            return cls(lengths, kernel)
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
         if device.type == "meta":
-            return cls(lengths, torch.empty(len(starts), dtype=torch.int32, device=device))
-        return cls(lengths, torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True))
+            offsets = torch.empty(len(starts), dtype=torch.int32, device=device)
+        else:
+            offsets = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
+        return cls(lengths, kernel, offsets)
+
+
+def kernel_for(kind: str, capability: tuple[int, int] | None, compute: torch.dtype) -> Kernel:
+    """What a device has for this dtype. kind: cpu | cuda; capability: CUDA's, (8, 9)."""
+    if kind != "cuda":
+        return "cpu"
+    flash = capability is not None and capability >= FLASH_CAPABILITY and compute in FLASH_DTYPES
+    return "varlen" if flash else "efficient"
 
 
 def attend(
@@ -80,23 +96,17 @@ def attend(
     assert dropout == 0.0, "the base's dropout is switched off when it is loaded"
     if spans is not None and spans.offsets is not None and _flash_takes(query):
         return _attend_flash(query, key, value, scaling, sliding_window, spans), None
-    lengths = spans.lengths if spans is not None else (query.shape[2],)
+    kernel: Kernel = "cpu" if spans is None else spans.kernel
+    lengths = (query.shape[2],) if spans is None else spans.lengths
     if len(lengths) == 1:
-        out = _attend_row(query, key, value, scaling, sliding_window)
+        out = _attend_row(query, key, value, scaling, sliding_window, kernel)
         return out.transpose(1, 2).contiguous(), None
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     rows = [
-        _attend_row(*row, scaling, sliding_window)
+        _attend_row(*row, scaling, sliding_window, kernel)
         for row in zip(queries, keys, values, strict=True)
     ]
     return torch.cat([row.transpose(1, 2) for row in rows], dim=1), None
-
-
-def flash_kernel(device: torch.device, compute: torch.dtype) -> bool:
-    """Whether this device has the variable-length FlashAttention kernel for this dtype."""
-    if device.type != "cuda" or compute not in FLASH_DTYPES:
-        return False
-    return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
 def _flash_takes(query: Tensor) -> bool:
@@ -131,23 +141,25 @@ def _attend_flash(
 
 
 def _attend_row(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    kernel: Kernel,
 ) -> Tensor:
-    """One row (B, H, T, D) -> (B, H, T, D)."""
+    """One row (B, H, T, D) -> (B, H, T, D). kernel: of the target, where tensors are imagined."""
     queries, keys = query.shape[2], key.shape[2]
     narrow = window is not None and keys > window
     mask = _mask(queries, keys, window, query.device) if narrow or 1 < queries < keys else None
-    if query.is_meta and mask is None:
-        # On meta tensors SDPA falls to MATH in silence, which no real device would choose here.
-        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, queries == keys, scale=scaling
-        )
-        return out  # type: ignore[no-any-return]
+    causal = mask is None and queries == keys
     grouped = key.shape[1] != query.shape[1]
-    if grouped and query.is_cuda:
+    if grouped and (query.is_cuda or (query.is_meta and kernel != "cpu")):
         # SDPA's memory-efficient kernel has no grouped heads; with them it would fall to MATH.
         key, value = _for_all_heads(query, key, value)
         grouped = False
+    if query.is_meta:
+        return _imagine_row(query, key, value, mask, causal, scaling, kernel)
     with sdpa_kernel(
         [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
         set_priority=True,
@@ -157,10 +169,35 @@ def _attend_row(
             key,
             value,
             attn_mask=mask,
-            is_causal=mask is None and queries == keys,
+            is_causal=causal,
             scale=scaling,
             enable_gqa=grouped,
         )
+
+
+def _imagine_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float | None,
+    kernel: Kernel,
+) -> Tensor:
+    """What SDPA would do on the target, on meta tensors."""
+    # SDPA turns what may be seen into what is added.
+    bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype)
+    if kernel == "cpu":
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=bias, scale=scaling
+        )[0]
+        return out
+    if bias is not None:
+        bias = bias.expand(query.shape[0], query.shape[1], *bias.shape)
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, torch.is_grad_enabled(), 0.0, causal, scale=scaling
+    )[0]
+    return out
 
 
 def _for_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def hidden_states(built: Built, batch: Batch, device: torch.device) -> Tensor:
     """The last hidden state of every position, (tokens, d)."""
     backbone = built.model.get_submodule(built.family.backbone)
     with scope("activations"):
-        spans = Spans.on(batch.segments, device, built.flash)
+        spans = Spans.on(batch.segments, device, built.kernel)
         output = backbone(
             input_ids=batch.input_ids.to(device, non_blocking=True),
             position_ids=batch.position_ids.to(device, non_blocking=True),

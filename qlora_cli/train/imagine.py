@@ -3,11 +3,16 @@
 `build_state` and `train_step` as the job calls them, on `meta`, with the memory tracker around
 them. Only the source of weights and the batch differ. Why meta and not FakeTensorMode: the latter
 cannot build packed weights and makes transformers build a mask; meta is also three times faster.
+
+A few blocks are imagined and their events repeated for the rest (`memory/recording.py`). What comes
+out is played to the account of a CPU, or to a model of the caching allocator of a card.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +23,14 @@ from torch import nn
 from qlora_cli.data.collate import Batch
 from qlora_cli.events import Silent
 from qlora_cli.families.spec import Family
-from qlora_cli.memory.instrument import CUDA_GRANULARITY
+from qlora_cli.memory.allocator import CachingAllocator, OutOfMemory
+from qlora_cli.memory.counter import Counter
+from qlora_cli.memory.cuda_rules import cuda_rules
 from qlora_cli.memory.ledger import Phase, Side, Source, worst
+from qlora_cli.memory.recording import NUM_IMAGINED, NotAlike, Recording, Visit, play, repeat
 from qlora_cli.memory.rules import CPU_RULES
 from qlora_cli.memory.tracker import StorageTracker, gradients_of
-from qlora_cli.nn.attention import FLASH_CAPABILITY, FLASH_DTYPES
+from qlora_cli.nn.attention import kernel_for
 from qlora_cli.recipe.resolve import DeviceFacts
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.forward import evaluate
@@ -31,20 +39,46 @@ from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
 from qlora_cli.weights.source import ImaginedSource
 
+_STANDING = ("base", "quant_constants", "embeddings", "head", "adapter", "gradients", "optimizer")
+
 
 @dataclass(frozen=True)
 class Imagined:
-    """What a plan found. adapter_bytes: of the trained tensors, as a checkpoint holds them."""
+    """What a plan found, in bytes.
+
+    adapter_bytes: of the trained tensors, as a checkpoint holds them. reserved_bytes: the most that
+    the caching allocator takes from the card; None on a CPU. floor_bytes: what no schedule can do
+    without: weights, adapter state, the blocks' inputs and one block's working set.
+    """
 
     phases: tuple[Phase, ...]
     trainable_parameters: int
     total_parameters: int
     adapter_bytes: int
+    reserved_bytes: int | None
+    floor_bytes: int
+    visits: Sequence[Visit]
 
     @property
     def peak_bytes(self) -> int:
         """The worst instant of the job."""
         return worst(self.phases).peak_bytes
+
+    def fits(self, capacity_bytes: int) -> bool:
+        """Whether the job ends on a device that has so much for it.
+
+        On a card the allocator decides: it gives back what it holds unused before it fails, and it
+        fails although enough is free, where that lies in pieces.
+        """
+        if self.reserved_bytes is None:
+            return self.peak_bytes <= capacity_bytes
+        if self.reserved_bytes <= capacity_bytes:
+            return True
+        try:
+            play(self.visits, Counter(CachingAllocator(capacity_bytes)))
+        except OutOfMemory:
+            return False
+        return True
 
 
 def imagine(
@@ -59,28 +93,18 @@ def imagine(
     window: the worst micro-batches of one optimizer step, on the host; the second and later ones
     matter because gradients are alive then, so two stand for any number. Raises as the job would.
     """
-    on_card = facts.kind == "cuda"
-    tracker = StorageTracker(
-        rules={} if on_card else CPU_RULES,
-        granularity=CUDA_GRANULARITY if on_card else 1,
-        counts_host=not on_card,
-        device_type="meta",
-    )
-    with tracker:
-        with tracker.phase("load"):
-            state, total_parameters = _build(recipe, config)
-            tag_living(state, tracker)
-        state.built.flash = _has_flash(facts, state)
-        _steps(state, tracker, window[:2])
-        if held_out:
-            with tracker.phase("eval"):
-                evaluate(state.built, held_out[:1], state.device)
-    return Imagined(
-        phases=tracker.phases,
-        trainable_parameters=sum(p.numel() for p in state.trainable.values()),
-        total_parameters=total_parameters,
-        adapter_bytes=sum(p.numel() * p.element_size() for p in state.trainable.values()),
-    )
+    job = _Job(recipe, facts, window[:2], held_out[:1])
+    num_blocks = config.num_hidden_layers
+    if _blocks_are_alike(recipe, config):
+        shorter = deepcopy(config)
+        shorter.num_hidden_layers = NUM_IMAGINED
+        if getattr(config, "layer_types", None):
+            shorter.layer_types = config.layer_types[:NUM_IMAGINED]
+        try:
+            return _account(job, job.record(shorter), num_blocks)
+        except NotAlike:
+            pass
+    return _account(job, job.record(deepcopy(config)), num_blocks)
 
 
 def side(recipe: Recipe, phases: tuple[Phase, ...], source: Source) -> Side:
@@ -100,38 +124,171 @@ def full_fine_tuning(recipe: Recipe) -> Recipe:
     )
 
 
-def _build(recipe: Recipe, config: Any) -> tuple[State, int]:
-    """(the state before its first step, parameters of the base as its config makes it)."""
-    total_parameters = 0
+def _blocks_are_alike(recipe: Recipe, config: Any) -> bool:
+    """Whether nothing that is known beforehand sets one block apart from the others."""
+    targets = recipe.adapter.targets
+    by_role = isinstance(targets, str) or not any("." in target for target in targets)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return by_role and len(kinds) <= 1 and config.num_hidden_layers > NUM_IMAGINED
 
-    def source(model: nn.Module, family: Family) -> ImaginedSource:
-        nonlocal total_parameters
-        total_parameters = sum(parameter.numel() for parameter in model.parameters())
-        # No plan knows the order of a file. The worst is taken: the blocks' linears, which are
-        # packed, come when all else is there, and the largest comes last.
-        tensors = dict(
-            sorted(
-                model.named_parameters(),
-                key=lambda item: (item[0].startswith(family.blocks), item[1].numel()),
+
+@dataclass(frozen=True)
+class _Recorded:
+    """One imagined model. total, trained: (parameters of all, of one block in the middle)."""
+
+    visits: list[Visit]
+    num_blocks: int
+    total: tuple[int, int]
+    trained: tuple[int, int]
+    trained_bytes: tuple[int, int]
+    input_bytes: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is imagined, whatever the number of blocks."""
+
+    recipe: Recipe
+    facts: DeviceFacts
+    window: Sequence[Batch]
+    held_out: Sequence[Batch]
+
+    @property
+    def on_card(self) -> bool:
+        """Whether the device is a card."""
+        return self.facts.kind == "cuda"
+
+    def record(self, config: Any) -> _Recorded:
+        """The whole job with a model of as many blocks as the config says; changes the config."""
+        recording = Recording()
+        rules = cuda_rules(self.facts) if self.on_card else CPU_RULES
+        tracker = StorageTracker(recording, rules, "meta", counts_host=not self.on_card)
+        # Asked first: making a model writes the compute dtype into its config.
+        dtype = file_dtype(config)
+        total = (0, 0)
+
+        def source(model: nn.Module, family: Family) -> ImaginedSource:
+            nonlocal total
+            recording.blocks = family.blocks
+            total = _counted(dict(model.named_parameters()), family, nn.Parameter.numel)
+            return ImaginedSource(_worst_order(model, family, config), dtype)
+
+        with _no_collection(), tracker:
+            recording.begin()
+            state = build_state(self.recipe, config, source, torch.device("meta"), Silent(), dtype)
+            tag_living(state, tracker)
+            recording.end("load")
+            recording.release_cache()
+            state.built.kernel = kernel_for(
+                self.facts.kind, self.facts.capability, state.built.held.compute
             )
+            self._go(state, tracker, recording)
+        family = state.built.family
+        return _Recorded(
+            recording.visits,
+            config.num_hidden_layers,
+            total,
+            _counted(state.trainable, family, nn.Parameter.numel),
+            _counted(state.trainable, family, lambda p: p.numel() * p.element_size()),
+            config.hidden_size * state.built.held.compute.itemsize,
         )
-        if getattr(config, "tie_word_embeddings", False):
-            tensors.pop(f"{family.head}.weight", None)
-        return ImaginedSource(tensors, file_dtype)
 
-    file_dtype = getattr(config, "dtype", None) or torch.float16
-    meta = torch.device("meta")
-    state = build_state(recipe, deepcopy(config), source, meta, Silent(), file_dtype)
-    return state, total_parameters
-
-
-def _steps(state: State, tracker: StorageTracker, window: Sequence[Batch]) -> None:
-    with gradients_of(state.trainable.values(), tracker):
-        for step, name in enumerate(("first_step", "step")):
-            with tracker.phase(name):
-                train_step(state, window, learning_rate(state.recipe.train, step, 2))
+    def _go(self, state: State, tracker: StorageTracker, recording: Recording) -> None:
+        built = state.built
+        _announce_blocks(built.model.get_submodule(built.family.blocks), recording)
+        with gradients_of(state.trainable.values(), tracker):
+            for step, name in enumerate(("first_step", "step")):
+                recording.begin()
+                train_step(state, self.window, learning_rate(self.recipe.train, step, 2))
+                recording.end(name)
+        if self.held_out:
+            recording.begin()
+            evaluate(built, self.held_out, state.device)
+            recording.end("eval")
 
 
-def _has_flash(facts: DeviceFacts, state: State) -> bool:
-    capable = facts.capability is not None and facts.capability >= FLASH_CAPABILITY
-    return capable and state.built.held.compute in FLASH_DTYPES
+def _account(job: _Job, recorded: _Recorded, num_blocks: int) -> Imagined:
+    """Plays the recording. Raises NotAlike where it cannot be drawn out to `num_blocks`."""
+    more = num_blocks - recorded.num_blocks
+    visits = repeat(recorded.visits, num_blocks) if more else recorded.visits
+    counter = Counter(CachingAllocator() if job.on_card else None)
+    working_bytes, start = 0, 0
+
+    def after(visit: Visit) -> None:
+        nonlocal working_bytes, start
+        if visit.block == num_blocks // 2 and counter.phases:  # Loading is behind us.
+            working_bytes = max(working_bytes, counter.high_bytes - start)
+        start = counter.high_bytes = counter.live_bytes
+
+    play(visits, counter, after)
+    tokens = max(batch.input_ids.numel() for batch in job.window)
+    step = next(phase for phase in counter.phases if phase.name == "step")
+    standing = sum(step.at_peak.get(category, 0) for category in _STANDING)
+    return Imagined(
+        phases=counter.phases,
+        trainable_parameters=recorded.trained[0] + more * recorded.trained[1],
+        total_parameters=recorded.total[0] + more * recorded.total[1],
+        adapter_bytes=recorded.trained_bytes[0] + more * recorded.trained_bytes[1],
+        reserved_bytes=counter.allocator.peak_reserved_bytes if counter.allocator else None,
+        floor_bytes=standing + working_bytes + tokens * recorded.input_bytes * num_blocks,
+        visits=visits,
+    )
+
+
+def file_dtype(config: Any) -> torch.dtype:
+    """Of the checkpoint, as far as its config tells."""
+    return getattr(config, "dtype", None) or torch.float16
+
+
+def _worst_order(model: nn.Module, family: Family, config: Any) -> dict[str, nn.Parameter]:
+    """No plan knows the order of a file. The worst is taken: the blocks' linears, which are packed,
+    come when all else is there, and the largest comes last."""
+    tensors = dict(
+        sorted(
+            model.named_parameters(),
+            key=lambda item: (item[0].startswith(family.blocks), item[1].numel()),
+        )
+    )
+    if getattr(config, "tie_word_embeddings", False):
+        tensors.pop(f"{family.head}.weight", None)
+    return tensors
+
+
+def _counted(
+    parameters: dict[str, nn.Parameter], family: Family, size: Callable[[nn.Parameter], int]
+) -> tuple[int, int]:
+    """(sum over all, sum over one block in the middle)."""
+    middle = f"{family.blocks}.{NUM_IMAGINED // 2}."
+    of_block = sum(size(p) for name, p in parameters.items() if name.startswith(middle))
+    return sum(map(size, parameters.values())), of_block
+
+
+def _announce_blocks(blocks: Any, recording: Recording) -> None:
+    """Tells the recording which block is at work, forward and backward."""
+    for index, block in enumerate(blocks):
+        block.forward = _announced(block.forward, f"{recording.blocks}.{index}", recording)
+
+
+def _announced(forward: Callable[..., Any], path: str, recording: Recording) -> Callable[..., Any]:
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        # It stays at work until the next one, and lets go of what the one before it made.
+        recording.enter(path)
+        output = forward(*args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: recording.enter(path))
+        return output
+
+    return announced
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector runs when it likes; a plan shall say the same each time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

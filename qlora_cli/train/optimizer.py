@@ -63,7 +63,7 @@ class AdamW(torch.optim.Optimizer):
         with scope("optimizer"):
             if parameter.dtype != torch.float32:
                 state["master"] = parameter.detach().float()
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["step"] = parameter.new_zeros((), dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=torch.float32)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlora_cli.data.collate import Batch
 from qlora_cli.errors import QloraError
-from qlora_cli.memory.tracker import scope
+from qlora_cli.memory.tracker import mark, scope
 from qlora_cli.train.forward import batch_loss
 from qlora_cli.train.optimizer import AdamW
 from qlora_cli.train.state import State
@@ -42,10 +42,13 @@ def train_step(state: State, window: Sequence[Batch], lr: float) -> StepOutcome:
     with scope("loss"):
         total = torch.zeros((), dtype=torch.float32, device=state.device)
     for batch in window:
+        mark("forward")
         loss = batch_loss(state.built, batch, state.device, scale)
+        mark("backward")
         loss.backward()
         total += loss.detach()
         del loss
+    mark("update")
     with scope("temporary"):
         norm = _gradient_norm(state)
         loss_value, norm_value = _read(total, norm)

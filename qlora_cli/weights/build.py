@@ -20,7 +20,7 @@ from qlora_cli.events import Observer
 from qlora_cli.families.registry import family_of, is_known
 from qlora_cli.families.sites import find_sites
 from qlora_cli.families.spec import Family
-from qlora_cli.memory.tracker import attribute, host_memory, scope, unallocated
+from qlora_cli.memory.tracker import attribute, host_memory, is_on_host, scope, unallocated, within
 from qlora_cli.nn import attention, surgery
 from qlora_cli.nn.lora import LoraLinear, Settings, adapted_layers
 from qlora_cli.nn.quant import Format, QuantLinear
@@ -32,8 +32,8 @@ from qlora_cli.weights.source import Source
 class Built:
     """A model ready to train or to answer.
 
-    sites: every linear the family knows. adapted: path -> roles with an adapter. flash: whether
-    rows go through the variable-length kernel; a plan sets it for the card that it imagines.
+    sites: every linear the family knows. adapted: path -> roles with an adapter. kernel: of
+    attention; a plan sets that of the device which it imagines.
     """
 
     model: Any
@@ -42,7 +42,7 @@ class Built:
     sites: list[surgery.Site]
     adapted: dict[str, list[str]]
     held: Format
-    flash: bool = False
+    kernel: attention.Kernel
 
     @property
     def head(self) -> nn.Module:
@@ -137,7 +137,7 @@ def build(
     source = make_source(model, family)
     held = format_of(recipe, file_dtype)
     sites = find_sites(model, family, config)
-    built = Built(model, family, config, sites, {}, held, attention.flash_kernel(device, compute))
+    built = Built(model, family, config, sites, {}, held, kernel_on(device, compute))
     if recipe.adapter.method == "lora":
         with unallocated():
             _operate(built, recipe)
@@ -147,6 +147,12 @@ def build(
         surgery.checkpoint_blocks(model, preserve_random_state=recipe.adapter.dropout > 0)
     model.config.use_cache = False
     return built
+
+
+def kernel_on(device: torch.device, compute: torch.dtype) -> attention.Kernel:
+    """Of attention, on a device that is there."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return attention.kernel_for(device.type, capability, compute)
 
 
 def _operate(built: Built, recipe: Recipe) -> None:
@@ -164,39 +170,44 @@ def _operate(built: Built, recipe: Recipe) -> None:
 def _initialize_adapters(built: Built, device: torch.device, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with scope("adapter"):
-        for _, layer in adapted_layers(built.model):
-            layer.initialize(device, generator)
+        for path, layer in adapted_layers(built.model):
+            with within(path):
+                layer.initialize(device, generator)
 
 
 def load(built: Built, source: Source, device: torch.device, observer: Observer) -> None:
     """Fills every place of the model from the source. Raises ModelError for what does not fit."""
-    places = dict(_places(built, device))
+    empty = dict(places(built, device))
     names = source.names()
-    _check_names(built, names, places)
+    check_names(built, names, empty)
     observer.stage("load", len(names))
     for done, name in enumerate(names):
-        place = places.pop(name, None)
+        place = empty.pop(name, None)
         if place is not None:
-            _check_shape(name, source.shape(name), place.shape)
-            with scope("temporary"):
+            check_shape(name, source.shape(name), place.shape)
+            with scope("temporary"), within(name):
                 place.put(_upload(source, name, device))
         observer.advance(done + 1)
-    if _is_tied(built):
+    if is_tied(built):
         _tie(built, source)
-    _rebuild_buffers(built, device)
+    rebuild_buffers(built, device)
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where one tensor of the checkpoint goes. shape: as in the file."""
 
     shape: tuple[int, ...]
     put: Callable[[Tensor], None]
 
 
-def _places(built: Built, device: torch.device) -> Iterator[tuple[str, _Place]]:
+def places(built: Built, device: torch.device) -> Iterator[tuple[str, Place]]:
+    """Name -> place, of every tensor that a checkpoint of this model holds.
+
+    The name leads to the module that needs the tensor: `<path>.weight` to the one at `path`.
+    """
     turned = {site.path for site in built.sites if site.transposed}
-    tied = _is_tied(built)
+    tied = is_tied(built)
     for path, module in built.model.named_modules():
         if isinstance(module, QuantLinear):
             name = path.removesuffix(".base")
@@ -213,13 +224,13 @@ def _places(built: Built, device: torch.device) -> Iterator[tuple[str, _Place]]:
                 yield f"{path}.{key}", _plain_place(module, key, category, device, parameter.dtype)
 
 
-def _packed_place(module: QuantLinear, transposed: bool) -> _Place:
+def _packed_place(module: QuantLinear, transposed: bool) -> Place:
     shape = (module.out_features, module.in_features)
 
     def put(tensor: Tensor) -> None:
         module.pack(tensor.t() if transposed else tensor)
 
-    return _Place(shape[::-1] if transposed else shape, put)
+    return Place(shape[::-1] if transposed else shape, put)
 
 
 def _plain_place(
@@ -228,7 +239,7 @@ def _plain_place(
     category: str,
     device: torch.device,
     dtype: torch.dtype | None = None,
-) -> _Place:
+) -> Place:
     old: nn.Parameter = getattr(module, key)
     kept = dtype or old.dtype
 
@@ -237,7 +248,7 @@ def _plain_place(
         attribute([value], category)
         setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
 
-    return _Place(tuple(old.shape), put)
+    return Place(tuple(old.shape), put)
 
 
 def _category(built: Built, path: str) -> str:
@@ -246,20 +257,24 @@ def _category(built: Built, path: str) -> str:
     return "head" if path == built.family.head else "base"
 
 
-def _is_tied(built: Built) -> bool:
+def is_tied(built: Built) -> bool:
+    """Whether table and head are one parameter."""
     return bool(getattr(built.config, "tie_word_embeddings", False))
 
 
 def _upload(source: Source, name: str, device: torch.device) -> Tensor:
     with host_memory():
         tensor = source.read(name)
-    return torch.empty_like(tensor) if device.type == "meta" else tensor.to(device)
+    if device.type == "meta" and not is_on_host():
+        return torch.empty_like(tensor)
+    return tensor.to(device)
 
 
-def _check_names(built: Built, names: Any, places: Mapping[str, _Place]) -> None:
+def check_names(built: Built, names: Any, places: Mapping[str, Place]) -> None:
+    """Raises ModelError where a checkpoint's names are not those of the places."""
     present = set(names)
     missing = sorted(set(places) - present)
-    allowed = {f"{built.family.head}.weight"} if _is_tied(built) else set()
+    allowed = {f"{built.family.head}.weight"} if is_tied(built) else set()
     unexpected = sorted(present - set(places) - allowed)
     if missing or unexpected:
         parts = [
@@ -274,7 +289,8 @@ def _check_names(built: Built, names: Any, places: Mapping[str, _Place]) -> None
         )
 
 
-def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raises ModelError where they differ."""
     if tuple(found) != tuple(wanted):
         raise ModelError(
             f"{name} is {tuple(found)} in the checkpoint and {tuple(wanted)} by its config",
@@ -297,7 +313,7 @@ def _tie(built: Built, source: Source) -> None:
         )
 
 
-def _rebuild_buffers(built: Built, device: torch.device) -> None:
+def rebuild_buffers(built: Built, device: torch.device) -> None:
     """Buffers that no checkpoint holds (rotary frequencies) are computed by their constructor."""
     for path, module in list(built.model.named_modules()):
         if device.type != "meta" and any(b.is_meta for b in module.buffers(recurse=False)):

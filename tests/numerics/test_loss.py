@@ -127,17 +127,18 @@ def test_score_counts_what_is_predicted_first(chunk: int) -> None:
 
 def test_no_tensor_of_tokens_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the chunks are for: the peak is one chunk's, not all targets'."""
-    from qlora_cli.memory.tracker import StorageTracker
+    from qlora_cli.memory.counter import Counter
+    from qlora_cli.memory.tracker import Rules, StorageTracker
 
     peaks = {}
     for num in (2, 1000):
         monkeypatch.setattr(loss, "CHUNK_ELEMENTS", num * WORDS)
         hidden, head, labels = draw()
-        tracker = StorageTracker()
-        with tracker:
+        counter = Counter()
+        with StorageTracker(counter, Rules()):
             chunked_cross_entropy(
                 hidden.requires_grad_(), head, *targets_of(labels), 1.0
             ).backward()
-        peaks[num] = tracker.peak_bytes
+        peaks[num] = counter.high_bytes
     # 13 targets fewer at once, each with its float32 logits and what becomes of them.
     assert peaks[1000] - peaks[2] >= 13 * WORDS * 4

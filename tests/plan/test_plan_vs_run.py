@@ -21,7 +21,7 @@ from qlora_cli.memory import rules
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import Phase
-from qlora_cli.memory.tracker import gradients_of
+from qlora_cli.memory.tracker import Rules, gradients_of
 from qlora_cli.nn.quant import code_of_scales
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train import imagine as imagining
@@ -184,7 +184,7 @@ def test_a_plan_without_the_rules_would_be_seen(
 ) -> None:
     """8 bit casts whole operands inside its kernels: without the rules the plan falls short."""
     recipe = recipe_of(bases, ("llama", 8, "lora", True, 1, 64, {}))
-    monkeypatch.setattr(imagining, "CPU_RULES", {})
+    monkeypatch.setattr(imagining, "CPU_RULES", Rules())
     plan, peaks = planned(recipe), judged(recipe)
     assert min(plan[name].peak_bytes / peaks[name] - 1 for name in PHASES) < -0.01
 
@@ -217,7 +217,7 @@ def test_rule_of_mixed_dtypes(held: torch.dtype, into: torch.dtype) -> None:
     codes, scale = numbers(256, 320, dtype=held), numbers(256, 1, dtype=torch.float32)
     out = torch.empty(256, 320, dtype=into)
     peak, _ = kernel_bytes(lambda: torch.mul(codes, scale, out=out))
-    assert sum(rules.CPU_RULES["aten::mul.out"]((codes, scale), {"out": out}, out)) == peak
+    assert sum(rules.CPU_RULES.temporaries["aten::mul.out"]((codes, scale), {"out": out}, out)) == peak
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -226,12 +226,12 @@ def test_rule_of_quantization(quant_type: str, dtype: torch.dtype) -> None:
     weight = numbers(256, 320, dtype=dtype)
     arguments = (weight, 64, quant_type, torch.uint8)
     peak, kept = kernel_bytes(lambda: torch.ops.bitsandbytes.quantize_4bit(*arguments))
-    ruled = sum(rules.CPU_RULES["bitsandbytes::quantize_4bit"](arguments, {}, None))
+    ruled = sum(rules.CPU_RULES.temporaries["bitsandbytes::quantize_4bit"](arguments, {}, None))
     assert ruled == pytest.approx(peak - kept, rel=0.01)
 
 
 def test_operands_of_one_dtype_need_no_cast() -> None:
     one, other = numbers(8, 8, dtype=torch.float16), numbers(8, 8, dtype=torch.float16)
-    rule = rules.CPU_RULES["aten::mul.Tensor"]
+    rule = rules.CPU_RULES.temporaries["aten::mul.Tensor"]
     assert not rule((one, other), {}, one)
     assert not rule((one, 2.0), {}, one)

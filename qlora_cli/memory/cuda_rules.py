@@ -1,0 +1,61 @@
+"""What CUDA kernels allocate inside themselves, where no dispatch mode can see it.
+
+Read in the sources of PyTorch and FlashAttention and checked against the real caching allocator
+(tools/plan_vs_run.py). All of it goes through torch's allocator; what libraries take from the
+driver themselves does not and is no part of a plan.
+
+Letters: H heads, G key/value heads, D head size, T tokens of all rows, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from qlora_cli.memory.tracker import Rules
+from qlora_cli.recipe.resolve import DeviceFacts
+from qlora_cli.units import MIB
+
+_WORKSPACE = 2 * 4 * MIB + 8 * 16 * 1024
+"""cuBLAS' default `CUBLAS_WORKSPACE_CONFIG`, :4096:2:16:8, in bytes."""
+_WORKSPACE_HOPPER = 32 * MIB
+_HOPPER = (9, 0)
+_NORM_CHUNK = 65536
+"""Elements that one block of `_foreach_norm` adds up."""
+
+
+def cuda_rules(card: DeviceFacts) -> Rules:
+    """The rules of a card."""
+    hopper = card.capability is not None and card.capability >= _HOPPER
+    return Rules(
+        temporaries={
+            "aten::_flash_attention_backward": _flash_backward,
+            "aten::_foreach_norm.Scalar": _foreach_norm,
+        },
+        workspace_bytes=_WORKSPACE_HOPPER if hopper else _WORKSPACE,
+    )
+
+
+def _flash_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Sequence[int]:
+    """softmax_d (H, T') and dq in float32, T' = T + 128 R; dk, dv for all heads where grouped."""
+    query, key, offsets = args[1], args[2], args[6]
+    tokens, heads, size = query.shape
+    padded = tokens + 128 * (offsets.shape[0] - 1)
+    temporaries = [4 * heads * padded, 4 * padded * heads * _rounded_head(size)]
+    if key.shape[1] != heads:
+        temporaries += [key.shape[0] * heads * size * query.element_size()] * 2
+    return temporaries
+
+
+def _rounded_head(size: int) -> int:
+    step = 32 if size <= 128 else 64
+    return -(-size // step) * step
+
+
+def _foreach_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Sequence[int]:
+    """One partial sum a chunk, for as many chunks as the largest tensor has, of each tensor."""
+    tensors: Sequence[Tensor] = args[0]
+    chunks = max(-(-tensor.numel() // _NORM_CHUNK) for tensor in tensors)
+    return (len(tensors) * chunks * 4,)
