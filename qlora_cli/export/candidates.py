@@ -1,76 +1,154 @@
-"""The models whose answers are compared: trained, without its adapter, and merged either way.
+"""The models whose answers are compared: trained, without its adapter, and merged.
 
-They are built one after the other and freed in between; what stays of each is its `Answers`.
+All are made on meta and answer one after the other, streamed (`stream.py`), so none is ever held.
+The trained one alone is held where it fits, because its greedy tokens come one by one.
+
+The trained model computes as it was trained, with our linears and attention. A merged one is
+transformers' own, with its own attention, as other programs will run it; in float32, so that what
+is compared is the weights' rounding and not the arithmetic's. Only its tables keep the dtype of the
+file and are cast row by row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qlora_cli.checkpoint.adapter import detach
-from qlora_cli.checkpoint.layout import RunFolder
-from qlora_cli.checkpoint.open import base_folder, open_plain, open_run
+from qlora_cli.checkpoint.adapter import attach, detach
+from qlora_cli.checkpoint.open import open_source
 from qlora_cli.data.chat import Example
 from qlora_cli.events import Silent
-from qlora_cli.export.judge import Answers, answers, free_memory
+from qlora_cli.export.folder import CONFIG
+from qlora_cli.export.judge import Answers, Head, answers
+from qlora_cli.export.room import fits
+from qlora_cli.export.stream import stream
 from qlora_cli.export.tensors import MergedTensors
-from qlora_cli.memory.device import host_capacity_bytes
-from qlora_cli.weights.build import Built
-
-_ROOM = 0.8
-"""Share of a memory that a model's weights may take when it is only to answer some rows."""
-
-
-def place_to_answer(tensors: MergedTensors) -> torch.device | None:
-    """Where the merged model fits: the training's device, else the host, else nowhere."""
-    num = sum(torch.Size(shape.shape).numel() for shape in tensors.shapes().values())
-    if tensors.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(tensors.device)
-        if num * tensors.dtype.itemsize < _ROOM * free:
-            return tensors.device
-    fits = num * torch.float32.itemsize < _ROOM * host_capacity_bytes()
-    return torch.device("cpu") if fits else None
+from qlora_cli.export.underflow import Underflow
+from qlora_cli.nn import surgery
+from qlora_cli.nn.quant import Format, QuantLinear
+from qlora_cli.weights.build import Built, is_tied, kernel_on, load, skeleton
+from qlora_cli.weights.locate import read_config
+from qlora_cli.weights.source import FolderSource
 
 
-def trained_and_frozen(
-    run: RunFolder, device: torch.device, rows: Sequence[Example]
-) -> tuple[Answers, Answers]:
-    """Answers of the trained model, and of its base as training froze it, without the adapter."""
-    built = open_run(run, device, Silent())
-    trained = _answers(built, rows)
-    detach(built)
-    frozen = _answers(built, rows)
-    del built
-    free_memory()
-    return trained, frozen
+@dataclass(frozen=True)
+class Speaker:
+    """A model that can answer. held: in memory whole, not streamed."""
+
+    built: Built
+    head: Head
+    device: torch.device
+    held: bool = False
+
+    def answers(self, rows: Sequence[Example]) -> Answers:
+        """To these rows, each on its own."""
+        return answers(self.built, self.head, rows, self.device)
+
+
+def trained(tensors: MergedTensors, base: Path) -> Speaker:
+    """The model that training ended with; without an adapter in `tensors`, its frozen base."""
+    built = _as_trained(tensors, base)
+    if fits(_held_bytes(tensors), tensors.device):
+        load(built, tensors.source, tensors.device, Silent())
+        if tensors.adapter is not None:
+            attach(built, tensors.adapter)
+        return _ready(built, tensors.source, tensors.device, tensors.held.storage, held=True)
+    if tensors.adapter is not None:
+        attach(built, tensors.adapter)
+    stream(built, tensors.source, tensors.device, tensors.adapter)
+    return _ready(built, tensors.source, tensors.device, tensors.held.storage)
+
+
+def without_adapter(speaker: Speaker, tensors: MergedTensors, base: Path) -> Speaker:
+    """The frozen base of a trained model, which gives its adapter away where it is held."""
+    if speaker.held:
+        detach(speaker.built)
+        return speaker
+    return trained(replace(tensors, adapter=None), base)
 
 
 def as_written(
-    run: RunFolder, tensors: MergedTensors, place: torch.device, rows: Sequence[Example]
-) -> Answers:
-    """Answers of the merged model, rounded as it is written; float32 arithmetic on a CPU."""
-    compute = "float32" if place.type == "cpu" else str(tensors.dtype).removeprefix("torch.")
-    source = _Written(tensors)
-    built = open_plain(base_folder(run), lambda *_: source, compute, place, Silent())
-    found = _answers(built, rows)
-    del built
-    free_memory()
-    return found
+    tensors: MergedTensors,
+    base: Path,
+    compute: torch.dtype = torch.float32,
+    underflow: Underflow | None = None,
+) -> Speaker:
+    """The merged model, rounded as it will be written. underflow: counts what it loses by that."""
+    built = _as_others_run_it(base, compute, tensors.dtype, tensors.device)
+    stream(built, _Written(tensors, underflow), tensors.device)
+    return _ready(built, tensors.source, tensors.device, tensors.dtype)
 
 
-def _answers(built: Built, rows: Sequence[Example]) -> Answers:
-    return answers(built.model.get_submodule(built.family.backbone), built.head, rows)
+def in_folder(
+    merged: Path, dtype: torch.dtype, device: torch.device, compute: torch.dtype = torch.float32
+) -> Speaker:
+    """The merged model as it lies in a folder. Raises ModelError where it is not one."""
+    built = _as_others_run_it(merged, compute, dtype, device)
+    source = open_source(merged, built.family)
+    stream(built, source, device)
+    return _ready(built, source, device, dtype)
+
+
+def _as_trained(tensors: MergedTensors, base: Path) -> Built:
+    """On meta."""
+    config = read_config(base / CONFIG)
+    model, family = skeleton(config, tensors.held.compute)
+    kernel = kernel_on(tensors.device, tensors.held.compute)
+    built = Built(model, family, config, list(tensors.sites), {}, tensors.held, kernel)
+    for site in tensors.sites:
+        packed = QuantLinear(site.in_features, site.out_features, site.bias, tensors.held)
+        surgery.replace(model, site.path, packed)
+    surgery.install_tables(model, family.embeddings, family.head, tensors.held)
+    return built
+
+
+def _as_others_run_it(
+    folder: Path, compute: torch.dtype, storage: torch.dtype, device: torch.device
+) -> Built:
+    """On meta."""
+    config = read_config(folder / CONFIG)
+    model, family = skeleton(config, compute)
+    model.set_attn_implementation("sdpa")
+    held = Format(16, compute, storage)
+    surgery.install_tables(model, family.embeddings, family.head, held)
+    return Built(model, family, config, [], {}, held, kernel_on(device, compute))
+
+
+def _ready(
+    built: Built,
+    source: FolderSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    held: bool = False,
+) -> Speaker:
+    built.model.eval()
+    built.model.requires_grad_(False)
+    path = built.family.token_embedding if is_tied(built) else built.family.head
+    return Speaker(built, Head(source.entry(f"{path}.weight"), dtype), device, held)
+
+
+def _held_bytes(tensors: MergedTensors) -> int:
+    """Of the trained model, and of its largest tensor once more while it is packed."""
+    packed = {f"{site.path}.weight" for site in tensors.sites}
+    total = largest = 0
+    for name in tensors.source.names():
+        num = torch.Size(tensors.source.shape(name)).numel()
+        bits = tensors.held.bits if name in packed else 8 * tensors.held.storage.itemsize
+        total += num * bits // 8
+        largest = max(largest, num * torch.float32.itemsize)
+    return total + largest
 
 
 @dataclass(frozen=True)
 class _Written:
-    """Merged tensors as the source that a model is built from."""
+    """Merged tensors as the source that a model is streamed from."""
 
     tensors: MergedTensors
+    underflow: Underflow | None
 
     def names(self) -> Sequence[str]:
         return self.tensors.source.names()
@@ -79,4 +157,4 @@ class _Written:
         return self.tensors.source.shape(name)
 
     def read(self, name: str) -> Tensor:
-        return self.tensors.make(self.tensors.source.file_name(name))
+        return self.tensors.make(self.tensors.source.file_name(name), self.underflow)

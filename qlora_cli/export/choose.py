@@ -1,7 +1,8 @@
 """`--base auto`: which base the adapter is merged into, judged by what the merged models answer.
 
-Both candidates are built as they would be written, from the same tensors, one after the other, and
-compared with the trained model (adapter on the frozen, packed base) on held-out rows. The rule:
+Both candidates are made as they would be written, tensor by tensor and one after the other, and
+compared with the trained model (adapter on the frozen, packed base) on held-out rows; none of these
+models is held (`stream.py`), so one of any size can be judged. The rule:
 
     `original`, unless it loses the fine-tune. It loses it where, on these rows,
     KL(trained || original) > KL(trained || dequantized) + 1/2 KL(trained || frozen base)
@@ -17,20 +18,16 @@ as in Falcon-H1), because then the adapter is fitted to the rounded base.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from qlora_cli.checkpoint.layout import RunFolder
-from qlora_cli.checkpoint.open import base_folder, read_recipe
 from qlora_cli.errors import QloraError
-from qlora_cli.events import Observer
-from qlora_cli.export.candidates import as_written, place_to_answer, trained_and_frozen
-from qlora_cli.export.judge import Comparison, compare
-from qlora_cli.export.rows import judged_rows
+from qlora_cli.export.candidates import as_written, trained, without_adapter
+from qlora_cli.export.judge import Comparison, compare, free_memory
+from qlora_cli.export.rows import JudgedRows
 from qlora_cli.export.tensors import Base, MergedTensors
-from qlora_cli.weights.locate import read_config
 
 KINDS: tuple[Base, ...] = ("original", "dequantized")
 
@@ -64,23 +61,17 @@ class Judgement:
         }
 
 
-def choose_base(run: RunFolder, tensors: MergedTensors, observer: Observer) -> Judgement:
-    """The base for a run's merge. tensors: the merge into either base.
+def choose_base(tensors: MergedTensors, base: Path, judged: Callable[[], JudgedRows]) -> Judgement:
+    """The base for a merge. tensors: the merge into either base; base: its folder.
 
-    Raises QloraError where neither merged model answers in finite numbers.
+    judged: gives the rows, where they are needed. Raises QloraError where the trained model or
+    both merged ones do not answer in finite numbers.
     """
     if tensors.adapter is None:
         return Judgement("original", "every weight was trained; there is no adapter to add")
     if tensors.held.bits == 16:
         return Judgement("original", "the base was not quantized in training")
-    place = place_to_answer(tensors)
-    if place is None:
-        return Judgement(
-            "dequantized",
-            "the merged model is too large for this machine to judge, and to the base that it was "
-            "trained on the adapter certainly fits",
-        )
-    return _judge(run, tensors, place, observer)
+    return _judge(tensors, base, judged())
 
 
 def loses_fine_tune(original: Comparison, dequantized: Comparison, frozen: Comparison) -> bool:
@@ -94,24 +85,23 @@ def _is_far(original: Comparison, dequantized: Comparison, frozen: Comparison) -
     return original.mean_kl > dequantized.mean_kl + frozen.mean_kl / 2
 
 
-def _judge(
-    run: RunFolder, tensors: MergedTensors, place: torch.device, observer: Observer
-) -> Judgement:
-    base = base_folder(run)
-    judged = judged_rows(read_recipe(run), base, read_config(base / "config.json"))
-    for note in judged.notes:
-        observer.note(note)
-    trained, frozen = trained_and_frozen(run, tensors.device, judged.rows)
+def _judge(tensors: MergedTensors, base: Path, judged: JudgedRows) -> Judgement:
+    model = trained(tensors, base)
+    reference = model.answers(judged.rows)
+    model = without_adapter(model, tensors, base)
+    frozen = compare(reference, model.answers(judged.rows))
+    del model
+    free_memory()
     original, dequantized = (
-        compare(trained, as_written(run, replace(tensors, base=kind), place, judged.rows))
+        compare(reference, as_written(replace(tensors, base=kind), base).answers(judged.rows))
         for kind in KINDS
     )
     if not (math.isfinite(original.mean_kl) or math.isfinite(dequantized.mean_kl)):
         raise QloraError(
-            f"merged to {str(tensors.dtype).removeprefix('torch.')} the model answers NaN",
-            hint="its activations overflow; merge with --dtype bfloat16",
+            "the trained model answers NaN, so no merged one can be judged by it",
+            hint="its training overflowed; look at the losses with `qlora report`",
         )
-    told = (original, dequantized, compare(trained, frozen))
+    told = (original, dequantized, frozen)
     lost = loses_fine_tune(*told)
     table = tuple(zip((*KINDS, "no adapter"), told, strict=True))
     kind: Base = "dequantized" if lost else "original"

@@ -1,9 +1,10 @@
 """How far one model's answers are from another's, on the same rows.
 
-Of each model the last hidden states are kept, and its head, so that two models need never be in
-memory together and no tokens x vocabulary tensor is made: logits come chunk by chunk.
+Of each model the last hidden states are kept, and where its head lies, so that two models need
+never be in memory together. Logits come for some words of the vocabulary at a time: neither a
+positions x vocabulary tensor is made nor a whole head read.
 
-Letters: n positions compared, d hidden size, V vocabulary.
+Letters: n positions compared, d hidden size, V vocabulary, c words at a time.
 """
 
 from __future__ import annotations
@@ -11,36 +12,69 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_cli.data.chat import UNTRAINED, Example
+from qlora_cli.data.collate import collate
+from qlora_cli.train.forward import hidden_states
+from qlora_cli.weights.build import Built
+from qlora_cli.weights.tensorfile import Entry, read_tensor
 
-_CHUNK_ELEMENTS = 2**22
-"""Logits of one chunk: 16 MiB in float32; a comparison holds ten times that."""
+_CHUNK_ELEMENTS = 2**21
+"""Logits made at once, and of the head read at once: 8 MiB in float32; a comparison holds ten times
+that."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head's weight (V, d) as it lies in a file. dtype: what the model holds it in."""
+
+    entry: Entry
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return self.entry.shape[0]
+
+    def words(self, words: slice) -> Tensor:
+        """Their rows (c, d), in float32."""
+        width = self.entry.shape[1]
+        start = self.entry.start + words.start * width * self.entry.dtype.itemsize
+        shape = (words.stop - words.start, width)
+        return read_tensor(replace(self.entry, shape=shape, start=start)).to(self.dtype).float()
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says at every position with a trained token behind it, on the host.
+    """What a model says at every position with a trained token behind it.
 
-    hidden (n, d); head (V, d); targets (n,) int64, the tokens that follow.
+    hidden (n, d); targets (n,) int64, the tokens that follow; both on the model's device.
     """
 
     hidden: Tensor
-    head: Tensor
+    head: Head
     targets: Tensor
 
+    def __getitem__(self, positions: slice) -> Answers:
+        """Those at some of the positions."""
+        return replace(self, hidden=self.hidden[positions], targets=self.targets[positions])
+
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """(positions, their logits (c, V) in float32), chunk by chunk."""
-        step = max(1, _CHUNK_ELEMENTS // self.head.shape[0])
-        head = self.head.float()
-        for start in range(0, self.hidden.shape[0], step):
-            at = slice(start, start + step)
-            yield at, self.hidden[at].float() @ head.t()
+        """(words, their logits (n, c) at every position in float32), in order."""
+        hidden = self.hidden.float()
+        step = max(1, _CHUNK_ELEMENTS // max(hidden.shape))
+        for start in range(0, len(self.head), step):
+            words = slice(start, min(start + step, len(self.head)))
+            yield words, hidden @ self.head.words(words).to(hidden.device).t()
+
+    def first_choices(self) -> Tensor:
+        """(n,): the most likely token behind each position."""
+        seen = _Seen.nothing(self.targets)
+        for words, logits in self.logits():
+            seen.add(words, logits)
+        return seen.best
 
 
 @dataclass(frozen=True)
@@ -64,34 +98,79 @@ class Comparison:
 
 
 @torch.no_grad()
-def answers(backbone: Any, head: nn.Module, rows: Sequence[Example]) -> Answers:
-    """Runs each row alone, as a person would ask it. backbone: ids (1, T) -> hidden (1, T, d)."""
-    weight: Any = head.weight
-    hidden, targets = [], []
-    for row in rows:
-        ids = torch.tensor([row.ids], device=weight.device)
-        states = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
-        labels = torch.tensor(row.labels)[1:]
-        at = (labels != UNTRAINED).nonzero().flatten()
-        hidden.append(states[:-1][at.to(states.device)].cpu())
-        targets.append(labels[at])
-    return Answers(torch.cat(hidden), weight.detach().cpu(), torch.cat(targets))
+def answers(built: Built, head: Head, rows: Sequence[Example], device: torch.device) -> Answers:
+    """All rows in one forward, each on its own. head: where the model's head lies."""
+    batch = collate(rows)
+    hidden = hidden_states(built, batch, device)
+    at = (batch.labels != UNTRAINED).nonzero().flatten()
+    return Answers(hidden[at.to(device)], head, batch.labels[at].to(device))
 
 
+@torch.no_grad()
 def compare(reference: Answers, candidate: Answers) -> Comparison:
     """Raises AssertionError where they did not answer the same rows over the same vocabulary."""
     assert torch.equal(reference.targets, candidate.targets)
-    assert reference.head.shape[0] == candidate.head.shape[0]
-    most, divergence, same, loss = 0.0, 0.0, 0, 0.0
-    for (at, ours), (_, theirs) in zip(reference.logits(), candidate.logits(), strict=True):
-        # A NaN must not be passed over, and max() would.
-        most = float(torch.tensor([most, (ours - theirs).abs().max().item()]).max())
-        same += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
-        log_p, log_q = ours.double().log_softmax(dim=1), theirs.double().log_softmax(dim=1)
-        divergence += float((log_p.exp() * (log_p - log_q)).sum())
-        loss -= float(log_q.gather(1, candidate.targets[at][:, None]).sum())
-    num = reference.targets.numel()
-    return Comparison(most, divergence / num, same / num, loss / num)
+    assert len(reference.head) == len(candidate.head)
+    ours, theirs = _Seen.nothing(reference.targets), _Seen.nothing(candidate.targets)
+    # The sum over words of exp(our logit) (our logit - their logit), which with the two
+    # normalizers is the divergence; scaled down as `_Seen.total` is.
+    excess = torch.zeros_like(ours.total)
+    most = torch.zeros((), device=excess.device)
+    for (words, p), (_, q) in zip(reference.logits(), candidate.logits(), strict=True):
+        difference = p - q
+        # Not max(): a NaN must not be passed over.
+        most = torch.maximum(most, difference.abs().max())
+        shrunk, weights = ours.add(words, p)
+        theirs.add(words, q)
+        excess = excess * shrunk + (weights * difference.double()).sum(dim=1)
+    divergence = excess / ours.total - ours.normalizer() + theirs.normalizer()
+    same = (ours.best == theirs.best).double()
+    loss = theirs.normalizer() - theirs.of_target
+    figures = (divergence, same, loss)
+    return Comparison(float(most), *(float(figure.mean()) for figure in figures))
+
+
+@dataclass
+class _Seen:
+    """A softmax over the words seen so far, at each of n positions, in float64.
+
+    largest: logit so far. total: sum of exp(logit - largest). best: the largest one's word.
+    of_target: the logit of the token that follows.
+    """
+
+    targets: Tensor
+    largest: Tensor
+    total: Tensor
+    best: Tensor
+    of_target: Tensor
+
+    @classmethod
+    def nothing(cls, targets: Tensor) -> _Seen:
+        """Before the first word."""
+        none = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
+        return cls(targets, none - math.inf, none, torch.zeros_like(targets), none - math.inf)
+
+    def add(self, words: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes in the next words' logits (n, c).
+
+        Returns what earlier sums shrink by (n,), and these words' share of the new one (n, c).
+        """
+        logits = logits.double()
+        top, where = logits.max(dim=1)
+        self.best = torch.where(top > self.largest, where + words.start, self.best)
+        largest = torch.maximum(self.largest, top)
+        shrunk = (self.largest - largest).exp()
+        weights = (logits - largest[:, None]).exp()
+        self.largest, self.total = largest, self.total * shrunk + weights.sum(dim=1)
+        place = self.targets - words.start
+        inside = (place >= 0) & (place < logits.shape[1])
+        own = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+        self.of_target = torch.where(inside, own, self.of_target)
+        return shrunk, weights
+
+    def normalizer(self) -> Tensor:
+        """log of the sum of exp(logit) over all words, (n,)."""
+        return self.largest + self.total.log()
 
 
 def free_memory() -> None:

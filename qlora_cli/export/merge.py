@@ -7,7 +7,6 @@ shard, if it was the same merge; otherwise the leftovers are thrown away.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qlora_cli.checkpoint import peft_format
 from qlora_cli.checkpoint.layout import settle, write_json, writing
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Observer
+from qlora_cli.export.combine import terms_of
 from qlora_cli.export.folder import (
     ABOUT,
     CONFIG,
@@ -110,6 +109,7 @@ def _write_shards(
 def _settings(tensors: MergedTensors, shards: list[Shard]) -> dict[str, Any]:
     """What decides every byte of the output: two merges with the same settings are the same."""
     files = sorted({entry.file for entry in tensors.source.entries.values()})
+    adapter = tensors.adapter
     return {
         "base": tensors.base,
         "dtype": str(tensors.dtype).removeprefix("torch."),
@@ -118,17 +118,9 @@ def _settings(tensors: MergedTensors, shards: list[Shard]) -> dict[str, Any]:
         },
         "packed_on": tensors.device.type,
         "weights": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
-        "adapter": digest(tensors.adapter.folder) if tensors.adapter is not None else None,
+        "adapters": [] if adapter is None else [term.to_dict() for term in terms_of(adapter)],
         "shards": {shard.name: len(shard.shapes) for shard in shards},
     }
-
-
-def digest(adapter: Path) -> str:
-    """SHA-256 over the adapter's two files."""
-    found = hashlib.sha256()
-    for name in (peft_format.CONFIG, peft_format.WEIGHTS):
-        found.update((adapter / name).read_bytes())
-    return found.hexdigest()
 
 
 def _leftovers(beside: Path, settings: Mapping[str, Any], shards: list[Shard]) -> set[str]:

@@ -60,7 +60,8 @@ def value_faults(merged: Path, expected: MergedTensors, observer: Observer) -> I
 
 
 def _differences(name: str, entry: Entry, expected: MergedTensors) -> Iterator[str]:
-    found, wanted = read_tensor(entry), expected.make(name)
+    # In this order, because making one takes more memory for a moment.
+    wanted, found = expected.make(name), read_tensor(entry)
     differing = _num_differing(found, wanted)
     if not differing:
         return
@@ -99,6 +100,24 @@ def config_faults(merged: Path, base: Path, dtype: torch.dtype) -> Iterator[str]
         if found.get(key) != wanted.get(key):
             here, there = json.dumps(found.get(key)), json.dumps(wanted.get(key))
             yield f"{CONFIG}: {key} is {here}; it must be {there}"
+
+
+def loading_faults(merged: Path) -> Iterator[str]:
+    """What transformers complains of when it loads the folder; on meta, so nothing is read."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            merged, device_map="meta", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as fault:
+        yield f"transformers cannot load it: {fault}"
+        return
+    _, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            told = ", ".join(map(str, sorted(info[kind])))
+            yield f"transformers finds {kind.replace('_', ' ')}: {told}"
 
 
 def _same_content(file: Path, other: Path) -> bool:

@@ -25,21 +25,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qlora_cli.checkpoint.adapter_file import Adapter, Part, open_adapter
+from qlora_cli.checkpoint.adapter_file import Adapter, Part
 from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.checkpoint.open import (
+    adapter_at,
     base_folder,
     file_dtype,
     finished,
     open_source,
     read_recipe,
 )
-from qlora_cli.errors import QloraError
+from qlora_cli.errors import QloraError, UsageError, VerificationFailed
+from qlora_cli.export.combine import Term, combine, open_others
+from qlora_cli.export.underflow import Count, Underflow
 from qlora_cli.families.sites import find_sites
 from qlora_cli.nn.quant import Format, QuantLinear
 from qlora_cli.nn.surgery import Site
@@ -85,14 +89,19 @@ class MergedTensors:
         layers = self.adapter.layers if self.adapter is not None else {}
         return frozenset(self.source.file_name(f"{path}.weight") for path in layers)
 
-    def make(self, file_name: str) -> Tensor:
-        """One tensor as it will be written. Raises QloraError where it is not finite."""
+    def make(self, file_name: str, underflow: Underflow | None = None) -> Tensor:
+        """One tensor as it will be written. underflow: counts what becomes 0 in it.
+
+        Raises VerificationFailed where a value is too large for the dtype, QloraError where the
+        base itself is not finite.
+        """
         name = self._names[file_name]
         site, parts = self._sites.get(name), self._parts(name)
+        count = underflow.of_tensor(file_name) if underflow is not None else _uncounted
         if site is not None and (parts or self.base == "dequantized"):
-            made = self._merged(name, site, parts)
+            made = self._merged(name, site, parts, count)
         else:
-            made = self._read(name).to(self._dtype_of(name))
+            made = self._copied(name, count)
         if not _is_finite(made):
             raise _too_large(file_name, self.dtype)
         return made
@@ -155,18 +164,35 @@ class MergedTensors:
         del tensor, weight
         return layer.dequantize().cpu()
 
-    def _merged(self, name: str, site: Site, parts: Sequence[Part]) -> Tensor:
+    def _copied(self, name: str, count: Count) -> Tensor:
+        own = self._read(name)
+        made = own.to(self._dtype_of(name))
+        if made.dtype != own.dtype:
+            count(own, made)
+        return made
+
+    def _merged(self, name: str, site: Site, parts: Sequence[Part], count: Count) -> Tensor:
         weight = self._base_of(name, site)
         made = torch.empty(weight.shape, dtype=self.dtype)
         for rows, total in _sums(weight, parts):
             made[rows] = total.float()
+            count(total, made[rows])
         return made.t().contiguous() if site.transposed else made
 
 
 def merged_tensors(
-    run: RunFolder, base: Base, dtype: torch.dtype, device: torch.device
+    run: RunFolder,
+    base: Base,
+    dtype: torch.dtype,
+    device: torch.device,
+    weight: float = 1.0,
+    others: Sequence[tuple[Path, float]] = (),
 ) -> MergedTensors:
-    """What merging this run gives. Raises InputError where the run or its base is not whole."""
+    """What merging this run gives.
+
+    weight: of its own adapter. others: where further adapters lie, and their weights. Raises
+    InputError where the run, its base or an adapter is not whole or they do not belong together.
+    """
     recipe = read_recipe(run)
     folder = base_folder(run)
     config = read_config(folder / "config.json")
@@ -175,12 +201,27 @@ def merged_tensors(
     sites = find_sites(model, family, config)
     adapter = None
     if recipe.adapter.method == "lora":
-        adapter = open_adapter(finished(run, run.adapter))
+        own = Term(adapter_at(run.path), weight)
+        adapter = combine([own, *open_others(run, others)])
         adapter.check(sites)
     else:
+        _refuse_adapters(run, weight, others)
         folder = finished(run, run.weights)
+        # Trained weights are in the dtype that they were trained in.
+        held = replace(held, storage=held.compute)
     source = open_source(folder, family)
     return MergedTensors(source, sites, adapter, held, base, dtype, device)
+
+
+def _refuse_adapters(run: RunFolder, weight: float, others: Sequence[tuple[Path, float]]) -> None:
+    if others or weight != 1.0:
+        raise UsageError(
+            f"{run.path} was trained in full; it has no adapter to weigh or to add to",
+            where="--with" if others else "--weight",
+        )
+
+
+def _uncounted(exact: Tensor, made: Tensor) -> None: ...
 
 
 def _sums(weight: Tensor, parts: Sequence[Part]) -> Iterator[tuple[slice, Tensor]]:
@@ -216,9 +257,9 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(bool(least.isfinite() & most.isfinite()) for least, most in extremes)
 
 
-def _too_large(name: str, dtype: torch.dtype) -> QloraError:
+def _too_large(name: str, dtype: torch.dtype) -> VerificationFailed:
     told = str(dtype).removeprefix("torch.")
-    return QloraError(
+    return VerificationFailed(
         f"{name} has values that {told} cannot hold",
         hint=f"the largest number in {told} is {torch.finfo(dtype).max:g}; merge with "
         "--dtype bfloat16",

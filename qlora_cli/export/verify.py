@@ -13,9 +13,13 @@ It passes where all of this holds:
    `original`. Four times that, because the fine-tuned model may be the more sensitive one.
 4. Where an adapter trained on a packed base is merged into `original`: the fine-tune survives by
    the rule of `choose.py` (on rows of the task only).
+5. Where it is in float16: its activations do not overflow on these rows (`float16.py`).
 
-What is compared with what: the merged model in float32 on a CPU and in its own dtype on a card,
-the trained model in the dtype that it was trained in.
+How many greedy tokens are the same is told (`greedy.py`) and is no fault: the same weights in other
+arithmetic may fall on the other side of a tie.
+
+No model is held: tensors are compared one at a time, and models answer streamed (`candidates.py`,
+where it also stands how each of them computes).
 """
 
 from __future__ import annotations
@@ -31,22 +35,24 @@ import torch
 from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.checkpoint.open import base_folder, read_recipe
 from qlora_cli.data.chat import Example
-from qlora_cli.errors import InputError, UsageError
+from qlora_cli.errors import InputError, UsageError, VerificationFailed
 from qlora_cli.events import Observer
-from qlora_cli.export.candidates import as_written, place_to_answer, trained_and_frozen
+from qlora_cli.export.candidates import as_written, in_folder, trained, without_adapter
 from qlora_cli.export.choose import loses_fine_tune
+from qlora_cli.export.combine import terms_of
+from qlora_cli.export.float16 import largest_activation
 from qlora_cli.export.folder import ABOUT, CONFIG
-from qlora_cli.export.judge import Answers, Comparison, answers, compare, free_memory
-from qlora_cli.export.merge import digest
+from qlora_cli.export.greedy import Agreement, agreement, speech
+from qlora_cli.export.judge import Answers, Comparison, compare, free_memory
 from qlora_cli.export.proof import (
     config_faults,
     file_faults,
+    loading_faults,
     structure_faults,
     value_faults,
 )
-from qlora_cli.export.rows import judged_rows
+from qlora_cli.export.rows import JudgedRows, judged_rows
 from qlora_cli.export.tensors import Base, MergedTensors, merged_tensors
-from qlora_cli.families.registry import family_of
 from qlora_cli.weights.build import torch_dtype
 from qlora_cli.weights.locate import read_config
 
@@ -59,10 +65,11 @@ MAX_FAULTS = 10
 
 @dataclass(frozen=True)
 class Verdict:
-    """Passed where there is no fault. comparison: None where the tensors cannot be a model."""
+    """Passed where there is no fault. Figures are None where the tensors cannot be a model."""
 
     faults: tuple[str, ...]
-    comparison: Comparison | None
+    comparison: Comparison | None = None
+    greedy: Agreement | None = None
 
     @property
     def passed(self) -> bool:
@@ -84,14 +91,14 @@ def verify(merged: Path, run: RunFolder, device: torch.device, observer: Observe
     except UsageError:
         raise
     except InputError as fault:
-        return Verdict((f"the run cannot be merged, so nothing can equal it: {fault}",), None)
+        return Verdict((f"the run cannot be merged, so nothing can equal it: {fault}",))
     broken = [*structure_faults(merged, expected), *config_faults(merged, base, expected.dtype)]
     faults = [*_origin_faults(merged, expected), *broken, *file_faults(merged, base)]
     if broken:
-        return Verdict(_shortened(faults), None)
+        return Verdict(_shortened(faults))
     faults += value_faults(merged, expected, observer)
-    comparison, more = _compare_answers(merged, run, expected, observer)
-    return Verdict(_shortened([*faults, *more]), comparison)
+    comparison, greedy, more = _compare_answers(merged, run, expected, observer)
+    return Verdict(_shortened([*faults, *more]), comparison, greedy)
 
 
 def _expected(merged: Path, run: RunFolder, device: torch.device) -> MergedTensors:
@@ -99,7 +106,10 @@ def _expected(merged: Path, run: RunFolder, device: torch.device) -> MergedTenso
     told = _settings(merged)
     dtype = told.get("dtype") or json.loads((merged / CONFIG).read_text()).get("dtype")
     base: Base = "dequantized" if told.get("base") == "dequantized" else "original"
-    return merged_tensors(run, base, torch_dtype(dtype or "float32"), device)
+    own, *others = told.get("adapters") or [{"weight": 1.0}]
+    added = [(Path(other["folder"]), other["weight"]) for other in others]
+    wanted = torch_dtype(dtype or "float32")
+    return merged_tensors(run, base, wanted, device, own["weight"], added)
 
 
 def _settings(merged: Path) -> dict[str, Any]:
@@ -109,72 +119,76 @@ def _settings(merged: Path) -> dict[str, Any]:
 
 
 def _origin_faults(merged: Path, expected: MergedTensors) -> Iterator[str]:
-    told = _settings(merged).get("adapter")
-    if told and expected.adapter is not None and told != digest(expected.adapter.folder):
+    if expected.adapter is None:
+        return
+    told = _settings(merged).get("adapters") or []
+    own, *others = terms_of(expected.adapter)
+    if told and told[0]["digest"] != own.to_dict()["digest"]:
         yield f"{ABOUT} names another adapter than the run has now"
+    for before, now in zip(told[1:], others, strict=False):
+        if before["digest"] != now.to_dict()["digest"]:
+            yield f"the adapter in {now.adapter.folder} is another than {ABOUT} names"
 
 
 def _compare_answers(
     merged: Path, run: RunFolder, expected: MergedTensors, observer: Observer
-) -> tuple[Comparison | None, list[str]]:
-    """(merged against trained, what is wrong with that); nothing where it does not fit anywhere."""
+) -> tuple[Comparison | None, Agreement | None, list[str]]:
+    """(merged against trained, what is wrong with that)."""
     base = base_folder(run)
-    place = place_to_answer(expected)
-    if place is None:
-        observer.note("the merged model is too large for this machine: answers were not compared")
-        return None, []
     judged = judged_rows(read_recipe(run), base, read_config(base / CONFIG))
     for note in judged.notes:
         observer.note(note)
-    trained, frozen = trained_and_frozen(run, expected.device, judged.rows)
-    try:
-        found, faults = _merged_answers(merged, expected.dtype, place, judged.rows)
-    except (OSError, ValueError, RuntimeError) as fault:
-        return None, [f"transformers cannot load or run it: {fault}"]
-    comparison = compare(trained, found)
-    alone = as_written(run, replace(expected, adapter=None), place, judged.rows)
+    rows = judged.rows
+    model = trained(expected, base)
+    reference, spoken = model.answers(rows), speech(model, rows)
+    frozen = without_adapter(model, expected, base).answers(rows)
+    del model
+    free_memory()
+    faults = list(loading_faults(merged))
+    found = in_folder(merged, expected.dtype, expected.device).answers([*rows, spoken])
+    num = reference.targets.numel()
+    comparison, greedy = compare(reference, found[:num]), agreement(found[num:])
+    faults += _answer_faults(expected, base, judged, reference, frozen, comparison)
+    if expected.dtype is torch.float16:
+        faults += _overflow(merged, expected, rows)
+    return comparison, greedy, faults
+
+
+def _answer_faults(
+    expected: MergedTensors,
+    base: Path,
+    judged: JudgedRows,
+    reference: Answers,
+    frozen: Answers,
+    comparison: Comparison,
+) -> Iterator[str]:
+    """reference, frozen: the trained model's answers and its base's alone."""
+    alone = as_written(replace(expected, adapter=None), base).answers(judged.rows)
     allowed = _TIMES * compare(frozen, alone).mean_kl + ROUNDING
     # Written so that NaN is a fault.
     if not comparison.mean_kl <= allowed:
-        faults.append(
+        yield (
             f"its answers are {comparison.mean_kl:.3g} nats from the trained model's; "
             f"{allowed:.3g} are allowed"
         )
     if judged.of_task and _into_original(expected):
-        other = as_written(run, replace(expected, base="dequantized"), place, judged.rows)
-        if loses_fine_tune(comparison, compare(trained, other), compare(trained, frozen)):
-            faults.append("into the original base it lost the fine-tune; use --base dequantized")
-    return comparison, faults
+        other = as_written(replace(expected, base="dequantized"), base).answers(judged.rows)
+        if loses_fine_tune(comparison, compare(reference, other), compare(reference, frozen)):
+            yield "into the original base it lost the fine-tune; use --base dequantized"
+
+
+def _overflow(merged: Path, expected: MergedTensors, rows: Sequence[Example]) -> Iterator[str]:
+    speaker = in_folder(merged, expected.dtype, expected.device, torch.float16)
+    try:
+        largest_activation(speaker, rows)
+    except VerificationFailed as fault:
+        yield fault.what
 
 
 def _into_original(expected: MergedTensors) -> bool:
     """Whether the adapter was added to other values than it was trained on."""
     trained_on_other = expected.adapter is not None and expected.held.bits < 16
     return trained_on_other and expected.base == "original"
-
-
-def _merged_answers(
-    merged: Path, dtype: torch.dtype, place: torch.device, rows: Sequence[Example]
-) -> tuple[Answers, list[str]]:
-    """Answers of the model as transformers loads it, and what it complained of."""
-    from transformers import AutoModelForCausalLM
-
-    compute = torch.float32 if place.type == "cpu" else dtype
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        merged, dtype=compute, output_loading_info=True
-    )
-    model, info = loaded
-    model.eval().to(place)
-    faults = [
-        f"transformers finds {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])))}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    ]
-    backbone = model.get_submodule(family_of(model.config).backbone)
-    found = answers(backbone, model.get_output_embeddings(), rows)
-    del loaded, model, backbone
-    free_memory()
-    return found, faults
 
 
 def _shortened(faults: Sequence[str]) -> tuple[str, ...]:

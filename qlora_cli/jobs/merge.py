@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -14,16 +14,13 @@ from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.checkpoint.open import base_folder, read_recipe
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
-from qlora_cli.export.choose import Judgement, choose_base
+from qlora_cli.export.decide import PREFERRED, Decision, decide
 from qlora_cli.export.merge import write_merged
-from qlora_cli.export.tensors import MergedTensors, merged_tensors
+from qlora_cli.export.tensors import merged_tensors
 from qlora_cli.jobs.results import MergeResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.weights.build import torch_dtype
-
-DTYPE = "float16"
-"""Of the merged weights, where nothing else is asked for."""
 
 
 def run(
@@ -33,36 +30,40 @@ def run(
     dtype: str | None,
     base: str,
     observer: Observer,
+    weight: float = 1.0,
+    others: Sequence[tuple[Path, float]] = (),
     gguf: str | None = None,
 ) -> MergeResult:
     """Writes the merged model of a run.
 
-    base: original | dequantized | auto. gguf: f16 | q8_0, to write such a file of it too. Raises
-    UsageError where `out` is in use, the run has no such base or llama.cpp no such model;
-    QloraError where a value does not fit the dtype or the disk is full; VerificationFailed where
-    the GGUF file is not read back as it should be.
+    dtype: None for float16, or bfloat16 where that does not hold the model. base: original |
+    dequantized | auto. weight: of the run's adapter. others: runs or adapters in PEFT's format to
+    add to it, and their weights. gguf: f16 | q8_0, to write such a file of it too. Raises
+    UsageError where `out` is in use, the run has no such base, an adapter is of another base or
+    llama.cpp has no such model; QloraError where the disk is full; VerificationFailed where the
+    dtype asked for does not hold the model or the GGUF file is not read back as it should be.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is in use", where="--out", hint="name another folder")
     folder = RunFolder(run)
     recipe = read_recipe(folder)
     _check_base(recipe, base)
-    wanted = torch_dtype(dtype or DTYPE)
     device = torch.device(inspect_device().kind)
-    tensors = merged_tensors(folder, "original", wanted, device)
+    wanted = torch_dtype(dtype) if dtype else PREFERRED
+    tensors = merged_tensors(folder, "original", wanted, device, weight, others)
     if gguf is not None:
         merged_bytes = sum(shape.num_bytes for shape in tensors.shapes().values())
         _exporter().check_exportable(base_folder(folder), gguf, out, merged_bytes)
-    judgement = _choose(folder, tensors, base, observer)
-    tensors = replace(tensors, base=judgement.base)
-    about = _about(recipe, judgement)
-    written = write_merged(tensors, base_folder(folder), out, about, observer)
+    decision = decide(folder, tensors, base, dtype is not None, observer)
+    about = _about(recipe, decision)
+    written = write_merged(decision.tensors, base_folder(folder), out, about, observer)
     if gguf is not None:
         observer.note(f"GGUF file: {_exporter().export_gguf(out, gguf, observer)}")
     return MergeResult(
         out=out,
-        dtype=dtype or DTYPE,
-        base=judgement.base,
+        dtype=str(decision.tensors.dtype).removeprefix("torch."),
+        dtype_reason=decision.dtype_reason,
+        base=decision.tensors.base,
         tensors=written.num_tensors,
         bytes=written.num_bytes,
     )
@@ -90,20 +91,11 @@ def _check_base(recipe: Recipe, base: str) -> None:
         )
 
 
-def _choose(folder: RunFolder, tensors: MergedTensors, base: str, observer: Observer) -> Judgement:
-    if base in ("original", "dequantized"):
-        return Judgement(base, "asked for")  # type: ignore[arg-type]
-    judgement = choose_base(folder, tensors, observer)
-    for line in judgement.lines():
-        observer.note(line)
-    return judgement
-
-
-def _about(recipe: Recipe, judgement: Judgement) -> dict[str, Any]:
+def _about(recipe: Recipe, decision: Decision) -> dict[str, Any]:
     """What merge.json says besides the settings that decide the bytes."""
     return {
         "base_model": recipe.model.name,
         "revision": recipe.model.revision,
         "method": recipe.adapter.method,
-        "judgement": judgement.to_dict(),
+        **decision.to_dict(),
     }

@@ -68,24 +68,31 @@ class TrainResult(Result):
 
 @dataclass(frozen=True)
 class MergeResult(Result):
-    """`qlora merge`. base: original | dequantized."""
+    """`qlora merge`. base: original | dequantized. dtype_reason: why this dtype, in words."""
 
     out: Path
     dtype: str
     base: str
     tensors: int
     bytes: int
+    dtype_reason: str
 
 
 @dataclass(frozen=True)
 class VerifyResult(Result):
-    """`qlora verify`. faults: what differs, in words, one line each."""
+    """`qlora verify`. faults: what differs, in words, one line each.
+
+    greedy_agreement: of the trained model's `greedy_tokens` greedy tokens, how many the merged one
+    says too, up to the first difference; None where the two could not be asked.
+    """
 
     passed: bool
     max_logit_difference: float
     mean_kl: float
     top1_agreement: float
     faults: tuple[str, ...]
+    greedy_agreement: int | None
+    greedy_tokens: int | None
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,13 @@ def run(merged: Path, *, against: Path, observer: Observer) -> VerifyResult:
     """
     device = torch.device(inspect_device().kind)
     verdict = verify(merged, RunFolder(against), device, observer)
-    told = verdict.comparison
+    told, greedy = verdict.comparison, verdict.greedy
     return VerifyResult(
         passed=verdict.passed,
         max_logit_difference=told.max_logit_difference if told else math.nan,
         mean_kl=told.mean_kl if told else math.nan,
         top1_agreement=told.top1_agreement if told else math.nan,
         faults=verdict.faults,
+        greedy_agreement=greedy.agree if greedy else None,
+        greedy_tokens=greedy.num_tokens if greedy else None,
     )

@@ -74,7 +74,7 @@ def merge(result: MergeResult) -> RenderableType:
     return _facts(
         {
             "merged model": str(result.out),
-            "dtype": result.dtype,
+            "dtype": f"{result.dtype} ({result.dtype_reason})",
             "base": result.base,
             "tensors": format_count(result.tensors),
             "size": format_bytes(result.bytes),
@@ -94,6 +94,9 @@ def verify(result: VerifyResult) -> RenderableType:
         "mean KL divergence": f"{result.mean_kl:.3g} nats",
         "same first choice": f"{result.top1_agreement:.2%} of tokens",
     }
+    if result.greedy_tokens is not None:
+        told = f"the first {result.greedy_agreement} of {result.greedy_tokens}"
+        facts["same greedy tokens"] = told
     return Group(*parts, _facts(facts))
 
 

@@ -1,0 +1,72 @@
+"""A model that computes without being held: a module's tensors are there while it computes.
+
+Each module with weights of its own reads them when its turn comes and drops them behind it, so a
+model of any size answers in the memory of its largest tensor and of the activations. One forward
+reads the whole checkpoint once; so all rows go through in one batch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_cli.checkpoint.adapter import fill
+from qlora_cli.checkpoint.adapter_file import Adapter, AdapterLayer
+from qlora_cli.nn.lora import LoraLinear
+from qlora_cli.weights.build import (
+    Built,
+    Place,
+    check_names,
+    check_shape,
+    places,
+    rebuild_buffers,
+)
+from qlora_cli.weights.source import Source
+
+
+def stream(
+    built: Built, source: Source, device: torch.device, adapter: Adapter | None = None
+) -> None:
+    """Lets a model on meta compute on `device`, in inference, with tensors from `source`.
+
+    adapter: the one that is attached to it, on meta too. Raises ModelError where the source is not
+    this model's.
+    """
+    rebuild_buffers(built, device)
+    needed: dict[str, list[tuple[str, Place]]] = defaultdict(list)
+    wanted = dict(places(built, device))
+    check_names(built, source.names(), wanted)
+    for name, place in wanted.items():
+        check_shape(name, source.shape(name), place.shape)
+        needed[name.rpartition(".")[0]].append((name, place))
+    layers = adapter.layers if adapter is not None else {}
+    for path, own in needed.items():
+        module = built.model.get_submodule(path)
+        module.register_forward_pre_hook(_arrival(own, source, device, layers.get(path)))
+        module.register_forward_hook(_leave)
+
+
+def _arrival(
+    own: list[tuple[str, Place]],
+    source: Source,
+    device: torch.device,
+    layer: AdapterLayer | None,
+) -> Callable[[nn.Module, Any], None]:
+    def arrive(module: nn.Module, _: Any) -> None:
+        for name, place in own:
+            place.put(source.read(name).to(device))
+        if layer is not None:
+            assert isinstance(module, LoraLinear)
+            fill(module, layer, device)
+
+    return arrive
+
+
+def _leave(module: nn.Module, *_: Any) -> None:
+    for part in module.modules():
+        for key, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, key, nn.Parameter(torch.empty_like(parameter, device="meta"), False))
