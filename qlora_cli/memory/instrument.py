@@ -52,8 +52,10 @@ class Instrument:
         self._remember()
 
     def release_cache(self) -> None:
-        """What the allocator holds and nobody uses goes back to the card: after loading it is in the
-        wrong sizes for training."""
+        """What the allocator holds and nobody uses goes back to the card.
+
+        After loading it is in the wrong sizes for training.
+        """
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         self._counter.release_cache()

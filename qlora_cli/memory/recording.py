@@ -1,10 +1,10 @@
 """What the tracker saw, kept in order; a plan repeats in it the blocks that it did not imagine.
 
-Blocks of a model are alike. A plan imagines a few and its recording is drawn out to the true number:
-the events that belong to one block in the middle are repeated for every block left out, each copy
-with storages of its own. That this may be done is not assumed: the block and its neighbour must
-have left the same events, with the same sizes, that refer to each other's storages in the same
-way; otherwise `repeat` raises NotAlike and the plan imagines all blocks.
+Blocks of a model are alike. A plan imagines a few, and its recording is drawn out to the true
+number: the events that belong to one block in the middle are repeated for every block left out,
+each copy with storages of its own. That this may be done is not assumed: the block and its
+neighbour must have left the same events, with the same sizes, that refer to each other's storages
+in the same way; otherwise `repeat` raises NotAlike and the plan imagines all blocks.
 
 An event belongs to the block that is at work (`enter`), else to the block of the storage that it
 works on, else to the same block as the event before it. Events of one block in a row are a visit.
@@ -13,7 +13,7 @@ works on, else to the same block as the event before it. Events of one block in 
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -29,8 +29,10 @@ class NotAlike(Exception):
 
 
 class Birth(NamedTuple):
-    """A storage, named by where it was made. block: None before the first block. visit: the how
-    manyth of that block. place: within the visit."""
+    """A storage, named by where it was made.
+
+    block: None before the first block. visit: the how manyth of that block. place: within it.
+    """
 
     block: int | None
     visit: int
@@ -96,42 +98,6 @@ class Recording:
 
     def begin(self) -> None:
         """A phase begins."""
-
-    def end(self, name: str) -> None:
-        """It ends."""
-
-    def release_cache(self) -> None:
-        """Unused segments go back to the device."""
-
-
-@dataclass
-class Visit:
-    """Events in a row that belong to one block."""
-
-    block: int | None
-    number: int
-    events: list[Event] = field(default_factory=list)
-
-
-class Recording:
-    """A sink of the tracker."""
-
-    def __init__(self) -> None:
-        self.visits: list[Visit] = []
-        self.blocks = ""
-        """Path of the block list, `model.layers`; empty until the model's family is known."""
-        self._block: int | None = None
-        self._births: dict[Hashable, Birth] = {}
-        self._numbers: Tally[int | None] = Tally()
-
-    def enter(self, path: str) -> None:
-        """What follows belongs to the block that `path` leads into, if it leads into one."""
-        head, _, index = path.removeprefix(f"{self.blocks}.").partition(".")[0], "", ""
-        inside = path.startswith(f"{self.blocks}.") and head.isdigit()
-        self._block = int(head) if inside else None
-
-    def begin(self) -> None:
-        """A phase begins."""
         self.enter("")
         self._note(Event("begin"), None)
 
@@ -172,7 +138,7 @@ class Recording:
         self._visit(block).events.append(event)
 
     def _visit(self, block: int | None) -> Visit:
-        """The visit that an event belongs to; block: of the storage it works on, if that is known."""
+        """The visit an event belongs to; block: of the storage it works on, where known."""
         if self._block is not None:
             block = self._block
         last = self.visits[-1] if self.visits else None
@@ -185,7 +151,7 @@ class Recording:
 
 
 def play(
-    visits: Iterator[Visit] | list[Visit],
+    visits: Iterable[Visit],
     account: Account,
     after: Callable[[Visit], None] = lambda _: None,
 ) -> None:

@@ -52,7 +52,7 @@ class Sink(Protocol):
     def allocate(
         self, key: Hashable, num_bytes: int, category: str, origin: Hashable = None
     ) -> None:
-        """A storage is made; origin: the storage that the operation worked on, where it is known."""
+        """A storage is made; origin: the one that the operation worked on, where known."""
 
     def free(self, key: Hashable) -> None:
         """It is gone."""
@@ -242,7 +242,7 @@ def mark(name: str) -> None:
 
 @contextlib.contextmanager
 def within(path: str) -> Iterator[None]:
-    """What is made inside belongs to the module at `path`: a plan repeats a block's for its like."""
+    """What is made inside belongs to the module at `path`; a plan repeats a block's for others."""
     if not _active:
         yield
         return

@@ -241,8 +241,10 @@ def file_dtype(config: Any) -> torch.dtype:
 
 
 def _worst_order(model: nn.Module, family: Family, config: Any) -> dict[str, nn.Parameter]:
-    """No plan knows the order of a file. The worst is taken: the blocks' linears, which are packed,
-    come when all else is there, and the largest comes last."""
+    """No plan knows the order of a file, so it takes the worst.
+
+    The blocks' linears, which are packed, come when all else is there, and the largest comes last.
+    """
     tensors = dict(
         sorted(
             model.named_parameters(),
