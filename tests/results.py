@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from qlora_cli.jobs.results import (
     VerifyResult,
 )
 from qlora_cli.memory.ledger import Allocator, Device, Ledger, Phase, Side
+from qlora_cli.memory.timeline import Stretch, Timeline
 from qlora_cli.units import GIB, MIB
 
 HELD = {"base": 3500 * MIB, "quant_constants": 110 * MIB, "embeddings": 1002 * MIB}
@@ -44,6 +46,31 @@ LEDGER = Ledger(
     allocator=Allocator(6 * GIB, 7 * GIB, 8 * GIB),
     instrument="torch's caching allocator",
 )
+
+
+def _timeline() -> tuple[Stretch, ...]:
+    """Load and three steps of two micro-batches each: what stays, and activations that swell."""
+    clock = itertools.count()
+    timeline = Timeline(lambda: next(clock) / 100)
+    timeline.begin("load")
+    for share in range(1, 50):
+        timeline.changed({name: size * share // 49 for name, size in HELD.items()})
+    timeline.end()
+    for step in (1, 2, 30):
+        timeline.begin("first_step" if step == 1 else "step")
+        timeline.number(step)
+        for part in ("forward", "backward") * 2:
+            timeline.mark(part)
+            for share in range(60):
+                height = share if part == "forward" else 59 - share
+                timeline.changed(STEP | {"activations": STEP["activations"] * height // 59})
+        timeline.mark("update")
+        timeline.changed(STEP | {"activations": 0, "loss": 0})
+        timeline.end()
+    return timeline.stretches
+
+
+TIMELINE = _timeline()
 PLAN = PlanResult(
     device={"kind": "cuda"},
     ledger=LEDGER,
@@ -56,8 +83,8 @@ PLAN = PlanResult(
     seconds=1.5,
 )
 TRAIN = TrainResult(Path("runs/x"), 120, 1.234, 1.3, 2413.0, LEDGER)
-MERGE = MergeResult(Path("runs/x/merged"), "float16", "dequantized", 291, 16 * GIB)
-VERIFY = VerifyResult(True, 0.012, 1e-5, 0.993, ())
+MERGE = MergeResult(Path("runs/x/merged"), "float16", "dequantized", 291, 16 * GIB, "asked for")
+VERIFY = VerifyResult(True, 0.012, 1e-5, 0.993, (), 61, 64)
 EVAL = EvalResult(1.2, 3.32, 10_000, 0.61)
 GENERATE = GenerateResult("Hello", " world [x]", {"run": " world [x]", "base": " bark"})
 DATA = DataResult(
@@ -92,9 +119,11 @@ REPORT = ReportResult(
             "tokens": 2048,
             "tokens_per_second": 2400.0 + step,
             "joules": 300.0,
+            "peak_bytes": sum(STEP.values()) - step * MIB,
         }
         for step in range(1, 51)
     ),
+    timeline=TIMELINE,
 )
 QUICKSTART = QuickstartResult(
     plan=PLAN,

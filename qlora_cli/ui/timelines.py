@@ -6,8 +6,10 @@ stretch gets the same width, says how long it took, and what was not tracked is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.memory.ledger import CATEGORIES, STEP_PHASES
@@ -21,8 +23,12 @@ if TYPE_CHECKING:
 
 _ROOM = 1.32
 """Height of the axis, peaks being 1: for the words above them."""
-_GAP = 0.75
+_GAP = 0.85
 """Width of what was not tracked; a stretch is 1 wide."""
+_MOST_UPRIGHT = 13
+"""Parts of a run whose names fit side by side; those of more stand on end."""
+_WORD = 0.1
+"""Of the axes' width, for the longest word above it."""
 _INK = "#1b2a41"
 _PLAN = "#9c2f16"
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
@@ -68,7 +74,7 @@ def draw_step(axes: Axes, stretch: Stretch, planned_bytes: int) -> None:
     at = stretch.totals.index(stretch.peak_bytes)
     share = (stretch.seconds[at] - start) / max(end - start, 1e-6)
     _peak(axes, stretch.seconds[at] - start, stretch.peak_bytes, unit, share)
-    _plan(axes, planned_bytes, unit, share)
+    _plan(axes, planned_bytes, unit)
 
 
 def draw_run(
@@ -103,32 +109,43 @@ def draw_run(
             axes.axvline(left, color=_INK, linewidth=0.5)
         left += width
     axes.set_xlim(0, left)
-    axes.set_xticks(middles, names, fontsize=7.5)
-    axes.tick_params(axis="x", length=0)
+    _names(axes, middles, names)
+    if any(isinstance(part, Gap) for part in parts):
+        lines = "; lines: each step's peak by the card's own counter" if counted else ""
+        axes.set_xlabel(f"hatched: steps that were not tracked{lines}", fontsize=8)
     at, peak = max(places.values(), key=lambda place: place[1])
     _peak(axes, at, int(peak), unit, at / left)
-    _plan(axes, planned_bytes, unit, at / left)
+    _plan(axes, planned_bytes, unit)
+
+
+def _names(axes: Axes, middles: Sequence[float], names: Sequence[str]) -> None:
+    upright = len(names) <= _MOST_UPRIGHT
+    shown = names if upright else [name.replace("\n", " ") for name in names]
+    size = 7.5 if len(names) < 10 else 6.5
+    axes.set_xticks(middles, shown, fontsize=size, rotation=0 if upright else 90)
+    axes.tick_params(axis="x", length=0)
 
 
 def _parts(
     stretches: Sequence[Stretch], metrics: Sequence[Mapping[str, Any]], has_counter: bool
 ) -> Iterator[Stretch | Gap]:
-    """Stretches in order, and between them the steps that none of them shows."""
-    tracked = {stretch.step for stretch in stretches if stretch.step is not None}
-    lines = [line for line in metrics if line["step"] not in tracked]
-    done = 0
-    for stretch in stretches:
-        before = [line for line in lines if done < line["step"] < (stretch.step or 0)]
-        if stretch.phase not in (*STEP_PHASES, "load"):
-            # Whatever follows the steps follows all of them.
-            before = [line for line in lines if line["step"] > done]
+    """Stretches in order, and between them the steps that none of them shows.
+
+    A process tracks its first steps; so what was not tracked before one that loads again was done
+    by the process before it.
+    """
+    tracked = {stretch.step for stretch in stretches}
+    waiting = [line for line in metrics if line["step"] not in tracked]
+    for index, stretch in enumerate(stretches):
+        numbers = (later.step for later in stretches[index:] if later.step is not None)
+        limit = next(numbers, None)
+        before = [line for line in waiting if limit is None or line["step"] < limit]
         if before:
             yield _untracked(before, has_counter)
-        done = max([done, stretch.step or 0, *(line["step"] for line in before)])
+        waiting = waiting[len(before) :]
         yield stretch
-    after = [line for line in lines if line["step"] > done]
-    if after:
-        yield _untracked(after, has_counter)
+    if waiting:
+        yield _untracked(waiting, has_counter)
 
 
 def _untracked(lines: Sequence[Mapping[str, Any]], has_counter: bool) -> Gap:
@@ -144,7 +161,7 @@ def _name(part: Stretch | Gap) -> str:
     if isinstance(part, Stretch):
         return f"{name(part)}\n{_duration(part.seconds[-1] - part.seconds[0])}"
     alone = part.first == part.last
-    steps = f"step {part.first:,}" if alone else f"steps {part.first:,}-{part.last:,}"
+    steps = f"step {part.first:,}" if alone else f"steps\n{part.first:,}-{part.last:,}"
     return f"{steps}\n{_duration(part.seconds)}"
 
 
@@ -189,33 +206,30 @@ def _gap(axes: Axes, gap: Gap, left: float, unit: int) -> None:
     if gap.peaks:
         every = _GAP / len(gap.peaks)
         at = [left + every * (step + 0.5) for step in range(len(gap.peaks))]
-        axes.plot(at, [peak / unit for peak in gap.peaks], "-", color=_INK, linewidth=1.2)
-    axes.text(
-        left + _GAP / 2,
-        0.04,
-        "not tracked;\npeaks by counter" if gap.peaks else "not\ntracked",
-        transform=axes.get_xaxis_transform(),
-        ha="center",
-        va="bottom",
-        fontsize=7,
-        color="#4a5768",
-        bbox=_PAPER,
-    )
+        axes.plot(at, [peak / unit for peak in gap.peaks], "-", color=_INK, linewidth=1.4)
 
 
 def _marks(axes: Axes, marks: Sequence[tuple[float, str]], length: float) -> None:
-    """A line each; a word only where the one before it leaves room."""
-    free_from = -1.0
-    for moment, word in marks:
+    """A line each with its word above; where words would meet, one line of text tells of all."""
+    across = axes.get_xaxis_transform()
+    for moment, _ in marks:
         axes.axvline(moment, color=_INK, linewidth=0.6, linestyle=(0, (3, 2)))
-        share = moment / max(length, 1e-6)
-        if share < free_from:
-            continue
-        width = 0.012 * (len(word) + 1)
-        side = "right" if share + width > 1 else "left"
-        across = axes.get_xaxis_transform()
+    if not _words_fit(marks, length):
+        counted = Counter(word for _, word in marks)
+        told = ", ".join(f"{number} x {word}" for word, number in counted.items())
+        axes.text(0, 1.01, f"a line each: {told}", transform=across, fontsize=8, va="bottom")
+        return
+    for moment, word in marks:
+        side = "right" if moment / length + _WORD > 1 else "left"
         axes.text(moment, 1.01, word, transform=across, fontsize=8, ha=side, va="bottom")
-        free_from = share + width
+
+
+def _words_fit(marks: Sequence[tuple[float, str]], length: float) -> bool:
+    """Each needs `_WORD` behind it, and the last one before it where it is too near the end."""
+    places = [moment / length for moment, _ in marks] if length else []
+    if places and places[-1] + _WORD > 1:
+        places[-1] -= _WORD
+    return all(b - a >= _WORD for a, b in pairwise(places)) if length else not marks
 
 
 def _peak(axes: Axes, at: float, peak_bytes: int, unit: int, share: float) -> None:
@@ -235,23 +249,19 @@ def _peak(axes: Axes, at: float, peak_bytes: int, unit: int, share: float) -> No
     )
 
 
-def _plan(axes: Axes, planned_bytes: int, unit: int, peak_share: float) -> None:
-    """The plan's peak as a line; its words stand at the side where the peak's are not."""
+def _plan(axes: Axes, planned_bytes: int, unit: int) -> None:
+    """The plan's peak as a line; its words stand in the margin, where nothing is drawn."""
     if not planned_bytes:
         return
     axes.axhline(planned_bytes / unit, color=_PLAN, linewidth=1.1, linestyle=(0, (6, 2, 1, 2)))
-    at, side = (0.995, "right") if peak_share < 0.5 else (0.005, "left")
-    axes.annotate(
-        f"planned peak {format_bytes(planned_bytes)}",
-        (at, planned_bytes / unit),
-        (0, 3),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        ha=side,
-        va="bottom",
+    axes.text(
+        1.008,
+        planned_bytes / unit,
+        f"planned\npeak\n{format_bytes(planned_bytes)}",
+        transform=axes.get_yaxis_transform(),
+        va="center",
         fontsize=8,
         color=_PLAN,
-        bbox=_PAPER,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,9 @@ def test_vram_describes_a_card_that_is_not_here(
 
 
 def test_train_leaves_a_whole_run(run: Path) -> None:
-    assert {"run.json", "adapter", "memory.json", "metrics.jsonl", "report.html"} <= {
-        path.name for path in run.iterdir()
-    }
+    files = {"run.json", "memory.json", "timeline.json", "metrics.jsonl"}
+    files |= {"adapter", "report.html", "memory.png"}
+    assert files <= {path.name for path in run.iterdir()}
     assert json.loads((run / "run.json").read_text())["status"] == "done"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -106,14 +107,28 @@ def test_train_refuses_a_faulty_recipe_with_every_problem(recipe: Path) -> None:
 
 
 def test_report_shows_a_run(run: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    outcome = qlora("report", run, "--html", page)
+    page, picture = tmp_path / "page.html", tmp_path / "memory.png"
+    outcome = qlora("report", run, "--html", page, "--png", picture)
     assert outcome.code == 0, outcome.err
     assert "done" in outcome.out
+    assert "of the peak, other" in outcome.out
+    assert picture.read_bytes() == (run / "memory.png").read_bytes()
     assert "less memory than full fine-tuning" in page.read_text()
     shown = qlora("report", run, "--json").json
     assert len(shown["metrics"]) == 3
     assert shown["html"] is None
+
+
+@pytest.mark.slow
+def test_report_measures_full_fine_tuning(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    outcome = qlora("report", copy, "--measure-before", "--json")
+    assert outcome.code == 0, outcome.err
+    ledger = outcome.json["ledger"]
+    assert ledger["before"]["source"] == "measured"
+    assert ledger["before_planned_bytes"] > 0
+    assert "full fine-tuning (measured)" in (copy / "report.html").read_text()
 
 
 def test_merge_writes_what_it_says(merged: Path, run: Path, tmp_path: Path) -> None:

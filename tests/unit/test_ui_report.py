@@ -13,7 +13,9 @@ from typing import ClassVar
 import pytest
 
 from qlora_cli.errors import QloraError
-from qlora_cli.ui import figures, report
+from qlora_cli.memory.ledger import InstrumentCost
+from qlora_cli.ui import report, shades
+from qlora_cli.units import GIB, MIB
 from tests import results
 
 
@@ -46,7 +48,7 @@ def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
     reader = Reader()
     reader.feed(page)
     assert reader.open == []
-    assert len(reader.loaded) == 4
+    assert len(reader.loaded) == 6
     assert all(source.startswith("data:image/svg+xml;base64,") for source in reader.loaded)
     assert "http" not in page
     assert "@import" not in page
@@ -57,7 +59,7 @@ def test_the_figures_load_nothing_either(page: str) -> None:
     for encoded in re.findall(r"base64,([\w+/=]+)", page):
         svg = base64.b64decode(encoded).decode()
         links = re.findall(r'(?:href|src)="([^"]*)"', svg)
-        assert all(link.startswith("#") for link in links)
+        assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,10 @@ def test_the_figures_load_nothing_either(page: str) -> None:
         "<code>adapter.targets</code></td><td>q, v",
         "2.13.0",
         "reserved by torch",
+        "1.00 GiB more: freed blocks that torch keeps to use again, and fragmentation",
+        "1.00 GiB more: the CUDA context",
+        "100.0% of the peak, other 0 B",
+        "the step with the highest peak, step 30",
         "model.norm",
         "1.934 at first",
         "Wh",
@@ -87,7 +93,36 @@ def test_the_same_run_gives_the_same_page(page: str) -> None:
 def test_a_run_without_steps_has_a_page_without_curves() -> None:
     reader = Reader()
     reader.feed(report.render(replace(results.REPORT, metrics=())))
-    assert len(reader.loaded) == 2
+    assert len(reader.loaded) == 4
+
+
+def test_a_run_of_an_older_version_has_a_page_without_a_timeline(tmp_path: Path) -> None:
+    older = replace(results.REPORT, timeline=(), png=tmp_path / "memory.png")
+    reader = Reader()
+    reader.feed(report.render(older))
+    assert len(reader.loaded) == 4
+    report.write(older)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_says_what_it_stands_on() -> None:
+    ledger = replace(
+        results.LEDGER,
+        before=replace(results.LEDGER.before, source="measured"),
+        before_planned_bytes=100 * GIB,
+        floor_bytes=5 * GIB,
+        instrument_cost=InstrumentCost(50, 4, 2.0, 1.5, 3 * MIB),
+        notes=("The run was resumed after step 2 & went on.",),
+    )
+    page = report.render(replace(results.REPORT, ledger=ledger))
+    for told in (
+        "floor</th><td>5.00 GiB, peak 1.12x of it",
+        "planned 100 GiB, measured 106 GiB (-5.7%)",
+        "on for 4 of 50 steps, then off; such a step took 2.0 s, without it as many tokens take "
+        "1.5 s; its records held 3.00 MiB on the host",
+        "resumed after step 2 &amp; went on",
+    ):
+        assert told in page
 
 
 def test_neighbouring_shades_differ_in_lightness() -> None:
@@ -95,17 +130,23 @@ def test_neighbouring_shades_differ_in_lightness() -> None:
         red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
-    values = [lightness(colour) for colour in figures._SHADES]
+    values = [lightness(colour) for colour in shades.SHADES]
     assert all(abs(a - b) > 0.15 for a, b in pairwise(values))
 
 
 def test_a_page_that_cannot_be_written_is_an_error_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(QloraError) as caught:
-        report.write(results.REPORT, tmp_path / "nowhere" / "page.html")
+        report.write(replace(results.REPORT, html=tmp_path / "nowhere" / "page.html"))
     assert "nowhere" in (caught.value.where or "")
 
 
-def test_a_page_is_written_whole(tmp_path: Path, page: str) -> None:
-    report.write(results.REPORT, tmp_path / "page.html")
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+def test_page_and_picture_are_written_whole_and_the_same_each_time(
+    tmp_path: Path, page: str
+) -> None:
+    written = replace(results.REPORT, html=tmp_path / "page.html", png=tmp_path / "memory.png")
+    report.write(written)
+    assert {path.name for path in tmp_path.iterdir()} == {"page.html", "memory.png"}
     assert (tmp_path / "page.html").read_text() == page
+    picture = (tmp_path / "memory.png").read_bytes()
+    report.write(replace(written, html=None))
+    assert (tmp_path / "memory.png").read_bytes() == picture
