@@ -149,8 +149,9 @@ def differences(ledger: Ledger) -> dict[str, str]:
         ("used on the card", ledger.allocator.driver, _OUTSIDE),
     ):
         if size:
-            more = f" ({format_bytes(size - before)} more: {why})" if why else ""
-            told[name] = f"{format_bytes(size)}{more}"
+            more = f"{format_bytes(size - before)} more: {why}"
+            reason = more if size >= before else "read at a moment when less was in use"
+            told[name] = f"{format_bytes(size)} ({reason})" if why else format_bytes(size)
             before = size
     return told
 
