@@ -76,12 +76,13 @@ class Planned:
             return self.values
         return read_tensor(self.entry)
 
-    def order(self) -> Tensor:
-        """Row of the file -> row of the source."""
-        rows = torch.arange(self.shape[0])
+    def rows(self, num: int) -> Iterator[slice | Tensor]:
+        """The source's rows in the file's order, `num` at a time."""
         if self.heads is None:
-            return rows
-        return rows.view(self.heads, 2, -1).transpose(1, 2).reshape(-1)
+            yield from (slice(start, start + num) for start in range(0, self.shape[0], num))
+        else:
+            halves = torch.arange(self.shape[0]).view(self.heads, 2, -1)
+            yield from halves.transpose(1, 2).reshape(-1).split(num)
 
 
 def architecture(config: Any) -> MODEL_ARCH:
