@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_cli.families.spec import Family, LinearSpec
+from qlora_cli.families.spec import Family, LinearSpec, MlpSpec
+from qlora_cli.nn.mlp import Projections
 
 
 def _qkv_rows(config: Any) -> Mapping[str, slice]:
@@ -26,6 +27,7 @@ GPT2 = Family(
         LinearSpec("mlp.c_fc", ("up",), transposed=True),
         LinearSpec("mlp.c_proj", ("down",), transposed=True),
     ),
+    mlp=MlpSpec("mlp", Projections(gate=None, up="c_fc", down="c_proj"), "activation_function"),
     dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
     # Causal masks that older checkpoints carry as buffers.
     ignored=(".attn.bias", ".attn.masked_bias"),

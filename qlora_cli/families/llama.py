@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from qlora_cli.families.spec import Family, LinearSpec
+from dataclasses import replace
+
+from qlora_cli.families.spec import Family, LinearSpec, MlpSpec
+from qlora_cli.nn.mlp import Projections
 
 LLAMA = Family(
     name="llama",
-    model_types=("llama", "mistral", "qwen2", "qwen3"),
+    model_types=("llama", "mistral", "qwen2"),
     backbone="model",
     blocks="model.layers",
     head="lm_head",
@@ -20,6 +23,17 @@ LLAMA = Family(
         LinearSpec("mlp.up_proj", ("up",)),
         LinearSpec("mlp.down_proj", ("down",)),
     ),
+    mlp=MlpSpec("mlp", Projections(gate="gate_proj", up="up_proj", down="down_proj"), "hidden_act"),
+    norms=("input_layernorm", "post_attention_layernorm"),
+    final_norm="model.norm",
     dropouts=("attention_dropout",),
     ignored=(".rotary_emb.inv_freq",),
 )
+
+QWEN3 = replace(
+    LLAMA,
+    name="qwen3",
+    model_types=("qwen3",),
+    norms=(*LLAMA.norms, "self_attn.q_norm", "self_attn.k_norm"),
+)
+"""Normalizes each head's queries and keys, too."""

@@ -7,10 +7,10 @@ from typing import Any
 
 from qlora_cli.errors import ModelError
 from qlora_cli.families.gpt2 import GPT2
-from qlora_cli.families.llama import LLAMA
+from qlora_cli.families.llama import LLAMA, QWEN3
 from qlora_cli.families.spec import Family
 
-FAMILIES = (LLAMA, GPT2)
+FAMILIES = (LLAMA, QWEN3, GPT2)
 
 
 def is_known(config: Any) -> bool:

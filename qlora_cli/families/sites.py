@@ -1,4 +1,4 @@
-"""Finds in a model the linears that a family's spec names."""
+"""Finds in a model the modules that a family's spec names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from qlora_cli.errors import ModelError
-from qlora_cli.families.spec import Family, LinearSpec
+from qlora_cli.families.spec import Family, LinearSpec, MlpSpec
 from qlora_cli.nn.surgery import Site
 
 
@@ -19,6 +19,21 @@ def find_sites(model: nn.Module, family: Family, config: Any) -> list[Site]:
         for index in range(len(blocks))
         for spec in family.linears
     ]
+
+
+def norm_paths(model: nn.Module, family: Family) -> list[str]:
+    """Every RMSNorm that the family names, in the model's order."""
+    blocks: Any = model.get_submodule(family.blocks)
+    found = [
+        f"{family.blocks}.{index}.{path}" for index in range(len(blocks)) for path in family.norms
+    ]
+    return found if family.final_norm is None else [*found, family.final_norm]
+
+
+def mlp_paths(model: nn.Module, blocks: str, mlp: MlpSpec) -> list[str]:
+    """The MLP of every block in the list at `blocks`."""
+    num_blocks = len(model.get_submodule(blocks))  # type: ignore[arg-type]
+    return [f"{blocks}.{index}.{mlp.path}" for index in range(num_blocks)]
 
 
 def _site(model: nn.Module, path: str, spec: LinearSpec, config: Any) -> Site:

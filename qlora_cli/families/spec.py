@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora_cli.nn.mlp import Projections
+
 Rows = Callable[[Any], Mapping[str, slice]]
 """From a transformers config to each role's rows of a fused linear's (out, in) weight."""
 
@@ -31,14 +33,28 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class MlpSpec:
+    """The MLP of a block, as down(act(gate) * up) or, without a gate, down(act(up)).
+
+    path: within the block. projections: its linears. activation: config key that names act.
+    """
+
+    path: str
+    projections: Projections
+    activation: str
+
+
+@dataclass(frozen=True)
 class Family:
     """A causal language model's shape.
 
     model_types: transformers' `model_type` values that share it. blocks: path of the block list.
     backbone: module that turns token ids into hidden states. head: module that turns those into
-    logits. embeddings: token and position tables. dropouts: config keys of the base's own dropout,
-    switched off in training (the adapter has its own). ignored: endings of file tensors that are
-    buffers a constructor makes anew, not weights.
+    logits. embeddings: token and position tables. mlp: of each block, where it has
+    this form. norms: RMSNorms within a
+    block. final_norm: an RMSNorm behind the last block. dropouts: config keys of the base's own
+    dropout, switched off in training (the adapter has its own). ignored: endings of file tensors
+    that are buffers a constructor makes anew, not weights.
     """
 
     name: str
@@ -48,6 +64,9 @@ class Family:
     head: str
     embeddings: tuple[str, ...]
     linears: tuple[LinearSpec, ...]
+    mlp: MlpSpec | None = None
+    norms: tuple[str, ...] = ()
+    final_norm: str | None = None
     dropouts: tuple[str, ...] = ()
     ignored: tuple[str, ...] = field(default=())
 

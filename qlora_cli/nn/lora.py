@@ -4,8 +4,8 @@ One layer may carry several parts. A plain projection has one, named by its role
 projection has one for each targeted role, and each writes only its own rows of the output, so that
 q and v can be adapted without touching k.
 
-The product is one autograd function, because composed of modules it would keep two more copies of
-its inputs; it saves x and x A^T and nothing else. Gradients were checked against float64 (tests).
+The product (`nn/product.py`) is one autograd function, because composed of modules it would keep
+two more copies of its inputs; it saves x and x A^T and nothing else.
 
 Shapes: x (tokens, in), lora_a (rank, in), lora_b (rows, rank), y (tokens, out).
 """
@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qlora_cli.memory.tracker import host_memory
+from qlora_cli.nn.product import Product, draw_seed
 from qlora_cli.nn.quant import QuantLinear
 
 
@@ -82,14 +83,19 @@ class LoraLinear(nn.Module):
         device = next(iter(self.lora_a.values())).device
         return torch.zeros(self.base.out_features, self.base.in_features, device=device)
 
+    def begin(self) -> tuple[Product, list[Tensor]]:
+        """(One call with its dropout settled, A and B of each part in turn)."""
+        settings = self.settings
+        dropout = settings.dropout if self.training else 0.0
+        rows = tuple(self.parts.values())
+        seed = draw_seed() if dropout and rows else None
+        product = Product(self.base, rows, settings.scaling, dropout, seed)
+        return product, [factor for role in self.parts for factor in self._factors(role)]
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out); differentiable in x, A and B."""
-        x2 = x.reshape(-1, self.base.in_features)
-        dropped = x2
-        if self.training and self.settings.dropout:
-            dropped = functional.dropout(x2, self.settings.dropout)
-        factors = [factor for role in self.parts for factor in self._factors(role)]
-        y: Tensor = _LoraProduct.apply(x2, dropped, self, *factors)
+        product, factors = self.begin()
+        y: Tensor = _LoraProduct.apply(x.reshape(-1, self.base.in_features), product, *factors)
         return y.view(*x.shape[:-1], self.base.out_features)
 
     def _factors(self, role: str) -> tuple[Tensor, Tensor]:
@@ -97,57 +103,25 @@ class LoraLinear(nn.Module):
 
 
 class _LoraProduct(torch.autograd.Function):
-    """The packed product plus every part's low-rank product, added in place."""
+    """The packed product plus every part's low-rank product; keeps x and each x A^T."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        x: Tensor,
-        dropped: Tensor,
-        layer: LoraLinear,
-        *factors: Tensor,
-    ) -> Tensor:
-        y = layer.base.product(x)
-        narrow = []
-        for rows, a, b in _parts(layer, factors):
-            xa = dropped @ a.to(x.dtype).t()
-            y[:, rows].addmm_(xa, b.to(x.dtype).t(), alpha=layer.settings.scaling)
-            narrow.append(xa)
-        ctx.save_for_backward(dropped, *narrow, *factors)
-        ctx.layer = layer  # type: ignore[attr-defined]
-        # Without dropout both inputs are one tensor, and its gradient is one sum.
-        ctx.shared = dropped is x  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, product: Product, *factors: Tensor) -> Tensor:
+        y, narrow = product.forward(x, factors)
+        ctx.save_for_backward(x, *narrow, *factors)
+        ctx.product = product
         return y
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        layer: LoraLinear = ctx.layer  # type: ignore[attr-defined]
-        shared: bool = ctx.shared  # type: ignore[attr-defined]
-        num_parts = len(layer.parts)
-        dropped, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        narrow, factors = saved[:num_parts], saved[num_parts:]
-        wants_input: bool = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
-        grad_x = layer.base.grad_input(grad) if wants_input else None
-        grad_dropped = None if shared or not wants_input else torch.zeros_like(dropped)
-        into = grad_x if shared else grad_dropped
-        grads: list[Tensor | None] = []
-        for xa, (rows, a, b) in zip(narrow, _parts(layer, factors), strict=True):
-            grad_rows = grad[:, rows]
-            grad_b = (grad_rows.t() @ xa).mul_(layer.settings.scaling)
-            grad_xa = (grad_rows @ b.to(grad.dtype)).mul_(layer.settings.scaling)
-            grads += [(grad_xa.t() @ dropped).to(a.dtype), grad_b.to(b.dtype)]
-            if into is not None:
-                into.addmm_(grad_xa, a.to(grad.dtype))
-        return (grad_x, grad_dropped, None, *grads)
-
-
-def _parts(
-    layer: LoraLinear, factors: tuple[Tensor, ...] | list[Tensor]
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Each part's rows, A and B."""
-    yield from zip(layer.parts.values(), factors[0::2], factors[1::2], strict=True)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        product: Product = ctx.product
+        x, *saved = ctx.saved_tensors
+        narrow, factors = saved[: len(product.rows)], saved[len(product.rows) :]
+        grad_narrow = product.grad_narrow(grad, factors)
+        grads = product.grad_factors(x, grad, narrow, grad_narrow, factors)
+        if not ctx.needs_input_grad[0]:
+            return (None, None, *grads)
+        return (product.grad_input(grad, grad_narrow, factors), None, *grads)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

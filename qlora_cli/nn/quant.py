@@ -16,8 +16,9 @@ Shapes: x (tokens, in), y (tokens, out), weight (out, in). Sources: Dettmers et 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ PACK_ELEMENTS = 2**20
 """Weights packed at once, a multiple of every block. On a CPU bitsandbytes holds up to 28 bytes for
 each while it works; on a whole gate projection of an 8B model that would be 1.5 GiB."""
 
+_T = TypeVar("_T")
 _TINY = torch.finfo(torch.float32).tiny
 _ops = torch.ops.bitsandbytes
 
@@ -108,7 +110,7 @@ class QuantLinear(nn.Module):
         flat, device = weight.reshape(-1), weight.device
         packed = torch.empty(-(-flat.numel() // 2), 1, dtype=torch.uint8, device=device)
         scale = torch.empty(-(-flat.numel() // BLOCK_4BIT), device=device)
-        for start in range(0, flat.numel(), PACK_ELEMENTS):
+        for start in _enough(range(0, flat.numel(), PACK_ELEMENTS), flat):
             codes, scales = _ops.quantize_4bit(
                 flat[start : start + PACK_ELEMENTS], BLOCK_4BIT, self.held.quant_type, torch.uint8
             )
@@ -130,9 +132,8 @@ class QuantLinear(nn.Module):
         packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scale = torch.empty(self.out_features, device=weight.device)
         num_rows = max(1, PACK_ELEMENTS // self.in_features)
-        for rows, codes, own in zip(
-            *(t.split(num_rows) for t in (weight, packed, scale)), strict=True
-        ):
+        pieces = zip(*(t.split(num_rows) for t in (weight, packed, scale)), strict=True)
+        for rows, codes, own in _enough(list(pieces), weight):
             # An all-zero row has scale 0 and would divide by it.
             own.copy_(rows.abs().amax(dim=1).float() / 127).clamp_min_(_TINY)
             codes.copy_(torch.div(rows, own[:, None]).round_())
@@ -191,18 +192,23 @@ class QuantLinear(nn.Module):
         return torch.addmm(self.bias, x, self.dequantize().t())
 
     def _product_8bit(self, x: Tensor) -> Tensor:
-        columns = _outlier_columns(x, self.held.threshold)
+        with scope("temporary"):
+            magnitudes = x.abs()
+            columns = _outlier_columns(magnitudes, self.held.threshold)
         if columns.numel() > self.in_features // OUTLIER_SHARE:
+            del magnitudes
             return x @ self.dequantize().t()
         with scope("temporary"):
-            inliers = x.index_fill(1, columns, 0) if columns.numel() else x
-            row_scale = inliers.abs().amax(dim=1, keepdim=True).float()
+            # Outliers are set to zero in what is made of x anyway, not in a copy of x.
+            row_scale = magnitudes.index_fill_(1, columns, 0).amax(dim=1, keepdim=True).float()
+            del magnitudes
             row_scale = row_scale.clamp_min_(_TINY).div_(127)
-            codes = torch.div(inliers, row_scale).round_().to(torch.int8)
-            del inliers
+            codes = torch.div(x, row_scale).index_fill_(1, columns, 0).round_().to(torch.int8)
             counts = _ops.int8_linear_matmul(codes, self.weight)
+            del codes
             assert self.scale is not None
             scaled = torch.mul(counts, row_scale).mul_(self.scale)
+            del counts
         y = scaled.to(x.dtype)
         if columns.numel():
             y.addmm_(x.index_select(1, columns), self._scaled(self.weight[:, columns]).t())
@@ -234,6 +240,11 @@ class _FrozenProduct(torch.autograd.Function):
 _codes: dict[torch.device, Tensor] = {}
 
 
+def forget_codes(device: torch.device) -> None:
+    """So that a plan counts them each time, as a fresh process does."""
+    _codes.pop(device, None)
+
+
 def code_of_scales(device: torch.device) -> Tensor:
     """The 256 values that quantized scales stand for, one copy a device.
 
@@ -245,18 +256,22 @@ def code_of_scales(device: torch.device) -> Tensor:
     return _codes[device]
 
 
-def _outlier_columns(x: Tensor, threshold: float) -> Tensor:
-    """Indices of input columns with a value beyond the threshold.
+def _outlier_columns(magnitudes: Tensor, threshold: float) -> Tensor:
+    """Indices of the columns of |x| with a value beyond the threshold.
 
     On imagined tensors: the most columns for which the mixed product is still used, its bound.
     """
     if threshold == 0:
-        return torch.empty(0, dtype=torch.long, device=x.device)
-    with scope("temporary"):
-        beyond = (x.abs() > threshold).any(dim=0)
-        if x.is_meta:
-            return torch.empty(x.shape[1] // OUTLIER_SHARE, dtype=torch.long, device="meta")
-        return beyond.nonzero().flatten()
+        return torch.empty(0, dtype=torch.long, device=magnitudes.device)
+    beyond = (magnitudes > threshold).any(dim=0)
+    if magnitudes.is_meta:
+        return torch.empty(beyond.shape[0] // OUTLIER_SHARE, dtype=torch.long, device="meta")
+    return beyond.nonzero().flatten()
+
+
+def _enough(pieces: Sequence[_T], weight: Tensor) -> Sequence[_T]:
+    """All pieces; of an imagined weight the first two, because the others take what these take."""
+    return pieces[:2] if weight.is_meta else pieces
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""Turns a transformers model on `meta` into ours: packed linears, adapters, tables, checkpointing.
+"""Turns a transformers model on `meta` into ours: packed linears, adapters, tables, norms, MLPs.
 
 Nothing is loaded here. What comes out has a place for every tensor of the checkpoint, and
 `weights/build.py` fills these places one by one. The same surgery serves the plan.
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from qlora_cli.errors import Problem, ProblemsError
 from qlora_cli.nn.embedding import FrozenEmbedding
 from qlora_cli.nn.lora import LoraLinear, Settings
+from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
+from qlora_cli.nn.norm import RmsNorm
 from qlora_cli.nn.quant import Format, QuantLinear
 
 
@@ -88,6 +90,25 @@ def install_tables(model: nn.Module, tables: Sequence[str], head: str, held: For
     bias = old.bias is not None
     plain = QuantLinear(old.in_features, old.out_features, bias, held.plain(), category="head")
     replace(model, head, plain)
+
+
+def install_norms(model: nn.Module, paths: Sequence[str]) -> None:
+    """RMSNorms that keep no float32 copy of their input."""
+    for path in paths:
+        old: Any = model.get_submodule(path)
+        replace(model, path, RmsNorm(old.weight, old.variance_epsilon))
+
+
+def install_mlps(
+    model: nn.Module, paths: Sequence[str], names: Projections, activation: str
+) -> None:
+    """MLPs that compute again what lies between their linears; behind `install`.
+
+    A model with an activation that has no gradient here keeps its own.
+    """
+    if activation in ACTIVATIONS:
+        for path in paths:
+            replace(model, path, Mlp(model.get_submodule(path), names, ACTIVATIONS[activation]))
 
 
 def replace(model: nn.Module, path: str, new: nn.Module) -> None:

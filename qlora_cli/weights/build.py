@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer
 from qlora_cli.families.registry import family_of, is_known
-from qlora_cli.families.sites import find_sites
+from qlora_cli.families.sites import find_sites, mlp_paths, norm_paths
 from qlora_cli.families.spec import Family
 from qlora_cli.memory.tracker import attribute, host_memory, is_on_host, scope, unallocated, within
 from qlora_cli.nn import attention, surgery
@@ -165,6 +165,11 @@ def _operate(built: Built, recipe: Recipe) -> None:
     built.model.requires_grad_(False)
     surgery.install(built.model, built.sites, built.held, built.adapted, settings)
     surgery.install_tables(built.model, family.embeddings, family.head, built.held)
+    surgery.install_norms(built.model, norm_paths(built.model, family))
+    if family.mlp is not None:
+        activation = getattr(built.config, family.mlp.activation)
+        paths = mlp_paths(built.model, family.blocks, family.mlp)
+        surgery.install_mlps(built.model, paths, family.mlp.projections, activation)
 
 
 def _initialize_adapters(built: Built, device: torch.device, seed: int) -> None:

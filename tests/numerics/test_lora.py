@@ -17,6 +17,7 @@ from qlora_cli.data.chat import Example
 from qlora_cli.data.collate import collate
 from qlora_cli.errors import ProblemsError
 from qlora_cli.nn.lora import LoraLinear, Settings, adapted_layers
+from qlora_cli.nn.product import draw_seed
 from qlora_cli.nn.quant import Format, QuantLinear
 from qlora_cli.train.forward import batch_loss
 from qlora_cli.train.optimizer import make_optimizer
@@ -64,6 +65,12 @@ def gradients(y: Tensor, layer: LoraLinear, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((y * weights).sum() + y.square().sum(), inputs))
 
 
+def kept(x: Tensor, dropout: float) -> Tensor:
+    """The mask that the next call of a layer with dropout will make."""
+    generator = torch.Generator().manual_seed(draw_seed())
+    return ~torch.empty(x.shape, dtype=torch.bool).bernoulli_(dropout, generator=generator)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("parts", [PLAIN, FUSED], ids=["plain", "fused"])
 @pytest.mark.parametrize("rslora", [False, True])
@@ -76,7 +83,8 @@ def test_gradients_are_those_of_plain_modules_in_float64(
     ours = layer(x)
     torch.manual_seed(11)
     flat = x.reshape(-1, 64)
-    wanted = composed(layer, flat, functional.dropout(flat, dropout)).view(3, 5, 48)
+    dropped = flat * kept(flat, dropout) / (1 - dropout) if dropout else flat
+    wanted = composed(layer, flat, dropped).view(3, 5, 48)
     torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
     for own, other in zip(gradients(ours, layer, x), gradients(wanted, layer, x), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-11)
@@ -112,8 +120,25 @@ def test_the_comparison_would_see_a_wrong_gradient(monkeypatch: pytest.MonkeyPat
         torch.autograd.gradcheck(layer, (x,), fast_mode=True)
 
 
-def test_only_x_and_x_a_are_kept_for_backward() -> None:
-    layer = adapted(FUSED)
+def test_dropout_drops_its_share_anew_each_time_and_only_in_training() -> None:
+    layer = adapted(PLAIN, bits=16, dropout=0.3)
+    layer.base.weight.data.zero_()
+    eye = torch.eye(64, dtype=torch.float64)
+    torch.manual_seed(0)
+    outputs = [layer(eye) for _ in range(40)]
+    assert not torch.equal(outputs[0], outputs[1])
+    zero = torch.stack([(one == 0).all(dim=1) for one in outputs]).double()
+    # Row i of A^T B^T is there or not with entry i of the unit vector: 2560 draws.
+    assert zero.mean().item() == pytest.approx(0.3, abs=0.03)
+    layer.eval()
+    torch.testing.assert_close(layer(eye), layer.delta().t().double(), rtol=1e-5, atol=1e-5)
+    there = outputs[0][~zero[0].bool()]
+    torch.testing.assert_close(there, layer(eye)[~zero[0].bool()] / 0.7)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_only_x_and_x_a_are_kept_for_backward(dropout: float) -> None:
+    layer = adapted(FUSED, dropout=dropout)
     x = torch.randn(9, 64, dtype=torch.float64, requires_grad=True)
     shapes: list[tuple[int, ...]] = []
 
