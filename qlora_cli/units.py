@@ -30,6 +30,14 @@ def format_bytes(num_bytes: int) -> str:
     return f"{sign}{value:.{digits}f} {unit}"
 
 
+def format_decimal(num_bytes: int) -> str:
+    """`37.7 MB`, `1.05 TB`: powers of 1000, to stand beside a paper's figures."""
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    power = next(p for p in (1, 2, 3, 4) if num_bytes < 999.5 * 1000**p or p == 4)
+    return f"{num_bytes / 1000**power:.3g} {' kMGT'[power]}B"
+
+
 def parse_bytes(text: str) -> int:
     """`24GiB`, `24G`, `24 GB` or `8000000000` as bytes; K, M, G and T are powers of 1024.
 

@@ -12,6 +12,9 @@ from qlora_cli.errors import DoesNotFit
 if TYPE_CHECKING:
     from qlora_cli.recipe.resolve import DeviceFacts
 
+_CONTEXT = 512 * 1024**2
+"""Assumed, not measured: what a CUDA context and its modules take of a card that is not here."""
+
 
 @click.command()
 @click.argument("recipe")
@@ -41,11 +44,11 @@ def plan(
     loaded = load_recipe(recipe, overrides)
     # Only now what takes seconds to import: a faulty recipe is told at once.
     from qlora_cli.jobs import plan as job
-    from qlora_cli.ui import tables
+    from qlora_cli.ui import planned
 
     with working():
         result = job.run(loaded, device_facts=facts, fit=fit, compare=compare)
-    emit(result, as_json, tables.plan)
+    emit(result, as_json, planned.plan)
     if result.fits is False:
         ctx.exit(DoesNotFit.exit_code)
 
@@ -67,5 +70,6 @@ def _imagined_card(vram: str) -> DeviceFacts:
         capacity_bytes=capacity,
         capability=(8, 9),
         multiprocessors=128,
+        context_bytes=_CONTEXT,
         imagined=True,
     )

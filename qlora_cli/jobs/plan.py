@@ -8,12 +8,15 @@ from dataclasses import asdict
 from typing import Any
 
 from qlora_cli.data.collate import Batch, worst_batch
-from qlora_cli.jobs.results import Advice, Compared, PlanResult
+from qlora_cli.jobs.advise import Planned, changes_that_fit, largest
+from qlora_cli.jobs.arithmetic import arithmetic_of
+from qlora_cli.jobs.results import Compared, PlanResult
 from qlora_cli.memory.device import inspect_device
-from qlora_cli.memory.ledger import Device, Ledger, worst
+from qlora_cli.memory.ledger import Allocator, Device, Ledger, worst
 from qlora_cli.recipe.resolve import DeviceFacts, resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.imagine import Imagined, full_fine_tuning, imagine, side
+from qlora_cli.units import format_bytes
 from qlora_cli.weights.locate import find_config, read_config
 
 _COMPARED = (("full", 16), ("lora", 16), ("lora", 8), ("lora", 4))
@@ -31,21 +34,25 @@ def run(
     facts = device_facts or inspect_device()
     config = read_config(find_config(recipe.model.name, recipe.model.revision))
     resolved, _ = resolve(recipe, facts)
-    imagined = plan(resolved, config, facts)
-    before = plan(full_fine_tuning(resolved), config, facts)
-    fits = imagined.peak_bytes <= facts.capacity_bytes
-    advice = _largest(resolved, config, facts) if fit else ()
+    planned: Planned = _Remembering(config, facts)
+    imagined = planned(resolved)
+    fits = imagined.fits(facts.usable_bytes)
+    advice = largest(resolved, config, planned, facts) if fit else ()
     if not fits and not fit:
-        advice = _smaller(resolved, config, facts, imagined.peak_bytes)
+        advice = changes_that_fit(resolved, planned, facts)
     return PlanResult(
         device=asdict(facts),
-        ledger=planned_ledger(resolved, facts, imagined, before),
+        ledger=planned_ledger(resolved, facts, imagined, planned(full_fine_tuning(resolved))),
         fits=fits,
+        usable_bytes=facts.usable_bytes,
+        floor_bytes=imagined.floor_bytes,
         advice=advice,
-        compare=_compare(resolved, config, facts) if compare else (),
+        compare=_compare(resolved, planned) if compare else (),
         trainable_parameters=imagined.trainable_parameters,
         total_parameters=imagined.total_parameters,
         adapter_bytes=imagined.adapter_bytes,
+        arithmetic=arithmetic_of(resolved, imagined),
+        notes=_notes(resolved, facts),
         seconds=time.perf_counter() - began,
     )
 
@@ -64,6 +71,7 @@ def planned_ledger(
     recipe: Recipe, facts: DeviceFacts, imagined: Imagined, before: Imagined
 ) -> Ledger:
     """The plan as a ledger, nothing of it measured."""
+    reserved = imagined.reserved_bytes
     return Ledger(
         device=Device(facts.kind, facts.name, facts.capacity_bytes),
         phases=imagined.phases,
@@ -71,80 +79,60 @@ def planned_ledger(
         after=side(recipe, imagined.phases, "planned"),
         planned_peak_bytes=imagined.peak_bytes,
         measured_peak_bytes=0,
+        allocator=Allocator(imagined.peak_bytes, reserved) if reserved else Allocator(),
         instrument="planned: the same job on imagined tensors",
+        floor_bytes=imagined.floor_bytes,
     )
 
 
-def _compare(recipe: Recipe, config: Any, facts: DeviceFacts) -> tuple[Compared, ...]:
+class _Remembering:
+    """Plans each recipe once."""
+
+    def __init__(self, config: Any, facts: DeviceFacts) -> None:
+        self._config = config
+        self._facts = facts
+        self._known: dict[str, Imagined] = {}
+
+    def __call__(self, recipe: Recipe) -> Imagined:
+        key = recipe.model_dump_json()
+        if key not in self._known:
+            self._known[key] = plan(recipe, self._config, self._facts)
+        return self._known[key]
+
+
+def _compare(recipe: Recipe, planned: Planned) -> tuple[Compared, ...]:
     compared = []
     for method, bits in _COMPARED:
-        other = full_fine_tuning(recipe) if method == "full" else _with(recipe, "base", bits=bits)
-        if method == "lora" and recipe.adapter.method == "full":
+        if method == "full":
+            other = full_fine_tuning(recipe)
+        elif recipe.adapter.method == "full":
             continue
-        peak = worst(plan(other, config, facts).phases)
+        else:
+            other = recipe.model_copy(
+                update={"base": recipe.base.model_copy(update={"bits": bits})}
+            )
+        peak = worst(planned(other).phases)
         compared.append(Compared(method, bits, peak.peak_bytes, peak.at_peak))
     return tuple(compared)
 
 
-def _smaller(
-    recipe: Recipe, config: Any, facts: DeviceFacts, peak_bytes: int
-) -> tuple[Advice, ...]:
-    """Single changes that save memory, each planned, the most saving first."""
-    train, data, base = recipe.train, recipe.data, recipe.base
-    changes: list[tuple[str, Recipe]] = []
-    if not train.activation_checkpointing:
-        changes.append(
-            (
-                "train.activation_checkpointing=true",
-                _with(recipe, "train", activation_checkpointing=True),
-            )
+def _notes(recipe: Recipe, facts: DeviceFacts) -> tuple[str, ...]:
+    """What of the plan is a model or a bound, one sentence each."""
+    notes = []
+    if facts.kind == "cuda":
+        notes.append(
+            "allocated and reserved are modelled: torch's caching allocator, cuBLAS' workspaces "
+            "and the attention kernel of compute capability "
+            + ".".join(map(str, facts.capability or ()))
         )
-    if train.micro_batch > 1:
-        changes.append(("train.micro_batch=1", _with(recipe, "train", micro_batch=1)))
-    if recipe.adapter.method == "lora" and base.bits > 4:
-        changes.append(("base.bits=4", _with(recipe, "base", bits=4)))
-    if data.seq_len >= 512:
-        half = data.seq_len // 2
-        changes.append((f"data.seq_len={half}", _with(recipe, "data", seq_len=half)))
-    if train.optimizer == "adamw" and recipe.adapter.method == "lora":
-        changes.append(("train.optimizer=adamw8bit", _with(recipe, "train", optimizer="adamw8bit")))
-    planned = ((text, plan(changed, config, facts).peak_bytes) for text, changed in changes)
-    advice = [Advice(text, peak_bytes - peak, peak) for text, peak in planned if peak < peak_bytes]
-    return tuple(sorted(advice, key=lambda one: one.peak_bytes))
-
-
-def _largest(recipe: Recipe, config: Any, facts: DeviceFacts) -> tuple[Advice, ...]:
-    """The largest sequence at micro-batch 1, the largest micro-batch at the recipe's length."""
-    now = plan(recipe, config, facts).peak_bytes
-    limit = int(getattr(config, "max_position_embeddings", None) or 2**17)
-    alone = _with(recipe, "train", micro_batch=1)
-    found = []
-    for text, make, top, unit in (
-        ("data.seq_len", lambda n: _with(alone, "data", seq_len=n), limit, 64),
-        ("train.micro_batch", lambda n: _with(recipe, "train", micro_batch=n), 256, 1),
-    ):
-        best = _bisect(
-            lambda n, make=make: plan(make(n), config, facts).peak_bytes, top, unit, facts
+        source = "assumed" if facts.imagined else "measured"
+        notes.append(
+            f"{format_bytes(facts.context_bytes)} of the card are taken by the CUDA context and "
+            f"whatever else is there ({source}); the allocator has the rest"
         )
-        if best is not None:
-            value, peak = best
-            found.append(Advice(f"{text}={value}", now - peak, peak))
-    return tuple(found)
-
-
-def _bisect(peak_of: Any, top: int, unit: int, facts: DeviceFacts) -> tuple[int, int] | None:
-    """(largest multiple of `unit` up to `top` whose peak fits, that peak); None if none does."""
-    low, high, best = 1, max(1, top // unit), None
-    while low <= high:
-        middle = (low + high) // 2
-        peak = peak_of(middle * unit)
-        if peak <= facts.capacity_bytes:
-            best, low = (middle * unit, peak), middle + 1
-        else:
-            high = middle - 1
-    return best
-
-
-def _with(recipe: Recipe, section: str, **changes: Any) -> Recipe:
-    part = getattr(recipe, section).model_copy(update=changes)
-    return recipe.model_copy(update={section: part})
+    if recipe.base.bits == 8 and recipe.base.outlier_threshold:
+        notes.append(
+            "8 bit: how many outlier columns there are depends on the data; the plan takes the "
+            "most that are multiplied apart, an eighth of a layer's inputs"
+        )
+    return tuple(notes)

@@ -27,6 +27,7 @@ class Advice:
     change: str
     saves_bytes: int
     peak_bytes: int
+    fits: bool
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,31 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class Line:
+    """One line of arithmetic. unit: B, x or nothing. assumption: what is counted, in words."""
+
+    name: str
+    value: float
+    unit: str
+    assumption: str
+
+
+@dataclass(frozen=True)
 class PlanResult(Result):
-    """`qlora plan`. fits: None where no capacity is known."""
+    """`qlora plan`. usable_bytes: of the device. notes: what is a model, what a bound."""
 
     device: dict[str, Any]
     ledger: Ledger
-    fits: bool | None
+    fits: bool
+    usable_bytes: int
+    floor_bytes: int
     advice: tuple[Advice, ...]
     compare: tuple[Compared, ...]
     trainable_parameters: int
     total_parameters: int
     adapter_bytes: int
+    arithmetic: tuple[Line, ...]
+    notes: tuple[str, ...]
     seconds: float
 
 

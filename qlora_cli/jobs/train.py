@@ -141,10 +141,10 @@ def _plan(job: Job, observer: Observer) -> tuple[Imagined, Imagined]:
         f"plan: {format_bytes(planned.peak_bytes)} at the peak; full fine-tuning would need "
         f"{format_bytes(before.peak_bytes)}"
     )
-    if not planned.fits(prepared.facts.capacity_bytes):
+    if not planned.fits(prepared.facts.usable_bytes):
         raise DoesNotFit(
-            f"the job needs {format_bytes(planned.peak_bytes)}; {prepared.facts.name} has "
-            f"{format_bytes(prepared.facts.capacity_bytes)}",
+            f"the job needs {format_bytes(planned.reserved_bytes or planned.peak_bytes)}; "
+            f"{prepared.facts.name} has {format_bytes(prepared.facts.usable_bytes)} for it",
             hint="`qlora plan` says which changes make it fit",
         )
     return planned, before

@@ -16,12 +16,16 @@ def inspect_device() -> DeviceFacts:
     """The first CUDA card where there is one, else this machine's CPU."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
+        free, total = torch.cuda.mem_get_info(0)
+        # What this process' allocator has taken is the job's own.
+        taken = total - free - torch.cuda.memory_reserved(0)
         return DeviceFacts(
             kind="cuda",
             name=properties.name,
             capacity_bytes=properties.total_memory,
             capability=(properties.major, properties.minor),
             multiprocessors=properties.multi_processor_count,
+            context_bytes=max(taken, 0),
         )
     return DeviceFacts(kind="cpu", name=_cpu_name(), capacity_bytes=host_capacity_bytes())
 

@@ -14,7 +14,8 @@ class DeviceFacts:
 
     kind: cpu | cuda. capacity_bytes: memory of the card, or of the machine. capability: CUDA
     compute capability, (8, 9) for an RTX 4090; None on a CPU. multiprocessors: of the card, 0 on
-    a CPU. imagined: a card that is not here, described by hand (`--vram`).
+    a CPU. context_bytes: of the capacity, what the CUDA context and others take. imagined: a card
+    that is not here, described by hand (`--vram`).
     """
 
     kind: str
@@ -22,7 +23,13 @@ class DeviceFacts:
     capacity_bytes: int
     capability: tuple[int, int] | None = None
     multiprocessors: int = 0
+    context_bytes: int = 0
     imagined: bool = False
+
+    @property
+    def usable_bytes(self) -> int:
+        """What is left for a job."""
+        return self.capacity_bytes - self.context_bytes
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from qlora_cli.memory.recording import NUM_IMAGINED, NotAlike, Recording, Visit,
 from qlora_cli.memory.rules import CPU_RULES
 from qlora_cli.memory.tracker import StorageTracker, gradients_of
 from qlora_cli.nn.attention import kernel_for
+from qlora_cli.nn.quant import forget_codes
 from qlora_cli.recipe.resolve import DeviceFacts
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.forward import evaluate
@@ -165,6 +166,7 @@ class _Job:
         tracker = StorageTracker(recording, rules, "meta", counts_host=not self.on_card)
         # Asked first: making a model writes the compute dtype into its config.
         dtype = file_dtype(config)
+        meta = torch.device("meta")
         total = (0, 0)
 
         def source(model: nn.Module, family: Family) -> ImaginedSource:
@@ -173,9 +175,10 @@ class _Job:
             total = _counted(dict(model.named_parameters()), family, nn.Parameter.numel)
             return ImaginedSource(_worst_order(model, family, config), dtype)
 
+        forget_codes(meta)
         with _no_collection(), tracker:
             recording.begin()
-            state = build_state(self.recipe, config, source, torch.device("meta"), Silent(), dtype)
+            state = build_state(self.recipe, config, source, meta, Silent(), dtype)
             tag_living(state, tracker)
             recording.end("load")
             recording.release_cache()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,13 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_cli.jobs.results import (
-    Advice,
     DataResult,
     DoctorResult,
     EvalResult,
     GenerateResult,
     MergeResult,
-    PlanResult,
     QuickstartResult,
     ReportResult,
     ShownRow,
@@ -27,35 +25,17 @@ from qlora_cli.jobs.results import (
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.ui import memory
 from qlora_cli.ui.summary import summary
-from qlora_cli.units import format_bytes, format_count, format_duration
+from qlora_cli.units import format_bytes, format_count
 
 _STATES = {"ok": "green", "limited": "yellow", "missing": "red"}
 _MARKS = ("⟦", "⟧")
 """Around what is trained on; rare enough not to be taken for the row's own text."""
 
 
-def plan(result: PlanResult) -> RenderableType:
-    """Whether the job fits, what it holds when, and what would make it smaller."""
-    share = result.trainable_parameters / max(result.total_parameters, 1)
-    facts = {
-        "trained": f"{format_count(result.trainable_parameters)} of "
-        f"{format_count(result.total_parameters)} parameters ({share:.2%})",
-        "adapter on disk": format_bytes(result.adapter_bytes),
-        "planned in": format_duration(result.seconds),
-    }
-    parts = [_verdict(result), memory.phase_table(result.ledger)]
-    parts.append(memory.before_and_after(result.ledger))
-    if result.compare:
-        parts.append(memory.comparison(result.compare))
-    if result.advice:
-        parts.append(_advice(result.advice))
-    return Group(*parts, _facts(facts))
-
-
 def train(result: TrainResult) -> RenderableType:
     """What was trained, where it lies, and the memory it took."""
     tables = (memory.phase_table(result.ledger), memory.before_and_after(result.ledger))
-    return Group(*tables, _facts(_trained(result)))
+    return Group(*tables, fact_lines(_trained(result)))
 
 
 def report(result: ReportResult) -> RenderableType:
@@ -66,12 +46,12 @@ def report(result: ReportResult) -> RenderableType:
             facts[name] = str(path)
     tables = (memory.phase_table(result.ledger), memory.before_and_after(result.ledger))
     notes = [Text(f"! {note}", style="yellow") for note in result.ledger.notes]
-    return Group(*tables, *notes, _facts(facts))
+    return Group(*tables, *notes, fact_lines(facts))
 
 
 def merge(result: MergeResult) -> RenderableType:
     """Where the merged model lies and what it is."""
-    return _facts(
+    return fact_lines(
         {
             "merged model": str(result.out),
             "dtype": f"{result.dtype} ({result.dtype_reason})",
@@ -97,12 +77,12 @@ def verify(result: VerifyResult) -> RenderableType:
     if result.greedy_tokens is not None:
         told = f"the first {result.greedy_agreement} of {result.greedy_tokens}"
         facts["same greedy tokens"] = told
-    return Group(*parts, _facts(facts))
+    return Group(*parts, fact_lines(facts))
 
 
 def evaluation(result: EvalResult) -> RenderableType:
     """Loss, perplexity and accuracy over the trained tokens of the rows."""
-    return _facts(
+    return fact_lines(
         {
             "loss": f"{result.loss:.4f} nats a token",
             "perplexity": f"{result.perplexity:.4g}",
@@ -132,7 +112,7 @@ def data(result: DataResult) -> RenderableType:
     findings = [Text(f"! {finding}", style="yellow") for finding in result.findings]
     key = [Text("Trained tokens are green and stand between ⟦ and ⟧.", style="dim")]
     shown = [row(one) for one in result.shown]
-    return Group(_facts(facts), *findings, *(key if shown else []), *shown)
+    return Group(fact_lines(facts), *findings, *(key if shown else []), *shown)
 
 
 def row(shown: ShownRow) -> RenderableType:
@@ -170,30 +150,10 @@ def quickstart(result: QuickstartResult) -> RenderableType:
     samples = [_sample(*sample) for sample in result.samples]
     return Group(
         memory.before_and_after(result.train.ledger),
-        _facts(facts),
+        fact_lines(facts),
         verify(result.verify),
         *samples,
     )
-
-
-def _verdict(result: PlanResult) -> Text:
-    peak = format_bytes(result.ledger.planned_peak_bytes)
-    where = memory.device_line(result.ledger)
-    if result.fits is None:
-        return Text(f"needs {peak}", style="bold")
-    word, style = ("fits", "bold green") if result.fits else ("DOES NOT FIT", "bold red")
-    phase = memory.worst_phase(result.ledger)
-    return Text.assemble((word, style), f" on {where}: needs {peak}, reached in phase {phase}")
-
-
-def _advice(advice: Sequence[Advice]) -> RenderableType:
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column("change")
-    table.add_column("saves", justify="right")
-    table.add_column("peak then", justify="right")
-    for one in advice:
-        table.add_row(one.change, format_bytes(one.saves_bytes), format_bytes(one.peak_bytes))
-    return Group(Text("Planned with one change each", style="bold"), table)
 
 
 def _trained(result: TrainResult) -> dict[str, str]:
@@ -220,7 +180,7 @@ def _sample(prompt: str, before: str, after: str) -> RenderableType:
     return table
 
 
-def _facts(facts: Mapping[str, str]) -> RenderableType:
+def fact_lines(facts: Mapping[str, str]) -> RenderableType:
     """One line a fact; no table, because a path that is broken over lines cannot be copied."""
     width = max(map(len, facts)) + 2
     lines = (Text.assemble((f"{name:{width}}", "bold"), told) for name, told in facts.items())

@@ -1,0 +1,102 @@
+"""Single changes to a recipe that make a job fit a device, each of them planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from qlora_cli.jobs.results import Advice
+from qlora_cli.recipe.resolve import DeviceFacts
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.train.imagine import Imagined
+
+Planned = Callable[[Recipe], Imagined]
+"""From a resolved recipe to its plan."""
+
+_SEQUENCE_UNIT = 64
+"""Sequence lengths are searched in multiples of this."""
+_MOST_SEQUENCES = 256
+_LONGEST = 2**17
+"""Where the config names no number of positions."""
+
+
+def changes_that_fit(recipe: Recipe, planned: Planned, facts: DeviceFacts) -> tuple[Advice, ...]:
+    """Changes that save memory: those that make the job fit first, of these the mildest first."""
+    now = planned(recipe).peak_bytes
+    advice = [_advice(text, planned(changed), now, facts) for text, changed in _changes(recipe)]
+    for text, make, top, unit in _sizes(recipe, recipe.data.seq_len, recipe.train.micro_batch):
+        found = _largest(lambda n, make=make: planned(make(n)), top, unit, facts)
+        if found is not None and found[0] < top:
+            advice.append(_advice(f"{text}={found[0]}", found[1], now, facts))
+    saving = [one for one in advice if one.saves_bytes > 0]
+    return tuple(sorted(saving, key=lambda one: (not one.fits, -one.peak_bytes)))
+
+
+def largest(
+    recipe: Recipe, config: Any, planned: Planned, facts: DeviceFacts
+) -> tuple[Advice, ...]:
+    """The longest sequence at micro-batch 1, the largest micro-batch at the recipe's length."""
+    now = planned(recipe).peak_bytes
+    longest = int(getattr(config, "max_position_embeddings", None) or _LONGEST)
+    alone = _with(recipe, "train", micro_batch=1)
+    advice = []
+    for base, pick in ((alone, 0), (recipe, 1)):
+        text, make, top, unit = list(_sizes(base, longest, _MOST_SEQUENCES))[pick]
+        found = _largest(lambda n, make=make: planned(make(n)), top, unit, facts)
+        if found is not None:
+            advice.append(_advice(f"{text}={found[0]}", found[1], now, facts))
+    return tuple(advice)
+
+
+def _changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Settings that cost speed or a little quality, and save memory."""
+    if not recipe.train.activation_checkpointing:
+        changed = _with(recipe, "train", activation_checkpointing=True)
+        yield "train.activation_checkpointing=true", changed
+    if recipe.adapter.method == "full":
+        return
+    if recipe.train.optimizer == "adamw" and recipe.adapter.dtype == "float32":
+        yield "train.optimizer=adamw8bit", _with(recipe, "train", optimizer="adamw8bit")
+    for bits in (8, 4):
+        if recipe.base.bits > bits:
+            yield f"base.bits={bits}", _with(recipe, "base", bits=bits)
+    if recipe.base.bits == 4 and not recipe.base.double_quant:
+        yield "base.double_quant=true", _with(recipe, "base", double_quant=True)
+    if recipe.adapter.rank > 8:
+        yield "adapter.rank=8", _with(recipe, "adapter", rank=8)
+    if recipe.adapter.targets == "all":
+        yield "adapter.targets=[q,v]", _with(recipe, "adapter", targets=["q", "v"])
+
+
+def _sizes(
+    recipe: Recipe, longest: int, most: int
+) -> Iterator[tuple[str, Callable[[int], Recipe], int, int]]:
+    """What can be larger or smaller: (key, recipe of a size, largest size, its unit)."""
+    yield "data.seq_len", lambda n: _with(recipe, "data", seq_len=n), longest, _SEQUENCE_UNIT
+    yield "train.micro_batch", lambda n: _with(recipe, "train", micro_batch=n), most, 1
+
+
+def _largest(
+    plan_of: Callable[[int], Imagined], top: int, unit: int, facts: DeviceFacts
+) -> tuple[int, Imagined] | None:
+    """(largest multiple of `unit` up to `top` that fits, its plan); None where none does."""
+    low, high, best = 1, top // unit, None
+    while low <= high:
+        middle = (low + high) // 2
+        imagined = plan_of(middle * unit)
+        if imagined.fits(facts.usable_bytes):
+            best, low = (middle * unit, imagined), middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def _advice(change: str, imagined: Imagined, now: int, facts: DeviceFacts) -> Advice:
+    return Advice(
+        change, now - imagined.peak_bytes, imagined.peak_bytes, imagined.fits(facts.usable_bytes)
+    )
+
+
+def _with(recipe: Recipe, section: str, **changes: Any) -> Recipe:
+    part = getattr(recipe, section).model_copy(update=changes)
+    return recipe.model_copy(update={section: part})
