@@ -100,11 +100,13 @@ def _command_faults(command: click.Command, words: list[str]) -> Iterator[str]:
             else:
                 yield from _command_faults(inner, words[1:])
         return
-    options = {name for param in command.get_params(context) for name in param.opts}
+    params = command.get_params(context)
+    options = {name for param in params for name in param.opts}
+    takes_settings = "overrides" in {param.name for param in params}
     for word in words:
         if word.startswith("--") and word.partition("=")[0] not in options:
             yield f"{command.name} has no option {word}"
-        override = _OVERRIDE.match(word)
+        override = _OVERRIDE.match(word) if takes_settings else None
         if override and override[1] != "key" and field_at(override[1]) is None:
             yield f"there is no setting {override[1]}"
         if word.startswith("recipes/") and Path(word).stem not in shipped_recipes():

@@ -70,6 +70,7 @@ def test_a_fault_is_found(readme: Path, text: str, told: str) -> None:
         "`tools/test` and `meta-llama/Llama-3.1-8B` and `runs/mine/adapter`",
         "```bash\nqlora train mine.yaml train.lr=1e-4 --resume  # it's fine\n```",
         '```json\n{"train.lrr": 1}\n```',
+        "```bash\nqlora generate runs/a --adapter other=runs/b --prompt x\n```",
     ],
 )
 def test_what_is_right_is_left_alone(readme: Path, text: str) -> None:
