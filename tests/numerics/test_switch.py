@@ -27,7 +27,7 @@ IDS = torch.tensor([[5, 80, 91, 7, 33, 250]])
 ADAPTERS: dict[str, dict[str, Any]] = {
     "wide": {"rank": 3, "alpha": 6.0, "targets": "all"},
     "narrow": {"rank": 7, "alpha": 3.0, "targets": ["v"], "rslora": True},
-    "half": {"rank": 2, "alpha": 8.0, "targets": ["q", "down"], "dtype": "float16"},
+    "half": {"rank": 2, "targets": ["q", "down"], "dtype": "float16", "dropout": 0.5},
 }
 """Unlike in rank, targets, scaling and dtype; of one linear, one adapter has parts and another
 none."""
