@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_cli.jobs.results import Advice
@@ -24,10 +25,10 @@ def changes_that_fit(recipe: Recipe, planned: Planned, facts: DeviceFacts) -> tu
     """Changes that save memory: those that make the job fit first, of these the mildest first."""
     now = planned(recipe).peak_bytes
     advice = [_advice(text, planned(changed), now, facts) for text, changed in _changes(recipe)]
-    for text, make, top, unit in _sizes(recipe, recipe.data.seq_len, recipe.train.micro_batch):
-        found = _largest(lambda n, make=make: planned(make(n)), top, unit, facts)
-        if found is not None and found[0] < top:
-            advice.append(_advice(f"{text}={found[0]}", found[1], now, facts))
+    for size in _sizes(recipe, recipe.data.seq_len, recipe.train.micro_batch):
+        found = size.largest(planned, facts)
+        if found is not None and found[0] < size.top:
+            advice.append(_advice(f"{size.key}={found[0]}", found[1], now, facts))
     saving = [one for one in advice if one.saves_bytes > 0]
     return tuple(sorted(saving, key=lambda one: (not one.fits, -one.peak_bytes)))
 
@@ -39,12 +40,13 @@ def largest(
     now = planned(recipe).peak_bytes
     longest = int(getattr(config, "max_position_embeddings", None) or _LONGEST)
     alone = _with(recipe, "train", micro_batch=1)
+    length, _ = _sizes(alone, longest, _MOST_SEQUENCES)
+    _, sequences = _sizes(recipe, longest, _MOST_SEQUENCES)
     advice = []
-    for base, pick in ((alone, 0), (recipe, 1)):
-        text, make, top, unit = list(_sizes(base, longest, _MOST_SEQUENCES))[pick]
-        found = _largest(lambda n, make=make: planned(make(n)), top, unit, facts)
+    for size in (length, sequences):
+        found = size.largest(planned, facts)
         if found is not None:
-            advice.append(_advice(f"{text}={found[0]}", found[1], now, facts))
+            advice.append(_advice(f"{size.key}={found[0]}", found[1], now, facts))
     return tuple(advice)
 
 
@@ -68,27 +70,39 @@ def _changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "adapter.targets=[q,v]", _with(recipe, "adapter", targets=["q", "v"])
 
 
-def _sizes(
-    recipe: Recipe, longest: int, most: int
-) -> Iterator[tuple[str, Callable[[int], Recipe], int, int]]:
-    """What can be larger or smaller: (key, recipe of a size, largest size, its unit)."""
-    yield "data.seq_len", lambda n: _with(recipe, "data", seq_len=n), longest, _SEQUENCE_UNIT
-    yield "train.micro_batch", lambda n: _with(recipe, "train", micro_batch=n), most, 1
+@dataclass(frozen=True)
+class _Size:
+    """A number of the recipe that can be larger or smaller: from `unit` to `top`."""
+
+    section: str
+    name: str
+    recipe: Recipe
+    top: int
+    unit: int
+
+    @property
+    def key(self) -> str:
+        """As on the command line."""
+        return f"{self.section}.{self.name}"
+
+    def largest(self, planned: Planned, facts: DeviceFacts) -> tuple[int, Imagined] | None:
+        """(largest multiple of the unit that fits, its plan); None where none does."""
+        low, high, best = 1, self.top // self.unit, None
+        while low <= high:
+            middle = (low + high) // 2
+            size = middle * self.unit
+            imagined = planned(_with(self.recipe, self.section, **{self.name: size}))
+            if imagined.fits(facts.usable_bytes):
+                best, low = (size, imagined), middle + 1
+            else:
+                high = middle - 1
+        return best
 
 
-def _largest(
-    plan_of: Callable[[int], Imagined], top: int, unit: int, facts: DeviceFacts
-) -> tuple[int, Imagined] | None:
-    """(largest multiple of `unit` up to `top` that fits, its plan); None where none does."""
-    low, high, best = 1, top // unit, None
-    while low <= high:
-        middle = (low + high) // 2
-        imagined = plan_of(middle * unit)
-        if imagined.fits(facts.usable_bytes):
-            best, low = (middle * unit, imagined), middle + 1
-        else:
-            high = middle - 1
-    return best
+def _sizes(recipe: Recipe, longest: int, most: int) -> tuple[_Size, _Size]:
+    """Length and number of the sequences."""
+    length = _Size("data", "seq_len", recipe, longest, _SEQUENCE_UNIT)
+    return length, _Size("train", "micro_batch", recipe, most, 1)
 
 
 def _advice(change: str, imagined: Imagined, now: int, facts: DeviceFacts) -> Advice:

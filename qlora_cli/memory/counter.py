@@ -96,6 +96,7 @@ class Counter:
         self._held[key] = (num_bytes, category)
         self._by_category[before] -= num_bytes
         self._by_category[category] += num_bytes
+        self._tell()
 
     def mark(self, name: str) -> None:
         """A part of a step begins."""

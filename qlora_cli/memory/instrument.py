@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -63,7 +62,7 @@ class Instrument:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """With the allocator's peaks where there is one."""
-        return tuple(_with_other(p, self._peaks.get(p.name, 0)) for p in self._counter.phases)
+        return tuple(p.at_least(self._peaks.get(p.name, 0)) for p in self._counter.phases)
 
     def allocator(self) -> Allocator:
         """The device's peaks over the whole job so far; zeros on a CPU."""
@@ -77,17 +76,4 @@ class Instrument:
         return "storage tracker (every tensor's bytes, and by rule what kernels allocate inside)"
 
     def _remember(self) -> None:
-        now, before = read_allocator(self._device), self._allocator
-        self._allocator = Allocator(
-            max(now.allocated, before.allocated),
-            max(now.reserved, before.reserved),
-            max(now.driver, before.driver),
-        )
-
-
-def _with_other(phase: Phase, device_peak: int) -> Phase:
-    unseen = device_peak - phase.peak_bytes
-    if unseen <= 0:
-        return phase
-    at_peak = phase.at_peak | {"other": phase.at_peak.get("other", 0) + unseen}
-    return replace(phase, peak_bytes=device_peak, at_peak=at_peak)
+        self._allocator = self._allocator.or_more(read_allocator(self._device))

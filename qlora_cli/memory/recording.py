@@ -13,14 +13,13 @@ works on, else to the same block as the event before it. Events of one block in 
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-NUM_IMAGINED = 6
-"""Blocks that are imagined: first, last, and four between them, so that a block, the one it is
-compared with, and both their neighbours are all in the middle."""
-_REPEATED = 2
+NUM_IMAGINED = 4
+"""Blocks that are imagined: the first, the last, one that is repeated, one to compare it with."""
+_REPEATED = 1
 """The block whose events are repeated."""
 
 
@@ -196,25 +195,29 @@ def _alike(visits: list[Visit]) -> list[Visit]:
     mine, others = (
         [visit for visit in visits if visit.block == block] for block in (_REPEATED, _REPEATED + 1)
     )
-    if len(mine) != len(others):
+    if [len(visit.events) for visit in mine] != [len(visit.events) for visit in others]:
         raise NotAlike
+    events = (event for visit in visits for event in visit.events)
+    sizes = {event.storage: event.num_bytes for event in events if event.kind == "allocate"}
     for one, other in zip(mine, others, strict=True):
-        if len(one.events) != len(other.events):
-            raise NotAlike
         for event, fellow in zip(one.events, other.events, strict=True):
             same = event[0] == fellow[0] and event[2:] == fellow[2:]
-            if not same or not _corresponds(event.storage, fellow.storage):
+            if not same or not _correspond(event.storage, fellow.storage, sizes):
                 raise NotAlike
     return others
 
 
-def _corresponds(mine: Birth | None, other: Birth | None) -> bool:
-    """The same storage, or that of a block as far away."""
-    if mine is None or other is None or mine == other:
+def _correspond(mine: Birth | None, other: Birth | None, sizes: Mapping[Birth | None, int]) -> bool:
+    """Whether the two are the same storage, or the same of a block as far away.
+
+    The first and the last block are visited at other times, so a neighbour's is known by its size.
+    """
+    if mine == other or mine is None or other is None:
         return mine == other
-    if mine.block is None or other.block is None:
+    if mine.block is None or other.block is None or mine.block + 1 != other.block:
         return False
-    return mine.block + 1 == other.block and mine[1:] == other[1:]
+    own = mine.block == _REPEATED
+    return mine[1:] == other[1:] if own else sizes[mine] == sizes[other]
 
 
 def _rises(visits: list[Visit], index: int) -> bool:
@@ -253,12 +256,17 @@ def _copy(visit: Visit, fellow: Visit, shift: int, more: int) -> Visit:
     """The repeated block's visit as that of the block `shift` further on."""
     events = []
     for event, other in zip(visit.events, fellow.events, strict=True):
-        storage = event.storage
-        if storage is not None and storage.block is not None:
-            if storage != other.storage:
+        storage, others = event.storage, other.storage
+        if storage is not None and others is not None and storage.block is not None:
+            if storage == others:
+                event = _of(
+                    event, storage.block + (more if storage.block > _REPEATED else 0), storage
+                )
+            elif storage.block >= _REPEATED:
                 event = _of(event, storage.block + shift, storage)
-            elif storage.block > _REPEATED:
-                event = _of(event, storage.block + more, storage)
+            elif shift:
+                # Of the block before, which is a copy too; the fellow names what that one made.
+                event = _of(event, storage.block + shift, others)
         events.append(event)
     return Visit(_REPEATED + shift, visit.number, events)
 

@@ -68,6 +68,16 @@ class Sink(Protocol):
 
 
 _MATRIX_PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm"))
+_WRITES_ONLY = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor", "addmm_", "pow_.Scalar"),
+        *("exp_", "rsqrt_", "round_", "clamp_min_", "index_fill_.int_Scalar", "copy_"),
+    )
+)
+"""What these do to an imagined tensor is nothing; torch takes half a millisecond to find out."""
+_WRITES_OUT = frozenset({"aten::mul.out", "aten::div.out", "aten::silu_backward.grad_input"})
+"""The same, for operations that are told where to write."""
 _active: list[StorageTracker] = []
 
 
@@ -148,12 +158,26 @@ class StorageTracker(TorchDispatchMode):
             return args[0].add_(args[1])
         if self._rules.workspace_bytes and func._schema.name in _MATRIX_PRODUCTS:
             self._workspace()
-        output = func(*args, **kwargs)
+        name = func.name()
+        output = self._written(name, args, kwargs)
+        if output is None:
+            output = func(*args, **kwargs)
         self._see(output, args)
-        rule = self._rules.temporaries.get(func.name())
+        rule = self._rules.temporaries.get(name)
         if rule is not None and self.place == "device":
             self._inside(rule(args, kwargs, output))
         return output
+
+    def _written(
+        self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
+        """What an operation on imagined tensors writes into, where that is all that it does."""
+        if self._device_type != "meta":
+            return None
+        into = args[0] if name in _WRITES_ONLY else None
+        if name in _WRITES_OUT:
+            into = next(kwargs[key] for key in ("out", "grad_input") if key in kwargs)
+        return into if isinstance(into, Tensor) and into.is_meta and into.numel() else None
 
     def _workspace(self) -> None:
         thread = "backward" if self._part_of_step == "backward" else "forward"
