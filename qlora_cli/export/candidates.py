@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_cli.checkpoint.adapter import attach, detach
 from qlora_cli.checkpoint.open import open_source
@@ -57,8 +57,6 @@ def trained(tensors: MergedTensors, base: Path) -> Speaker:
         if tensors.adapter is not None:
             attach(built, tensors.adapter)
         return _ready(built, tensors.source, tensors.device, tensors.held.storage, held=True)
-    if tensors.adapter is not None:
-        attach(built, tensors.adapter)
     stream(built, tensors.source, tensors.device, tensors.adapter)
     return _ready(built, tensors.source, tensors.device, tensors.held.storage)
 
@@ -115,7 +113,17 @@ def _as_others_run_it(
     model.set_attn_implementation("sdpa")
     held = Format(16, compute, storage)
     surgery.install_tables(model, family.embeddings, family.head, held)
+    if compute is torch.float16 and device.type == "cpu":
+        for path in set(surgery.linear_paths(model)) - {*family.embeddings, family.head}:
+            _multiply_in_two_steps(model.get_submodule(path))
     return Built(model, family, config, [], {}, held, kernel_on(device, compute))
+
+
+def _multiply_in_two_steps(linear: nn.Module) -> None:
+    """A float16 product as cards make it: summed in float32, then rounded (see `float16.py`)."""
+    linear.to(torch.float32)
+    linear.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+    linear.register_forward_hook(lambda _, __, output: output.half())
 
 
 def _ready(

@@ -2,9 +2,14 @@
 
 Its weights may be too large (beyond 65504) or too small (under 3e-8 they become 0), and finite
 weights can still give NaN: an activation overflows on its way. So all weights are cast once and
-counted, and the model as transformers runs it answers held-out rows in float16, on a card or on a
-CPU, where torch adds in float32 and rounds to float16, as cards do. Every module's output must be
-finite; an infinity can vanish again behind a softmax, so the answer alone would not tell.
+counted, and the model as transformers runs it answers held-out rows in float16. Every module's
+output must be finite; an infinity can vanish again behind a softmax, so the answer alone would not
+tell.
+
+A card's float16 product adds in float32 and rounds the sum to float16. On a CPU the same is done in
+two steps, a float32 product and a cast; torch's own float16 product there comes to the same within
+a rounding, in eight times the time (measured: 512 x 2048 x 5632, torch 2.13, 2 cores without
+AVX512-FP16).
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ MAX_LOST = 0.01
 """Share of one tensor's values that may become 0. Where Gaussian values lose so many, float16
 rounds the others by 0.7 % of their spread, more than bfloat16 would."""
 _TOKENS = 512
-"""Asked for at most: on a CPU a float16 product takes eight times a float32 one's time."""
+"""Asked for at most."""
 _HINT = "bfloat16 has the range of float32: merge with --dtype bfloat16"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_cli.checkpoint.adapter import fill
+from qlora_cli.checkpoint.adapter import attach, fill
 from qlora_cli.checkpoint.adapter_file import Adapter, AdapterLayer
 from qlora_cli.nn.lora import LoraLinear
 from qlora_cli.weights.build import (
@@ -33,8 +33,7 @@ def stream(
 ) -> None:
     """Lets a model on meta compute on `device`, in inference, with tensors from `source`.
 
-    adapter: the one that is attached to it, on meta too. Raises ModelError where the source is not
-    this model's.
+    adapter: to be put on it. Raises ModelError where the source is not this model's.
     """
     rebuild_buffers(built, device)
     needed: dict[str, list[tuple[str, Place]]] = defaultdict(list)
@@ -43,6 +42,8 @@ def stream(
     for name, place in wanted.items():
         check_shape(name, source.shape(name), place.shape)
         needed[name.rpartition(".")[0]].append((name, place))
+    if adapter is not None:
+        attach(built, adapter)
     layers = adapter.layers if adapter is not None else {}
     for path, own in needed.items():
         module = built.model.get_submodule(path)

@@ -16,6 +16,7 @@ from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
 from qlora_cli.export.decide import PREFERRED, Decision, decide
 from qlora_cli.export.merge import write_merged
+from qlora_cli.export.room import give_back_freed
 from qlora_cli.export.tensors import merged_tensors
 from qlora_cli.jobs.results import MergeResult
 from qlora_cli.memory.device import inspect_device
@@ -48,6 +49,7 @@ def run(
     folder = RunFolder(run)
     recipe = read_recipe(folder)
     _check_base(recipe, base)
+    give_back_freed()
     device = torch.device(inspect_device().kind)
     wanted = torch_dtype(dtype) if dtype else PREFERRED
     tensors = merged_tensors(folder, "original", wanted, device, weight, others)

@@ -9,6 +9,7 @@ import torch
 
 from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.events import Observer
+from qlora_cli.export.room import give_back_freed
 from qlora_cli.export.verify import verify
 from qlora_cli.jobs.results import VerifyResult
 from qlora_cli.memory.device import inspect_device
@@ -19,6 +20,7 @@ def run(merged: Path, *, against: Path, observer: Observer) -> VerifyResult:
 
     Raises InputError where one of the two is not there or not finished.
     """
+    give_back_freed()
     device = torch.device(inspect_device().kind)
     verdict = verify(merged, RunFolder(against), device, observer)
     told, greedy = verdict.comparison, verdict.greedy

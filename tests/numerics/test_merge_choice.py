@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from importlib import resources
 from pathlib import Path
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Silent
+from qlora_cli.export import judge
 from qlora_cli.export.choose import loses_fine_tune
-from qlora_cli.export.judge import Answers, Comparison, compare
+from qlora_cli.export.judge import Answers, Comparison, Head, compare
 from qlora_cli.jobs import merge, train, verify
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.weights.tensorfile import read_header
 from tests.runs import make_base, make_recipe, make_rows, make_run
 
 MULTIPLIER = 1 / 256
@@ -123,15 +126,12 @@ def test_the_rule(original: Comparison, lost: bool) -> None:
     assert loses_fine_tune(original, told(0.001, 2.0), frozen=told(1.0, 3.0)) is lost
 
 
-def test_a_model_that_answers_nan_in_any_base_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trained_model_that_answers_nan_cannot_be_a_judge(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
-    run, _ = make_run(tmp_path / "run", make_recipe(base, make_rows(tmp_path / "rows.jsonl")))
-    nan = told(float("nan"), float("nan"))
-    monkeypatch.setattr("qlora_cli.export.choose.compare", lambda *_: nan)
-    with pytest.raises(QloraError, match="merged to float16 the model answers NaN"):
-        merge.run(run.path, out=tmp_path / "out", dtype=None, base="auto", observer=Silent())
+    recipe = make_recipe(base, make_rows(tmp_path / "rows.jsonl"))
+    run, _ = make_run(tmp_path / "run", recipe, spread=1e30)
+    with pytest.raises(QloraError, match="the trained model answers NaN"):
+        merge.run(run.path, out=tmp_path / "out", dtype="float32", base="auto", observer=Silent())
 
 
 def test_what_it_was_judged_on_is_told(tmp_path: Path) -> None:
@@ -150,27 +150,35 @@ def test_what_it_was_judged_on_is_told(tmp_path: Path) -> None:
         assert any(words in note for note in notes.told), notes.told
 
 
-def test_a_model_too_large_to_judge_goes_into_the_base_it_was_trained_on(
+def test_figures_of_a_comparison_are_those_of_the_formula(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_cli.export.candidates.host_capacity_bytes", lambda: 10_000)
-    base = make_base(tmp_path / "base", "llama")
-    run, _ = make_run(tmp_path / "run", make_recipe(base, make_rows(tmp_path / "rows.jsonl")))
-    notes = Notes()
-    result = merge.run(run.path, out=tmp_path / "out", dtype=None, base="auto", observer=notes)
-    assert result.base == "dequantized"
-    assert "too large for this machine to judge" in notes.told[-1]
-
-
-def test_figures_of_a_comparison_are_those_of_the_formula() -> None:
     torch.manual_seed(0)
-    hidden, head, targets = torch.randn(7, 4), torch.randn(11, 4), torch.randint(11, (7,))
-    other = Answers(hidden + 0.1 * torch.randn(7, 4), head, targets)
-    found = compare(Answers(hidden, head, targets), other)
-    p, q = ((states @ head.t()).double().log_softmax(1) for states in (hidden, other.hidden))
-    assert found.mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()))
-    assert found.loss == pytest.approx(float(-q[torch.arange(7), targets].mean()))
-    assert found.top1_agreement == float((p.argmax(1) == q.argmax(1)).double().mean())
-    assert found.max_logit_difference == pytest.approx(
-        float(((hidden - other.hidden) @ head.t()).abs().max()), rel=1e-5
-    )
+    hidden, targets = torch.randn(7, 4), torch.randint(11, (7,))
+    words = {"head.weight": 3 * torch.randn(11, 4)}
+    save_file(words, tmp_path / "head.safetensors")
+    head = Head(read_header(tmp_path / "head.safetensors")[0]["head.weight"], torch.float32)
+    ours = Answers(hidden, head, targets)
+    theirs = Answers(hidden + 0.1 * torch.randn(7, 4), head, targets)
+    p, q = (one.hidden @ words["head.weight"].t() for one in (ours, theirs))
+    most, (p, q) = float((p - q).abs().max()), (one.double().log_softmax(1) for one in (p, q))
+    # In one piece, and two words at a time.
+    for elements in (judge._CHUNK_ELEMENTS, 14):
+        monkeypatch.setattr(judge, "_CHUNK_ELEMENTS", elements)
+        found = compare(ours, theirs)
+        assert found.mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-5)
+        assert found.loss == pytest.approx(float(-q[torch.arange(7), targets].mean()), rel=1e-6)
+        assert found.top1_agreement == float((p.argmax(1) == q.argmax(1)).double().mean())
+        assert found.max_logit_difference == pytest.approx(most, rel=1e-5)
+        assert torch.equal(theirs.first_choices(), q.argmax(1))
+
+
+def test_a_nan_is_not_passed_over(tmp_path: Path) -> None:
+    save_file({"head.weight": torch.randn(11, 4)}, tmp_path / "head.safetensors")
+    head = Head(read_header(tmp_path / "head.safetensors")[0]["head.weight"], torch.float32)
+    hidden, targets = torch.randn(7, 4), torch.randint(11, (7,))
+    spoiled = hidden.clone()
+    spoiled[3] = torch.nan
+    found = compare(Answers(hidden, head, targets), Answers(spoiled, head, targets))
+    assert math.isnan(found.mean_kl)
+    assert math.isnan(found.max_logit_difference)
