@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora_cli.data.collate import Batch
 from qlora_cli.memory.tracker import scope
 from qlora_cli.nn.attention import Spans
+from qlora_cli.nn.embedding import HostEmbedding
 from qlora_cli.nn.loss import IGNORED, chunked_cross_entropy, score
 from qlora_cli.weights.build import Built
 
@@ -27,10 +28,12 @@ class Score:
 def hidden_states(built: Built, batch: Batch, device: torch.device) -> Tensor:
     """The last hidden state of every position, (tokens, d)."""
     backbone = built.model.get_submodule(built.family.backbone)
+    table = built.model.get_submodule(built.family.token_embedding)
+    ids_on = torch.device("cpu") if isinstance(table, HostEmbedding) else device
     with scope("activations"):
         spans = Spans.on(batch.segments, device, built.kernel)
         output = backbone(
-            input_ids=batch.input_ids.to(device, non_blocking=True),
+            input_ids=batch.input_ids.to(ids_on, non_blocking=True),
             position_ids=batch.position_ids.to(device, non_blocking=True),
             use_cache=False,
             spans=spans,

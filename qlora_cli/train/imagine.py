@@ -95,8 +95,14 @@ def imagine(
     matter because gradients are alive then, so two stand for any number. Raises as the job would.
     """
     job = _Job(recipe, facts, window[:2], held_out[:1])
+    with _no_collection():
+        return _imagine(job, config)
+
+
+def _imagine(job: _Job, config: Any) -> Imagined:
+    """With few blocks where they are alike, else with all."""
     num_blocks = config.num_hidden_layers
-    if _blocks_are_alike(recipe, config):
+    if _blocks_are_alike(job.recipe, config):
         shorter = deepcopy(config)
         shorter.num_hidden_layers = NUM_IMAGINED
         if getattr(config, "layer_types", None):
@@ -176,7 +182,7 @@ class _Job:
             return ImaginedSource(_worst_order(model, family, config), dtype)
 
         forget_codes(meta)
-        with _no_collection(), tracker:
+        with tracker:
             recording.begin()
             state = build_state(self.recipe, config, source, meta, Silent(), dtype)
             tag_living(state, tracker)
@@ -289,7 +295,10 @@ def _announced(forward: Callable[..., Any], path: str, recording: Recording) -> 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python's collector runs when it likes; a plan shall say the same each time."""
+    """Python's collector runs when it likes; a plan shall say the same each time.
+
+    It would also look at a hundred thousand events again and again.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

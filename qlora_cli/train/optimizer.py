@@ -57,6 +57,8 @@ class AdamW(torch.optim.Optimizer):
                     grad = parameter.grad.float().mul_(group["grad_factor"])
                 self._update([state["master"]], [grad], [state], group)
                 parameter.copy_(state["master"])
+                # Before the next one is made, not when the name is bound anew.
+                del grad
 
     def _begin(self, parameter: nn.Parameter) -> None:
         state = self.state[parameter]
