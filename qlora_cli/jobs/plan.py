@@ -64,7 +64,7 @@ def plan(
     if window is None:
         worst_one = worst_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
         window = [worst_one] * min(2, recipe.train.grad_accum)
-    return imagine(recipe, config, facts, window, window[:1])
+    return imagine(recipe, config, facts, window, window[-1:])
 
 
 def planned_ledger(

@@ -59,11 +59,11 @@ class Job:
 
     @property
     def worst_window(self) -> list[Batch]:
-        """The largest micro-batch that the job meets in an epoch, and one behind it, if any."""
+        """The largest micro-batch of an epoch, and one before it, if any, whose gradients live."""
         steps = range(min(self.steps, self.windows.steps_per_epoch))
         step = max(steps, key=self.windows.largest_batch)
         window = self.windows.window(step)
-        return sorted(window, key=lambda batch: -batch.input_ids.numel())[:2]
+        return sorted(window, key=lambda batch: batch.input_ids.numel())[-2:]
 
 
 def prepare(recipe: Recipe, facts: DeviceFacts) -> Prepared:

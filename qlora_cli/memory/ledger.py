@@ -28,7 +28,7 @@ activations: what backward needs; loss: logits of one chunk and what they become
 one operation needs while it runs; other: seen by the device's counter and attributed to
 nothing."""
 
-PHASES = ("load", "first_step", "step", "eval", "merge")
+PHASES = ("load", "first_step", "step", "checkpoint", "eval", "merge")
 STEP_PHASES = ("first_step", "step")
 
 Source = Literal["measured", "planned"]

@@ -91,8 +91,8 @@ def imagine(
 ) -> Imagined:
     """Load, first step, later step and evaluation of a resolved recipe on the device of `facts`.
 
-    window: the worst micro-batches of one optimizer step, on the host; the second and later ones
-    matter because gradients are alive then, so two stand for any number. Raises as the job would.
+    window: the worst micro-batches of one optimizer step, on the host, the largest last, because
+    gradients are alive then; so two stand for any number. Raises as the job would.
     """
     job = _Job(recipe, facts, window[:2], held_out[:1])
     with _no_collection():
@@ -210,6 +210,9 @@ class _Job:
                 recording.begin()
                 train_step(state, self.window, learning_rate(self.recipe.train, step, 2))
                 recording.end(name)
+        # Saving reads what lives and writes it to a file; it makes nothing on the device.
+        recording.begin()
+        recording.end("checkpoint")
         if self.held_out:
             recording.begin()
             evaluate(built, self.held_out, state.device)

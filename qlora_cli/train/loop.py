@@ -165,13 +165,14 @@ class Loop:
         step = self.state.step
         every = self.state.recipe.train.checkpoint_every
         if stop or step == self.steps or step % every == 0:
-            save_checkpoint(
-                self.run,
-                step,
-                self.state.trainable,
-                self.state.optimizer,
-                self.state.loss_scale.state(),
-            )
+            with self.instrument.phase("checkpoint"):
+                save_checkpoint(
+                    self.run,
+                    step,
+                    self.state.trainable,
+                    self.state.optimizer,
+                    self.state.loss_scale.state(),
+                )
             self.remember(progress)
         if stop and step < self.steps:
             raise Interrupted(
