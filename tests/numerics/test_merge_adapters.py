@@ -136,13 +136,6 @@ def test_adapters_of_another_base_are_refused(world: World, tmp_path: Path) -> N
         merged_tensors(world.runs[0], "original", torch.float16, CPU, 1.0, [(run.adapter, 1.0)])
 
 
-@pytest.mark.parametrize("word", ["RUN=nan", "RUN=much", "RUN=inf"])
-def test_what_is_no_weight_is_a_usage_error(word: str, world: World, tmp_path: Path) -> None:
-    outcome = qlora("merge", world.runs[0].path, "--out", tmp_path / "out", "--with", word)
-    assert outcome.code == 2
-    assert "is no weight" in outcome.err
-
-
 def test_a_run_without_an_adapter_has_nothing_to_weigh(world: World, tmp_path: Path) -> None:
     rows = make_rows(tmp_path / "rows.jsonl")
     recipe = make_recipe(world.base, rows, base={"bits": 16}, adapter={"method": "full"})

@@ -1,0 +1,37 @@
+"""`qlora merge` with several adapters, and what `qlora verify` then says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commandline import qlora
+
+
+def test_two_halves_of_an_adapter_are_the_adapter(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    outcome = qlora("merge", run, "--out", out, "--weight", "0.5", "--with", f"{run}=0.5", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["dtype"] == "float16"
+    assert outcome.json["dtype_reason"] == "the default, and it holds the model"
+    told = json.loads((out / "merge.json").read_text())["settings"]["adapters"]
+    assert [one["weight"] for one in told] == [0.5, 0.5]
+    outcome = qlora("verify", out, "--against", run, "--json")
+    assert (outcome.code, outcome.json["faults"]) == (0, []), outcome.err
+    assert 0 <= outcome.json["greedy_agreement"] <= outcome.json["greedy_tokens"] <= 64
+
+
+@pytest.mark.parametrize("word", ["nan", "much", "inf"])
+def test_what_is_no_weight_is_a_usage_error(word: str, run: Path, tmp_path: Path) -> None:
+    for option, value in (("--with", f"{run}={word}"), ("--weight", word)):
+        outcome = qlora("merge", run, "--out", tmp_path / "out", option, value)
+        assert outcome.code == 2
+        assert option in outcome.err
+
+
+def test_what_is_no_adapter_is_a_usage_error(run: Path, tmp_path: Path) -> None:
+    outcome = qlora("merge", run, "--out", tmp_path / "out", "--with", tmp_path / "gone")
+    assert outcome.code == 2
+    assert "adapter_config.json" in outcome.err
