@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.jobs.prepare import Prepared
-from qlora_cli.nn.embedding import FrozenEmbedding
+from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.weights.build import Built
 
@@ -48,13 +48,8 @@ def describe_tensors(built: Built) -> list[dict[str, Any]]:
         kind = kind.removesuffix(".base")
         if isinstance(module, QuantLinear):
             kinds[kind, *_held(module, path == built.family.head)] += 1
-        elif isinstance(module, FrozenEmbedding):
-            dtype = _name(module.weight)
-            kinds[
-                kind,
-                dtype,
-                "a table: rows are looked up, not multiplied; packing it costs accuracy",
-            ] += 1
+        elif isinstance(module, FrozenEmbedding | HostEmbedding):
+            kinds[kind, *_table(module, module.weight is built.head.weight)] += 1
         elif "lora" not in kind and list(module.parameters(recurse=False)):
             parameter = next(module.parameters(recurse=False))
             kinds[kind, _name(parameter), "a vector or trained in full; too small to pack"] += 1
@@ -78,6 +73,16 @@ def versions() -> dict[str, str]:
 def set_status(run: RunFolder, status: str, **more: Any) -> None:
     """Changes run.json's status: running | done | interrupted | failed."""
     run.write(run.read() | {"status": status, **more})
+
+
+def _table(table: FrozenEmbedding | HostEmbedding, is_head: bool) -> tuple[str, str]:
+    reason = "a table: rows are looked up, not multiplied; packing it costs accuracy"
+    held = _name(table.weight)
+    if isinstance(table, HostEmbedding):
+        return f"{held} on the host", f"{reason}; only the rows looked up move to the card"
+    if is_head and table.weight.device.type != "cpu":
+        reason += "; on the card, because it is the head too, which multiplies by all of it"
+    return held, reason
 
 
 def _held(layer: QuantLinear, is_head: bool) -> tuple[str, str]:

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qlora_cli.errors import Problem, ProblemsError
-from qlora_cli.nn.embedding import FrozenEmbedding
+from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.lora import LoraLinear, Settings
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
@@ -90,6 +91,13 @@ def install_tables(model: nn.Module, tables: Sequence[str], head: str, held: For
     bias = old.bias is not None
     plain = QuantLinear(old.in_features, old.out_features, bias, held.plain(), category="head")
     replace(model, head, plain)
+
+
+def keep_on_host(model: nn.Module, table: str, device: torch.device) -> None:
+    """Leaves an installed table in the host's memory; its rows come to `device`."""
+    installed = model.get_submodule(table)
+    assert isinstance(installed, FrozenEmbedding)
+    replace(model, table, HostEmbedding(installed, device))
 
 
 def install_norms(model: nn.Module, paths: Sequence[str]) -> None:

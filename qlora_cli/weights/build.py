@@ -20,8 +20,9 @@ from qlora_cli.events import Observer
 from qlora_cli.families.registry import family_of, is_known
 from qlora_cli.families.sites import find_sites, mlp_paths, norm_paths
 from qlora_cli.families.spec import Family
-from qlora_cli.memory.tracker import attribute, host_memory, is_on_host, scope, unallocated, within
+from qlora_cli.memory.tracker import attribute, host_memory, scope, unallocated, within
 from qlora_cli.nn import attention, surgery
+from qlora_cli.nn.embedding import HostEmbedding, has_own_memory, upload
 from qlora_cli.nn.lora import LoraLinear, Settings, adapted_layers
 from qlora_cli.nn.quant import Format, QuantLinear
 from qlora_cli.recipe.schema import Recipe
@@ -140,7 +141,7 @@ def build(
     built = Built(model, family, config, sites, {}, held, kernel_on(device, compute))
     if recipe.adapter.method == "lora":
         with unallocated():
-            _operate(built, recipe)
+            _operate(built, recipe, device)
     load(built, source, device, observer)
     _initialize_adapters(built, device, recipe.train.seed)
     if recipe.train.activation_checkpointing:
@@ -155,7 +156,7 @@ def kernel_on(device: torch.device, compute: torch.dtype) -> attention.Kernel:
     return attention.kernel_for(device.type, capability, compute)
 
 
-def _operate(built: Built, recipe: Recipe) -> None:
+def _operate(built: Built, recipe: Recipe, device: torch.device) -> None:
     adapter = recipe.adapter
     settings = Settings(
         adapter.rank, adapter.alpha, adapter.dropout, torch_dtype(adapter.dtype), adapter.rslora
@@ -165,6 +166,9 @@ def _operate(built: Built, recipe: Recipe) -> None:
     built.model.requires_grad_(False)
     surgery.install(built.model, built.sites, built.held, built.adapted, settings)
     surgery.install_tables(built.model, family.embeddings, family.head, built.held)
+    # A tied table is the head, too, which multiplies by all of it at each step.
+    if has_own_memory(device) and not is_tied(built):
+        surgery.keep_on_host(built.model, family.token_embedding, device)
     surgery.install_norms(built.model, norm_paths(built.model, family))
     if family.mlp is not None:
         activation = getattr(built.config, family.mlp.activation)
@@ -191,7 +195,7 @@ def load(built: Built, source: Source, device: torch.device, observer: Observer)
         if place is not None:
             check_shape(name, source.shape(name), place.shape)
             with scope("temporary"), within(name):
-                place.put(_upload(source, name, device))
+                _fill(place, source, name, device)
         observer.advance(done + 1)
     if is_tied(built):
         _tie(built, source)
@@ -200,10 +204,11 @@ def load(built: Built, source: Source, device: torch.device, observer: Observer)
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor of the checkpoint goes. shape: as in the file."""
+    """Where one tensor of the checkpoint goes. shape: as in the file. on_host: it stays there."""
 
     shape: tuple[int, ...]
     put: Callable[[Tensor], None]
+    on_host: bool = False
 
 
 def places(built: Built, device: torch.device) -> Iterator[tuple[str, Place]]:
@@ -222,6 +227,9 @@ def places(built: Built, device: torch.device) -> Iterator[tuple[str, Place]]:
                 yield f"{name}.bias", _plain_place(module, "bias", "base", device)
             continue
         if isinstance(module, LoraLinear):
+            continue
+        if isinstance(module, HostEmbedding):
+            yield f"{path}.weight", Place(tuple(module.weight.shape), module.put, on_host=True)
             continue
         for key, parameter in module.named_parameters(recurse=False):
             category = _category(built, path)
@@ -267,12 +275,13 @@ def is_tied(built: Built) -> bool:
     return bool(getattr(built.config, "tie_word_embeddings", False))
 
 
-def _upload(source: Source, name: str, device: torch.device) -> Tensor:
+def _fill(place: Place, source: Source, name: str, device: torch.device) -> None:
     with host_memory():
         tensor = source.read(name)
-    if device.type == "meta" and not is_on_host():
-        return torch.empty_like(tensor)
-    return tensor.to(device)
+        if place.on_host:
+            place.put(tensor)
+            return
+    place.put(upload(tensor, device))
 
 
 def check_names(built: Built, names: Any, places: Mapping[str, Place]) -> None:
