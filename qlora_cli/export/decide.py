@@ -81,14 +81,15 @@ class _Case:
         fit = None
         if tensors.dtype is torch.float16:
             fit = check_float16(tensors, self.base, self.judged.rows)
-        for line in judgement.lines():
-            self.observer.note(line)
         return Decision(tensors, judgement, reason, fit)
 
     def _judgement(self, tensors: MergedTensors) -> Judgement:
         if self.kind in ("original", "dequantized"):
             return Judgement(self.kind, "asked for")  # type: ignore[arg-type]
-        return choose_base(tensors, self.base, lambda: self.judged)
+        judgement = choose_base(tensors, self.base, lambda: self.judged)
+        for line in judgement.lines():
+            self.observer.note(line)
+        return judgement
 
     @cached_property
     def judged(self) -> JudgedRows:
