@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ Planned = Callable[[Recipe], Imagined]
 _SEQUENCE_UNIT = 64
 """Sequence lengths are searched in multiples of this."""
 _MOST_SEQUENCES = 256
+_STRAIGHT = 6
+"""Plans after which a search stops to trust the line through the last two."""
 _LONGEST = 2**17
 """Where the config names no number of positions."""
 
@@ -86,17 +89,37 @@ class _Size:
         return f"{self.section}.{self.name}"
 
     def largest(self, planned: Planned, facts: DeviceFacts) -> tuple[int, Imagined] | None:
-        """(largest multiple of the unit that fits, its plan); None where none does."""
-        low, high, best = 1, self.top // self.unit, None
-        while low <= high:
-            middle = (low + high) // 2
-            size = middle * self.unit
+        """(largest multiple of the unit that fits, its plan); None where none does.
+
+        Memory grows almost in a straight line with a size, so the line through the last two plans
+        is followed for some plans; what is left is halved.
+        """
+        low, high, best = 0, self.top // self.unit + 1, None
+        known: dict[int, int] = {}
+        guess = max(1, min(getattr(getattr(self.recipe, self.section), self.name), self.top))
+        guess = max(1, guess // self.unit)
+        while high - low > 1:
+            size = guess * self.unit
             imagined = planned(_with(self.recipe, self.section, **{self.name: size}))
+            known[guess] = imagined.reserved_bytes or imagined.peak_bytes
             if imagined.fits(facts.usable_bytes):
-                best, low = (size, imagined), middle + 1
+                low, best = guess, (size, imagined)
             else:
-                high = middle - 1
+                high = guess
+            guess = _next(known, low, high, facts.usable_bytes)
         return best
+
+
+def _next(known: Mapping[int, int], low: int, high: int, limit: int) -> int:
+    """Where to look between `low` and `high`, both left out."""
+    middle = (low + high) // 2
+    if not 2 <= len(known) <= _STRAIGHT:
+        return middle
+    (one, at_one), (two, at_two) = list(known.items())[-2:]
+    if at_one == at_two:
+        return middle
+    reached = two + math.floor((limit - at_two) * (two - one) / (at_two - at_one))
+    return min(max(reached, low + 1), high - 1)
 
 
 def _sizes(recipe: Recipe, longest: int, most: int) -> tuple[_Size, _Size]:
