@@ -158,8 +158,7 @@ class MergedTensors:
         weight = tensor.t() if site.transposed else tensor
         if self.base == "original":
             return weight
-        layer = QuantLinear(site.in_features, site.out_features, bias=False, held=self.held)
-        layer.pack(weight.to(self.device))
+        layer = packed(site, self.held, weight.to(self.device))
         # Unpacked it is as large again; both together would be the peak of the whole job.
         del tensor, weight
         return layer.dequantize().cpu()
@@ -178,6 +177,13 @@ class MergedTensors:
             made[rows] = total.float()
             count(total, made[rows])
         return made.t().contiguous() if site.transposed else made
+
+
+def packed(site: Site, held: Format, weight: Tensor) -> QuantLinear:
+    """A linear as training held it, from its weight (out, in)."""
+    layer = QuantLinear(site.in_features, site.out_features, bias=False, held=held)
+    layer.pack(weight)
+    return layer
 
 
 def merged_tensors(

@@ -38,7 +38,7 @@ def arithmetic_of(recipe: Recipe, imagined: Imagined) -> tuple[Line, ...]:
             "full fine-tuning with gradients",
             gradients_too * total,
             "B",
-            "the same and a gradient in 16 bit (the paper's 1.2 TB lies between the two)",
+            "the same and a gradient in 16 bit (the paper tells 1.2 TB for GPT-3: between the two)",
         ),
         Line(
             "LoRA",

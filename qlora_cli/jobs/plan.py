@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from qlora_cli.data.collate import Batch, worst_batch
+from qlora_cli.export.imagine import imagine_merge
 from qlora_cli.jobs.advise import Planned, changes_that_fit, largest
 from qlora_cli.jobs.arithmetic import arithmetic_of
 from qlora_cli.jobs.results import Compared, PlanResult
@@ -40,9 +41,11 @@ def run(
     advice = largest(resolved, config, planned, facts) if fit else ()
     if not fits and not fit:
         advice = changes_that_fit(resolved, planned, facts)
+    ledger = planned_ledger(resolved, facts, imagined, planned(full_fine_tuning(resolved)))
+    merging = imagine_merge(resolved, config, facts)
     return PlanResult(
         device=asdict(facts),
-        ledger=planned_ledger(resolved, facts, imagined, planned(full_fine_tuning(resolved))),
+        ledger=replace(ledger, phases=(*ledger.phases, merging)),
         fits=fits,
         usable_bytes=facts.usable_bytes,
         floor_bytes=imagined.floor_bytes,

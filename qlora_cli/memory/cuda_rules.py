@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qlora_cli.memory.rules import CPU_RULES
 from qlora_cli.memory.tracker import Rules
 from qlora_cli.recipe.resolve import DeviceFacts
 from qlora_cli.units import MIB
@@ -26,8 +27,12 @@ _NORM_CHUNK = 65536
 """Elements that one block of `_foreach_norm` adds up."""
 
 
-def cuda_rules(card: DeviceFacts) -> Rules:
-    """The rules of a card."""
+def rules_for(device: DeviceFacts) -> Rules:
+    """The rules of a card, or of a CPU."""
+    return CPU_RULES if device.kind == "cpu" else _cuda_rules(device)
+
+
+def _cuda_rules(card: DeviceFacts) -> Rules:
     hopper = card.capability is not None and card.capability >= _HOPPER
     return Rules(
         temporaries={

@@ -14,7 +14,7 @@ import torch
 
 from qlora_cli.memory.allocator import CachingAllocator
 from qlora_cli.memory.counter import Counter
-from qlora_cli.memory.cuda_rules import cuda_rules
+from qlora_cli.memory.cuda_rules import rules_for
 from qlora_cli.memory.device import inspect_device, read_allocator, reset_peak
 from qlora_cli.memory.ledger import Allocator, Phase
 from qlora_cli.memory.rules import CPU_RULES
@@ -29,7 +29,7 @@ class Instrument:
         self.timeline = Timeline()
         on_card = device.type == "cuda"
         self._counter = Counter(CachingAllocator() if on_card else None, self.timeline)
-        rules = cuda_rules(inspect_device()) if on_card else CPU_RULES
+        rules = rules_for(inspect_device()) if on_card else CPU_RULES
         self.tracker = StorageTracker(self._counter, rules, device_type=device.type)
         self._device = device
         self._peaks: dict[str, int] = {}

@@ -25,10 +25,9 @@ from qlora_cli.events import Silent
 from qlora_cli.families.spec import Family
 from qlora_cli.memory.allocator import CachingAllocator, OutOfMemory
 from qlora_cli.memory.counter import Counter
-from qlora_cli.memory.cuda_rules import cuda_rules
+from qlora_cli.memory.cuda_rules import rules_for
 from qlora_cli.memory.ledger import Phase, Side, Source, worst
 from qlora_cli.memory.recording import NUM_IMAGINED, NotAlike, Recording, Visit, play, repeat
-from qlora_cli.memory.rules import CPU_RULES
 from qlora_cli.memory.tracker import StorageTracker, gradients_of
 from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.quant import forget_codes
@@ -168,8 +167,9 @@ class _Job:
     def record(self, config: Any) -> _Recorded:
         """The whole job with a model of as many blocks as the config says; changes the config."""
         recording = Recording()
-        rules = cuda_rules(self.facts) if self.on_card else CPU_RULES
-        tracker = StorageTracker(recording, rules, "meta", counts_host=not self.on_card)
+        tracker = StorageTracker(
+            recording, rules_for(self.facts), "meta", counts_host=not self.on_card
+        )
         # Asked first: making a model writes the compute dtype into its config.
         dtype = file_dtype(config)
         meta = torch.device("meta")
