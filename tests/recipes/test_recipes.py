@@ -89,13 +89,16 @@ def test_its_header_tells_the_plan_of_the_whole_base(name: str, shared: Path) ->
     config, vram = PLANNED[name]
     facts = _imagined_card(vram)
     told = header(shipped_recipes()[name])
-    figure = re.search(r"--vram (\w+)` on .*?: ([\d.]+) GiB at the worst instant", told)
-    assert figure, told
+    figures = re.search(
+        r"--vram (\w+)` on .*?: ([\d.]+) GiB at the worst instant, ([\d.]+) GiB reserved", told
+    )
+    assert figures, told
     recipe, _ = resolve(load_recipe(name), facts)
     base = read_config(shared / "data" / "configs" / f"{config}.json")
-    peak = planning.plan(recipe, base, facts).peak_bytes
-    assert (figure[1], figure[2]) == (vram, f"{peak / GIB:.2f}")
-    assert peak < 0.9 * facts.capacity_bytes  # The CUDA context and fragments come on top.
+    imagined = planning.plan(recipe, base, facts)
+    planned = [imagined.peak_bytes, imagined.reserved_bytes or 0]
+    assert [*figures.groups()] == [vram, *(f"{size / GIB:.2f}" for size in planned)]
+    assert imagined.fits(facts.usable_bytes)
 
 
 @pytest.mark.parametrize("name", sorted(TRAINED))
