@@ -17,6 +17,7 @@ from qlora_cli.memory.ledger import Allocator, Device, Ledger, worst
 from qlora_cli.recipe.resolve import DeviceFacts, resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.imagine import Imagined, full_fine_tuning, imagine, side
+from qlora_cli.train.optimizer import PAGED_FROM
 from qlora_cli.units import format_bytes
 from qlora_cli.weights.locate import find_config, read_config
 
@@ -132,6 +133,11 @@ def _notes(recipe: Recipe, facts: DeviceFacts) -> tuple[str, ...]:
         notes.append(
             f"{format_bytes(facts.context_bytes)} of the card are taken by the CUDA context and "
             f"whatever else is there ({source}); the allocator has the rest"
+        )
+    if recipe.train.optimizer.startswith("paged"):
+        notes.append(
+            f"optimizer states of {PAGED_FROM:,} values and more are not counted: card and host "
+            "share their memory, and the driver moves them away when the card is short"
         )
     if recipe.base.bits == 8 and recipe.base.outlier_threshold:
         notes.append(

@@ -11,17 +11,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_cli.errors import Problem, RecipeError
-from qlora_cli.memory.tracker import scope
+from qlora_cli.memory.tracker import host_memory, scope
 from qlora_cli.recipe.schema import Train
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+PAGED_FROM = 100_000
+"""Elements from which bitsandbytes puts a paged optimizer's state into memory that card and host
+share."""
 
 
 class AdamW(torch.optim.Optimizer):
@@ -128,7 +132,7 @@ def make_optimizer(
         )
     from bitsandbytes import optim
 
-    # On imagined tensors paging has nothing to page; the unpaged twin has the same states.
+    # On imagined tensors there is nothing to page; the unpaged twin has the same states.
     name = {
         "adamw8bit": "AdamW8bit",
         "paged_adamw": "AdamW" if device.type == "meta" else "PagedAdamW",
@@ -139,7 +143,15 @@ def make_optimizer(
         made: torch.optim.Optimizer = getattr(optim, name)(
             parameters, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=train.weight_decay
         )
+    if paged and device.type == "meta":
+        made.get_state_buffer = _imagined_pages  # type: ignore[attr-defined]
     return made
+
+
+def _imagined_pages(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A state as a paged optimizer makes it: a large one is the driver's, not the allocator's."""
+    with nullcontext() if parameter.numel() < PAGED_FROM else host_memory():
+        return torch.zeros_like(parameter, dtype=dtype)
 
 
 def learning_rate(train: Train, step: int, steps: int) -> float:
