@@ -103,21 +103,31 @@ def config_faults(merged: Path, base: Path, dtype: torch.dtype) -> Iterator[str]
 
 
 def loading_faults(merged: Path) -> Iterator[str]:
-    """What transformers complains of when it loads the folder; on meta, so nothing is read."""
-    from transformers import AutoModelForCausalLM
+    """What transformers complains of when it loads the folder's tensors.
 
+    It is given their names, shapes and dtypes alone, on meta: it would map the whole files, which a
+    process with a limit on its memory may not.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tensors = {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for name, entry in read_folder(merged).items()
+    }
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            merged, device_map="meta", output_loading_info=True
+        config = AutoConfig.from_pretrained(merged)
+        with torch.device("meta"):
+            kind: Any = type(AutoModelForCausalLM.from_config(config))
+        _, info = kind.from_pretrained(
+            None, config=config, state_dict=tensors, device_map="meta", output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as fault:
         yield f"transformers cannot load it: {fault}"
         return
-    _, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            told = ", ".join(map(str, sorted(info[kind])))
-            yield f"transformers finds {kind.replace('_', ' ')}: {told}"
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            told = ", ".join(map(str, sorted(info[what])))
+            yield f"transformers finds {what.replace('_', ' ')}: {told}"
 
 
 def _same_content(file: Path, other: Path) -> bool:

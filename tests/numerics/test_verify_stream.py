@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.checkpoint.layout import RunFolder
@@ -17,6 +18,7 @@ from qlora_cli.export.candidates import in_folder, trained
 from qlora_cli.export.greedy import NUM_TOKENS, agreement, speech
 from qlora_cli.export.judge import compare
 from qlora_cli.export.merge import write_merged
+from qlora_cli.export.proof import loading_faults
 from qlora_cli.export.tensors import MergedTensors, merged_tensors
 from qlora_cli.export.verify import verify
 from tests.runs import CPU, FAMILIES, logits, make_base, make_recipe, make_rows, make_run
@@ -117,3 +119,23 @@ def test_verify_passes_and_fails_where_nothing_is_held(family: str, tmp_path: Pa
     assert any("differs from base + scaling B A" in fault for fault in verdict.faults)
     assert verdict.comparison is not None
     assert verdict.comparison.mean_kl > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
+def test_transformers_is_asked_about_every_tensor(family: str, tied: bool, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", family, tied=tied)
+    assert list(loading_faults(base)) == []
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    name = next(
+        name for name in tensors if name.endswith(("ln_1.weight", "input_layernorm.weight"))
+    )
+    for spoilt, told in (
+        ({f"{name}.more": tensors[name]}, f"unexpected keys: {name}.more"),
+        ({}, f"missing keys: {name}"),
+        ({name: torch.ones(3)}, "transformers cannot load it"),
+    ):
+        rest = {other: tensor for other, tensor in tensors.items() if other != name}
+        save_file({**rest, **spoilt}, file, metadata={"format": "pt"})
+        assert any(told in fault for fault in loading_faults(base)), told
