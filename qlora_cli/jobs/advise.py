@@ -10,7 +10,7 @@ from typing import Any
 from qlora_cli.jobs.results import Advice
 from qlora_cli.recipe.resolve import DeviceFacts
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train.imagine import Imagined
+from qlora_cli.train.imagined import Imagined
 
 Planned = Callable[[Recipe], Imagined]
 """From a resolved recipe to its plan."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from qlora_cli.jobs.results import Line
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train.imagine import Imagined
+from qlora_cli.train.imagined import Imagined
 
 _HALF = 2
 """Bytes of a number in 16 bit."""

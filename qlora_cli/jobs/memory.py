@@ -25,7 +25,8 @@ from qlora_cli.memory.ledger import (
     worst,
 )
 from qlora_cli.memory.timeline import Stretch
-from qlora_cli.train.imagine import Imagined, full_fine_tuning, side
+from qlora_cli.train.imagine import full_fine_tuning, side
+from qlora_cli.train.imagined import Imagined
 from qlora_cli.train.loop import Progress
 
 _HINT = "the last checkpoint is whole; free disk space and go on with --resume"

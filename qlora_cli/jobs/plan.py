@@ -16,7 +16,8 @@ from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.ledger import Allocator, Device, Ledger, worst
 from qlora_cli.recipe.resolve import DeviceFacts, resolve
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train.imagine import Imagined, full_fine_tuning, imagine, side
+from qlora_cli.train.imagine import full_fine_tuning, imagine, side
+from qlora_cli.train.imagined import Imagined
 from qlora_cli.train.optimizer import PAGED_FROM
 from qlora_cli.units import format_bytes
 from qlora_cli.weights.locate import find_config, read_config

@@ -27,7 +27,8 @@ from qlora_cli.memory.ledger import Ledger
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train import runtime
 from qlora_cli.train.forward import Score, evaluate
-from qlora_cli.train.imagine import Imagined, full_fine_tuning
+from qlora_cli.train.imagine import full_fine_tuning
+from qlora_cli.train.imagined import Imagined
 from qlora_cli.train.loop import LAST_LOSSES, Loop, Progress
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.units import format_bytes

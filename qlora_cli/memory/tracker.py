@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -29,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_cli.memory.ledger import CATEGORIES
+from qlora_cli.memory.operations import accumulates_in_place, origins, written_into
 
 TemporaryRule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], Sequence[int]]
 """(args, kwargs, output) of an operation -> bytes of each temporary inside its kernel."""
@@ -68,16 +67,6 @@ class Sink(Protocol):
 
 
 _MATRIX_PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm"))
-_WRITES_ONLY = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor", "addmm_", "pow_.Scalar"),
-        *("exp_", "rsqrt_", "round_", "clamp_min_", "index_fill_.int_Scalar", "copy_"),
-    )
-)
-"""What these do to an imagined tensor is nothing; torch takes half a millisecond to find out."""
-_WRITES_OUT = frozenset({"aten::mul.out", "aten::div.out", "aten::silu_backward.grad_input"})
-"""The same, for operations that are told where to write."""
 _active: list[StorageTracker] = []
 
 
@@ -154,12 +143,12 @@ class StorageTracker(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten.add.Tensor and _accumulates_in_place(args):
+        if func is torch.ops.aten.add.Tensor and accumulates_in_place(args):
             return args[0].add_(args[1])
         if self._rules.workspace_bytes and func._schema.name in _MATRIX_PRODUCTS:
             self._workspace()
         name = func.name()
-        output = self._written(name, args, kwargs)
+        output = written_into(name, args, kwargs) if self._device_type == "meta" else None
         if output is None:
             output = func(*args, **kwargs)
         self._see(output, args)
@@ -167,17 +156,6 @@ class StorageTracker(TorchDispatchMode):
         if rule is not None and self.place == "device":
             self._inside(rule(args, kwargs, output))
         return output
-
-    def _written(
-        self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Tensor | None:
-        """What an operation on imagined tensors writes into, where that is all that it does."""
-        if self._device_type != "meta":
-            return None
-        into = args[0] if name in _WRITES_ONLY else None
-        if name in _WRITES_OUT:
-            into = next(kwargs[key] for key in ("out", "grad_input") if key in kwargs)
-        return into if isinstance(into, Tensor) and into.is_meta and into.numel() else None
 
     def _workspace(self) -> None:
         thread = "backward" if self._part_of_step == "backward" else "forward"
@@ -189,8 +167,7 @@ class StorageTracker(TorchDispatchMode):
         if self.place == "nowhere":
             return
         outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
-        origins = _origins(args, len(outputs))
-        for tensor, origin in zip(outputs, origins, strict=True):
+        for tensor, origin in zip(outputs, origins(args, len(outputs)), strict=True):
             if not isinstance(tensor, Tensor) or not self._is_watched(tensor):
                 continue
             storage = tensor.untyped_storage()
@@ -328,35 +305,3 @@ def gradients_of(parameters: Iterable[nn.Parameter], tracker: StorageTracker) ->
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _origins(args: tuple[Any, ...], num_outputs: int) -> Sequence[Tensor | None]:
-    """For each output the tensor it was made of: its fellow in a list, or the first one."""
-    first = args[0] if args else None
-    if isinstance(first, list | tuple):
-        fellows = [item if isinstance(item, Tensor) else None for item in first]
-        return fellows if len(fellows) == num_outputs else [None] * num_outputs
-    return [first if isinstance(first, Tensor) else None] * num_outputs
-
-
-def _accumulates_in_place(args: tuple[Any, ...]) -> bool:
-    """Whether this addition is the autograd engine's own, which runs in place without a mode.
-
-    The engine adds two gradients of one tensor into the first when it holds the last reference to
-    it, but never while a dispatch mode listens; counted as it stands, it would cost a tensor that
-    the real job never allocates.
-    """
-    if len(args) != 2 or not all(isinstance(arg, Tensor) for arg in args):
-        return False
-    into, other = args
-    if into.shape != other.shape or into.dtype != other.dtype or into.requires_grad:
-        return False
-    uses: int = torch._C._storage_Use_Count(into.untyped_storage()._cdata)
-    return _called_by_engine() and uses <= 2
-
-
-def _called_by_engine() -> bool:
-    frame: FrameType | None = sys._getframe(3)
-    while frame is not None and frame.f_code.co_name in {"_fn", "inner"}:
-        frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == "_engine_run_backward"

@@ -23,62 +23,20 @@ from torch import nn
 from qlora_cli.data.collate import Batch
 from qlora_cli.events import Silent
 from qlora_cli.families.spec import Family
-from qlora_cli.memory.allocator import CachingAllocator, OutOfMemory
-from qlora_cli.memory.counter import Counter
 from qlora_cli.memory.cuda_rules import rules_for
 from qlora_cli.memory.ledger import Phase, Side, Source, worst
-from qlora_cli.memory.recording import NUM_IMAGINED, NotAlike, Recording, Visit, play, repeat
+from qlora_cli.memory.recording import NUM_IMAGINED, NotAlike, Recording
 from qlora_cli.memory.tracker import StorageTracker, gradients_of
 from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.quant import forget_codes
 from qlora_cli.recipe.resolve import DeviceFacts
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.forward import evaluate
+from qlora_cli.train.imagined import Imagined, Recorded, account
 from qlora_cli.train.optimizer import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
 from qlora_cli.weights.source import ImaginedSource
-
-_STANDING = ("base", "quant_constants", "embeddings", "head", "adapter", "gradients", "optimizer")
-
-
-@dataclass(frozen=True)
-class Imagined:
-    """What a plan found, in bytes.
-
-    adapter_bytes: of the trained tensors, as a checkpoint holds them. reserved_bytes: the most that
-    the caching allocator takes from the card; None on a CPU. floor_bytes: what no schedule can do
-    without: weights, adapter state, the blocks' inputs and one block's working set.
-    """
-
-    phases: tuple[Phase, ...]
-    trainable_parameters: int
-    total_parameters: int
-    adapter_bytes: int
-    reserved_bytes: int | None
-    floor_bytes: int
-    visits: Sequence[Visit]
-
-    @property
-    def peak_bytes(self) -> int:
-        """The worst instant of the job."""
-        return worst(self.phases).peak_bytes
-
-    def fits(self, capacity_bytes: int) -> bool:
-        """Whether the job ends on a device that has so much for it.
-
-        On a card the allocator decides: it gives back what it holds unused before it fails, and it
-        fails although enough is free, where that lies in pieces.
-        """
-        if self.reserved_bytes is None:
-            return self.peak_bytes <= capacity_bytes
-        if self.reserved_bytes <= capacity_bytes:
-            return True
-        try:
-            play(self.visits, Counter(CachingAllocator(capacity_bytes)))
-        except OutOfMemory:
-            return False
-        return True
 
 
 def imagine(
@@ -107,10 +65,10 @@ def _imagine(job: _Job, config: Any) -> Imagined:
         if getattr(config, "layer_types", None):
             shorter.layer_types = config.layer_types[:NUM_IMAGINED]
         try:
-            return _account(job, job.record(shorter), num_blocks)
+            return account(job.record(shorter), num_blocks)
         except NotAlike:
             pass
-    return _account(job, job.record(deepcopy(config)), num_blocks)
+    return account(job.record(deepcopy(config)), num_blocks)
 
 
 def side(recipe: Recipe, phases: tuple[Phase, ...], source: Source) -> Side:
@@ -139,18 +97,6 @@ def _blocks_are_alike(recipe: Recipe, config: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Recorded:
-    """One imagined model. total, trained: (parameters of all, of one block in the middle)."""
-
-    visits: list[Visit]
-    num_blocks: int
-    total: tuple[int, int]
-    trained: tuple[int, int]
-    trained_bytes: tuple[int, int]
-    input_bytes: int
-
-
-@dataclass(frozen=True)
 class _Job:
     """What is imagined, whatever the number of blocks."""
 
@@ -164,7 +110,7 @@ class _Job:
         """Whether the device is a card."""
         return self.facts.kind == "cuda"
 
-    def record(self, config: Any) -> _Recorded:
+    def record(self, config: Any) -> Recorded:
         """The whole job with a model of as many blocks as the config says; changes the config."""
         recording = Recording()
         tracker = StorageTracker(
@@ -193,13 +139,15 @@ class _Job:
             )
             self._go(state, tracker, recording)
         family = state.built.family
-        return _Recorded(
+        tokens = max(batch.input_ids.numel() for batch in self.window)
+        return Recorded(
             recording.visits,
             config.num_hidden_layers,
+            self.on_card,
             total,
             _counted(state.trainable, family, nn.Parameter.numel),
             _counted(state.trainable, family, lambda p: p.numel() * p.element_size()),
-            config.hidden_size * state.built.held.compute.itemsize,
+            tokens * config.hidden_size * state.built.held.compute.itemsize,
         )
 
     def _go(self, state: State, tracker: StorageTracker, recording: Recording) -> None:
@@ -217,34 +165,6 @@ class _Job:
             recording.begin()
             evaluate(built, self.held_out, state.device)
             recording.end("eval")
-
-
-def _account(job: _Job, recorded: _Recorded, num_blocks: int) -> Imagined:
-    """Plays the recording. Raises NotAlike where it cannot be drawn out to `num_blocks`."""
-    more = num_blocks - recorded.num_blocks
-    visits = repeat(recorded.visits, num_blocks) if more else recorded.visits
-    counter = Counter(CachingAllocator() if job.on_card else None)
-    working_bytes, start = 0, 0
-
-    def after(visit: Visit) -> None:
-        nonlocal working_bytes, start
-        if visit.block == num_blocks // 2 and counter.phases:  # Loading is behind us.
-            working_bytes = max(working_bytes, counter.high_bytes - start)
-        start = counter.high_bytes = counter.live_bytes
-
-    play(visits, counter, after)
-    tokens = max(batch.input_ids.numel() for batch in job.window)
-    step = next(phase for phase in counter.phases if phase.name == "step")
-    standing = sum(step.at_peak.get(category, 0) for category in _STANDING)
-    return Imagined(
-        phases=counter.phases,
-        trainable_parameters=recorded.trained[0] + more * recorded.trained[1],
-        total_parameters=recorded.total[0] + more * recorded.total[1],
-        adapter_bytes=recorded.trained_bytes[0] + more * recorded.trained_bytes[1],
-        reserved_bytes=counter.allocator.peak_reserved_bytes if counter.allocator else None,
-        floor_bytes=standing + working_bytes + tokens * recorded.input_bytes * num_blocks,
-        visits=visits,
-    )
 
 
 def file_dtype(config: Any) -> torch.dtype:

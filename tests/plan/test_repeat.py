@@ -12,7 +12,9 @@ from qlora_cli.memory.recording import NUM_IMAGINED, NotAlike, Recording, repeat
 from qlora_cli.recipe.resolve import DeviceFacts, resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train import imagine as imagining
-from qlora_cli.train.imagine import Imagined, imagine
+from qlora_cli.train import imagined
+from qlora_cli.train.imagine import imagine
+from qlora_cli.train.imagined import Imagined
 from qlora_cli.weights.locate import read_config
 from tests.runs import make_base, make_recipe
 
@@ -92,7 +94,7 @@ def test_repeated_blocks_are_imagined_blocks(
     config = read_config(bases / family / "config.json")
     asked: list[int] = []
     monkeypatch.setattr(
-        imagining, "repeat", lambda visits, blocks: asked.append(blocks) or repeat(visits, blocks)
+        imagined, "repeat", lambda visits, blocks: asked.append(blocks) or repeat(visits, blocks)
     )
     short = plan(recipe, config, facts)
     assert asked == [BLOCKS], "blocks were imagined, not repeated"
@@ -113,7 +115,7 @@ def test_blocks_that_differ_are_all_imagined(bases: Any, monkeypatch: pytest.Mon
     recipe = recipe_of(bases, "llama", {}, facts)
     adapter = recipe.adapter.model_copy(update={"targets": ["model.layers.7.mlp.down_proj"]})
     recipe = recipe.model_copy(update={"adapter": adapter})
-    monkeypatch.setattr(imagining, "repeat", lambda *_: pytest.fail("repeated"))
+    monkeypatch.setattr(imagined, "repeat", lambda *_: pytest.fail("repeated"))
     config = read_config(bases / "llama" / "config.json")
     assert plan(recipe, config, facts).trainable_parameters == 4 * (160 + 64)
 
