@@ -23,7 +23,8 @@ from qlora_cli.checkpoint.open import file_dtype, open_source
 from qlora_cli.events import Silent
 from qlora_cli.nn.lora import adapted_layers
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.weights.build import Built, build
+from qlora_cli.weights.build import build
+from qlora_cli.weights.built import Built
 from qlora_cli.weights.locate import read_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
@@ -120,7 +121,7 @@ def make_recipe(model: Path, rows: Path, **sections: Mapping[str, Any]) -> Recip
     return Recipe.model_validate(merged)
 
 
-def build_base(recipe: Recipe) -> Built:
+def build_base(recipe: Recipe, device: torch.device = CPU) -> Built:
     """The model that a recipe asks for, as training makes it."""
     folder = Path(recipe.model.name)
     config = read_config(folder / "config.json")
@@ -128,7 +129,7 @@ def build_base(recipe: Recipe) -> Built:
         recipe,
         config,
         lambda _, family: open_source(folder, family),
-        CPU,
+        device,
         Silent(),
         file_dtype(config),
     )
