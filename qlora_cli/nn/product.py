@@ -82,20 +82,23 @@ class Product:
         share = grad_x if self.seed is None else torch.zeros_like(grad_x)
         for (_, a, _), grad_xa in zip(self._parts(factors), grad_narrow, strict=True):
             share.addmm_(grad_xa, a.to(grad.dtype))
-        return grad_x if self.seed is None else grad_x.add_(self.dropped(share))
+        return grad_x if self.seed is None else grad_x.add_(self._drop(share))
 
     def dropped(self, x: Tensor) -> Tensor:
         """x with the share `dropout` of its values zero and the others raised to the same sum.
 
         Linear in x and the same mask each time, so it is its own gradient.
         """
-        if self.seed is None:
-            return x
+        return x if self.seed is None else self._drop(x.clone())
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """In place."""
+        assert self.seed is not None
         host_or_card = torch.device("cpu") if x.is_meta else x.device
         generator = torch.Generator(host_or_card).manual_seed(self.seed)
         gone = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         gone.bernoulli_(self.dropout, generator=generator)
-        return x.masked_fill(gone, 0.0).div_(1 - self.dropout)
+        return x.masked_fill_(gone, 0.0).div_(1 - self.dropout)
 
     def _parts(self, factors: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Each part's rows, A and B."""
