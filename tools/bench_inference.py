@@ -41,7 +41,8 @@ from qlora_cli.jobs.record import versions
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.nn.lora import adapted_layers
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.weights.build import Built, build
+from qlora_cli.weights.build import build
+from qlora_cli.weights.built import Built
 from qlora_cli.weights.locate import read_config
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.surgery import Site
 from qlora_cli.recipe import schema
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 from qlora_cli.weights.tensorfile import Shape, write_tensors
 
 

@@ -18,7 +18,8 @@ from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.families.spec import Family
 from qlora_cli.recipe.schema import Recipe, Section
-from qlora_cli.weights.build import Built, build
+from qlora_cli.weights.build import build
+from qlora_cli.weights.built import Built
 from qlora_cli.weights.locate import find_base, read_config
 from qlora_cli.weights.source import FolderSource, Source
 

@@ -24,7 +24,7 @@ from qlora_cli.errors import ModelError, QloraError, UsageError
 from qlora_cli.nn.lora import LoraLinear, adapted_layers
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.recipe.suggest import nearest_word
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 from qlora_cli.weights.source import FolderSource
 
 BASE = "base"

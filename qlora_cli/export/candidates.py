@@ -30,7 +30,9 @@ from qlora_cli.export.tensors import MergedTensors
 from qlora_cli.export.underflow import Underflow
 from qlora_cli.nn import surgery
 from qlora_cli.nn.quant import Format, QuantLinear
-from qlora_cli.weights.build import Built, is_tied, kernel_on, load, skeleton
+from qlora_cli.weights.build import kernel_on, skeleton
+from qlora_cli.weights.built import Built, is_tied
+from qlora_cli.weights.load import load
 from qlora_cli.weights.locate import read_config
 from qlora_cli.weights.source import FolderSource
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from qlora_cli.data.chat import UNTRAINED, Example
 from qlora_cli.data.collate import collate
 from qlora_cli.train.forward import hidden_states
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 from qlora_cli.weights.tensorfile import Entry, read_tensor
 
 _CHUNK_ELEMENTS = 2**21

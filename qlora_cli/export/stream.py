@@ -17,14 +17,8 @@ from torch import nn
 from qlora_cli.checkpoint.adapter import attach, fill
 from qlora_cli.checkpoint.adapter_file import Adapter, AdapterLayer
 from qlora_cli.nn.lora import LoraLinear
-from qlora_cli.weights.build import (
-    Built,
-    Place,
-    check_names,
-    check_shape,
-    places,
-    rebuild_buffers,
-)
+from qlora_cli.weights.built import Built
+from qlora_cli.weights.load import Place, check_names, check_shape, places, rebuild_buffers
 from qlora_cli.weights.source import Source
 
 

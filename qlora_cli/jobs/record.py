@@ -12,7 +12,7 @@ from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.jobs.prepare import Prepared
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.quant import QuantLinear
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 
 _PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers", "accelerate", "safetensors")
 

@@ -13,7 +13,7 @@ from qlora_cli.memory.tracker import scope
 from qlora_cli.nn.attention import Spans
 from qlora_cli.nn.embedding import HostEmbedding
 from qlora_cli.nn.loss import IGNORED, chunked_cross_entropy, score
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from qlora_cli.memory.tracker import StorageTracker
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.optimizer import LossScale, make_optimizer
-from qlora_cli.weights.build import Built, build, torch_dtype
+from qlora_cli.weights.build import build, torch_dtype
+from qlora_cli.weights.built import Built
 from qlora_cli.weights.source import Source
 
 

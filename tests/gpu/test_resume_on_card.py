@@ -18,8 +18,9 @@ import torch
 
 from qlora_cli.data.collate import worst_batch
 from qlora_cli.errors import Interrupted
+from qlora_cli.nn.loss import chunked_cross_entropy
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train.forward import batch_loss
+from qlora_cli.train.forward import hidden_states
 from tests.numerics.test_resume import CASES, assert_same_run, go, losses, recipe_of
 from tests.runs import build_base, make_base, make_recipe, make_rows
 
@@ -131,10 +132,18 @@ def test_attention_alone_depends_on_an_order(
     built = build_base(recipe, counting_card)
     built.model.train()
     with confessions(monkeypatch) as told:
-        batch_loss(built, worst_batch(32, 2, 250), counting_card, 1.0).backward()
-        torch.cuda.synchronize()
+        hidden = hidden_states(built, worst_batch(32, 2, 250), counting_card)
+        hidden.backward(torch.ones_like(hidden))
     record_property("not_deterministic", sorted(set(told)))
     assert all("ttention" in one for one in told), told
+
+
+def test_the_loss_depends_on_no_order(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head = torch.randn(40, 64, device=card), torch.randn(300, 64, device=card)
+    at = torch.arange(40, device=card)
+    with confessions(monkeypatch) as told:
+        chunked_cross_entropy(hidden.requires_grad_(), head, at, 7 * at, 1.0).backward()
+    assert not told
 
 
 def test_the_guard_would_see_another_operation(

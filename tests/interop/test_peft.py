@@ -15,7 +15,7 @@ from qlora_cli.checkpoint.adapter_file import open_adapter
 from qlora_cli.checkpoint.open import open_run
 from qlora_cli.events import Silent
 from qlora_cli.nn.lora import adapted_layers
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 from tests.peft_side import (
     IDS,
     frozen_16_bit,

@@ -14,7 +14,7 @@ from qlora_cli.data.chat import Example
 from qlora_cli.data.collate import collate
 from qlora_cli.nn import attention
 from qlora_cli.train.forward import batch_loss, hidden_states
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 from tests.runs import CPU, FAMILIES, build_base, logits, make_base, make_recipe, make_rows, stir
 
 WINDOW = 5

@@ -22,7 +22,7 @@ from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
 from qlora_cli.nn.quant import Format, QuantLinear
 from qlora_cli.train.forward import batch_loss, hidden_states
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 from tests.runs import CPU, FAMILIES, build_base, make_base, make_recipe, make_rows, stir
 
 HIDDEN, WIDTH, TOKENS, RANK = 64, 96, 11, 3

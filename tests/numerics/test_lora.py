@@ -21,7 +21,7 @@ from qlora_cli.nn.product import draw_seed
 from qlora_cli.nn.quant import Format, QuantLinear
 from qlora_cli.train.forward import batch_loss
 from qlora_cli.train.optimizer import make_optimizer
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 from tests.runs import CPU, FAMILIES, build_base, logits, make_base, make_recipe, make_rows, stir
 
 IDS = torch.arange(5, 29)[None]

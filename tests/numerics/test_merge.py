@@ -24,7 +24,7 @@ from qlora_cli.export.merge import write_merged
 from qlora_cli.export.tensors import Base, MergedTensors, merged_tensors
 from qlora_cli.jobs import merge as job
 from qlora_cli.nn.lora import LoraLinear, adapted_layers
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 from tests.runs import (
     CPU,
     FAMILIES,

@@ -26,7 +26,7 @@ from qlora_cli.train.forward import batch_loss, evaluate
 from qlora_cli.train.imagine import imagine
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 from qlora_cli.weights.locate import read_config
 from tests.runs import (
     CPU,

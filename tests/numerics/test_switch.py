@@ -20,7 +20,7 @@ from qlora_cli.events import Silent
 from qlora_cli.export.tensors import merged_tensors
 from qlora_cli.nn.lora import adapted_layers
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 from tests.runs import CPU, build_base, logits, make_base, make_recipe, make_rows, make_run, stir
 
 IDS = torch.tensor([[5, 80, 91, 7, 33, 250]])

@@ -19,7 +19,7 @@ from qlora_cli.checkpoint.peft_format import PeftConfig, shortest_names
 from qlora_cli.errors import InputError, ModelError, ProblemsError, QloraError
 from qlora_cli.nn.lora import adapted_layers
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.weights.build import Built
+from qlora_cli.weights.built import Built
 from tests.runs import FAMILIES, build_base, logits, make_base, make_recipe, stir
 
 IDS = torch.tensor([[5, 80, 91, 7]])

@@ -1,0 +1,177 @@
+"""Fills a model's places from a source, one tensor at a time.
+
+At any moment there is what is already packed, and one tensor. The plan calls the same functions
+with an imagined source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.errors import ModelError
+from qlora_cli.events import Observer
+from qlora_cli.memory.tracker import attribute, host_memory, scope, within
+from qlora_cli.nn import surgery
+from qlora_cli.nn.embedding import HostEmbedding, upload
+from qlora_cli.nn.lora import LoraLinear
+from qlora_cli.nn.quant import QuantLinear
+from qlora_cli.weights.built import Built, is_tied
+from qlora_cli.weights.source import Source
+
+
+def load(built: Built, source: Source, device: torch.device, observer: Observer) -> None:
+    """Fills every place of the model from the source. Raises ModelError for what does not fit."""
+    empty = dict(places(built, device))
+    names = source.names()
+    check_names(built, names, empty)
+    observer.stage("load", len(names))
+    for done, name in enumerate(names):
+        place = empty.pop(name, None)
+        if place is not None:
+            check_shape(name, source.shape(name), place.shape)
+            with scope("temporary"), within(name):
+                _fill(place, source, name, device)
+        observer.advance(done + 1)
+    if is_tied(built):
+        _tie(built, source)
+    rebuild_buffers(built, device)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor of the checkpoint goes.
+
+    shape: as in the file. on_host: it stays there. kept: the dtype of one that is held as it is; it
+    is cast on the host, so that the device never holds it twice.
+    """
+
+    shape: tuple[int, ...]
+    put: Callable[[Tensor], None]
+    on_host: bool = False
+    kept: torch.dtype | None = None
+
+
+def places(built: Built, device: torch.device) -> Iterator[tuple[str, Place]]:
+    """Name -> place, of every tensor that a checkpoint of this model holds.
+
+    The name leads to the module that needs the tensor: `<path>.weight` to the one at `path`.
+    """
+    turned = {site.path for site in built.sites if site.transposed}
+    tied = is_tied(built)
+    for path, module in built.model.named_modules():
+        if isinstance(module, QuantLinear):
+            name = path.removesuffix(".base")
+            if not (tied and name == built.family.head):
+                yield f"{name}.weight", _packed_place(module, name in turned)
+            if module.bias is not None:
+                yield f"{name}.bias", _plain_place(module, "bias", "base", device)
+            continue
+        if isinstance(module, LoraLinear):
+            continue
+        if isinstance(module, HostEmbedding):
+            yield f"{path}.weight", Place(tuple(module.weight.shape), module.put, on_host=True)
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            category = _category(built, path)
+            if not (tied and path == built.family.head):
+                yield f"{path}.{key}", _plain_place(module, key, category, device, parameter.dtype)
+
+
+def _packed_place(module: QuantLinear, transposed: bool) -> Place:
+    shape = (module.out_features, module.in_features)
+
+    def put(tensor: Tensor) -> None:
+        module.pack(tensor.t() if transposed else tensor)
+
+    return Place(shape[::-1] if transposed else shape, put)
+
+
+def _plain_place(
+    module: nn.Module,
+    key: str,
+    category: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Place:
+    old: nn.Parameter = getattr(module, key)
+    kept = dtype or old.dtype
+
+    def put(tensor: Tensor) -> None:
+        value = tensor.to(kept)
+        attribute([value], category)
+        setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
+
+    return Place(tuple(old.shape), put, kept=kept)
+
+
+def _category(built: Built, path: str) -> str:
+    if path in built.family.embeddings:
+        return "embeddings"
+    return "head" if path == built.family.head else "base"
+
+
+def _fill(place: Place, source: Source, name: str, device: torch.device) -> None:
+    with host_memory():
+        tensor = source.read(name)
+        if place.on_host:
+            place.put(tensor)
+            return
+        tensor = tensor.to(place.kept or tensor.dtype)
+    place.put(upload(tensor, device))
+
+
+def check_names(built: Built, names: Any, places: Mapping[str, Place]) -> None:
+    """Raises ModelError where a checkpoint's names are not those of the places."""
+    present = set(names)
+    missing = sorted(set(places) - present)
+    allowed = {f"{built.family.head}.weight"} if is_tied(built) else set()
+    unexpected = sorted(present - set(places) - allowed)
+    if missing or unexpected:
+        parts = [
+            f"{word}: {', '.join(some[:5])}{' ...' if len(some) > 5 else ''}"
+            for word, some in (("missing", missing), ("not of this model", unexpected))
+            if some
+        ]
+        raise ModelError(
+            "the checkpoint's tensors are not those of its config; " + "; ".join(parts),
+            where="model.name",
+            hint="fetch the whole folder again, or look whether config.json belongs to it",
+        )
+
+
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raises ModelError where they differ."""
+    if tuple(found) != tuple(wanted):
+        raise ModelError(
+            f"{name} is {tuple(found)} in the checkpoint and {tuple(wanted)} by its config",
+            where="model.name",
+        )
+
+
+def _tie(built: Built, source: Source) -> None:
+    """One parameter for table and head. A copy of the head in the checkpoint must be a copy."""
+    table: Any = built.model.get_submodule(built.family.token_embedding).weight
+    built.head.weight = table
+    name = f"{built.family.head}.weight"
+    if name not in source.names() or table.is_meta:
+        return
+    # As they lie in the file, so that the device need not hold it twice.
+    if not torch.equal(source.read(name), source.read(f"{built.family.token_embedding}.weight")):
+        raise ModelError(
+            f"config.json ties {name} to the embedding, and the checkpoint has other values for it",
+            where="model.name",
+            hint='write "tie_word_embeddings": false into config.json if the head is its own',
+        )
+
+
+def rebuild_buffers(built: Built, device: torch.device) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies) are computed by their constructor."""
+    for path, module in list(built.model.named_modules()):
+        if device.type != "meta" and any(b.is_meta for b in module.buffers(recurse=False)):
+            surgery.replace(built.model, path, type(module)(built.config).to(device))
+    attribute(built.model.buffers(), "base")
