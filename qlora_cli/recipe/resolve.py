@@ -29,7 +29,7 @@ class DeviceFacts:
     @property
     def usable_bytes(self) -> int:
         """What is left for a job."""
-        return self.capacity_bytes - self.context_bytes
+        return max(0, self.capacity_bytes - self.context_bytes)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,18 @@ def test_plan_exits_3_and_advises_where_a_card_is_too_small(recipe: Path) -> Non
 
 
 def test_plan_searches_for_what_fits(recipe: Path) -> None:
-    assert qlora("plan", recipe, "--fit", "--vram", "64MiB", "--json").json["advice"]
+    told = qlora("plan", recipe, "--fit", "--vram", "1GiB", "--json").json
+    assert [one["change"].partition("=")[0] for one in told["advice"]] == [
+        "data.seq_len",
+        "train.micro_batch",
+    ]
+
+
+def test_a_card_that_has_not_even_room_for_a_context(recipe: Path) -> None:
+    outcome = qlora("plan", recipe, "--vram", "64MiB", "--json")
+    assert outcome.code == 3
+    assert outcome.json["usable_bytes"] == 0
+    assert not any(one["fits"] for one in outcome.json["advice"])
 
 
 def test_vram_describes_a_card_that_is_not_here(
@@ -65,7 +76,8 @@ def test_vram_describes_a_card_that_is_not_here(
 
     monkeypatch.setattr(plan, "run", watched)
     assert qlora("plan", recipe, "--vram", "24GiB").code == 0
-    assert seen == [DeviceFacts("cuda", "a 24.0 GiB card", 24 * GIB, (8, 9), 128, imagined=True)]
+    card = ("cuda", "a 24.0 GiB card", 24 * GIB, (8, 9), 128)
+    assert seen == [DeviceFacts(*card, context_bytes=GIB // 2, imagined=True)]
 
 
 def test_train_leaves_a_whole_run(run: Path) -> None:

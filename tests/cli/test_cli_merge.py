@@ -35,3 +35,19 @@ def test_what_is_no_adapter_is_a_usage_error(run: Path, tmp_path: Path) -> None:
     outcome = qlora("merge", run, "--out", tmp_path / "out", "--with", tmp_path / "gone")
     assert outcome.code == 2
     assert "adapter_config.json" in outcome.err
+
+
+def test_a_gguf_file_is_written_beside_the_checkpoint(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    outcome = qlora("merge", run, "--out", out, "--gguf", "f16", "--json")
+    assert outcome.code == 0, outcome.err
+    assert (out / "model-F16.gguf").is_file()
+    assert "model-F16.gguf" in outcome.err
+    assert qlora("verify", out, "--against", run, "--json").code == 0
+
+
+def test_an_encoding_that_is_none_is_a_usage_error(run: Path, tmp_path: Path) -> None:
+    outcome = qlora("merge", run, "--out", tmp_path / "merged", "--gguf", "q4")
+    assert outcome.code == 2
+    assert "--gguf" in outcome.err
+    assert not (tmp_path / "merged").exists()
