@@ -95,7 +95,7 @@ def first_loss_on_host(folder: Path, compute: str) -> float:
     ids=["4 bit", "8 bit", "16 bit"],
 )
 def test_the_ledger_is_the_allocators(
-    counting_card: torch.device,
+    empty_card: torch.device,
     tmp_path: Path,
     settings: list[str],
     record_property: Callable[[str, object], None],
