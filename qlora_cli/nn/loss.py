@@ -20,6 +20,8 @@ from qlora_cli.memory.tracker import scope
 
 IGNORED = -100
 """A label that is not trained on."""
+_WORDS = 8192
+"""Rows of the head whose gradient is added to at once."""
 CHUNK_ELEMENTS = 2**25
 """Logits of one chunk: 128 MiB in float32. Half of it saves 96 MiB and reads the head twice."""
 
@@ -52,7 +54,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden.index_copy_(0, positions[at], grad_logits @ weight)
                 if grad_head is not None:
-                    grad_head.addmm_(grad_logits.t().to(head.dtype), rows.to(head.dtype))
+                    _add_product(grad_head, grad_logits.to(head.dtype), rows.to(head.dtype))
                 del grad_logits, rows
         ctx.grads = (grad_hidden, grad_head)
         return total.mul_(scale)
@@ -62,6 +64,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         scaled = (None if own is None else own.mul_(grad.to(own.dtype)) for own in grads)
         return (*scaled, None, None, None)
+
+
+def _add_product(grad_head: Tensor, grad_logits: Tensor, rows: Tensor) -> None:
+    """grad_head (V, d) += grad_logits (c, V)^T rows (c, d).
+
+    Some words at a time: in bfloat16 a CPU's kernel copies what it adds to.
+    """
+    pieces = zip(grad_head.split(_WORDS), grad_logits.split(_WORDS, dim=1), strict=True)
+    for own, of_words in pieces:
+        own.addmm_(of_words.t(), rows)
 
 
 def chunked_cross_entropy(
