@@ -20,6 +20,7 @@ class Judge:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Counts what is allocated and freed inside."""
         with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             yield
         sizes = []

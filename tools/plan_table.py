@@ -1,0 +1,98 @@
+"""Rows of plan against run: their order, their bounds, and as a Markdown table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+OVER, UNDER, RESERVED = 0.03, -0.01, 0.05
+"""A plan may be so far above what is measured, so far below, so far off in reserved bytes."""
+
+Row = Mapping[str, Any]
+
+
+def worst_first(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By the largest error, of allocated or reserved bytes."""
+    return sorted(rows, key=lambda row: (-_size(row), row["case"]))
+
+
+def _size(row: Row) -> float:
+    return max(abs(row["error"]), abs(row["reserved"]["error"] or 0.0))
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """What is beyond the bounds, one line for each case."""
+    told = ((row["case"], ", ".join(_faults(row))) for row in rows)
+    return [f"{case}: {faults}" for case, faults in told if faults]
+
+
+def _faults(row: Row) -> Iterator[str]:
+    errors = {"worst instant": row["error"]}
+    errors |= {name: phase["error"] for name, phase in row["phases"].items()}
+    for name, error in errors.items():
+        # A plan does not know a file's order and takes the worst for loading, so it may say more.
+        if error < UNDER or (error > OVER and name != "load"):
+            yield f"{name} {error:+.2%}"
+    reserved = row["reserved"]["error"]
+    if reserved is not None and abs(reserved) > RESERVED:
+        yield f"reserved {reserved:+.2%}"
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report as Markdown, in the order of its rows."""
+    rows = report["rows"]
+    card = any(row["reserved"]["measured_bytes"] for row in rows)
+    head = ["error", "measured", "planned", "case", "step", "load", "accelerate", "litgpt"]
+    if card:
+        head[3:3] = ["reserved", "error"]
+    lines = [*_heading(report), "", _line(head), _line("---" for _ in head)]
+    lines += [_line(_cells(row, card)) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _heading(report: Mapping[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    rows = report["rows"]
+    worst = max((row["error"] for row in rows), key=abs, default=0.0)
+    most = max((row["error"] for row in rows), default=0.0)
+    least = min((row["error"] for row in rows), default=0.0)
+    return [
+        f"`{report['command']}`",
+        "",
+        f"{report['device']}; {versions}; {report['seconds']} s; judge: {report['judge']}.",
+        "",
+        f"{len(rows)} configurations; worst error of the worst instant {worst:+.2%}, from "
+        f"{least:+.2%} to {most:+.2%}. Sizes in MB of 10^6 bytes; step and load: error of these "
+        "phases; accelerate (weights alone / training with Adam) and litgpt: what their "
+        "estimators say, tools/plan_estimates.py.",
+    ]
+
+
+def _cells(row: Row, card: bool) -> list[str]:
+    others, reserved = row["others"], row["reserved"]
+    phases = row["phases"]
+    cells = [
+        f"{row['error']:+.2%}",
+        _mb(row["measured_bytes"]),
+        _mb(row["planned_bytes"]),
+        row["case"],
+        f"{phases['step']['error']:+.2%}",
+        f"{phases['load']['error']:+.2%}",
+        f"{_mb(others['accelerate_load'])} / {_mb(others['accelerate_adam'])}",
+        _mb(others["litgpt_training"]),
+    ]
+    if card:
+        error = reserved["error"]
+        cells[3:3] = [
+            _mb(reserved["measured_bytes"]),
+            "not planned" if error is None else f"{error:+.2%}",
+        ]
+    return cells
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
