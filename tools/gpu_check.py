@@ -101,7 +101,7 @@ _INFERENCE = {False: "--rounds 10", True: "--size tiny --rounds 2 --prompt 4 --t
 _TRAINING = {
     False: (("starter", "--seq-len 512 --rounds 30"), ("1B", ""), ("8B", "--rounds 4")),
     True: (
-        ("starter", "--seq-len 64 --rounds 2 --steps 2"),
+        ("starter", "--seq-len 128 --rounds 2 --steps 2"),
         ("tiny", "--seq-len 64 --rounds 2 --steps 1"),
     ),
 }

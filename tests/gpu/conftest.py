@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from plan_measure import is_fake_gpu
@@ -17,15 +15,6 @@ def counting_card() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA card here")
     return CARD
-
-
-@pytest.fixture
-def empty_card(counting_card: torch.device) -> torch.device:
-    """As a fresh process has it: nothing is left of earlier tests, cuBLAS' workspace included."""
-    gc.collect()
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-    return counting_card
 
 
 @pytest.fixture

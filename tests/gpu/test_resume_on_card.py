@@ -128,6 +128,9 @@ def test_attention_alone_depends_on_an_order(
 ) -> None:
     """A guard: an operation put into the step that is not deterministic has to be named here."""
     base = {"bits": bits, "compute_dtype": compute}
+    if bits == 8:
+        # Finding outlier columns reads from the card, which a stand-in cannot.
+        base["outlier_threshold"] = 0.0
     recipe = make_recipe(bases / family, bases / "rows.jsonl", base=base)
     built = build_base(recipe, counting_card)
     built.model.train()
@@ -147,12 +150,10 @@ def test_the_loss_depends_on_no_order(card: torch.device, monkeypatch: pytest.Mo
 
 
 def test_the_guard_would_see_another_operation(
-    counting_card: torch.device, monkeypatch: pytest.MonkeyPatch
+    card: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with confessions(monkeypatch) as told:
-        torch.bincount(
-            torch.ones(9, dtype=torch.int32, device=counting_card),
-            torch.ones(9, device=counting_card),
-        )
+        places = torch.ones(9, dtype=torch.int32, device=card)
+        torch.bincount(places, torch.ones(9, device=card))
     assert told
     assert not all("ttention" in one for one in told)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from qlora_cli.events import Silent, StepEvent
+from qlora_cli.events import Silent
 from qlora_cli.jobs import train
 from qlora_cli.jobs.results import TrainResult
 from qlora_cli.memory.ledger import Ledger
@@ -25,27 +27,32 @@ ATTRIBUTED = 0.99
 """Of each phase's peak, by the names of the ledger; the rest is `other`."""
 
 
-@dataclass
+MEASURED = """
+import json, sys, torch
+from qlora_cli.events import Silent
+from qlora_cli.jobs import train
+from qlora_cli.recipe.load import load_recipe
+
+peaks, reserved = [], []
+
 class Counters(Silent):
-    """What the card's own counters say after each step, read beside the job."""
+    def step(self, event):
+        peaks.append(torch.cuda.max_memory_allocated())
+        reserved.append(torch.cuda.max_memory_reserved())
 
-    peaks: list[int] = field(default_factory=list)
-    reserved: list[int] = field(default_factory=list)
-
-    def step(self, event: StepEvent) -> None:
-        self.peaks.append(torch.cuda.max_memory_allocated())
-        self.reserved.append(torch.cuda.max_memory_reserved())
-
-
-def run_starter(folder: Path, *settings: str) -> tuple[TrainResult, Counters]:
-    recipe = load_recipe("starter", [*SETTINGS, *settings, f"output={folder / 'run'}"])
-    counters = Counters()
-    return train.run(recipe, recipe_path=None, resume=False, observer=counters), counters
+recipe = load_recipe("starter", sys.argv[1:])
+ledger = train.run(recipe, recipe_path=None, resume=False, observer=Counters()).ledger
+print(json.dumps({"ledger": ledger.to_dict(), "peaks": peaks, "reserved": reserved}))
+"""
+"""The job in a process of its own, where nothing is left of other tests, with the card's own
+counters read after each step."""
 
 
 @pytest.fixture(scope="module")
 def trained(checked_card: torch.device, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    return run_starter(tmp_path_factory.mktemp("trained"))[0]
+    settings = [*SETTINGS, f"output={tmp_path_factory.mktemp('trained') / 'run'}"]
+    recipe = load_recipe("starter", settings)
+    return train.run(recipe, recipe_path=None, resume=False, observer=Silent())
 
 
 def losses(run: Path) -> list[float]:
@@ -95,19 +102,20 @@ def first_loss_on_host(folder: Path, compute: str) -> float:
     ids=["4 bit", "8 bit", "16 bit"],
 )
 def test_the_ledger_is_the_allocators(
-    empty_card: torch.device,
+    counting_card: torch.device,
     tmp_path: Path,
+    root: Path,
     settings: list[str],
     record_property: Callable[[str, object], None],
 ) -> None:
-    result, counters = run_starter(tmp_path, "train.steps=6", *settings)
-    ledger: Ledger = result.ledger
+    found = measured(root, "train.steps=6", f"output={tmp_path / 'run'}", *settings)
+    peaks, ledger = found["peaks"], Ledger.from_dict(found["ledger"])
     phases = {phase.name: phase for phase in ledger.phases}
-    assert phases["first_step"].peak_bytes == counters.peaks[0]
-    assert phases["step"].peak_bytes == max(counters.peaks[1:])
+    assert phases["first_step"].peak_bytes == peaks[0]
+    assert phases["step"].peak_bytes == max(peaks[1:])
     assert ledger.measured_peak_bytes == max(phase.peak_bytes for phase in ledger.phases)
     assert ledger.allocator.allocated == ledger.measured_peak_bytes
-    assert ledger.allocator.reserved >= max(counters.reserved)
+    assert ledger.allocator.reserved >= max(found["reserved"])
     assert ledger.allocator.driver >= ledger.allocator.reserved
     shares = {
         name: 1 - phase.at_peak.get("other", 0) / phase.peak_bytes for name, phase in phases.items()
@@ -115,6 +123,19 @@ def test_the_ledger_is_the_allocators(
     record_property("attributed", shares)
     print({name: f"{share:.2%}" for name, share in shares.items()})
     assert min(shares[name] for name in ("load", "first_step", "step", "eval")) >= ATTRIBUTED
+
+
+def measured(root: Path, *settings: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *settings],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    content: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return content
 
 
 def test_merge_and_verify(
