@@ -151,7 +151,7 @@ def run(part: Part, limit: float) -> dict[str, Any]:
             "command": shlex.join(["python", *part.words]),
             "exit_code": code,
             "seconds": round(time.monotonic() - began, 1),
-            "output": tail.replace(str(ROOT), "."),
+            "output": tail,
             "figures": None,
         }
         if out.is_file():
@@ -159,7 +159,16 @@ def run(part: Part, limit: float) -> dict[str, Any]:
                 found["figures"] = part.read(out)
             except ValueError as fault:  # Half a file, of a part that was stopped.
                 found["output"] += f"\n{type(fault).__name__}: {fault}"
-        return found
+        return _without_places(found, place)
+
+
+def _without_places(found: dict[str, Any], place: str) -> dict[str, Any]:
+    """The file is for others, on whose machines these folders are not."""
+    text = json.dumps(found)
+    for folder, name in ((place, "FOLDER"), (sys.prefix, "PYTHON"), (str(ROOT), ".")):
+        text = text.replace(folder, name)
+    cleaned: dict[str, Any] = json.loads(text)
+    return cleaned
 
 
 def _process(words: Sequence[str], limit: float) -> tuple[int | None, str]:

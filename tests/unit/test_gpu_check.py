@@ -93,6 +93,12 @@ def test_what_was_measured_outlives_a_part_that_dies(tmp_path: Path) -> None:
     assert report.content["failed"] == ["dies", "hangs"]
 
 
+def test_no_folder_of_this_machine_is_told(root: Path) -> None:
+    says = "import sys, pathlib; print(sys.prefix); print(pathlib.Path.cwd()); print(sys.argv[1])"
+    found = gpu_check.run(Part("says", ("-c", says, "{out}"), 60), 60)
+    assert found["output"].split() == ["PYTHON", ".", "FOLDER/figures"]
+
+
 def test_figures_of_tests_are_read(tmp_path: Path) -> None:
     file = tmp_path / "tests.xml"
     file.write_text(
