@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 
 from qlora_cli.data.collate import Batch, worst_batch
+from qlora_cli.families.spec import Family
 from qlora_cli.recipe.override import Override, parse_override
 from qlora_cli.recipe.schema import Recipe
 
@@ -132,12 +133,12 @@ class MadeSource:
     that is never written costs nothing, which is why 70 B parameters can be made.
     """
 
-    def __init__(self, model: nn.Module, tied_head: str | None, touched: bool) -> None:
+    def __init__(self, model: Any, family: Family, touched: bool) -> None:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        if tied_head:
-            shapes.pop(tied_head, None)
+        if model.config.tie_word_embeddings:
+            shapes.pop(f"{family.head}.weight", None)
         # safetensors files hold their tensors sorted by name.
-        self._shapes = dict(sorted(shapes.items()))
+        self._shapes: dict[str, tuple[int, ...]] = dict(sorted(shapes.items()))
         self._touched = touched
 
     def names(self) -> Sequence[str]:

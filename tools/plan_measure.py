@@ -77,13 +77,10 @@ class Run:
 
     def load(self) -> State:
         """The state before its first step, from weights made on the spot."""
-        tied = bool(self.config.tie_word_embeddings)
         return build_state(
             self.recipe,
             self.config,
-            lambda model, family: MadeSource(
-                model, f"{family.head}.weight" if tied else None, touched=not is_fake_gpu()
-            ),
+            lambda model, family: MadeSource(model, family, touched=not is_fake_gpu()),
             self.device,
             Silent(),
             FILE_DTYPE,
@@ -166,7 +163,8 @@ def write_trace(case: Case, file: Path) -> int:
 
 
 def _events() -> list[dict[str, Any]]:
-    return torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    events: list[dict[str, Any]] = torch.cuda.memory._snapshot()["device_traces"][0]
+    return events
 
 
 def _where(frames: Iterable[Mapping[str, Any]]) -> str:
@@ -235,12 +233,8 @@ def describe_machine(kind: str) -> dict[str, Any]:
 
 
 def _pair(planned_bytes: int | None, measured_bytes: int) -> dict[str, Any]:
-    known = planned_bytes is not None and measured_bytes > 0
-    return {
-        "planned_bytes": planned_bytes,
-        "measured_bytes": measured_bytes,
-        "error": planned_bytes / measured_bytes - 1 if known else None,
-    }
+    error = None if planned_bytes is None else planned_bytes / measured_bytes - 1
+    return {"planned_bytes": planned_bytes, "measured_bytes": measured_bytes, "error": error}
 
 
 def _others(case: Case, parameters: int) -> dict[str, int]:

@@ -17,7 +17,8 @@ def worst_first(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _size(row: Row) -> float:
-    return max(abs(row["error"]), abs(row["reserved"]["error"] or 0.0))
+    errors: list[float] = [row["error"], row["reserved"]["error"] or 0.0]
+    return max(map(abs, errors))
 
 
 def failures(rows: Sequence[Row]) -> list[str]:

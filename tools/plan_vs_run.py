@@ -98,8 +98,8 @@ def _pool(device: str, jobs: int) -> ProcessPoolExecutor:
     """Each task gets a process of its own, in which nothing has run."""
     if device == "cuda":
         # Importing bitsandbytes starts CUDA, which does not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
+        afresh = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(jobs, mp_context=afresh, max_tasks_per_child=1)
     # The server that processes are forked from finds modules by this variable alone.
     here, there = str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, there)))
