@@ -43,9 +43,10 @@ def table(report: Mapping[str, Any]) -> str:
     """The report as Markdown, in the order of its rows."""
     rows = report["rows"]
     card = any(row["reserved"]["measured_bytes"] for row in rows)
-    head = ["error", "measured", "planned", "case", "step", "load", "accelerate", "litgpt"]
+    head = ["error", "measured MB", "planned MB", "case", "step", "load"]
+    head += ["accelerate MB", "litgpt MB"]
     if card:
-        head[3:3] = ["reserved", "error"]
+        head[3:3] = ["reserved MB", "error"]
     lines = [*_heading(report), "", _line(head), _line("---" for _ in head)]
     lines += [_line(_cells(row, card)) for row in rows]
     return "\n".join(lines) + "\n"
@@ -54,19 +55,31 @@ def table(report: Mapping[str, Any]) -> str:
 def _heading(report: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     rows = report["rows"]
-    worst = max((row["error"] for row in rows), key=abs, default=0.0)
-    most = max((row["error"] for row in rows), default=0.0)
-    least = min((row["error"] for row in rows), default=0.0)
+    later = [
+        phase["error"] for row in rows for name, phase in row["phases"].items() if name != "load"
+    ]
+    reserved = [row["reserved"]["error"] for row in rows if row["reserved"]["error"] is not None]
+    ranges = {
+        "the worst instant of the job": [row["error"] for row in rows],
+        "each phase after loading": later,
+        "loading": [row["phases"]["load"]["error"] for row in rows],
+        "reserved bytes": reserved,
+    }
     return [
         f"`{report['command']}`",
         "",
-        f"{report['device']}; {versions}; {report['seconds']} s; judge: {report['judge']}.",
+        f"On {report['device']}; {versions}. Judge: {report['judge']}. {report['seconds']} s.",
         "",
-        f"{len(rows)} configurations; worst error of the worst instant {worst:+.2%}, from "
-        f"{least:+.2%} to {most:+.2%}. Sizes in MB of 10^6 bytes; step and load: error of these "
-        "phases; accelerate (weights alone / training with Adam) and litgpt: what their "
-        "estimators say, tools/plan_estimates.py.",
+        f"{len(rows)} configurations, the worst error first. Error is planned / measured - 1. "
+        + "; ".join(f"{name}: {_range(errors)}" for name, errors in ranges.items() if errors)
+        + ". A plan does not know the order of a checkpoint's tensors and takes the worst for "
+        "loading. MB are 10^6 bytes. accelerate (weights alone / training with Adam) and litgpt: "
+        "what their estimators say, by `tools/plan_estimates.py`.",
     ]
+
+
+def _range(errors: Sequence[float]) -> str:
+    return f"{min(errors):+.2%} to {max(errors):+.2%}"
 
 
 def _cells(row: Row, card: bool) -> list[str]:
