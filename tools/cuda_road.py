@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_facts import is_fake_gpu
 from plan_cases import FILE_DTYPE, Case, MadeSource
-from plan_measure import describe_machine, is_fake_gpu
+from plan_measure import describe_machine
 from plan_table import OVER, UNDER
 
 from qlora_cli.checkpoint.layout import RunFolder

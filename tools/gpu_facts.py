@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plan_measure import is_fake_gpu
 
 from qlora_cli.memory.device import inspect_device
 
@@ -47,6 +46,11 @@ def facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version()} | dict(map(version_of, PACKAGES)),
     }
+
+
+def is_fake_gpu() -> bool:
+    """Whether the card is a stand-in that only counts: it is started with its size in FG_GB."""
+    return "FG_GB" in os.environ
 
 
 def version_of(package: str) -> tuple[str, str | None]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_facts import is_fake_gpu, version_of
 from plan_cases import FILE_DTYPE, Case, MadeSource, matrix_values, window_of
 from plan_estimates import accelerate_adam, accelerate_load, litgpt_training
 from profiled import Judge
@@ -31,11 +30,6 @@ from qlora_cli.train.state import State, build_state
 from qlora_cli.train.step import train_step
 
 PHASES = ("load", "first_step", "step", "eval")
-
-
-def is_fake_gpu() -> bool:
-    """Whether the card is a stand-in that only counts: it is started with its size in FG_GB."""
-    return "FG_GB" in os.environ
 
 
 def planned(case: Case, facts: DeviceFacts) -> Imagined:
@@ -234,8 +228,7 @@ def describe_machine(kind: str) -> dict[str, Any]:
     return {
         "device": name,
         "fake_gpu": is_fake_gpu(),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in packages},
+        "versions": {"python": platform.python_version()} | dict(map(version_of, packages)),
         "judge": judge,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plan_measure import is_fake_gpu
+from gpu_facts import is_fake_gpu
 
 CARD = torch.device("cuda", 0)
 

@@ -105,10 +105,11 @@ def test_an_interrupted_run_can_be_reported_and_keeps_its_phases_when_resumed(
         go(recipe, stop_after=STEPS - 1)
     run = RunFolder(tmp_path / "run")
     stopped = report.run(run.path)
-    assert [phase.name for phase in stopped.ledger.phases] == ["load", "first_step", "step"]
+    before = [phase.name for phase in stopped.ledger.phases]
+    assert before == ["load", "first_step", "step", "checkpoint"]
     go(recipe, resume=True)
     whole = report.run(run.path)
-    assert [phase.name for phase in whole.ledger.phases] == ["load", "first_step", "step", "eval"]
+    assert [phase.name for phase in whole.ledger.phases] == [*before, "eval"]
     for earlier, now in zip(stopped.ledger.phases, whole.ledger.phases, strict=False):
         assert now.peak_bytes >= earlier.peak_bytes
     assert whole.timeline[: len(stopped.timeline)] == stopped.timeline
