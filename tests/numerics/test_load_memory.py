@@ -15,6 +15,7 @@ import pytest
 from qlora_cli.units import GIB, MIB
 from tests.numerics.test_merge_memory import LARGEST_BYTES, make_large_base
 
+NUM_LAYERS = 12
 LOAD = """
 import ctypes, gc, json, sys, time
 from pathlib import Path
@@ -66,7 +67,7 @@ print(json.dumps({"before": before["VmRSS"], "peak": peak, "after": after, "held
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_large_base(tmp_path_factory.mktemp("large") / "base")
+    folder = make_large_base(tmp_path_factory.mktemp("large") / "base", NUM_LAYERS)
     files = list(folder.glob("*.safetensors"))
     assert len(files) > 1, "sharded"
     assert sum(file.stat().st_size for file in files) > GIB
