@@ -36,7 +36,7 @@ from qlora_cli.train.imagined import Imagined, Recorded, account
 from qlora_cli.train.optimizer import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
-from qlora_cli.weights.build import format_of
+from qlora_cli.train.worst_order import worst_order
 from qlora_cli.weights.source import ImaginedSource
 
 
@@ -119,6 +119,7 @@ class _Job:
         )
         # Asked first: making a model writes the compute dtype into its config.
         dtype = file_dtype(config)
+        shapes = worst_order(self.recipe, config, self.facts, dtype)
         meta = torch.device("meta")
         total = (0, 0)
 
@@ -126,7 +127,7 @@ class _Job:
             nonlocal total
             recording.blocks = family.blocks
             total = _counted(dict(model.named_parameters()), family, nn.Parameter.numel)
-            return ImaginedSource(self._worst_order(model, family, config, dtype), dtype)
+            return ImaginedSource(shapes, dtype)
 
         forget_codes(meta)
         with tracker:
@@ -150,31 +151,6 @@ class _Job:
             _counted(state.trainable, family, lambda p: p.numel() * p.element_size()),
             tokens * config.hidden_size * state.built.held.compute.itemsize,
         )
-
-    def _worst_order(
-        self, model: nn.Module, family: Family, config: Any, dtype: torch.dtype
-    ) -> dict[str, nn.Parameter]:
-        """No plan knows the order of a file, so it takes the worst.
-
-        What leaves nothing but itself behind comes first, and last the tensor of which most is on
-        the device only while it is taken in, when all else is there. dtype: of the file.
-        """
-        held = format_of(self.recipe, dtype)
-        full = self.recipe.adapter.method == "full"
-        turned = any(linear.transposed for linear in family.linears)
-
-        def passing(name: str, parameter: nn.Parameter) -> int:
-            if parameter.dim() == 2 and not full and name.startswith(family.blocks):
-                stays = held.bits == 16 and held.storage == dtype and not turned
-            else:
-                kept = held.compute if full or parameter.dim() == 1 else held.storage
-                stays = self.on_card or kept == dtype  # For a card it is cast on the host.
-            return 0 if stays else parameter.numel()
-
-        tensors = dict(sorted(model.named_parameters(), key=lambda item: passing(*item)))
-        if getattr(config, "tie_word_embeddings", False):
-            tensors.pop(f"{family.head}.weight", None)
-        return tensors
 
     def _go(self, state: State, tracker: StorageTracker, recording: Recording) -> None:
         built = state.built

@@ -79,12 +79,12 @@ class FolderSource:
 class ImaginedSource:
     """Tensors of a model on meta: shapes and dtypes, no bytes."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self._shapes = shapes
         self._dtype = dtype
 
     def names(self) -> Sequence[str]:
-        """In the model's order."""
+        """In the order given."""
         return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
