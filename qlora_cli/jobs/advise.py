@@ -25,10 +25,15 @@ _LONGEST = 2**17
 
 
 def changes_that_fit(recipe: Recipe, planned: Planned, facts: DeviceFacts) -> tuple[Advice, ...]:
-    """Changes that save memory: those that make the job fit first, of these the mildest first."""
-    now = planned(recipe).peak_bytes
-    advice = [_advice(text, planned(changed), now, facts) for text, changed in _changes(recipe)]
-    for size in _sizes(recipe, recipe.data.seq_len, recipe.train.micro_batch):
+    """Changes that save memory: those that make the job fit first, of these the mildest first.
+
+    Where the frozen weights alone are too many, only what makes them fewer is planned.
+    """
+    now, hopeless = planned(recipe).peak_bytes, _hopeless(recipe, planned, facts)
+    changes = _smaller_weights(recipe) if hopeless else _changes(recipe)
+    advice = [_advice(text, planned(changed), now, facts) for text, changed in changes]
+    sizes = () if hopeless else _sizes(recipe, recipe.data.seq_len, recipe.train.micro_batch)
+    for size in sizes:
         found = size.largest(planned, facts)
         if found is not None and found[0] < size.top:
             advice.append(_advice(f"{size.key}={found[0]}", found[1], now, facts))
@@ -40,6 +45,8 @@ def largest(
     recipe: Recipe, config: Any, planned: Planned, facts: DeviceFacts
 ) -> tuple[Advice, ...]:
     """The longest sequence at micro-batch 1, the largest micro-batch at the recipe's length."""
+    if _hopeless(recipe, planned, facts):
+        return ()
     now = planned(recipe).peak_bytes
     longest = int(getattr(config, "max_position_embeddings", None) or _LONGEST)
     alone = _with(recipe, "train", micro_batch=1)
@@ -53,6 +60,11 @@ def largest(
     return tuple(advice)
 
 
+def _hopeless(recipe: Recipe, planned: Planned, facts: DeviceFacts) -> bool:
+    """Whether the frozen weights alone are more than the device has, whatever the batch."""
+    return planned(recipe).frozen_bytes > facts.usable_bytes
+
+
 def _changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """Settings that cost speed or a little quality, and save memory."""
     if not recipe.train.activation_checkpointing:
@@ -62,15 +74,20 @@ def _changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         return
     if recipe.train.optimizer == "adamw" and recipe.adapter.dtype == "float32":
         yield "train.optimizer=adamw8bit", _with(recipe, "train", optimizer="adamw8bit")
+    yield from _smaller_weights(recipe)
+    if recipe.adapter.rank > 8:
+        yield "adapter.rank=8", _with(recipe, "adapter", rank=8)
+    if recipe.adapter.targets == "all":
+        yield "adapter.targets=[q,v]", _with(recipe, "adapter", targets=["q", "v"])
+
+
+def _smaller_weights(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Formats of the frozen weights that take less."""
     for bits in (8, 4):
         if recipe.base.bits > bits:
             yield f"base.bits={bits}", _with(recipe, "base", bits=bits)
     if recipe.base.bits == 4 and not recipe.base.double_quant:
         yield "base.double_quant=true", _with(recipe, "base", double_quant=True)
-    if recipe.adapter.rank > 8:
-        yield "adapter.rank=8", _with(recipe, "adapter", rank=8)
-    if recipe.adapter.targets == "all":
-        yield "adapter.targets=[q,v]", _with(recipe, "adapter", targets=["q", "v"])
 
 
 @dataclass(frozen=True)

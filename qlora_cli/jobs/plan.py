@@ -57,7 +57,7 @@ def run(
         total_parameters=imagined.total_parameters,
         adapter_bytes=imagined.adapter_bytes,
         arithmetic=arithmetic_of(resolved, imagined),
-        notes=_notes(resolved, facts),
+        notes=_notes(resolved, facts, imagined),
         seconds=time.perf_counter() - began,
     )
 
@@ -121,9 +121,15 @@ def _compare(recipe: Recipe, planned: Planned) -> tuple[Compared, ...]:
     return tuple(compared)
 
 
-def _notes(recipe: Recipe, facts: DeviceFacts) -> tuple[str, ...]:
-    """What of the plan is a model or a bound, one sentence each."""
+def _notes(recipe: Recipe, facts: DeviceFacts, imagined: Imagined) -> tuple[str, ...]:
+    """What of the plan is a model or a bound, and what is out of reach; one sentence each."""
     notes = []
+    if imagined.frozen_bytes > facts.usable_bytes:
+        notes.append(
+            f"the frozen weights alone take {format_bytes(imagined.frozen_bytes)} of "
+            f"{format_bytes(facts.usable_bytes)}: no change to batch, adapter or optimizer makes "
+            "this job fit; take a smaller base, fewer bits or a larger card"
+        )
     if facts.kind == "cuda":
         notes.append(
             "allocated and reserved are modelled: torch's caching allocator, cuBLAS' workspaces "

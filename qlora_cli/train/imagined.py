@@ -10,7 +10,8 @@ from qlora_cli.memory.counter import Counter
 from qlora_cli.memory.ledger import Phase, worst
 from qlora_cli.memory.recording import Visit, play, repeat
 
-_STANDING = ("base", "quant_constants", "embeddings", "head", "adapter", "gradients", "optimizer")
+_FROZEN = ("base", "quant_constants", "embeddings", "head")
+_STANDING = (*_FROZEN, "adapter", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Imagined:
     def peak_bytes(self) -> int:
         """The worst instant of the job."""
         return worst(self.phases).peak_bytes
+
+    @property
+    def frozen_bytes(self) -> int:
+        """The weights that are not trained: no batch, adapter or optimizer needs fewer."""
+        step = next(phase for phase in self.phases if phase.name == "step")
+        return sum(step.at_peak.get(category, 0) for category in _FROZEN)
 
     def fits(self, capacity_bytes: int) -> bool:
         """Whether the job ends on a device that has so much for it.

@@ -105,6 +105,22 @@ def test_every_change_that_is_said_to_fit_fits(llama: Path) -> None:
         assert again.ledger.planned_peak_bytes == one.peak_bytes == now - one.saves_bytes
 
 
+def test_where_weights_alone_are_too_many_only_fewer_bits_are_planned(llama: Path) -> None:
+    """In 16 bit the frozen weights do not fit, in 4 bit the whole job does."""
+    short: dict[str, Any] = {"data": {"seq_len": 64}, "train": {"micro_batch": 1}}
+    four = run(recipe_of(llama, **short), 24 * GIB)
+    recipe = recipe_of(llama, base={"bits": 16}, **short)
+    at_peak = run(recipe, 24 * GIB).ledger.after.at_peak
+    enough = four.ledger.allocator.reserved + CONTEXT
+    assert enough - CONTEXT < at_peak["base"] + at_peak["head"], "the case is what it says"
+    result = run(recipe, enough)
+    assert {one.change for one in result.advice} == {"base.bits=8", "base.bits=4"}
+    assert [one.change for one in result.advice if one.fits] == ["base.bits=4"]
+    assert any("frozen weights alone" in note for note in result.notes)
+    assert not run(recipe, enough, fit=True).advice
+    assert not any("frozen weights" in note for note in four.notes)
+
+
 def test_fit_finds_the_last_size_that_fits(llama: Path) -> None:
     recipe = recipe_of(llama)
     capacity = run(recipe, 24 * GIB).ledger.allocator.reserved + CONTEXT + 100 * MIB
