@@ -109,12 +109,14 @@ def loading_faults(merged: Path) -> Iterator[str]:
     process with a limit on its memory may not.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     tensors = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         for name, entry in read_folder(merged).items()
     }
     try:
+        disable_progress_bar()  # Nothing is read, so there is nothing to wait for.
         config = AutoConfig.from_pretrained(merged)
         with torch.device("meta"):
             kind: Any = type(AutoModelForCausalLM.from_config(config))
