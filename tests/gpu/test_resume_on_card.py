@@ -21,7 +21,8 @@ from qlora_cli.errors import Interrupted
 from qlora_cli.nn.loss import chunked_cross_entropy
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.forward import hidden_states
-from tests.numerics.test_resume import CASES, assert_same_run, go, losses, recipe_of
+from tests.interrupted import go
+from tests.numerics.test_resume import CASES, assert_same_run, losses, recipe_of
 from tests.runs import build_base, make_base, make_recipe, make_rows
 
 pytestmark = pytest.mark.gpu

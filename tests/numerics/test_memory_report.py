@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,26 +13,16 @@ import pytest
 
 from qlora_cli.checkpoint.layout import RunFolder, write_json
 from qlora_cli.errors import Interrupted, QloraError, UsageError
-from qlora_cli.events import Silent, StepEvent
-from qlora_cli.jobs import before, report, train
+from qlora_cli.events import Silent
+from qlora_cli.jobs import before, report
 from qlora_cli.memory.ledger import Side
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.ui import report as page
 from qlora_cli.ui import timelines
+from tests.interrupted import go
 from tests.runs import make_base, make_recipe, make_rows
 
 STEPS = 6
-
-
-class Stopper(Silent):
-    """Presses Ctrl-C when a step is done."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def step(self, event: StepEvent) -> None:
-        if event.step == self.after:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +36,6 @@ def recipe_of(base: Path, output: Path, **sections: Any) -> Recipe:
     sections["train"] = {"steps": STEPS, "grad_accum": 2, **sections.get("train", {})}
     recipe = make_recipe(base, base.parent / "rows.jsonl", **sections)
     return recipe.model_copy(update={"output": str(output)})
-
-
-def go(recipe: Recipe, *, resume: bool = False, stop_after: int | None = None) -> RunFolder:
-    observer = Silent() if stop_after is None else Stopper(stop_after)
-    train.run(recipe, recipe_path=None, resume=resume, observer=observer)
-    return RunFolder(Path(recipe.output))
 
 
 @pytest.fixture(scope="module")

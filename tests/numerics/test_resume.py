@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -19,20 +18,10 @@ from qlora_cli.events import Silent, StepEvent
 from qlora_cli.jobs import train
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.optimizer import AdamW, LossScale
+from tests.interrupted import go
 from tests.runs import make_base, make_recipe, make_rows
 
 STEPS = 5
-
-
-class Stopper(Silent):
-    """Presses Ctrl-C, as a terminal does, when a step is done."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def step(self, event: StepEvent) -> None:
-        if event.step == self.after:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +41,6 @@ def recipe_of(bases: Path, output: Path, family: str = "llama", **sections: Any)
     sections["train"] = {**settings, **sections.get("train", {})}
     recipe = make_recipe(bases / family, bases / "rows.jsonl", **sections)
     return recipe.model_copy(update={"output": str(output)})
-
-
-def go(recipe: Recipe, *, resume: bool = False, stop_after: int | None = None) -> RunFolder:
-    observer = Silent() if stop_after is None else Stopper(stop_after)
-    train.run(recipe, recipe_path=None, resume=resume, observer=observer)
-    return RunFolder(Path(recipe.output))
 
 
 def losses(run: RunFolder) -> list[tuple[int, float, float, float]]:
