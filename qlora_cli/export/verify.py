@@ -138,6 +138,11 @@ def _compare_answers(
     judged = judged_rows(read_recipe(run), base, read_config(base / CONFIG))
     for note in judged.notes:
         observer.note(note)
+    if _into_original(expected):
+        observer.note(
+            "the adapter was trained on a rounded base and merged into the original one: what "
+            "rounding changed in the answers is in these figures; --base dequantized keeps it"
+        )
     rows = judged.rows
     model = trained(expected, base)
     reference, spoken = model.answers(rows), speech(model, rows)

@@ -88,7 +88,8 @@ def _packed_place(module: QuantLinear, transposed: bool) -> Place:
     def put(tensor: Tensor) -> None:
         module.pack(tensor.t() if transposed else tensor)
 
-    return Place(shape[::-1] if transposed else shape, put)
+    kept = module.held.storage if module.held.bits == 16 else None
+    return Place(shape[::-1] if transposed else shape, put, kept=kept)
 
 
 def _plain_place(

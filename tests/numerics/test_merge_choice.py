@@ -87,7 +87,9 @@ def test_an_ordinary_model_is_merged_into_its_original_base(tmp_path: Path) -> N
     result = merge.run(run, out=tmp_path / "out", dtype=None, base="auto", observer=notes)
     print("\n".join(notes.told))
     assert result.base == "original"
-    assert verify.run(tmp_path / "out", against=run, observer=Silent()).faults == ()
+    told = Notes()
+    assert verify.run(tmp_path / "out", against=run, observer=told).faults == ()
+    assert any("trained on a rounded base" in note for note in told.told)
 
 
 @pytest.mark.slow

@@ -12,11 +12,14 @@ from plan_measure import Run, facts_of, planned
 from qlora_cli.events import Silent
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.nn.quant import forget_codes
+from qlora_cli.recipe.resolve import DeviceFacts
 from qlora_cli.train.state import build_state
 from qlora_cli.train.worst_order import worst_order
+from qlora_cli.units import GIB
 from tests.runs import CPU
 
 FACTS = facts_of("cpu")
+CARD = DeviceFacts("cuda", "a card", 24 * GIB, (8, 9), 128)
 CASES = [
     Case(family, shape, tuple(text.split()), vocab_size, tied)
     for family, shape, vocab_size, tied, text in (
@@ -64,3 +67,19 @@ def test_no_order_of_a_file_needs_more_than_the_worst(case: Case) -> None:
     others = [load_peak(case, order) for order in (worst[::-1], sorted(worst), *shuffled)]
     assert max(others) <= most
     assert min(others) < most, "an order matters in each of these cases"
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_card_never_holds_a_head_twice(bits: int) -> None:
+    """The file is in float16, the head is held in bfloat16: it is cast on the host."""
+    case = Case(
+        "llama",
+        "tiny",
+        (f"base.bits={bits}", "base.compute_dtype=bfloat16", "data.seq_len=64"),
+        32000,
+    )
+    load, *_ = planned(case, CARD).phases
+    assert load.name == "load"
+    head_bytes = 2 * 32000 * 192
+    assert load.at_peak["head"] >= head_bytes  # The allocator rounds up.
+    assert load.peak_bytes - load.live_bytes < head_bytes / 4
