@@ -18,6 +18,7 @@ from qlora_cli.data.collate import Batch, worst_batch
 from qlora_cli.families.spec import Family
 from qlora_cli.recipe.override import Override, parse_override
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.weights.source import ImaginedSource
 
 FILE_DTYPE = torch.float16
 """Of the weights as they lie in the imagined checkpoint."""
@@ -126,7 +127,7 @@ def window_of(recipe: Recipe, config: Any) -> list[Batch]:
     return [batch] * min(2, recipe.train.grad_accum)
 
 
-class MadeSource:
+class MadeSource(ImaginedSource):
     """A checkpoint's tensors, each made on the host when it is asked for; no file is needed.
 
     touched: whether they get values. Under a stand-in for the card nobody reads them, and memory
@@ -134,24 +135,12 @@ class MadeSource:
     """
 
     def __init__(self, model: Any, family: Family, touched: bool) -> None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        if model.config.tie_word_embeddings:
-            shapes.pop(f"{family.head}.weight", None)
-        # safetensors files hold their tensors sorted by name.
-        self._shapes: dict[str, tuple[int, ...]] = dict(sorted(shapes.items()))
+        super().__init__(model, family, FILE_DTYPE)
         self._touched = touched
-
-    def names(self) -> Sequence[str]:
-        """In the order of a checkpoint's files."""
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """As it would lie in the file."""
-        return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
         """A new tensor; norms' weights are one, other vectors zero, matrices small and random."""
-        tensor = torch.empty(self._shapes[name], dtype=FILE_DTYPE)
+        tensor = torch.empty(self.shape(name), dtype=FILE_DTYPE)
         if not self._touched:
             return tensor
         if tensor.dim() == 1:

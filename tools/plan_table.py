@@ -31,8 +31,7 @@ def _faults(row: Row) -> Iterator[str]:
     errors = {"worst instant": row["error"]}
     errors |= {name: phase["error"] for name, phase in row["phases"].items()}
     for name, error in errors.items():
-        # A plan does not know a file's order and takes the worst for loading, so it may say more.
-        if error < UNDER or (error > OVER and name != "load"):
+        if not UNDER <= error <= OVER:
             yield f"{name} {error:+.2%}"
     reserved = row["reserved"]["error"]
     if reserved is not None and abs(reserved) > RESERVED:
@@ -55,14 +54,11 @@ def table(report: Mapping[str, Any]) -> str:
 def _heading(report: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     rows = report["rows"]
-    later = [
-        phase["error"] for row in rows for name, phase in row["phases"].items() if name != "load"
-    ]
+    phases = [phase["error"] for row in rows for phase in row["phases"].values()]
     reserved = [row["reserved"]["error"] for row in rows if row["reserved"]["error"] is not None]
     ranges = {
         "the worst instant of the job": [row["error"] for row in rows],
-        "each phase after loading": later,
-        "loading": [row["phases"]["load"]["error"] for row in rows],
+        "each phase": phases,
         "reserved bytes": reserved,
     }
     return [
@@ -72,9 +68,8 @@ def _heading(report: Mapping[str, Any]) -> list[str]:
         "",
         f"{len(rows)} configurations, the worst error first. Error is planned / measured - 1. "
         + "; ".join(f"{name}: {_range(errors)}" for name, errors in ranges.items() if errors)
-        + ". A plan does not know the order of a checkpoint's tensors and takes the worst for "
-        "loading. MB are 10^6 bytes. accelerate (weights alone / training with Adam) and litgpt: "
-        "what their estimators say, by `tools/plan_estimates.py`.",
+        + ". MB are 10^6 bytes. accelerate (weights alone / training with Adam) and litgpt: what "
+        "their estimators say, by `tools/plan_estimates.py`.",
     ]
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from qlora_cli.checkpoint.adapter import attach, fill
 from qlora_cli.checkpoint.adapter_file import Adapter, AdapterLayer
 from qlora_cli.nn.lora import LoraLinear
+from qlora_cli.weights import load
 from qlora_cli.weights.built import Built
-from qlora_cli.weights.load import Place, check_names, check_shape, places, rebuild_buffers
 from qlora_cli.weights.source import Source
 
 
@@ -29,12 +29,12 @@ def stream(
 
     adapter: to be put on it. Raises ModelError where the source is not this model's.
     """
-    rebuild_buffers(built, device)
-    needed: dict[str, list[tuple[str, Place]]] = defaultdict(list)
-    wanted = dict(places(built, device))
-    check_names(built, source.names(), wanted)
+    load.rebuild_buffers(built, device)
+    needed: dict[str, list[tuple[str, load.Place]]] = defaultdict(list)
+    wanted = dict(load.places(built, device))
+    load.check_names(built, source.names(), wanted)
     for name, place in wanted.items():
-        check_shape(name, source.shape(name), place.shape)
+        load.check_shape(name, source.shape(name), place.shape)
         needed[name.rpartition(".")[0]].append((name, place))
     if adapter is not None:
         attach(built, adapter)
@@ -46,14 +46,14 @@ def stream(
 
 
 def _arrival(
-    own: list[tuple[str, Place]],
+    own: list[tuple[str, load.Place]],
     source: Source,
     device: torch.device,
     layer: AdapterLayer | None,
 ) -> Callable[[nn.Module, Any], None]:
     def arrive(module: nn.Module, _: Any) -> None:
         for name, place in own:
-            place.put(source.read(name).to(device))
+            load.fill(place, source, name, device)
         if layer is not None:
             assert isinstance(module, LoraLinear)
             fill(module, layer, device)

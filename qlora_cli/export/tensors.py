@@ -158,7 +158,7 @@ class MergedTensors:
         weight = tensor.t() if site.transposed else tensor
         if self.base == "original":
             return weight
-        layer = packed(site, self.held, weight.to(self.device))
+        layer = packed(site, self.held, weight.contiguous().to(self.device))
         # Unpacked it is as large again; both together would be the peak of the whole job.
         del tensor, weight
         return layer.dequantize().cpu()

@@ -36,7 +36,6 @@ from qlora_cli.train.imagined import Imagined, Recorded, account
 from qlora_cli.train.optimizer import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
-from qlora_cli.train.worst_order import worst_order
 from qlora_cli.weights.source import ImaginedSource
 
 
@@ -119,7 +118,6 @@ class _Job:
         )
         # Asked first: making a model writes the compute dtype into its config.
         dtype = file_dtype(config)
-        shapes = worst_order(self.recipe, config, self.facts, dtype)
         meta = torch.device("meta")
         total = (0, 0)
 
@@ -127,7 +125,7 @@ class _Job:
             nonlocal total
             recording.blocks = family.blocks
             total = _counted(dict(model.named_parameters()), family, nn.Parameter.numel)
-            return ImaginedSource(shapes, dtype)
+            return ImaginedSource(model, family, dtype)
 
         forget_codes(meta)
         with tracker:

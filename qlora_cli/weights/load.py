@@ -1,11 +1,13 @@
 """Fills a model's places from a source, one tensor at a time.
 
-At any moment there is what is already packed, and one tensor. The plan calls the same functions
-with an imagined source.
+At any moment there is what is already packed, and one tensor. The order is the model's own and not
+the file's, so that a plan, which knows no file, is of the same loading. The plan calls the same
+functions with an imagined source.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +29,14 @@ from qlora_cli.weights.source import Source
 def load(built: Built, source: Source, device: torch.device, observer: Observer) -> None:
     """Fills every place of the model from the source. Raises ModelError for what does not fit."""
     empty = dict(places(built, device))
-    names = source.names()
-    check_names(built, names, empty)
-    observer.stage("load", len(names))
-    for done, name in enumerate(names):
-        place = empty.pop(name, None)
-        if place is not None:
-            check_shape(name, source.shape(name), place.shape)
-            with scope("temporary"), within(name):
-                _fill(place, source, name, device)
-        observer.advance(done + 1)
+    check_names(built, source.names(), empty)
+    for name, place in empty.items():
+        check_shape(name, source.shape(name), place.shape)
+    observer.stage("load", len(empty))
+    for done, name in enumerate(loading_order(empty, built.family.blocks), 1):
+        with scope("temporary"), within(name):
+            fill(empty[name], source, name, device)
+        observer.advance(done)
     if is_tied(built):
         _tie(built, source)
     rebuild_buffers(built, device)
@@ -46,13 +46,15 @@ def load(built: Built, source: Source, device: torch.device, observer: Observer)
 class Place:
     """Where one tensor of the checkpoint goes.
 
-    shape: as in the file. on_host: it stays there. kept: the dtype of one that is held as it is; it
-    is cast on the host, so that the device never holds it twice.
+    shape: as in the file. put: takes it as the model holds it. on_host: it stays there. turned: the
+    file holds (in, out). kept: the dtype of one that is held as it is. It is turned and cast on the
+    host, so that the device never holds it twice.
     """
 
     shape: tuple[int, ...]
     put: Callable[[Tensor], None]
     on_host: bool = False
+    turned: bool = False
     kept: torch.dtype | None = None
 
 
@@ -82,14 +84,24 @@ def places(built: Built, device: torch.device) -> Iterator[tuple[str, Place]]:
                 yield f"{path}.{key}", _plain_place(module, key, category, device, parameter.dtype)
 
 
-def _packed_place(module: QuantLinear, transposed: bool) -> Place:
+def loading_order(places: Mapping[str, Place], blocks: str) -> list[str]:
+    """What is of no block first, the largest before the smaller; then block after block.
+
+    blocks: path of the block list. A table that is cast is there twice for a moment; so it comes
+    while little else is there.
+    """
+
+    def key(name: str) -> tuple[bool, int]:
+        in_block = name.startswith(f"{blocks}.")
+        return in_block, 0 if in_block else -math.prod(places[name].shape)
+
+    return sorted(places, key=key)
+
+
+def _packed_place(module: QuantLinear, turned: bool) -> Place:
     shape = (module.out_features, module.in_features)
-
-    def put(tensor: Tensor) -> None:
-        module.pack(tensor.t() if transposed else tensor)
-
     kept = module.held.storage if module.held.bits == 16 else None
-    return Place(shape[::-1] if transposed else shape, put, kept=kept)
+    return Place(shape[::-1] if turned else shape, module.pack, turned=turned, kept=kept)
 
 
 def _plain_place(
@@ -116,12 +128,15 @@ def _category(built: Built, path: str) -> str:
     return "head" if path == built.family.head else "base"
 
 
-def _fill(place: Place, source: Source, name: str, device: torch.device) -> None:
+def fill(place: Place, source: Source, name: str, device: torch.device) -> None:
+    """Reads a tensor and puts it in its place on the device."""
     with host_memory():
         tensor = source.read(name)
         if place.on_host:
             place.put(tensor)
             return
+        if place.turned:
+            tensor = tensor.t().contiguous()
         tensor = tensor.to(place.kept or tensor.dtype)
     place.put(upload(tensor, device))
 

@@ -8,14 +8,15 @@ tensor and remembers its own name, which merging writes again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qlora_cli.errors import ModelError
+from qlora_cli.families.spec import Family
 from qlora_cli.weights.tensorfile import Entry, read_header, read_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -26,7 +27,7 @@ class Source(Protocol):
     """Tensors by name, read one at a time."""
 
     def names(self) -> Sequence[str]:
-        """Every tensor, in the order that reads fastest."""
+        """Every tensor."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """As it lies in the file."""
@@ -56,7 +57,7 @@ class FolderSource:
         }
 
     def names(self) -> Sequence[str]:
-        """In the order of the files, so that a disk reads forwards."""
+        """In the order of the files."""
         return list(self._file_names)
 
     def file_name(self, name: str) -> str:
@@ -77,14 +78,16 @@ class FolderSource:
 
 
 class ImaginedSource:
-    """Tensors of a model on meta: shapes and dtypes, no bytes."""
+    """The checkpoint of a model that was just made on meta: shapes and dtypes, no bytes."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        self._shapes = shapes
+    def __init__(self, model: Any, family: Family, dtype: torch.dtype) -> None:
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        if getattr(model.config, "tie_word_embeddings", False):
+            self._shapes.pop(f"{family.head}.weight", None)
         self._dtype = dtype
 
     def names(self) -> Sequence[str]:
-        """In the order given."""
+        """In the model's order."""
         return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -62,8 +62,6 @@ GRID = [
 ]
 """The longest vocabulary needs two chunks of the loss."""
 FACTS = facts_of("cpu")
-PACKING_BYTES = 4 * 192 * 192 * 32
-"""The largest linear of the grid (GPT-2's mlp), in 32 bytes a weight while it is packed."""
 
 
 def phases_of(case: Case) -> dict[str, Phase]:
@@ -104,12 +102,9 @@ def test_the_plan_is_the_run(case: Case) -> None:
         for name in PHASES
     }
     told = ", ".join(f"{k} {peaks[k]} {a:+.2%} {b:+.2%}" for k, (a, b) in errors.items())
-    for name in PHASES[1:]:
+    for name in PHASES:
         for error in errors[name]:
             assert plan_table.UNDER <= error <= plan_table.OVER, (name, told)
-    # The plan takes the worst order of a file; an order can save one linear's packing at most.
-    for measured in (run["load"].peak_bytes, peaks["load"]):
-        assert 0.99 * measured <= plan["load"].peak_bytes <= measured + PACKING_BYTES, told
     worst_measured = max(peaks.values())
     worst_planned = max(phase.peak_bytes for phase in plan.values())
     assert plan_table.UNDER <= worst_planned / worst_measured - 1 <= plan_table.OVER, told
@@ -177,7 +172,7 @@ def test_the_order_and_the_bounds_of_a_table() -> None:
     ]
 
 
-def row(error: float, reserved: float | None = None, load: float = 0.5) -> dict[str, Any]:
+def row(error: float, reserved: float | None = None, load: float = 0.0) -> dict[str, Any]:
     phases = {"load": {"error": load}, "step": {"error": error}}
     return {"case": f"case {error}", "error": error, "phases": phases} | {
         "reserved": {"error": reserved}
