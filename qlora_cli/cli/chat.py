@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qlora_cli.cli.adapters import adapter_option, merged_option
-from qlora_cli.cli.output import working
+from qlora_cli.cli.output import importing, working
 from qlora_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def chat(run_or_model: str, adapters: dict[str, Path], name: str | None, merged:
     A line `/use NAME` lets another adapter answer from there on; `run` is the run's own, `base`
     none. An empty line or the end of input stops.
     """
-    from qlora_cli.jobs import generate as job
+    with importing():
+        from qlora_cli.jobs import generate as job
 
     with working() as observer:
         partner = job.open_chat(run_or_model, observer, adapters=adapters, use=name, merged=merged)

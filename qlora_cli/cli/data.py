@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, overrides_argument, working
+from qlora_cli.cli.output import emit, importing, json_option, overrides_argument, working
 
 
 @click.command()
@@ -28,8 +28,9 @@ def data(recipe: str, overrides: tuple[str, ...], show: int, as_json: bool) -> N
 
     loaded = load_recipe(recipe, overrides)
     # Only now what takes seconds to import: a faulty recipe is told at once.
-    from qlora_cli.jobs import data as job
-    from qlora_cli.ui import tables
+    with importing():
+        from qlora_cli.jobs import data as job
+        from qlora_cli.ui import tables
 
     with working():
         result = job.run(loaded, show=show)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, working
+from qlora_cli.cli.output import emit, importing, json_option, working
 
 
 @click.command()
@@ -14,8 +14,9 @@ def doctor(as_json: bool) -> None:
 
     Tries the device, its driver, and bitsandbytes' 4 and 8 bit on it.
     """
-    from qlora_cli.jobs import doctor as job
-    from qlora_cli.ui import tables
+    with importing():
+        from qlora_cli.jobs import doctor as job
+        from qlora_cli.ui import tables
 
     with working():
         result = job.run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, working
+from qlora_cli.cli.output import emit, importing, json_option, working
 
 
 @click.command(name="eval")
@@ -13,8 +13,9 @@ from qlora_cli.cli.output import emit, json_option, working
 @json_option
 def eval_(run_or_model: str, data: str, as_json: bool) -> None:
     """Measure loss, perplexity and accuracy on held-out rows."""
-    from qlora_cli.jobs import evaluate as job
-    from qlora_cli.ui import tables
+    with importing():
+        from qlora_cli.jobs import evaluate as job
+        from qlora_cli.ui import tables
 
     with working() as observer:
         result = job.run(run_or_model, data=data, observer=observer)

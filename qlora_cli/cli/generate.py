@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qlora_cli.cli.adapters import adapter_option, merged_option
-from qlora_cli.cli.output import emit, json_option, working
+from qlora_cli.cli.output import emit, importing, json_option, working
 
 
 @click.command()
@@ -51,8 +51,9 @@ def generate(
     as_json: bool,
 ) -> None:
     """Go on from a prompt with a run's folder or a model."""
-    from qlora_cli.jobs import generate as job
-    from qlora_cli.ui import tables
+    with importing():
+        from qlora_cli.jobs import generate as job
+        from qlora_cli.ui import tables
 
     with working() as observer:
         result = job.run(

@@ -6,6 +6,7 @@ runs.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -65,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Read by OpenMP when torch is imported, later. Threads that spin while they wait make training
     # twenty times slower as soon as another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(run(arguments))
+    code = run(arguments)
+    # All that lives ends with the process: its last collection need not look through it.
+    gc.freeze()
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, working
+from qlora_cli.cli.output import emit, importing, json_option, working
 
 
 def _weighted(
@@ -81,8 +81,9 @@ def merge(
     as_json: bool,
 ) -> None:
     """Write a checkpoint with the adapter of RUN merged in."""
-    from qlora_cli.jobs import merge as job
-    from qlora_cli.ui import tables
+    with importing():
+        from qlora_cli.jobs import merge as job
+        from qlora_cli.ui import tables
 
     with working() as observer:
         result = job.run(

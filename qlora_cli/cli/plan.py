@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, overrides_argument, working
+from qlora_cli.cli.output import emit, importing, json_option, overrides_argument, working
 from qlora_cli.errors import DoesNotFit
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ def plan(
     facts = None if vram is None else _imagined_card(vram)
     loaded = load_recipe(recipe, overrides)
     # Only now what takes seconds to import: a faulty recipe is told at once.
-    from qlora_cli.jobs import plan as job
-    from qlora_cli.ui import planned
+    with importing():
+        from qlora_cli.jobs import plan as job
+        from qlora_cli.ui import planned
 
     with working():
         result = job.run(loaded, device_facts=facts, fit=fit, compare=compare)

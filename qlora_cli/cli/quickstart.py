@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, working, write_page
+from qlora_cli.cli.output import emit, importing, json_option, working, write_page
 
 
 @click.command()
@@ -20,8 +20,9 @@ from qlora_cli.cli.output import emit, json_option, working, write_page
 @json_option
 def quickstart(out: Path, as_json: bool) -> None:
     """See the whole way on the embedded base, offline, in minutes."""
-    from qlora_cli.jobs import quickstart as job
-    from qlora_cli.ui import tables
+    with importing():
+        from qlora_cli.jobs import quickstart as job
+        from qlora_cli.ui import tables
 
     with working() as observer:
         result = job.run(out=out, observer=observer)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, working, write_page
+from qlora_cli.cli.output import emit, importing, json_option, working, write_page
 
 
 @click.command()
@@ -32,9 +32,10 @@ def report(
     run: Path, html: Path | None, png: Path | None, measure_before: bool, as_json: bool
 ) -> None:
     """Show the memory, curves and timings of a run's folder."""
-    from qlora_cli.jobs import report as job
-    from qlora_cli.ui import report as page
-    from qlora_cli.ui import tables
+    with importing():
+        from qlora_cli.jobs import report as job
+        from qlora_cli.ui import report as page
+        from qlora_cli.ui import tables
 
     with working() as observer:
         if measure_before:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, overrides_argument, working, write_page
+from qlora_cli.cli.output import (
+    emit,
+    importing,
+    json_option,
+    overrides_argument,
+    working,
+    write_page,
+)
 
 
 @click.command()
@@ -24,8 +31,9 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
     path = find_recipe(recipe)
     loaded = load_recipe(path, overrides)
     # Only now what takes seconds to import: a faulty recipe is told at once.
-    from qlora_cli.jobs import train as job
-    from qlora_cli.ui import tables
+    with importing():
+        from qlora_cli.jobs import train as job
+        from qlora_cli.ui import tables
 
     with working() as observer:
         result = job.run(loaded, recipe_path=path, resume=resume, observer=observer)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, json_option, working
+from qlora_cli.cli.output import emit, importing, json_option, working
 from qlora_cli.errors import VerificationFailed
 
 
@@ -25,8 +25,9 @@ def verify(ctx: click.Context, merged: Path, against: Path, as_json: bool) -> No
 
     Compares the logits of both on held-out rows. Exits 4 when they differ.
     """
-    from qlora_cli.jobs import verify as job
-    from qlora_cli.ui import tables
+    with importing():
+        from qlora_cli.jobs import verify as job
+        from qlora_cli.ui import tables
 
     with working() as observer:
         result = job.run(merged, against=against, observer=observer)
