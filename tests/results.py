@@ -79,7 +79,7 @@ PLAN = PlanResult(
     usable_bytes=23 * GIB,
     floor_bytes=4 * GIB,
     advice=(Advice("data.seq_len=512", 300 * MIB, 5 * GIB, True),),
-    compare=(Compared("full", 16, sum(FULL.values()), FULL),),
+    compare=(Compared("full", 16, sum(FULL.values()), FULL, 1.0),),
     trainable_parameters=6_815_744,
     total_parameters=8_030_261_248,
     adapter_bytes=26 * MIB,

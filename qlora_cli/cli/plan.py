@@ -20,7 +20,7 @@ _CONTEXT = 512 * 1024**2
 @click.argument("recipe")
 @overrides_argument
 @click.option("--vram", metavar="SIZE", help="Plan for a card that is not here: 24GiB, 8G.")
-@click.option("--fit", is_flag=True, help="Search for changes that make the job smaller.")
+@click.option("--fit", is_flag=True, help="Find the longest sequence and largest batch.")
 @click.option("--compare", is_flag=True, help="Plan other methods on the same data and batch, too.")
 @json_option
 @click.pass_context
@@ -57,7 +57,7 @@ def plan(
 def _imagined_card(vram: str) -> DeviceFacts:
     """A card of that size with what an RTX 4090 can do, the usual consumer card of today."""
     from qlora_cli.recipe.resolve import DeviceFacts
-    from qlora_cli.units import format_bytes, parse_bytes
+    from qlora_cli.units import parse_bytes
 
     try:
         capacity = parse_bytes(vram)
@@ -67,7 +67,7 @@ def _imagined_card(vram: str) -> DeviceFacts:
         raise click.BadParameter("a card has some memory", param_hint="--vram")
     return DeviceFacts(
         kind="cuda",
-        name=f"a {format_bytes(capacity)} card",
+        name="an imagined card",
         capacity_bytes=capacity,
         capability=(8, 9),
         multiprocessors=128,

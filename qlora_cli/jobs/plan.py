@@ -106,7 +106,7 @@ class _Remembering:
 
 
 def _compare(recipe: Recipe, planned: Planned) -> tuple[Compared, ...]:
-    compared = []
+    compared: list[Compared] = []
     for method, bits in _COMPARED:
         if method == "full":
             other = full_fine_tuning(recipe)
@@ -117,7 +117,9 @@ def _compare(recipe: Recipe, planned: Planned) -> tuple[Compared, ...]:
                 update={"base": recipe.base.model_copy(update={"bits": bits})}
             )
         peak = worst(planned(other).phases)
-        compared.append(Compared(method, bits, peak.peak_bytes, peak.at_peak))
+        full_bytes = compared[0].peak_bytes if compared else peak.peak_bytes
+        ratio = full_bytes / peak.peak_bytes
+        compared.append(Compared(method, bits, peak.peak_bytes, peak.at_peak, ratio))
     return tuple(compared)
 
 

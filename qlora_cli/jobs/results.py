@@ -32,12 +32,16 @@ class Advice:
 
 @dataclass(frozen=True)
 class Compared:
-    """One method's worst instant on the same data and batch. method: full | lora."""
+    """One method's worst instant on the same data and batch.
+
+    method: full | lora. ratio: full fine-tuning's peak to this one.
+    """
 
     method: str
     bits: int
     peak_bytes: int
     at_peak: dict[str, int]
+    ratio: float
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,13 @@ def before_and_after(ledger: Ledger) -> RenderableType:
 
 
 def comparison(compared: Sequence[Compared]) -> RenderableType:
-    """Several methods on the same data and batch."""
+    """Several methods on the same data and batch, and how many times smaller than the first."""
     columns = {method_name(one.method, one.bits): one.at_peak for one in compared}
-    return Group(Text("The same data and batch", style="bold"), _table(grid(columns)))
+    ratios = ("full / this", *(format_ratio(one.ratio) for one in compared))
+    table = _table(grid(columns))
+    for column, ratio in zip(table.columns, ratios, strict=True):
+        column.footer = f"{column.footer}\n{ratio}"
+    return Group(Text("The same data and batch", style="bold"), table)
 
 
 def device_line(ledger: Ledger) -> str:

@@ -281,7 +281,7 @@ def test_tensors_that_are_not_those_of_the_config(job: Path, tiny: Path, tmp_pat
     config = json.loads((other / "config.json").read_text())
     for change, words in (
         ({"num_hidden_layers": 3}, ("missing: model.layers.2",)),
-        ({"intermediate_size": 64}, ("(64, 96) in the checkpoint and (64, 64) by its config",)),
+        ({"intermediate_size": 64}, ("(96, 64) in the checkpoint and (64, 64) by its config",)),
     ):
         (other / "config.json").write_text(json.dumps(config | change))
         refused(qlora("train", job, f"model.name={other}"), 2, "model.name", *words)

@@ -76,7 +76,7 @@ def test_vram_describes_a_card_that_is_not_here(
 
     monkeypatch.setattr(plan, "run", watched)
     assert qlora("plan", recipe, "--vram", "24GiB").code == 0
-    card = ("cuda", "a 24.0 GiB card", 24 * GIB, (8, 9), 128)
+    card = ("cuda", "an imagined card", 24 * GIB, (8, 9), 128)
     assert seen == [DeviceFacts(*card, context_bytes=GIB // 2, imagined=True)]
 
 

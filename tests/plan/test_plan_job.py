@@ -155,6 +155,9 @@ def test_methods_side_by_side_get_smaller(llama: Path) -> None:
     assert full > half > four
     assert result.ledger.before.peak_bytes == full
     assert result.ledger.after.peak_bytes == four
+    ratios = [one.ratio for one in result.compare]
+    assert ratios == [full / one.peak_bytes for one in result.compare]
+    assert ratios[-1] == result.ledger.ratio
 
 
 def test_the_outlier_bound_is_named(llama: Path) -> None:

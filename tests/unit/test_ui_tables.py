@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
+from qlora_cli.jobs.results import Compared
 from qlora_cli.memory.ledger import CATEGORIES, Allocator
 from qlora_cli.ui import memory, planned, tables
 from qlora_cli.units import format_bytes
@@ -70,6 +71,12 @@ def test_before_and_after_say_where_their_figures_come_from() -> None:
     assert "full fine-tuning (planned)" in text
     assert "LoRA, 4-bit base (measured)" in text
     assert "less memory than full fine-tuning" in text
+
+
+def test_methods_side_by_side_show_how_many_times_smaller_they_are() -> None:
+    four = Compared("lora", 4, 10, {"base": 10}, 18.37)
+    text = text_of(memory.comparison([*results.PLAN.compare, four]))
+    assert text.split("full / this")[1].split() == ["1.0x", "18.4x"]
 
 
 def test_counters_of_the_device_stand_apart_and_only_where_there_are_any() -> None:
