@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora_cli.checkpoint.layout import settle, write_json, writing
@@ -112,15 +113,18 @@ def _settings(tensors: MergedTensors, shards: list[Shard]) -> dict[str, Any]:
     adapter = tensors.adapter
     return {
         "base": tensors.base,
-        "dtype": str(tensors.dtype).removeprefix("torch."),
-        "held": {
-            key: str(value).removeprefix("torch.") for key, value in vars(tensors.held).items()
-        },
+        "dtype": _told(tensors.dtype),
+        "held": {key: _told(value) for key, value in vars(tensors.held).items()},
         "packed_on": tensors.device.type,
         "weights": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
         "adapters": [] if adapter is None else [term.to_dict() for term in terms_of(adapter)],
         "shards": {shard.name: len(shard.shapes) for shard in shards},
     }
+
+
+def _told(value: Any) -> Any:
+    """For JSON, which has no dtypes."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def _leftovers(beside: Path, settings: Mapping[str, Any], shards: list[Shard]) -> set[str]:

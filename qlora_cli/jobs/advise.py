@@ -130,7 +130,9 @@ class _Size:
 def _next(known: Mapping[int, int], low: int, high: int, limit: int) -> int:
     """Where to look between `low` and `high`, both left out."""
     middle = (low + high) // 2
-    if not 2 <= len(known) <= _STRAIGHT:
+    if len(known) == 1:  # Not far, as a plan of many more tokens takes longer.
+        return min(2 * low, high - 1) if low else middle
+    if len(known) > _STRAIGHT:
         return middle
     (one, at_one), (two, at_two) = list(known.items())[-2:]
     if at_one == at_two:
