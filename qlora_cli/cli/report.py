@@ -24,7 +24,7 @@ from qlora_cli.cli.output import emit, importing, json_option, working, write_pa
 @click.option(
     "--measure-before",
     is_flag=True,
-    help="Run two real steps of full fine-tuning on the same data, where they fit, and compare "
+    help="Run real steps of full fine-tuning on the same data, where they fit, and compare "
     "with these instead of their plan.",
 )
 @json_option

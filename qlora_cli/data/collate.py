@@ -8,12 +8,41 @@ row predicts nothing, so no row sees or trains its neighbour.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
 from qlora_cli.data.chat import UNTRAINED, Example
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the memory of a micro-batch depends on; it grows with each of these.
+
+    tokens: of all rows. targets: the trained ones. longest: tokens of the longest row.
+    """
+
+    tokens: int
+    targets: int
+    rows: int
+    longest: int
+
+    @classmethod
+    def bound(cls, sizes: Sequence[Size]) -> Size:
+        """The size that none of these exceeds in anything."""
+        return cls(*map(max, zip(*map(astuple, sizes), strict=True)))
+
+
+def peaks(sizes: Sequence[Size]) -> set[int]:
+    """Which of these micro-batches memory peaks at: most tokens, most targets or most rows."""
+    numbers = range(len(sizes))
+    orders = (
+        max(numbers, key=lambda n: (sizes[n].tokens, sizes[n].targets, sizes[n].rows)),
+        max(numbers, key=lambda n: (sizes[n].targets, sizes[n].tokens, sizes[n].rows)),
+        max(numbers, key=lambda n: (sizes[n].rows, sizes[n].tokens, sizes[n].targets)),
+    )
+    return set(orders)
 
 
 @dataclass(frozen=True)
@@ -30,6 +59,16 @@ class Batch:
     labels: Tensor
     segments: tuple[int, ...]
     num_targets: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows."""
+        return self.labels.numel()
+
+    @property
+    def size(self) -> Size:
+        """What its memory depends on."""
+        return Size(self.num_tokens, self.num_targets, len(self.segments), max(self.segments))
 
 
 def collate(rows: Sequence[Example]) -> Batch:
@@ -56,16 +95,28 @@ def worst_batch(
 ) -> Batch:
     """The largest micro-batch that a recipe allows: full sequences with every token trained.
 
-    vocab_size: ids stay below it. device: `meta` for a plan.
+    Each sequence is one row. vocab_size: ids stay below it. device: `meta` for a plan.
     """
-    positions = torch.arange(seq_len, device=device).repeat(micro_batch)
+    targets = micro_batch * (seq_len - 1)
+    size = Size(micro_batch * seq_len, targets, micro_batch, seq_len)
+    return batch_of(size, vocab_size, device)
+
+
+def batch_of(size: Size, vocab_size: int = 1, device: str | torch.device = "cpu") -> Batch:
+    """A micro-batch of this size, of no text: one row is the longest, the others share the rest.
+
+    It has more tokens than asked for where the rows are too many, as a bound's may be.
+    """
+    others = size.rows - 1
+    left = max(size.tokens - size.longest, others)
+    segments = (size.longest, *(left // others + (n < left % others) for n in range(others)))
+    positions = torch.cat([torch.arange(length) for length in segments])
     ids = positions % vocab_size
-    labels = ids.view(micro_batch, seq_len).roll(-1, dims=1)
-    labels = torch.nn.functional.pad(labels[:, :-1], (0, 1), value=UNTRAINED).flatten()
-    return Batch(
-        input_ids=ids[None],
-        position_ids=positions[None],
-        labels=labels,
-        segments=(seq_len,) * micro_batch,
-        num_targets=micro_batch * (seq_len - 1),
-    )
+    is_end = torch.zeros_like(ids)
+    is_end[torch.tensor(segments).cumsum(0) - 1] = 1
+    # At a row's end only where there is no other place.
+    places = is_end.argsort(stable=True)[: size.targets]
+    labels = torch.full_like(ids, UNTRAINED)
+    labels[places] = ids.roll(-1)[places]
+    ids, positions, labels = (tensor.to(device) for tensor in (ids, positions, labels))
+    return Batch(ids[None], positions[None], labels, segments, places.numel())

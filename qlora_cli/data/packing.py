@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from qlora_cli.data.chat import Example
-from qlora_cli.data.collate import Batch, collate
+from qlora_cli.data.collate import Batch, Size, collate, peaks
 
 Sequences = list[list[int]]
 """Row numbers, by sequence."""
@@ -65,6 +65,7 @@ class Windows:
     ) -> None:
         self._examples = examples
         self._lengths = [len(example.ids) for example in examples]
+        self._targets = [example.num_targets for example in examples]
         self._seq_len = seq_len
         self._packing = packing
         self._micro_batch = micro_batch
@@ -78,19 +79,24 @@ class Windows:
 
     def window(self, step: int) -> list[Batch]:
         """The micro-batches of an optimizer step, counted from 0 over all epochs."""
-        return [collate(rows) for rows in self._rows(step)]
+        return [collate([self._examples[row] for row in rows]) for rows in self._rows(step)]
 
-    def largest_batch(self, step: int) -> int:
-        """Tokens in the largest micro-batch of a step: where its memory peaks."""
-        return max(sum(len(row.ids) for row in rows) for rows in self._rows(step))
+    def sizes(self, step: int) -> list[Size]:
+        """Of the micro-batches of `window(step)`."""
+        return [self._size(rows) for rows in self._rows(step)]
 
-    def _rows(self, step: int) -> Iterator[list[Example]]:
+    def _size(self, rows: Sequence[int]) -> Size:
+        lengths = [self._lengths[row] for row in rows]
+        targets = sum(self._targets[row] for row in rows)
+        return Size(sum(lengths), targets, len(rows), max(lengths))
+
+    def _rows(self, step: int) -> Iterator[list[int]]:
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._kept[0] != epoch:
             self._kept = (epoch, self._order(epoch))
         first = index * self._per_step
         chosen = self._kept[1][first : first + self._per_step]
-        return _micro_batches(chosen, self._examples, self._micro_batch)
+        return _micro_batches(chosen, self._micro_batch)
 
     def _order(self, epoch: int) -> Sequences:
         # A text as seed is hashed by SHA-512, the same on every machine and Python.
@@ -117,13 +123,18 @@ def eval_batches(
             sequences.append([row])
             room = seq_len
         room -= len(example.ids)
-    for rows in _micro_batches(sequences, examples, micro_batch):
-        yield collate(rows)
+    for rows in _micro_batches(sequences, micro_batch):
+        yield collate([examples[row] for row in rows])
 
 
-def _micro_batches(
-    sequences: Sequences, examples: Sequence[Example], micro_batch: int
-) -> Iterator[list[Example]]:
+def peak_steps(windows: Windows, steps: range) -> set[int]:
+    """Those of the steps in which memory peaks."""
+    sizes = [(step, size) for step in steps for size in windows.sizes(step)]
+    found = peaks([size for _, size in sizes]) if sizes else set()
+    return {sizes[number][0] for number in found}
+
+
+def _micro_batches(sequences: Sequences, micro_batch: int) -> Iterator[list[int]]:
+    """Row numbers."""
     for first in range(0, len(sequences), micro_batch):
-        together = sequences[first : first + micro_batch]
-        yield [examples[row] for sequence in together for row in sequence]
+        yield [row for sequence in sequences[first : first + micro_batch] for row in sequence]

@@ -1,7 +1,8 @@
-"""`qlora report --measure-before`: two real steps of full fine-tuning on a run's own data.
+"""`qlora report --measure-before`: full fine-tuning measured on a run's own data.
 
-They run in a process of their own (`python -m qlora_cli.jobs.before RUN ANSWER`): it begins with
-nothing in memory, and whatever becomes of it, the run's files are as they were.
+The steps at which the run's memory peaks are gone with every weight trained, in a process of their
+own (`python -m qlora_cli.jobs.before RUN ANSWER`): it begins with nothing in memory, and whatever
+becomes of it, the run's files are as they were.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from qlora_cli.checkpoint.layout import RunFolder, write_json, writing
 from qlora_cli.checkpoint.open import read_recipe
+from qlora_cli.data.packing import peak_steps
 from qlora_cli.errors import DoesNotFit, InputError, QloraError, UsageError
 from qlora_cli.events import Observer, Silent
 from qlora_cli.jobs import report, train
@@ -28,7 +30,6 @@ from qlora_cli.memory.ledger import STEP_PHASES, Device, Ledger, Phase
 from qlora_cli.memory.tracker import gradients_of
 from qlora_cli.train import runtime
 from qlora_cli.train.imagine import full_fine_tuning, side
-from qlora_cli.train.optimizer import learning_rate
 from qlora_cli.train.step import train_step
 from qlora_cli.units import format_bytes
 
@@ -46,7 +47,7 @@ def measure(run: Path, *, observer: Observer) -> None:
     ledger = report.run(run).ledger
     if ledger.after.method == "full":
         raise UsageError(f"{run} is full fine-tuning itself; there is nothing to compare it with")
-    observer.note("measuring two steps of full fine-tuning in a fresh process")
+    observer.note("measuring steps of full fine-tuning in a fresh process")
     answer = _in_fresh_process(run)
     if "failed" in answer:
         kind = UsageError if answer["exit_code"] == InputError.exit_code else QloraError
@@ -104,7 +105,7 @@ def _out_of_memory(fault: RuntimeError) -> bool:
 
 
 def _phases(run: Path) -> tuple[Phase, ...]:
-    """Loads, and goes two steps over the run's largest batches: Adam's state is in the second.
+    """Loads, and goes the run's own steps at which memory peaks.
 
     Raises DoesNotFit before anything is loaded where the plan needs more than is free.
     """
@@ -122,10 +123,13 @@ def _phases(run: Path) -> tuple[Phase, ...]:
         )
     instrument = Instrument(device)
     state = train.load(job.prepared, device, instrument, Silent())
+    steps = sorted(peak_steps(job.windows, range(job.steps)))
+    first, later = STEP_PHASES
     with gradients_of(state.trainable.values(), instrument.tracker):
-        for step, name in enumerate(STEP_PHASES):
+        # Adam's states are there in later steps only, so the first one is gone once more.
+        for name, step in ((first, steps[0]), *((later, step) for step in steps)):
             with instrument.phase(name):
-                train_step(state, job.worst_window, learning_rate(recipe.train, step, 2))
+                train_step(state, job.windows.window(step), recipe.train.lr)
     return instrument.phases
 
 

@@ -6,7 +6,7 @@ and a process that resumes it takes over what the earlier one measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qlora_cli.checkpoint.layout import RunFolder, write_json, writing
 from qlora_cli.errors import UsageError
@@ -77,13 +77,9 @@ class MemoryRecord:
         phases = self.instrument.phases
         if known is not None:
             phases = worse_of_each(known.phases, phases)
-        phases = self._with_untracked(phases, progress)
         stepped = _has_step(phases)
         before, before_planned_bytes = self._before(known)
         allocator = self.instrument.allocator()
-        if facts.kind == "cuda":
-            allocated = max(allocator.allocated, progress.untracked_peak_bytes)
-            allocator = replace(allocator, allocated=allocated)
         return Ledger(
             device=device,
             phases=phases,
@@ -105,15 +101,6 @@ class MemoryRecord:
         """What an earlier process measured, if on the same device."""
         ledger = self.earlier.ledger if self.earlier else None
         return ledger if ledger is not None and ledger.device == device else None
-
-    def _with_untracked(self, phases: tuple[Phase, ...], progress: Progress) -> tuple[Phase, ...]:
-        """A step that only the card's counter saw may be the worst; its excess is `other`."""
-        if self.job.prepared.facts.kind != "cuda":
-            return phases
-        return tuple(
-            phase.at_least(progress.untracked_peak_bytes) if phase.name == "step" else phase
-            for phase in phases
-        )
 
     def _before(self, known: Ledger | None) -> tuple[Side, int]:
         """(full fine-tuning, its planned peak where it was measured in the meantime)."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from qlora_cli.data.collate import Batch, worst_batch
+from qlora_cli.data.collate import worst_batch
 from qlora_cli.export.imagine import imagine_merge
 from qlora_cli.jobs.advise import Planned, changes_that_fit, largest
 from qlora_cli.jobs.arithmetic import arithmetic_of
@@ -62,14 +61,12 @@ def run(
     )
 
 
-def plan(
-    recipe: Recipe, config: Any, facts: DeviceFacts, window: Sequence[Batch] | None = None
-) -> Imagined:
-    """Imagines a resolved recipe on `window`, or on the largest batches that it allows."""
-    if window is None:
-        worst_one = worst_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
-        window = [worst_one] * min(2, recipe.train.grad_accum)
-    return imagine(recipe, config, facts, window, window[-1:])
+def plan(recipe: Recipe, config: Any, facts: DeviceFacts) -> Imagined:
+    """Imagines a resolved recipe on the largest batches that it allows, whatever its rows are."""
+    worst_one = worst_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
+    return imagine(
+        recipe, config, facts, [worst_one] * min(2, recipe.train.grad_accum), [worst_one]
+    )
 
 
 def planned_ledger(

@@ -14,7 +14,7 @@ from torch import nn
 from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.checkpoint.open import file_dtype, open_source
 from qlora_cli.data.chat import Example, encode
-from qlora_cli.data.collate import Batch
+from qlora_cli.data.collate import Batch, Size, batch_of
 from qlora_cli.data.formats import detect_format, read_rows
 from qlora_cli.data.packing import Windows, eval_batches
 from qlora_cli.data.tokenizer import load_tokenizer
@@ -59,11 +59,22 @@ class Job:
 
     @property
     def worst_window(self) -> list[Batch]:
-        """The largest micro-batch of an epoch, and one before it, if any, whose gradients live."""
-        steps = range(min(self.steps, self.windows.steps_per_epoch))
-        step = max(steps, key=self.windows.largest_batch)
-        window = self.windows.window(step)
-        return sorted(window, key=lambda batch: batch.input_ids.numel())[-2:]
+        """What to plan for: micro-batches that none of the job's exceeds in anything.
+
+        Two, where a step has more than one: gradients of the first live while the second computes.
+        """
+        windows = [self.windows.sizes(step) for step in range(self.steps)]
+        bound = Size.bound([size for window in windows for size in window])
+        return [self._of(bound)] * min(2, max(map(len, windows)))
+
+    @property
+    def worst_held_out(self) -> list[Batch]:
+        """The same of evaluation; empty where nothing is held out."""
+        sizes = [batch.size for batch in self.held_out]
+        return [self._of(Size.bound(sizes))] if sizes else []
+
+    def _of(self, size: Size) -> Batch:
+        return batch_of(size, self.prepared.config.vocab_size)
 
 
 def prepare(recipe: Recipe, facts: DeviceFacts) -> Prepared:

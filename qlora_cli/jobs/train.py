@@ -13,10 +13,9 @@ import torch
 from qlora_cli.checkpoint.adapter import save_adapter
 from qlora_cli.checkpoint.layout import RunFolder, appear_whole, writing
 from qlora_cli.checkpoint.resume import load_checkpoint, write_trained
-from qlora_cli.data.collate import Batch
+from qlora_cli.data.collate import Batch, peaks
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Observer
-from qlora_cli.jobs import plan as planning
 from qlora_cli.jobs import record, report
 from qlora_cli.jobs.memory import Earlier, MemoryRecord
 from qlora_cli.jobs.prepare import Job, Prepared, prepare, read_job
@@ -27,7 +26,7 @@ from qlora_cli.memory.ledger import Ledger
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train import runtime
 from qlora_cli.train.forward import Score, evaluate
-from qlora_cli.train.imagine import full_fine_tuning
+from qlora_cli.train.imagine import full_fine_tuning, imagine
 from qlora_cli.train.imagined import Imagined
 from qlora_cli.train.loop import LAST_LOSSES, Loop, Progress
 from qlora_cli.train.state import State, build_state, tag_living
@@ -134,10 +133,11 @@ def _forget_metrics_after(run: RunFolder, step: int) -> None:
 
 def _plan(job: Job, observer: Observer) -> tuple[Imagined, Imagined]:
     """(this job, full fine-tuning on the same batches). Raises DoesNotFit."""
-    prepared, window = job.prepared, job.worst_window
-    planned = planning.plan(prepared.recipe, prepared.config, prepared.facts, window)
-    full = full_fine_tuning(prepared.recipe)
-    before = planning.plan(full, prepared.config, prepared.facts, window)
+    prepared, window, held_out = job.prepared, job.worst_window, job.worst_held_out
+    planned, before = (
+        imagine(recipe, prepared.config, prepared.facts, window, held_out)
+        for recipe in (prepared.recipe, full_fine_tuning(prepared.recipe))
+    )
     observer.note(
         f"plan: {format_bytes(planned.peak_bytes)} at the peak; full fine-tuning would need "
         f"{format_bytes(before.peak_bytes)}"
@@ -195,9 +195,11 @@ def load(
 def _evaluate(state: State, held_out: Sequence[Batch], instrument: Instrument) -> Score | None:
     if not held_out:
         return None
+    worst = [held_out[number] for number in sorted(peaks([batch.size for batch in held_out]))]
     with instrument.phase("eval"):
-        evaluate(state.built, held_out[:1], state.device)
-    return evaluate(state.built, held_out, state.device)
+        evaluate(state.built, worst, state.device)
+    with instrument.counting("eval"):
+        return evaluate(state.built, held_out, state.device)
 
 
 def _save(job: Job, state: State) -> None:

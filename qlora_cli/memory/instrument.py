@@ -46,9 +46,15 @@ class Instrument:
                 yield
         finally:
             self.timeline.end()
-        seen = read_allocator(self._device).allocated
-        self._peaks[name] = max(self._peaks.get(name, 0), seen)
+        self._saw(name)
+
+    @contextlib.contextmanager
+    def counting(self, name: str) -> Iterator[None]:
+        """Only the card's own counter looks, at next to no cost; phase `name` must be known."""
         self._remember()
+        reset_peak(self._device)
+        yield
+        self._saw(name)
 
     def release_cache(self) -> None:
         """What the allocator holds and nobody uses goes back to the card.
@@ -75,5 +81,12 @@ class Instrument:
             return "peaks by torch's CUDA allocator, categories by the storage tracker"
         return "storage tracker (every tensor's bytes, and by rule what kernels allocate inside)"
 
-    def _remember(self) -> None:
-        self._allocator = self._allocator.or_more(read_allocator(self._device))
+    def _saw(self, name: str) -> None:
+        allocated = self._remember().allocated
+        self._peaks[name] = max(self._peaks.get(name, 0), allocated)
+
+    def _remember(self) -> Allocator:
+        """The counters' peaks since they were last reset, for the whole job's."""
+        seen = read_allocator(self._device)
+        self._allocator = self._allocator.or_more(seen)
+        return seen

@@ -56,13 +56,18 @@ def evaluate(built: Built, batches: Iterable[Batch], device: torch.device) -> Sc
     built.model.eval()
     total, right, tokens = 0.0, 0, 0
     for batch in batches:
-        hidden = hidden_states(built, batch, device)
-        losses, hits = score(hidden, _head(built), *_targets(batch, device))
+        losses, hits = _score(built, batch, device)
         if device.type != "meta":
             total, right = total + losses.item(), right + int(hits.item())
         tokens += batch.num_targets
     built.model.train(was_training)
     return Score(total / max(tokens, 1), right / max(tokens, 1), tokens)
+
+
+def _score(built: Built, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of one batch, whose hidden states are gone before the next one's are made."""
+    hidden = hidden_states(built, batch, device)
+    return score(hidden, _head(built), *_targets(batch, device))
 
 
 def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -49,9 +49,10 @@ def imagine(
     """Load, first step, later step and evaluation of a resolved recipe on the device of `facts`.
 
     window: the worst micro-batches of one optimizer step, on the host, the largest last, because
-    gradients are alive then; so two stand for any number. Raises as the job would.
+    gradients are alive then; so two stand for any number. held_out: the worst of evaluation; none
+    where the job evaluates nothing. Raises as the job would.
     """
-    job = _Job(recipe, facts, window[:2], held_out[:1])
+    job = _Job(recipe, facts, window[:2], held_out)
     with _no_collection():
         return _imagine(job, config)
 
@@ -139,7 +140,7 @@ class _Job:
             )
             self._go(state, tracker, recording)
         family = state.built.family
-        tokens = max(batch.input_ids.numel() for batch in self.window)
+        tokens = max(batch.num_tokens for batch in self.window)
         return Recorded(
             recording.visits,
             config.num_hidden_layers,

@@ -13,10 +13,10 @@ from typing import Any
 
 from qlora_cli.checkpoint.layout import RunFolder, writing
 from qlora_cli.checkpoint.resume import save_checkpoint
-from qlora_cli.data.packing import Windows
+from qlora_cli.data.packing import Windows, peak_steps
 from qlora_cli.errors import Interrupted
 from qlora_cli.events import Observer, StepEvent
-from qlora_cli.memory.device import live_and_peak, reset_peak
+from qlora_cli.memory.device import live_and_peak
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.tracker import gradients_of
 from qlora_cli.train.optimizer import learning_rate
@@ -50,14 +50,12 @@ class Progress:
     """What the loop did in this process.
 
     first: the first step, which warms up; tracked, plain: later ones with and without the memory
-    instrument, which slows them. untracked_peak_bytes: the device's counter after the worst of the
-    steps that the instrument did not see.
+    instrument, which slows them.
     """
 
     first: Timed = field(default_factory=Timed)
     tracked: Timed = field(default_factory=Timed)
     plain: Timed = field(default_factory=Timed)
-    untracked_peak_bytes: int = 0
 
     def add(self, tokens: int, seconds: float, tracked: bool) -> None:
         """After each step."""
@@ -106,7 +104,8 @@ class Loop:
         """
         progress = Progress()
         first = self.state.step
-        tracked = {*range(first, first + TRACKED_STEPS), self._largest_step(first)}
+        tracked = peak_steps(self.windows, range(first, self.steps))
+        tracked |= {*range(first, first + TRACKED_STEPS)}
         self.observer.stage("train", self.steps)
         self.observer.advance(first)
         with _asked_to_stop() as asked:
@@ -120,28 +119,28 @@ class Loop:
     def _one(self, progress: Progress, tracked: bool) -> StepEvent:
         step = self.state.step
         lr = learning_rate(self.state.recipe.train, step, self.steps)
-        if not tracked:
-            reset_peak(self.state.device)
-        began = time.perf_counter()
-        window = self.windows.window(step)
-        outcome = self._tracked(window, lr) if tracked else train_step(self.state, window, lr)
-        seconds = time.perf_counter() - began
+        with self._watching(tracked):
+            began = time.perf_counter()
+            outcome = train_step(self.state, self.windows.window(step), lr)
+            seconds = time.perf_counter() - began
         if outcome.skipped:
             self.observer.note(
                 f"step {step + 1}: float16 gradients overflowed; step left out, loss scale halved"
             )
         progress.add(outcome.tokens, seconds, tracked)
-        event = self._event(outcome, lr, seconds, progress)
-        if not tracked:
-            progress.untracked_peak_bytes = max(progress.untracked_peak_bytes, event.peak_bytes)
-        return event
+        return self._event(outcome, lr, seconds, progress)
 
-    def _tracked(self, window: list[Any], lr: float) -> StepOutcome:
+    @contextmanager
+    def _watching(self, tracked: bool) -> Iterator[None]:
         name = "step" if self.state.optimizer.state else "first_step"
+        if not tracked:
+            with self.instrument.counting(name):
+                yield
+            return
         watch = gradients_of(self.state.trainable.values(), self.instrument.tracker)
         with watch, self.instrument.phase(name):
             self.instrument.timeline.number(self.state.step + 1)
-            return train_step(self.state, window, lr)
+            yield
 
     def _event(
         self, outcome: StepOutcome, lr: float, seconds: float, progress: Progress
@@ -186,11 +185,6 @@ class Loop:
         file = self.run.metrics
         with writing(file.name, file, hint=_FULL), file.open("a") as metrics:
             metrics.write(json.dumps(_metrics(event)) + "\n")
-
-    def _largest_step(self, first: int) -> int:
-        """The remaining step of an epoch whose largest batch has the most tokens."""
-        last = min(self.steps, first + self.windows.steps_per_epoch)
-        return max(range(first, last), key=self.windows.largest_batch, default=first)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def train_step(state: State, window: Sequence[Batch], lr: float) -> StepOutcome:
     state.step += 1
     if not finite and state.loss_scale.exhausted:
         raise _not_finite(state, loss_value)
-    tokens = sum(batch.input_ids.numel() for batch in window)
+    tokens = sum(batch.num_tokens for batch in window)
     return StepOutcome(loss_value, norm_value, tokens, skipped=not finite)
 
 

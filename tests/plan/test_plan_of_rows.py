@@ -1,0 +1,158 @@
+"""A job's plan is of its own rows: of no batch does it say less than the run needs.
+
+Memory grows with the tokens of a micro-batch, with those of them that are trained (logits) and with
+its rows, and the most of each may be in different ones, in a later epoch, or held out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+import plan_table
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plan_cases import FILE_DTYPE, Case, MadeSource
+
+from qlora_cli.data.chat import UNTRAINED, Example
+from qlora_cli.data.collate import Size, batch_of, peaks
+from qlora_cli.data.packing import Windows, peak_steps
+from qlora_cli.events import Silent
+from qlora_cli.jobs import train
+from qlora_cli.jobs.prepare import Job
+from qlora_cli.memory.ledger import Ledger
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.weights.build import skeleton
+from qlora_cli.weights.source import SINGLE
+from qlora_cli.weights.tensorfile import Shape, write_tensors
+
+Row = tuple[int, int]
+"""(tokens, how many of them are trained)."""
+WIDE = Case("llama", "tiny", (), 32000, tied=True)
+"""So wide a vocabulary that the logits of a hundred targets outweigh a block."""
+
+
+def write_rows(file: Path, rows: Sequence[Row]) -> Path:
+    lines = []
+    for tokens, targets in rows:
+        ids = [(7 * place + tokens) % 1000 for place in range(tokens)]
+        labels = [UNTRAINED] * (tokens - targets) + ids[tokens - targets :]
+        lines.append(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
+    file.write_text("".join(lines))
+    return file
+
+
+def trained(
+    folder: Path, rows: Sequence[Row], held_out: Sequence[Row] = (), **settings: object
+) -> Ledger:
+    """What a real run on these rows measured, and what was planned for it."""
+    base = folder / "base"
+    WIDE.config().save_pretrained(base)
+    source = MadeSource(*skeleton(WIDE.config(), FILE_DTYPE), touched=True)
+    shapes = {name: Shape(FILE_DTYPE, source.shape(name)) for name in source.names()}
+    write_tensors(base / SINGLE, shapes, source.read, {"format": "pt"})
+    data = {
+        "train": str(write_rows(folder / "rows.jsonl", rows)),
+        "eval": str(write_rows(folder / "held_out.jsonl", held_out)) if held_out else None,
+        "seq_len": 128,
+        "packing": False,
+    }
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": str(base)},
+            "data": data,
+            "train": {"grad_accum": 2, "lr": 1e-5, **settings},
+            "output": str(folder / "run"),
+        }
+    )
+    return train.run(recipe, recipe_path=None, resume=False, observer=Silent()).ledger
+
+
+def error(ledger: Ledger) -> float:
+    return ledger.planned_peak_bytes / ledger.measured_peak_bytes - 1
+
+
+LONG_PROMPT, ANSWERS_ONLY = (128, 2), (100, 99)
+
+
+def test_the_most_trained_tokens_are_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [LONG_PROMPT, *[(20, 4)] * 11, ANSWERS_ONLY]
+    ledger = trained(tmp_path / "all", rows)
+    assert plan_table.UNDER <= error(ledger) <= plan_table.OVER
+
+    def by_tokens(job: Job) -> list[object]:
+        steps = range(job.steps)
+        batches = [batch for step in steps for batch in job.windows.window(step)]
+        return [max(batches, key=lambda batch: batch.num_tokens)] * 2
+
+    # The tolerance is not so wide that a plan of the longest batch alone would pass.
+    monkeypatch.setattr(Job, "worst_window", property(by_tokens))
+    assert error(trained(tmp_path / "long", rows)) < plan_table.UNDER
+
+
+def test_the_largest_held_out_batch_is_planned_for_and_measured(tmp_path: Path) -> None:
+    held_out = [(8, 4)] * 4 + [(128, 127)] * 4
+    ledger = trained(tmp_path, [(20, 8)] * 6, held_out, micro_batch=4)
+    peak = max(ledger.phases, key=lambda phase: phase.peak_bytes)
+    assert peak.name == "eval"
+    assert plan_table.UNDER <= error(ledger) <= plan_table.OVER
+
+
+def test_where_nothing_is_held_out_no_evaluation_is_planned(tmp_path: Path) -> None:
+    ledger = trained(tmp_path, [(20, 8)] * 6)
+    assert "eval" not in {phase.name for phase in ledger.phases}
+    assert plan_table.UNDER <= error(ledger) <= plan_table.OVER
+
+
+ROWS = st.lists(
+    st.tuples(st.integers(2, 32), st.integers(1, 31)).map(lambda row: (row[0], min(row))),
+    min_size=1,
+    max_size=40,
+)
+
+
+def windows_of(rows: Sequence[Row], **settings: object) -> Windows:
+    examples = [
+        Example([1] * tokens, [UNTRAINED] * (tokens - targets) + [1] * targets, "")
+        for tokens, targets in rows
+    ]
+    given_settings = {"seq_len": 32, "packing": True, "micro_batch": 3, "grad_accum": 2, "seed": 1}
+    return Windows(examples, **{**given_settings, **settings})  # type: ignore[arg-type]
+
+
+@given(ROWS, st.booleans(), st.integers(1, 3))
+def test_no_batch_of_any_epoch_exceeds_the_bound(
+    rows: Sequence[Row], packing: bool, epochs: int
+) -> None:
+    windows = windows_of(rows, packing=packing)
+    steps = range(epochs * windows.steps_per_epoch)
+    bound = Size.bound([size for step in steps for size in windows.sizes(step)])
+    worst = batch_of(bound)
+    for batch in itertools.chain.from_iterable(map(windows.window, steps)):
+        pairs = zip(astuple(batch.size), astuple(worst.size), strict=True)
+        assert all(own <= most for own, most in pairs)
+    assert worst.size == bound or worst.num_tokens == bound.longest + bound.rows - 1
+
+
+@given(ROWS, st.booleans())
+def test_peaks_are_where_the_most_tokens_targets_and_rows_are(
+    rows: Sequence[Row], packing: bool
+) -> None:
+    windows = windows_of(rows, packing=packing)
+    steps = range(2 * windows.steps_per_epoch)
+    found = [size for step in peak_steps(windows, steps) for size in windows.sizes(step)]
+    bound = Size.bound([size for step in steps for size in windows.sizes(step)])
+    seen = Size.bound(found)
+    assert (seen.tokens, seen.targets, seen.rows) == (bound.tokens, bound.targets, bound.rows)
+    assert not peak_steps(windows, range(5, 5))
+
+
+def test_of_batches_alike_in_one_thing_the_larger_one_is_taken() -> None:
+    sizes = [Size(10, 3, 2, 6), Size(10, 8, 2, 6), Size(9, 8, 4, 6)]
+    assert peaks(sizes) == {1, 2}
