@@ -105,10 +105,19 @@ class RunFolder:
                 hint="a run's folder holds run.json; `qlora train` makes one",
             )
         try:
-            content: dict[str, Any] = json.loads(self.run_json.read_text())
+            content = json.loads(self.run_json.read_text())
         except ValueError as fault:
             raise UsageError(f"damaged: {fault}", where=str(self.run_json)) from fault
+        if not isinstance(content, dict):
+            raise UsageError("damaged: it is no JSON object", where=str(self.run_json))
         return content
+
+    def told(self, key: str) -> Any:
+        """What run.json tells of it. Raises UsageError where it does not."""
+        content = self.read()
+        if key not in content:
+            raise UsageError(f"damaged: it has no {key}", where=str(self.run_json))
+        return content[key]
 
     def write(self, content: Mapping[str, Any]) -> None:
         """run.json, whole or as it was. Raises QloraError where the disk refuses."""

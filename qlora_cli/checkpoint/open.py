@@ -21,7 +21,7 @@ from qlora_cli.recipe.schema import Recipe, Section
 from qlora_cli.weights.build import build
 from qlora_cli.weights.built import Built
 from qlora_cli.weights.locate import find_base, read_config
-from qlora_cli.weights.source import FolderSource, Source
+from qlora_cli.weights.source import FolderSource, Source, fingerprint
 
 MakeSource = Callable[[Any, Family], Source]
 """From the skeleton and its family to the tensors."""
@@ -143,20 +143,38 @@ def _sixteen_bit(base: Path, compute: str, method: str) -> Recipe:
 
 def read_recipe(run: RunFolder) -> Recipe:
     """The resolved recipe that the run was trained with."""
-    recipe = run.read()["recipe"]
-    return Recipe.model_validate(_without_defaults(recipe, Recipe))
+    recipe = run.told("recipe")
+    try:
+        return Recipe.model_validate(_without_defaults(recipe, Recipe))
+    except (ValueError, AttributeError) as fault:
+        raise UsageError(f"damaged recipe: {fault}", where=str(run.run_json)) from fault
 
 
 def base_folder(run: RunFolder) -> Path:
-    """Where the run's base lies. Raises ModelError where it is gone."""
-    folder = Path(run.read()["base_folder"])
+    """Where the run's base lies. Raises ModelError where it is gone, or was adapted and changed."""
+    folder = Path(run.told("base_folder"))
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"the base that the run was trained on is not at {folder} any more",
             where=str(run.run_json),
             hint="put it back, or write its new place into run.json as base_folder",
         )
+    if read_recipe(run).adapter.method == "lora":
+        check_fingerprint(run, run.read(), fingerprint(folder))
     return folder
+
+
+def check_fingerprint(run: RunFolder, about: Mapping[str, Any], found: str) -> None:
+    """Raises ModelError where the base's weights are others than when the run began.
+
+    about: run.json; of an older run it does not tell.
+    """
+    if about.get("base_fingerprint", found) != found:
+        raise ModelError(
+            f"the weights in {about['base_folder']} are not those that the run was trained on",
+            where=str(run.run_json),
+            hint="put those back; an adapter is worth nothing on another base",
+        )
 
 
 def file_dtype(config: Any) -> torch.dtype:

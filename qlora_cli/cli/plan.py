@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _CONTEXT = 512 * 1024**2
 """Assumed, not measured: what a CUDA context and its modules take of a card that is not here."""
+_LEAST = 1024**2
 
 
 @click.command()
@@ -63,8 +64,10 @@ def _imagined_card(vram: str) -> DeviceFacts:
         capacity = parse_bytes(vram)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--vram") from error
-    if capacity <= 0:
-        raise click.BadParameter("a card has some memory", param_hint="--vram")
+    if capacity < _LEAST:
+        raise click.BadParameter(
+            f"{vram} is less than any card has; write it with its unit, 24GiB", param_hint="--vram"
+        )
     return DeviceFacts(
         kind="cuda",
         name="an imagined card",

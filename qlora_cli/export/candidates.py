@@ -1,7 +1,7 @@
 """The models whose answers are compared: trained, without its adapter, and merged.
 
 All are made on meta and answer one after the other, streamed (`stream.py`), so none is ever held.
-The trained one alone is held where it fits, because its greedy tokens come one by one.
+In a proof the trained one alone is held where it fits, because its greedy tokens come one by one.
 
 The trained model computes as it was trained, with our linears and attention. A merged one is
 transformers' own, with its own attention, as other programs will run it; in float32, so that what
@@ -51,10 +51,13 @@ class Speaker:
         return answers(self.built, self.head, rows, self.device)
 
 
-def trained(tensors: MergedTensors, base: Path) -> Speaker:
-    """The model that training ended with; without an adapter in `tensors`, its frozen base."""
+def trained(tensors: MergedTensors, base: Path, may_hold: bool) -> Speaker:
+    """The model that training ended with; without an adapter in `tensors`, its frozen base.
+
+    may_hold: it is held where it fits; else it is streamed, as merging is bounded in memory.
+    """
     built = _as_trained(tensors, base)
-    if fits(_held_bytes(tensors), tensors.device):
+    if may_hold and fits(_held_bytes(tensors), tensors.device):
         load(built, tensors.source, tensors.device, Silent())
         if tensors.adapter is not None:
             attach(built, tensors.adapter)
@@ -68,7 +71,7 @@ def without_adapter(speaker: Speaker, tensors: MergedTensors, base: Path) -> Spe
     if speaker.held:
         detach(speaker.built)
         return speaker
-    return trained(replace(tensors, adapter=None), base)
+    return trained(replace(tensors, adapter=None), base, may_hold=False)
 
 
 def as_written(

@@ -86,7 +86,7 @@ def _is_far(original: Comparison, dequantized: Comparison, frozen: Comparison) -
 
 
 def _judge(tensors: MergedTensors, base: Path, judged: JudgedRows) -> Judgement:
-    model = trained(tensors, base)
+    model = trained(tensors, base, may_hold=False)
     reference = model.answers(judged.rows)
     model = without_adapter(model, tensors, base)
     frozen = compare(reference, model.answers(judged.rows))

@@ -7,10 +7,10 @@ shard, if it was the same merge; otherwise the leftovers are thrown away.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from qlora_cli.export.folder import (
     plan_shards,
     write_index,
 )
+from qlora_cli.export.made import Made
 from qlora_cli.export.tensors import MergedTensors
 from qlora_cli.units import format_bytes
 from qlora_cli.weights.tensorfile import Shape, read_header, write_tensors
@@ -41,14 +42,6 @@ _ROOM_BYTES = 16 * 1024**2
 """Kept free beside the weights, for headers, the index and what else is written."""
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a merge wrote. num_bytes: of the weights."""
-
-    num_tensors: int
-    num_bytes: int
-
-
 def write_merged(
     tensors: MergedTensors,
     base: Path,
@@ -56,7 +49,7 @@ def write_merged(
     about: Mapping[str, Any],
     observer: Observer,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Written:
+) -> None:
     """Writes the whole folder `out`. base: where config and tokenizer come from.
 
     about: kept in merge.json. Raises QloraError where the disk is too small or refuses, and where
@@ -79,8 +72,21 @@ def write_merged(
         carry(base, beside)
         write_json(beside / ABOUT, {**about, "settings": settings})
         settle(beside, out)
-    sizes = [shape.num_bytes for shard in shards for shape in shard.shapes.values()]
-    return Written(len(sizes), sum(sizes))
+
+
+def find_merged(out: Path, tensors: MergedTensors) -> MergedTensors | None:
+    """The tensors as `out` holds them, where it is a whole merge of them in any base and dtype.
+
+    Raises ModelError where its merge.json is damaged.
+    """
+    if not (out / ABOUT).is_file():
+        return None
+    made = Made.of(out)
+    merged = replace(tensors, base=made.base, dtype=made.dtype)
+    shards = plan_shards(merged.shapes(), MAX_SHARD_BYTES)
+    same = made.settings == _settings(merged, shards)
+    whole = all(_is_whole(out / shard.name, shard.shapes) for shard in shards)
+    return merged if same and whole else None
 
 
 def _write_shards(
@@ -129,12 +135,12 @@ def _told(value: Any) -> Any:
 
 def _leftovers(beside: Path, settings: Mapping[str, Any], shards: list[Shard]) -> set[str]:
     """Names of shards that an earlier, equal merge wrote whole; makes the folder for this one."""
-    about = beside / ABOUT
-    if about.is_file() and json.loads(about.read_text()).get("settings") == settings:
-        return {shard.name for shard in shards if _is_whole(beside / shard.name, shard.shapes)}
+    with suppress(ModelError):  # Of a damaged one nothing is known.
+        if (beside / ABOUT).is_file() and Made.of(beside).settings == settings:
+            return {shard.name for shard in shards if _is_whole(beside / shard.name, shard.shapes)}
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    write_json(about, {"settings": settings})
+    write_json(beside / ABOUT, {"settings": settings})
     return set()
 
 

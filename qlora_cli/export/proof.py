@@ -8,7 +8,7 @@ and nothing else: a tensor that only was copied, or only unpacked, has no error 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,21 @@ from qlora_cli.events import Observer
 from qlora_cli.export.folder import CONFIG, carried_files, merged_config
 from qlora_cli.export.tensors import MergedTensors
 from qlora_cli.units import format_count
-from qlora_cli.weights.source import read_folder
+from qlora_cli.weights.source import INDEX, SINGLE, read_folder
 from qlora_cli.weights.tensorfile import Entry, read_tensor
 
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "adapter_config.json")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def structure_faults(merged: Path, expected: MergedTensors) -> Iterator[str]:
-    """Missing and foreign tensors and wrong shapes; with any of them there is no model to ask."""
+    """Missing and foreign tensors and files, and wrong shapes; then there is no model to ask."""
     try:
         found = read_folder(merged)
     except ModelError as fault:
         yield str(fault)
         return
+    yield from _weight_file_faults(merged, found)
     adapted = expected.adapted()
     for name, shape in expected.shapes().items():
         if name not in found:
@@ -43,6 +45,22 @@ def structure_faults(merged: Path, expected: MergedTensors) -> Iterator[str]:
             yield f"{name} has shape {found[name].shape}; it must be {shape.shape}"
     for name in sorted(found.keys() - expected.shapes().keys()):
         yield f"{name} does not belong to this model"
+
+
+def _weight_file_faults(merged: Path, found: Mapping[str, Entry]) -> Iterator[str]:
+    """Files that transformers would load beside these tensors or instead of them."""
+    used = {entry.file.name for entry in found.values()}
+    if used != {SINGLE}:
+        used.add(INDEX)
+        told = json.loads((merged / INDEX).read_text())["weight_map"]
+        for name in sorted(told.keys() | found.keys()):
+            file = found[name].file.name if name in found else None
+            if told.get(name) != file:
+                yield f"{INDEX}: {name} is said to lie in {told.get(name)}; it lies in {file}"
+    for pattern in _WEIGHTS:
+        for path in sorted(merged.glob(pattern)):
+            if path.name not in used:
+                yield f"{path.name} does not belong there: it is loaded too, or instead"
 
 
 def value_faults(merged: Path, expected: MergedTensors, observer: Observer) -> Iterator[str]:
@@ -97,8 +115,9 @@ def config_faults(merged: Path, base: Path, dtype: torch.dtype) -> Iterator[str]
         yield f"{CONFIG} is damaged: {fault}"
         return
     for key in sorted(wanted.keys() | found.keys()):
-        if found.get(key) != wanted.get(key):
-            here, there = json.dumps(found.get(key)), json.dumps(wanted.get(key))
+        # An absent key is not null: a class may have a default of its own for it.
+        here, there = (json.dumps(c[key]) if key in c else "absent" for c in (found, wanted))
+        if here != there:
             yield f"{CONFIG}: {key} is {here}; it must be {there}"
 
 

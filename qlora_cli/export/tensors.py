@@ -93,7 +93,7 @@ class MergedTensors:
         """One tensor as it will be written. underflow: counts what becomes 0 in it.
 
         Raises VerificationFailed where a value is too large for the dtype, QloraError where the
-        base itself is not finite.
+        base or the adapter is not finite.
         """
         name = self._names[file_name]
         site, parts = self._sites.get(name), self._parts(name)
@@ -103,6 +103,8 @@ class MergedTensors:
         else:
             made = self._copied(name, count)
         if not _is_finite(made):
+            if not all(_is_finite(factor) for part in parts for factor in (part.a, part.b)):
+                raise self._not_finite(name)
             raise _too_large(file_name, self.dtype)
         return made
 
@@ -122,6 +124,15 @@ class MergedTensors:
         return all(
             _lies_between(turned[rows], total - size * _SLACK, total + size * _SLACK)
             for (rows, total), (_, size) in zip(_sums(weight, parts), sizes, strict=True)
+        )
+
+    def _not_finite(self, name: str) -> QloraError:
+        assert self.adapter is not None
+        return QloraError(
+            f"the adapter's factors of {name} are not finite",
+            where=str(self.adapter.folder),
+            hint="the training diverged or the file is damaged; look at the losses with "
+            "`qlora report`",
         )
 
     @cached_property

@@ -24,11 +24,9 @@ where it also stands how each of them computes).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,6 +42,7 @@ from qlora_cli.export.float16 import largest_activation
 from qlora_cli.export.folder import ABOUT, CONFIG
 from qlora_cli.export.greedy import Agreement, agreement, speech
 from qlora_cli.export.judge import Answers, Comparison, compare, free_memory
+from qlora_cli.export.made import Made
 from qlora_cli.export.proof import (
     config_faults,
     file_faults,
@@ -52,8 +51,7 @@ from qlora_cli.export.proof import (
     value_faults,
 )
 from qlora_cli.export.rows import JudgedRows, judged_rows
-from qlora_cli.export.tensors import Base, MergedTensors, merged_tensors
-from qlora_cli.weights.build import torch_dtype
+from qlora_cli.export.tensors import MergedTensors, merged_tensors
 from qlora_cli.weights.locate import read_config
 
 ROUNDING = 1e-4
@@ -87,13 +85,16 @@ def verify(merged: Path, run: RunFolder, device: torch.device, observer: Observe
         raise UsageError(f"{merged} is no model's folder", hint="it must hold config.json")
     base = base_folder(run)
     try:
-        expected = _expected(merged, run, device)
+        made = Made.of(merged)
+        expected = merged_tensors(run, made.base, made.dtype, device, made.weight, made.others)
     except UsageError:
         raise
     except InputError as fault:
-        return Verdict((f"the run cannot be merged, so nothing can equal it: {fault}",))
+        return Verdict((f"what it should be cannot be told: {fault}",))
+    for note in made.notes():
+        observer.note(note)
     broken = [*structure_faults(merged, expected), *config_faults(merged, base, expected.dtype)]
-    faults = [*_origin_faults(merged, expected), *broken, *file_faults(merged, base)]
+    faults = [*_origin_faults(made, expected), *broken, *file_faults(merged, base)]
     if broken:
         return Verdict(_shortened(faults))
     faults += value_faults(merged, expected, observer)
@@ -101,33 +102,15 @@ def verify(merged: Path, run: RunFolder, device: torch.device, observer: Observe
     return Verdict(_shortened([*faults, *more]), comparison, greedy)
 
 
-def _expected(merged: Path, run: RunFolder, device: torch.device) -> MergedTensors:
-    """What should lie in the folder, by its merge.json; without one, merged into the original."""
-    told = _settings(merged)
-    dtype = told.get("dtype") or json.loads((merged / CONFIG).read_text()).get("dtype")
-    base: Base = "dequantized" if told.get("base") == "dequantized" else "original"
-    own, *others = told.get("adapters") or [{"weight": 1.0}]
-    added = [(Path(other["folder"]), other["weight"]) for other in others]
-    wanted = torch_dtype(dtype or "float32")
-    return merged_tensors(run, base, wanted, device, own["weight"], added)
-
-
-def _settings(merged: Path) -> dict[str, Any]:
-    file = merged / ABOUT
-    settings: dict[str, Any] = json.loads(file.read_text())["settings"] if file.is_file() else {}
-    return settings
-
-
-def _origin_faults(merged: Path, expected: MergedTensors) -> Iterator[str]:
-    if expected.adapter is None:
+def _origin_faults(made: Made, expected: MergedTensors) -> Iterator[str]:
+    if expected.adapter is None or not made.digests:
         return
-    told = _settings(merged).get("adapters") or []
-    own, *others = terms_of(expected.adapter)
-    if told and told[0]["digest"] != own.to_dict()["digest"]:
+    own, *others = (term.to_dict()["digest"] for term in terms_of(expected.adapter))
+    if made.digests[0] != own:
         yield f"{ABOUT} names another adapter than the run has now"
-    for before, now in zip(told[1:], others, strict=False):
-        if before["digest"] != now.to_dict()["digest"]:
-            yield f"the adapter in {now.adapter.folder} is another than {ABOUT} names"
+    for (folder, _), before, now in zip(made.others, made.digests[1:], others, strict=False):
+        if before != now:
+            yield f"the adapter in {folder} is another than {ABOUT} names"
 
 
 def _compare_answers(
@@ -144,7 +127,7 @@ def _compare_answers(
             "rounding changed in the answers is in these figures; --base dequantized keeps it"
         )
     rows = judged.rows
-    model = trained(expected, base)
+    model = trained(expected, base, may_hold=True)
     reference, spoken = model.answers(rows), speech(model, rows)
     frozen = without_adapter(model, expected, base).answers(rows)
     del model

@@ -18,6 +18,7 @@ Planned = Callable[[Recipe], Imagined]
 _SEQUENCE_UNIT = 64
 """Sequence lengths are searched in multiples of this."""
 _MOST_SEQUENCES = 256
+"""Where the search for a micro-batch ends, if the recipe's own is not larger."""
 _STRAIGHT = 6
 """Plans after which a search stops to trust the line through the last two."""
 _LONGEST = 2**17
@@ -30,7 +31,7 @@ def changes_that_fit(recipe: Recipe, planned: Planned, facts: DeviceFacts) -> tu
     Where the frozen weights alone are too many, only what makes them fewer is planned.
     """
     now, hopeless = planned(recipe).peak_bytes, _hopeless(recipe, planned, facts)
-    changes = _smaller_weights(recipe) if hopeless else _changes(recipe)
+    changes = _smaller_weights(recipe) if hopeless else _changes(recipe, facts.kind == "cuda")
     advice = [_advice(text, planned(changed), now, facts) for text, changed in changes]
     sizes = () if hopeless else _sizes(recipe, recipe.data.seq_len, recipe.train.micro_batch)
     for size in sizes:
@@ -49,14 +50,16 @@ def largest(
         return ()
     now = planned(recipe).peak_bytes
     longest = int(getattr(config, "max_position_embeddings", None) or _LONGEST)
+    most = max(_MOST_SEQUENCES, recipe.train.micro_batch)
     alone = _with(recipe, "train", micro_batch=1)
-    length, _ = _sizes(alone, longest, _MOST_SEQUENCES)
-    _, sequences = _sizes(recipe, longest, _MOST_SEQUENCES)
+    length, _ = _sizes(alone, longest, most)
+    _, sequences = _sizes(recipe, longest, most)
+    also = "" if recipe.train.micro_batch == 1 else " train.micro_batch=1"
     advice = []
-    for size in (length, sequences):
+    for size, more in ((length, also), (sequences, "")):
         found = size.largest(planned, facts)
         if found is not None:
-            advice.append(_advice(f"{size.key}={found[0]}", found[1], now, facts))
+            advice.append(_advice(f"{size.key}={found[0]}{more}", found[1], now, facts))
     return tuple(advice)
 
 
@@ -65,15 +68,19 @@ def _hopeless(recipe: Recipe, planned: Planned, facts: DeviceFacts) -> bool:
     return planned(recipe).frozen_bytes > facts.usable_bytes
 
 
-def _changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+def _changes(recipe: Recipe, on_card: bool) -> Iterator[tuple[str, Recipe]]:
     """Settings that cost speed or a little quality, and save memory."""
     if not recipe.train.activation_checkpointing:
         changed = _with(recipe, "train", activation_checkpointing=True)
         yield "train.activation_checkpointing=true", changed
+    if recipe.base.compute_dtype == "float32":
+        yield "base.compute_dtype=bfloat16", _with(recipe, "base", compute_dtype="bfloat16")
     if recipe.adapter.method == "full":
+        yield "adapter.method=lora", _with(recipe, "adapter", method="lora")
         return
     if recipe.train.optimizer == "adamw" and recipe.adapter.dtype == "float32":
-        yield "train.optimizer=adamw8bit", _with(recipe, "train", optimizer="adamw8bit")
+        for optimizer in ("adamw8bit", *(["paged_adamw8bit"] if on_card else [])):
+            yield f"train.optimizer={optimizer}", _with(recipe, "train", optimizer=optimizer)
     yield from _smaller_weights(recipe)
     if recipe.adapter.rank > 8:
         yield "adapter.rank=8", _with(recipe, "adapter", rank=8)

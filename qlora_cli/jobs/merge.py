@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +16,9 @@ from qlora_cli.checkpoint.open import base_folder, read_recipe
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
 from qlora_cli.export.decide import PREFERRED, Decision, decide
-from qlora_cli.export.merge import write_merged
+from qlora_cli.export.merge import find_merged, write_merged
 from qlora_cli.export.room import give_back_freed
-from qlora_cli.export.tensors import merged_tensors
+from qlora_cli.export.tensors import MergedTensors, merged_tensors
 from qlora_cli.jobs.results import MergeResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.recipe.schema import Recipe
@@ -39,13 +40,16 @@ def run(
 
     dtype: None for float16, or bfloat16 where that does not hold the model. base: original |
     dequantized | auto. weight: of the run's adapter. others: runs or adapters in PEFT's format to
-    add to it, and their weights. gguf: f16 | q8_0, to write such a file of it too. Raises
+    add to it, and their weights. gguf: f16 | q8_0, to write such a file of it too, also where `out`
+    is the same merge without one. Raises
     UsageError where `out` is in use, the run has no such base, an adapter is of another base or
     llama.cpp has no such model; QloraError where the disk is full; VerificationFailed where the
     dtype asked for does not hold the model or the GGUF file is not read back as it should be.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is in use", where="--out", hint="name another folder")
+    in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if in_use and gguf is None:
+        raise _in_use(out)
+    _check_place(out)
     folder = RunFolder(run)
     recipe = read_recipe(folder)
     _check_base(recipe, base)
@@ -53,22 +57,60 @@ def run(
     device = torch.device(inspect_device().kind)
     wanted = torch_dtype(dtype) if dtype else PREFERRED
     tensors = merged_tensors(folder, "original", wanted, device, weight, others)
+    merged = _merged_before(out, tensors, base, dtype) if in_use else None
     if gguf is not None:
-        merged_bytes = sum(shape.num_bytes for shape in tensors.shapes().values())
-        _exporter().check_exportable(base_folder(folder), gguf, out, merged_bytes)
-    decision = decide(folder, tensors, base, dtype is not None, observer)
-    about = _about(recipe, decision)
-    written = write_merged(decision.tensors, base_folder(folder), out, about, observer)
+        more_bytes = 0 if merged else _num_bytes(tensors)
+        _exporter().check_exportable(base_folder(folder), gguf, out, more_bytes)
+    reason = "merged before"
+    if merged is None:
+        decision = decide(folder, tensors, base, dtype is not None, observer)
+        merged, reason = decision.tensors, decision.dtype_reason
+        write_merged(merged, base_folder(folder), out, _about(recipe, decision), observer)
     if gguf is not None:
         observer.note(f"GGUF file: {_exporter().export_gguf(out, gguf, observer)}")
     return MergeResult(
         out=out,
-        dtype=str(decision.tensors.dtype).removeprefix("torch."),
-        dtype_reason=decision.dtype_reason,
-        base=decision.tensors.base,
-        tensors=written.num_tensors,
-        bytes=written.num_bytes,
+        dtype=_told(merged.dtype),
+        dtype_reason=reason,
+        base=merged.base,
+        tensors=len(merged.shapes()),
+        bytes=_num_bytes(merged),
     )
+
+
+def _in_use(out: Path) -> UsageError:
+    return UsageError(f"{out} is in use", where="--out", hint="name another folder")
+
+
+def _check_place(out: Path) -> None:
+    """Before anything is judged: can a folder be made there?"""
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UsageError(
+            f"no folder can be made in {there}", where="--out", hint="name another folder"
+        )
+
+
+def _merged_before(
+    out: Path, tensors: MergedTensors, base: str, dtype: str | None
+) -> MergedTensors:
+    """The same merge, which lacks its GGUF file. Raises UsageError where `out` is another one."""
+    merged = find_merged(out, tensors)
+    if (
+        merged is None
+        or base not in ("auto", merged.base)
+        or dtype not in (None, _told(merged.dtype))
+    ):
+        raise _in_use(out)
+    return merged
+
+
+def _num_bytes(tensors: MergedTensors) -> int:
+    return sum(shape.num_bytes for shape in tensors.shapes().values())
+
+
+def _told(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _exporter() -> ModuleType:

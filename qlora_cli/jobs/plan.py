@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from qlora_cli.data.collate import worst_batch
+from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.export.imagine import imagine_merge
 from qlora_cli.jobs.advise import Planned, changes_that_fit, largest
 from qlora_cli.jobs.arithmetic import arithmetic_of
@@ -21,6 +22,7 @@ from qlora_cli.train.optimizer import PAGED_FROM
 from qlora_cli.units import format_bytes
 from qlora_cli.weights.locate import find_config, read_config
 
+_MOST_TOKENS = 2**24
 _COMPARED = (("full", 16), ("lora", 16), ("lora", 8), ("lora", 4))
 
 
@@ -40,8 +42,10 @@ def run(
     imagined = planned(resolved)
     fits = imagined.fits(facts.usable_bytes)
     advice = largest(resolved, config, planned, facts) if fit else ()
-    if not fits and not fit:
-        advice = changes_that_fit(resolved, planned, facts)
+    if not fits:
+        told = {one.change for one in advice}
+        more = changes_that_fit(resolved, planned, facts)
+        advice += tuple(one for one in more if one.change not in told)
     ledger = planned_ledger(resolved, facts, imagined, planned(full_fine_tuning(resolved)))
     merging = imagine_merge(resolved, config, facts)
     return PlanResult(
@@ -62,7 +66,22 @@ def run(
 
 
 def plan(recipe: Recipe, config: Any, facts: DeviceFacts) -> Imagined:
-    """Imagines a resolved recipe on the largest batches that it allows, whatever its rows are."""
+    """Imagines a resolved recipe on the largest batches that it allows, whatever its rows are.
+
+    Raises RecipeError where these are beyond any device.
+    """
+    tokens = recipe.data.seq_len * recipe.train.micro_batch
+    if tokens > _MOST_TOKENS:
+        raise RecipeError(
+            "no device computes such a batch",
+            [
+                Problem(
+                    "data.seq_len",
+                    f"times train.micro_batch it is {tokens:,} tokens at once; "
+                    f"{_MOST_TOKENS:,} are the most that are planned",
+                )
+            ],
+        )
     worst_one = worst_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
     return imagine(
         recipe, config, facts, [worst_one] * min(2, recipe.train.grad_accum), [worst_one]

@@ -13,6 +13,7 @@ from qlora_cli.jobs.prepare import Prepared
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.weights.built import Built
+from qlora_cli.weights.source import fingerprint
 
 _PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers", "accelerate", "safetensors")
 
@@ -20,12 +21,16 @@ _PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers", "accelerate",
 def describe_run(prepared: Prepared, recipe_path: Path | None, steps: int) -> dict[str, Any]:
     """What is known before the base is loaded; status `running`."""
     facts = prepared.facts
+    recipe = prepared.recipe.model_dump(mode="json")
+    for key in ("train", "eval"):
+        recipe["data"][key] = _from_anywhere(recipe["data"][key])
     return {
         "status": "running",
         "steps": steps,
-        "recipe": prepared.recipe.model_dump(mode="json"),
+        "recipe": recipe,
         "recipe_file": str(recipe_path) if recipe_path else None,
         "base_folder": str(prepared.folder.resolve()),
+        "base_fingerprint": fingerprint(prepared.folder),
         "choices": [
             {"key": choice.key, "value": choice.value, "reason": choice.reason}
             for choice in prepared.choices
@@ -73,6 +78,12 @@ def versions() -> dict[str, str]:
 def set_status(run: RunFolder, status: str, **more: Any) -> None:
     """Changes run.json's status: running | done | interrupted | failed."""
     run.write(run.read() | {"status": status, **more})
+
+
+def _from_anywhere(where: str | None) -> str | None:
+    """A file's absolute path, so that a run can be judged and reported from another folder."""
+    path = None if where is None else Path(where).expanduser()
+    return where if path is None or not path.exists() else str(path.absolute())
 
 
 def _table(table: FrozenEmbedding | HostEmbedding, is_head: bool) -> tuple[str, str]:

@@ -16,6 +16,8 @@ from qlora_cli.memory.timeline import Stretch, read_stretches
 _T = TypeVar("_T")
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
 """What readers raise on a file that is no longer as it was written."""
+_METRICS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_bytes"}
+_REMOVE = "take the line out; the rest of the report does not need it"
 
 
 def run(run: Path, *, html: Path | None = None, png: Path | None = None) -> ReportResult:
@@ -25,6 +27,7 @@ def run(run: Path, *, html: Path | None = None, png: Path | None = None) -> Repo
     """
     folder = RunFolder(run)
     about = folder.read()
+    folder.told("recipe")  # Which the page shows.
     ledger = read_ledger(folder)
     if ledger is None:
         raise UsageError(
@@ -63,8 +66,17 @@ def _read(file: Path, make: Callable[[dict[str, Any]], _T]) -> _T | None:
 def _metrics(file: Path) -> tuple[dict[str, Any], ...]:
     if not file.is_file():
         return ()
-    lines = file.read_text().splitlines()
+    # What stands behind the last line's end was being written when the process died.
+    *lines, _ = file.read_text().split("\n")
+    return tuple(_metric(line, f"{file}:{number}") for number, line in enumerate(lines, 1))
+
+
+def _metric(line: str, where: str) -> dict[str, Any]:
     try:
-        return tuple(json.loads(line) for line in lines)
-    except ValueError as fault:
-        raise UsageError(f"damaged: {fault}", where=str(file)) from fault
+        content: dict[str, Any] = json.loads(line)
+        missing = sorted(_METRICS - content.keys())
+    except _DAMAGE as fault:
+        raise UsageError(f"damaged: {fault}", where=where, hint=_REMOVE) from fault
+    if missing:
+        raise UsageError(f"damaged: no {', '.join(missing)}", where=where, hint=_REMOVE)
+    return content

@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora_cli.checkpoint.adapter import save_adapter
 from qlora_cli.checkpoint.layout import RunFolder, appear_whole, writing
+from qlora_cli.checkpoint.open import check_fingerprint
 from qlora_cli.checkpoint.resume import load_checkpoint, write_trained
 from qlora_cli.data.collate import Batch, peaks
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
@@ -102,8 +104,9 @@ def _claim(job: Job, recipe_path: Path | None, resume: bool) -> Path | None:
     return job.run.checkpoint(steps[-1]) if steps else None
 
 
-def _check_same(run: RunFolder, before: dict[str, object], now: dict[str, object]) -> None:
+def _check_same(run: RunFolder, before: dict[str, Any], now: dict[str, Any]) -> None:
     """A run goes on as it began; another recipe is another run."""
+    check_fingerprint(run, before, now["base_fingerprint"])
     old, new = _flat(before["recipe"]), _flat(now["recipe"])
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:

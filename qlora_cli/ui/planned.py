@@ -61,7 +61,7 @@ def _advice(advice: Sequence[Advice]) -> RenderableType:
     for one in advice:
         sizes = (format_bytes(size) for size in (one.saves_bytes, one.peak_bytes))
         table.add_row(one.change, *sizes, "yes" if one.fits else "no")
-    return Group(Text("Planned with one change each", style="bold"), table)
+    return Group(Text("Planned with these changes, each alone", style="bold"), table)
 
 
 def _arithmetic(lines: Sequence[Line]) -> RenderableType:

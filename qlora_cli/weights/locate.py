@@ -14,6 +14,11 @@ STARTER = "starter"
 """The name of the embedded base."""
 STARTER_FOLDER = Path(str(resources.files("qlora_cli.starter")))
 _CONFIG = "config.json"
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+_LEAST_ITEM_BYTES = 2
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
@@ -46,7 +51,8 @@ def find_config(name: str, revision: str | None) -> Path:
 
 
 def read_config(file: Path) -> Any:
-    """transformers' config object. Raises ModelError on one that transformers does not know."""
+    """transformers' config object. Raises ModelError on one that describes no model."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -63,11 +69,26 @@ def read_config(file: Path) -> Any:
             hint="name the 16-bit model it was made from; qlora quantizes it as it loads",
         )
     try:
-        return AutoConfig.for_model(model_type, **content)
-    except (ValueError, TypeError) as fault:
-        raise ModelError(
-            f"transformers cannot read this config: {fault}", where=str(file)
-        ) from fault
+        config = AutoConfig.for_model(model_type, **content)
+        _check_sizes(config)
+    except (ValueError, TypeError, StrictDataclassError) as fault:
+        raise ModelError(f"it describes no model: {fault}", where=str(file)) from fault
+    return config
+
+
+def _check_sizes(config: Any) -> None:
+    """Raises ValueError for what no model can have; transformers finds it when it computes."""
+    for key in _SIZES:
+        size = getattr(config, key, None)
+        if size is not None and size < 1:
+            raise ValueError(f"{key} is {size}")
+    heads = getattr(config, "num_attention_heads", None) or 1
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if heads % groups:
+        raise ValueError(f"{heads} heads cannot share {groups} of keys and values")
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and dtype.itemsize < _LEAST_ITEM_BYTES:
+        raise ValueError(f"its weights are in {dtype}, and 16 or 32 bit are needed")
 
 
 def _local(name: str) -> Path | None:

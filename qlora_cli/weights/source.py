@@ -7,6 +7,7 @@ tensor and remembers its own name, which merging writes again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from qlora_cli.weights.tensorfile import Entry, read_header, read_tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_END_BYTES = 4096
 
 
 class Source(Protocol):
@@ -99,6 +101,22 @@ class ImaginedSource:
         return torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
 
 
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of what tells a checkpoint from another: each tensor's name, form and both ends.
+
+    Not of every byte, which takes as long as loading. Raises ModelError.
+    """
+    found = hashlib.sha256()
+    for name, entry in sorted(read_folder(folder).items()):
+        found.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        size = min(_END_BYTES, entry.num_bytes)
+        with entry.file.open("rb") as stream:
+            for start in (entry.start, entry.start + entry.num_bytes - size):
+                stream.seek(start)
+                found.update(stream.read(size))
+    return found.hexdigest()
+
+
 def read_folder(folder: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint folder, ordered by file and place. Raises ModelError."""
     entries: dict[str, Entry] = {}
@@ -109,8 +127,9 @@ def read_folder(folder: Path) -> dict[str, Entry]:
 
 
 def _files(folder: Path) -> list[Path]:
+    """Where both are there, a single file goes before an index, as with transformers."""
     index = folder / INDEX
-    if index.is_file():
+    if index.is_file() and not (folder / SINGLE).is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as fault:

@@ -276,6 +276,33 @@ def test_a_missing_shard_and_a_damaged_index(job: Path, sharded: Path, tmp_path:
     free_again(job)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "64"},
+        {"hidden_size": -64},
+        {"num_hidden_layers": 0},
+        {"num_key_value_heads": 3},
+        {"dtype": "float8_e4m3fn"},
+    ],
+    ids=str,
+)
+def test_a_config_that_describes_no_model(
+    job: Path, tiny: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    other = shutil.copytree(tiny, tmp_path / "other")
+    file = other / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    for command in ("plan", "train"):
+        refused(qlora(command, job, f"model.name={other}"), 2, file, "describes no model")
+
+
+def test_a_size_without_a_unit_is_no_card(job: Path) -> None:
+    outcome = qlora("plan", job, "--vram", "24")
+    assert outcome.code == 2
+    assert "write it with its unit, 24GiB" in outcome.err
+
+
 def test_tensors_that_are_not_those_of_the_config(job: Path, tiny: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tiny, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())

@@ -407,6 +407,25 @@ def test_merge_writes_the_merged_model(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
 
 
+def test_a_merge_that_lacks_its_file_is_given_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was merged without, or killed while the file was written."""
+    run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
+    plain = ("merge", run.path, "--out", out, "--base", "original")
+    assert qlora(*plain).code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    outcome = qlora(*plain, "--gguf", "f16", "--json")
+    assert outcome.code == 0, outcome.err
+    assert (outcome.json["base"], outcome.json["tensors"]) == ("original", 21)
+    gguf.prove_gguf(out / "model-F16.gguf", gguf.Plan(out, "f16"), Silent())
+    assert {name: (out / name).read_bytes() for name in before} == before
+    for other in (("--dtype", "bfloat16"), ("--base", "dequantized"), ("--weight", "0.5")):
+        outcome = qlora(*plain, "--gguf", "q8_0", *other)
+        assert outcome.code == 2
+        assert "is in use" in outcome.err
+
+
 def test_another_family_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     run, out = finished_run(tmp_path, "gpt2"), tmp_path / "out"
     outcome = qlora("merge", run.path, "--out", out, "--gguf", "f16")

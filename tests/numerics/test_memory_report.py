@@ -166,6 +166,31 @@ def test_a_damaged_timeline_is_named(finished: RunFolder, tmp_path: Path) -> Non
     assert caught.value.where == str(run.timeline_json)
 
 
+def test_a_line_that_was_being_written_is_left_out(finished: RunFolder, tmp_path: Path) -> None:
+    run = copy_of(finished, tmp_path)
+    whole = run.metrics.read_text()
+    run.metrics.write_text(whole + '{"step": 31, "lo')
+    assert len(report.run(run.path).metrics) == len(whole.splitlines())
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "{}", '{"step": 1}', '{"step":'])
+def test_a_damaged_line_is_named(finished: RunFolder, tmp_path: Path, line: str) -> None:
+    run = copy_of(finished, tmp_path)
+    first, *rest = run.metrics.read_text().splitlines()
+    run.metrics.write_text("\n".join([first, line, *rest, ""]))
+    with pytest.raises(UsageError, match="damaged") as caught:
+        report.run(run.path)
+    assert caught.value.where == f"{run.metrics}:2"
+
+
+@pytest.mark.parametrize("content", ["[]", "{}"])
+def test_a_damaged_run_json_is_named(finished: RunFolder, tmp_path: Path, content: str) -> None:
+    run = copy_of(finished, tmp_path)
+    run.run_json.write_text(content)
+    with pytest.raises(UsageError, match="damaged"):
+        page.render(report.run(run.path))
+
+
 def test_the_printed_object_leaves_the_timeline_to_its_file(finished: RunFolder) -> None:
     told = report.run(finished.path).to_dict()
     assert "timeline" not in told

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -284,6 +285,35 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     with pytest.raises(QloraError, match=r"needs \d+ KiB on disk, and 97.7 KiB are free"):
         write_merged(tensors_of(run, "original"), base, tmp_path / "out", {}, Silent())
     assert not list(tmp_path.rglob("out*/*.safetensors"))
+
+
+def test_leftovers_that_say_nothing_are_thrown_away(tmp_path: Path) -> None:
+    base, run, _ = a_run(tmp_path, "llama")
+    beside = tmp_path / ".out.partial"
+    beside.mkdir()
+    (beside / "merge.json").write_text("")
+    write_merged(tensors_of(run, "original"), base, tmp_path / "out", {}, Silent())
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_no_folder_can_be_made_in_a_file(tmp_path: Path) -> None:
+    _, run, _ = a_run(tmp_path, "llama")
+    out = run.run_json / "out"
+    with pytest.raises(UsageError, match="no folder can be made in"):
+        job.run(run.path, out=out, dtype=None, base="auto", observer=Silent())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_adapter_that_is_not_finite_is_named(tmp_path: Path, dtype: str) -> None:
+    _, run, _ = a_run(tmp_path, "llama")
+    file = run.adapter / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    factors = load_file(file)
+    next(iter(factors.values()))[0, 0] = float("nan")
+    save_file(factors, file, metadata=header)
+    with pytest.raises(QloraError, match=r"adapter's factors of .* are not finite"):
+        job.run(run.path, out=tmp_path / "out", dtype=dtype, base="original", observer=Silent())
 
 
 def test_a_folder_in_use_is_refused_and_an_empty_one_is_not(tmp_path: Path) -> None:

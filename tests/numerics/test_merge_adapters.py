@@ -105,6 +105,7 @@ def test_the_command_line_takes_a_peft_folder_and_verify_knows_it(
     ]
     outcome = qlora("verify", out, "--against", own.path, "--json")
     assert (outcome.code, outcome.json["faults"]) == (0, []), outcome.err
+    assert "merge.json says that 0.5 x the run's adapter + 0.25 x" in outcome.err
 
     factors = load_file(other / "adapter_model.safetensors")
     for factor in factors.values():

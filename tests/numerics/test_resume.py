@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_cli.checkpoint.layout import RunFolder
+from qlora_cli.checkpoint.open import base_folder, read_recipe
 from qlora_cli.checkpoint.resume import load_checkpoint, save_checkpoint
 from qlora_cli.errors import InputError, Interrupted, ModelError, QloraError, UsageError
 from qlora_cli.events import Silent, StepEvent
+from qlora_cli.export.rows import judged_rows
 from qlora_cli.jobs import train
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.optimizer import AdamW, LossScale
+from qlora_cli.weights.locate import read_config
 from tests.interrupted import go
 from tests.runs import make_base, make_recipe, make_rows
 
@@ -191,6 +195,39 @@ def test_a_changed_recipe_is_refused(stopped: tuple[Recipe, RunFolder], bases: P
     assert caught.value.exit_code == 2
     assert run.steps() == [1, 2]
     assert len(losses(run)) == 2
+
+
+def test_a_changed_base_is_refused(tmp_path: Path, bases: Path) -> None:
+    """By resuming, and by whatever puts the adapter on it."""
+    mine = Path(shutil.copytree(bases / "llama", tmp_path / "base"))
+    recipe = recipe_of(bases, tmp_path / "run", train={"steps": 2})
+    recipe.model.name = str(mine)
+    run = RunFolder(tmp_path / "run")
+    go(recipe)
+    assert base_folder(run) == mine
+    (file,) = mine.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    for asked in (lambda: base_folder(run), lambda: go(recipe, resume=True)):
+        with pytest.raises(ModelError, match="are not those that the run was trained on"):
+            asked()
+
+
+def test_a_run_is_judged_on_its_rows_from_any_folder(
+    tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_rows(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    data = {"train": "rows.jsonl", "eval": "rows.jsonl"}
+    go(recipe_of(bases, Path("run"), data=data, train={"steps": 1}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = RunFolder(tmp_path / "run")
+    base = base_folder(run)
+    judged = judged_rows(read_recipe(run), base, read_config(base / "config.json"))
+    assert judged.of_task
+    assert not judged.notes
 
 
 def test_nothing_to_resume_is_a_clear_error(tmp_path: Path, bases: Path) -> None:

@@ -172,6 +172,41 @@ def lose_shard(world: World, merged: Path) -> None:
     sorted(merged.glob("*.safetensors"))[0].unlink()
 
 
+def leave_an_adapter(world: World, merged: Path) -> None:
+    """transformers would add it once more."""
+    for file in world.run.adapter.iterdir():
+        shutil.copy(file, merged)
+
+
+def leave_a_single_file(world: World, merged: Path) -> None:
+    """transformers takes it instead of the shards."""
+    foreign = merge(world.other, merged.with_name("foreign"), shard_bytes=10**9)
+    shutil.copy(foreign / "model.safetensors", merged)
+
+
+def lie_in_the_index(world: World, merged: Path) -> None:
+    index = merged / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = content["weight_map"]["model.embed_tokens.weight"]
+    index.write_text(json.dumps(content))
+
+
+def lose_a_null(world: World, merged: Path) -> None:
+    """A class may have another default for it than null."""
+    config = json.loads((merged / "config.json").read_text())
+    lost = next(key for key, value in config.items() if value is None)
+    del config[lost]
+    (merged / "config.json").write_text(json.dumps(config))
+
+
+def damage(content: str) -> Callable[[World, Path], None]:
+    def damaged(world: World, merged: Path) -> None:
+        (merged / "merge.json").write_text(content)
+
+    return damaged
+
+
+BAD_DTYPE = '{"settings": {"base": "original", "dtype": "float17", "adapters": []}}'
 FAULTS: list[tuple[Callable[[World, Path], None], str]] = [
     (drop_layer, f"{ADAPTED}.weight is the base's alone: the adapter's layer was not added"),
     (transpose_b, f"{ADAPTED}.weight differs from base + scaling B A in"),
@@ -190,6 +225,14 @@ FAULTS: list[tuple[Callable[[World, Path], None], str]] = [
     (flip_bit_of_copy, "embed_tokens.weight differs from the base's in 1 of 16,576 values"),
     (cut_shard, "damaged safetensors file"),
     (lose_shard, "missing model-00001-of"),
+    (leave_an_adapter, "adapter_config.json does not belong there"),
+    (
+        leave_a_single_file,
+        "model-00001-of-00003.safetensors does not belong there: it is loaded too, or instead",
+    ),
+    (lie_in_the_index, "model.safetensors.index.json: model.norm.weight is said to lie in"),
+    (lose_a_null, "is absent; it must be null"),
+    *((damage(content), "merge.json is damaged") for content in ("", "[]", "{}", BAD_DTYPE)),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,9 @@ def test_streamed_and_held_are_the_same(
     family: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, tensors, base = a_run(tmp_path, family, bits)
-    held = trained(tensors, base)
+    held = trained(tensors, base, may_hold=True)
     monkeypatch.setattr(candidates, "fits", lambda *_: False)
-    passing = trained(tensors, base)
+    passing = trained(tensors, base, may_hold=True)
     assert (held.held, passing.held) == (True, False)
     assert torch.equal(held.answers(ROWS).hidden, passing.answers(ROWS).hidden)
     # Nothing stays behind a pass, and a second one is as the first.
@@ -77,14 +78,14 @@ def test_greedy_tokens_are_the_same_with_a_cache_and_with_guesses(
 ) -> None:
     run, tensors, base = a_run(tmp_path, "llama")
     recipe = read_recipe(run)
-    held = speech(trained(tensors, base), ROWS)
+    held = speech(trained(tensors, base, may_hold=True), ROWS)
     # As it is defined: the whole sequence again for each token.
     ids, (_, built) = ROWS[0].ids[:10], make_run(tmp_path / "again", recipe, spread=0.1)
     for _ in range(NUM_TOKENS):
         ids.append(int(logits(built, torch.tensor([ids]))[-1].argmax()))
     assert held.ids == ids
     monkeypatch.setattr(candidates, "fits", lambda *_: False)
-    guessed = speech(trained(tensors, base), ROWS)
+    guessed = speech(trained(tensors, base, may_hold=True), ROWS)
     num = guessed.num_targets
     assert num >= greedy._PASSES
     assert guessed.ids == held.ids[: len(guessed.ids)]
@@ -92,7 +93,7 @@ def test_greedy_tokens_are_the_same_with_a_cache_and_with_guesses(
 
 def test_agreement_counts_up_to_the_first_difference(tmp_path: Path) -> None:
     _, tensors, base = a_run(tmp_path, "llama")
-    model = trained(tensors, base)
+    model = trained(tensors, base, may_hold=True)
     spoken = speech(model, ROWS)
     found = agreement(model.answers([spoken]))
     assert (found.agree, found.num_tokens) == (NUM_TOKENS, NUM_TOKENS)
@@ -114,7 +115,10 @@ def test_verify_passes_and_fails_where_nothing_is_held(family: str, tmp_path: Pa
     assert verdict.greedy.num_tokens >= greedy._PASSES
     other = merged_tensors(run, "dequantized", torch.float16, CPU, weight=1.5)
     write_merged(other, base, tmp_path / "wrong", {}, Silent())
-    (tmp_path / "wrong" / "merge.json").write_text('{"settings": {"base": "dequantized"}}')
+    about = tmp_path / "wrong" / "merge.json"
+    told = json.loads(about.read_text())
+    told["settings"]["adapters"][0]["weight"] = 1.0
+    about.write_text(json.dumps(told))
     verdict = verify(tmp_path / "wrong", run, CPU, Silent())
     assert any("differs from base + scaling B A" in fault for fault in verdict.faults)
     assert verdict.comparison is not None

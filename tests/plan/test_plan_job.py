@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from qlora_cli.errors import RecipeError
 from qlora_cli.jobs import plan as job
 from qlora_cli.jobs.results import PlanResult
 from qlora_cli.recipe.resolve import DeviceFacts
@@ -117,7 +118,7 @@ def test_where_weights_alone_are_too_many_only_fewer_bits_are_planned(llama: Pat
     assert {one.change for one in result.advice} == {"base.bits=8", "base.bits=4"}
     assert [one.change for one in result.advice if one.fits] == ["base.bits=4"]
     assert any("frozen weights alone" in note for note in result.notes)
-    assert not run(recipe, enough, fit=True).advice
+    assert run(recipe, enough, fit=True).advice == result.advice, "no size is searched"
     assert not any("frozen weights" in note for note in four.notes)
 
 
@@ -128,19 +129,50 @@ def test_fit_finds_the_last_size_that_fits(llama: Path) -> None:
     length, sequences = result.advice
     assert length.change.startswith("data.seq_len=")
     assert sequences.change.startswith("train.micro_batch=")
-    alone = changed(recipe, "train.micro_batch=1")
-    for one, base, unit in ((length, alone, 64), (sequences, recipe, 1)):
-        key, _, size = one.change.partition("=")
+    assert recipe.train.micro_batch > 1
+    assert length.change.endswith(" train.micro_batch=1")
+    for one, unit in ((length, 64), (sequences, 1)):
         assert one.fits
-        assert run(changed(base, f"{key}={size}"), capacity).fits
-        assert not run(changed(base, f"{key}={int(size) + unit}"), capacity).fits
+        found = changed(recipe, one.change)
+        again = run(found, capacity)
+        assert again.fits
+        assert again.ledger.planned_peak_bytes == one.peak_bytes
+        key, _, size = one.change.split()[0].partition("=")
+        assert not run(changed(found, f"{key}={int(size) + unit}"), capacity).fits
 
 
-def changed(recipe: Recipe, change: str) -> Recipe:
-    key, _, value = change.partition("=")
-    section, _, name = key.partition(".")
-    part = getattr(recipe, section).model_copy(update={name: yaml.safe_load(value)})
-    return recipe.model_copy(update={section: part})
+def changed(recipe: Recipe, changes: str) -> Recipe:
+    for change in changes.split():
+        key, _, value = change.partition("=")
+        section, _, name = key.partition(".")
+        part = getattr(recipe, section).model_copy(update={name: yaml.safe_load(value)})
+        recipe = recipe.model_copy(update={section: part})
+    return recipe
+
+
+def test_a_job_that_does_not_fit_is_advised_with_fit_too(llama: Path) -> None:
+    recipe = recipe_of(llama, base={"bits": 16})
+    frozen = run(recipe_of(llama), 24 * GIB).ledger.planned_peak_bytes
+    result = run(recipe, frozen + CONTEXT + 40 * MIB, fit=True)
+    assert not result.fits
+    assert "base.bits=4" in {one.change for one in result.advice if one.fits}
+
+
+def test_full_fine_tuning_and_float32_have_a_way_out(llama: Path) -> None:
+    full = recipe_of(llama, base={"bits": 16}, adapter={"method": "full"})
+    lora = run(changed(full, "adapter.method=lora"), 24 * GIB).ledger.allocator.reserved
+    result = run(full, lora + CONTEXT)
+    assert not result.fits
+    assert "adapter.method=lora" in {one.change for one in result.advice if one.fits}
+    wide = recipe_of(llama, base={"compute_dtype": "float32"})
+    narrow = run(changed(wide, "base.compute_dtype=bfloat16"), 24 * GIB).ledger.allocator.reserved
+    result = run(wide, narrow + CONTEXT)
+    assert "base.compute_dtype=bfloat16" in {one.change for one in result.advice if one.fits}
+
+
+def test_what_no_device_computes_is_refused(llama: Path) -> None:
+    with pytest.raises(RecipeError, match="no device computes such a batch"):
+        run(recipe_of(llama, train={"micro_batch": 10**9}), 24 * GIB)
 
 
 def test_methods_side_by_side_get_smaller(llama: Path) -> None:

@@ -1,0 +1,73 @@
+"""How a merged folder says that it was made: its merge.json, read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from qlora_cli.errors import ModelError
+from qlora_cli.export.folder import ABOUT, CONFIG
+from qlora_cli.export.tensors import Base
+from qlora_cli.weights.build import torch_dtype
+
+_T = TypeVar("_T")
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
+"""What reading raises on a file that is no longer as it was written."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """weight: of the run's own adapter. others: where further ones lie, and their weights.
+
+    digests: of the run's adapter and the others; empty where no adapter was merged. settings: what
+    decided every byte, as merging wrote it; None where the folder has no merge.json.
+    """
+
+    base: Base
+    dtype: torch.dtype
+    weight: float
+    others: tuple[tuple[Path, float], ...]
+    digests: tuple[str, ...]
+    settings: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, merged: Path) -> Made:
+        """Without a merge.json: into the original base, in the dtype of config.json.
+
+        Raises ModelError where one of the two is damaged.
+        """
+        about = merged / ABOUT
+        if not about.is_file():
+            dtype = _read(merged / CONFIG, lambda content: torch_dtype(content["dtype"]))
+            return cls("original", dtype, 1.0, (), (), None)
+        return _read(about, lambda content: cls._from(content["settings"]))
+
+    @classmethod
+    def _from(cls, settings: dict[str, Any]) -> Made:
+        base = settings["base"]
+        assert base in ("original", "dequantized"), f"base is {base}"
+        adapters = [(Path(a["folder"]), float(a["weight"])) for a in settings["adapters"]]
+        (_, weight), *others = adapters or [(Path(), 1.0)]
+        digests = tuple(str(a["digest"]) for a in settings["adapters"])
+        return cls(base, torch_dtype(settings["dtype"]), weight, tuple(others), digests, settings)
+
+    def notes(self) -> Iterator[str]:
+        """What a reader of a verdict has to know of what was compared."""
+        if self.settings is None:
+            yield f"there is no {ABOUT}: compared with a merge into the original base"
+        if self.weight != 1.0 or self.others:
+            more = (f" + {weight:g} x {folder}" for folder, weight in self.others)
+            sum_told = f"{self.weight:g} x the run's adapter" + "".join(more)
+            yield f"{ABOUT} says that {sum_told} was merged, and that is what is compared"
+
+
+def _read(file: Path, make: Callable[[Any], _T]) -> _T:
+    try:
+        return make(json.loads(file.read_text()))
+    except _DAMAGE as fault:
+        raise ModelError(f"{file.name} is damaged: {fault!r}", where=str(file)) from fault
