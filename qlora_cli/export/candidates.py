@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ from qlora_cli.export.stream import stream
 from qlora_cli.export.tensors import MergedTensors
 from qlora_cli.export.underflow import Underflow
 from qlora_cli.nn import surgery
+from qlora_cli.nn.attention import Kernel
 from qlora_cli.nn.quant import Format, QuantLinear
+from qlora_cli.nn.surgery import Site
 from qlora_cli.weights.build import kernel_on, skeleton
 from qlora_cli.weights.built import Built, is_tied
 from qlora_cli.weights.load import load
@@ -56,7 +59,8 @@ def trained(tensors: MergedTensors, base: Path, may_hold: bool) -> Speaker:
 
     may_hold: it is held where it fits; else it is streamed, as merging is bounded in memory.
     """
-    built = _as_trained(tensors, base)
+    kernel = kernel_on(tensors.device, tensors.held.compute)
+    built = as_trained(read_config(base / CONFIG), tensors.held, tensors.sites, kernel)
     if may_hold and fits(_held_bytes(tensors), tensors.device):
         load(built, tensors.source, tensors.device, Silent())
         if tensors.adapter is not None:
@@ -81,7 +85,7 @@ def as_written(
     underflow: Underflow | None = None,
 ) -> Speaker:
     """The merged model, rounded as it will be written. underflow: counts what it loses by that."""
-    built = _as_others_run_it(base, compute, tensors.dtype, tensors.device)
+    built = _transformers_own(base, compute, tensors.dtype, tensors.device)
     stream(built, _Written(tensors, underflow), tensors.device)
     return _ready(built, tensors.source, tensors.device, tensors.dtype)
 
@@ -90,38 +94,44 @@ def in_folder(
     merged: Path, dtype: torch.dtype, device: torch.device, compute: torch.dtype = torch.float32
 ) -> Speaker:
     """The merged model as it lies in a folder. Raises ModelError where it is not one."""
-    built = _as_others_run_it(merged, compute, dtype, device)
+    built = _transformers_own(merged, compute, dtype, device)
     source = open_source(merged, built.family)
     stream(built, source, device)
     return _ready(built, source, device, dtype)
 
 
-def _as_trained(tensors: MergedTensors, base: Path) -> Built:
-    """On meta."""
-    config = read_config(base / CONFIG)
-    model, family = skeleton(config, tensors.held.compute)
-    kernel = kernel_on(tensors.device, tensors.held.compute)
-    built = Built(model, family, config, list(tensors.sites), {}, tensors.held, kernel)
-    for site in tensors.sites:
-        packed = QuantLinear(site.in_features, site.out_features, site.bias, tensors.held)
+def as_trained(config: Any, held: Format, sites: Sequence[Site], kernel: Kernel) -> Built:
+    """On meta, to be filled."""
+    model, family = skeleton(config, held.compute)
+    built = Built(model, family, config, list(sites), {}, held, kernel)
+    for site in sites:
+        packed = QuantLinear(site.in_features, site.out_features, site.bias, held)
         surgery.replace(model, site.path, packed)
-    surgery.install_tables(model, family.embeddings, family.head, tensors.held)
+    surgery.install_tables(model, family.embeddings, family.head, held)
     return built
 
 
-def _as_others_run_it(
-    folder: Path, compute: torch.dtype, storage: torch.dtype, device: torch.device
+def as_others_run_it(
+    config: Any, compute: torch.dtype, storage: torch.dtype, kernel: Kernel
 ) -> Built:
-    """On meta."""
-    config = read_config(folder / CONFIG)
+    """On meta, to be filled; with the attention of training."""
     model, family = skeleton(config, compute)
-    model.set_attn_implementation("sdpa")
     held = Format(16, compute, storage)
     surgery.install_tables(model, family.embeddings, family.head, held)
+    return Built(model, family, config, [], {}, held, kernel)
+
+
+def _transformers_own(
+    folder: Path, compute: torch.dtype, storage: torch.dtype, device: torch.device
+) -> Built:
+    kernel = kernel_on(device, compute)
+    built = as_others_run_it(read_config(folder / CONFIG), compute, storage, kernel)
+    model, family = built.model, built.family
+    model.set_attn_implementation("sdpa")
     if compute is torch.float16 and device.type == "cpu":
         for path in set(surgery.linear_paths(model)) - {*family.embeddings, family.head}:
             _multiply_in_two_steps(model.get_submodule(path))
-    return Built(model, family, config, [], {}, held, kernel_on(device, compute))
+    return built
 
 
 def _multiply_in_two_steps(linear: nn.Module) -> None:

@@ -1,7 +1,9 @@
-"""What merging will need of the device: its largest tensor, packed and unpacked again, imagined.
+"""What merging will need of the device, imagined: the worst of what `--base auto` does there.
 
-Merging goes tensor by tensor on the host. The device is asked only where the base is `dequantized`:
-a weight is packed there and unpacked, as training did. `--base auto` tries it, so it is planned.
+One tensor at a time is packed, unpacked and added to; and the models that are judged answer
+streamed (`stream.py`), each module with its tensors in memory while it computes and no longer. So
+one block stands for all. The row that is judged on is as long as the recipe allows; how many rows
+there will be is not known, and attention takes a little more for many short ones.
 """
 
 from __future__ import annotations
@@ -10,42 +12,100 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from qlora_cli.export.tensors import packed
+from qlora_cli.data.collate import Size, batch_of
+from qlora_cli.export.candidates import as_others_run_it, as_trained
+from qlora_cli.export.judge import COMPARISON_BYTES
+from qlora_cli.export.rows import MAX_TOKENS
+from qlora_cli.export.stream import stream
+from qlora_cli.export.tensors import CHUNK, packed
 from qlora_cli.families.sites import find_sites
 from qlora_cli.memory.allocator import CachingAllocator
 from qlora_cli.memory.counter import Counter
 from qlora_cli.memory.cuda_rules import rules_for
 from qlora_cli.memory.ledger import Phase
-from qlora_cli.memory.tracker import StorageTracker, host_memory, scope
+from qlora_cli.memory.tracker import StorageTracker, host_memory, scope, unallocated
+from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.embedding import upload
+from qlora_cli.nn.quant import Format
+from qlora_cli.nn.surgery import Site
 from qlora_cli.recipe.resolve import DeviceFacts
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.train.forward import hidden_states
 from qlora_cli.train.imagine import file_dtype
 from qlora_cli.weights.build import format_of, skeleton
+from qlora_cli.weights.built import Built
+from qlora_cli.weights.source import ImaginedSource
+
+_META = torch.device("meta")
 
 
 def imagine_merge(recipe: Recipe, config: Any, facts: DeviceFacts) -> Phase:
-    """The phase `merge` of a resolved recipe: at its worst tensor, in a process of its own."""
+    """The phase `merge` of a resolved recipe, in a process of its own."""
     on_card = facts.kind == "cuda"
-    held = format_of(recipe, file_dtype(config))
+    held, dtype = format_of(recipe, file_dtype(config)), file_dtype(config)
     one_block = deepcopy(config)
     one_block.num_hidden_layers = 1
-    model, family = skeleton(one_block, held.compute)
-    largest = max(
-        find_sites(model, family, one_block), key=lambda site: site.in_features * site.out_features
-    )
-    meta, shape = torch.device("meta"), (largest.out_features, largest.in_features)
+    if getattr(config, "layer_types", None):
+        one_block.layer_types = config.layer_types[:1]
+    sites = find_sites(*skeleton(deepcopy(one_block), held.compute), one_block)
     counter = Counter(CachingAllocator() if on_card else None)
     tracker = StorageTracker(counter, rules_for(facts), "meta", counts_host=not on_card)
-    with tracker, counter.phase("merge"), scope("temporary"):
-        with host_memory():
-            weight = torch.empty(shape, dtype=file_dtype(config), device=meta)
+    with tracker, counter.phase("merge"), torch.no_grad():
+        _one_tensor(max(sites, key=lambda s: s.in_features * s.out_features), held, dtype)
         if held.bits < 16:
-            layer = packed(largest, held, upload(weight, meta))
+            models = _judged(one_block, held, sites, facts)
+            for built, source in zip(models, (ImaginedSource, _Merged), strict=True):
+                _answer(built, source, recipe.data.seq_len, dtype)
+            with scope("temporary"):
+                torch.empty(COMPARISON_BYTES, dtype=torch.uint8, device=_META)
+    return counter.phases[0]
+
+
+def _one_tensor(site: Site, held: Format, dtype: torch.dtype) -> None:
+    with scope("temporary"):
+        with host_memory():
+            weight = torch.empty((site.out_features, site.in_features), dtype=dtype, device=_META)
+        if held.bits < 16:
+            layer = packed(site, held, upload(weight, _META))
             del weight
             weight = layer.dequantize()
-        with host_memory():
-            made = torch.empty(shape, dtype=torch.float16, device=meta)
-    del weight, made
-    return counter.phases[0]
+        _add_up(weight)
+
+
+def _add_up(weight: Tensor) -> Tensor:
+    """As `MergedTensors` makes a tensor, which is on the host: some rows in float64 at a time."""
+    with host_memory():
+        made = torch.empty_like(weight, dtype=torch.float16)
+        rows = torch.empty(min(CHUNK, weight.numel()), dtype=torch.float64, device=_META)
+        rows.float()
+    return made
+
+
+class _Merged(ImaginedSource):
+    def read(self, name: str) -> Tensor:
+        return _add_up(super().read(name))
+
+
+def _judged(config: Any, held: Format, sites: list[Site], facts: DeviceFacts) -> list[Built]:
+    """The trained model and a merged one, as they are when they answer."""
+    kernels = (
+        kernel_for(facts.kind, facts.capability, compute)
+        for compute in (held.compute, torch.float32)
+    )
+    with unallocated():
+        return [
+            as_trained(deepcopy(config), held, sites, next(kernels)),
+            as_others_run_it(deepcopy(config), torch.float32, torch.float16, next(kernels)),
+        ]
+
+
+def _answer(built: Built, source: type[ImaginedSource], seq_len: int, dtype: torch.dtype) -> None:
+    built.model.eval()
+    with unallocated():
+        plain, family = skeleton(deepcopy(built.config), built.held.compute)
+    stream(built, source(plain, family, dtype), _META)
+    longest = min(seq_len, MAX_TOKENS, built.config.max_position_embeddings)
+    rows = max(1, MAX_TOKENS // longest)
+    hidden_states(built, batch_of(Size(rows * longest, 1, rows, longest)), _META)

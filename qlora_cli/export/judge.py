@@ -24,8 +24,9 @@ from qlora_cli.weights.built import Built
 from qlora_cli.weights.tensorfile import Entry, read_tensor
 
 _CHUNK_ELEMENTS = 2**21
-"""Logits made at once, and of the head read at once: 8 MiB in float32; a comparison holds ten times
-that."""
+"""Logits made at once, and of the head read at once: 8 MiB in float32."""
+COMPARISON_BYTES = 12 * 4 * _CHUNK_ELEMENTS
+"""What a comparison holds of the device at most."""
 
 
 @dataclass(frozen=True)

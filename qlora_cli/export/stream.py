@@ -16,6 +16,9 @@ from torch import nn
 
 from qlora_cli.checkpoint.adapter import attach, fill
 from qlora_cli.checkpoint.adapter_file import Adapter, AdapterLayer
+from qlora_cli.memory.tracker import unallocated
+from qlora_cli.nn import surgery
+from qlora_cli.nn.embedding import HostEmbedding, has_own_memory
 from qlora_cli.nn.lora import LoraLinear
 from qlora_cli.weights import load
 from qlora_cli.weights.built import Built
@@ -30,6 +33,10 @@ def stream(
     adapter: to be put on it. Raises ModelError where the source is not this model's.
     """
     load.rebuild_buffers(built, device)
+    if has_own_memory(device):
+        # A card never sees the table; the few rows that are looked up move.
+        with unallocated():
+            surgery.keep_on_host(built.model, built.family.token_embedding, device)
     needed: dict[str, list[tuple[str, load.Place]]] = defaultdict(list)
     wanted = dict(load.places(built, device))
     load.check_names(built, source.names(), wanted)
@@ -62,6 +69,9 @@ def _arrival(
 
 
 def _leave(module: nn.Module, *_: Any) -> None:
-    for part in module.modules():
-        for key, parameter in list(part.named_parameters(recurse=False)):
-            setattr(part, key, nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+    with unallocated():
+        for part in module.modules():
+            if isinstance(part, HostEmbedding):
+                part.weight = torch.empty_like(part.weight, device="meta")
+            for key, parameter in list(part.named_parameters(recurse=False)):
+                setattr(part, key, nn.Parameter(torch.empty_like(parameter, device="meta"), False))

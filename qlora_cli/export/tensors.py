@@ -54,7 +54,7 @@ from qlora_cli.weights.tensorfile import Shape
 
 Base = Literal["original", "dequantized"]
 
-_CHUNK = 2**18
+CHUNK = 2**18
 """Elements summed at a time: 2 MiB in float64, which stays in a processor's cache."""
 _SLACK = 2.0**-44
 """Relative error that another order of a float64 sum can have, with room for a rank of 256."""
@@ -248,7 +248,7 @@ def _sums(weight: Tensor, parts: Sequence[Part]) -> Iterator[tuple[slice, Tensor
     """
     factors = [(part.rows, part.b.double() * part.scaling, part.a.double()) for part in parts]
     num_rows, width = weight.shape
-    step = max(1, _CHUNK // width)
+    step = max(1, CHUNK // width)
     buffer = torch.empty(step, width, dtype=torch.float64)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
@@ -270,7 +270,7 @@ def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     # The extremes of a part are NaN where one of its values is, and ten times faster than isfinite.
-    extremes = (part.aminmax() for part in tensor.reshape(-1).split(_CHUNK))
+    extremes = (part.aminmax() for part in tensor.reshape(-1).split(CHUNK))
     return all(bool(least.isfinite() & most.isfinite()) for least, most in extremes)
 
 

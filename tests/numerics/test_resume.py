@@ -19,7 +19,7 @@ from qlora_cli.errors import InputError, Interrupted, ModelError, QloraError, Us
 from qlora_cli.events import Silent, StepEvent
 from qlora_cli.export.rows import judged_rows
 from qlora_cli.jobs import train
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.schema import Model, Recipe
 from qlora_cli.train.optimizer import AdamW, LossScale
 from qlora_cli.weights.locate import read_config
 from tests.interrupted import go
@@ -201,7 +201,7 @@ def test_a_changed_base_is_refused(tmp_path: Path, bases: Path) -> None:
     """By resuming, and by whatever puts the adapter on it."""
     mine = Path(shutil.copytree(bases / "llama", tmp_path / "base"))
     recipe = recipe_of(bases, tmp_path / "run", train={"steps": 2})
-    recipe.model.name = str(mine)
+    recipe = recipe.model_copy(update={"model": Model(name=str(mine))})
     run = RunFolder(tmp_path / "run")
     go(recipe)
     assert base_folder(run) == mine
