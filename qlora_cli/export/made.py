@@ -43,7 +43,9 @@ class Made:
         """
         about = merged / ABOUT
         if not about.is_file():
-            dtype = _read(merged / CONFIG, lambda content: torch_dtype(content["dtype"]))
+            dtype = _read(
+                merged / CONFIG, lambda content: torch_dtype(content.get("dtype", "float32"))
+            )
             return cls("original", dtype, 1.0, (), (), None)
         return _read(about, lambda content: cls._from(content["settings"]))
 

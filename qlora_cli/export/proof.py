@@ -49,9 +49,9 @@ def structure_faults(merged: Path, expected: MergedTensors) -> Iterator[str]:
 
 def _weight_file_faults(merged: Path, found: Mapping[str, Entry]) -> Iterator[str]:
     """Files that transformers would load beside these tensors or instead of them."""
-    used = {entry.file.name for entry in found.values()}
-    if used != {SINGLE}:
-        used.add(INDEX)
+    used = {SINGLE}
+    if not (merged / SINGLE).is_file():
+        used = {INDEX, *(entry.file.name for entry in found.values())}
         told = json.loads((merged / INDEX).read_text())["weight_map"]
         for name in sorted(told.keys() | found.keys()):
             file = found[name].file.name if name in found else None

@@ -61,11 +61,12 @@ class Job:
     def worst_window(self) -> list[Batch]:
         """What to plan for: micro-batches that none of the job's exceeds in anything.
 
-        Two, where a step has more than one: gradients of the first live while the second computes.
+        One for the first of each step, and one for all behind it, while which gradients live.
         """
         windows = [self.windows.sizes(step) for step in range(self.steps)]
-        bound = Size.bound([size for window in windows for size in window])
-        return [self._of(bound)] * min(2, max(map(len, windows)))
+        first = [window[0] for window in windows]
+        later = [size for window in windows for size in window[1:]]
+        return [self._of(Size.bound(sizes)) for sizes in (first, later) if sizes]
 
     @property
     def worst_held_out(self) -> list[Batch]:

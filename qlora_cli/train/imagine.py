@@ -48,11 +48,11 @@ def imagine(
 ) -> Imagined:
     """Load, first step, later step and evaluation of a resolved recipe on the device of `facts`.
 
-    window: the worst micro-batches of one optimizer step, on the host, the largest last, because
-    gradients are alive then; so two stand for any number. held_out: the worst of evaluation; none
-    where the job evaluates nothing. Raises as the job would.
+    window: of an optimizer step, on the host, the worst first micro-batch and the worst of those
+    behind it, where there are some; gradients are alive then, so two stand for any number.
+    held_out: the worst of evaluation, none where the job evaluates nothing. Raises as the job does.
     """
-    job = _Job(recipe, facts, window[:2], held_out)
+    job = _Job(recipe, facts, window, held_out)
     with _no_collection():
         return _imagine(job, config)
 
