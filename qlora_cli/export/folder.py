@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.weights.build import dtype_name
 from qlora_cli.weights.source import INDEX, SINGLE
 from qlora_cli.weights.tensorfile import Shape
 
@@ -84,7 +85,7 @@ def merged_config(base: Path, dtype: torch.dtype) -> dict[str, Any]:
     """The base's config.json for weights in `dtype`: nothing else of it changes."""
     content: dict[str, Any] = json.loads((base / CONFIG).read_text())
     kept = {key: value for key, value in content.items() if key not in _OF_PACKED_WEIGHTS}
-    return kept | {"dtype": str(dtype).removeprefix("torch.")}
+    return kept | {"dtype": dtype_name(dtype)}
 
 
 def carried_files(base: Path) -> list[Path]:

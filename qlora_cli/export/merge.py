@@ -34,6 +34,7 @@ from qlora_cli.export.folder import (
 from qlora_cli.export.made import Made
 from qlora_cli.export.tensors import MergedTensors
 from qlora_cli.units import format_bytes
+from qlora_cli.weights.build import dtype_name
 from qlora_cli.weights.tensorfile import Shape, read_header, write_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -119,7 +120,7 @@ def _settings(tensors: MergedTensors, shards: list[Shard]) -> dict[str, Any]:
     adapter = tensors.adapter
     return {
         "base": tensors.base,
-        "dtype": _told(tensors.dtype),
+        "dtype": dtype_name(tensors.dtype),
         "held": {key: _told(value) for key, value in vars(tensors.held).items()},
         "packed_on": tensors.device.type,
         "weights": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
@@ -130,7 +131,7 @@ def _settings(tensors: MergedTensors, shards: list[Shard]) -> dict[str, Any]:
 
 def _told(value: Any) -> Any:
     """For JSON, which has no dtypes."""
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    return dtype_name(value) if isinstance(value, torch.dtype) else value
 
 
 def _leftovers(beside: Path, settings: Mapping[str, Any], shards: list[Shard]) -> set[str]:

@@ -21,6 +21,7 @@ from qlora_cli.events import Observer
 from qlora_cli.export.folder import CONFIG, carried_files, merged_config
 from qlora_cli.export.tensors import MergedTensors
 from qlora_cli.units import format_count
+from qlora_cli.weights.build import dtype_name
 from qlora_cli.weights.source import INDEX, SINGLE, read_folder
 from qlora_cli.weights.tensorfile import Entry, read_tensor
 
@@ -71,7 +72,7 @@ def value_faults(merged: Path, expected: MergedTensors, observer: Observer) -> I
         entry = found.get(name)
         if entry is not None and entry.shape == shape.shape:
             if entry.dtype != shape.dtype:
-                yield f"{name} is {_told(entry.dtype)}; it must be {_told(shape.dtype)}"
+                yield f"{name} is {dtype_name(entry.dtype)}; it must be {dtype_name(shape.dtype)}"
             else:
                 yield from _differences(name, entry, expected)
         observer.advance(done)
@@ -188,7 +189,3 @@ def _num_differing(found: Tensor, wanted: Tensor) -> int:
 
 def _share(differing: int, tensor: Tensor) -> str:
     return f"{format_count(differing)} of {format_count(tensor.numel())} values"
-
-
-def _told(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

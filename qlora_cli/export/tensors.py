@@ -47,7 +47,7 @@ from qlora_cli.export.underflow import Count, Underflow
 from qlora_cli.families.sites import find_sites
 from qlora_cli.nn.quant import Format, QuantLinear
 from qlora_cli.nn.surgery import Site
-from qlora_cli.weights.build import format_of, skeleton
+from qlora_cli.weights.build import dtype_name, format_of, skeleton
 from qlora_cli.weights.locate import read_config
 from qlora_cli.weights.source import FolderSource
 from qlora_cli.weights.tensorfile import Shape
@@ -275,7 +275,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _too_large(name: str, dtype: torch.dtype) -> VerificationFailed:
-    told = str(dtype).removeprefix("torch.")
+    told = dtype_name(dtype)
     return VerificationFailed(
         f"{name} has values that {told} cannot hold",
         hint=f"the largest number in {told} is {torch.finfo(dtype).max:g}; merge with "

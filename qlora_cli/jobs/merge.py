@@ -22,7 +22,7 @@ from qlora_cli.export.tensors import MergedTensors, merged_tensors
 from qlora_cli.jobs.results import MergeResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.weights.build import torch_dtype
+from qlora_cli.weights.build import dtype_name, torch_dtype
 
 
 def run(
@@ -41,9 +41,10 @@ def run(
     dtype: None for float16, or bfloat16 where that does not hold the model. base: original |
     dequantized | auto. weight: of the run's adapter. others: runs or adapters in PEFT's format to
     add to it, and their weights. gguf: f16 | q8_0, to write such a file of it too, also where `out`
-    is the same merge without one. Raises
-    UsageError where `out` is in use, the run has no such base, an adapter is of another base or
-    llama.cpp has no such model; QloraError where the disk is full; VerificationFailed where the
+    is the same merge without one.
+
+    Raises UsageError where `out` is in use, the run has no such base, an adapter is of another base
+    or llama.cpp has no such model; QloraError where the disk is full; VerificationFailed where the
     dtype asked for does not hold the model or the GGUF file is not read back as it should be.
     """
     in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
@@ -70,7 +71,7 @@ def run(
         observer.note(f"GGUF file: {_exporter().export_gguf(out, gguf, observer)}")
     return MergeResult(
         out=out,
-        dtype=_told(merged.dtype),
+        dtype=dtype_name(merged.dtype),
         dtype_reason=reason,
         base=merged.base,
         tensors=len(merged.shapes()),
@@ -99,7 +100,7 @@ def _merged_before(
     if (
         merged is None
         or base not in ("auto", merged.base)
-        or dtype not in (None, _told(merged.dtype))
+        or dtype not in (None, dtype_name(merged.dtype))
     ):
         raise _in_use(out)
     return merged
@@ -107,10 +108,6 @@ def _merged_before(
 
 def _num_bytes(tensors: MergedTensors) -> int:
     return sum(shape.num_bytes for shape in tensors.shapes().values())
-
-
-def _told(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _exporter() -> ModuleType:

@@ -12,6 +12,7 @@ from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.jobs.prepare import Prepared
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.quant import QuantLinear
+from qlora_cli.weights.build import dtype_name
 from qlora_cli.weights.built import Built
 from qlora_cli.weights.source import fingerprint
 
@@ -109,4 +110,4 @@ def _held(layer: QuantLinear, is_head: bool) -> tuple[str, str]:
 
 
 def _name(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return dtype_name(tensor.dtype)

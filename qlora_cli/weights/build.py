@@ -36,6 +36,11 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def storage_dtype(file: torch.dtype, compute: torch.dtype) -> torch.dtype:
     """Of weights that are not packed: 16 bit always, the file's own where it is 16 bit.
 
