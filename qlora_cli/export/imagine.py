@@ -2,8 +2,9 @@
 
 One tensor at a time is packed, unpacked and added to; and the models that are judged answer
 streamed (`stream.py`), each module with its tensors in memory while it computes and no longer. So
-one block stands for all. The row that is judged on is as long as the recipe allows; how many rows
-there will be is not known, and attention takes a little more for many short ones.
+two blocks stand for all: behind the first one the embedded tokens live on. The row that is judged
+on is as long as the recipe allows; how many rows there will be is not known, and attention takes a
+little more for many short ones.
 """
 
 from __future__ import annotations
@@ -39,23 +40,24 @@ from qlora_cli.weights.built import Built
 from qlora_cli.weights.source import ImaginedSource
 
 _META = torch.device("meta")
+_BLOCKS = 2
 
 
 def imagine_merge(recipe: Recipe, config: Any, facts: DeviceFacts) -> Phase:
     """The phase `merge` of a resolved recipe, in a process of its own."""
     on_card = facts.kind == "cuda"
     held, dtype = format_of(recipe, file_dtype(config)), file_dtype(config)
-    one_block = deepcopy(config)
-    one_block.num_hidden_layers = 1
+    shorter = deepcopy(config)
+    shorter.num_hidden_layers = min(_BLOCKS, config.num_hidden_layers)
     if getattr(config, "layer_types", None):
-        one_block.layer_types = config.layer_types[:1]
-    sites = find_sites(*skeleton(deepcopy(one_block), held.compute), one_block)
+        shorter.layer_types = config.layer_types[:_BLOCKS]
+    sites = find_sites(*skeleton(deepcopy(shorter), held.compute), shorter)
     counter = Counter(CachingAllocator() if on_card else None)
     tracker = StorageTracker(counter, rules_for(facts), "meta", counts_host=not on_card)
     with tracker, counter.phase("merge"), torch.no_grad():
         _one_tensor(max(sites, key=lambda s: s.in_features * s.out_features), held, dtype)
         if held.bits < 16:
-            models = _judged(one_block, held, sites, facts)
+            models = _judged(shorter, held, sites, facts)
             for built, source in zip(models, (ImaginedSource, _Merged), strict=True):
                 _answer(built, source, recipe.data.seq_len, dtype)
             with scope("temporary"):
