@@ -159,6 +159,11 @@ def _notes(recipe: Recipe, facts: DeviceFacts, imagined: Imagined) -> tuple[str,
             f"{format_bytes(facts.context_bytes)} of the card are taken by the CUDA context and "
             f"whatever else is there ({source}); the allocator has the rest"
         )
+        if recipe.data.packing:
+            notes.append(
+                "each packed sequence is planned as one row; attention takes a little more for many "
+                "short ones, and `qlora train` plans again with the rows' own lengths"
+            )
     if recipe.train.optimizer.startswith("paged"):
         notes.append(
             f"optimizer states of {PAGED_FROM:,} values and more are not counted: card and host "
