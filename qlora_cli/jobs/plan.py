@@ -161,8 +161,8 @@ def _notes(recipe: Recipe, facts: DeviceFacts, imagined: Imagined) -> tuple[str,
         )
         if recipe.data.packing:
             notes.append(
-                "each packed sequence is planned as one row; attention takes a little more for many "
-                "short ones, and `qlora train` plans again with the rows' own lengths"
+                "each packed sequence is planned as one row; attention takes a little more for "
+                "many short ones, and `qlora train` plans again with the rows' own lengths"
             )
     if recipe.train.optimizer.startswith("paged"):
         notes.append(
