@@ -17,13 +17,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from qlora_cli.errors import QloraError, UsageError
+from qlora_cli.errors import InputError, QloraError, UsageError
 
+_T = TypeVar("_T")
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
+"""What readers raise on a file that is no longer as it was written."""
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -176,6 +179,14 @@ def settle(beside: Path, folder: Path) -> None:
         folder.replace(old)
     beside.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(file: Path, make: Callable[[Any], _T], kind: type[InputError] = UsageError) -> _T:
+    """What `make` makes of a file's content. Raises `kind` where it is no longer as written."""
+    try:
+        return make(json.loads(file.read_text()))
+    except DAMAGE as fault:
+        raise kind(f"{file.name} is damaged: {fault!r}", where=str(file)) from fault
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

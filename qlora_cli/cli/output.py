@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import sys
@@ -11,6 +10,8 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from qlora_cli.memory.collector import without_collector
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,11 +35,8 @@ def importing() -> Iterator[None]:
 
     Python's collector would look through them again and again: 0.4 s of `import bitsandbytes`.
     """
-    gc.disable()
-    try:
+    with without_collector():
         yield
-    finally:
-        gc.enable()
 
 
 @contextmanager

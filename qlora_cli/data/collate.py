@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -36,13 +37,13 @@ class Size:
 
 def peaks(sizes: Sequence[Size]) -> set[int]:
     """Which of these micro-batches memory peaks at: most tokens, most targets or most rows."""
-    numbers = range(len(sizes))
     orders = (
-        max(numbers, key=lambda n: (sizes[n].tokens, sizes[n].targets, sizes[n].rows)),
-        max(numbers, key=lambda n: (sizes[n].targets, sizes[n].tokens, sizes[n].rows)),
-        max(numbers, key=lambda n: (sizes[n].rows, sizes[n].tokens, sizes[n].targets)),
+        attrgetter("tokens", "targets", "rows"),
+        attrgetter("targets", "tokens", "rows"),
+        attrgetter("rows", "tokens", "targets"),
     )
-    return set(orders)
+    ranked = ([order(size) for size in sizes] for order in orders)
+    return {ranks.index(max(ranks)) for ranks in ranked}
 
 
 @dataclass(frozen=True)

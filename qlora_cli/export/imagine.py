@@ -51,15 +51,16 @@ def imagine_merge(recipe: Recipe, config: Any, facts: DeviceFacts) -> Phase:
     shorter.num_hidden_layers = min(_BLOCKS, config.num_hidden_layers)
     if getattr(config, "layer_types", None):
         shorter.layer_types = config.layer_types[:_BLOCKS]
-    sites = find_sites(*skeleton(deepcopy(shorter), held.compute), shorter)
+    model, family = skeleton(deepcopy(shorter), held.compute)
+    sites = find_sites(model, family, shorter)
     counter = Counter(CachingAllocator() if on_card else None)
     tracker = StorageTracker(counter, rules_for(facts), "meta", counts_host=not on_card)
     with tracker, counter.phase("merge"), torch.no_grad():
         _one_tensor(max(sites, key=lambda s: s.in_features * s.out_features), held, dtype)
         if held.bits < 16:
             models = _judged(shorter, held, sites, facts)
-            for built, source in zip(models, (ImaginedSource, _Merged), strict=True):
-                _answer(built, source, recipe.data.seq_len, dtype)
+            for built, kind in zip(models, (ImaginedSource, _Merged), strict=True):
+                _answer(built, kind(model, family, dtype), recipe.data.seq_len)
             with scope("temporary"):
                 torch.empty(COMPARISON_BYTES, dtype=torch.uint8, device=_META)
     return counter.phases[0]
@@ -103,11 +104,9 @@ def _judged(config: Any, held: Format, sites: list[Site], facts: DeviceFacts) ->
         ]
 
 
-def _answer(built: Built, source: type[ImaginedSource], seq_len: int, dtype: torch.dtype) -> None:
+def _answer(built: Built, source: ImaginedSource, seq_len: int) -> None:
     built.model.eval()
-    with unallocated():
-        plain, family = skeleton(deepcopy(built.config), built.held.compute)
-    stream(built, source(plain, family, dtype), _META)
+    stream(built, source, _META)
     longest = min(seq_len, MAX_TOKENS, built.config.max_position_embeddings)
     rows = max(1, MAX_TOKENS // longest)
     hidden_states(built, batch_of(Size(rows * longest, 1, rows, longest)), _META)

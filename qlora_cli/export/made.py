@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from qlora_cli.checkpoint.layout import read_json
 from qlora_cli.errors import ModelError
 from qlora_cli.export.folder import ABOUT, CONFIG
 from qlora_cli.export.tensors import Base
 from qlora_cli.weights.build import torch_dtype
-
-_T = TypeVar("_T")
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
-"""What reading raises on a file that is no longer as it was written."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +39,9 @@ class Made:
         """
         about = merged / ABOUT
         if not about.is_file():
-            dtype = _read(
-                merged / CONFIG, lambda content: torch_dtype(content.get("dtype", "float32"))
-            )
+            dtype = read_json(merged / CONFIG, _dtype_of, ModelError)
             return cls("original", dtype, 1.0, (), (), None)
-        return _read(about, lambda content: cls._from(content["settings"]))
+        return read_json(about, lambda content: cls._from(content["settings"]), ModelError)
 
     @classmethod
     def _from(cls, settings: dict[str, Any]) -> Made:
@@ -68,8 +62,5 @@ class Made:
             yield f"{ABOUT} says that {sum_told} was merged, and that is what is compared"
 
 
-def _read(file: Path, make: Callable[[Any], _T]) -> _T:
-    try:
-        return make(json.loads(file.read_text()))
-    except _DAMAGE as fault:
-        raise ModelError(f"{file.name} is damaged: {fault!r}", where=str(file)) from fault
+def _dtype_of(config: dict[str, Any]) -> torch.dtype:
+    return torch_dtype(config.get("dtype", "float32"))

@@ -38,10 +38,7 @@ def stream(
         with unallocated():
             surgery.keep_on_host(built.model, built.family.token_embedding, device)
     needed: dict[str, list[tuple[str, load.Place]]] = defaultdict(list)
-    wanted = dict(load.places(built, device))
-    load.check_names(built, source.names(), wanted)
-    for name, place in wanted.items():
-        load.check_shape(name, source.shape(name), place.shape)
+    for name, place in load.places(built, source, device).items():
         needed[name.rpartition(".")[0]].append((name, place))
     if adapter is not None:
         attach(built, adapter)

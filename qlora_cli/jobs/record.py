@@ -22,13 +22,10 @@ _PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers", "accelerate",
 def describe_run(prepared: Prepared, recipe_path: Path | None, steps: int) -> dict[str, Any]:
     """What is known before the base is loaded; status `running`."""
     facts = prepared.facts
-    recipe = prepared.recipe.model_dump(mode="json")
-    for key in ("train", "eval"):
-        recipe["data"][key] = _from_anywhere(recipe["data"][key])
     return {
         "status": "running",
         "steps": steps,
-        "recipe": recipe,
+        "recipe": from_anywhere(prepared.recipe.model_dump(mode="json")),
         "recipe_file": str(recipe_path) if recipe_path else None,
         "base_folder": str(prepared.folder.resolve()),
         "base_fingerprint": fingerprint(prepared.folder),
@@ -81,8 +78,13 @@ def set_status(run: RunFolder, status: str, **more: Any) -> None:
     run.write(run.read() | {"status": status, **more})
 
 
-def _from_anywhere(where: str | None) -> str | None:
-    """A file's absolute path, so that a run can be judged and reported from another folder."""
+def from_anywhere(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with its files' absolute paths, so that the run can be judged from any folder."""
+    data = {key: _absolute(recipe["data"][key]) for key in ("train", "eval")}
+    return recipe | {"data": recipe["data"] | data}
+
+
+def _absolute(where: str | None) -> str | None:
     path = None if where is None else Path(where).expanduser()
     return where if path is None or not path.exists() else str(path.absolute())
 

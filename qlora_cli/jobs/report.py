@@ -7,15 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_cli.checkpoint.layout import RunFolder
+from qlora_cli.checkpoint.layout import DAMAGE, RunFolder, read_json
 from qlora_cli.errors import UsageError
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.memory.timeline import Stretch, read_stretches
 
 _T = TypeVar("_T")
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
-"""What readers raise on a file that is no longer as it was written."""
 _METRICS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_bytes"}
 _REMOVE = "take the line out; the rest of the report does not need it"
 
@@ -55,12 +53,7 @@ def read_timeline(run: RunFolder) -> tuple[Stretch, ...]:
 
 
 def _read(file: Path, make: Callable[[dict[str, Any]], _T]) -> _T | None:
-    if not file.is_file():
-        return None
-    try:
-        return make(json.loads(file.read_text()))
-    except _DAMAGE as fault:
-        raise UsageError(f"damaged: {fault!r}", where=str(file)) from fault
+    return read_json(file, make) if file.is_file() else None
 
 
 def _metrics(file: Path) -> tuple[dict[str, Any], ...]:
@@ -75,7 +68,7 @@ def _metric(line: str, where: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(line)
         missing = sorted(_METRICS - content.keys())
-    except _DAMAGE as fault:
+    except DAMAGE as fault:
         raise UsageError(f"damaged: {fault}", where=where, hint=_REMOVE) from fault
     if missing:
         raise UsageError(f"damaged: no {', '.join(missing)}", where=where, hint=_REMOVE)

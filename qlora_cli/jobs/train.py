@@ -82,7 +82,7 @@ def _leave(run: RunFolder, status: str, resumed: bool) -> None:
 def _finished(job: Job, recipe_path: Path | None) -> TrainResult | None:
     """What a finished run said at its end; None where there is something left to do."""
     about = job.run.read()
-    if about["status"] != "done" or not job.run.memory_json.is_file():
+    if job.run.told("status") != "done" or not job.run.memory_json.is_file():
         return None
     _check_same(job.run, about, record.describe_run(job.prepared, recipe_path, job.steps))
     ledger = report.run(job.run.path).ledger
@@ -107,7 +107,8 @@ def _claim(job: Job, recipe_path: Path | None, resume: bool) -> Path | None:
 def _check_same(run: RunFolder, before: dict[str, Any], now: dict[str, Any]) -> None:
     """A run goes on as it began; another recipe is another run."""
     check_fingerprint(run, before, now["base_fingerprint"])
-    old, new = _flat(before["recipe"]), _flat(now["recipe"])
+    # A run of an older version told of its files as they were named.
+    old, new = _flat(record.from_anywhere(before["recipe"])), _flat(now["recipe"])
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         raise UsageError(

@@ -10,9 +10,7 @@ out is played to the account of a CPU, or to a model of the caching allocator of
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +21,7 @@ from torch import nn
 from qlora_cli.data.collate import Batch
 from qlora_cli.events import Silent
 from qlora_cli.families.spec import Family
+from qlora_cli.memory.collector import without_collector
 from qlora_cli.memory.cuda_rules import rules_for
 from qlora_cli.memory.ledger import Phase, Side, Source, worst
 from qlora_cli.memory.recording import NUM_IMAGINED, NotAlike, Recording
@@ -53,7 +52,9 @@ def imagine(
     held_out: the worst of evaluation, none where the job evaluates nothing. Raises as the job does.
     """
     job = _Job(recipe, facts, window, held_out)
-    with _no_collection():
+    # It runs when it likes, and a plan shall say the same each time; it would also look through a
+    # hundred thousand events again and again.
+    with without_collector():
         return _imagine(job, config)
 
 
@@ -199,18 +200,3 @@ def _announced(forward: Callable[..., Any], path: str, recording: Recording) -> 
         return output
 
     return announced
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's collector runs when it likes; a plan shall say the same each time.
-
-    It would also look at a hundred thousand events again and again.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

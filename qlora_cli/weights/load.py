@@ -28,10 +28,7 @@ from qlora_cli.weights.source import Source
 
 def load(built: Built, source: Source, device: torch.device, observer: Observer) -> None:
     """Fills every place of the model from the source. Raises ModelError for what does not fit."""
-    empty = dict(places(built, device))
-    check_names(built, source.names(), empty)
-    for name, place in empty.items():
-        check_shape(name, source.shape(name), place.shape)
+    empty = places(built, source, device)
     observer.stage("load", len(empty))
     for done, name in enumerate(loading_order(empty, built.family.blocks), 1):
         with scope("temporary"), within(name):
@@ -58,11 +55,20 @@ class Place:
     kept: torch.dtype | None = None
 
 
-def places(built: Built, device: torch.device) -> Iterator[tuple[str, Place]]:
+def places(built: Built, source: Source, device: torch.device) -> dict[str, Place]:
     """Name -> place, of every tensor that a checkpoint of this model holds.
 
-    The name leads to the module that needs the tensor: `<path>.weight` to the one at `path`.
+    The name leads to the module that needs the tensor: `<path>.weight` to the one at `path`. Raises
+    ModelError where the source's names or shapes are others.
     """
+    found = dict(_places(built, device))
+    _check_names(built, source.names(), found)
+    for name, place in found.items():
+        _check_shape(name, source.shape(name), place.shape)
+    return found
+
+
+def _places(built: Built, device: torch.device) -> Iterator[tuple[str, Place]]:
     turned = {site.path for site in built.sites if site.transposed}
     tied = is_tied(built)
     for path, module in built.model.named_modules():
@@ -141,8 +147,7 @@ def fill(place: Place, source: Source, name: str, device: torch.device) -> None:
     place.put(upload(tensor, device))
 
 
-def check_names(built: Built, names: Any, places: Mapping[str, Place]) -> None:
-    """Raises ModelError where a checkpoint's names are not those of the places."""
+def _check_names(built: Built, names: Any, places: Mapping[str, Place]) -> None:
     present = set(names)
     missing = sorted(set(places) - present)
     allowed = {f"{built.family.head}.weight"} if is_tied(built) else set()
@@ -160,8 +165,7 @@ def check_names(built: Built, names: Any, places: Mapping[str, Place]) -> None:
         )
 
 
-def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """Raises ModelError where they differ."""
+def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if tuple(found) != tuple(wanted):
         raise ModelError(
             f"{name} is {tuple(found)} in the checkpoint and {tuple(wanted)} by its config",

@@ -230,6 +230,33 @@ def test_a_run_is_judged_on_its_rows_from_any_folder(
     assert not judged.notes
 
 
+def test_a_run_of_an_older_version_goes_on(
+    tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run.json tells of its files as they were named, and nothing of the base's weights."""
+    make_rows(tmp_path / "rows.jsonl", num=17)
+    monkeypatch.chdir(tmp_path)
+    data = {"train": "rows.jsonl", "eval": None}
+    recipe = recipe_of(bases, Path("run"), data=data, train={"checkpoint_every": 1})
+    with pytest.raises(Interrupted):
+        go(recipe, stop_after=2)
+    run = RunFolder(Path("run"))
+    about = run.read()
+    assert about["recipe"]["data"]["train"] == str(tmp_path / "rows.jsonl")
+    del about["base_fingerprint"]
+    about["recipe"]["data"]["train"] = "rows.jsonl"
+    run.write(about)
+    go(recipe, resume=True)
+    assert run.read()["status"] == "done"
+
+
+def test_a_run_that_tells_nothing_is_named(tmp_path: Path, bases: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match="damaged"):
+        go(recipe_of(bases, tmp_path / "run"), resume=True)
+
+
 def test_nothing_to_resume_is_a_clear_error(tmp_path: Path, bases: Path) -> None:
     with pytest.raises(InputError, match="no run's folder"):
         go(recipe_of(bases, tmp_path / "never"), resume=True)
