@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, RecipeError, UsageError
 from qlora_cli.recipe.describe import accepts, choices, field_at, meaning, sections, to_yaml
-from qlora_cli.recipe.document import Document, DocumentError, read_document
+from qlora_cli.recipe.document import Document, DocumentError, KeyPath, read_document
 from qlora_cli.recipe.override import Override, parse_override
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.shipped import find_recipe
@@ -53,7 +53,7 @@ class _Draft:
     file: Path
     document: Document
     content: dict[str, Any]
-    overridden: dict[str, Override] = field(default_factory=dict)
+    overridden: dict[KeyPath, Override] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def apply(self, override: Override | Problem) -> None:
@@ -65,7 +65,7 @@ class _Draft:
         target = self.content[section] if section else self.content
         if not isinstance(target, dict):
             return  # The file has something else in the section's place, which is reported.
-        self.overridden[override.key] = override
+        self.overridden[_path(override.key)] = override
         if override.unset:
             target.pop(name, None)
         else:
@@ -73,36 +73,41 @@ class _Draft:
 
     def validate(self) -> Recipe | None:
         """The recipe; None, with problems, where it has any."""
-        self.problems += [self._problem(fault) for fault in _faults(self.content)]
+        faults = _faults(self.content)
+        self.problems += [self._problem(fault) for fault in faults if not self._is_dotted(fault)]
         if self.problems:
             return None
         recipe = Recipe.model_validate(self.content)
         unknown = re.findall(r"\{.*?\}", recipe.output.replace(_NAME, ""))
         if unknown:
             what = f"{unknown[0]} stands for nothing"
-            self.problems.append(Problem(self.where("output"), what, f"{_NAME} is all there is"))
+            self.problems.append(Problem(self.where(("output",)), what, f"{_NAME} is all there is"))
         return recipe
 
-    def where(self, key: str) -> str:
+    def where(self, path: KeyPath) -> str:
         """Where a key was written last; the section's place for a key that was not written."""
-        if key in self.overridden:
-            return f"override {self.overridden[key].text}"
-        path = tuple(key.split(".")) if key else ()
+        if path in self.overridden:
+            return f"override {self.overridden[path].text}"
         line = self.document.lines.get(path) or self.document.lines.get(path[:-1] or path)
+        key = ".".join(path)
         return f"{self.file}{f':{line}' if line else ''}{f': {key}' if key else ''}"
 
+    def _is_dotted(self, fault: ErrorDetails) -> bool:
+        """Whether a missing setting was written as a dotted key, which is reported in its place."""
+        return fault["type"] == "missing" and ".".join(_place(fault)) in self.content
+
     def _problem(self, fault: ErrorDetails) -> Problem:
-        key = _key(fault)
-        where = self.where(key)
+        path = _place(fault)
+        where, key = self.where(path), ".".join(path)
         if fault["type"] == "extra_forbidden":
-            return Problem(where, "unknown setting", nearest_key(key))
+            return _unknown(path, where)
         if fault["type"] == "missing":
             return Problem(where, "is missing", meaning(key))
         if fault["type"] == "value_error":
             hint = "KEY= on the command line drops what the file says of KEY"
             return Problem(where, str(fault["ctx"]["error"]), hint if self.overridden else None)
         info = field_at(key)
-        value = _at(self.content, key)
+        value = _at(self.content, path)
         if info is None:
             return Problem(where, f"is {_show(value)}; it must be a section of settings")
         what = f"is {_show(value)}; it must be {accepts(info)}"
@@ -137,20 +142,28 @@ def _read(file: Path) -> _Draft:
 def _faults(content: dict[str, Any]) -> Iterator[ErrorDetails]:
     """What the schema finds wrong, one fault a setting, relations between settings included.
 
-    The schema judges relations only in sections without other faults. So what is wrong is taken out
-    and the rest judged again, until nothing new comes up. A section with a wrong value is emptied;
-    nothing more is said of it then, nor of relations between sections, because its defaults are
-    not what the user meant.
+    The schema checks relations only in sections without other faults. So what is wrong is taken out
+    and the rest checked again, until nothing new comes up. A section with a wrong value is emptied;
+    no more faults are reported for it then, nor of relations between sections, because its defaults
+    are not what the user meant.
+
+    Each pass adds a pair of key and kind to `seen`. Keys come from `content` and the schema, and
+    kinds from the schema, so the number of pairs and with it the number of passes is finite.
     """
     content, emptied = deepcopy(content), set[str]()
-    while faults := {_key(fault): fault for fault in _errors(content)}:
-        for key, fault in faults.items():
-            if key.partition(".")[0] not in emptied if key else not emptied:
-                yield fault
-        if "" in faults:
+    seen = set[tuple[KeyPath, str]]()
+    while faults := {_place(fault): fault for fault in _errors(content)}:
+        found = {(path, fault["type"]) for path, fault in faults.items()}
+        if found <= seen:
             return
-        for key, fault in faults.items():
-            emptied |= _take_out(content, key, fault["type"])
+        seen |= found
+        for path, fault in faults.items():
+            if path[0] not in emptied if path else not emptied:
+                yield fault
+        if () in faults:
+            return
+        for path, fault in faults.items():
+            emptied |= _take_out(content, path, fault["type"])
 
 
 def _errors(content: dict[str, Any]) -> list[ErrorDetails]:
@@ -161,15 +174,15 @@ def _errors(content: dict[str, Any]) -> list[ErrorDetails]:
     return []
 
 
-def _take_out(content: dict[str, Any], key: str, kind: str) -> set[str]:
+def _take_out(content: dict[str, Any], path: KeyPath, kind: str) -> set[str]:
     """Makes one fault disappear; returns what lost more than the fault by it."""
-    top, _, name = key.partition(".")
+    top, *inner = path
     if kind == "extra_forbidden":
-        owner = content[top] if name else content
-        owner.pop(name or top, None)
+        owner = content[top] if inner else content
+        owner.pop(path[-1], None)
         return set()
     if kind == "missing":
-        content[top][name] = "-"  # Every setting that must be given is a text in a section.
+        content[top][path[-1]] = "-"  # Every setting that must be given is a text in a section.
         return set()
     content.pop(top, None)
     if top in sections():
@@ -177,15 +190,30 @@ def _take_out(content: dict[str, Any], key: str, kind: str) -> set[str]:
     return {top}
 
 
-def _key(fault: ErrorDetails) -> str:
-    """The dotted key of a fault, without what the validator adds for unions and list items."""
+def _unknown(path: KeyPath, where: str) -> Problem:
+    """The problem of a key that the schema does not have at this place."""
+    key = ".".join(path)
+    if len(path) == 1 and "." in key and field_at(key) is not None:
+        section, _, name = key.rpartition(".")
+        hint = f"write `{section}: {{{name}: ...}}` instead"
+        return Problem(where, "a dotted key is not allowed in a recipe file", hint)
+    return Problem(where, "unknown setting", nearest_key(key))
+
+
+def _path(key: str) -> KeyPath:
+    """The path of a setting's dotted key. A key of a file may hold dots itself."""
+    return tuple(key.split("."))
+
+
+def _place(fault: ErrorDetails) -> KeyPath:
+    """The path of a fault's key, without what the validator adds for unions and list items."""
     parts = [str(part) for part in fault["loc"]]
-    return ".".join(parts[: 2 if parts and parts[0] in sections() else 1])
+    return tuple(parts[: 2 if parts and parts[0] in sections() else 1])
 
 
-def _at(content: dict[str, Any], key: str) -> Any:
+def _at(content: dict[str, Any], path: KeyPath) -> Any:
     value: Any = content
-    for part in key.split("."):
+    for part in path:
         value = value[part]
     return value
 

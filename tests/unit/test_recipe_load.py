@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import Problem, RecipeError, UsageError
+from qlora_cli.recipe import load
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.shipped import shipped_recipes
 
@@ -207,6 +208,71 @@ def test_an_unknown_setting_is_told_with_the_nearest(
 )
 def test_an_override_that_says_nothing_is_refused(write: Write, override: str, what: str) -> None:
     assert only(write(GOOD), override).what.startswith(what)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "hint"),
+    [
+        (GOOD + "train.lr: 1e-3\n", 3, "train.lr", "write `train: {lr: ...}` instead"),
+        (
+            "data: {train: rows.jsonl}\nmodel.name: starter\n",
+            2,
+            "model.name",
+            "write `model: {name: ...}` instead",
+        ),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_a_dotted_key_in_a_file_is_one_problem(
+    write: Write, text: str, line: int, key: str, hint: str
+) -> None:
+    path = write(text)
+    problem = only(path)
+    assert problem.where == f"{path}:{line}: {key}"
+    assert problem.what == "a dotted key is not allowed in a recipe file"
+    assert problem.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("my.key: 1", "my.key"),
+        ("train.lrr: 1", "train.lrr"),
+        ("train..lr: 1", "train..lr"),
+        ("'.': 1", "."),
+        ("'': 1", None),
+        ("a.b.c: {d.e: 1}", "a.b.c"),
+        ("train: {lr.x: 1}", "train.lr.x"),
+        ("train: {train.lr: 1}", "train.train.lr"),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_an_unknown_key_with_dots_is_an_unknown_setting(
+    write: Write, line: str, key: str | None
+) -> None:
+    path = write(GOOD + line + "\n")
+    problem = only(path)
+    assert problem.where == f"{path}:3" + (f": {key}" if key else "")
+    assert problem.what == "unknown setting"
+
+
+@pytest.mark.timeout(20)
+def test_a_dotted_key_hides_no_other_problem(write: Write) -> None:
+    path = write(GOOD + "train.lr: 1\ntrain: {seed: x, lrr: 1}\n")
+    found = problems(path, "train.lr=2")
+    assert {problem.where for problem in found} == {
+        f"{path}:3: train.lr",
+        f"{path}:4: train.seed",
+        f"{path}:4: train.lrr",
+    }
+
+
+@pytest.mark.timeout(20)
+def test_the_search_for_faults_ends_where_a_fault_stays(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "_take_out", lambda *_: set())
+    assert only(write(GOOD + "x: 1\n")).what == "unknown setting"
 
 
 def test_a_placeholder_that_stands_for_nothing_is_refused(write: Write) -> None:
