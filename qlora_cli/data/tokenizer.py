@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.weights.locate import STARTER, STARTER_FOLDER
+from qlora_cli.weights.locate import NO_CODE, STARTER, STARTER_FOLDER, check_auto_map
 
 _FILES = (
     "tokenizer.json",
@@ -22,7 +22,8 @@ _FILES = (
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a folder, a hub id or `starter`; None of a folder that holds none.
 
-    Raises ModelError where it is damaged, empty, not a fast one, or not to be had.
+    Code that its auto_map names is not run. Raises ModelError where the tokenizer needs such code,
+    is damaged, empty, not a fast one, or not to be had.
     """
     folder = STARTER_FOLDER if name == STARTER else Path(name).expanduser()
     local = folder.is_dir()
@@ -47,8 +48,8 @@ def _load(source: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise _unloadable(source, error) from error
     except Exception as error:
         # The Rust library raises a bare Exception for a file that it cannot make sense of, so
@@ -59,6 +60,13 @@ def _load(source: str, revision: str | None) -> Any:
 
 
 def _unloadable(source: str, error: Exception) -> ModelError:
+    # The argument's name is in transformers' error where the folder has code and needs it.
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            "its tokenizer needs Python code of its own",
+            where=source,
+            hint=f"{NO_CODE}, or one with a tokenizer.json that loads without code",
+        )
     summary = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ModelError(
         f"its tokenizer cannot be loaded: {summary}",
@@ -81,3 +89,4 @@ def _check_json(folder: Path) -> None:
         )
         if not whole:
             raise ModelError("damaged: it describes no tokenizer", where=str(path))
+        check_auto_map(content, path)

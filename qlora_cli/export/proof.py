@@ -137,13 +137,18 @@ def loading_faults(merged: Path) -> Iterator[str]:
     }
     try:
         disable_progress_bar()  # Nothing is read, so there is nothing to wait for.
-        config = AutoConfig.from_pretrained(merged)
+        config = AutoConfig.from_pretrained(merged, trust_remote_code=False)
         with torch.device("meta"):
-            kind: Any = type(AutoModelForCausalLM.from_config(config))
+            kind: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         _, info = kind.from_pretrained(
-            None, config=config, state_dict=tensors, device_map="meta", output_loading_info=True
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map="meta",
+            output_loading_info=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError) as fault:
+    except (OSError, ValueError, TypeError, RuntimeError) as fault:
         yield f"transformers cannot load it: {fault}"
         return
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -77,7 +77,10 @@ def skeleton(config: Any, compute: torch.dtype) -> tuple[Any, Family]:
             setattr(config, key, 0.0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention.NAME, dtype=compute
+            config,
+            attn_implementation=attention.NAME,
+            dtype=compute,
+            trust_remote_code=False,
         )
     # Batches have no padding; told of a pad token, GPT-2 would look for it in every batch.
     model.config.pad_token_id = None
@@ -90,7 +93,7 @@ def _linears_of_a_block(config: Any) -> list[str]:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, ImportError):  # Not a causal model, or one that needs more.
         return []
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))

@@ -19,6 +19,10 @@ _SIZES = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
 )
 _LEAST_ITEM_BYTES = 2
+NO_CODE = (
+    "qlora does not run code from a model folder; use a base of a family that transformers supports"
+)
+"""What follows from a folder that needs Python code of its own."""
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
@@ -51,9 +55,13 @@ def find_config(name: str, revision: str | None) -> Path:
 
 
 def read_config(file: Path) -> Any:
-    """transformers' config object. Raises ModelError on one that describes no model."""
+    """transformers' config object of a config.json.
+
+    Code that its auto_map names is not run. Raises ModelError on a config that describes no model
+    or that needs such code.
+    """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     try:
         content = json.loads(file.read_text())
@@ -68,12 +76,31 @@ def read_config(file: Path) -> Any:
             where=str(file),
             hint="name the 16-bit model it was made from; qlora quantizes it as it loads",
         )
+    check_auto_map(content, file)
+    # Without it transformers has no code to load later, when it makes the model.
+    if content.pop("auto_map", None) and model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"its config needs Python code of its own: transformers has no model type "
+            f"{model_type!r}",
+            where=str(file),
+            hint=NO_CODE,
+        )
     try:
         config = AutoConfig.for_model(model_type, **content)
         _check_sizes(config)
     except (ValueError, TypeError, StrictDataclassError) as fault:
         raise ModelError(f"it describes no model: {fault}", where=str(file)) from fault
     return config
+
+
+def check_auto_map(content: dict[str, Any], file: Path) -> None:
+    """Raises ModelError where auto_map in a config of transformers has a wrong type.
+
+    content: of the config. file: where it was read. Old tokenizer configs have a list.
+    """
+    if "auto_map" in content and not isinstance(content["auto_map"], dict | list):
+        found = content["auto_map"]
+        raise ModelError(f"damaged: auto_map is {found!r}, not an object", where=str(file))
 
 
 def _check_sizes(config: Any) -> None:
