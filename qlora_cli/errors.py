@@ -6,6 +6,7 @@ QloraError                 exit 1   the job failed while it ran
 |  +- RecipeError                   a recipe: every problem of it, at once
 |  +- DataError                     rows: file and line of each
 |  +- ModelError                    a base that cannot be used: family, files, targets, tokenizer
++- NotFinite               exit 1   training diverged: a loss or a weight is NaN or infinite
 +- DoesNotFit              exit 3   the plan or the device says that the job is too large
 +- VerificationFailed      exit 4   the merged model is not the trained one
 +- Interrupted             exit 130 Ctrl-C, after the checkpoint was written
@@ -83,6 +84,10 @@ class RecipeError(ProblemsError):
 
 class DataError(ProblemsError):
     """Rows that cannot be trained on, each with its file and line."""
+
+
+class NotFinite(QloraError):
+    """Training diverged: the loss, the gradients or trained values are NaN or infinite."""
 
 
 class DoesNotFit(QloraError):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qlora_cli.checkpoint import peft_format
 from qlora_cli.checkpoint.adapter_file import SHOWN, Adapter, AdapterLayer, Memory, open_adapter
+from qlora_cli.checkpoint.finite import on_host
 from qlora_cli.checkpoint.layout import appear_whole, write_json, writing
 from qlora_cli.checkpoint.peft_format import PeftConfig
 from qlora_cli.errors import ModelError
@@ -32,7 +33,7 @@ from qlora_cli.weights.tensorfile import Shape, write_tensors
 def save_adapter(built: Built, recipe: Recipe, folder: Path) -> None:
     """Writes the adapter of `built`, whole or not at all; an older one there is replaced.
 
-    Raises QloraError where the disk refuses.
+    Raises QloraError where the disk refuses, NotFinite where a value is NaN or infinite.
     """
     layers = dict(adapted_layers(built.model))
     shapes = {
@@ -44,7 +45,7 @@ def save_adapter(built: Built, recipe: Recipe, folder: Path) -> None:
     def make(key: str) -> Tensor:
         named = peft_format.path_of(key)
         assert named is not None
-        return _stacked(layers[named[0]], named[1]).cpu()
+        return on_host(key, _stacked(layers[named[0]], named[1]))
 
     header = {"format": "pt", **_memory_of(built, layers, recipe.adapter).header()}
     hint = "the last checkpoint is whole; free disk space and go on with --resume"

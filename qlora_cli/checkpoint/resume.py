@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.checkpoint.finite import on_host
 from qlora_cli.checkpoint.layout import RunFolder, appear_whole
-from qlora_cli.errors import ModelError, QloraError
-from qlora_cli.weights.tensorfile import Shape, read_header, read_tensor, write_tensors
+from qlora_cli.errors import ModelError, NotFinite, QloraError
+from qlora_cli.weights.tensorfile import Shape, is_finite, read_header, read_tensor, write_tensors
 
 _TENSORS = "trained.safetensors"
 _STATE = "state.pt"
@@ -32,7 +33,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     loss_scale: Mapping[str, float],
 ) -> Path:
-    """Writes step's checkpoint, whole or not at all. Raises QloraError where the disk refuses."""
+    """Writes step's checkpoint, whole or not at all.
+
+    Raises QloraError where the disk refuses, NotFinite where a parameter is NaN or infinite.
+    """
     folder = run.checkpoint(step)
     try:
         with appear_whole(folder) as beside:
@@ -46,6 +50,8 @@ def save_checkpoint(
             # Given a path, torch reports a full disk as a RuntimeError that does not say so.
             with (beside / _STATE).open("wb") as stream:
                 torch.save(state, stream)
+    except NotFinite as fault:
+        raise NotFinite(f"after step {step}: {fault.what}", hint=fault.hint) from fault
     except OSError as fault:
         raise QloraError(
             f"the checkpoint could not be written: {fault.strerror or fault}",
@@ -78,14 +84,20 @@ def load_checkpoint(
 
 
 def write_trained(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Named tensors in their own dtypes, one at a time through the host."""
+    """Named tensors in their own dtypes, one at a time through the host.
+
+    Raises NotFinite where one has a value that is NaN or infinite.
+    """
     shapes = {name: Shape(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_tensors(file, shapes, lambda name: tensors[name].detach().cpu(), {"format": "pt"})
+    write_tensors(file, shapes, lambda name: on_host(name, tensors[name]), {"format": "pt"})
 
 
 @torch.no_grad()
 def read_trained(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """The inverse of `write_trained`, into parameters that are there already."""
+    """The inverse of `write_trained`, into parameters that are there already.
+
+    Raises ModelError on values that are not finite, which older versions wrote.
+    """
     entries, _ = read_header(file)
     stored = {name: entry.shape for name, entry in entries.items()}
     if stored != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
@@ -95,7 +107,10 @@ def read_trained(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
             hint="the recipe or the base has changed since; start a new run",
         )
     for name, parameter in parameters.items():
-        parameter.copy_(read_tensor(entries[name]))
+        values = read_tensor(entries[name])
+        if not is_finite(values):
+            raise ModelError(f"{name} is not finite")
+        parameter.copy_(values)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qlora_cli.checkpoint.adapter import save_adapter
+from qlora_cli.checkpoint.finite import last_checkpoint_named
 from qlora_cli.checkpoint.layout import RunFolder, appear_whole, writing
 from qlora_cli.checkpoint.open import check_fingerprint
 from qlora_cli.checkpoint.resume import load_checkpoint, write_trained
@@ -171,9 +172,10 @@ def _train(
         observer.note(f"going on after step {state.step}")
     memory = MemoryRecord(job, planned, before, instrument, earlier)
     loop = Loop(state, job.windows, job.steps, job.run, instrument, observer, memory.write)
-    progress = loop.go()
-    score = _evaluate(state, job.held_out, instrument)
-    _save(job, state)
+    with last_checkpoint_named(job.run):
+        progress = loop.go()
+        score = _evaluate(state, job.held_out, instrument)
+        _save(job, state)
     ledger = memory.write(progress)
     return _finish(job, progress, score, ledger)
 

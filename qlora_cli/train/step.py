@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_cli.checkpoint.finite import ADVICE
 from qlora_cli.data.collate import Batch
-from qlora_cli.errors import QloraError
+from qlora_cli.errors import NotFinite
 from qlora_cli.memory.tracker import mark, scope
 from qlora_cli.train.forward import batch_loss
 from qlora_cli.train.optimizer import AdamW
 from qlora_cli.train.state import State
+from qlora_cli.weights.tensorfile import is_finite
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ def train_step(state: State, window: Sequence[Batch], lr: float) -> StepOutcome:
     """One optimizer step.
 
     Each batch's loss is divided by the trained tokens of the whole window, so that a token counts
-    the same in every batch and in the last, shorter window too. Raises QloraError where the loss
-    or the gradients are not finite.
+    the same in every batch and in the last, shorter window too. Raises NotFinite where the loss is
+    not finite, and where the gradients are not for another reason than the loss scale.
     """
     num_targets = sum(batch.num_targets for batch in window)
     scale = state.loss_scale.value / num_targets
@@ -57,10 +59,12 @@ def train_step(state: State, window: Sequence[Batch], lr: float) -> StepOutcome:
             _update(state, norm_value, lr)
     state.optimizer.zero_grad(set_to_none=True)
     loss_value, norm_value = (v / state.loss_scale.value for v in (loss_value, norm_value))
-    state.loss_scale.update(finite)
     state.step += 1
+    if not finite:
+        _check_overflow(state, loss_value)
+    state.loss_scale.update(finite)
     if not finite and state.loss_scale.exhausted:
-        raise _not_finite(state, loss_value)
+        raise _diverged(state, f"the loss is {loss_value}, but its gradients are not finite")
     tokens = sum(batch.num_tokens for batch in window)
     return StepOutcome(loss_value, norm_value, tokens, skipped=not finite)
 
@@ -99,9 +103,18 @@ def _read(loss: Tensor, norm: Tensor) -> tuple[float, float]:
     return loss_value, norm_value
 
 
-def _not_finite(state: State, loss: float) -> QloraError:
-    return QloraError(
-        f"step {state.step}: the loss is {loss}, or its gradients are not finite",
-        hint="the last checkpoint is good; lower train.lr, or use base.compute_dtype=bfloat16 or "
-        "float32 if it is float16",
-    )
+def _check_overflow(state: State, loss: float) -> None:
+    """Raises NotFinite unless the loss scale alone can explain gradients that are not finite.
+
+    loss: of the forward pass, without the scale. It and every parameter must be finite. Parameters
+    are checked on the host: the plan of a step has no memory on the device for that.
+    """
+    if not math.isfinite(loss):
+        raise _diverged(state, f"the loss is {loss}, which is not finite")
+    for name, parameter in state.trainable.items():
+        if not is_finite(parameter.detach().cpu()):
+            raise _diverged(state, f"{name} is not finite")
+
+
+def _diverged(state: State, what: str) -> NotFinite:
+    return NotFinite(f"step {state.step}: {what}", hint=ADVICE)
