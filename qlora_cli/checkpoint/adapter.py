@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qlora_cli.checkpoint import peft_format
 from qlora_cli.checkpoint.adapter_file import SHOWN, Adapter, AdapterLayer, Memory, open_adapter
 from qlora_cli.checkpoint.finite import on_host
-from qlora_cli.checkpoint.layout import appear_whole, write_json, writing
+from qlora_cli.checkpoint.layout import RESUME, appear_whole, write_json, writing
 from qlora_cli.checkpoint.peft_format import PeftConfig
 from qlora_cli.errors import ModelError
 from qlora_cli.nn import surgery
@@ -48,8 +48,7 @@ def save_adapter(built: Built, recipe: Recipe, folder: Path) -> None:
         return on_host(key, _stacked(layers[named[0]], named[1]))
 
     header = {"format": "pt", **_memory_of(built, layers, recipe.adapter).header()}
-    hint = "the last checkpoint is whole; free disk space and go on with --resume"
-    with writing("the adapter", folder, hint), appear_whole(folder) as beside:
+    with writing("the adapter", folder, RESUME), appear_whole(folder) as beside:
         config = _config_of(built, layers, recipe)
         write_json(beside / peft_format.CONFIG, config.model_dump(mode="json"))
         write_tensors(beside / peft_format.WEIGHTS, shapes, make, header)

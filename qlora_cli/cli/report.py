@@ -27,9 +27,17 @@ from qlora_cli.cli.output import emit, importing, json_option, working, write_pa
     help="Run real steps of full fine-tuning on the same data, where they fit, and compare "
     "with these instead of their plan.",
 )
+@click.option(
+    "--force", is_flag=True, help="Let --html and --png overwrite a file that is no report."
+)
 @json_option
 def report(
-    run: Path, html: Path | None, png: Path | None, measure_before: bool, as_json: bool
+    run: Path,
+    html: Path | None,
+    png: Path | None,
+    measure_before: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Show the memory, curves and timings of a run's folder."""
     with importing():
@@ -38,6 +46,8 @@ def report(
         from qlora_cli.ui import tables
 
     with working() as observer:
+        if not force:
+            page.check_free(run, html, png)
         if measure_before:
             from qlora_cli.jobs import before
 

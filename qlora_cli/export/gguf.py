@@ -12,7 +12,6 @@ them, each value; the file takes its name after that. The exact meaning of "comp
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +32,8 @@ from gguf import (
 from gguf.quants import quantize
 from torch import Tensor
 
-from qlora_cli.checkpoint.layout import writing
-from qlora_cli.errors import QloraError, VerificationFailed
+from qlora_cli.checkpoint.layout import OTHER_DISK, remove_left, whole_file, writing
+from qlora_cli.errors import QloraError, UsageError, VerificationFailed
 from qlora_cli.events import Observer
 from qlora_cli.export.folder import CONFIG
 from qlora_cli.export.gguf_model import (
@@ -126,7 +125,7 @@ def check_exportable(base: Path, encoding: Encoding, out: Path, merged_bytes: in
             f"the merged model and its GGUF file need {format_bytes(needed)} on disk, and "
             f"{format_bytes(free)} are free",
             where=str(there),
-            hint="free some space or name a folder on another disk with --out",
+            hint=OTHER_DISK,
         )
 
 
@@ -135,22 +134,31 @@ def export_gguf(folder: Path, encoding: Encoding, observer: Observer) -> Path:
 
     The file appears whole and proved, or not at all. Raises VerificationFailed where it was not
     read back as it should be, QloraError where the disk refuses or a value does not fit float16,
-    UsageError and ModelError as `Plan` does.
+    UsageError and ModelError as `Plan` does, and UsageError where another file has its name.
     """
     plan = Plan(folder, encoding)
     for note in plan.notes():
         observer.note(note)
     file = folder / f"model-{encoding.upper()}.gguf"
-    beside = file.with_name(f".{file.name}.partial")
-    try:
-        with writing("the GGUF file", file):
+    if file.exists():
+        _check_same(file, plan, observer)
+        return file
+    with writing("the GGUF file", file):
+        remove_left(file)
+        with whole_file(file) as beside:
             _write(plan, beside, observer)
             prove_gguf(beside, plan, observer)
-            beside.replace(file)
-    except BaseException:  # Ctrl-C too must leave nothing half written
-        beside.unlink(missing_ok=True)
-        raise
     return file
+
+
+def _check_same(file: Path, plan: Plan, observer: Observer) -> None:
+    """Raises UsageError where an existing file is not the one that would be written."""
+    if not file.is_file() or any(_faults(file, plan, observer)):
+        raise UsageError(
+            f"{file} exists and is not the GGUF file of this merged model",
+            where="--gguf",
+            hint="move the file elsewhere or remove it, and run the same command again",
+        )
 
 
 def prove_gguf(file: Path, plan: Plan, observer: Observer) -> None:
@@ -177,9 +185,6 @@ def _write(plan: Plan, file: Path, observer: Observer) -> None:
             writer.write_tensor_data(_encoded(planned))
             observer.advance(done)
         writer.flush()
-        for stream in writer.fout or ():
-            # A rename must never survive a power cut that the content did not.
-            os.fsync(stream.fileno())
     finally:
         writer.close()
 

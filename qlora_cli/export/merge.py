@@ -1,8 +1,9 @@
 """Writes a merged checkpoint: one tensor at a time, sharded, resumable, whole or absent.
 
 Everything is written into a folder beside the output, which takes the output's name at the end. A
-shard gets its name when it is whole, so a merge that was killed goes on behind its last whole
-shard, if it was the same merge; otherwise the leftovers are thrown away.
+shard gets its name when it is whole, so a merge that was killed resumes behind its last whole
+shard, if it was the same merge; otherwise the leftovers are removed. A mark in such a folder keeps
+it apart from a user's folder with a similar name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.checkpoint.layout import settle, write_json, writing
+from qlora_cli.checkpoint.layout import (
+    OTHER_DISK,
+    left_beside,
+    make_beside,
+    remove_left,
+    settle,
+    whole_file,
+    write_json,
+    writing,
+)
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Observer
 from qlora_cli.export.combine import terms_of
@@ -55,17 +65,18 @@ def write_merged(
 
     about: kept in merge.json. Raises QloraError where the disk is too small or refuses, and where
     a value does not fit the dtype; what is whole by then is kept beside `out` and used next time.
+    Raises UsageError where something lies in `out` at the end.
     """
     out = out.resolve()
     shards = plan_shards(tensors.shapes(), max_shard_bytes)
-    beside = out.with_name(f".{out.name}.partial")
     settings = _settings(tensors, shards)
+    with writing("the merged model", out):
+        beside, done = _begin(out, settings, shards)
     hint = (
-        f"whole files are kept in {beside}; free some space and run the same command, which goes "
-        "on from there, or remove that folder"
+        f"whole files are kept in {beside}; free disk space and run the same command, which "
+        "resumes from there, or remove that folder"
     )
     with writing("the merged model", out, hint):
-        done = _leftovers(beside, settings, shards)
         _check_room(out, base, [shard for shard in shards if shard.name not in done])
         _write_shards(tensors, shards, done, beside, observer)
         write_index(beside, shards)
@@ -111,7 +122,8 @@ def _write_shards(
         return made
 
     for shard in missing:
-        write_tensors(beside / shard.name, shard.shapes, make, {"format": "pt"})
+        with whole_file(beside / shard.name) as file:
+            write_tensors(file, shard.shapes, make, {"format": "pt"})
 
 
 def _settings(tensors: MergedTensors, shards: list[Shard]) -> dict[str, Any]:
@@ -134,15 +146,31 @@ def _told(value: Any) -> Any:
     return dtype_name(value) if isinstance(value, torch.dtype) else value
 
 
-def _leftovers(beside: Path, settings: Mapping[str, Any], shards: list[Shard]) -> set[str]:
-    """Names of shards that an earlier, equal merge wrote whole; makes the folder for this one."""
-    with suppress(ModelError):  # Of a damaged one nothing is known.
-        if (beside / ABOUT).is_file() and Made.of(beside).settings == settings:
-            return {shard.name for shard in shards if _is_whole(beside / shard.name, shard.shapes)}
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    write_json(beside / ABOUT, {"settings": settings})
-    return set()
+def _begin(out: Path, settings: Mapping[str, Any], shards: list[Shard]) -> tuple[Path, set[str]]:
+    """(the folder to write into, names of shards that an earlier, equal merge wrote whole).
+
+    Removes what other merges into `out` left.
+    """
+    equal = [left for left in left_beside(out) if _settings_in(left) == settings]
+    for left in left_beside(out):
+        if left not in equal[:1]:
+            shutil.rmtree(left, ignore_errors=True)
+    if not equal:
+        beside = make_beside(out)
+        write_json(beside / ABOUT, {"settings": settings})
+        return beside, set()
+    for name in (*(shard.name for shard in shards), CONFIG, ABOUT):
+        remove_left(equal[0] / name)
+    whole = {shard.name for shard in shards if _is_whole(equal[0] / shard.name, shard.shapes)}
+    return equal[0], whole
+
+
+def _settings_in(left: Path) -> dict[str, Any] | None:
+    """The settings of an unfinished merge; None where they cannot be read."""
+    with suppress(ModelError):
+        if (left / ABOUT).is_file():
+            return Made.of(left).settings
+    return None
 
 
 def _is_whole(file: Path, shapes: Mapping[str, Shape]) -> bool:
@@ -165,5 +193,5 @@ def _check_room(out: Path, base: Path, missing: list[Shard]) -> None:
             f"the merged model needs {format_bytes(needed)} on disk, and {format_bytes(free)} "
             "are free",
             where=str(out.parent),
-            hint="free some space or name a folder on another disk with --out",
+            hint=OTHER_DISK,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_cli.checkpoint.layout import RunFolder, write_json, writing
+from qlora_cli.checkpoint.layout import RESUME, RunFolder, write_json, writing
 from qlora_cli.errors import UsageError
 from qlora_cli.jobs.prepare import Job
 from qlora_cli.jobs.report import read_ledger, read_timeline
@@ -28,8 +28,6 @@ from qlora_cli.memory.timeline import Stretch
 from qlora_cli.train.imagine import full_fine_tuning, side
 from qlora_cli.train.imagined import Imagined
 from qlora_cli.train.loop import Progress
-
-_HINT = "the last checkpoint is whole; free disk space and go on with --resume"
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class MemoryRecord:
         run, ledger = self.job.run, self._ledger(progress)
         known = self.earlier.stretches if self.earlier else ()
         stretches = [s.to_dict() for s in (*known, *self.instrument.timeline.stretches)]
-        with writing("the memory report", run.memory_json, hint=_HINT):
+        with writing("the memory report", run.memory_json, hint=RESUME):
             write_json(run.timeline_json, {"stretches": stretches})
             write_json(run.memory_json, ledger.to_dict())
         return ledger

@@ -5,10 +5,13 @@ Plan, train, report, merge, verify, and the same prompts before and after.
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from qlora_cli.checkpoint.layout import RunFolder
+from qlora_cli.checkpoint.layout import DAMAGE, RunFolder, left_beside, write_json, writing
 from qlora_cli.data.formats import read_rows
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
@@ -23,14 +26,32 @@ HELD_OUT = "starter:held_out"
 NUM_SAMPLES = 2
 SAMPLE_TOKENS = 60
 _RUN, _MERGED = "run", "merged"
+_MADE = ".qlora-quickstart.json"
+"""The quickstart's mark in its folder: which files in it a quickstart made."""
 
 
-def run(*, out: Path, observer: Observer) -> QuickstartResult:
-    """Goes the whole way in `out`; what an earlier quickstart left there is replaced.
+def run(*, out: Path, observer: Observer, force: bool = False) -> QuickstartResult:
+    """Runs every job in `out`; what an earlier quickstart left there is replaced.
 
-    Raises UsageError where `out` holds anything else.
+    force: replace the folders `run` and `merged` also where they hold other files. Raises
+    UsageError where `out` holds other files and `force` is not set.
     """
-    _clear(out)
+    if force:
+        _remove(out)
+    else:
+        _clear(out)
+    with writing("the quickstart's folder", out, hint="name another folder with --out"):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / _MADE, {"files": []})
+    try:
+        return _work(out, observer)
+    finally:
+        # Without the list a later quickstart refuses the folder, which loses nothing.
+        with suppress(OSError):
+            write_json(out / _MADE, {"files": sorted(_made_now(out))})
+
+
+def _work(out: Path, observer: Observer) -> QuickstartResult:
     recipe = load_recipe(find_recipe(RECIPE), [f"output={out / _RUN}"])
     planned = plan.run(recipe, device_facts=None, fit=False, compare=True)
     before = _samples(STARTER, observer)
@@ -64,16 +85,56 @@ def _samples(where: str, observer: Observer) -> dict[str, str]:
 
 
 def _clear(out: Path) -> None:
-    """Removes an earlier quickstart, and nothing else."""
-    if not out.exists():
-        return
-    foreign = [entry.name for entry in out.iterdir() if entry.name not in (_RUN, _MERGED)]
-    earlier = RunFolder(out / _RUN)
-    if foreign or (earlier.path.exists() and not earlier.run_json.is_file()):
+    """Removes an earlier quickstart. Raises UsageError where `out` holds any other file."""
+    made, found = _made_before(out), _files(out)
+    foreign = sorted(found - made)
+    if foreign:
         raise UsageError(
-            f"{out} holds other things than an earlier quickstart",
+            f"{out} holds {foreign[0]}, which is not the file of a finished quickstart",
             where="--out",
-            hint="name another folder",
+            hint=f"name another folder, or replace {out / _RUN} and {out / _MERGED} with --force",
         )
-    for name in (_RUN, _MERGED):
-        shutil.rmtree(out / name, ignore_errors=True)
+    for name in found & made:
+        (out / name).unlink()
+    for folder in _folders(out):
+        for place, _, _ in os.walk(folder, topdown=False):
+            Path(place).rmdir()
+
+
+def _remove(out: Path) -> None:
+    """Removes the folders that a quickstart makes, whatever lies in them."""
+    for path in _folders(out):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _folders(out: Path) -> list[Path]:
+    """Where a quickstart writes: the run, the merged model, and a merge that was stopped."""
+    return [out / _RUN, out / _MERGED, *left_beside(out / _MERGED)]
+
+
+def _files(out: Path) -> set[str]:
+    """All that lies in `out` and is no folder, as paths within it. A link is no folder."""
+    found = set()
+    for place, folders, files in os.walk(out):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        found |= {Path(place, name).relative_to(out).as_posix() for name in (*files, *links)}
+    return found
+
+
+def _made_now(out: Path) -> set[str]:
+    """What lies in the quickstart's folders, and the report, which is written after the jobs."""
+    within = tuple(f"{path.relative_to(out).as_posix()}/" for path in _folders(out))
+    run = RunFolder(Path(_RUN))
+    pages = {run.report.as_posix(), run.memory_png.as_posix()}
+    return pages | {name for name in _files(out) if name.startswith(within)}
+
+
+def _made_before(out: Path) -> set[str]:
+    """What an earlier quickstart listed, with the list itself; empty where there is none."""
+    try:
+        return {_MADE, *json.loads((out / _MADE).read_text())["files"]}
+    except (OSError, *DAMAGE):
+        return set()

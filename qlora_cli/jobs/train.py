@@ -13,7 +13,7 @@ import torch
 
 from qlora_cli.checkpoint.adapter import save_adapter
 from qlora_cli.checkpoint.finite import last_checkpoint_named
-from qlora_cli.checkpoint.layout import RunFolder, appear_whole, writing
+from qlora_cli.checkpoint.layout import RESUME, RunFolder, appear_whole, whole_file, writing
 from qlora_cli.checkpoint.open import check_fingerprint
 from qlora_cli.checkpoint.resume import load_checkpoint, write_trained
 from qlora_cli.data.collate import Batch, peaks
@@ -35,8 +35,6 @@ from qlora_cli.train.loop import LAST_LOSSES, Loop, Progress
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.units import format_bytes
 from qlora_cli.weights.source import SINGLE
-
-_RESUME = "the last checkpoint is whole; free disk space and go on with --resume"
 
 
 def run(
@@ -130,10 +128,8 @@ def _forget_metrics_after(run: RunFolder, step: int) -> None:
     """Lines of steps that will be done again; each line is one step."""
     if run.metrics.exists():
         lines = run.metrics.read_text().splitlines(keepends=True)[:step]
-        beside = run.metrics.with_suffix(".tmp")
-        with writing("metrics.jsonl", run.metrics):
+        with writing("metrics.jsonl", run.metrics), whole_file(run.metrics) as beside:
             beside.write_text("".join(lines))
-            beside.replace(run.metrics)
 
 
 def _plan(job: Job, observer: Observer) -> tuple[Imagined, Imagined]:
@@ -213,7 +209,7 @@ def _save(job: Job, state: State) -> None:
         save_adapter(state.built, job.prepared.recipe, job.run.adapter)
         return
     weights = job.run.weights
-    with writing("the trained model", weights, hint=_RESUME), appear_whole(weights) as folder:
+    with writing("the trained model", weights, hint=RESUME), appear_whole(weights) as folder:
         shutil.copy(job.prepared.folder / "config.json", folder)
         write_trained(state.trainable, folder / SINGLE)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_cli.errors import QloraError
+from qlora_cli.checkpoint.layout import RunFolder, whole_file, writing
+from qlora_cli.errors import UsageError
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.ui import memory
 from qlora_cli.ui.summary import settings, summary
@@ -18,6 +20,40 @@ if TYPE_CHECKING:
 _TEMPLATE = Path(__file__).with_name("report.html")
 _CURVES = (("loss", "Loss", "nats a token"), ("tokens_per_second", "Speed", "tokens/s"))
 """Key in metrics.jsonl, title, label of the axis."""
+_PAGE_MARK = b'<meta name="generator" content="qlora">'
+"""As the template writes it."""
+_PICTURE_MARK = b"Software\0qlora"
+"""As `figures.as_png` writes it."""
+_MARK_WITHIN = 4096
+"""Bytes from a file's beginning."""
+
+
+def check_free(run: Path, html: Path | None, png: Path | None) -> None:
+    """Raises UsageError where the page or the picture would overwrite a foreign file.
+
+    A report that qlora wrote before may be overwritten, and the report in the folder `run`.
+    """
+    folder = RunFolder(run)
+    for option, path, own, mark in (
+        ("--html", html, folder.report, _PAGE_MARK),
+        ("--png", png, folder.memory_png, _PICTURE_MARK),
+    ):
+        if path is None or path.resolve() == own.resolve() or not os.path.lexists(path):
+            continue
+        if not _is_marked(path, mark):
+            raise UsageError(
+                f"{path} exists and is no report that qlora wrote",
+                where=option,
+                hint="name another file, or overwrite this one with --force",
+            )
+
+
+def _is_marked(path: Path, mark: bytes) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return path.is_file() and mark in stream.read(_MARK_WITHIN)
+    except OSError:
+        return False
 
 
 def write(result: ReportResult) -> None:
@@ -34,13 +70,9 @@ def write(result: ReportResult) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    beside = path.with_suffix(".tmp")
-    try:
+    hint = "free disk space, or name a file in another folder"
+    with writing("the report", path, hint), whole_file(path) as beside:
         beside.write_bytes(content)
-        beside.replace(path)
-    except OSError as error:
-        what = f"the report cannot be written: {error.strerror}"
-        raise QloraError(what, where=str(path)) from error
 
 
 def render(result: ReportResult) -> str:

@@ -9,7 +9,6 @@ time. The format is eight bytes of header length, a JSON header and raw bytes.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,22 +136,13 @@ def write_tensors(
 ) -> None:
     """Writes `make(name)` for each name in turn, holding one tensor at a time.
 
-    The file appears under its name only when it is whole. Raises OSError as the disk does, after
-    removing what was written.
+    The file is written in place: the caller passes one that takes its name when it is whole, or
+    one in such a folder. Raises OSError as the disk does.
     """
-    beside = file.with_name(file.name + ".partial")
-    try:
-        with beside.open("wb") as stream:
-            stream.write(_header(shapes, metadata))
-            for name, shape in shapes.items():
-                _write_one(stream, name, shape, make(name))
-            # A rename must never survive a power cut that the content did not.
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(file)
-    except BaseException:  # Ctrl-C too must leave nothing half written
-        beside.unlink(missing_ok=True)
-        raise
+    with file.open("wb") as stream:
+        stream.write(_header(shapes, metadata))
+        for name, shape in shapes.items():
+            _write_one(stream, name, shape, make(name))
 
 
 def _header(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> bytes:

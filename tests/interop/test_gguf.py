@@ -144,6 +144,22 @@ def test_biases_and_rows_that_fill_no_block_are_written(tmp_path: Path) -> None:
     assert any("2 tensors have rows that are no multiple of 32" in note for note in notes.told)
 
 
+def test_a_file_of_the_name_is_kept(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    file = write(folder)
+    then = file.stat().st_mtime_ns
+    assert write(folder) == file
+    assert file.stat().st_mtime_ns == then, "the same file is not written again"
+    (folder / ".model-F16.gguf.partial").write_text("mine")
+    file.write_text("mine")
+    with pytest.raises(UsageError, match="is not the GGUF file of this merged model"):
+        write(folder)
+    assert file.read_text() == "mine"
+    file.unlink()
+    write(folder)
+    assert (folder / ".model-F16.gguf.partial").read_text() == "mine"
+
+
 def test_sharded_bfloat16_is_read_and_rounded(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.checkpoint.layout import RunFolder, appear_whole
+from qlora_cli.checkpoint.layout import RunFolder, appear_whole, left_beside, make_beside
 from qlora_cli.checkpoint.resume import write_trained
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.events import Silent
@@ -224,9 +224,12 @@ def test_a_killed_merge_goes_on_behind_its_last_whole_shard(
 ) -> None:
     base, run, _ = a_run(tmp_path, "llama")
     tensors, out = tensors_of(run, "original"), tmp_path / "out"
-    beside = tmp_path / ".out.partial"
     with pytest.raises(KeyboardInterrupt):
         write_merged(tensors, base, out, {}, Interrupting(12), max_shard_bytes=50_000)
+    (beside,) = left_beside(out)
+    shard = min(beside.glob("*.safetensors")).name
+    half = beside / f".{shard}.0123456789abcdef.partial"
+    half.write_text("left by a process that was killed")
     whole = {path.name: path.stat().st_mtime_ns for path in beside.glob("*.safetensors")}
     assert len(whole) >= 2
     assert not out.exists()
@@ -234,6 +237,7 @@ def test_a_killed_merge_goes_on_behind_its_last_whole_shard(
     counting(tensors, made, monkeypatch)
     write_merged(tensors, base, out, {}, Silent(), max_shard_bytes=50_000)
     assert 0 < len(made) < len(tensors.shapes())
+    assert not (out / half.name).exists()
     assert all((out / name).stat().st_mtime_ns == then for name, then in whole.items())
     assert not beside.exists()
     write_merged(tensors, base, tmp_path / "fresh", {}, Silent(), max_shard_bytes=50_000)
@@ -289,11 +293,11 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
 
 def test_leftovers_that_say_nothing_are_thrown_away(tmp_path: Path) -> None:
     base, run, _ = a_run(tmp_path, "llama")
-    beside = tmp_path / ".out.partial"
-    beside.mkdir()
+    beside = make_beside(tmp_path / "out")
     (beside / "merge.json").write_text("")
     write_merged(tensors_of(run, "original"), base, tmp_path / "out", {}, Silent())
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not beside.exists()
 
 
 def test_no_folder_can_be_made_in_a_file(tmp_path: Path) -> None:

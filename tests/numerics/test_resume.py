@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_cli.checkpoint.layout import RunFolder
+from qlora_cli.checkpoint.layout import RunFolder, make_beside
 from qlora_cli.checkpoint.open import base_folder, read_recipe
 from qlora_cli.checkpoint.resume import load_checkpoint, save_checkpoint
 from qlora_cli.errors import InputError, Interrupted, ModelError, QloraError, UsageError
@@ -325,8 +325,8 @@ def test_the_checkpoint_before_a_damaged_one_is_good(stopped: tuple[Recipe, RunF
 def test_a_half_written_checkpoint_is_no_checkpoint(stopped: tuple[Recipe, RunFolder]) -> None:
     """A process killed while writing step 3 leaves a folder beside, which is never read."""
     recipe, run = stopped
-    half = run.checkpoints / ".step-000003.partial"
-    shutil.copytree(run.checkpoint(2), half)
+    half = make_beside(run.checkpoint(3))
+    shutil.copytree(run.checkpoint(2), half, dirs_exist_ok=True)
     truncate(half / "state.pt")
     assert run.steps() == [1, 2]
     go(recipe, resume=True)

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.checkpoint.layout import RunFolder, appear_whole, settle, write_json
+from qlora_cli.checkpoint.layout import (
+    RunFolder,
+    appear_whole,
+    left_beside,
+    make_beside,
+    remove_left,
+    settle,
+    whole_file,
+    write_json,
+)
 from qlora_cli.errors import QloraError, UsageError
 
 
@@ -23,6 +32,12 @@ def fail(folder: Path, fault: BaseException) -> None:
     with appear_whole(folder) as beside:
         (beside / "half").write_text("")
         raise fault
+
+
+def write_half(file: Path) -> None:
+    with whole_file(file) as beside:
+        beside.write_text("half")
+        raise KeyboardInterrupt
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -50,12 +65,65 @@ def test_an_error_leaves_the_older_folder(fault: BaseException, tmp_path: Path) 
 
 
 def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
-    for left in (".x.partial", ".x.old"):
-        (tmp_path / left).mkdir()
-        (tmp_path / left / "rest").write_text("")
+    for _ in range(2):
+        (make_beside(tmp_path / "x") / "rest").write_text("")
+    other = make_beside(tmp_path / "x.y")
     fill(tmp_path / "x", "first")
     fill(tmp_path / "x", "second")
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert {path.name for path in tmp_path.iterdir()} == {"x", other.name}
+
+
+def test_folders_and_files_of_the_user_with_similar_names_stay(tmp_path: Path) -> None:
+    for name in (".x.partial", ".x.old", ".x.0123456789abcdef.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    for name in (".x.json.partial", "x.json.partial", "x.tmp"):
+        (tmp_path / name).write_text("mine")
+    before = {path.name for path in tmp_path.iterdir()}
+    fill(tmp_path / "x", "first")
+    fill(tmp_path / "x", "second")
+    write_json(tmp_path / "x.json", {})
+    remove_left(tmp_path / "x.json")
+    assert {path.name for path in tmp_path.iterdir()} == before | {"x", "x.json"}
+    files = [path for path in tmp_path.rglob("*") if path.name == "mine"]
+    assert [path.read_text() for path in files] == ["mine"] * 3
+
+
+def test_a_name_is_taken_only_where_nothing_lies(tmp_path: Path) -> None:
+    beside, folder = make_beside(tmp_path / "x"), tmp_path / "x"
+    (beside / "a").write_text("new")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is in use by now"):
+        settle(beside, folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert left_beside(folder) == [beside]
+    (folder / "notes.txt").unlink()
+    settle(beside, folder)
+    assert [path.name for path in folder.iterdir()] == ["a"]
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    for text in ("first", "second"):
+        with whole_file(file) as beside:
+            beside.write_text(text)
+        assert file.read_text() == text
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert file.stat().st_mode == plain.stat().st_mode, "other users may read it as any file"
+    with pytest.raises(KeyboardInterrupt):
+        write_half(file)
+    assert file.read_text() == "second"
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "plain"}
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path: Path) -> None:
+    left, other = (f".{name}.0123456789abcdef.partial" for name in ("x", "x.y"))
+    for name in (left, other, ".x.partial"):
+        (tmp_path / name).write_text("")
+    remove_left(tmp_path / "x")
+    assert {path.name for path in tmp_path.iterdir()} == {other, ".x.partial"}
 
 
 def test_content_reaches_the_disk_before_the_name(

@@ -97,19 +97,6 @@ def test_only_one_tensor_is_asked_for_at_a_time(tmp_path: Path) -> None:
     assert sorted(entries, key=lambda name: entries[name].start) == names
 
 
-def test_a_writing_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    file = tmp_path / "x.safetensors"
-    write(file, {"a": torch.ones(3)})
-
-    def full(_: str) -> Tensor:
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        write_tensors(file, {"a": Shape(torch.float32, (9,))}, full, {})
-    assert torch.equal(load_file(file)["a"], torch.ones(3))
-    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
-
-
 def damaged(content: bytes) -> list[tuple[str, bytes]]:
     return [
         ("nothing", b""),

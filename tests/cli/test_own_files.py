@@ -1,0 +1,189 @@
+"""Commands remove and overwrite only what qlora itself wrote."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.checkpoint.layout import left_beside
+from qlora_cli.errors import QloraError
+from qlora_cli.jobs import quickstart
+from tests.commandline import qlora
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+# report
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("option", ["--html", "--png"])
+@pytest.mark.parametrize("text", ["mine", ""])
+def test_a_report_overwrites_no_foreign_file(
+    copy: Path, tmp_path: Path, option: str, text: str
+) -> None:
+    keep = tmp_path / "keep.html"
+    keep.write_text(text)
+    outcome = qlora("report", copy, option, keep)
+    assert outcome.code == 2
+    assert str(keep) in outcome.err
+    assert "--force" in outcome.err
+    assert keep.read_text() == text
+    assert qlora("report", copy, option, keep, "--force").code == 0
+    assert keep.read_bytes() != text.encode()
+    assert qlora("report", copy, option, keep).code == 0, "its own report is replaced"
+
+
+def test_a_report_removes_no_file_with_a_similar_name(copy: Path, tmp_path: Path) -> None:
+    for name in ("keep.tmp", "keep.partial", ".keep.html.partial"):
+        (tmp_path / name).write_text("mine")
+    assert qlora("report", copy, "--html", tmp_path / "keep.html").code == 0
+    for name in ("keep.tmp", "keep.partial", ".keep.html.partial"):
+        assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--html", "--png"])
+def test_a_report_leaves_the_files_of_a_run(copy: Path, option: str) -> None:
+    before = content(copy)
+    for name in ("run.json", "metrics.jsonl", "memory.json"):
+        assert qlora("report", copy, option, copy / name).code == 2
+    assert content(copy) == before
+
+
+def test_a_report_replaces_the_pages_in_the_folder_of_the_run(copy: Path) -> None:
+    for name in ("report.html", "memory.png"):
+        (copy / name).write_text("of an older version")
+    pages = ("--html", copy / "report.html", "--png", copy / "memory.png")
+    assert qlora("report", copy, *pages).code == 0
+    assert b"older" not in (copy / "report.html").read_bytes() + (copy / "memory.png").read_bytes()
+
+
+# quickstart
+
+
+def made(out: Path, stop: bool = False) -> None:
+    """Writes what stands for a quickstart's files."""
+    for name in ("run/run.json", "run/adapter/a", "merged/model.safetensors"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("made")
+    if stop:
+        raise KeyboardInterrupt
+
+
+@pytest.fixture
+def go(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`qlora quickstart` that writes small files and stops."""
+
+    def run(out: Path, *words: str, stop: bool = False) -> Any:
+        def work(out: Path, _: Any) -> None:
+            made(out, stop)
+            raise QloraError("the work is done")
+
+        monkeypatch.setattr(quickstart, "_work", work, raising=False)
+        monkeypatch.setattr(quickstart, "load_recipe", lambda *_: work(out, None))
+        return qlora("quickstart", "--out", out, *words)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("merged/thesis.txt",),
+        ("run/run.json", "run/adapter/adapter_model.safetensors"),
+        ("run/run.json", "merged/model.safetensors"),
+        ("run", "merged"),
+        ("run/notes.txt",),
+        ("notes.txt",),
+    ],
+)
+def test_a_quickstart_leaves_foreign_files(
+    go: Callable[..., Any], tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    for name in names:
+        (tmp_path / "q" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "q" / name).write_text("mine")
+    before = content(tmp_path / "q")
+    outcome = go(tmp_path / "q")
+    assert outcome.code == 2
+    assert "--force" in outcome.err
+    assert content(tmp_path / "q") == before
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_quickstart_replaces_what_an_earlier_one_left(
+    go: Callable[..., Any], tmp_path: Path, stop: bool
+) -> None:
+    out = tmp_path / "q"
+    go(out, stop=stop)
+    (out / "run" / "report.html").write_text("written after the job")
+    outcome = go(out)
+    assert "the work is done" in outcome.err
+    assert not (out / "run" / "report.html").exists()
+    (out / "merged" / "notes.txt").write_text("mine")
+    before = content(out)
+    outcome = go(out)
+    assert (outcome.code, "notes.txt" in outcome.err) == (2, True)
+    assert content(out) == before
+
+
+def test_a_forced_quickstart_replaces_its_two_folders_only(
+    go: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "q"
+    (out / "run").mkdir(parents=True)
+    for name in ("run/run.json", "run/x", "merged", "notes.txt"):
+        (out / name).write_text("mine")
+    go(out, "--force")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "run" / "run.json").read_text() == "made"
+    assert not (out / "run" / "x").exists()
+
+
+# merge
+
+
+def test_a_merge_leaves_folders_with_similar_names(run: Path, tmp_path: Path) -> None:
+    for name in (".nb.partial", ".nb.old", ".nb.0123456789abcdef.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "merge.json").write_text("mine")
+    outcome = qlora("merge", run, "--out", tmp_path / "nb")
+    assert outcome.code == 0, outcome.err
+    assert len(list(tmp_path.iterdir())) == 4
+    assert all(path.read_text() == "mine" for path in tmp_path.glob(".nb.*/merge.json"))
+
+
+def test_a_file_that_is_put_into_out_while_merging_stays(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_cli.export import merge
+
+    out, real = tmp_path / "out", merge.carry
+
+    def carry(*arguments: Any) -> None:
+        real(*arguments)
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "carry", carry)
+        outcome = qlora("merge", run, "--out", out)
+    assert outcome.code == 2
+    (beside,) = left_beside(out)
+    assert str(beside) in outcome.err
+    assert content(out) == {"notes.txt": b"mine"}
+    shutil.rmtree(out)
+    assert qlora("merge", run, "--out", out).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not [name for name in content(out) if "partial" in name]
