@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qlora_cli.memory.collector import without_collector
+from qlora_cli.memory.gc_pause import gc_paused
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ def importing() -> Iterator[None]:
 
     Python's collector would look through them again and again: 0.4 s of `import bitsandbytes`.
     """
-    with without_collector():
+    with gc_paused():
         yield
 
 
@@ -50,8 +50,8 @@ def working() -> Iterator[Observer]:
 
 def write_page(run: Path, observer: Observer) -> None:
     """The report of a run, into its folder: the page and the picture."""
-    from qlora_cli.checkpoint.layout import RunFolder
     from qlora_cli.jobs import report as job
+    from qlora_cli.runs.layout import RunFolder
     from qlora_cli.ui import report
 
     folder = RunFolder(run)

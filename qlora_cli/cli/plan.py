@@ -10,7 +10,7 @@ from qlora_cli.cli.output import emit, importing, json_option, overrides_argumen
 from qlora_cli.errors import DoesNotFit
 
 if TYPE_CHECKING:
-    from qlora_cli.recipe.resolve import DeviceFacts
+    from qlora_cli.device import DeviceProfile
 
 _CONTEXT = 512 * 1024**2
 """Assumed, not measured: what a CUDA context and its modules take of a card that is not here."""
@@ -55,9 +55,9 @@ def plan(
         ctx.exit(DoesNotFit.exit_code)
 
 
-def _imagined_card(vram: str) -> DeviceFacts:
+def _imagined_card(vram: str) -> DeviceProfile:
     """A card of that size with what an RTX 4090 can do, the usual consumer card of today."""
-    from qlora_cli.recipe.resolve import DeviceFacts
+    from qlora_cli.device import DeviceProfile
     from qlora_cli.units import parse_bytes
 
     try:
@@ -68,7 +68,7 @@ def _imagined_card(vram: str) -> DeviceFacts:
         raise click.BadParameter(
             f"{vram} is less than any card has; write it with its unit, 24GiB", param_hint="--vram"
         )
-    return DeviceFacts(
+    return DeviceProfile(
         kind="cuda",
         name="an imagined card",
         capacity_bytes=capacity,

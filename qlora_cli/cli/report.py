@@ -49,9 +49,9 @@ def report(
         if not force:
             page.check_free(run, html, png)
         if measure_before:
-            from qlora_cli.jobs import before
+            from qlora_cli.jobs import full_finetune_baseline
 
-            before.measure(run, observer=observer)
+            full_finetune_baseline.measure(run, observer=observer)
             write_page(run, observer)
         result = job.run(run, html=html, png=png)
         page.write(result)

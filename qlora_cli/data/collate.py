@@ -14,7 +14,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from qlora_cli.data.chat import UNTRAINED, Example
+from qlora_cli.data.encode import Example
+from qlora_cli.nn.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def collate(rows: Sequence[Example]) -> Batch:
         ids += row.ids
         positions += range(len(row.ids))
         labels += row.labels[1:]
-        labels.append(UNTRAINED)
+        labels.append(IGNORE_INDEX)
     return Batch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
@@ -117,7 +118,7 @@ def batch_of(size: Size, vocab_size: int = 1, device: str | torch.device = "cpu"
     is_end[torch.tensor(segments).cumsum(0) - 1] = 1
     # At a row's end only where there is no other place.
     places = is_end.argsort(stable=True)[: size.targets]
-    labels = torch.full_like(ids, UNTRAINED)
+    labels = torch.full_like(ids, IGNORE_INDEX)
     labels[places] = ids.roll(-1)[places]
     ids, positions, labels = (tensor.to(device) for tensor in (ids, positions, labels))
     return Batch(ids[None], positions[None], labels, segments, places.numel())

@@ -17,9 +17,9 @@ from typing import Any, Literal, cast
 from qlora_cli.data.messages import PRECEDENCE, REQUIRED, RowFault, check_fields
 from qlora_cli.data.readers import READERS, Item, read_hub
 from qlora_cli.errors import DataError, InputError, Problem
+from qlora_cli.files.locate import STARTER, STARTER_FOLDER
 from qlora_cli.recipe.schema import DataFormat
 from qlora_cli.units import format_count
-from qlora_cli.weights.locate import STARTER, STARTER_FOLDER
 
 SHOWN_PROBLEMS = 10
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]%:+-]+))?")

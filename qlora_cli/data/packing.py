@@ -12,8 +12,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from qlora_cli.data.chat import Example
 from qlora_cli.data.collate import Batch, Size, collate, peaks
+from qlora_cli.data.encode import Example
 
 Sequences = list[list[int]]
 """Row numbers, by sequence."""
@@ -46,7 +46,7 @@ def pack(lengths: Sequence[int], seq_len: int) -> Sequences:
     return sequences
 
 
-class Windows:
+class BatchSchedule:
     """The whole order of training: a pure function of the arguments and the optimizer's step.
 
     So a resumed run needs the number of its step and nothing else. A window is what one step
@@ -77,7 +77,7 @@ class Windows:
         self.steps_per_epoch = -(-self.num_sequences // self._per_step)
         """Optimizer steps in an epoch; its last partial window is one of them."""
 
-    def window(self, step: int) -> list[Batch]:
+    def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of an optimizer step, counted from 0 over all epochs."""
         return [collate([self._examples[row] for row in rows]) for rows in self._rows(step)]
 
@@ -127,7 +127,7 @@ def eval_batches(
         yield collate([examples[row] for row in rows])
 
 
-def peak_steps(windows: Windows, steps: range) -> set[int]:
+def peak_steps(windows: BatchSchedule, steps: range) -> set[int]:
     """Those of the steps in which memory peaks."""
     sizes = [(step, size) for step in steps for size in windows.sizes(step)]
     found = peaks([size for _, size in sizes]) if sizes else set()

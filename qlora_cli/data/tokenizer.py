@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.weights.locate import NO_CODE, STARTER, STARTER_FOLDER, check_auto_map
+from qlora_cli.files.locate import NO_CODE, STARTER, STARTER_FOLDER, check_auto_map
 
 _FILES = (
     "tokenizer.json",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_cli.data.chat import UNTRAINED, Example, encode
-from qlora_cli.data.doctor import Patient, examine
+from qlora_cli.data.checks import EncodedDataset, examine
+from qlora_cli.data.encode import Example, encode
 from qlora_cli.data.formats import detect_format, read_rows
 from qlora_cli.data.packing import pack
 from qlora_cli.data.tokenizer import load_tokenizer
+from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.jobs.results import DataResult, ShownRow
+from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat, Recipe
-from qlora_cli.weights.locate import find_config, read_config
 
 _CONTEXT = 8
 """Tokens decoded in front of one, so that its text comes out with its spaces."""
@@ -29,7 +30,7 @@ def run(recipe: Recipe, *, show: int) -> DataResult:
     held_out = _encoded(data.eval, recipe, tokenizer)[1] if data.eval else []
     lengths = [len(example.ids) for example in examples]
     num_sequences = len(pack(lengths, data.seq_len)) if data.packing else len(lengths)
-    patient = Patient(
+    patient = EncodedDataset(
         examples, held_out, found, tokenizer, data.seq_len, data.packing, num_sequences
     )
     return DataResult(
@@ -55,7 +56,7 @@ def _encoded(where: str, recipe: Recipe, tokenizer: Any) -> tuple[DataFormat, li
 
 def _shown(example: Example, tokenizer: Any) -> ShownRow:
     """The first token is never predicted, so it is never trained."""
-    trained = [i > 0 and label != UNTRAINED for i, label in enumerate(example.labels)]
+    trained = [i > 0 and label != IGNORE_INDEX for i, label in enumerate(example.labels)]
     texts = [str(token) for token in example.ids]
     if tokenizer is not None:
         texts = _token_texts(example.ids, tokenizer)

@@ -74,10 +74,10 @@ def _attempt(name: str, try_it: Callable[[], float]) -> Check:
 
 def _quantize(bits: Bits, device: torch.device) -> float:
     """Packs a Gaussian weight, multiplies and differentiates; the product's relative error."""
-    from qlora_cli.nn.quant import Format, QuantLinear
+    from qlora_cli.nn.quant import QuantLinear, WeightFormat
 
     weight, x = torch.randn(64, 64, device=device), torch.randn(32, 64, device=device)
-    layer = QuantLinear(64, 64, False, Format(bits, torch.float32, torch.float32))
+    layer = QuantLinear(64, 64, False, WeightFormat(bits, torch.float32, torch.float32))
     layer.pack(weight)
     y = layer(x.requires_grad_())
     torch.autograd.grad(y.sum(), x)

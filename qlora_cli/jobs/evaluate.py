@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_cli.checkpoint.layout import RunFolder
-from qlora_cli.checkpoint.open import open_any, read_recipe
-from qlora_cli.data.chat import encode
+from qlora_cli.data.encode import encode
 from qlora_cli.data.formats import detect_format, read_rows
 from qlora_cli.data.packing import eval_batches
 from qlora_cli.data.tokenizer import load_tokenizer
@@ -17,7 +15,9 @@ from qlora_cli.events import Observer
 from qlora_cli.jobs.results import EvalResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.recipe.schema import Data
-from qlora_cli.train.forward import evaluate
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.open import open_any, read_recipe
+from qlora_cli.tasks.causal import evaluate
 
 
 def run(where: str, *, data: str, observer: Observer) -> EvalResult:
@@ -28,16 +28,16 @@ def run(where: str, *, data: str, observer: Observer) -> EvalResult:
     """
     device = torch.device(inspect_device().kind)
     opened = open_any(where, device, observer)
-    settings = _settings(where, opened.built.config)
+    settings = _settings(where, opened.loaded.config)
     rows = read_rows(data)
     row_format = detect_format(rows, settings.format)
     tokenizer = load_tokenizer(str(opened.folder))
-    vocab_size = opened.built.config.vocab_size
+    vocab_size = opened.loaded.config.vocab_size
     examples = encode(rows, row_format, tokenizer, settings.seq_len, vocab_size=vocab_size)
     batches = eval_batches(
         examples, seq_len=settings.seq_len, packing=settings.packing, micro_batch=1
     )
-    score = evaluate(opened.built, batches, device)
+    score = evaluate(opened.loaded, batches, device)
     return EvalResult(score.loss, math.exp(min(score.loss, 700.0)), score.tokens, score.accuracy)
 
 

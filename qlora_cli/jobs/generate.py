@@ -10,20 +10,14 @@ from typing import Any
 
 import torch
 
-from qlora_cli.checkpoint.layout import RunFolder
-from qlora_cli.checkpoint.open import (
-    Opened,
-    adapter_at,
-    open_any,
-    open_for_adapters,
-    open_source,
-)
-from qlora_cli.checkpoint.switch import BASE, AdapterSwitch
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.jobs.results import GenerateResult
 from qlora_cli.memory.device import inspect_device
+from qlora_cli.models.switch import BASE, AdapterSwitch
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.open import OpenedModel, adapter_at, open_any, open_for_adapters, open_source
 
 CHAT_TOKENS = 512
 """The most tokens of one answer in a chat."""
@@ -49,15 +43,15 @@ def run(
     Raises InputError where there is no such model, adapter or name, no tokenizer, or the prompt is
     too long.
     """
-    speaker = open_speaker(where, observer, adapters, merged=merged)
+    generator = open_generator(where, observer, adapters, merged=merged)
     for name in uses:
-        speaker.switch.check(name)
-    ids = speaker.tokenizer(prompt)["input_ids"]
+        generator.switch.check(name)
+    ids = generator.tokenizer(prompt)["input_ids"]
     answers = {}
-    for name in uses or speaker.switch.adapters or (BASE,):
-        speaker.switch.use(name)
+    for name in uses or generator.switch.adapters or (BASE,):
+        generator.switch.use(name)
         torch.manual_seed(seed)
-        answers[name] = speaker.continue_from(ids, max_new_tokens, temperature)
+        answers[name] = generator.continue_from(ids, max_new_tokens, temperature)
     return GenerateResult(prompt, next(iter(answers.values())), answers)
 
 
@@ -73,22 +67,22 @@ def open_chat(
 
     Raises ModelError where the tokenizer has no chat template, UsageError for an unknown name.
     """
-    speaker = open_speaker(where, observer, adapters, merged=merged)
-    if not speaker.tokenizer.chat_template:
+    generator = open_generator(where, observer, adapters, merged=merged)
+    if not generator.tokenizer.chat_template:
         raise ModelError(
             "its tokenizer has no chat template",
             where=where,
             hint="use `qlora generate`, or train on rows of a model that has one",
         )
-    speaker.switch.use(use or next(iter(speaker.switch.adapters), BASE))
-    return Chat(speaker)
+    generator.switch.use(use or next(iter(generator.switch.adapters), BASE))
+    return Chat(generator)
 
 
 @dataclass(frozen=True)
-class Speaker:
+class TextGenerator:
     """A model, the adapters it may answer with, and its tokenizer."""
 
-    opened: Opened
+    opened: OpenedModel
     switch: AdapterSwitch
     tokenizer: Any
     device: torch.device
@@ -97,7 +91,7 @@ class Speaker:
     def continue_from(self, ids: list[int], max_new_tokens: int, temperature: float) -> str:
         """The text behind `ids`, up to an end token. Raises UsageError where no room is left."""
         room = self._room(ids, max_new_tokens)
-        model = self.opened.built.model
+        model = self.opened.loaded.model
         tokens = torch.tensor([ids], device=self.device)
         draws = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
         # The model's own sampling settings would otherwise speak into a greedy answer.
@@ -115,7 +109,7 @@ class Speaker:
     def _room(self, ids: list[int], wanted: int) -> int:
         if not ids:
             raise UsageError("the prompt is empty", hint="give it at least one word")
-        limit: int | None = getattr(self.opened.built.config, "max_position_embeddings", None)
+        limit: int | None = getattr(self.opened.loaded.config, "max_position_embeddings", None)
         if limit is None:
             return wanted
         if len(ids) >= limit:
@@ -130,13 +124,13 @@ class Speaker:
         return 0
 
 
-def open_speaker(
+def open_generator(
     where: str,
     observer: Observer,
     adapters: Mapping[str, Path] = NO_ADAPTERS,
     *,
     merged: bool = False,
-) -> Speaker:
+) -> TextGenerator:
     """Opens a run's folder or a model, and adapters on it. Raises ModelError without a tokenizer.
 
     A run answers with its own adapter until the switch is used.
@@ -148,14 +142,14 @@ def open_speaker(
     tokenizer = load_tokenizer(str(opened.folder))
     if tokenizer is None:
         raise ModelError("it has no tokenizer, so it cannot read text", where=str(opened.folder))
-    source = open_source(opened.weights, opened.built.family)
-    switch = AdapterSwitch(opened.built, source, merged=merged)
+    source = open_source(opened.weights, opened.loaded.family)
+    switch = AdapterSwitch(opened.loaded, source, merged=merged)
     for name, adapter in found.items():
         switch.add(name, adapter)
         _note_its_base(name, adapters[name], opened.folder, observer)
     if merged and not switch.adapters:
         raise UsageError("there is no adapter to merge", where="--merged")
-    return Speaker(opened, switch, tokenizer, device)
+    return TextGenerator(opened, switch, tokenizer, device)
 
 
 def _note_its_base(name: str, folder: Path, base: Path, observer: Observer) -> None:
@@ -170,24 +164,24 @@ def _note_its_base(name: str, folder: Path, base: Path, observer: Observer) -> N
 class Chat:
     """A conversation: what was said so far goes into each answer."""
 
-    speaker: Speaker
+    generator: TextGenerator
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def say(self, text: str) -> str:
         """The answer to `text`."""
         self.messages.append({"role": "user", "content": text})
-        ids = self.speaker.tokenizer.apply_chat_template(
+        ids = self.generator.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_dict=False
         )
-        answer = self.speaker.continue_from(ids, CHAT_TOKENS, temperature=0.0).strip()
+        answer = self.generator.continue_from(ids, CHAT_TOKENS, temperature=0.0).strip()
         self.messages.append({"role": "assistant", "content": answer})
         return answer
 
     def use(self, name: str) -> None:
         """Another adapter answers from here on; what was said stays said. Raises QloraError."""
-        self.speaker.switch.use(name)
+        self.generator.switch.use(name)
 
     @property
     def answering(self) -> str:
         """The adapter's name, or `base`."""
-        return self.speaker.switch.current
+        return self.generator.switch.current

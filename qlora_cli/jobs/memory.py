@@ -8,25 +8,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_cli.checkpoint.layout import RESUME, RunFolder, write_json, writing
 from qlora_cli.errors import UsageError
-from qlora_cli.jobs.prepare import Job
+from qlora_cli.files.atomic import RESUME, write_json, writing
+from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.jobs.report import read_ledger, read_timeline
-from qlora_cli.memory.cost import record_bytes
 from qlora_cli.memory.instrument import Instrument
+from qlora_cli.memory.instrument_cost import record_bytes
 from qlora_cli.memory.ledger import (
     STEP_PHASES,
     Device,
     InstrumentCost,
     Ledger,
+    MethodPeak,
     Phase,
-    Side,
     worse_of_each,
     worst,
 )
-from qlora_cli.memory.timeline import Stretch
-from qlora_cli.train.imagine import full_fine_tuning, side
-from qlora_cli.train.imagined import Imagined
+from qlora_cli.memory.timeline import PhaseTrace
+from qlora_cli.plan.dry_run import method_peak
+from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.recipe.methods import full_fine_tuning
+from qlora_cli.runs.layout import RunFolder
 from qlora_cli.train.loop import Progress
 
 
@@ -36,7 +38,7 @@ class Earlier:
 
     step: int
     ledger: Ledger | None = None
-    stretches: tuple[Stretch, ...] = ()
+    stretches: tuple[PhaseTrace, ...] = ()
     damage: str | None = None
 
     @classmethod
@@ -52,9 +54,9 @@ class Earlier:
 class MemoryRecord:
     """One process's view of a job's memory. earlier: None in a run's first process."""
 
-    job: Job
-    planned: Imagined
-    before: Imagined
+    job: TrainingJob
+    planned: MemoryPlan
+    before: MemoryPlan
     instrument: Instrument
     earlier: Earlier | None
 
@@ -82,9 +84,9 @@ class MemoryRecord:
             device=device,
             phases=phases,
             before=before,
-            after=side(recipe, phases, "measured")
+            after=method_peak(recipe, phases, "measured")
             if stepped
-            else side(recipe, self.planned.phases, "planned"),
+            else method_peak(recipe, self.planned.phases, "planned"),
             planned_peak_bytes=self.planned.peak_bytes,
             measured_peak_bytes=worst(phases).peak_bytes if stepped else 0,
             allocator=allocator if known is None else allocator.or_more(known.allocator),
@@ -100,11 +102,13 @@ class MemoryRecord:
         ledger = self.earlier.ledger if self.earlier else None
         return ledger if ledger is not None and ledger.device == device else None
 
-    def _before(self, known: Ledger | None) -> tuple[Side, int]:
+    def _before(self, known: Ledger | None) -> tuple[MethodPeak, int]:
         """(full fine-tuning, its planned peak where it was measured in the meantime)."""
         if known is not None and known.before.source == "measured":
             return known.before, self.before.peak_bytes
-        return side(full_fine_tuning(self.job.prepared.recipe), self.before.phases, "planned"), 0
+        return method_peak(
+            full_fine_tuning(self.job.prepared.recipe), self.before.phases, "planned"
+        ), 0
 
     def _notes(self, known: Ledger | None, stepped: bool) -> list[str]:
         notes = []

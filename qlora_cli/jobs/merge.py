@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from qlora_cli.checkpoint.layout import RunFolder
-from qlora_cli.checkpoint.open import base_folder, read_recipe
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
-from qlora_cli.export.decide import PREFERRED, Decision, decide
-from qlora_cli.export.merge import find_merged, write_merged
-from qlora_cli.export.room import give_back_freed
-from qlora_cli.export.tensors import MergedTensors, merged_tensors
+from qlora_cli.export.merge.settings import PREFERRED, MergeSettings, choose_settings
+from qlora_cli.export.merge.tensors import MergedTensors, merged_tensors
+from qlora_cli.export.merge.write import find_merged, write_merged
+from qlora_cli.files.dtype import dtype_name, torch_dtype
 from qlora_cli.jobs.results import MergeResult
 from qlora_cli.memory.device import inspect_device
+from qlora_cli.memory.host import give_back_freed
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.weights.build import dtype_name, torch_dtype
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.open import base_folder, read_recipe
 
 
 def run(
@@ -64,7 +64,7 @@ def run(
         _exporter().check_exportable(base_folder(folder), gguf, out, more_bytes)
     reason = "merged before"
     if merged is None:
-        decision = decide(folder, tensors, base, dtype is not None, observer)
+        decision = choose_settings(folder, tensors, base, dtype is not None, observer)
         merged, reason = decision.tensors, decision.dtype_reason
         write_merged(merged, base_folder(folder), out, _about(recipe, decision), observer)
     if gguf is not None:
@@ -118,9 +118,9 @@ def _exporter() -> ModuleType:
             where="--gguf",
             hint="pip install 'qlora-cli[gguf]'",
         )
-    from qlora_cli.export import gguf
+    from qlora_cli.export.gguf import write as gguf_write
 
-    return gguf
+    return gguf_write
 
 
 def _check_base(recipe: Recipe, base: str) -> None:
@@ -132,7 +132,7 @@ def _check_base(recipe: Recipe, base: str) -> None:
         )
 
 
-def _about(recipe: Recipe, decision: Decision) -> dict[str, Any]:
+def _about(recipe: Recipe, decision: MergeSettings) -> dict[str, Any]:
     """What merge.json says besides the settings that decide the bytes."""
     return {
         "base_model": recipe.model.name,

@@ -7,27 +7,29 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from qlora_cli.data.collate import worst_batch
+from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import Problem, RecipeError
-from qlora_cli.export.imagine import imagine_merge
-from qlora_cli.jobs.advise import Planned, changes_that_fit, largest
-from qlora_cli.jobs.arithmetic import arithmetic_of
+from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.jobs.results import Compared, PlanResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.ledger import Allocator, Device, Ledger, worst
-from qlora_cli.recipe.resolve import DeviceFacts, resolve
+from qlora_cli.plan.advise import Planned, changes_that_fit, largest
+from qlora_cli.plan.arithmetic import arithmetic_of
+from qlora_cli.plan.dry_run import dry_run, method_peak
+from qlora_cli.plan.merging import dry_run_merge
+from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.recipe.methods import full_fine_tuning
+from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train.imagine import full_fine_tuning, imagine, side
-from qlora_cli.train.imagined import Imagined
 from qlora_cli.train.optimizer import PAGED_FROM
 from qlora_cli.units import format_bytes
-from qlora_cli.weights.locate import find_config, read_config
 
 _MOST_TOKENS = 2**24
 _COMPARED = (("full", 16), ("lora", 16), ("lora", 8), ("lora", 4))
 
 
 def run(
-    recipe: Recipe, *, device_facts: DeviceFacts | None, fit: bool, compare: bool
+    recipe: Recipe, *, device_facts: DeviceProfile | None, fit: bool, compare: bool
 ) -> PlanResult:
     """Plans the recipe for a device; this machine's where none is given.
 
@@ -47,7 +49,7 @@ def run(
         more = changes_that_fit(resolved, planned, facts)
         advice += tuple(one for one in more if one.change not in told)
     ledger = planned_ledger(resolved, facts, imagined, planned(full_fine_tuning(resolved)))
-    merging = imagine_merge(resolved, config, facts)
+    merging = dry_run_merge(resolved, config, facts)
     return PlanResult(
         device=asdict(facts),
         ledger=replace(ledger, phases=(*ledger.phases, merging)),
@@ -65,7 +67,7 @@ def run(
     )
 
 
-def plan(recipe: Recipe, config: Any, facts: DeviceFacts) -> Imagined:
+def plan(recipe: Recipe, config: Any, facts: DeviceProfile) -> MemoryPlan:
     """Imagines a resolved recipe on the largest batches that it allows, whatever its rows are.
 
     Raises RecipeError where these are beyond any device.
@@ -83,21 +85,21 @@ def plan(recipe: Recipe, config: Any, facts: DeviceFacts) -> Imagined:
             ],
         )
     worst_one = worst_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
-    return imagine(
+    return dry_run(
         recipe, config, facts, [worst_one] * min(2, recipe.train.grad_accum), [worst_one]
     )
 
 
 def planned_ledger(
-    recipe: Recipe, facts: DeviceFacts, imagined: Imagined, before: Imagined
+    recipe: Recipe, facts: DeviceProfile, imagined: MemoryPlan, before: MemoryPlan
 ) -> Ledger:
     """The plan as a ledger, nothing of it measured."""
     reserved = imagined.reserved_bytes
     return Ledger(
         device=Device(facts.kind, facts.name, facts.capacity_bytes),
         phases=imagined.phases,
-        before=side(full_fine_tuning(recipe), before.phases, "planned"),
-        after=side(recipe, imagined.phases, "planned"),
+        before=method_peak(full_fine_tuning(recipe), before.phases, "planned"),
+        after=method_peak(recipe, imagined.phases, "planned"),
         planned_peak_bytes=imagined.peak_bytes,
         measured_peak_bytes=0,
         allocator=Allocator(imagined.peak_bytes, reserved) if reserved else Allocator(),
@@ -109,12 +111,12 @@ def planned_ledger(
 class _Remembering:
     """Plans each recipe once."""
 
-    def __init__(self, config: Any, facts: DeviceFacts) -> None:
+    def __init__(self, config: Any, facts: DeviceProfile) -> None:
         self._config = config
         self._facts = facts
-        self._known: dict[str, Imagined] = {}
+        self._known: dict[str, MemoryPlan] = {}
 
-    def __call__(self, recipe: Recipe) -> Imagined:
+    def __call__(self, recipe: Recipe) -> MemoryPlan:
         key = recipe.model_dump_json()
         if key not in self._known:
             self._known[key] = plan(recipe, self._config, self._facts)
@@ -139,7 +141,7 @@ def _compare(recipe: Recipe, planned: Planned) -> tuple[Compared, ...]:
     return tuple(compared)
 
 
-def _notes(recipe: Recipe, facts: DeviceFacts, imagined: Imagined) -> tuple[str, ...]:
+def _notes(recipe: Recipe, facts: DeviceProfile, imagined: MemoryPlan) -> tuple[str, ...]:
     """What of the plan is a model or a bound, and what is out of reach; one sentence each."""
     notes = []
     if imagined.frozen_bytes > facts.usable_bytes:

@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_cli.checkpoint.layout import RunFolder
-from qlora_cli.checkpoint.open import file_dtype, open_source
-from qlora_cli.data.chat import Example, encode
 from qlora_cli.data.collate import Batch, Size, batch_of
+from qlora_cli.data.encode import Example, encode
 from qlora_cli.data.formats import detect_format, read_rows
-from qlora_cli.data.packing import Windows, eval_batches
+from qlora_cli.data.packing import BatchSchedule, eval_batches
 from qlora_cli.data.tokenizer import load_tokenizer
+from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import DataError, Problem
-from qlora_cli.families.spec import Family
-from qlora_cli.recipe.resolve import Choice, DeviceFacts, resolve
+from qlora_cli.files.dtype import file_dtype
+from qlora_cli.files.locate import find_base, read_config
+from qlora_cli.files.source import FolderSource
+from qlora_cli.models.family import Family
+from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.weights.locate import find_base, read_config
-from qlora_cli.weights.source import FolderSource
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.open import open_source
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Prepared:
 
     recipe: Recipe
     choices: tuple[Choice, ...]
-    facts: DeviceFacts
+    facts: DeviceProfile
     folder: Path
     config: Any
     tokenizer: Any
@@ -48,12 +50,12 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """All that is known of a training job before the base is loaded."""
 
     prepared: Prepared
     run: RunFolder
-    windows: Windows
+    windows: BatchSchedule
     held_out: list[Batch]
     steps: int
 
@@ -78,7 +80,7 @@ class Job:
         return batch_of(size, self.prepared.config.vocab_size)
 
 
-def prepare(recipe: Recipe, facts: DeviceFacts) -> Prepared:
+def prepare(recipe: Recipe, facts: DeviceProfile) -> Prepared:
     """Finds the base and settles what is `auto`. Raises ModelError."""
     resolved, choices = resolve(recipe, facts)
     folder = find_base(recipe.model.name, recipe.model.revision)
@@ -99,7 +101,7 @@ def read_examples(prepared: Prepared, where: str) -> list[Example]:
     return examples
 
 
-def read_job(prepared: Prepared) -> Job:
+def read_job(prepared: Prepared) -> TrainingJob:
     """Reads the rows, so that the order of training is known. Raises DataError."""
     recipe = prepared.recipe
     windows = make_windows(recipe, read_examples(prepared, recipe.data.train))
@@ -109,12 +111,12 @@ def read_job(prepared: Prepared) -> Job:
         else []
     )
     steps = recipe.train.steps or math.ceil(recipe.train.epochs * windows.steps_per_epoch)
-    return Job(prepared, RunFolder(Path(recipe.output)), windows, held_out, steps)
+    return TrainingJob(prepared, RunFolder(Path(recipe.output)), windows, held_out, steps)
 
 
-def make_windows(recipe: Recipe, examples: Sequence[Example]) -> Windows:
+def make_windows(recipe: Recipe, examples: Sequence[Example]) -> BatchSchedule:
     """The order of training."""
-    return Windows(
+    return BatchSchedule(
         examples,
         seq_len=recipe.data.seq_len,
         packing=recipe.data.packing,

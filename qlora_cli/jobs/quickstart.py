@@ -11,15 +11,16 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from qlora_cli.checkpoint.layout import DAMAGE, RunFolder, left_beside, write_json, writing
 from qlora_cli.data.formats import read_rows
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
+from qlora_cli.files.atomic import DAMAGE, left_beside, write_json, writing
+from qlora_cli.files.locate import STARTER
 from qlora_cli.jobs import evaluate, generate, merge, plan, train, verify
 from qlora_cli.jobs.results import QuickstartResult
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.shipped import find_recipe
-from qlora_cli.weights.locate import STARTER
+from qlora_cli.runs.layout import RunFolder
 
 RECIPE = "starter"
 HELD_OUT = "starter:held_out"
@@ -74,11 +75,11 @@ def _work(out: Path, observer: Observer) -> QuickstartResult:
 
 def _samples(where: str, observer: Observer) -> dict[str, str]:
     """Held-out prompts and what the model makes of them."""
-    speaker = generate.open_speaker(where, observer)
+    generator = generate.open_generator(where, observer)
     prompts = [row.fields["prompt"] for row in read_rows(HELD_OUT, limit=NUM_SAMPLES)]
     return {
-        prompt: speaker.continue_from(
-            speaker.tokenizer(prompt)["input_ids"], SAMPLE_TOKENS, temperature=0.0
+        prompt: generator.continue_from(
+            generator.tokenizer(prompt)["input_ids"], SAMPLE_TOKENS, temperature=0.0
         ).strip()
         for prompt in prompts
     }
@@ -126,10 +127,10 @@ def _files(out: Path) -> set[str]:
 
 def _made_now(out: Path) -> set[str]:
     """What lies in the quickstart's folders, and the report, which is written after the jobs."""
-    within = tuple(f"{path.relative_to(out).as_posix()}/" for path in _folders(out))
+    module_scope = tuple(f"{path.relative_to(out).as_posix()}/" for path in _folders(out))
     run = RunFolder(Path(_RUN))
     pages = {run.report.as_posix(), run.memory_png.as_posix()}
-    return pages | {name for name in _files(out) if name.startswith(within)}
+    return pages | {name for name in _files(out) if name.startswith(module_scope)}
 
 
 def _made_before(out: Path) -> set[str]:

@@ -8,13 +8,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.checkpoint.layout import RunFolder
+from qlora_cli.files.dtype import dtype_name
+from qlora_cli.files.source import fingerprint
 from qlora_cli.jobs.prepare import Prepared
+from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.quant import QuantLinear
-from qlora_cli.weights.build import dtype_name
-from qlora_cli.weights.built import Built
-from qlora_cli.weights.source import fingerprint
+from qlora_cli.runs.layout import RunFolder
 
 _PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers", "accelerate", "safetensors")
 
@@ -43,22 +43,22 @@ def describe_run(prepared: Prepared, recipe_path: Path | None, steps: int) -> di
     }
 
 
-def describe_tensors(built: Built) -> list[dict[str, Any]]:
+def describe_tensors(loaded: LoadedModel) -> list[dict[str, Any]]:
     """For each kind of tensor: how many, how it is held, and why."""
     kinds: Counter[tuple[str, str, str]] = Counter()
-    for path, module in built.model.named_modules():
+    for path, module in loaded.model.named_modules():
         kind = ".".join("*" if part.isdigit() else part for part in path.split("."))
         kind = kind.removesuffix(".base")
         if isinstance(module, QuantLinear):
-            kinds[kind, *_held(module, path == built.family.head)] += 1
+            kinds[kind, *_held(module, path == loaded.family.head)] += 1
         elif isinstance(module, FrozenEmbedding | HostEmbedding):
-            kinds[kind, *_table(module, module.weight is built.head.weight)] += 1
+            kinds[kind, *_table(module, module.weight is loaded.head.weight)] += 1
         elif "lora" not in kind and list(module.parameters(recurse=False)):
             parameter = next(module.parameters(recurse=False))
             kinds[kind, _name(parameter), "a vector or trained in full; too small to pack"] += 1
     return [
-        {"tensors": kind, "count": count, "held": held, "reason": reason}
-        for (kind, held, reason), count in kinds.items()
+        {"tensors": kind, "count": count, "held": weight_format, "reason": reason}
+        for (kind, weight_format, reason), count in kinds.items()
     ]
 
 
@@ -91,22 +91,22 @@ def _absolute(where: str | None) -> str | None:
 
 def _table(table: FrozenEmbedding | HostEmbedding, is_head: bool) -> tuple[str, str]:
     reason = "a table: rows are looked up, not multiplied; packing it costs accuracy"
-    held = _name(table.weight)
+    weight_format = _name(table.weight)
     if isinstance(table, HostEmbedding):
-        return f"{held} on the host", f"{reason}; only the rows looked up move to the card"
+        return f"{weight_format} on the host", f"{reason}; only the rows looked up move to the card"
     if is_head and table.weight.device.type != "cpu":
         reason += "; on the card, because it is the head too, which multiplies by all of it"
-    return held, reason
+    return weight_format, reason
 
 
 def _held(layer: QuantLinear, is_head: bool) -> tuple[str, str]:
-    held = layer.held
+    weight_format = layer.weight_format
     if is_head:
         return _name(layer.weight), "the head: its errors reach every logit directly"
-    if held.bits == 4:
-        twice = " with double quantization" if held.double_quant else ""
-        return f"{held.quant_type}{twice}", "a linear of a block, frozen"
-    if held.bits == 8:
+    if weight_format.bits == 4:
+        twice = " with double quantization" if weight_format.double_quant else ""
+        return f"{weight_format.quant_type}{twice}", "a linear of a block, frozen"
+    if weight_format.bits == 8:
         return "int8", "a linear of a block, frozen"
     return _name(layer.weight), "base.bits is 16"
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_cli.checkpoint.layout import DAMAGE, RunFolder, read_json
 from qlora_cli.errors import UsageError
+from qlora_cli.files.atomic import DAMAGE, read_json
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.memory.ledger import Ledger
-from qlora_cli.memory.timeline import Stretch, read_stretches
+from qlora_cli.memory.timeline import PhaseTrace, read_stretches
+from qlora_cli.runs.layout import RunFolder
 
 _T = TypeVar("_T")
 _METRICS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_bytes"}
@@ -25,7 +26,7 @@ def run(run: Path, *, html: Path | None = None, png: Path | None = None) -> Repo
     """
     folder = RunFolder(run)
     about = folder.read()
-    folder.told("recipe")  # Which the page shows.
+    folder.require("recipe")  # Which the page shows.
     ledger = read_ledger(folder)
     if ledger is None:
         raise UsageError(
@@ -47,7 +48,7 @@ def read_ledger(run: RunFolder) -> Ledger | None:
     return _read(run.memory_json, Ledger.from_dict)
 
 
-def read_timeline(run: RunFolder) -> tuple[Stretch, ...]:
+def read_timeline(run: RunFolder) -> tuple[PhaseTrace, ...]:
     """timeline.json; empty where the run has none. Raises UsageError on a damaged one."""
     return _read(run.timeline_json, read_stretches) or ()
 

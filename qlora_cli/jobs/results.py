@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.memory.ledger import Ledger
-from qlora_cli.memory.timeline import Stretch
+from qlora_cli.memory.timeline import PhaseTrace
+from qlora_cli.plan.results import Advice, Line
 
 
 class Result:
@@ -18,16 +19,6 @@ class Result:
         assert hasattr(self, "__dataclass_fields__")
         content = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: _plain(value) for name, value in content.items()}
-
-
-@dataclass(frozen=True)
-class Advice:
-    """One change that would make the job smaller. change: `train.micro_batch=1`."""
-
-    change: str
-    saves_bytes: int
-    peak_bytes: int
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -42,16 +33,6 @@ class Compared:
     peak_bytes: int
     at_peak: dict[str, int]
     ratio: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of arithmetic. unit: B, x or nothing. assumption: what is counted, in words."""
-
-    name: str
-    value: float
-    unit: str
-    assumption: str
 
 
 @dataclass(frozen=True)
@@ -146,7 +127,7 @@ class ReportResult(Result):
     run: dict[str, Any]
     ledger: Ledger
     metrics: tuple[dict[str, Any], ...]
-    timeline: tuple[Stretch, ...] = ()
+    timeline: tuple[PhaseTrace, ...] = ()
     html: Path | None = None
     png: Path | None = None
 

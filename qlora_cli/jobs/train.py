@@ -11,30 +11,32 @@ from typing import Any
 
 import torch
 
-from qlora_cli.checkpoint.adapter import save_adapter
-from qlora_cli.checkpoint.finite import last_checkpoint_named
-from qlora_cli.checkpoint.layout import RESUME, RunFolder, appear_whole, whole_file, writing
-from qlora_cli.checkpoint.open import check_fingerprint
-from qlora_cli.checkpoint.resume import load_checkpoint, write_trained
 from qlora_cli.data.collate import Batch, peaks
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Observer
+from qlora_cli.files.atomic import RESUME, appear_whole, whole_file, writing
+from qlora_cli.files.source import SINGLE
 from qlora_cli.jobs import record, report
 from qlora_cli.jobs.memory import Earlier, MemoryRecord
-from qlora_cli.jobs.prepare import Job, Prepared, prepare, read_job
+from qlora_cli.jobs.prepare import Prepared, TrainingJob, prepare, read_job
 from qlora_cli.jobs.results import TrainResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import Ledger
+from qlora_cli.models.attach import save_adapter
+from qlora_cli.plan.dry_run import dry_run
+from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.finite import last_checkpoint_named
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.open import check_fingerprint
+from qlora_cli.runs.resume import load_checkpoint, write_trained
+from qlora_cli.tasks.causal import Score, evaluate
 from qlora_cli.train import runtime
-from qlora_cli.train.forward import Score, evaluate
-from qlora_cli.train.imagine import full_fine_tuning, imagine
-from qlora_cli.train.imagined import Imagined
 from qlora_cli.train.loop import LAST_LOSSES, Loop, Progress
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.units import format_bytes
-from qlora_cli.weights.source import SINGLE
 
 
 def run(
@@ -49,25 +51,25 @@ def run(
     if resume and (finished := _finished(job, recipe_path)) is not None:
         observer.note(f"{job.run.path} is finished; there is nothing to go on with")
         return finished
-    checkpoint = _claim(job, recipe_path, resume)
+    checkpoint = open_or_resume(job, recipe_path, resume)
     try:
         planned, before = _plan(job, observer)
         return _train(job, checkpoint, planned, before, observer)
     except torch.OutOfMemoryError as fault:
-        _leave(job.run, "failed", resume)
+        record_stop(job.run, "failed", resume)
         raise DoesNotFit(
             f"the card's memory is full: {str(fault).splitlines()[0]}",
             hint="`qlora plan` with --fit says what fits; is another process on the card?",
         ) from fault
     except (Interrupted, KeyboardInterrupt):
-        _leave(job.run, "interrupted", resume)
+        record_stop(job.run, "interrupted", resume)
         raise
     except BaseException:  # whatever it is, run.json must not go on saying running
-        _leave(job.run, "failed", resume)
+        record_stop(job.run, "failed", resume)
         raise
 
 
-def _leave(run: RunFolder, status: str, resumed: bool) -> None:
+def record_stop(run: RunFolder, status: str, resumed: bool) -> None:
     """After an error: the status; or nothing at all, where a new run has not done a step."""
     done_nothing = not run.steps() and not (run.metrics.exists() and run.metrics.stat().st_size)
     # The error on its way says more than that run.json could not be written, either.
@@ -78,17 +80,17 @@ def _leave(run: RunFolder, status: str, resumed: bool) -> None:
             record.set_status(run, status)
 
 
-def _finished(job: Job, recipe_path: Path | None) -> TrainResult | None:
+def _finished(job: TrainingJob, recipe_path: Path | None) -> TrainResult | None:
     """What a finished run said at its end; None where there is something left to do."""
     about = job.run.read()
-    if job.run.told("status") != "done" or not job.run.memory_json.is_file():
+    if job.run.require("status") != "done" or not job.run.memory_json.is_file():
         return None
     _check_same(job.run, about, record.describe_run(job.prepared, recipe_path, job.steps))
     ledger = report.run(job.run.path).ledger
     return TrainResult(**about["result"] | {"run": job.run.path, "ledger": ledger})
 
 
-def _claim(job: Job, recipe_path: Path | None, resume: bool) -> Path | None:
+def open_or_resume(job: TrainingJob, recipe_path: Path | None, resume: bool) -> Path | None:
     """Makes the run's folder, or finds the checkpoint to go on from."""
     about = record.describe_run(job.prepared, recipe_path, job.steps)
     if not resume:
@@ -132,11 +134,11 @@ def _forget_metrics_after(run: RunFolder, step: int) -> None:
             beside.write_text("".join(lines))
 
 
-def _plan(job: Job, observer: Observer) -> tuple[Imagined, Imagined]:
+def _plan(job: TrainingJob, observer: Observer) -> tuple[MemoryPlan, MemoryPlan]:
     """(this job, full fine-tuning on the same batches). Raises DoesNotFit."""
     prepared, window, held_out = job.prepared, job.worst_window, job.worst_held_out
     planned, before = (
-        imagine(recipe, prepared.config, prepared.facts, window, held_out)
+        dry_run(recipe, prepared.config, prepared.facts, window, held_out)
         for recipe in (prepared.recipe, full_fine_tuning(prepared.recipe))
     )
     observer.note(
@@ -153,13 +155,17 @@ def _plan(job: Job, observer: Observer) -> tuple[Imagined, Imagined]:
 
 
 def _train(
-    job: Job, checkpoint: Path | None, planned: Imagined, before: Imagined, observer: Observer
+    job: TrainingJob,
+    checkpoint: Path | None,
+    planned: MemoryPlan,
+    before: MemoryPlan,
+    observer: Observer,
 ) -> TrainResult:
     prepared = job.prepared
     device = runtime.start(prepared.facts, prepared.recipe.train.seed).device
     instrument = Instrument(device)
     state = load(prepared, device, instrument, observer)
-    record.set_status(job.run, "running", tensors=record.describe_tensors(state.built))
+    record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))
     earlier = None
     if checkpoint is not None:
         state.step, scale = load_checkpoint(checkpoint, state.trainable, state.optimizer)
@@ -199,14 +205,14 @@ def _evaluate(state: State, held_out: Sequence[Batch], instrument: Instrument) -
         return None
     worst = [held_out[number] for number in sorted(peaks([batch.size for batch in held_out]))]
     with instrument.phase("eval"):
-        evaluate(state.built, worst, state.device)
+        evaluate(state.loaded, worst, state.device)
     with instrument.counting("eval"):
-        return evaluate(state.built, held_out, state.device)
+        return evaluate(state.loaded, held_out, state.device)
 
 
-def _save(job: Job, state: State) -> None:
+def _save(job: TrainingJob, state: State) -> None:
     if job.prepared.recipe.adapter.method == "lora":
-        save_adapter(state.built, job.prepared.recipe, job.run.adapter)
+        save_adapter(state.loaded, job.prepared.recipe, job.run.adapter)
         return
     weights = job.run.weights
     with writing("the trained model", weights, hint=RESUME), appear_whole(weights) as folder:
@@ -221,7 +227,9 @@ def _train_loss(run: RunFolder) -> float:
     return sum(losses) / len(losses)
 
 
-def _finish(job: Job, progress: Progress, score: Score | None, ledger: Ledger) -> TrainResult:
+def _finish(
+    job: TrainingJob, progress: Progress, score: Score | None, ledger: Ledger
+) -> TrainResult:
     result = TrainResult(
         run=job.run.path,
         steps=job.steps,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from qlora_cli.checkpoint.layout import RunFolder
 from qlora_cli.events import Observer
-from qlora_cli.export.room import give_back_freed
-from qlora_cli.export.verify import verify
+from qlora_cli.export.verify.verify import verify
 from qlora_cli.jobs.results import VerifyResult
 from qlora_cli.memory.device import inspect_device
+from qlora_cli.memory.host import give_back_freed
+from qlora_cli.runs.layout import RunFolder
 
 
 def run(merged: Path, *, against: Path, observer: Observer) -> VerifyResult:

@@ -4,7 +4,7 @@ Why it is needed: "allocated" counts whole blocks, and a large block is not spli
 1 MiB would be left; "reserved" counts segments, which a sequence of sizes can tear to pieces. A sum
 of tensors is up to 3 % below the one and says nothing of the other, so that it promises sequences
 5 to 18 % longer than a card can take. Replaying the real allocator's events gives its figures
-exactly (tools/plan_vs_run.py).
+exactly (tools/validation/plan_vs_run.py).
 
 Source: c10/cuda/CUDACachingAllocator.cpp, without expandable segments, one stream.
 """

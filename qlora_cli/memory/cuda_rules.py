@@ -1,7 +1,7 @@
 """What CUDA kernels allocate inside themselves, where no dispatch mode can see it.
 
 Read in the sources of PyTorch and FlashAttention and checked against the real caching allocator
-(tools/plan_vs_run.py). All of it goes through torch's allocator; what libraries take from the
+(tools/validation/plan_vs_run.py). All of it goes through torch's allocator; what libraries take from the
 driver themselves does not and is no part of a plan.
 
 Letters: H heads, G key/value heads, D head size, T tokens of all rows, R rows.
@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from qlora_cli.memory.rules import CPU_RULES
+from qlora_cli.device import DeviceProfile
+from qlora_cli.memory.cpu_rules import CPU_RULES
 from qlora_cli.memory.tracker import Rules
-from qlora_cli.recipe.resolve import DeviceFacts
 from qlora_cli.units import MIB
 
 _WORKSPACE = 2 * 4 * MIB + 8 * 16 * 1024
@@ -27,12 +27,12 @@ _NORM_CHUNK = 65536
 """Elements that one block of `_foreach_norm` adds up."""
 
 
-def rules_for(device: DeviceFacts) -> Rules:
+def rules_for(device: DeviceProfile) -> Rules:
     """The rules of a card, or of a CPU."""
     return CPU_RULES if device.kind == "cpu" else _cuda_rules(device)
 
 
-def _cuda_rules(card: DeviceFacts) -> Rules:
+def _cuda_rules(card: DeviceProfile) -> Rules:
     hopper = card.capability is not None and card.capability >= _HOPPER
     return Rules(
         temporaries={

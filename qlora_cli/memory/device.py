@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 
+from qlora_cli.device import DeviceProfile
 from qlora_cli.memory.ledger import Allocator
-from qlora_cli.recipe.resolve import DeviceFacts
 
 
-def inspect_device() -> DeviceFacts:
+def inspect_device() -> DeviceProfile:
     """The first CUDA card where there is one, else this machine's CPU."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info(0)
         # What this process' allocator has taken is the job's own.
         taken = total - free - torch.cuda.memory_reserved(0)
-        return DeviceFacts(
+        return DeviceProfile(
             kind="cuda",
             name=properties.name,
             capacity_bytes=properties.total_memory,
@@ -27,7 +27,7 @@ def inspect_device() -> DeviceFacts:
             multiprocessors=properties.multi_processor_count,
             context_bytes=max(taken, 0),
         )
-    return DeviceFacts(kind="cpu", name=_cpu_name(), capacity_bytes=host_capacity_bytes())
+    return DeviceProfile(kind="cpu", name=_cpu_name(), capacity_bytes=host_capacity_bytes())
 
 
 def host_capacity_bytes() -> int:

@@ -14,10 +14,10 @@ import torch
 
 from qlora_cli.memory.allocator import CachingAllocator
 from qlora_cli.memory.counter import Counter
+from qlora_cli.memory.cpu_rules import CPU_RULES
 from qlora_cli.memory.cuda_rules import rules_for
 from qlora_cli.memory.device import inspect_device, read_allocator, reset_peak
 from qlora_cli.memory.ledger import Allocator, Phase
-from qlora_cli.memory.rules import CPU_RULES
 from qlora_cli.memory.timeline import Timeline
 from qlora_cli.memory.tracker import StorageTracker
 

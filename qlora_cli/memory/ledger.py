@@ -31,7 +31,7 @@ nothing."""
 PHASES = ("load", "first_step", "step", "checkpoint", "eval", "merge")
 STEP_PHASES = ("first_step", "step")
 
-Source = Literal["measured", "planned"]
+FigureSource = Literal["measured", "planned"]
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Side:
+class MethodPeak:
     """One side of before and after: a method's worst instant over the whole job."""
 
     method: str
-    source: Source
+    source: FigureSource
     peak_bytes: int
     at_peak: dict[str, int]
     bits: int | None = None
@@ -119,8 +119,8 @@ class Ledger:
 
     device: Device
     phases: tuple[Phase, ...]
-    before: Side
-    after: Side
+    before: MethodPeak
+    after: MethodPeak
     planned_peak_bytes: int
     measured_peak_bytes: int
     allocator: Allocator = field(default_factory=Allocator)
@@ -144,9 +144,9 @@ class Ledger:
         """The object of the contract; an absent `bits` is left out."""
         content = asdict(self)
         content["phases"], content["notes"] = list(content["phases"]), list(self.notes)
-        for side in ("before", "after"):
-            if content[side]["bits"] is None:
-                del content[side]["bits"]
+        for method_peak in ("before", "after"):
+            if content[method_peak]["bits"] is None:
+                del content[method_peak]["bits"]
         content["ratio"] = self.ratio
         return content
 
@@ -157,8 +157,8 @@ class Ledger:
         return cls(
             device=Device(**content["device"]),
             phases=tuple(Phase(**phase) for phase in content["phases"]),
-            before=Side(**content["before"]),
-            after=Side(**content["after"]),
+            before=MethodPeak(**content["before"]),
+            after=MethodPeak(**content["after"]),
             planned_peak_bytes=content["planned_peak_bytes"],
             measured_peak_bytes=content["measured_peak_bytes"],
             allocator=Allocator(**content["allocator"]),

@@ -21,7 +21,7 @@ MOST_MOMENTS = 600
 
 
 @dataclass(frozen=True)
-class Stretch:
+class PhaseTrace:
     """One tracked phase. step: the optimizer step, counted from 1, where it is one.
 
     seconds: of each moment, since the job began, rising. bytes: category -> what lived at each of
@@ -62,7 +62,7 @@ class Stretch:
         }
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Stretch:
+    def from_dict(cls, content: dict[str, Any]) -> PhaseTrace:
         """The inverse of `to_dict`; raises KeyError, TypeError, ValueError or AssertionError."""
         marks = tuple((float(moment), str(name)) for moment, name in content["marks"])
         rows = {name: array("q", row) for name, row in content["bytes"].items()}
@@ -79,12 +79,12 @@ class Timeline:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._began = clock()
-        self._stretches: list[Stretch] = []
+        self._stretches: list[PhaseTrace] = []
         self._open: _Recording | None = None
         self._latest: dict[str, int] = {}
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def stretches(self) -> tuple[PhaseTrace, ...]:
         """Those that have ended, in order."""
         return tuple(self._stretches)
 
@@ -127,9 +127,9 @@ class Timeline:
         return self._clock() - self._began
 
 
-def read_stretches(content: dict[str, Any]) -> tuple[Stretch, ...]:
-    """The inverse of `Timeline.to_dict`; raises as `Stretch.from_dict` on a damaged one."""
-    return tuple(Stretch.from_dict(stretch) for stretch in content["stretches"])
+def read_stretches(content: dict[str, Any]) -> tuple[PhaseTrace, ...]:
+    """The inverse of `Timeline.to_dict`; raises as `PhaseTrace.from_dict` on a damaged one."""
+    return tuple(PhaseTrace.from_dict(stretch) for stretch in content["stretches"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +162,11 @@ class _Recording:
             self._moments[-1] = moment
         self._in_last += 1
 
-    def finish(self, seconds: float) -> Stretch:
+    def finish(self, seconds: float) -> PhaseTrace:
         """With what lived at the end as the last moment."""
         self._moments.append(_Moment(seconds, sum(self._latest.values()), self._latest))
         seen = {name for moment in self._moments for name, size in moment.bytes.items() if size}
-        return Stretch(
+        return PhaseTrace(
             phase=self.phase,
             step=self.step,
             seconds=array("d", (moment.seconds for moment in self._moments)),

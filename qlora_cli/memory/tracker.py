@@ -242,7 +242,7 @@ def mark(name: str) -> None:
 
 
 @contextlib.contextmanager
-def within(path: str) -> Iterator[None]:
+def module_scope(path: str) -> Iterator[None]:
     """What is made inside belongs to the module at `path`; a plan repeats a block's for others."""
     if not _active:
         yield

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlora_cli.memory.tracker import scope
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """A label that is not trained on."""
 _WORDS = 8192
 """Rows of the head whose gradient is added to at once."""

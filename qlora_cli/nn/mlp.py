@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_cli.nn.lora import LoraLinear
-from qlora_cli.nn.product import Product
+from qlora_cli.nn.lora_matmul import AdaptedLinear, LoraMatmul
 from qlora_cli.nn.quant import QuantLinear
 
 CHUNK_ELEMENTS = 2**22
@@ -86,8 +85,10 @@ class Mlp(nn.Module):
             gate = self.get_submodule(self.names.gate)(x)
         up: Tensor = self.get_submodule(self.names.up)(x)
         down = self.get_submodule(self.names.down)
-        assert isinstance(down, LoraLinear | QuantLinear)
-        product, factors = down.begin() if isinstance(down, LoraLinear) else (Product(down), [])
+        assert isinstance(down, AdaptedLinear | QuantLinear)
+        product, factors = (
+            down.begin() if isinstance(down, AdaptedLinear) else (LoraMatmul(down), [])
+        )
         flat = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (gate, up))
         y: Tensor = _DownProduct.apply(self.activation, product, *flat, *factors)
         return y.view(*x.shape[:-1], product.base.out_features)
@@ -109,7 +110,7 @@ class _DownProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         activation: Activation,
-        product: Product,
+        product: LoraMatmul,
         gate: Tensor | None,
         up: Tensor,
         *factors: Tensor,
@@ -121,7 +122,7 @@ class _DownProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        product: Product = ctx.product
+        product: LoraMatmul = ctx.product
         gate, up, *saved = ctx.saved_tensors
         narrow, factors = saved[: len(product.rows)], saved[len(product.rows) :]
         grad_narrow = product.grad_narrow(grad, factors)

@@ -46,7 +46,7 @@ _ops = torch.ops.bitsandbytes
 
 
 @dataclass(frozen=True)
-class Format:
+class WeightFormat:
     """How a base weight is held and what it computes in.
 
     storage: of 16-bit weights. threshold: LLM.int8()'s outlier threshold, 0 for none.
@@ -59,9 +59,9 @@ class Format:
     double_quant: bool = True
     threshold: float = 6.0
 
-    def plain(self) -> Format:
+    def plain(self) -> WeightFormat:
         """The same, unquantized: for heads and for what must not be packed."""
-        return Format(16, self.compute, self.storage)
+        return WeightFormat(16, self.compute, self.storage)
 
 
 class QuantLinear(nn.Module):
@@ -75,17 +75,24 @@ class QuantLinear(nn.Module):
     offset_of_scale: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, held: Format, category: str = "base"
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        weight_format: WeightFormat,
+        category: str = "base",
     ) -> None:
         super().__init__()
         self.category = category
         self.in_features = in_features
         self.out_features = out_features
-        self.held = held
+        self.weight_format = weight_format
         self.weight = _frozen(torch.empty(out_features, in_features, device="meta"))
         self.bias = None
         if bias:
-            self.bias = _frozen(torch.empty(out_features, dtype=held.compute, device="meta"))
+            self.bias = _frozen(
+                torch.empty(out_features, dtype=weight_format.compute, device="meta")
+            )
         for constant in ("scale", "scale_of_scale", "offset_of_scale"):
             self.register_parameter(constant, None)
 
@@ -97,12 +104,12 @@ class QuantLinear(nn.Module):
         """
         assert weight.shape == (self.out_features, self.in_features), weight.shape
         with scope("temporary"):
-            if self.held.bits == 4:
+            if self.weight_format.bits == 4:
                 self._pack_4bit(weight)
-            elif self.held.bits == 8:
+            elif self.weight_format.bits == 8:
                 self._pack_8bit(weight)
             else:
-                self.weight = _frozen(weight.to(self.held.storage).contiguous())
+                self.weight = _frozen(weight.to(self.weight_format.storage).contiguous())
         attribute([self.weight], self.category)
         attribute(self.constants(), "quant_constants")
 
@@ -112,12 +119,15 @@ class QuantLinear(nn.Module):
         scale = torch.empty(-(-flat.numel() // BLOCK_4BIT), device=device)
         for start in _enough(range(0, flat.numel(), PACK_ELEMENTS), flat):
             codes, scales = _ops.quantize_4bit(
-                flat[start : start + PACK_ELEMENTS], BLOCK_4BIT, self.held.quant_type, torch.uint8
+                flat[start : start + PACK_ELEMENTS],
+                BLOCK_4BIT,
+                self.weight_format.quant_type,
+                torch.uint8,
             )
             packed[start // 2 :][: codes.shape[0]] = codes
             scale[start // BLOCK_4BIT :][: scales.shape[0]] = scales
         self.weight = _frozen(packed)
-        if not self.held.double_quant:
+        if not self.weight_format.double_quant:
             self.scale = _frozen(scale)
             return
         offset = scale.mean()
@@ -148,18 +158,18 @@ class QuantLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """The frozen values (out, in) in the compute dtype: what the adapter is trained on."""
         with scope("temporary"):
-            if self.held.bits == 16:
-                return self.weight.to(self.held.compute)
-            if self.held.bits == 8:
+            if self.weight_format.bits == 16:
+                return self.weight.to(self.weight_format.compute)
+            if self.weight_format.bits == 8:
                 return self._scaled(self.weight)
             assert self.scale is not None
             return _ops.dequantize_4bit(  # type: ignore[no-any-return]
                 self.weight,
                 self._block_scales(),
                 BLOCK_4BIT,
-                self.held.quant_type,
+                self.weight_format.quant_type,
                 [self.out_features, self.in_features],
-                self.held.compute,
+                self.weight_format.compute,
             )
 
     def _block_scales(self) -> Tensor:
@@ -179,12 +189,12 @@ class QuantLinear(nn.Module):
     def _scaled(self, columns: Tensor) -> Tensor:
         """int8 columns (out, n) as compute dtype; multiplied in float32, rounded once."""
         assert self.scale is not None
-        out = torch.empty(columns.shape, dtype=self.held.compute, device=columns.device)
+        out = torch.empty(columns.shape, dtype=self.weight_format.compute, device=columns.device)
         return torch.mul(columns, self.scale[:, None], out=out)
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T + b, outside autograd."""
-        if self.held.bits == 8:
+        if self.weight_format.bits == 8:
             y = self._product_8bit(x)
             return y if self.bias is None else y.add_(self.bias)
         if self.bias is None:
@@ -194,7 +204,7 @@ class QuantLinear(nn.Module):
     def _product_8bit(self, x: Tensor) -> Tensor:
         with scope("temporary"):
             magnitudes = x.abs()
-            columns = _outlier_columns(magnitudes, self.held.threshold)
+            columns = _outlier_columns(magnitudes, self.weight_format.threshold)
         if columns.numel() > self.in_features // OUTLIER_SHARE:
             del magnitudes
             return x @ self.dequantize().t()

@@ -5,31 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_cli.device import DeviceProfile
 from qlora_cli.recipe.schema import Recipe
-
-
-@dataclass(frozen=True)
-class DeviceFacts:
-    """What choices depend on.
-
-    kind: cpu | cuda. capacity_bytes: memory of the card, or of the machine. capability: CUDA
-    compute capability, (8, 9) for an RTX 4090; None on a CPU. multiprocessors: of the card, 0 on
-    a CPU. context_bytes: of the capacity, what the CUDA context and others take. imagined: a card
-    that is not here, described by hand (`--vram`).
-    """
-
-    kind: str
-    name: str
-    capacity_bytes: int
-    capability: tuple[int, int] | None = None
-    multiprocessors: int = 0
-    context_bytes: int = 0
-    imagined: bool = False
-
-    @property
-    def usable_bytes(self) -> int:
-        """What is left for a job."""
-        return max(0, self.capacity_bytes - self.context_bytes)
 
 
 @dataclass(frozen=True)
@@ -41,7 +18,7 @@ class Choice:
     reason: str
 
 
-def resolve(recipe: Recipe, device: DeviceFacts) -> tuple[Recipe, tuple[Choice, ...]]:
+def resolve(recipe: Recipe, device: DeviceProfile) -> tuple[Recipe, tuple[Choice, ...]]:
     """The recipe with no `auto` left that a device decides, and each choice with its reason.
 
     `data.format: auto` stays: rows decide it, not the device.
@@ -56,7 +33,7 @@ def resolve(recipe: Recipe, device: DeviceFacts) -> tuple[Recipe, tuple[Choice, 
     return recipe.model_copy(update={"base": base.model_copy(update=chosen)}), tuple(choices)
 
 
-def _compute_dtype(device: DeviceFacts) -> Choice:
+def _compute_dtype(device: DeviceProfile) -> Choice:
     if device.capability is None:
         reason = "a CPU computes float32 exactly and without slow conversions"
         return Choice("base.compute_dtype", "float32", reason)

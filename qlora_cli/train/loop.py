@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
-from qlora_cli.checkpoint.layout import RunFolder, writing
-from qlora_cli.checkpoint.resume import save_checkpoint
-from qlora_cli.data.packing import Windows, peak_steps
+from qlora_cli.data.packing import BatchSchedule, peak_steps
 from qlora_cli.errors import Interrupted
 from qlora_cli.events import Observer, StepEvent
+from qlora_cli.files.atomic import writing
 from qlora_cli.memory.device import live_and_peak
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.tracker import gradients_of
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.resume import save_checkpoint
 from qlora_cli.train.optimizer import learning_rate
 from qlora_cli.train.state import State
 from qlora_cli.train.step import StepOutcome, train_step
@@ -90,12 +91,12 @@ class Loop:
     """
 
     state: State
-    windows: Windows
+    windows: BatchSchedule
     steps: int
     run: RunFolder
     instrument: Instrument
     observer: Observer
-    remember: Callable[[Progress], object]
+    on_checkpoint: Callable[[Progress], object]
 
     def go(self) -> Progress:
         """From the state's step to the last.
@@ -121,7 +122,7 @@ class Loop:
         lr = learning_rate(self.state.recipe.train, step, self.steps)
         with self._watching(tracked):
             began = time.perf_counter()
-            outcome = train_step(self.state, self.windows.window(step), lr)
+            outcome = train_step(self.state, self.windows.step_batches(step), lr)
             seconds = time.perf_counter() - began
         if outcome.skipped:
             self.observer.note(
@@ -172,7 +173,7 @@ class Loop:
                     self.state.optimizer,
                     self.state.loss_scale.state(),
                 )
-            self.remember(progress)
+            self.on_checkpoint(progress)
         if stop and step < self.steps:
             raise Interrupted(
                 f"stopped after step {step} of {self.steps}; its checkpoint is written",

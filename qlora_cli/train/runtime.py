@@ -8,8 +8,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
+from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import UsageError
-from qlora_cli.recipe.resolve import DeviceFacts
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Runtime:
     device: torch.device
 
 
-def start(facts: DeviceFacts, seed: int) -> Runtime:
+def start(facts: DeviceProfile, seed: int) -> Runtime:
     """Settles device and random seed. Raises UsageError under a launcher of several processes."""
     processes = PartialState(cpu=facts.kind == "cpu")
     if processes.num_processes > 1:

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from qlora_cli.events import Observer
-from qlora_cli.families.spec import Family
+from qlora_cli.files.dtype import torch_dtype
+from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.tracker import StorageTracker
+from qlora_cli.models.build import build
+from qlora_cli.models.family import Family
+from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.optimizer import LossScale, make_optimizer
-from qlora_cli.weights.build import build, torch_dtype
-from qlora_cli.weights.built import Built
-from qlora_cli.weights.source import Source
 
 
 @dataclass
@@ -25,7 +26,7 @@ class State:
     """A job between two steps. step: optimizer steps done."""
 
     recipe: Recipe
-    built: Built
+    loaded: LoadedModel
     trainable: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     loss_scale: LossScale
@@ -36,7 +37,7 @@ class State:
 def build_state(
     recipe: Recipe,
     config: Any,
-    make_source: Callable[[Any, Family], Source],
+    make_source: Callable[[Any, Family], TensorSource],
     device: torch.device,
     observer: Observer,
     file_dtype: torch.dtype,
@@ -46,22 +47,25 @@ def build_state(
     Raises ModelError for a base that does not fit its config, RecipeError for what the device
     lacks.
     """
-    built = build(recipe, config, make_source, device, observer, file_dtype)
-    built.model.train()
-    trainable = built.trainable()
+    loaded = build(recipe, config, make_source, device, observer, file_dtype)
+    loaded.model.train()
+    trainable = loaded.trainable()
     optimizer = make_optimizer(recipe.train, trainable.values(), device)
-    half = {torch.float16} & {built.held.compute, torch_dtype(recipe.adapter.dtype)}
-    return State(recipe, built, trainable, optimizer, LossScale(needed=bool(half)), device)
+    half = {torch.float16} & {loaded.weight_format.compute, torch_dtype(recipe.adapter.dtype)}
+    return State(recipe, loaded, trainable, optimizer, LossScale(needed=bool(half)), device)
 
 
 def tag_living(state: State, tracker: StorageTracker) -> None:
     """Counts what the state holds, each tensor under its category."""
-    built = state.built
-    for path, module in built.model.named_modules():
-        if path in built.family.embeddings:
+    loaded = state.loaded
+    for path, module in loaded.model.named_modules():
+        if path in loaded.family.embeddings:
             tracker.tag(module.parameters(recurse=False), "embeddings")
-        elif path == built.family.head:
-            if module.weight is not built.model.get_submodule(built.family.token_embedding).weight:
+        elif path == loaded.family.head:
+            if (
+                module.weight
+                is not loaded.model.get_submodule(loaded.family.token_embedding).weight
+            ):
                 tracker.tag(module.parameters(recurse=False), "head")
         elif isinstance(module, QuantLinear):
             tracker.tag((p for p in (module.weight, module.bias) if p is not None), "base")

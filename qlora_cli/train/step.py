@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_cli.checkpoint.finite import ADVICE
 from qlora_cli.data.collate import Batch
 from qlora_cli.errors import NotFinite
+from qlora_cli.files.finite import ADVICE
+from qlora_cli.files.safetensors_io import is_finite
 from qlora_cli.memory.tracker import mark, scope
-from qlora_cli.train.forward import batch_loss
+from qlora_cli.tasks.causal import batch_loss
 from qlora_cli.train.optimizer import AdamW
 from qlora_cli.train.state import State
-from qlora_cli.weights.tensorfile import is_finite
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def train_step(state: State, window: Sequence[Batch], lr: float) -> StepOutcome:
         total = torch.zeros((), dtype=torch.float32, device=state.device)
     for batch in window:
         mark("forward")
-        loss = batch_loss(state.built, batch, state.device, scale)
+        loss = batch_loss(state.loaded, batch, state.device, scale)
         mark("backward")
         loss.backward()
         total += loss.detach()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.memory.ledger import CATEGORIES
-from qlora_cli.memory.timeline import Stretch
+from qlora_cli.memory.timeline import PhaseTrace
 from qlora_cli.ui import memory, timelines
 from qlora_cli.ui.shades import HATCHES, SHADES
 from qlora_cli.units import format_bytes
@@ -29,11 +29,13 @@ def stacked_bars(bars: Mapping[str, Mapping[str, int]]) -> Figure:
     """One horizontal bar a name, its bytes by category, the sum at its end."""
     figure = _figure(height=1.1 + 0.55 * len(bars))
     _bars(figure.subplots(), bars)
-    _legend(figure, [c for c in CATEGORIES if any(side.get(c) for side in bars.values())])
+    _legend(
+        figure, [c for c in CATEGORIES if any(method_peak.get(c) for method_peak in bars.values())]
+    )
     return figure
 
 
-def over_step(stretch: Stretch, planned_bytes: int) -> Figure:
+def over_step(stretch: PhaseTrace, planned_bytes: int) -> Figure:
     """Memory over one step."""
     figure = _figure(height=4.0)
     timelines.draw_step(figure.subplots(), stretch, planned_bytes)
@@ -65,7 +67,11 @@ def poster(result: ReportResult) -> Figure:
         _title(panels[-1], "The run")
         _run(panels[-1], result)
     timed = timelines.shown_categories(result.timeline)
-    known = [c for c in CATEGORIES if c in timed or any(side.get(c) for side in sides.values())]
+    known = [
+        c
+        for c in CATEGORIES
+        if c in timed or any(method_peak.get(c) for method_peak in sides.values())
+    ]
     _legend(figure, known)
     return figure
 
@@ -170,5 +176,5 @@ def _figure(height: float) -> Figure:
 
 
 def _frameless(axes: Axes) -> None:
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
+    for method_peak, spine in axes.spines.items():
+        spine.set_visible(method_peak in ("left", "bottom"))

@@ -57,8 +57,8 @@ def by_phase(ledger: Ledger) -> dict[str, dict[str, int]]:
 def by_side(ledger: Ledger) -> dict[str, dict[str, int]]:
     """Before and after, each with its method and where its figures come from."""
     return {
-        f"{when}: {method_name(side.method, side.bits)} ({side.source})": side.at_peak
-        for when, side in (("before", ledger.before), ("after", ledger.after))
+        f"{when}: {method_name(method_peak.method, method_peak.bits)} ({method_peak.source})": method_peak.at_peak
+        for when, method_peak in (("before", ledger.before), ("after", ledger.after))
     }
 
 
@@ -71,8 +71,8 @@ def method_name(method: str, bits: int | None) -> str:
 def phase_table(ledger: Ledger) -> RenderableType:
     """Categories as rows, the job's phases as columns, the worst instant of each."""
     table = _table(grid(by_phase(ledger)))
-    held = [format_bytes(phase.live_bytes) for phase in ledger.phases]
-    table.add_row("held afterwards", *held, style="dim")
+    weight_format = [format_bytes(phase.live_bytes) for phase in ledger.phases]
+    table.add_row("held afterwards", *weight_format, style="dim")
     instrument = f"; {ledger.instrument}" if ledger.instrument else ""
     title = f"Memory on {device_line(ledger)}{instrument}"
     told = [f"{name} {size}" for name, size in counters(ledger).items()]
@@ -161,11 +161,11 @@ def differences(ledger: Ledger) -> dict[str, str]:
 
 
 def _attributed(ledger: Ledger) -> str | None:
-    side = ledger.after
-    if side.source != "measured" or not side.peak_bytes:
+    method_peak = ledger.after
+    if method_peak.source != "measured" or not method_peak.peak_bytes:
         return None
-    other = side.at_peak.get("other", 0)
-    share = 1 - other / side.peak_bytes
+    other = method_peak.at_peak.get("other", 0)
+    share = 1 - other / method_peak.peak_bytes
     judge = "" if ledger.allocator.allocated else "; a CPU keeps no counter to compare with"
     return f"{share:.1%} of the peak, other {format_bytes(other)}{judge}"
 

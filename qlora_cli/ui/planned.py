@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qlora_cli.jobs.results import Advice, Line, PlanResult
+from qlora_cli.jobs.results import PlanResult
+from qlora_cli.plan.results import Advice, Line
 from qlora_cli.ui import memory
 from qlora_cli.ui.tables import fact_lines
 from qlora_cli.units import (

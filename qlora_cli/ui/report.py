@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_cli.checkpoint.layout import RunFolder, whole_file, writing
 from qlora_cli.errors import UsageError
+from qlora_cli.files.atomic import whole_file, writing
 from qlora_cli.jobs.results import ReportResult
+from qlora_cli.runs.layout import RunFolder
 from qlora_cli.ui import memory
 from qlora_cli.ui.summary import settings, summary
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.memory.ledger import CATEGORIES, STEP_PHASES
-from qlora_cli.memory.timeline import Stretch
+from qlora_cli.memory.timeline import PhaseTrace
 from qlora_cli.ui.memory import category_name
 from qlora_cli.ui.shades import HATCHES, SHADES
 from qlora_cli.units import GIB, KIB, MIB, format_bytes, format_duration
@@ -45,25 +45,25 @@ class Gap:
     peaks: tuple[int, ...]
 
 
-def worst_step(stretches: Sequence[Stretch]) -> Stretch | None:
+def worst_step(stretches: Sequence[PhaseTrace]) -> PhaseTrace | None:
     """The tracked step with the highest peak, the last of equals; None where none was tracked."""
     steps = [stretch for stretch in stretches if stretch.phase in STEP_PHASES]
     return max(reversed(steps), key=lambda stretch: stretch.peak_bytes, default=None)
 
 
-def name(stretch: Stretch) -> str:
+def name(stretch: PhaseTrace) -> str:
     """`step 3`, `load`."""
     if stretch.step is None:
         return stretch.phase.replace("_", " ")
     return f"step {stretch.step:,}"
 
 
-def shown_categories(stretches: Sequence[Stretch]) -> list[str]:
+def shown_categories(stretches: Sequence[PhaseTrace]) -> list[str]:
     """Those that any stretch has, in the ledger's order."""
     return [name for name in CATEGORIES if any(name in stretch.bytes for stretch in stretches)]
 
 
-def draw_step(axes: Axes, stretch: Stretch, planned_bytes: int) -> None:
+def draw_step(axes: Axes, stretch: PhaseTrace, planned_bytes: int) -> None:
     """Bytes by category over one step; what it does stands above, each at its beginning."""
     start, end = stretch.seconds[0], stretch.seconds[-1]
     unit = _dress(axes, max(stretch.peak_bytes, planned_bytes))
@@ -79,7 +79,7 @@ def draw_step(axes: Axes, stretch: Stretch, planned_bytes: int) -> None:
 
 def draw_run(
     axes: Axes,
-    stretches: Sequence[Stretch],
+    stretches: Sequence[PhaseTrace],
     metrics: Sequence[Mapping[str, Any]],
     planned_bytes: int,
     has_counter: bool,
@@ -127,8 +127,8 @@ def _names(axes: Axes, middles: Sequence[float], names: Sequence[str]) -> None:
 
 
 def _parts(
-    stretches: Sequence[Stretch], metrics: Sequence[Mapping[str, Any]], has_counter: bool
-) -> Iterator[Stretch | Gap]:
+    stretches: Sequence[PhaseTrace], metrics: Sequence[Mapping[str, Any]], has_counter: bool
+) -> Iterator[PhaseTrace | Gap]:
     """Stretches in order, and between them the steps that none of them shows.
 
     A process tracks its first steps; so what was not tracked before one that loads again was done
@@ -157,8 +157,8 @@ def _untracked(lines: Sequence[Mapping[str, Any]], has_counter: bool) -> Gap:
     )
 
 
-def _name(part: Stretch | Gap) -> str:
-    if isinstance(part, Stretch):
+def _name(part: PhaseTrace | Gap) -> str:
+    if isinstance(part, PhaseTrace):
         return f"{name(part)}\n{_duration(part.seconds[-1] - part.seconds[0])}"
     alone = part.first == part.last
     steps = f"step {part.first:,}" if alone else f"steps\n{part.first:,}-{part.last:,}"
@@ -169,13 +169,13 @@ def _duration(seconds: float) -> str:
     return format_duration(seconds) if seconds >= 0.1 else f"{seconds * 1000:.0f} ms"
 
 
-def _shares(stretch: Stretch) -> list[float]:
+def _shares(stretch: PhaseTrace) -> list[float]:
     """Each moment as a share of the stretch."""
     start, length = stretch.seconds[0], stretch.seconds[-1] - stretch.seconds[0]
     return [(moment - start) / length if length else 0.0 for moment in stretch.seconds]
 
 
-def _areas(axes: Axes, stretch: Stretch, moments: Sequence[float], unit: int) -> None:
+def _areas(axes: Axes, stretch: PhaseTrace, moments: Sequence[float], unit: int) -> None:
     """One area a category, stacked in the ledger's order; what stays is at the bottom."""
     bottom = [0.0] * len(moments)
     for name in CATEGORIES:
@@ -220,8 +220,8 @@ def _marks(axes: Axes, marks: Sequence[tuple[float, str]], length: float) -> Non
         axes.text(0, 1.01, f"a line each: {told}", transform=across, fontsize=8, va="bottom")
         return
     for moment, word in marks:
-        side = "right" if moment / length + _WORD > 1 else "left"
-        axes.text(moment, 1.01, word, transform=across, fontsize=8, ha=side, va="bottom")
+        method_peak = "right" if moment / length + _WORD > 1 else "left"
+        axes.text(moment, 1.01, word, transform=across, fontsize=8, ha=method_peak, va="bottom")
 
 
 def _words_fit(marks: Sequence[tuple[float, str]], length: float) -> bool:
@@ -275,6 +275,6 @@ def _dress(axes: Axes, highest: int) -> int:
     axes.set_ylabel(name)
     axes.grid(axis="y", color="#e3e7ec", linewidth=0.6)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    for method_peak in ("top", "right"):
+        axes.spines[method_peak].set_visible(False)
     return unit

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import qlora_cli.starter
-from tests.commandline import qlora
+from tests.helpers.cli_helpers import qlora
 
 STARTER = Path(qlora_cli.starter.__file__).parent
 RECIPE = """\

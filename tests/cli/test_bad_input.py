@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.files.source import INDEX, SINGLE
 from qlora_cli.memory.device import inspect_device
-from qlora_cli.weights.source import INDEX, SINGLE
-from tests.commandline import Outcome, qlora
-from tests.runs import make_base, make_rows
+from tests.helpers.cli_helpers import Outcome, qlora
+from tests.helpers.runs import make_base, make_rows
 
 RECIPE = """\
 model: {{name: {base}}}
@@ -219,7 +219,12 @@ def test_an_unknown_family_lists_its_linears(job: Path, tiny: Path, tmp_path: Pa
     for command in ("train", "plan"):
         outcome = qlora(command, job, f"model.name={other}")
         refused(
-            outcome, 2, "'opt' is not known", "llama", "self_attn.q_proj", "qlora_cli/families/"
+            outcome,
+            2,
+            "'opt' is not known",
+            "llama",
+            "self_attn.q_proj",
+            "qlora_cli/models/families/",
         )
     free_again(job)
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import qlora_cli.starter
-from tests.commandline import qlora
+from tests.helpers.cli_helpers import qlora
 
 PROMPT = ("--prompt", "name: Copper Swan", "--max-new-tokens", "8")
 STARTER = Path(qlora_cli.starter.__file__).parent

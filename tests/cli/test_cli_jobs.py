@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from qlora_cli.device import DeviceProfile
 from qlora_cli.memory.ledger import Ledger
-from qlora_cli.recipe.resolve import DeviceFacts
 from qlora_cli.recipe.shipped import find_recipe
 from qlora_cli.units import GIB
-from tests.commandline import qlora
+from tests.helpers.cli_helpers import qlora
 
 
 def test_plan_says_what_a_job_needs(recipe: Path) -> None:
@@ -67,17 +67,17 @@ def test_vram_describes_a_card_that_is_not_here(
 ) -> None:
     from qlora_cli.jobs import plan
 
-    seen: list[DeviceFacts | None] = []
+    seen: list[DeviceProfile | None] = []
     real = plan.run
 
-    def watched(*args: object, device_facts: DeviceFacts | None, **rest: object) -> object:
+    def watched(*args: object, device_facts: DeviceProfile | None, **rest: object) -> object:
         seen.append(device_facts)
         return real(*args, device_facts=device_facts, **rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(plan, "run", watched)
     assert qlora("plan", recipe, "--vram", "24GiB").code == 0
     card = ("cuda", "an imagined card", 24 * GIB, (8, 9), 128)
-    assert seen == [DeviceFacts(*card, context_bytes=GIB // 2, imagined=True)]
+    assert seen == [DeviceProfile(*card, context_bytes=GIB // 2, imagined=True)]
 
 
 def test_train_leaves_a_whole_run(run: Path) -> None:

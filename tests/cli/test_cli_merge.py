@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commandline import qlora
+from tests.helpers.cli_helpers import qlora
 
 
 def test_two_halves_of_an_adapter_are_the_adapter(run: Path, tmp_path: Path) -> None:

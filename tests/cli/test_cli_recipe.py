@@ -8,7 +8,7 @@ import pytest
 
 from qlora_cli.recipe.describe import keys
 from qlora_cli.recipe.shipped import shipped_recipes
-from tests.commandline import qlora
+from tests.helpers.cli_helpers import qlora
 
 
 def test_list_names_every_shipped_recipe_and_says_what_it_is_for() -> None:

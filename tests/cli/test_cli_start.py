@@ -23,7 +23,7 @@ from qlora_cli.errors import (
     UsageError,
     VerificationFailed,
 )
-from tests.commandline import qlora
+from tests.helpers.cli_helpers import qlora
 
 SLOW = ("torch", "bitsandbytes", "transformers", "datasets", "accelerate", "matplotlib", "pandas")
 LIST_IMPORTS = """

@@ -10,8 +10,8 @@ import pytest
 
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError
-from tests.commandline import Outcome, qlora
-from tests.runs import make_base, make_rows
+from tests.helpers.cli_helpers import Outcome, qlora
+from tests.helpers.runs import make_base, make_rows
 
 AUTO_MAP = {
     "AutoConfig": "own.OwnConfig",

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.checkpoint.layout import left_beside
 from qlora_cli.errors import QloraError
+from qlora_cli.files.atomic import left_beside
 from qlora_cli.jobs import quickstart
-from tests.commandline import qlora
+from tests.helpers.cli_helpers import qlora
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -167,9 +167,9 @@ def test_a_merge_leaves_folders_with_similar_names(run: Path, tmp_path: Path) ->
 def test_a_file_that_is_put_into_out_while_merging_stays(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_cli.export import merge
+    from qlora_cli.export.merge import write
 
-    out, real = tmp_path / "out", merge.carry
+    out, real = tmp_path / "out", write.carry
 
     def carry(*arguments: Any) -> None:
         real(*arguments)
@@ -177,7 +177,7 @@ def test_a_file_that_is_put_into_out_while_merging_stays(
         (out / "notes.txt").write_text("mine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(merge, "carry", carry)
+        patch.setattr(write, "carry", carry)
         outcome = qlora("merge", run, "--out", out)
     assert outcome.code == 2
     (beside,) = left_beside(out)

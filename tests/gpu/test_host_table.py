@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from qlora_cli.data.collate import Batch, worst_batch
-from qlora_cli.nn import surgery
+from qlora_cli.models import convert
+from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train.forward import batch_loss, evaluate
-from qlora_cli.weights.built import Built
-from tests.runs import build_base, make_base, make_recipe, make_rows, stir
+from qlora_cli.tasks.causal import batch_loss, evaluate
+from tests.helpers.runs import build_base, make_base, make_recipe, make_rows, stir
 
 pytestmark = pytest.mark.gpu
 BATCH = worst_batch(48, 2, 250)
@@ -27,29 +27,29 @@ def recipe_of(folder: Path, family: str, compute: str) -> Recipe:
     return make_recipe(base, rows, base={"compute_dtype": compute})
 
 
-def table_of(built: Built) -> FrozenEmbedding | HostEmbedding:
-    table = built.model.get_submodule(built.family.token_embedding)
+def table_of(loaded: LoadedModel) -> FrozenEmbedding | HostEmbedding:
+    table = loaded.model.get_submodule(loaded.family.token_embedding)
     assert isinstance(table, FrozenEmbedding | HostEmbedding)
     return table
 
 
 def both(
     recipe: Recipe, card: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Built, Built]:
+) -> tuple[LoadedModel, LoadedModel]:
     """(table on the host, as the job builds it; table on the card)."""
     on_host = build_base(recipe, card)
     with monkeypatch.context() as patch:
-        patch.setattr(surgery, "keep_on_host", lambda *_: None)
+        patch.setattr(convert, "keep_on_host", lambda *_: None)
         on_card = build_base(recipe, card)
-    for built in (on_host, on_card):
-        built.model.train()
+    for loaded in (on_host, on_card):
+        loaded.model.train()
     return on_host, on_card
 
 
-def loss_and_gradients(built: Built, batch: Batch, card: torch.device) -> list[Tensor]:
-    loss = batch_loss(built, batch, card, 1.0)
+def loss_and_gradients(loaded: LoadedModel, batch: Batch, card: torch.device) -> list[Tensor]:
+    loss = batch_loss(loaded, batch, card, 1.0)
     loss.backward()
-    return [loss.detach(), *(p.grad for p in built.trainable().values() if p.grad is not None)]
+    return [loss.detach(), *(p.grad for p in loaded.trainable().values() if p.grad is not None)]
 
 
 def test_where_the_table_lies(
@@ -71,10 +71,14 @@ def test_the_card_does_not_hold_it(
     before = torch.cuda.memory_allocated()
     on_host = build_base(recipe, counting_card)
     without = torch.cuda.memory_allocated() - before
-    monkeypatch.setattr(surgery, "keep_on_host", lambda *_: None)
+    monkeypatch.setattr(convert, "keep_on_host", lambda *_: None)
     on_card = build_base(recipe, counting_card)
-    held = torch.cuda.memory_allocated() - before - without
-    assert held - without >= table_of(on_card).weight.nbytes == table_of(on_host).weight.nbytes
+    weight_format = torch.cuda.memory_allocated() - before - without
+    assert (
+        weight_format - without
+        >= table_of(on_card).weight.nbytes
+        == table_of(on_host).weight.nbytes
+    )
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
@@ -87,9 +91,9 @@ def test_loss_and_gradients_are_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pair = both(recipe_of(tmp_path, family, compute), card, monkeypatch)
-    for built in pair:
-        stir(built)
-    own, other = (loss_and_gradients(built, BATCH, card) for built in pair)
+    for loaded in pair:
+        stir(loaded)
+    own, other = (loss_and_gradients(loaded, BATCH, card) for loaded in pair)
     assert len(own) == len(other) > 1
     assert all(torch.equal(*two) for two in zip(own, other, strict=True))
     assert evaluate(pair[0], [BATCH], card) == evaluate(pair[1], [BATCH], card)
@@ -97,8 +101,8 @@ def test_loss_and_gradients_are_the_same_bits(
 
 def test_rows_of_many_batches_in_a_row_are_not_mixed_up(card: torch.device, tmp_path: Path) -> None:
     """The host gathers the next rows while the card still copies from pinned memory."""
-    built = build_base(recipe_of(tmp_path, "llama", "bfloat16"), card)
-    table = table_of(built)
+    loaded = build_base(recipe_of(tmp_path, "llama", "bfloat16"), card)
+    table = table_of(loaded)
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, 250, (1, 4096), generator=generator) for _ in range(50)]
     found = [table(one) for one in ids]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_cli.nn.lora import LoraLinear, Settings
-from qlora_cli.nn.quant import Format, QuantLinear
-from tests.numerics.test_quant import draw
-from tests.runs import CPU
+from qlora_cli.adapters.lora import LoraLinear, LoraSettings
+from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from tests.helpers.runs import CPU
+from tests.nn.test_quant import draw
 
 pytestmark = pytest.mark.gpu
 IN, OUT, TOKENS = 512, 384, 96
@@ -32,7 +32,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def frozen(bits: int, compute: torch.dtype, bias: bool = False) -> QuantLinear:
-    layer = QuantLinear(IN, OUT, bias, Format(bits, compute, torch.float16))
+    layer = QuantLinear(IN, OUT, bias, WeightFormat(bits, compute, torch.float16))
     layer.pack(draw(OUT, IN, dtype=torch.float16) * IN**-0.5)
     if layer.bias is not None:
         layer.bias = torch.nn.Parameter(draw(OUT, seed=5).to(compute), requires_grad=False)
@@ -42,7 +42,7 @@ def frozen(bits: int, compute: torch.dtype, bias: bool = False) -> QuantLinear:
 def adapted(
     bits: int, compute: torch.dtype, parts: Mapping[str, slice], dtype: torch.dtype
 ) -> LoraLinear:
-    layer = LoraLinear(frozen(bits, compute), parts, Settings(16, 32.0, 0.0, dtype, False))
+    layer = LoraLinear(frozen(bits, compute), parts, LoraSettings(16, 32.0, 0.0, dtype, False))
     generator = torch.Generator().manual_seed(1)
     layer.initialize(CPU, generator)
     for b in layer.lora_b.values():

@@ -20,11 +20,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_cli.events import Silent
-from qlora_cli.export.gguf_model import ARCHITECTURES
-from qlora_cli.export.merge import write_merged
-from qlora_cli.export.tensors import merged_tensors
-from tests.runs import CPU, make_recipe, make_rows, make_run
-from tests.vocabularies import make_model, named
+from qlora_cli.export.gguf.model import ARCHITECTURES
+from qlora_cli.export.merge.tensors import merged_tensors
+from qlora_cli.export.merge.write import write_merged
+from tests.helpers.runs import CPU, make_recipe, make_rows, make_run
+from tests.helpers.vocabularies import make_model, named
 
 CLASSES = {
     "llama": "LlamaForCausalLM",

@@ -10,13 +10,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from qlora_cli.checkpoint.adapter import attach, save_adapter
-from qlora_cli.checkpoint.adapter_file import open_adapter
-from qlora_cli.checkpoint.open import open_run
+from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.peft_file import open_adapter
 from qlora_cli.events import Silent
-from qlora_cli.nn.lora import adapted_layers
-from qlora_cli.weights.built import Built
-from tests.peft_side import (
+from qlora_cli.models.attach import attach, save_adapter
+from qlora_cli.models.model import LoadedModel
+from qlora_cli.runs.open import open_run
+from tests.helpers.peft_helpers import (
     IDS,
     frozen_16_bit,
     load_into_peft,
@@ -24,7 +24,7 @@ from tests.peft_side import (
     theirs,
     write_peft_adapter,
 )
-from tests.runs import CPU, FAMILIES, build_base, logits, make_run, stir
+from tests.helpers.runs import CPU, FAMILIES, build_base, logits, make_run, stir
 
 # PEFT 0.21 asks transformers 5.23 by a name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -49,10 +49,10 @@ def assert_same_keys(model: Any, adapter: Path) -> None:
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 def test_peft_loads_ours(family: str, rslora: bool, targets: Any, tmp_path: Path) -> None:
     base, recipe = frozen_16_bit(tmp_path, family, targets=targets, rslora=rslora)
-    run, built = make_run(tmp_path / "run", recipe)
+    run, loaded = make_run(tmp_path / "run", recipe)
     model = load_into_peft(base, run.adapter)
     assert_same_keys(model, run.adapter)
-    ours = logits(built, IDS)
+    ours = logits(loaded, IDS)
     torch.testing.assert_close(their_logits(model), ours, rtol=1e-4, atol=1e-3)
     assert not torch.allclose(their_logits(theirs(base)), ours, rtol=1e-2, atol=0.1)
 
@@ -60,10 +60,10 @@ def test_peft_loads_ours(family: str, rslora: bool, targets: Any, tmp_path: Path
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_peft_merges_ours_to_the_same_weights(family: str, tmp_path: Path) -> None:
     base, recipe = frozen_16_bit(tmp_path, family)
-    run, built = make_run(tmp_path / "run", recipe)
+    run, loaded = make_run(tmp_path / "run", recipe)
     merged = load_into_peft(base, run.adapter).merge_and_unload().state_dict()
     original = theirs(base).state_dict()
-    for path, layer in adapted_layers(built.model):
+    for path, layer in adapted_layers(loaded.model):
         delta = layer.delta().t() if family == "gpt2" else layer.delta()
         found = merged[f"{path}.weight"] - original[f"{path}.weight"]
         torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-6)
@@ -74,9 +74,9 @@ def test_a_fused_adapter_of_peft_is_one_part(tmp_path: Path) -> None:
     write_peft_adapter(
         base, tmp_path / "theirs", r=4, target_modules=["c_attn"], fan_in_fan_out=True
     )
-    built = build_base(recipe)
-    attach(built, open_adapter(tmp_path / "theirs"))
-    assert set(map(tuple, built.adapted.values())) == {("qkv",)}
+    loaded = build_base(recipe)
+    attach(loaded, open_adapter(tmp_path / "theirs"))
+    assert set(map(tuple, loaded.adapted.values())) == {("qkv",)}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -91,13 +91,13 @@ def test_a_run_may_hold_an_adapter_that_peft_wrote(family: str, tmp_path: Path) 
                 parameter += 0.01
     wanted = their_logits(model)
     model.save_pretrained(run.adapter)
-    built = open_run(run, CPU, Silent())
-    torch.testing.assert_close(logits(built, IDS), wanted, rtol=1e-4, atol=1e-3)
+    loaded = open_run(run, CPU, Silent())
+    torch.testing.assert_close(logits(loaded, IDS), wanted, rtol=1e-4, atol=1e-3)
 
 
-def round_trip(built: Built, recipe: Any, folder: Path) -> Built:
+def round_trip(loaded: LoadedModel, recipe: Any, folder: Path) -> LoadedModel:
     """Through our folder, PEFT, which holds float16 factors in float32, and PEFT's folder."""
-    save_adapter(built, recipe, folder / "ours")
+    save_adapter(loaded, recipe, folder / "ours")
     model = load_into_peft(Path(recipe.model.name), folder / "ours")
     model.save_pretrained(folder / "theirs")
     back = build_base(recipe)
@@ -109,10 +109,10 @@ def round_trip(built: Built, recipe: Any, folder: Path) -> Built:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_there_and_back_is_exact(family: str, dtype: str, tmp_path: Path) -> None:
     _, recipe = frozen_16_bit(tmp_path, family, dtype=dtype)
-    built = build_base(recipe)
-    stir(built)
-    back = round_trip(built, recipe, tmp_path)
-    ours, found = dict(adapted_layers(built.model)), dict(adapted_layers(back.model))
+    loaded = build_base(recipe)
+    stir(loaded)
+    back = round_trip(loaded, recipe, tmp_path)
+    ours, found = dict(adapted_layers(loaded.model)), dict(adapted_layers(back.model))
     assert ours.keys() == found.keys()
     for path, layer in ours.items():
         torch.testing.assert_close(found[path].delta(), layer.delta(), rtol=1e-5, atol=1e-7)

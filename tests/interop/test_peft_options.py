@@ -13,13 +13,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from qlora_cli.checkpoint import peft_format
-from qlora_cli.checkpoint.adapter import attach
-from qlora_cli.checkpoint.adapter_file import open_adapter
-from qlora_cli.checkpoint.open import adapter_at, open_for_adapters
+from qlora_cli.adapters import peft_config
+from qlora_cli.adapters.peft_file import open_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Silent
-from tests.peft_side import (
+from qlora_cli.models.attach import attach
+from qlora_cli.runs.open import adapter_at, open_for_adapters
+from tests.helpers.peft_helpers import (
     IDS,
     frozen_16_bit,
     load_into_peft,
@@ -27,7 +27,7 @@ from tests.peft_side import (
     theirs,
     write_peft_adapter,
 )
-from tests.runs import (
+from tests.helpers.runs import (
     CPU,
     FAMILIES,
     build_base,
@@ -141,12 +141,12 @@ def test_we_load_pefts(family: str, name: str, tmp_path: Path) -> None:
     write_peft_adapter(base, tmp_path / "theirs", **settings)
     # Read back, because PEFT sorts patterns when it writes them, and the first that fits decides.
     wanted = their_logits(load_into_peft(base, tmp_path / "theirs"))
-    built = build_base(recipe)
-    attach(built, open_adapter(tmp_path / "theirs"))
-    built.model.eval()
-    torch.testing.assert_close(logits(built, IDS), wanted, rtol=1e-4, atol=1e-3)
+    loaded = build_base(recipe)
+    attach(loaded, open_adapter(tmp_path / "theirs"))
+    loaded.model.eval()
+    torch.testing.assert_close(logits(loaded, IDS), wanted, rtol=1e-4, atol=1e-3)
     in_file = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
-    assert len(in_file) == sum(2 * len(roles) for roles in built.adapted.values())
+    assert len(in_file) == sum(2 * len(roles) for roles in loaded.adapted.values())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -158,9 +158,9 @@ def test_we_load_16_bit_factors(family: str, dtype: torch.dtype, tmp_path: Path)
     file = tmp_path / "theirs" / "adapter_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
     wanted = their_logits(load_into_peft(base, tmp_path / "theirs"))
-    built = build_base(recipe)
-    attach(built, open_adapter(tmp_path / "theirs"))
-    torch.testing.assert_close(logits(built, IDS), wanted, rtol=1e-4, atol=1e-3)
+    loaded = build_base(recipe)
+    attach(loaded, open_adapter(tmp_path / "theirs"))
+    torch.testing.assert_close(logits(loaded, IDS), wanted, rtol=1e-4, atol=1e-3)
 
 
 MIXED: dict[str, list[str]] = {
@@ -176,12 +176,12 @@ needs rank and alpha patterns."""
 def test_peft_loads_our_exact_paths(family: str, rslora: bool, tmp_path: Path) -> None:
     targets = MIXED.get(family, MIXED["llama"])
     base, recipe = frozen_16_bit(tmp_path, family, targets=targets, rslora=rslora)
-    run, built = make_run(tmp_path / "run", recipe)
+    run, loaded = make_run(tmp_path / "run", recipe)
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     patterned = {"rank_pattern", "alpha_pattern"} if family == "gpt2" else set()
     assert {key for key in ("rank_pattern", "alpha_pattern") if config[key]} == patterned
     found = their_logits(load_into_peft(base, run.adapter))
-    torch.testing.assert_close(found, logits(built, IDS), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found, logits(loaded, IDS), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,7 +194,7 @@ def test_what_was_trained_on_a_packed_base_answers_alike_on_the_plain_one(
     rows = make_rows(tmp_path / "rows.jsonl")
     recipe = make_recipe(base, rows, base={"bits": bits}, adapter={"targets": ["q", "v", "up"]})
     run, trained = make_run(tmp_path / "run", recipe)
-    ours = open_for_adapters(str(base), CPU, Silent()).built
+    ours = open_for_adapters(str(base), CPU, Silent()).loaded
     attach(ours, adapter_at(run.path))
     found = their_logits(load_into_peft(base, run.adapter))
     torch.testing.assert_close(found, logits(ours, IDS), rtol=1e-4, atol=1e-3)
@@ -254,7 +254,7 @@ def test_weights_beside_the_factors_are_refused(tmp_path: Path) -> None:
 
 
 OPTIONS = {field.name for field in dataclasses.fields(LoraConfig)}
-DECIDED = peft_format.PeftConfig.model_fields.keys() | peft_format._INERT
+DECIDED = peft_config.PeftConfig.model_fields.keys() | peft_config._INERT
 
 
 def test_no_option_is_passed_over(tmp_path: Path) -> None:

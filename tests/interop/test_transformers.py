@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.checkpoint.layout import RunFolder, appear_whole
-from qlora_cli.checkpoint.open import open_any, open_model, open_run, read_recipe
-from qlora_cli.checkpoint.resume import write_trained
 from qlora_cli.errors import InputError, ModelError, UsageError
 from qlora_cli.events import Silent
-from qlora_cli.export.merge import write_merged
-from qlora_cli.export.tensors import merged_tensors
-from tests.runs import (
+from qlora_cli.export.merge.tensors import merged_tensors
+from qlora_cli.export.merge.write import write_merged
+from qlora_cli.files.atomic import appear_whole
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.open import open_any, open_model, open_run, read_recipe
+from qlora_cli.runs.resume import write_trained
+from tests.helpers.runs import (
     CPU,
     FAMILIES,
     build_base,
@@ -57,22 +58,22 @@ def test_a_model_answers_as_transformers_own(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", family, dtype=dtype)
-    built, reference = open_model(base, CPU, Silent()), theirs(base)
-    assert not built.model.training
-    assert not any(parameter.requires_grad for parameter in built.model.parameters())
+    loaded, reference = open_model(base, CPU, Silent()), theirs(base)
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     with torch.no_grad():
-        torch.testing.assert_close(logits(built, IDS), reference(IDS).logits[0])
-    assert go_on(built.model, IDS, 20) == go_on(reference, IDS, 20)
-    assert built.model.generation_config.top_k == 7
+        torch.testing.assert_close(logits(loaded, IDS), reference(IDS).logits[0])
+    assert go_on(loaded.model, IDS, 20) == go_on(reference, IDS, 20)
+    assert loaded.model.generation_config.top_k == 7
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_a_pretrained_model_writes_the_same_text(name: str, shared: Path) -> None:
     folder = shared / "data" / "models" / name
-    built, reference = open_model(folder, CPU, Silent()), theirs(folder)
+    loaded, reference = open_model(folder, CPU, Silent()), theirs(folder)
     ids = torch.tensor([[1, 2, 0, 1, 2, 1]])
     num = 5 if name == "gpt_nano_sort" else 60
-    assert go_on(built.model, ids, num) == go_on(reference, ids, num)
+    assert go_on(loaded.model, ids, num) == go_on(reference, ids, num)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,9 +124,9 @@ def test_a_run_trained_in_full_opens_its_own_weights(tmp_path: Path) -> None:
 def test_anything_is_opened_by_what_it_is(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
     run, _ = make_run(tmp_path / "run", make_recipe(base, make_rows(tmp_path / "rows.jsonl")))
-    assert open_any(str(run.path), CPU, Silent()).built.adapted
+    assert open_any(str(run.path), CPU, Silent()).loaded.adapted
     opened = open_any(str(base), CPU, Silent())
-    assert not opened.built.adapted
+    assert not opened.loaded.adapted
     assert opened.folder == base
     with pytest.raises(InputError, match="no folder"):
         open_any(str(tmp_path / "nothing"), CPU, Silent())

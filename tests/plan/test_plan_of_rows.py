@@ -18,17 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_cases import FILE_DTYPE, Case, MadeSource
 
-from qlora_cli.data.chat import UNTRAINED, Example
 from qlora_cli.data.collate import Size, batch_of, peaks
-from qlora_cli.data.packing import Windows, peak_steps
+from qlora_cli.data.encode import Example
+from qlora_cli.data.packing import BatchSchedule, peak_steps
 from qlora_cli.events import Silent
+from qlora_cli.files.safetensors_io import Shape, write_tensors
+from qlora_cli.files.source import SINGLE
 from qlora_cli.jobs import train
-from qlora_cli.jobs.prepare import Job
+from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.memory.ledger import Ledger
+from qlora_cli.models.build import skeleton
+from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.weights.build import skeleton
-from qlora_cli.weights.source import SINGLE
-from qlora_cli.weights.tensorfile import Shape, write_tensors
 
 Row = tuple[int, int]
 """(tokens, how many of them are trained)."""
@@ -40,7 +41,7 @@ def write_rows(file: Path, rows: Sequence[Row]) -> Path:
     lines = []
     for tokens, targets in rows:
         ids = [(7 * place + tokens) % 1000 for place in range(tokens)]
-        labels = [UNTRAINED] * (tokens - targets) + ids[tokens - targets :]
+        labels = [IGNORE_INDEX] * (tokens - targets) + ids[tokens - targets :]
         lines.append(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
     file.write_text("".join(lines))
     return file
@@ -86,13 +87,13 @@ def test_the_most_trained_tokens_are_planned_for(
     ledger = trained(tmp_path / "all", rows)
     assert plan_table.UNDER <= error(ledger) <= plan_table.OVER
 
-    def by_tokens(job: Job) -> list[object]:
+    def by_tokens(job: TrainingJob) -> list[object]:
         steps = range(job.steps)
-        batches = [batch for step in steps for batch in job.windows.window(step)]
+        batches = [batch for step in steps for batch in job.windows.step_batches(step)]
         return [max(batches, key=lambda batch: batch.num_tokens)] * 2
 
     # The tolerance is not so wide that a plan of the longest batch alone would pass.
-    monkeypatch.setattr(Job, "worst_window", property(by_tokens))
+    monkeypatch.setattr(TrainingJob, "worst_window", property(by_tokens))
     assert error(trained(tmp_path / "long", rows)) < plan_table.UNDER
 
 
@@ -117,13 +118,13 @@ ROWS = st.lists(
 )
 
 
-def windows_of(rows: Sequence[Row], **settings: object) -> Windows:
+def windows_of(rows: Sequence[Row], **settings: object) -> BatchSchedule:
     examples = [
-        Example([1] * tokens, [UNTRAINED] * (tokens - targets) + [1] * targets, "")
+        Example([1] * tokens, [IGNORE_INDEX] * (tokens - targets) + [1] * targets, "")
         for tokens, targets in rows
     ]
     given_settings = {"seq_len": 32, "packing": True, "micro_batch": 3, "grad_accum": 2, "seed": 1}
-    return Windows(examples, **{**given_settings, **settings})  # type: ignore[arg-type]
+    return BatchSchedule(examples, **{**given_settings, **settings})  # type: ignore[arg-type]
 
 
 @given(ROWS, st.booleans(), st.integers(1, 3))

@@ -1,8 +1,8 @@
 """The plan is the run: imagined peaks against the tracker's and against torch's profiler.
 
-Three figures for each phase: what `imagine` says beforehand, what the storage tracker counts in the
+Three figures for each phase: what `dry_run` says beforehand, what the storage tracker counts in the
 real job, and what torch's profiler, which shares no code with either, sees being allocated. The
-whole grid is tools/plan_vs_run.py; here is a part of it that takes seconds.
+whole grid is tools/validation/plan_vs_run.py; here is a part of it that takes seconds.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import pytest
 import torch
 from plan_cases import Case, cpu_grid, cuda_grid
 from plan_measure import PHASES, Run, facts_of, planned, seen_by_profiler
-from profiled import Judge
+from profiler_peak import Judge
 from torch import Tensor
 
-from qlora_cli.memory import rules
+from qlora_cli.memory import cpu_rules
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import Phase
 from qlora_cli.memory.tracker import Rules, gradients_of
+from qlora_cli.plan import dry_run as imagining
 from qlora_cli.recipe.resolve import resolve
-from qlora_cli.train import imagine as imagining
 from qlora_cli.train.state import tag_living
-from tests.runs import CPU
+from tests.helpers.runs import CPU
 
 NO_CHECKPOINTING = "train.activation_checkpointing=false"
 GRID = [
@@ -195,12 +195,13 @@ def numbers(*shape: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("into", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("held", [torch.int8, torch.int32, torch.float16])
-def test_rule_of_mixed_dtypes(held: torch.dtype, into: torch.dtype) -> None:
-    codes, scale = numbers(256, 320, dtype=held), numbers(256, 1, dtype=torch.float32)
+def test_rule_of_mixed_dtypes(weight_format: torch.dtype, into: torch.dtype) -> None:
+    codes, scale = numbers(256, 320, dtype=weight_format), numbers(256, 1, dtype=torch.float32)
     out = torch.empty(256, 320, dtype=into)
     peak, _ = kernel_bytes(lambda: torch.mul(codes, scale, out=out))
     assert (
-        sum(rules.CPU_RULES.temporaries["aten::mul.out"]((codes, scale), {"out": out}, out)) == peak
+        sum(cpu_rules.CPU_RULES.temporaries["aten::mul.out"]((codes, scale), {"out": out}, out))
+        == peak
     )
 
 
@@ -210,12 +211,12 @@ def test_rule_of_quantization(quant_type: str, dtype: torch.dtype) -> None:
     weight = numbers(256, 320, dtype=dtype)
     arguments = (weight, 64, quant_type, torch.uint8)
     peak, kept = kernel_bytes(lambda: torch.ops.bitsandbytes.quantize_4bit(*arguments))
-    ruled = sum(rules.CPU_RULES.temporaries["bitsandbytes::quantize_4bit"](arguments, {}, None))
+    ruled = sum(cpu_rules.CPU_RULES.temporaries["bitsandbytes::quantize_4bit"](arguments, {}, None))
     assert ruled == pytest.approx(peak - kept, rel=0.01)
 
 
 def test_operands_of_one_dtype_need_no_cast() -> None:
     one, other = numbers(8, 8, dtype=torch.float16), numbers(8, 8, dtype=torch.float16)
-    rule = rules.CPU_RULES.temporaries["aten::mul.Tensor"]
+    rule = cpu_rules.CPU_RULES.temporaries["aten::mul.Tensor"]
     assert not rule((one, other), {}, one)
     assert not rule((one, 2.0), {}, one)

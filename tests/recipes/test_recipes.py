@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.cli.plan import _imagined_card
+from qlora_cli.files.locate import read_config
 from qlora_cli.jobs import plan as planning
 from qlora_cli.recipe.document import read_document
 from qlora_cli.recipe.load import load_recipe
@@ -17,8 +18,7 @@ from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.shipped import shipped_recipes, summary
 from qlora_cli.units import GIB
-from qlora_cli.weights.locate import read_config
-from tests.commandline import qlora
+from tests.helpers.cli_helpers import qlora
 
 PLANNED = {
     "chat": ("Qwen2.5-3B", "8GiB"),

@@ -1,0 +1,193 @@
+"""The models whose answers are compared: trained, without its adapter, and merged.
+
+All are made on meta and answer one after the other, streamed (`stream.py`), so none is ever held.
+In a proof the trained one alone is held where it fits, because its greedy tokens come one by one.
+
+The trained model computes as it was trained, with our linears and attention. A merged one is
+transformers' own, with its own attention, as other programs will run it; in float32, so that what
+is compared is the weights' rounding and not the arithmetic's. Only its tables keep the dtype of the
+file and are cast row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.data.encode import Example
+from qlora_cli.events import Silent
+from qlora_cli.export.compare.logits import Answers, Head, answers
+from qlora_cli.export.merge.folder import CONFIG
+from qlora_cli.export.merge.tensors import MergedTensors
+from qlora_cli.export.merge.underflow import Underflow
+from qlora_cli.files.locate import read_config
+from qlora_cli.files.source import FolderSource
+from qlora_cli.memory.host import fits
+from qlora_cli.models import convert
+from qlora_cli.models.attach import attach, detach
+from qlora_cli.models.build import kernel_on, skeleton
+from qlora_cli.models.model import LoadedModel, is_tied
+from qlora_cli.models.placement.device import load
+from qlora_cli.models.placement.streamed import stream
+from qlora_cli.nn.attention import Kernel
+from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.site import Site
+from qlora_cli.runs.open import open_source
+
+
+@dataclass(frozen=True)
+class ComparisonModel:
+    """A model that can answer. is_resident: the whole model is in memory, not streamed."""
+
+    loaded: LoadedModel
+    head: Head
+    device: torch.device
+    is_resident: bool = False
+
+    def answers(self, rows: Sequence[Example]) -> Answers:
+        """To these rows, each on its own."""
+        return answers(self.loaded, self.head, rows, self.device)
+
+
+def trained(tensors: MergedTensors, base: Path, may_hold: bool) -> ComparisonModel:
+    """The model that training ended with; without an adapter in `tensors`, its frozen base.
+
+    may_hold: it is held where it fits; else it is streamed, as merging is bounded in memory.
+    """
+    kernel = kernel_on(tensors.device, tensors.weight_format.compute)
+    loaded = as_trained(read_config(base / CONFIG), tensors.weight_format, tensors.sites, kernel)
+    if may_hold and fits(_held_bytes(tensors), tensors.device):
+        load(loaded, tensors.source, tensors.device, Silent())
+        if tensors.adapter is not None:
+            attach(loaded, tensors.adapter)
+        return _ready(
+            loaded, tensors.source, tensors.device, tensors.weight_format.storage, is_resident=True
+        )
+    stream(loaded, tensors.source, tensors.device, tensors.adapter)
+    return _ready(loaded, tensors.source, tensors.device, tensors.weight_format.storage)
+
+
+def without_adapter(
+    comparison_model: ComparisonModel, tensors: MergedTensors, base: Path
+) -> ComparisonModel:
+    """The frozen base of a trained model, which gives its adapter away where it is held."""
+    if comparison_model.is_resident:
+        detach(comparison_model.loaded)
+        return comparison_model
+    return trained(replace(tensors, adapter=None), base, may_hold=False)
+
+
+def as_written(
+    tensors: MergedTensors,
+    base: Path,
+    compute: torch.dtype = torch.float32,
+    underflow: Underflow | None = None,
+) -> ComparisonModel:
+    """The merged model, rounded as it will be written. underflow: counts what it loses by that."""
+    loaded = _transformers_own(base, compute, tensors.dtype, tensors.device)
+    stream(loaded, _Written(tensors, underflow), tensors.device)
+    return _ready(loaded, tensors.source, tensors.device, tensors.dtype)
+
+
+def in_folder(
+    merged: Path, dtype: torch.dtype, device: torch.device, compute: torch.dtype = torch.float32
+) -> ComparisonModel:
+    """The merged model as it lies in a folder. Raises ModelError where it is not one."""
+    loaded = _transformers_own(merged, compute, dtype, device)
+    source = open_source(merged, loaded.family)
+    stream(loaded, source, device)
+    return _ready(loaded, source, device, dtype)
+
+
+def as_trained(
+    config: Any, weight_format: WeightFormat, sites: Sequence[Site], kernel: Kernel
+) -> LoadedModel:
+    """On meta, to be filled."""
+    model, family = skeleton(config, weight_format.compute)
+    loaded = LoadedModel(model, family, config, list(sites), {}, weight_format, kernel)
+    for site in sites:
+        packed = QuantLinear(site.in_features, site.out_features, site.bias, weight_format)
+        convert.replace(model, site.path, packed)
+    convert.install_tables(model, family.embeddings, family.head, weight_format)
+    return loaded
+
+
+def as_others_run_it(
+    config: Any, compute: torch.dtype, storage: torch.dtype, kernel: Kernel
+) -> LoadedModel:
+    """On meta, to be filled; with the attention of training."""
+    model, family = skeleton(config, compute)
+    weight_format = WeightFormat(16, compute, storage)
+    convert.install_tables(model, family.embeddings, family.head, weight_format)
+    return LoadedModel(model, family, config, [], {}, weight_format, kernel)
+
+
+def _transformers_own(
+    folder: Path, compute: torch.dtype, storage: torch.dtype, device: torch.device
+) -> LoadedModel:
+    kernel = kernel_on(device, compute)
+    loaded = as_others_run_it(read_config(folder / CONFIG), compute, storage, kernel)
+    model, family = loaded.model, loaded.family
+    model.set_attn_implementation("sdpa")
+    if compute is torch.float16 and device.type == "cpu":
+        for path in set(convert.linear_paths(model)) - {*family.embeddings, family.head}:
+            _multiply_in_two_steps(model.get_submodule(path))
+    return loaded
+
+
+def _multiply_in_two_steps(linear: nn.Module) -> None:
+    """A float16 product as cards make it: summed in float32, then rounded (see `float16.py`)."""
+    linear.to(torch.float32)
+    linear.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+    linear.register_forward_hook(lambda _, __, output: output.half())
+
+
+def _ready(
+    loaded: LoadedModel,
+    source: FolderSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    is_resident: bool = False,
+) -> ComparisonModel:
+    loaded.model.eval()
+    loaded.model.requires_grad_(False)
+    path = loaded.family.token_embedding if is_tied(loaded) else loaded.family.head
+    return ComparisonModel(loaded, Head(source.entry(f"{path}.weight"), dtype), device, is_resident)
+
+
+def _held_bytes(tensors: MergedTensors) -> int:
+    """Of the trained model, and of its largest tensor once more while it is packed."""
+    packed = {f"{site.path}.weight" for site in tensors.sites}
+    total = largest = 0
+    for name in tensors.source.names():
+        num = torch.Size(tensors.source.shape(name)).numel()
+        bits = (
+            tensors.weight_format.bits
+            if name in packed
+            else 8 * tensors.weight_format.storage.itemsize
+        )
+        total += num * bits // 8
+        largest = max(largest, num * torch.float32.itemsize)
+    return total + largest
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Merged tensors as the source that a model is streamed from."""
+
+    tensors: MergedTensors
+    underflow: Underflow | None
+
+    def names(self) -> Sequence[str]:
+        return self.tensors.source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.source.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors.make(self.tensors.source.file_name(name), self.underflow)

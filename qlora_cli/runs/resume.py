@@ -1,0 +1,139 @@
+"""Checkpoints: everything that makes a resumed run bit-identical to an unbroken one.
+
+A checkpoint holds the trained tensors, the optimizer's state, the loss scale, the random states
+and the step. The order of rows is a pure function of the step (`data/packing.py`), and so is the
+learning rate; neither is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.errors import ModelError, NotFinite, QloraError
+from qlora_cli.files.atomic import appear_whole
+from qlora_cli.files.finite import on_host
+from qlora_cli.files.safetensors_io import Shape, is_finite, read_header, read_tensor, write_tensors
+from qlora_cli.runs.layout import RunFolder
+
+_TENSORS = "trained.safetensors"
+_STATE = "state.pt"
+_DAMAGE = (ModelError, OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError)
+"""What torch.load and the readers raise on files that are missing, cut short or overwritten."""
+
+
+def save_checkpoint(
+    run: RunFolder,
+    step: int,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    loss_scale: Mapping[str, float],
+) -> Path:
+    """Writes step's checkpoint, whole or not at all.
+
+    Raises QloraError where the disk refuses, NotFinite where a parameter is NaN or infinite.
+    """
+    folder = run.checkpoint(step)
+    try:
+        with appear_whole(folder) as beside:
+            write_trained(trainable, beside / _TENSORS)
+            state = {
+                "step": step,
+                "optimizer": optimizer.state_dict(),
+                "loss_scale": dict(loss_scale),
+                "random": _random_states(),
+            }
+            # Given a path, torch reports a full disk as a RuntimeError that does not say so.
+            with (beside / _STATE).open("wb") as stream:
+                torch.save(state, stream)
+    except NotFinite as fault:
+        raise NotFinite(f"after step {step}: {fault.what}", hint=fault.hint) from fault
+    except OSError as fault:
+        raise QloraError(
+            f"the checkpoint could not be written: {fault.strerror or fault}",
+            where=str(folder),
+            hint="earlier checkpoints are whole; free disk space and go on with --resume",
+        ) from fault
+    return folder
+
+
+def load_checkpoint(
+    folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, float]]:
+    """Fills parameters, optimizer and random states; returns (step, loss scale's state).
+
+    Raises ModelError on damaged files, QloraError where the checkpoint is of another model.
+    """
+    try:
+        read_trained(folder / _TENSORS, trainable)
+        device = next(iter(trainable.values())).device
+        state: dict[str, Any] = torch.load(folder / _STATE, map_location=device, weights_only=True)
+        _load_optimizer(optimizer, state["optimizer"])
+        _restore_random_states(state["random"])
+        return int(state["step"]), state["loss_scale"]
+    except _DAMAGE as fault:
+        raise ModelError(
+            f"this checkpoint is damaged: {repr(fault)[:200]}",
+            where=str(folder),
+            hint="remove its folder and --resume goes on from the one before it",
+        ) from fault
+
+
+def write_trained(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Named tensors in their own dtypes, one at a time through the host.
+
+    Raises NotFinite where one has a value that is NaN or infinite.
+    """
+    shapes = {name: Shape(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_tensors(file, shapes, lambda name: on_host(name, tensors[name]), {"format": "pt"})
+
+
+@torch.no_grad()
+def read_trained(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """The inverse of `write_trained`, into parameters that are there already.
+
+    Raises ModelError on values that are not finite, which older versions wrote.
+    """
+    entries, _ = read_header(file)
+    stored = {name: entry.shape for name, entry in entries.items()}
+    if stored != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
+        raise QloraError(
+            "the tensors stored are not those that the recipe trains",
+            where=str(file),
+            hint="the recipe or the base has changed since; start a new run",
+        )
+    for name, parameter in parameters.items():
+        values = read_tensor(entries[name])
+        if not is_finite(values):
+            raise ModelError(f"{name} is not finite")
+        parameter.copy_(values)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """torch's own loader casts states to the parameter's dtype; ours must stay float32."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(state)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    order = [index for group in groups for index in group["params"]]
+    for index, parameter in zip(order, parameters, strict=True):
+        for key, value in state["state"].get(index, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[parameter][key] = value
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())

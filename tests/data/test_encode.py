@@ -1,0 +1,189 @@
+"""Rows that are no chats: one BOS at most, one trained eos, the completion trained and no more."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_cli.data.encode import ALPACA, encode
+from qlora_cli.data.formats import Row, detect_format, read_rows
+from qlora_cli.data.tokenizer import load_tokenizer
+from qlora_cli.errors import DataError, ModelError
+from qlora_cli.nn.loss import IGNORE_INDEX
+
+SHARED = Path(os.environ.get("QLORA_SHARED", Path(__file__).parents[3] / "shared")) / "data"
+TOKENIZERS = [
+    "tokenizers/gpt2",
+    "tokenizers/mistral_v3_hf",
+    "models/stories260K",
+    "models/books-gpt2",
+]
+pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the checkout")
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request):
+    return load_tokenizer(str(SHARED / request.param))
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return load_tokenizer(str(SHARED / "models" / "stories260K"))
+
+
+def encoded(format, tokenizer, seq_len=10_000, **fields):
+    return encode([Row("rows.jsonl:1", fields)], format, tokenizer, seq_len)[0]
+
+
+def split(example):
+    """The ids that are only read, and those that are learnt."""
+    pairs = list(zip(example.ids, example.labels, strict=True))
+    assert all(label in (token, IGNORE_INDEX) for token, label in pairs)
+    read = [token for token, label in pairs if label == IGNORE_INDEX]
+    return read, [token for token, label in pairs if label != IGNORE_INDEX]
+
+
+def test_text_is_all_learnt_with_one_eos(tokenizer):
+    example = encoded("text", tokenizer, text="A day, é 🙂.\n\nAnother day.")
+    own = tokenizer("A day, é 🙂.\n\nAnother day.")["input_ids"]
+    assert example.ids == [*own, tokenizer.eos_token_id]
+    assert example.num_targets >= len(own) - 1
+    assert example.labels[-1] == tokenizer.eos_token_id
+
+
+def test_bos_and_eos_stand_once_when_the_text_brings_them(stories):
+    example = encoded("text", stories, text="<s>A day.</s>")
+    assert example.ids == encoded("text", stories, text="A day.").ids
+    assert example.ids.count(stories.bos_token_id) == example.ids.count(stories.eos_token_id) == 1
+
+
+def test_completion_is_learnt_and_the_prompt_is_not(tokenizer):
+    prompt, completion = "Once upon a time", " there was a 🙂 dog.\n"
+    read, learnt = split(encoded("completion", tokenizer, prompt=prompt, completion=completion))
+    assert tokenizer.decode(read, skip_special_tokens=True).strip() == prompt
+    assert learnt[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(learnt[:-1]).strip() == completion.strip()
+
+
+def test_the_whole_is_tokenized_as_one_text(tokenizer):
+    example = encoded("completion", tokenizer, prompt="It is unbeliev", completion="able.")
+    assert example.ids == [*tokenizer("It is unbelievable.")["input_ids"], tokenizer.eos_token_id]
+    # Whatever token holds a character of the completion is learnt, also across the boundary.
+    assert "able." in tokenizer.decode(split(example)[1])
+
+
+WORDS = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Co", "Cn")), max_size=30
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(prompt=WORDS, completion=WORDS)
+def test_no_character_of_the_completion_is_left_out(prompt, completion):
+    tokenizer = load_tokenizer_once("tokenizers/gpt2")
+    example = encoded("completion", tokenizer, prompt=prompt, completion=completion + "!")
+    learnt = split(example)[1][:-1]
+    text = tokenizer.decode(learnt, skip_special_tokens=False)
+    # A token across the boundary may bring the prompt's end along, and nothing is missing behind.
+    assert text.endswith(completion + "!") or "\ufffd" in text
+    assert sum(label != IGNORE_INDEX for label in example.labels) == len(learnt) + 1
+
+
+@cache
+def load_tokenizer_once(name):
+    return load_tokenizer(str(SHARED / name))
+
+
+def test_alpaca_without_a_template_is_stanfords_prompt(tokenizer):
+    fields = {"instruction": "Name a colour.", "input": "", "output": "Red."}
+    read, learnt = split(encoded("alpaca", tokenizer, **fields))
+    prompt = tokenizer.decode(read, skip_special_tokens=True)
+    assert prompt.strip() == ALPACA.format(instruction="Name a colour.")
+    assert tokenizer.decode(learnt[:-1]).strip() == "Red."
+    with_input = encoded("alpaca", tokenizer, instruction="Add.", input="2 + 2", output="4")
+    assert "### Input:\n2 + 2\n\n### Response:" in tokenizer.decode(with_input.ids)
+
+
+def test_alpaca_with_a_template_is_a_chat():
+    qwen = load_tokenizer_once("tokenizers/qwen_hf")
+    example = encoded("alpaca", qwen, instruction="Add.", input="2 + 2", output="4")
+    expected = "<|im_start|>user\nAdd.\n\n2 + 2<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+    assert qwen.decode(example.ids) == expected
+    assert qwen.decode(split(example)[1]) == "4<|im_end|>"
+
+
+def test_the_starters_rows_fit_its_tokenizer():
+    tokenizer = load_tokenizer("starter")
+    rows = read_rows("starter:held_out", limit=20)
+    for row, example in zip(rows, encode(rows, "completion", tokenizer, 256), strict=True):
+        learnt = split(example)[1]
+        assert tokenizer.decode(learnt[:-1]).strip() == row.fields["completion"].strip()
+        assert learnt[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["alpaca/alpaca_data_5k.jsonl", "mlx_lora_wikisql/valid.jsonl", "llamafactory/identity.json"],
+)
+def test_real_files(stories, file):
+    rows = read_rows(str(SHARED / "instruct" / file), limit=300)
+    examples = encode(rows, detect_format(rows, "auto"), stories, 10_000)
+    assert [example.origin for example in examples] == [row.origin for row in rows]
+    for example in examples:
+        assert example.ids.count(stories.bos_token_id) == 1
+        assert example.labels[-1] == stories.eos_token_id
+
+
+def test_all_rows_that_are_too_long_are_named_with_the_length_needed(stories):
+    rows = [Row(f"rows.jsonl:{n}", {"text": "a day " * n}) for n in (1, 50, 2, 90)]
+    longest = max(len(example.ids) for example in encode(rows, "text", stories, 10_000))
+    with pytest.raises(DataError, match="2 of 4 rows") as caught:
+        encode(rows, "text", stories, 64)
+    assert [problem.where for problem in caught.value.problems] == [
+        "rows.jsonl:50",
+        "rows.jsonl:90",
+    ]
+    assert f"data.seq_len={longest} would hold" in str(caught.value)
+    assert f"{longest} tokens, and seq_len is 64" in str(caught.value)
+
+
+def test_a_row_with_nothing_to_learn_is_refused(stories):
+    stories_without_eos = load_tokenizer(str(SHARED / "models" / "stories260K"))
+    stories_without_eos.eos_token = None
+    fields = {"prompt": "A day.", "completion": ""}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: no token of it would be trained"):
+        encoded("completion", stories_without_eos, **fields)
+    assert encoded("completion", stories, **fields).num_targets == 1
+
+
+def test_without_an_end_token_none_is_added():
+    tokenizer = load_tokenizer(str(SHARED / "models" / "stories260K"))
+    tokenizer.eos_token = None
+    assert encoded("text", tokenizer, text="A day.").ids == tokenizer("A day.")["input_ids"]
+
+
+def test_rows_of_ids_need_no_tokenizer():
+    plain = encoded("tokens", None, input_ids=[0, 1, 2])
+    assert plain.labels == [0, 1, 2]
+    masked = encoded("tokens", None, input_ids=[0, 1, 2], labels=[IGNORE_INDEX, 1, IGNORE_INDEX])
+    assert (masked.labels, masked.num_targets) == ([IGNORE_INDEX, 1, IGNORE_INDEX], 1)
+    with pytest.raises(ModelError, match="no tokenizer"):
+        encoded("text", None, text="A day.")
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"input_ids": [0, 1, 3]}, "ends at 2"),
+        ({"input_ids": [0, -1]}, "no token's id"),
+        ({"input_ids": [0, 1], "labels": [0, -5]}, "no token's id"),
+        ({"input_ids": [0, 1], "labels": [0, IGNORE_INDEX]}, "no token of it"),
+        ({"input_ids": []}, "no token of it"),
+    ],
+)
+def test_ids_are_checked(fields, word):
+    with pytest.raises(DataError, match=word):
+        encode([Row("rows.jsonl:1", fields)], "tokens", None, 8, vocab_size=3)

@@ -1,0 +1,141 @@
+"""float16 is written where it holds the model and bfloat16 where not; never a model that breaks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qlora_cli.errors import VerificationFailed
+from qlora_cli.events import Silent
+from qlora_cli.export.merge.tensors import merged_tensors
+from qlora_cli.export.merge.write import write_merged
+from qlora_cli.export.verify.verify import verify
+from qlora_cli.jobs import merge
+from qlora_cli.runs.layout import RunFolder
+from tests.helpers.cli_helpers import qlora
+from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, make_run
+
+torch.set_num_threads(1)
+NORM = "model.layers.0.input_layernorm.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+class Notes(Silent):
+    """Keeps what a job tells."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+def overflow_weight(weights: dict[str, Tensor]) -> None:
+    weights[NORM][3] = 1e6
+
+
+def underflow_weights(weights: dict[str, Tensor]) -> None:
+    weights[UP] *= 1e-7
+
+
+def overflow_activations(weights: dict[str, Tensor]) -> None:
+    """Every weight fits; gate * up does not."""
+    for name in ("gate", "up"):
+        weights[f"model.layers.1.mlp.{name}_proj.weight"] *= 500
+
+
+FAULTS: list[tuple[Callable[[dict[str, Tensor]], None], str]] = [
+    (overflow_weight, f"{NORM} has values that float16 cannot hold"),
+    (underflow_weights, f"{UP} loses "),
+    (overflow_activations, "in float16 the activations overflow: model.layers.1.mlp"),
+]
+seeded = pytest.mark.parametrize(
+    ("spoil", "told"), FAULTS, ids=lambda item: getattr(item, "__name__", "")
+)
+
+
+def a_run(folder: Path, spoil: Callable[[dict[str, Tensor]], None]) -> RunFolder:
+    """On a bfloat16 base, whose range is that of float32; q and v alone are adapted."""
+    base = make_base(folder / "base", "llama", dtype=torch.bfloat16, tied=False)
+    weights = load_file(base / "model.safetensors")
+    spoil(weights)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    recipe = make_recipe(
+        base,
+        make_rows(folder / "rows.jsonl"),
+        adapter={"targets": ["q", "v"]},
+        base={"compute_dtype": "bfloat16"},
+    )
+    return make_run(folder / "run", recipe)[0]
+
+
+def about(folder: Path) -> Any:
+    return json.loads((folder / "merge.json").read_text())
+
+
+@seeded
+@pytest.mark.parametrize("base", ["dequantized", "auto"])
+def test_bfloat16_is_written_instead_and_said_loudly(
+    spoil: Callable[[dict[str, Tensor]], None], told: str, base: str, tmp_path: Path
+) -> None:
+    run, out, notes = a_run(tmp_path, spoil), tmp_path / "out", Notes()
+    result = merge.run(run.path, out=out, dtype=None, base=base, observer=notes)
+    assert result.dtype == "bfloat16"
+    assert told in result.dtype_reason
+    assert any(note.startswith("WARNING: float16 does not hold the model") for note in notes.told)
+    assert about(out)["settings"]["dtype"] == "bfloat16"
+    assert told in about(out)["dtype_reason"]
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert verify(out, run, CPU, Silent()).faults == ()
+
+
+@seeded
+def test_insisted_on_it_is_exit_4(
+    spoil: Callable[[dict[str, Tensor]], None], told: str, tmp_path: Path
+) -> None:
+    run, out = a_run(tmp_path, spoil), tmp_path / "out"
+    with pytest.raises(VerificationFailed) as caught:
+        merge.run(run.path, out=out, dtype="float16", base="original", observer=Silent())
+    assert told in str(caught.value)
+    assert not out.exists()
+    outcome = qlora("merge", run.path, "--out", out, "--dtype", "float16")
+    assert outcome.code == 4
+    assert "--dtype bfloat16" in outcome.err
+
+
+def test_verify_finds_activations_that_overflow(tmp_path: Path) -> None:
+    """Another program wrote it: nothing is wrong with any tensor, and it answers NaN."""
+    run, out = a_run(tmp_path, overflow_activations), tmp_path / "out"
+    tensors = merged_tensors(run, "original", torch.float16, CPU)
+    write_merged(tensors, tmp_path / "base", out, {}, Silent())
+    (fault,) = verify(out, run, CPU, Silent()).faults
+    assert "in float16 the activations overflow" in fault
+
+
+def test_where_it_holds_float16_is_written_and_how_well_is_told(tmp_path: Path) -> None:
+    run, out = a_run(tmp_path, lambda _: None), tmp_path / "out"
+    result = merge.run(run.path, out=out, dtype=None, base="original", observer=Silent())
+    assert (result.dtype, result.dtype_reason) == ("float16", "the default, and it holds the model")
+    found = about(out)["float16"]
+    assert 0 < found["largest_activation"] < torch.finfo(torch.float16).max
+    assert 0 <= found["lost"] <= found["most_lost"] < 0.01
+    assert found["in_tensor"] in load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_another_dtype_is_written_on_request(dtype: str, tmp_path: Path) -> None:
+    run, out = a_run(tmp_path, overflow_weight), tmp_path / "out"
+    result = merge.run(run.path, out=out, dtype=dtype, base="auto", observer=Silent())
+    assert (result.dtype, result.dtype_reason) == (dtype, "asked for")
+    assert about(out)["float16"] is None
+    found = load_file(out / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in found.values()} == {f"torch.{dtype}"}
+    assert verify(out, run, CPU, Silent()).faults == ()

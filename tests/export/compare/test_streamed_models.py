@@ -1,0 +1,146 @@
+"""A model that is streamed says what the same model says when it is held."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qlora_cli.data.encode import Example
+from qlora_cli.events import Silent
+from qlora_cli.export.compare import greedy
+from qlora_cli.export.compare import models as comparison_models
+from qlora_cli.export.compare.greedy import NUM_TOKENS, agreement, speech
+from qlora_cli.export.compare.logits import compare
+from qlora_cli.export.compare.models import in_folder, trained
+from qlora_cli.export.merge.tensors import MergedTensors, merged_tensors
+from qlora_cli.export.merge.write import write_merged
+from qlora_cli.export.verify.checks import loading_faults
+from qlora_cli.export.verify.verify import verify
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.open import read_recipe
+from tests.helpers.runs import CPU, FAMILIES, logits, make_base, make_recipe, make_rows, make_run
+
+torch.set_num_threads(1)
+ROWS = [
+    Example(ids, [-100, *ids[1:]], "row")
+    for ids in (list(range(5, 25)), list(range(40, 9, -3)), [7, 9, 7])
+]
+
+
+def a_run(folder: Path, family: str, bits: int = 4) -> tuple[RunFolder, MergedTensors, Path]:
+    base = make_base(folder / "base", family, max_position_embeddings=128)
+    recipe = make_recipe(base, make_rows(folder / "rows.jsonl"), base={"bits": bits})
+    run, _ = make_run(folder / "run", recipe, spread=0.1)
+    return run, merged_tensors(run, "dequantized", torch.float16, CPU), base
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing fits, as on a machine with little memory."""
+    monkeypatch.setattr(comparison_models, "fits", lambda *_: False)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_and_held_are_the_same(
+    family: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, tensors, base = a_run(tmp_path, family, bits)
+    resident = trained(tensors, base, may_hold=True)
+    monkeypatch.setattr(comparison_models, "fits", lambda *_: False)
+    streamed = trained(tensors, base, may_hold=True)
+    assert (resident.is_resident, streamed.is_resident) == (True, False)
+    assert torch.equal(resident.answers(ROWS).hidden, streamed.answers(ROWS).hidden)
+    # Nothing stays behind a pass, and a second one is as the first.
+    assert all(parameter.is_meta for parameter in streamed.loaded.model.parameters())
+    assert compare(resident.answers(ROWS), streamed.answers(ROWS)).max_logit_difference == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_answers_as_transformers_answers_row_by_row(family: str, tmp_path: Path) -> None:
+    """Rows lie in one sequence and do not see each other."""
+    _, _, base = a_run(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    found = torch.cat(
+        [part for _, part in in_folder(base, torch.float16, CPU).answers(ROWS).logits()], 1
+    )
+    with torch.no_grad():
+        expected = [model(torch.tensor([row.ids])).logits[0, :-1] for row in ROWS]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_tokens_are_the_same_with_a_cache_and_with_guesses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, tensors, base = a_run(tmp_path, "llama")
+    recipe = read_recipe(run)
+    weight_format = speech(trained(tensors, base, may_hold=True), ROWS)
+    # As it is defined: the whole sequence again for each token.
+    ids, (_, loaded) = ROWS[0].ids[:10], make_run(tmp_path / "again", recipe, spread=0.1)
+    for _ in range(NUM_TOKENS):
+        ids.append(int(logits(loaded, torch.tensor([ids]))[-1].argmax()))
+    assert weight_format.ids == ids
+    monkeypatch.setattr(comparison_models, "fits", lambda *_: False)
+    guessed = speech(trained(tensors, base, may_hold=True), ROWS)
+    num = guessed.num_targets
+    assert num >= greedy._PASSES
+    assert guessed.ids == weight_format.ids[: len(guessed.ids)]
+
+
+def test_agreement_counts_up_to_the_first_difference(tmp_path: Path) -> None:
+    _, tensors, base = a_run(tmp_path, "llama")
+    model = trained(tensors, base, may_hold=True)
+    spoken = speech(model, ROWS)
+    found = agreement(model.answers([spoken]))
+    assert (found.agree, found.num_tokens) == (NUM_TOKENS, NUM_TOKENS)
+    at = len(spoken.ids) - NUM_TOKENS + 20
+    spoken.ids[at] = spoken.labels[at] = (spoken.ids[at] + 1) % 200
+    assert agreement(model.answers([spoken])).agree == 20
+
+
+@pytest.mark.usefixtures("streamed")
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_verify_passes_and_fails_where_nothing_is_held(family: str, tmp_path: Path) -> None:
+    run, tensors, base = a_run(tmp_path, family)
+    write_merged(tensors, base, tmp_path / "out", {}, Silent())
+    verdict = verify(tmp_path / "out", run, CPU, Silent())
+    assert verdict.faults == ()
+    assert verdict.comparison is not None
+    assert verdict.comparison.mean_kl < 1e-4
+    assert verdict.greedy is not None
+    assert verdict.greedy.num_tokens >= greedy._PASSES
+    other = merged_tensors(run, "dequantized", torch.float16, CPU, weight=1.5)
+    write_merged(other, base, tmp_path / "wrong", {}, Silent())
+    about = tmp_path / "wrong" / "merge.json"
+    told = json.loads(about.read_text())
+    told["settings"]["adapters"][0]["weight"] = 1.0
+    about.write_text(json.dumps(told))
+    verdict = verify(tmp_path / "wrong", run, CPU, Silent())
+    assert any("differs from base + scaling B A" in fault for fault in verdict.faults)
+    assert verdict.comparison is not None
+    assert verdict.comparison.mean_kl > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
+def test_transformers_is_asked_about_every_tensor(family: str, tied: bool, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", family, tied=tied)
+    assert list(loading_faults(base)) == []
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    name = next(
+        name for name in tensors if name.endswith(("ln_1.weight", "input_layernorm.weight"))
+    )
+    for spoilt, told in (
+        ({f"{name}.more": tensors[name]}, f"unexpected keys: {name}.more"),
+        ({}, f"missing keys: {name}"),
+        ({name: torch.ones(3)}, "transformers cannot load it"),
+    ):
+        rest = {other: tensor for other, tensor in tensors.items() if other != name}
+        save_file({**rest, **spoilt}, file, metadata={"format": "pt"})
+        assert any(told in fault for fault in loading_faults(base)), told

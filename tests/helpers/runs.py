@@ -1,0 +1,175 @@
+"""Small real models of every family and finished runs on them, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+
+from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.events import Silent
+from qlora_cli.files.dtype import file_dtype
+from qlora_cli.files.locate import read_config
+from qlora_cli.models.attach import save_adapter
+from qlora_cli.models.build import build
+from qlora_cli.models.model import LoadedModel
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.open import open_source
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+CPU = torch.device("cpu")
+_TOKENS = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+_LLAMA_LIKE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+
+def make_base(
+    folder: Path,
+    family: str,
+    *,
+    dtype: torch.dtype = torch.float16,
+    tied: bool = False,
+    shard: str = "5GB",
+    spread: float = 0.3,
+    **settings: Any,
+) -> Path:
+    """A model with random weights of every kind, its tokenizer, a template, generation settings.
+
+    spread: of the weights; large enough that the model has opinions.
+    """
+    sizes = _GPT2 if family == "gpt2" else _LLAMA_LIKE
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=len(_TOKENS),
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **{**sizes, **settings},
+    )
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight")) else 0.0
+            parameter.copy_(centre + spread * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    make_tokenizer().save_pretrained(folder)
+    settings_of_answers = {"do_sample": True, "top_k": 7, "eos_token_id": 2, "pad_token_id": 0}
+    GenerationConfig(**settings_of_answers).save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, in the form that every family's tokenizer class takes."""
+    vocabulary = {token: number for number, token in enumerate(_TOKENS)}
+    inner = Tokenizer(models.BPE(vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<pad>",
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return tokenizer
+
+
+def make_rows(file: Path, num: int = 12, length: int = 12) -> Path:
+    """Rows of `{"text"}`, letters in an order that a formula gives."""
+    rows = [
+        "".join(chr(97 + (7 * row + 3 * step * step + step) % 26) for step in range(length))
+        for row in range(num)
+    ]
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return file
+
+
+def make_recipe(model: Path, rows: Path, **sections: Mapping[str, Any]) -> Recipe:
+    """A resolved recipe; sections: what differs, `adapter={"rank": 3}`."""
+    content = {
+        "model": {"name": str(model)},
+        "base": {"bits": 4, "compute_dtype": "float32"},
+        "adapter": {"rank": 3, "alpha": 6.0, "targets": "all"},
+        "data": {"train": str(rows), "eval": str(rows), "seq_len": 32},
+        "train": {},
+    }
+    merged = {key: {**content.get(key, {}), **sections.get(key, {})} for key in content}
+    if sections.get("adapter", {}).get("method") == "full":
+        merged["adapter"] = {"method": "full"}
+    return Recipe.model_validate(merged)
+
+
+def build_base(recipe: Recipe, device: torch.device = CPU) -> LoadedModel:
+    """The model that a recipe asks for, as training makes it."""
+    folder = Path(recipe.model.name)
+    config = read_config(folder / "config.json")
+    return build(
+        recipe,
+        config,
+        lambda _, family: open_source(folder, family),
+        device,
+        Silent(),
+        file_dtype(config),
+    )
+
+
+def stir(loaded: LoadedModel, spread: float = 0.02, seed: int = 3) -> None:
+    """Gives B values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in adapted_layers(loaded.model):
+        for parameter in layer.lora_b.values():
+            assert isinstance(parameter, nn.Parameter)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(spread * noise)
+
+
+def make_run(
+    path: Path, recipe: Recipe, *, spread: float = 0.02, seed: int = 3
+) -> tuple[RunFolder, LoadedModel]:
+    """A finished run with a stirred adapter, and the model as it was trained."""
+    loaded = build_base(recipe)
+    stir(loaded, spread, seed)
+    run = RunFolder(path)
+    run.create()
+    run.write(
+        {
+            "status": "done",
+            "recipe": recipe.model_dump(mode="json"),
+            "base_folder": str(Path(recipe.model.name).resolve()),
+        }
+    )
+    save_adapter(loaded, recipe, run.adapter)
+    loaded.model.eval()
+    return run, loaded
+
+
+def logits(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Of every position: (1, T) -> (T, V) in float32."""
+    backbone = loaded.model.get_submodule(loaded.family.backbone)
+    with torch.no_grad():
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+        weight: Any = loaded.head.weight
+        return hidden.float() @ weight.float().t()

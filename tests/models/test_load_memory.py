@@ -1,0 +1,101 @@
+"""Loading streams: beside what stays, the host never holds more than a tensor or two.
+
+Measured on a base of 1.5 GB made on the spot, in a process of its own, after its imports.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.units import GIB, MIB
+from tests.export.merge.test_host_memory import LARGEST_BYTES, make_large_base
+
+NUM_LAYERS = 12
+LOAD = """
+import ctypes, gc, json, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from qlora_cli.checkpoint.open import file_dtype, open_source
+from qlora_cli.events import Silent
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.train.state import build_state
+from qlora_cli.weights.locate import read_config
+from transformers import AutoModelForCausalLM, LlamaConfig
+import transformers.models.llama.modeling_llama, bitsandbytes
+
+def memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    return {key: int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")}
+
+def load(name, bits, compute):
+    folder = Path(name)
+    config = read_config(folder / "config.json")
+    recipe = Recipe.model_validate({
+        "model": {"name": name}, "base": {"bits": bits, "compute_dtype": compute},
+        "data": {"train": "none"},
+    })
+    source = lambda _, family: open_source(folder, family)
+    return build_state(recipe, config, source, torch.device("cpu"), Silent(), file_dtype(config))
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: imports are done
+before = memory()
+began = time.monotonic()
+if sys.argv[2] == "whole":
+    state = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+    whole = {name: p.detach().clone() for name, p in state.named_parameters()}
+    del whole
+else:
+    state = load(sys.argv[1], int(sys.argv[2]), "bfloat16")
+seconds = time.monotonic() - began
+peak = memory()["VmHWM"]
+gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+after = memory()["VmRSS"]
+model = state if sys.argv[2] == "whole" else state.built.model
+held = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
+print(json.dumps({"before": before["VmRSS"], "peak": peak, "after": after, "held": held,
+                  "seconds": seconds}))
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_large_base(tmp_path_factory.mktemp("large") / "base", NUM_LAYERS)
+    files = list(folder.glob("*.safetensors"))
+    assert len(files) > 1, "sharded"
+    assert sum(file.stat().st_size for file in files) > GIB
+    return folder
+
+
+def measure(base: Path, how: str) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(base), how], capture_output=True, text=True, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(how, {k: round(v / MIB) if k != "seconds" else round(v, 1) for k, v in found.items()})
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_loading_holds_a_tensor_and_not_a_model(base: Path, bits: str) -> None:
+    found = measure(base, bits)
+    beside = found["peak"] - found["after"]
+    assert beside <= 2 * LARGEST_BYTES + GIB / 2, f"{beside / MIB:.0f} MiB"
+    # What stays is what was packed, not a copy that nobody let go.
+    assert found["after"] - found["before"] <= found["held"] + GIB / 4
+    assert found["held"] < 0.5 * 1.5e9 if bits == "4" else found["held"] < 1.0e9
+
+
+@pytest.mark.slow
+def test_this_measure_would_see_a_whole_copy(base: Path) -> None:
+    """A loader that holds the model twice for a moment, as a naive one does."""
+    found = measure(base, "whole")
+    assert found["peak"] - found["after"] > 2 * LARGEST_BYTES + GIB / 2

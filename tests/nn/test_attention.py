@@ -1,0 +1,189 @@
+"""Rows in one sequence never see each other, and each is transformers' own attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qlora_cli.data.collate import collate
+from qlora_cli.data.encode import Example
+from qlora_cli.models.model import LoadedModel
+from qlora_cli.nn import attention
+from qlora_cli.tasks.causal import batch_loss, hidden_states
+from tests.helpers.runs import (
+    CPU,
+    FAMILIES,
+    build_base,
+    logits,
+    make_base,
+    make_recipe,
+    make_rows,
+    stir,
+)
+
+WINDOW = 5
+
+
+def row(start: int, length: int) -> Example:
+    ids = [3 + (start + 11 * i + i * i) % 250 for i in range(length)]
+    return Example(ids=ids, labels=[-100, *ids[1:]], origin=f"row {start}")
+
+
+def make(folder: Path, family: str, **settings: Any) -> tuple[Path, LoadedModel]:
+    """A 16-bit base, so that transformers' own model has the same weights; B stirred."""
+    if family == "mistral":
+        settings = {"sliding_window": WINDOW, **settings}
+    base = make_base(folder / "base", family, spread=0.15, **settings)
+    rows = make_rows(folder / "rows.jsonl")
+    loaded = build_base(make_recipe(base, rows, base={"bits": 16}))
+    loaded.model.train()
+    return base, loaded
+
+
+def loss_and_gradients(loaded: LoadedModel, rows: list[Example]) -> tuple[float, dict[str, Tensor]]:
+    batch = collate(rows)
+    loss = batch_loss(loaded, batch, CPU, 1.0)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in loaded.trainable().items() if p.grad is not None}
+    loaded.model.zero_grad()
+    return loss.item(), found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_are_each_row_alone(tmp_path: Path, family: str) -> None:
+    """Loss and gradients of rows in one sequence are the sums over the rows alone."""
+    _, loaded = make(tmp_path, family)
+    stir(loaded)
+    rows = [row(1, 9), row(90, 4), row(40, 17)]
+    together, found = loss_and_gradients(loaded, rows)
+    alone = [loss_and_gradients(loaded, [one]) for one in rows]
+    assert together == pytest.approx(sum(loss for loss, _ in alone), rel=1e-6)
+    for name, gradient in found.items():
+        wanted = torch.stack([gradients[name] for _, gradients in alone]).sum(dim=0)
+        torch.testing.assert_close(
+            gradient, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_does_not_depend_on_its_neighbours(tmp_path: Path, family: str) -> None:
+    """Other neighbours of the same length: the same shapes, and so the very same bits."""
+    _, loaded = make(tmp_path, family)
+    stir(loaded)
+    mine = row(40, 13)
+    with torch.no_grad():
+        one = hidden_states(loaded, collate([row(1, 9), mine, row(2, 6)]), CPU)[9:22]
+        other = hidden_states(loaded, collate([row(77, 9), mine, row(99, 6)]), CPU)[9:22]
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_of_a_row_reaches_no_neighbour(tmp_path: Path, family: str) -> None:
+    _, loaded = make(tmp_path, family)
+    table = loaded.model.get_submodule(loaded.family.token_embedding).weight
+    table.requires_grad_()
+    neighbour = Example(ids=[200] * 6, labels=[-100] * 6, origin="neighbour")
+    mine = row(40, 13)
+    mine = Example(
+        ids=[i if i != 200 else 201 for i in mine.ids], labels=mine.labels, origin="mine"
+    )
+    batch_loss(loaded, collate([neighbour, mine, neighbour]), CPU, 1.0).backward()
+    assert not table.grad[200].any()
+    assert table.grad[mine.ids[3]].any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_these_tests_would_see_a_leak(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without spans every row sees all before it, as packing without care does."""
+    _, loaded = make(tmp_path, family)
+    mine = row(40, 13)
+
+    def leaking(lengths: tuple[int, ...], device: torch.device, flash: bool) -> None:
+        return None
+
+    monkeypatch.setattr(attention.Spans, "on", leaking)
+    with torch.no_grad():
+        one = hidden_states(loaded, collate([row(1, 9), mine]), CPU)[9:]
+        other = hidden_states(loaded, collate([row(77, 9), mine]), CPU)[9:]
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_transformers_own(tmp_path: Path, family: str) -> None:
+    """Its eager attention, with grouped heads and, in Mistral, a sliding window."""
+    base, loaded = make(tmp_path, family)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = torch.tensor([row(3, 24).ids])
+    with torch.no_grad():
+        wanted = theirs(ids).logits[0]
+    torch.testing.assert_close(logits(loaded, ids), wanted, rtol=1e-4, atol=1e-4)
+    if family == "mistral":
+        assert theirs.config.sliding_window == WINDOW
+
+
+def test_the_sliding_window_matters(tmp_path: Path) -> None:
+    _, narrow = make(tmp_path / "narrow", "mistral")
+    _, wide = make(tmp_path / "wide", "mistral", sliding_window=None)
+    ids = torch.tensor([row(3, 24).ids])
+    difference = (logits(narrow, ids) - logits(wide, ids)).abs().amax(dim=1)
+    assert not difference[:WINDOW].any()
+    assert difference[WINDOW:].min() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_a_cache_is_the_forward_pass(tmp_path: Path, family: str) -> None:
+    """Tokens one by one, each attending to the cache, are what whole passes predict."""
+    _, loaded = make(tmp_path, family)
+    stir(loaded)
+    loaded.model.eval()
+    loaded.model.config.use_cache = True
+    prompt = torch.tensor([row(3, 7).ids])
+    made = loaded.model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=10,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0]
+    assert made.numel() == 17
+    predicted = logits(loaded, made[None])[6:-1].argmax(dim=1)
+    assert torch.equal(made[7:], predicted)
+
+
+def test_a_cache_and_several_new_tokens_at_once() -> None:
+    """T of S keys: query i sees the first S - T + i + 1 keys."""
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(1, 4, 3, 8, generator=generator)
+    key, value = (torch.randn(1, 2, 10, 8, generator=generator) for _ in range(2))
+    out, _ = attention.attend(torch.nn.Module(), query, key, value, None, scaling=0.3)
+    keys, values = (t.repeat_interleave(2, dim=1) for t in (key, value))
+    scores = 0.3 * query @ keys.transpose(2, 3)
+    seen = torch.ones(3, 10, dtype=torch.bool).tril(diagonal=7)
+    wanted = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1) @ values
+    torch.testing.assert_close(out, wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_no_mask_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers hands a mask to attentions that it does not know as maskless."""
+    _, loaded = make(tmp_path, "llama")
+    masks = []
+    real = attention.attend
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        masks.append(args[4])
+        return real(*args, **kwargs)
+
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, watched)
+    loss_and_gradients(loaded, [row(1, 9), row(2, 5)])
+    assert masks
+    assert all(mask is None for mask in masks)

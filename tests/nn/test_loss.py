@@ -1,0 +1,148 @@
+"""The chunked loss is torch's cross entropy, its gradients too, wherever the chunks end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qlora_cli.nn import loss
+from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
+
+TOKENS, HIDDEN, WORDS = 23, 16, 50
+
+
+def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden (n, d), head (V, d), labels (n,) a third of which is ignored)."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype)
+    head = torch.randn(WORDS, HIDDEN, generator=generator).to(dtype)
+    labels = torch.randint(0, WORDS, (TOKENS,), generator=generator)
+    labels[::3] = IGNORE_INDEX
+    return hidden, head, labels
+
+
+def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:
+    positions = (labels != IGNORE_INDEX).nonzero().flatten()
+    return positions, labels[positions]
+
+
+def plain(hidden: Tensor, head: Tensor, labels: Tensor, scale: float) -> Tensor:
+    logits = (hidden @ head.t()).float()
+    return scale * functional.cross_entropy(
+        logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
+@pytest.fixture(params=[1, 2, 5, 7, 15, 16, 1000])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Targets in a chunk; 15 of them there are: ends that fall on, before and behind the last."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", request.param * WORDS)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["head trained", "head frozen"])
+@pytest.mark.parametrize("scale", [1.0, 1 / 15, 300.0])
+def test_loss_and_gradients_are_torch_s(chunk: int, trained: bool, scale: float) -> None:
+    hidden, head, labels = draw()
+    hidden.requires_grad_()
+    head.requires_grad_(trained)
+    inputs = (hidden, head) if trained else (hidden,)
+    ours = chunked_cross_entropy(hidden, head, *targets_of(labels), scale)
+    wanted = plain(hidden, head, labels, scale)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-6)
+    found, other = (torch.autograd.grad(one, inputs) for one in (ours, wanted))
+    for own, reference in zip(found, other, strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-5, atol=1e-6 * max(1.0, scale))
+
+
+def test_a_later_factor_scales_the_gradients() -> None:
+    """Whoever multiplies the loss, as a gradient penalty would, must find it in the gradient."""
+    hidden, head, labels = draw()
+    hidden.requires_grad_()
+    ours = 3 * chunked_cross_entropy(hidden, head, *targets_of(labels), 0.5)
+    wanted = plain(hidden, head, labels, 1.5)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(one, hidden)[0] for one in (ours, wanted)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_ignored_positions_have_exactly_no_gradient(chunk: int) -> None:
+    hidden, head, labels = draw()
+    hidden.requires_grad_()
+    chunked_cross_entropy(hidden, head, *targets_of(labels), 1.0).backward()
+    assert hidden.grad is not None
+    assert not hidden.grad[labels == IGNORE_INDEX].any()
+    assert hidden.grad[labels != IGNORE_INDEX].any(dim=1).all()
+
+
+def test_no_target_at_all_is_zero_loss_and_zero_gradient() -> None:
+    hidden, head, labels = draw()
+    hidden.requires_grad_()
+    total = chunked_cross_entropy(
+        hidden, head, *targets_of(torch.full_like(labels, IGNORE_INDEX)), 1.0
+    )
+    total.backward()
+    assert total.item() == 0.0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_hidden_states_lose_only_their_own_rounding(dtype: torch.dtype) -> None:
+    hidden, head, labels = draw(dtype)
+    hidden.requires_grad_()
+    ours = chunked_cross_entropy(hidden, head, *targets_of(labels), 1.0)
+    wanted = plain(hidden.float(), head.float(), labels, 1.0)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, wanted, rtol=4 * eps, atol=0)
+    own, reference = (torch.autograd.grad(one, hidden)[0].float() for one in (ours, wanted))
+    assert (own - reference).norm() / reference.norm() < 4 * eps
+
+
+def test_huge_logits_stay_finite() -> None:
+    """softmax of 1e4 overflows unless the largest logit is taken off first."""
+    hidden, head, labels = draw()
+    hidden = (1e4 * hidden).requires_grad_()
+    ours = chunked_cross_entropy(hidden, head, *targets_of(labels), 1.0)
+    ours.backward()
+    torch.testing.assert_close(ours, plain(hidden, head, labels, 1.0), rtol=1e-5, atol=0)
+    assert hidden.grad is not None
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_a_nan_is_not_swallowed() -> None:
+    hidden, head, labels = draw()
+    hidden[1] = float("nan")
+    assert chunked_cross_entropy(hidden, head, *targets_of(labels), 1.0).isnan()
+
+
+def test_score_counts_what_is_predicted_first(chunk: int) -> None:
+    hidden, head, labels = draw()
+    best = (hidden @ head.t()).argmax(dim=1)
+    labels[[1, 4, 22]] = best[[1, 4, 22]]
+    total, right = score(hidden, head, *targets_of(labels))
+    kept = labels != IGNORE_INDEX
+    assert right.item() == (best[kept] == labels[kept]).sum().item() >= 3
+    torch.testing.assert_close(total, plain(hidden, head, labels, 1.0), rtol=1e-6, atol=1e-5)
+
+
+def test_no_tensor_of_tokens_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the chunks are for: the peak is one chunk's, not all targets'."""
+    from qlora_cli.memory.counter import Counter
+    from qlora_cli.memory.tracker import Rules, StorageTracker
+
+    peaks = {}
+    for num in (2, 1000):
+        monkeypatch.setattr(loss, "CHUNK_ELEMENTS", num * WORDS)
+        hidden, head, labels = draw()
+        counter = Counter()
+        with StorageTracker(counter, Rules()):
+            chunked_cross_entropy(
+                hidden.requires_grad_(), head, *targets_of(labels), 1.0
+            ).backward()
+        peaks[num] = counter.high_bytes
+    # 13 targets fewer at once, each with its float32 logits and what becomes of them.
+    assert peaks[1000] - peaks[2] >= 13 * WORDS * 4

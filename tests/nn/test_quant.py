@@ -1,0 +1,246 @@
+"""The packed linear is bitsandbytes' arithmetic, bit for bit, and its gradients survive eval()."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import bitsandbytes.functional as reference
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_cli.nn import quant
+from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from tests.helpers.runs import FAMILIES, build_base, logits, make_base, make_recipe, make_rows
+
+SIZES = [(64, 64), (128, 172), (172, 128), (30, 18), (43, 172)]
+"""(out, in): whole blocks, blocks across rows, a last block cut short, an odd number of rows."""
+
+
+def packed(
+    weight: Tensor, bits: int = 4, compute: torch.dtype = torch.float32, **more: object
+) -> QuantLinear:
+    weight_format = WeightFormat(bits, compute, torch.float16, **more)  # type: ignore[arg-type]
+    layer = QuantLinear(weight.shape[1], weight.shape[0], bias=False, weight_format=weight_format)
+    layer.pack(weight)
+    return layer
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("file_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_4_bit_is_bitsandbytes_bit_for_bit(
+    size: tuple[int, int], double_quant: bool, quant_type: str, file_dtype: torch.dtype
+) -> None:
+    weight = draw(*size, dtype=file_dtype)
+    layer = packed(weight, quant_type=quant_type, double_quant=double_quant)
+    wanted, state = reference.quantize_4bit(
+        weight, blocksize=64, compress_statistics=double_quant, quant_type=quant_type
+    )
+    state.dtype = torch.float32
+    assert torch.equal(layer.weight.flatten(), wanted.flatten())
+    assert torch.equal(layer.dequantize(), reference.dequantize_4bit(wanted, state))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_in_pieces_changes_nothing(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = draw(43, 172)
+    whole = packed(weight, bits)
+    monkeypatch.setattr(quant, "PACK_ELEMENTS", 512)
+    pieces = packed(weight, bits)
+    assert torch.equal(whole.weight, pieces.weight)
+    assert torch.equal(whole.dequantize(), pieces.dequantize())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_transposed_weight_is_packed_as_it_is_read(bits: int) -> None:
+    """GPT-2's file holds (in, out); a view of it must not be packed in the file's order."""
+    weight = draw(64, 96)
+    assert torch.equal(
+        packed(weight.t(), bits).dequantize(), packed(weight.t().contiguous(), bits).dequantize()
+    )
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_product_and_gradient_are_of_the_dequantized_weight(
+    bits: int, compute: torch.dtype
+) -> None:
+    layer = packed(draw(48, 172), bits, compute)
+    x = draw(9, 172, seed=1, dtype=compute).requires_grad_()
+    grad = draw(9, 48, seed=2, dtype=compute)
+    y = layer(x)
+    y.backward(grad)
+    weight = layer.dequantize()
+    assert weight.dtype == y.dtype == compute
+    assert x.grad is not None
+    assert torch.equal(x.grad, grad @ weight)
+    if bits == 8:
+        # 8 bit rounds the input too: by up to half a step, 0.29 in the mean square.
+        step = x.detach().float().abs().amax(dim=1, keepdim=True) / 127
+        bound = 6 * step * 0.29 * weight.float().norm(dim=1)
+        assert (
+            (y.float() - x.float() @ weight.float().t()).abs()
+            < bound + 0.1 * (compute.itemsize == 2)
+        ).all()
+    else:
+        assert torch.equal(y, x @ weight.t())
+
+
+def test_16_bit_is_the_file_s_own_weight() -> None:
+    weight = draw(40, 24, dtype=torch.float16)
+    assert torch.equal(packed(weight, 16).dequantize(), weight.float())
+
+
+def int8_reference(layer: QuantLinear, x: Tensor) -> Tensor:
+    """LLM.int8()'s equations 3 to 8, in float64 and without any shortcut."""
+    assert layer.scale is not None
+    outliers = (x.abs() > layer.weight_format.threshold).any(dim=0)
+    weight = layer.weight.double() * layer.scale.double()[:, None]
+    inliers = x.double() * ~outliers
+    scale = inliers.abs().amax(dim=1, keepdim=True) / 127
+    codes = torch.where(scale > 0, inliers / scale, 0).round()
+    return (codes * scale) @ weight.t() + (x.double() * outliers) @ weight.t()
+
+
+def test_8_bit_is_llm_int8() -> None:
+    weight, x = draw(48, 172), draw(16, 172, seed=1)
+    x[3, 7], x[5, 90] = 9.0, -30.0
+    layer = packed(weight, 8)
+    difference = (layer.product(x) - int8_reference(layer, x)).abs().max()
+    # A value on the edge between two codes may round either way: one step of one input.
+    assert difference < 1e-4
+
+
+def test_8_bit_codes_and_scales_are_bitsandbytes_own() -> None:
+    weight = draw(48, 172, dtype=torch.float16)
+    layer = packed(weight, 8)
+    codes, largest, _ = reference.int8_vectorwise_quant(weight.clone(), threshold=0.0)
+    assert layer.scale is not None
+    torch.testing.assert_close(layer.scale.detach() * 127, largest)
+    # They multiply by 127 / largest, we divide by largest / 127: a value in the middle between two
+    # codes may go to either.
+    apart = (layer.weight.int() - codes.int()).abs()
+    assert apart.max() <= 1
+    assert apart.float().mean() < 1e-3
+
+
+def test_8_bit_agrees_with_bitsandbytes_own_mixed_product() -> None:
+    """Not with its Linear8bitLt: that one does not quantize its input on a CPU."""
+    weight, x = draw(48, 192, dtype=torch.float16), draw(16, 192, seed=1, dtype=torch.float16)
+    x[3, 7], x[5, 90] = 9.0, -30.0
+    layer = packed(weight, 8, torch.float16)
+    codes, largest, columns = reference.int8_vectorwise_quant(x.clone(), threshold=6.0)
+    assert columns is not None
+    assert columns.tolist() == [7, 90]
+    assert layer.scale is not None
+    wanted, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
+        x, codes, layer.weight.detach(), largest, layer.scale.detach() * 127, columns
+    )
+    difference = layer.product(x).float() - wanted.float()
+    # Rounding to float16 at different places, and inputs in the middle between two codes.
+    assert difference.norm() / wanted.float().norm() < 2e-3
+
+
+def test_outlier_columns_are_exact() -> None:
+    """Inputs that are nothing but outliers give the product with the frozen weight itself."""
+    layer = packed(draw(48, 172), 8)
+    x = torch.zeros(4, 172)
+    x[:, [3, 100]] = torch.tensor([[50.0, -7.5], [8.0, 9.0], [-1e4, 6.5], [7.0, 7.0]])
+    wanted = x @ layer.dequantize().t()
+    torch.testing.assert_close(layer.product(x), wanted, rtol=1e-6, atol=1e-6)
+    without = packed(draw(48, 172), 8, threshold=0.0)
+    assert (without.product(x) - wanted).abs().max() > 1e-3, "the test must see what outliers cost"
+
+
+def test_many_outlier_columns_fall_back_to_the_whole_product() -> None:
+    layer = packed(draw(48, 172), 8)
+    x = 100 * draw(6, 172, seed=1)
+    assert torch.equal(layer.product(x), x @ layer.dequantize().t())
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_zero_rows_stay_zero(bits: int, compute: torch.dtype) -> None:
+    weight, x = draw(64, 64), draw(5, 64, seed=1, dtype=compute)
+    weight[[0, 17]] = 0
+    x[2] = 0
+    layer = (
+        packed(weight, bits, compute, double_quant=False)
+        if bits == 4
+        else packed(weight, bits, compute)
+    )
+    y = layer.product(x)
+    assert torch.isfinite(y).all()
+    assert not y[:, [0, 17]].any()
+    assert not y[2].any()
+
+
+def test_an_all_zero_weight_is_finite() -> None:
+    for bits in (4, 8, 16):
+        layer = packed(torch.zeros(64, 64), bits)
+        assert not layer.product(draw(3, 64)).any()
+
+
+@pytest.mark.parametrize("compute", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_in_every_dtype(
+    tmp_path: Path, family: str, bits: int, compute: str
+) -> None:
+    """Families with biases too: a float32 bias in a 16-bit product is an error of torch's."""
+    base = make_base(tmp_path / "base", family, spread=0.1)
+    rows = make_rows(tmp_path / "rows.jsonl")
+    loaded = build_base(make_recipe(base, rows, base={"bits": bits, "compute_dtype": compute}))
+    assert torch.isfinite(logits(loaded, torch.arange(3, 20)[None])).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_eval_and_back_leaves_gradients_as_they_were(bits: int) -> None:
+    """The eval trap: on some CPUs bitsandbytes' own layer repacks its weight in eval()."""
+    layer = packed(draw(64, 64, dtype=torch.bfloat16), bits, torch.bfloat16)
+    bytes_before = layer.weight.detach().clone()
+
+    def gradient() -> Tensor:
+        x = draw(7, 64, seed=1, dtype=torch.bfloat16).requires_grad_()
+        layer.train()(x).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    before = gradient()
+    with torch.no_grad():
+        layer.eval()(draw(1, 64, dtype=torch.bfloat16))
+    assert torch.equal(gradient(), before)
+    assert torch.equal(layer.weight, bytes_before)
+
+
+def test_nothing_is_kept_for_backward() -> None:
+    """A frozen product needs no input in backward; keeping it would undo checkpointing."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    for bits in (4, 8, 16):
+        x = draw(7, 64).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            packed(draw(64, 64), bits)(x)
+    assert not kept
+
+
+def test_packed_weights_are_frozen_parameters() -> None:
+    layer = packed(draw(64, 64))
+    parameters = dict(layer.named_parameters())
+    assert set(parameters) == {"weight", "scale", "scale_of_scale", "offset_of_scale"}
+    assert not any(parameter.requires_grad for parameter in parameters.values())
+    assert not dict(layer.named_buffers())
+    # 4.127 bits a weight (QLoRA, section 3), seen from afar: 4096 weights have few scales.
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin.dequantize(), layer.dequantize())

@@ -1,0 +1,54 @@
+"""The phase `merge` of a plan is what the judged models really take while they answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_cli.data.encode import Example
+from qlora_cli.device import DeviceProfile
+from qlora_cli.export.compare.models import as_written, trained
+from qlora_cli.export.merge.tensors import merged_tensors
+from qlora_cli.files.locate import read_config
+from qlora_cli.memory.counter import Counter
+from qlora_cli.memory.cpu_rules import CPU_RULES
+from qlora_cli.memory.ledger import Phase
+from qlora_cli.memory.tracker import StorageTracker
+from qlora_cli.plan import merging
+from qlora_cli.runs.open import base_folder, read_recipe
+from qlora_cli.units import GIB
+from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, make_run
+
+TOKENS = 64
+FACTS = DeviceProfile("cpu", "a processor", 24 * GIB)
+LARGE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
+LARGE_GPT2 = {"n_embd": 256, "n_head": 4}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_the_plan_is_what_the_answers_take(
+    family: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = LARGE_GPT2 if family == "gpt2" else LARGE
+    base = make_base(tmp_path / "base", family, **sizes)
+    recipe = make_recipe(
+        base, make_rows(tmp_path / "rows.jsonl"), base={"bits": bits}, data={"seq_len": TOKENS}
+    )
+    run, _ = make_run(tmp_path / "run", recipe)
+    tensors = merged_tensors(run, "original", torch.float16, CPU)
+    ids = [3 + 7 * place % 250 for place in range(TOKENS)]
+    rows = [Example(ids, ids, "")]
+    counter = Counter()
+    with StorageTracker(counter, CPU_RULES, "cpu"), counter.phase("merge"):
+        trained(tensors, base, may_hold=False).answers(rows)
+        as_written(tensors, base).answers(rows)
+
+    monkeypatch.setattr(merging, "MAX_TOKENS", TOKENS)
+    monkeypatch.setattr(merging, "COMPARISON_BYTES", 0)
+    config = read_config(base_folder(run) / "config.json")
+    plan: Phase = merging.dry_run_merge(read_recipe(run), config, FACTS)
+    # Of so small a model a few hundred KiB of constants are some percent.
+    assert plan.peak_bytes == pytest.approx(counter.phases[0].peak_bytes, rel=0.1)

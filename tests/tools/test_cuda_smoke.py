@@ -1,0 +1,130 @@
+"""tools/validation/cuda_smoke.py finds each fault of a run on a card; its hollow checkpoint is a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import cuda_smoke
+import pytest
+import torch
+from cuda_smoke import Road, judge
+from plan_cases import Case
+
+from qlora_cli.files.atomic import write_json
+from qlora_cli.memory.ledger import Allocator, Device, Ledger, Phase
+from qlora_cli.models.build import skeleton
+from qlora_cli.recipe.load import load_recipe
+from qlora_cli.recipe.schema import Bits, Optimizer
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.open import open_source
+from tests.helpers.results import HELD, LEDGER, STEP
+from tests.helpers.runs import FAMILIES
+
+PEAK = sum(STEP.values())
+SEEN = {"allocated": PEAK, "reserved": PEAK + 1000}
+RESULT = {"steps": 3}
+
+
+def phase(name: str, at_peak: dict[str, int]) -> Phase:
+    return Phase(name, sum(at_peak.values()), sum(HELD.values()), at_peak)
+
+
+SOUND = replace(
+    LEDGER,
+    phases=(phase("load", HELD), phase("first_step", STEP), phase("eval", HELD)),
+    allocator=Allocator(*SEEN.values(), 0),
+    planned_peak_bytes=PEAK,
+    measured_peak_bytes=PEAK,
+)
+LOST = STEP | {"activations": STEP["activations"] // 2, "other": STEP["activations"] // 2}
+
+
+def run_with(folder: Path, ledger: Ledger) -> RunFolder:
+    run = RunFolder(folder)
+    run.create()
+    run.write({"status": "done"})
+    run.adapter.mkdir()
+    run.report.touch()
+    run.metrics.write_text("{}\n" * 3)
+    write_json(run.memory_json, ledger.to_dict())
+    return run
+
+
+def test_a_sound_run_has_no_fault(tmp_path: Path) -> None:
+    assert judge(run_with(tmp_path / "run", SOUND), RESULT, SEEN, 3)["faults"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"allocator": Allocator(PEAK - 1, PEAK + 1000, 0)}, "the allocator"),
+        ({"allocator": Allocator(PEAK, PEAK, 0)}, "the allocator"),
+        ({"measured_peak_bytes": PEAK + 1}, "not the allocator's peak"),
+        ({"planned_peak_bytes": PEAK * 104 // 100}, "the plan is off by +4.00%"),
+        ({"planned_peak_bytes": PEAK * 98 // 100}, "the plan is off by -2.00%"),
+        ({"device": Device("cpu", "", 0)}, "of a cpu"),
+        ({"phases": SOUND.phases[:2]}, "phases load, first_step"),
+        (
+            {"phases": (SOUND.phases[0], phase("first_step", LOST), SOUND.phases[2])},
+            "something is not attributed",
+        ),
+    ],
+)
+def test_a_fault_of_the_ledger_is_found(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    run = run_with(tmp_path / "run", replace(SOUND, **changes))
+    faults = judge(run, RESULT, SEEN, 3)["faults"]
+    assert any(told in fault for fault in faults), faults
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda run: run.adapter.rmdir(), "no trained weights"),
+        (lambda run: run.report.unlink(), "no report"),
+        (lambda run: run.write({"status": "failed"}), "run.json says failed"),
+        (lambda run: run.metrics.write_text("{}\n"), "1 lines of metrics, 3 steps"),
+    ],
+)
+def test_a_fault_of_the_folder_is_found(
+    tmp_path: Path, spoil: Callable[[RunFolder], None], told: str
+) -> None:
+    run = run_with(tmp_path / "run", SOUND)
+    spoil(run)
+    assert judge(run, RESULT, SEEN, 3)["faults"] == [told]
+
+
+def test_a_hollow_checkpoint_takes_no_disk(tmp_path: Path) -> None:
+    road = Road(Case("gpt2", "tiny", ("data.seq_len=64",), 8192), hollow=True)
+    words = road.words(tmp_path)
+    recipe = load_recipe(words[1])
+    assert recipe.train.steps == 3
+    file = Path(recipe.model.name) / "model.safetensors"
+    assert file.stat().st_size > 10 * 512 * file.stat().st_blocks
+    model, family = skeleton(road.case.config(), torch.float16)
+    source = open_source(file.parent, family)
+    for name in source.names():
+        assert source.shape(name) == model.get_parameter(name).shape
+        assert not source.read(name).any()
+
+
+def test_rows_are_as_long_as_asked_for(tmp_path: Path) -> None:
+    rows = [
+        json.loads(line)
+        for line in cuda_smoke.write_rows(tmp_path / "rows.jsonl", 64, 100).read_text().splitlines()
+    ]
+    assert max(len(row["input_ids"]) for row in rows) == 64
+    assert all(0 <= token < 100 for row in rows for token in row["input_ids"])
+
+
+def test_every_family_bit_optimizer_and_method_is_gone() -> None:
+    recipes = [road.case.recipe() for road in cuda_smoke.roads()]
+    assert {road.case.family for road in cuda_smoke.roads()} == set(FAMILIES)
+    assert {recipe.base.bits for recipe in recipes} == set(get_args(Bits))
+    assert {recipe.train.optimizer for recipe in recipes} == set(get_args(Optimizer))
+    assert {recipe.adapter.method for recipe in recipes} == {"lora", "full"}
+    assert {recipe.adapter.dtype for recipe in recipes} == {"float16", "float32"}
+    assert {recipe.train.activation_checkpointing for recipe in recipes} == {True, False}

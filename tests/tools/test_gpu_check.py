@@ -1,0 +1,129 @@
+"""tools/gpu_check tries its roads without a card, and keeps what was measured when a part dies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import bench_train
+import gpu_check
+import pytest
+from gpu_check import Part, Report
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_every_part_is_a_tool_that_is_there(kind: str, tiny: bool, root: Path) -> None:
+    parts = gpu_check.parts(kind, tiny)
+    assert len({part.name for part in parts}) == len(parts)
+    for part in parts:
+        assert part.words[0] == "-m" or (root / part.words[0]).is_file()
+        assert "{out}" in " ".join(part.words)
+
+
+def test_the_order_and_the_time_of_a_real_run() -> None:
+    parts = gpu_check.parts("cuda", tiny=False)
+    names = [part.name for part in parts]
+    assert names[:5] == ["environment", "tests", "plan", "plan_of_real_shapes", "cuda_smoke"]
+    assert names[5:] == ["inference", "training_starter", "training_1B", "training_8B"]
+
+
+def test_the_speed_of_a_tiny_shape(tmp_path: Path) -> None:
+    words = ["--shape", "tiny", "--device", "cpu", "--seq-len", "64", "--rounds", "2"]
+    out = tmp_path / "speed.json"
+    bench_train.main([*words, "--steps", "1", "--alone", "--out", str(out)])
+    told = json.loads(out.read_text())
+    assert told["ours"]["tokens_per_second"]["num"] == 2
+    first, last = told["ours"]["losses_first_and_last"]
+    assert last < first
+    assert told["peft"] == "not asked for"
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_the_other_side_trains_too(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    words = ["--shape", "tiny", "--device", "cpu", "--seq-len", "32", "--rounds", "2"]
+    out = tmp_path / "speed.json"
+    bench_train.main([*words, "--steps", "1", "--out", str(out)])
+    told = json.loads(out.read_text())
+    first, last = told["peft"]["losses_first_and_last"]
+    assert last < first
+    assert told["ours_is_so_many_times_as_fast"]["num"] == 2
+
+
+@pytest.mark.slow
+def test_environment_and_tests_without_a_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    assert gpu_check.main(["--tiny", "--only", "tests", "--out", str(out)]) == 0
+    told = json.loads(out.read_text())
+    assert told["failed"] == []
+    assert told["parts"]["environment"]["figures"]["versions"]["bitsandbytes"]
+    found = told["parts"]["tests"]["figures"]
+    assert found["tests"] > 100
+    assert found["failures"] == found["errors"] == 0
+    assert "tests: exit code 0" in capsys.readouterr().err
+
+
+def test_what_was_measured_outlives_a_part_that_dies(tmp_path: Path) -> None:
+    report = Report(tmp_path / "gpu.json", {"parts": {}})
+    writes = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"speed\": 7}')"
+    dies = f"{writes}; sys.exit('out of memory')"
+    hangs = "import time; print('began', flush=True); time.sleep(60)"
+    half = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"sp')"
+    for name, script, limit in (
+        ("environment", writes, 60),
+        ("dies", dies, 60),
+        ("hangs", hangs, 3),
+        ("half", half, 60),
+    ):
+        part = Part(name, ("-c", script, "{out}"), limit)
+        report.add(name, gpu_check.run(part, limit))
+        told = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+        assert told["environment"]["figures"] == {"speed": 7}
+    assert told["environment"]["exit_code"] == 0
+    assert told["dies"]["exit_code"] == 1
+    assert told["dies"]["figures"] == {"speed": 7}
+    assert "out of memory" in told["dies"]["output"]
+    assert told["hangs"]["exit_code"] is None
+    assert told["hangs"]["output"].startswith("began")
+    assert told["half"]["figures"] is None
+    assert "JSONDecodeError" in told["half"]["output"]
+    assert report.content["failed"] == ["dies", "hangs"]
+
+
+def test_no_folder_of_this_machine_is_told(root: Path) -> None:
+    says = "import sys, pathlib; print(sys.prefix); print(pathlib.Path.cwd()); print(sys.argv[1])"
+    found = gpu_check.run(Part("says", ("-c", says, "{out}"), 60), 60)
+    assert found["output"].split() == ["PYTHON", ".", "FOLDER/figures"]
+
+
+def test_figures_of_tests_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "tests.xml"
+    file.write_text(
+        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">'
+        '<testcase classname="tests.gpu" name="a"><properties>'
+        '<property name="share" value="0.001"/></properties></testcase>'
+        '<testcase classname="tests.gpu" name="b"><failure message="assert 1 == 2"/></testcase>'
+        '<testcase classname="tests.gpu" name="c"><skipped message="no card"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    assert gpu_check.read_tests(file) == {
+        "tests": 3,
+        "failures": 1,
+        "errors": 0,
+        "skipped": 1,
+        "not_passed": {"tests.gpu::b": "assert 1 == 2"},
+        "recorded": {"tests.gpu::a": {"share": "0.001"}},
+    }
+
+
+def test_without_a_card_nothing_is_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"exit_code": 0, "seconds": 0.1, "figures": {"device": {"kind": "cpu"}}}
+    monkeypatch.setattr(gpu_check, "run", lambda *_: facts)
+    assert gpu_check.main(["--out", str(tmp_path / "gpu.json")]) == 1
+    assert "no CUDA card" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == ["environment"]

@@ -1,0 +1,91 @@
+"""Writes what the program knows of itself into README.md, between markers.
+
+    python tools/checks/make_docs.py
+
+`<!-- commands -->` to `<!-- /commands -->` holds every command's help, `<!-- settings -->` a table
+of the recipe's settings, `<!-- recipes -->` the shipped recipes. tools/checks/check_docs.py says when a
+section is older than the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import click
+
+from qlora_cli.cli.main import qlora
+from qlora_cli.recipe.describe import Setting, settings
+from qlora_cli.recipe.shipped import shipped_recipes, summary
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+WIDTH = 96
+"""Columns of a help page."""
+
+
+def commands() -> str:
+    """The help of `qlora` and of each command, one code block each."""
+    return "\n\n".join(_help(command, name) for name, command in _walk(qlora, "qlora"))
+
+
+def settings_table() -> str:
+    """One row a setting: key, what it accepts, default, meaning."""
+    lines = ["| setting | accepts | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(_setting_row(setting) for setting in settings())])
+
+
+def recipes_table() -> str:
+    """One row a shipped recipe: its name and the first line of its header."""
+    lines = ["| recipe | for |", "|---|---|"]
+    rows = (f"| `{name}` | {summary(path)} |" for name, path in shipped_recipes().items())
+    return "\n".join([*lines, *rows])
+
+
+SECTIONS: Mapping[str, Callable[[], str]] = {
+    "commands": commands,
+    "settings": settings_table,
+    "recipes": recipes_table,
+}
+
+
+def fill(text: str) -> str:
+    """The text with every section made anew.
+
+    Raises ValueError that names a section whose markers are not there in a pair.
+    """
+    for name, make in SECTIONS.items():
+        opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if text.count(opening) != 1 or text.count(closing) != 1:
+            raise ValueError(f"{opening} and {closing} must stand once each")
+        head, _, rest = text.partition(opening)
+        tail = rest.partition(closing)[2]
+        text = f"{head}{opening}\n{make()}\n{closing}{tail}"
+    return text
+
+
+def _walk(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    yield name, command
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            yield from _walk(inner, f"{name} {inner.name}")
+
+
+def _help(command: click.Command, name: str) -> str:
+    options = {**qlora.context_settings, "terminal_width": WIDTH}
+    context = click.Context(command, info_name=name, **options)
+    return f"```text\n$ {name} --help\n{command.get_help(context)}\n```"
+
+
+def _setting_row(setting: Setting) -> str:
+    default = "must be given" if setting.default is None else f"`{setting.default}`"
+    cells = (f"`{setting.key}`", setting.accepts, default, setting.meaning)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def main() -> None:
+    """Rewrites README.md where it is stale."""
+    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
