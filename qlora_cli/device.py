@@ -1,18 +1,25 @@
-"""Facts about the device that a job runs on or is planned for. No torch here."""
+"""Properties of a compute device. This module imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What choices depend on.
+    """Properties of the GPU or CPU that a job runs on or is planned for.
 
-    kind: cpu | cuda. capacity_bytes: memory of the card, or of the machine. capability: CUDA
-    compute capability, (8, 9) for an RTX 4090; None on a CPU. multiprocessors: of the card, 0 on
-    a CPU. context_bytes: of the capacity, what the CUDA context and others take. imagined: a card
-    that is not here, described by hand (`--vram`).
+    The recipe's automatic choices, the memory model and the attention kernel depend on these fields
+    only, so that a job can be planned for a GPU that is not present.
+
+    kind: "cuda" or "cpu".
+    name: product name, for output.
+    capacity_bytes: total memory of the GPU, or of the machine for a CPU.
+    capability: CUDA compute capability, such as (8, 9) for an RTX 4090; None for a CPU.
+    multiprocessors: number of streaming multiprocessors of the GPU; 0 for a CPU.
+    context_bytes: part of `capacity_bytes` that the CUDA context and other processes use.
+    is_planned: True for a GPU that was described by hand (`qlora plan --vram`).
     """
 
     kind: str
@@ -21,9 +28,15 @@ class DeviceProfile:
     capability: tuple[int, int] | None = None
     multiprocessors: int = 0
     context_bytes: int = 0
-    imagined: bool = False
+    is_planned: bool = False
 
     @property
     def usable_bytes(self) -> int:
-        """What is left for a job."""
+        """Return the memory in bytes that a job can use."""
         return max(0, self.capacity_bytes - self.context_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the profile as the `device` object of `qlora plan --json`."""
+        content = asdict(self)
+        content["imagined"] = content.pop("is_planned")  # The output's key. words: allow
+        return content

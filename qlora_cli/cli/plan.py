@@ -41,7 +41,7 @@ def plan(
     """
     from qlora_cli.recipe.load import load_recipe
 
-    facts = None if vram is None else _imagined_card(vram)
+    profile = None if vram is None else planned_gpu(vram)
     loaded = load_recipe(recipe, overrides)
     # Only now what takes seconds to import: a faulty recipe is told at once.
     with importing():
@@ -49,13 +49,13 @@ def plan(
         from qlora_cli.ui import planned
 
     with working():
-        result = job.run(loaded, device_facts=facts, fit=fit, compare=compare)
+        result = job.run(loaded, device_profile=profile, fit=fit, compare=compare)
     emit(result, as_json, planned.plan)
     if result.fits is False:
         ctx.exit(DoesNotFit.exit_code)
 
 
-def _imagined_card(vram: str) -> DeviceProfile:
+def planned_gpu(vram: str) -> DeviceProfile:
     """A card of that size with what an RTX 4090 can do, the usual consumer card of today."""
     from qlora_cli.device import DeviceProfile
     from qlora_cli.units import parse_bytes
@@ -70,10 +70,10 @@ def _imagined_card(vram: str) -> DeviceProfile:
         )
     return DeviceProfile(
         kind="cuda",
-        name="an imagined card",
+        name="a planned GPU",
         capacity_bytes=capacity,
         capability=(8, 9),
         multiprocessors=128,
         context_bytes=_CONTEXT,
-        imagined=True,
+        is_planned=True,
     )

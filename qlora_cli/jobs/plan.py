@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from qlora_cli.data.collate import worst_batch
@@ -29,7 +29,7 @@ _COMPARED = (("full", 16), ("lora", 16), ("lora", 8), ("lora", 4))
 
 
 def run(
-    recipe: Recipe, *, device_facts: DeviceProfile | None, fit: bool, compare: bool
+    recipe: Recipe, *, device_profile: DeviceProfile | None, fit: bool, compare: bool
 ) -> PlanResult:
     """Plans the recipe for a device; this machine's where none is given.
 
@@ -37,7 +37,7 @@ def run(
     LoRA on 16, 8 and 4 bit too. Raises ModelError, RecipeError.
     """
     began = time.perf_counter()
-    facts = device_facts or inspect_device()
+    facts = device_profile or inspect_device()
     config = read_config(find_config(recipe.model.name, recipe.model.revision))
     resolved, _ = resolve(recipe, facts)
     planned: Planned = _Remembering(config, facts)
@@ -51,7 +51,7 @@ def run(
     ledger = planned_ledger(resolved, facts, imagined, planned(full_fine_tuning(resolved)))
     merging = dry_run_merge(resolved, config, facts)
     return PlanResult(
-        device=asdict(facts),
+        device=facts.to_dict(),
         ledger=replace(ledger, phases=(*ledger.phases, merging)),
         fits=fits,
         usable_bytes=facts.usable_bytes,
@@ -156,7 +156,7 @@ def _notes(recipe: Recipe, facts: DeviceProfile, imagined: MemoryPlan) -> tuple[
             "and the attention kernel of compute capability "
             + ".".join(map(str, facts.capability or ()))
         )
-        source = "assumed" if facts.imagined else "measured"
+        source = "assumed" if facts.is_planned else "measured"
         notes.append(
             f"{format_bytes(facts.context_bytes)} of the card are taken by the CUDA context and "
             f"whatever else is there ({source}); the allocator has the rest"

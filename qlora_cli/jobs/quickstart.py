@@ -54,7 +54,7 @@ def run(*, out: Path, observer: Observer, force: bool = False) -> QuickstartResu
 
 def _work(out: Path, observer: Observer) -> QuickstartResult:
     recipe = load_recipe(find_recipe(RECIPE), [f"output={out / _RUN}"])
-    planned = plan.run(recipe, device_facts=None, fit=False, compare=True)
+    planned = plan.run(recipe, device_profile=None, fit=False, compare=True)
     before = _samples(STARTER, observer)
     loss_before = evaluate.run(STARTER, data=HELD_OUT, observer=observer).loss
     trained = train.run(recipe, recipe_path=None, resume=False, observer=observer)

@@ -70,14 +70,14 @@ def test_vram_describes_a_card_that_is_not_here(
     seen: list[DeviceProfile | None] = []
     real = plan.run
 
-    def watched(*args: object, device_facts: DeviceProfile | None, **rest: object) -> object:
-        seen.append(device_facts)
-        return real(*args, device_facts=device_facts, **rest)  # type: ignore[arg-type]
+    def watched(*args: object, device_profile: DeviceProfile | None, **rest: object) -> object:
+        seen.append(device_profile)
+        return real(*args, device_profile=device_profile, **rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(plan, "run", watched)
     assert qlora("plan", recipe, "--vram", "24GiB").code == 0
-    card = ("cuda", "an imagined card", 24 * GIB, (8, 9), 128)
-    assert seen == [DeviceProfile(*card, context_bytes=GIB // 2, imagined=True)]
+    gpu = ("cuda", "a planned GPU", 24 * GIB, (8, 9), 128)
+    assert seen == [DeviceProfile(*gpu, context_bytes=GIB // 2, is_planned=True)]
 
 
 def test_train_leaves_a_whole_run(run: Path) -> None:

@@ -41,7 +41,7 @@ CONTEXT = 100 * MIB
 
 
 def card(capacity: int) -> DeviceProfile:
-    return DeviceProfile("cuda", "a card", capacity, (8, 9), 128, CONTEXT, imagined=True)
+    return DeviceProfile("cuda", "a card", capacity, (8, 9), 128, CONTEXT, is_planned=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def recipe_of(config: Path, **sections: Any) -> Recipe:
 
 
 def run(recipe: Recipe, capacity: int, *, fit: bool = False, compare: bool = False) -> PlanResult:
-    return job.run(recipe, device_facts=card(capacity), fit=fit, compare=compare)
+    return job.run(recipe, device_profile=card(capacity), fit=fit, compare=compare)
 
 
 def test_what_the_context_takes_is_not_there_for_the_job(llama: Path) -> None:
@@ -84,7 +84,7 @@ def test_reserved_is_more_than_allocated_and_both_are_said_to_be_modelled(llama:
 
 def test_a_plan_for_a_cpu_reserves_nothing_and_models_nothing(llama: Path) -> None:
     facts = DeviceProfile("cpu", "a processor", 24 * GIB)
-    result = job.run(recipe_of(llama), device_facts=facts, fit=False, compare=False)
+    result = job.run(recipe_of(llama), device_profile=facts, fit=False, compare=False)
     assert result.ledger.allocator.reserved == 0
     assert not result.notes
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.cli.plan import _imagined_card
+from qlora_cli.cli.plan import planned_gpu
 from qlora_cli.files.locate import read_config
 from qlora_cli.jobs import plan as planning
 from qlora_cli.recipe.document import read_document
@@ -87,7 +87,7 @@ def test_it_plans(name: str, shared: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PLANNED)
 def test_its_header_tells_the_plan_of_the_whole_base(name: str, shared: Path) -> None:
     config, vram = PLANNED[name]
-    facts = _imagined_card(vram)
+    facts = planned_gpu(vram)
     told = header(shipped_recipes()[name])
     figures = re.search(
         r"--vram (\w+)` on .*?: ([\d.]+) GiB at the worst instant, ([\d.]+) GiB reserved", told
