@@ -13,9 +13,9 @@ import torch
 
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
-from qlora_cli.export.merge.settings import PREFERRED, MergeSettings, choose_settings
-from qlora_cli.export.merge.tensors import MergedTensors, merged_tensors
-from qlora_cli.export.merge.write import find_merged, write_merged
+from qlora_cli.export.merge.merge_settings import PREFERRED, MergeSettings, choose_settings
+from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
+from qlora_cli.export.merge.write import find_equal_merge, write_merged
 from qlora_cli.files.dtype import dtype_name, torch_dtype
 from qlora_cli.jobs.results import MergeResult
 from qlora_cli.memory.device import inspect_device
@@ -57,7 +57,7 @@ def run(
     give_back_freed()
     device = torch.device(inspect_device().kind)
     wanted = torch_dtype(dtype) if dtype else PREFERRED
-    tensors = merged_tensors(folder, "original", wanted, device, weight, others)
+    tensors = open_merged_tensors(folder, "original", wanted, device, weight, others)
     merged = _merged_before(out, tensors, base, dtype) if in_use else None
     if gguf is not None:
         more_bytes = 0 if merged else _num_bytes(tensors)
@@ -96,7 +96,7 @@ def _merged_before(
     out: Path, tensors: MergedTensors, base: str, dtype: str | None
 ) -> MergedTensors:
     """The same merge, which lacks its GGUF file. Raises UsageError where `out` is another one."""
-    merged = find_merged(out, tensors)
+    merged = find_equal_merge(out, tensors)
     if (
         merged is None
         or base not in ("auto", merged.base)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qlora_cli.events import Observer
-from qlora_cli.export.verify.verify import verify
+from qlora_cli.export.verify.verification import verify
 from qlora_cli.jobs.results import VerifyResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.host import give_back_freed

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.data.collate import Size, batch_of
+from qlora_cli.data.collate import BatchSize, synthetic_batch
 from qlora_cli.device import DeviceProfile
+from qlora_cli.export.compare.comparison_models import merged_on_meta, trained_on_meta
 from qlora_cli.export.compare.eval_rows import MAX_TOKENS
-from qlora_cli.export.compare.logits import COMPARISON_BYTES
-from qlora_cli.export.compare.models import as_others_run_it, as_trained
-from qlora_cli.export.merge.tensors import CHUNK, packed
+from qlora_cli.export.compare.logit_comparison import COMPARISON_BYTES
+from qlora_cli.export.merge.merged_tensors import CHUNK, pack_linear
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.memory.allocator import CachingAllocator
 from qlora_cli.memory.counter import Counter
@@ -71,7 +71,7 @@ def _one_tensor(site: Site, weight_format: WeightFormat, dtype: torch.dtype) -> 
         with host_memory():
             weight = torch.empty((site.out_features, site.in_features), dtype=dtype, device=_META)
         if weight_format.bits < 16:
-            layer = packed(site, weight_format, upload(weight, _META))
+            layer = pack_linear(site, weight_format, upload(weight, _META))
             del weight
             weight = layer.dequantize()
         _add_up(weight)
@@ -95,14 +95,11 @@ def _judged(
     config: Any, weight_format: WeightFormat, sites: list[Site], facts: DeviceProfile
 ) -> list[LoadedModel]:
     """The trained model and a merged one, as they are when they answer."""
-    kernels = (
-        kernel_for(facts.kind, facts.capability, compute)
-        for compute in (weight_format.compute, torch.float32)
-    )
+    kernels = (kernel_for(facts, compute) for compute in (weight_format.compute, torch.float32))
     with unallocated():
         return [
-            as_trained(deepcopy(config), weight_format, sites, next(kernels)),
-            as_others_run_it(deepcopy(config), torch.float32, torch.float16, next(kernels)),
+            trained_on_meta(deepcopy(config), weight_format, sites, next(kernels)),
+            merged_on_meta(deepcopy(config), torch.float32, torch.float16, next(kernels)),
         ]
 
 
@@ -111,4 +108,4 @@ def _answer(loaded: LoadedModel, source: MetaSource, seq_len: int) -> None:
     stream(loaded, source, _META)
     longest = min(seq_len, MAX_TOKENS, loaded.config.max_position_embeddings)
     rows = max(1, MAX_TOKENS // longest)
-    hidden_states(loaded, batch_of(Size(rows * longest, 1, rows, longest)), _META)
+    hidden_states(loaded, synthetic_batch(BatchSize(rows * longest, 1, rows, longest)), _META)

@@ -46,7 +46,7 @@ SCALED = {
 }
 
 
-def write(folder: Path, encoding: gguf_write.Encoding = "f16") -> Path:
+def write(folder: Path, encoding: gguf_write.GgufEncoding = "f16") -> Path:
     return gguf_write.export_gguf(folder, encoding, Silent())
 
 
@@ -342,17 +342,17 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("encoding", ["f16", "q8_0"])
 @pytest.mark.parametrize("name", ["token_embd.weight", "blk.1.attn_q.weight", "output_norm.weight"])
 def test_one_flipped_bit_in_the_file_is_found(
-    encoding: gguf_write.Encoding, name: str, tmp_path: Path
+    encoding: gguf_write.GgufEncoding, name: str, tmp_path: Path
 ) -> None:
     folder = make_model(tmp_path / "model", "llama")
-    file, plan = write(folder, encoding), gguf_write.Plan(folder, encoding)
-    gguf_write.prove_gguf(file, plan, Silent())
+    file, plan = write(folder, encoding), gguf_write.GgufPlan(folder, encoding)
+    gguf_write.verify_gguf(file, plan, Silent())
     (tensor,) = (tensor for tensor in GGUFReader(file).tensors if tensor.name == name)
     content = bytearray(file.read_bytes())
     content[tensor.data_offset + tensor.n_bytes // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(VerificationFailed, match=name) as caught:
-        gguf_write.prove_gguf(file, plan, Silent())
+        gguf_write.verify_gguf(file, plan, Silent())
     assert caught.value.exit_code == 4
 
 
@@ -374,7 +374,7 @@ def test_a_changed_header_is_found(old: bytes, new: bytes, told: str, tmp_path: 
     assert old in content
     file.write_bytes(content.replace(old, new, 1))
     with pytest.raises(VerificationFailed, match=told):
-        gguf_write.prove_gguf(file, gguf_write.Plan(folder, "f16"), Silent())
+        gguf_write.verify_gguf(file, gguf_write.GgufPlan(folder, "f16"), Silent())
 
 
 def test_a_file_that_was_cut_short_is_found(tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_a_file_that_was_cut_short_is_found(tmp_path: Path) -> None:
     file = write(folder)
     file.write_bytes(file.read_bytes()[:-4096])
     with pytest.raises(VerificationFailed, match="cannot be read"):
-        gguf_write.prove_gguf(file, gguf_write.Plan(folder, "f16"), Silent())
+        gguf_write.verify_gguf(file, gguf_write.GgufPlan(folder, "f16"), Silent())
 
 
 def test_a_tensor_changed_after_writing_is_told_by_name(tmp_path: Path) -> None:
@@ -392,12 +392,12 @@ def test_a_tensor_changed_after_writing_is_told_by_name(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] += 0.5
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(VerificationFailed, match=r"blk\.0\.ffn_up\.weight differs"):
-        gguf_write.prove_gguf(file, gguf_write.Plan(folder, "q8_0"), Silent())
+        gguf_write.verify_gguf(file, gguf_write.GgufPlan(folder, "q8_0"), Silent())
 
 
 @pytest.mark.parametrize(("encoding", "value"), [("f16", 1e5), ("q8_0", 1e8)])
 def test_a_value_beyond_float16_is_an_error_and_leaves_nothing(
-    encoding: gguf_write.Encoding, value: float, tmp_path: Path
+    encoding: gguf_write.GgufEncoding, value: float, tmp_path: Path
 ) -> None:
     folder = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
     tensors = load_file(folder / "model.safetensors")
@@ -420,7 +420,7 @@ def test_merge_writes_the_merged_model(tmp_path: Path) -> None:
     outcome = qlora(*words)
     assert outcome.code == 0, outcome.err
     assert "model-Q8_0.gguf" in outcome.err
-    gguf_write.prove_gguf(out / "model-Q8_0.gguf", gguf_write.Plan(out, "q8_0"), Silent())
+    gguf_write.verify_gguf(out / "model-Q8_0.gguf", gguf_write.GgufPlan(out, "q8_0"), Silent())
     outcome = qlora("verify", out, "--against", run.path)
     assert outcome.code == 0, outcome.err
 
@@ -436,7 +436,7 @@ def test_a_merge_that_lacks_its_file_is_given_one(
     outcome = qlora(*plain, "--gguf", "f16", "--json")
     assert outcome.code == 0, outcome.err
     assert (outcome.json["base"], outcome.json["tensors"]) == ("original", 21)
-    gguf_write.prove_gguf(out / "model-F16.gguf", gguf_write.Plan(out, "f16"), Silent())
+    gguf_write.verify_gguf(out / "model-F16.gguf", gguf_write.GgufPlan(out, "f16"), Silent())
     assert {name: (out / name).read_bytes() for name in before} == before
     for other in (("--dtype", "bfloat16"), ("--base", "dequantized"), ("--weight", "0.5")):
         outcome = qlora(*plain, "--gguf", "q8_0", *other)

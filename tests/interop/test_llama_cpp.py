@@ -41,7 +41,7 @@ def opened(file: Path) -> Any:
     )
 
 
-def distance(folder: Path, encoding: gguf_write.Encoding) -> float:
+def distance(folder: Path, encoding: gguf_write.GgufEncoding) -> float:
     """The root mean square difference of the logits, as a share of the logits' own."""
     file = gguf_write.export_gguf(folder, encoding, Silent())
     ids = [1, 80, 91, 7, 33, 250, 64, 12, 300, 5, 17, 200, 201, 44, 45, 46, 47, 81, 90, 3, 2, 9, 10]
@@ -58,7 +58,7 @@ def distance(folder: Path, encoding: gguf_write.Encoding) -> float:
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize(("encoding", "allowed"), [("f16", 2e-3), ("q8_0", 3e-2)])
 def test_the_model_answers_as_in_transformers(
-    family: str, encoding: gguf_write.Encoding, allowed: float, tmp_path: Path
+    family: str, encoding: gguf_write.GgufEncoding, allowed: float, tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96}
     folder = make_model(tmp_path / "model", family, spread=0.1, **sizes)

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from qlora_cli.events import Silent
 from qlora_cli.export.gguf.model import ARCHITECTURES
-from qlora_cli.export.merge.tensors import merged_tensors
+from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from tests.helpers.runs import CPU, make_recipe, make_rows, make_run
 from tests.helpers.vocabularies import make_model, named
@@ -50,7 +50,7 @@ def merge(
 ) -> Path:
     base = make_model(folder / "base", family, named("gpt-2"))
     run, _ = make_run(folder / "run", make_recipe(base, make_rows(folder / "rows.jsonl")))
-    tensors = merged_tensors(run, "original", dtype, CPU)
+    tensors = open_merged_tensors(run, "original", dtype, CPU)
     write_merged(tensors, base, folder / "out", {}, Silent(), max_shard_bytes)
     return folder / "out"
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import InputError, ModelError, UsageError
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.tensors import merged_tensors
+from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.files.atomic import appear_whole
 from qlora_cli.runs.layout import RunFolder
@@ -94,7 +94,7 @@ def test_a_run_answers_as_it_was_trained(family: str, bits: int, tmp_path: Path)
 def test_a_merged_run_writes_the_runs_text(family: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family)
     run, _ = make_run(tmp_path / "run", make_recipe(base, make_rows(tmp_path / "rows.jsonl")))
-    tensors = merged_tensors(run, "dequantized", torch.float32, CPU)
+    tensors = open_merged_tensors(run, "dequantized", torch.float32, CPU)
     write_merged(tensors, base, tmp_path / "out", {}, Silent())
     opened = open_run(run, CPU, Silent())
     assert go_on(theirs(tmp_path / "out"), IDS, 20) == go_on(opened.model, IDS, 20)

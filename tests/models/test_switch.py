@@ -14,7 +14,7 @@ from qlora_cli.adapters.lora import adapted_layers
 from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
 from qlora_cli.errors import ModelError, ProblemsError, QloraError, UsageError
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.tensors import merged_tensors
+from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.models.attach import attach, detach, save_adapter
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.switch import BASE, OWN, AdapterSwitch
@@ -168,7 +168,7 @@ def test_merged_in_memory_is_what_merge_writes(family: str, tmp_path: Path) -> N
     rows = make_rows(tmp_path / "rows.jsonl")
     recipe = make_recipe(base, rows, base={"bits": 16}, adapter={"targets": "all"})
     run, trained = make_run(tmp_path / "run", recipe)
-    written = merged_tensors(run, "original", torch.float16, CPU)
+    written = open_merged_tensors(run, "original", torch.float16, CPU)
     opened = open_for_adapters(str(run.path), CPU, Silent())
     source = open_source(opened.weights, opened.loaded.family)
     AdapterSwitch(opened.loaded, source, merged=True)

@@ -9,8 +9,8 @@ import torch
 
 from qlora_cli.data.encode import Example
 from qlora_cli.device import DeviceProfile
-from qlora_cli.export.compare.models import as_written, trained
-from qlora_cli.export.merge.tensors import merged_tensors
+from qlora_cli.export.compare.comparison_models import merged_model, trained_model
+from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.files.locate import read_config
 from qlora_cli.memory.counter import Counter
 from qlora_cli.memory.cpu_rules import CPU_RULES
@@ -38,13 +38,13 @@ def test_the_plan_is_what_the_answers_take(
         base, make_rows(tmp_path / "rows.jsonl"), base={"bits": bits}, data={"seq_len": TOKENS}
     )
     run, _ = make_run(tmp_path / "run", recipe)
-    tensors = merged_tensors(run, "original", torch.float16, CPU)
+    tensors = open_merged_tensors(run, "original", torch.float16, CPU)
     ids = [3 + 7 * place % 250 for place in range(TOKENS)]
     rows = [Example(ids, ids, "")]
     counter = Counter()
     with StorageTracker(counter, CPU_RULES, "cpu"), counter.phase("merge"):
-        trained(tensors, base, may_hold=False).answers(rows)
-        as_written(tensors, base).answers(rows)
+        trained_model(tensors, base, may_be_resident=False).compared_logits(rows)
+        merged_model(tensors, base).compared_logits(rows)
 
     monkeypatch.setattr(merging, "MAX_TOKENS", TOKENS)
     monkeypatch.setattr(merging, "COMPARISON_BYTES", 0)

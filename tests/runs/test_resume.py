@@ -227,7 +227,7 @@ def test_a_run_is_judged_on_its_rows_from_any_folder(
     run = RunFolder(tmp_path / "run")
     base = base_folder(run)
     judged = eval_rows(read_recipe(run), base, read_config(base / "config.json"))
-    assert judged.of_task
+    assert judged.is_task_data
     assert not judged.notes
 
 

@@ -31,7 +31,7 @@ class EvalRows:
 
     rows: list[Example]
     origin: str
-    of_task: bool
+    is_task_data: bool
     notes: tuple[str, ...] = ()
 
 

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from qlora_cli.data.encode import Example
 from qlora_cli.errors import VerificationFailed
-from qlora_cli.export.compare.logits import free_memory
-from qlora_cli.export.compare.models import ComparisonModel, as_written
-from qlora_cli.export.merge.tensors import MergedTensors
+from qlora_cli.export.compare.comparison_models import ComparisonModel, merged_model
+from qlora_cli.export.compare.logit_comparison import free_memory
+from qlora_cli.export.merge.merged_tensors import MergedTensors
 from qlora_cli.export.merge.underflow import Underflow
 
 MAX_LOST = 0.01
@@ -61,7 +61,7 @@ def check_float16(tensors: MergedTensors, base: Path, rows: Sequence[Example]) -
     """Raises VerificationFailed, naming the tensor or the module, where it does not hold."""
     assert tensors.dtype is torch.float16
     underflow = Underflow()
-    comparison_model = as_written(tensors, base, torch.float16, underflow)
+    comparison_model = merged_model(tensors, base, torch.float16, underflow)
     largest = largest_activation(comparison_model, rows)
     for name in tensors.shapes():
         if name not in underflow.tensors:
@@ -82,7 +82,7 @@ def largest_activation(comparison_model: ComparisonModel, rows: Sequence[Example
     backbone = comparison_model.loaded.family.backbone
     for path, module in comparison_model.loaded.model.get_submodule(backbone).named_modules():
         module.register_forward_hook(partial(watch.see, f"{backbone}.{path}".rstrip(".")))
-    for _, logits in comparison_model.answers(_few(rows)).logits():
+    for _, logits in comparison_model.compared_logits(_few(rows)).logits():
         # A head rounds them to float16, too; here they are float32.
         watch.see(comparison_model.loaded.family.head, None, None, logits.half())
     return watch.largest

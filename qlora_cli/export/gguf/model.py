@@ -34,7 +34,7 @@ from gguf import (
 from torch import Tensor
 
 from qlora_cli.errors import QloraError
-from qlora_cli.export.gguf.tokenizer import refused
+from qlora_cli.export.gguf.tokenizer import unsupported
 from qlora_cli.files.safetensors_io import TensorEntry, read_tensor
 from qlora_cli.models.registry import family_of
 from qlora_cli.runs.open import open_source
@@ -49,7 +49,7 @@ ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """One tensor of the file. shape: (rows, width) or (width,), as transformers has it.
 
     heads: whose rows are laid in llama.cpp's order; None where the order is kept. entry: where it
@@ -89,20 +89,22 @@ def architecture(config: Any) -> MODEL_ARCH:
     """llama.cpp's. Raises UsageError where it has none, or one that computes something else."""
     arch = ARCHITECTURES.get(config.model_type)
     if arch is None:
-        raise refused(
+        raise unsupported(
             f"GGUF is written for {', '.join(ARCHITECTURES)}, not for {config.model_type}"
         )
     if config.hidden_act != "silu":
-        raise refused(f"llama.cpp has no {config.hidden_act} activation in {config.model_type}")
+        raise unsupported(f"llama.cpp has no {config.hidden_act} activation in {config.model_type}")
     kind = config.rope_parameters["rope_type"]
     if kind not in ("default", "linear") and (kind, arch) != ("llama3", MODEL_ARCH.LLAMA):
-        raise refused(f"rotary scaling {kind!r} of {config.model_type} is not written to GGUF yet")
+        raise unsupported(
+            f"rotary scaling {kind!r} of {config.model_type} is not written to GGUF yet"
+        )
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refused("a partial rotary factor is not written to GGUF")
+        raise unsupported("a partial rotary factor is not written to GGUF")
     if arch == MODEL_ARCH.QWEN2 and _head_dim(config) * _num_heads(config) != config.hidden_size:
-        raise refused("llama.cpp's qwen2 has heads of hidden_size / num_attention_heads only")
+        raise unsupported("llama.cpp's qwen2 has heads of hidden_size / num_attention_heads only")
     if arch == MODEL_ARCH.QWEN3 and config.attention_bias:
-        raise refused("llama.cpp's qwen3 has no biases in its attention")
+        raise unsupported("llama.cpp's qwen3 has no biases in its attention")
     return arch
 
 
@@ -132,7 +134,7 @@ def context_length(config: Any) -> int:
     return min(longest, getattr(config, "sliding_window", None) or longest)
 
 
-def plan_tensors(folder: Path, config: Any, encoding: GGMLQuantizationType) -> list[Planned]:
+def plan_tensors(folder: Path, config: Any, encoding: GGMLQuantizationType) -> list[PlannedTensor]:
     """Every tensor of the file, in the order of the model's own. Raises ModelError, UsageError."""
     arch = architecture(config)
     source = open_source(folder, family_of(config))
@@ -141,11 +143,11 @@ def plan_tensors(folder: Path, config: Any, encoding: GGMLQuantizationType) -> l
     for name in source.names():
         told = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if told is None:
-            raise refused(f"{name} has no name in llama.cpp's {MODEL_ARCH_NAMES[arch]}")
+            raise unsupported(f"{name} has no name in llama.cpp's {MODEL_ARCH_NAMES[arch]}")
         shape = source.shape(name)
         own = _encoding(told, shape, encoding)
         heads = _heads(name, config) if arch == MODEL_ARCH.LLAMA else None
-        planned.append(Planned(told, shape, own, heads, source.entry(name)))
+        planned.append(PlannedTensor(told, shape, own, heads, source.entry(name)))
     return planned
 
 
@@ -165,7 +167,7 @@ def _heads(name: str, config: Any) -> int | None:
     return heads.get(linear)
 
 
-def _rope_factors(arch: MODEL_ARCH, config: Any) -> Iterator[Planned]:
+def _rope_factors(arch: MODEL_ARCH, config: Any) -> Iterator[PlannedTensor]:
     """What llama.cpp divides each rotary frequency by, asked of transformers' own scaling."""
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
@@ -179,7 +181,7 @@ def _rope_factors(arch: MODEL_ARCH, config: Any) -> Iterator[Planned]:
     plain = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     factors = (plain / scaled.double()).float()
     name = f"{TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS]}.weight"
-    yield Planned(name, tuple(factors.shape), GGMLQuantizationType.F32, values=factors)
+    yield PlannedTensor(name, tuple(factors.shape), GGMLQuantizationType.F32, values=factors)
 
 
 def _num_heads(config: Any) -> int:

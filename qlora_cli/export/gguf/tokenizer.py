@@ -91,12 +91,12 @@ def read_vocabulary(folder: Path, num_rows: int) -> Vocabulary:
     """
     tokenizer = load_tokenizer(str(folder))
     if tokenizer is None:
-        raise refused("the model has no tokenizer")
+        raise unsupported("the model has no tokenizer")
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     model = definition["model"]
     odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or any(model.get(key) for key in odd):
-        raise refused(f"its tokenizer is a {model['type']} of another kind than llama.cpp has")
+        raise unsupported(f"its tokenizer is a {model['type']} of another kind than llama.cpp has")
     tokens, types = _tokens(tokenizer, num_rows)
     notes: list[str] = []
     special = _special(tokenizer, folder, notes)
@@ -113,7 +113,7 @@ def read_vocabulary(folder: Path, num_rows: int) -> Vocabulary:
     return _byte_level(definition, told)
 
 
-def refused(why: str) -> UsageError:
+def unsupported(why: str) -> UsageError:
     """The model cannot be written as GGUF."""
     return UsageError(
         why,
@@ -125,15 +125,17 @@ def refused(why: str) -> UsageError:
 def _byte_level(definition: Mapping[str, Any], told: dict[str, Any]) -> Vocabulary:
     model = definition["model"]
     if not set(model["vocab"]) >= _BYTES or not model["merges"]:
-        raise refused("its tokenizer has not a token for every byte, or no merges")
+        raise unsupported("its tokenizer has not a token for every byte, or no merges")
     normalizer = definition["normalizer"]
     if normalizer is not None:
         if normalizer != {"type": "NFC"}:
-            raise refused(f"its tokenizer's normalizer {normalizer['type']} is none of llama.cpp's")
+            raise unsupported(
+                f"its tokenizer's normalizer {normalizer['type']} is none of llama.cpp's"
+            )
         told["notes"].append("llama.cpp does not compose accents (NFC) before it splits a text")
     name, whole_words = _NAMES.get(_cuts(definition["pre_tokenizer"]), (None, False))
     if name is None or whole_words != bool(model.get("ignore_merges")):
-        raise refused("its tokenizer cuts words in a way that has no known name in llama.cpp")
+        raise unsupported("its tokenizer cuts words in a way that has no known name in llama.cpp")
     merges = [" ".join(pair) for pair in model["merges"]]
     return Vocabulary("gpt2", name, merges=merges, **told)
 
@@ -143,7 +145,7 @@ def _cuts(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     last = steps[-1] or {}
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        raise refused("its tokenizer is neither byte-level nor has it byte fallback")
+        raise unsupported("its tokenizer is neither byte-level nor has it byte fallback")
     cuts = [_cut(step) for step in steps[:-1]]
     return (*cuts, _WORDS) if last.get("use_regex", True) else tuple(cuts)
 
@@ -160,7 +162,7 @@ def _sentencepiece(definition: Mapping[str, Any], told: dict[str, Any]) -> Vocab
     types, ids = told["types"], definition["model"]["vocab"]
     hexes = {f"<0x{number:02X}>" for number in range(256)}
     if not ids.keys() >= hexes:
-        raise refused("its tokenizer has not a token for every byte")
+        raise unsupported("its tokenizer has not a token for every byte")
     for token in hexes:
         types[ids[token]] = TokenType.BYTE
     unknown = told["special"].get("unk")
@@ -182,7 +184,9 @@ def _ranks(tokens: set[str], merges: Sequence[tuple[str, ...]]) -> dict[str, int
     known = set(merges)
     complete = all(pair in known for token in tokens for pair in _halves(token, tokens))
     if not complete or any(own[-1] - own[0] >= len(own) for own in ranks.values()):
-        raise refused("its tokenizer's merges are not the order of its tokens, as SentencePiece's")
+        raise unsupported(
+            "its tokenizer's merges are not the order of its tokens, as SentencePiece's"
+        )
     return {token: own[0] for token, own in ranks.items()}
 
 
@@ -213,18 +217,18 @@ def _space_prefix(definition: Mapping[str, Any], notes: list[str]) -> bool:
                     "tokenizer puts one at a text's beginning only"
                 )
             return bool(scheme != "never")
-    raise refused("its tokenizer changes texts in a way that llama.cpp does not")
+    raise unsupported("its tokenizer changes texts in a way that llama.cpp does not")
 
 
 def _tokens(tokenizer: Any, num_rows: int) -> tuple[list[str], list[TokenType]]:
     """(text, type) of every row of the embedding; rows without a token are marked unused."""
     names = {number: token for token, number in tokenizer.get_vocab().items()}
     if max(names) >= num_rows:
-        raise refused(f"its tokenizer has token {max(names)}, the embedding {num_rows} rows")
+        raise unsupported(f"its tokenizer has token {max(names)}, the embedding {num_rows} rows")
     added = tokenizer.added_tokens_decoder
     for token in added.values():
         if token.lstrip or token.rstrip or token.single_word:
-            raise refused(f"its token {token.content!r} takes spaces or whole words with it")
+            raise unsupported(f"its token {token.content!r} takes spaces or whole words with it")
     return (
         [names.get(number, f"[PAD{number}]") for number in range(num_rows)],
         [_type(number, names, added) for number in range(num_rows)],
@@ -245,7 +249,7 @@ def _special(tokenizer: Any, folder: Path, notes: list[str]) -> dict[str, int]:
     found = {role: getattr(tokenizer, f"{role}_token_id") for role in roles}
     special = {role: number for role, number in found.items() if number is not None}
     if "eos" not in special:
-        raise refused("its tokenizer has no end-of-text token")
+        raise unsupported("its tokenizer has no end-of-text token")
     settings = folder / "generation_config.json"
     told = json.loads(settings.read_text()).get("eos_token_id") if settings.is_file() else None
     ends = [number for number in (told if isinstance(told, list) else [told]) if number is not None]
@@ -265,7 +269,7 @@ def _added(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
             after = [special["eos"]] if eos else []
             if whole == [*before, *plain, *after]:
                 return {"bos": bos, "eos": eos}
-    raise refused("its tokenizer puts other tokens around a text than one bos and one eos")
+    raise unsupported("its tokenizer puts other tokens around a text than one bos and one eos")
 
 
 def _template(tokenizer: Any, notes: list[str]) -> str | None:

@@ -35,7 +35,7 @@ from torch import Tensor
 from qlora_cli.errors import QloraError, UsageError, VerificationFailed
 from qlora_cli.events import Observer
 from qlora_cli.export.gguf.model import (
-    Planned,
+    PlannedTensor,
     architecture,
     context_length,
     plan_tensors,
@@ -47,7 +47,7 @@ from qlora_cli.files.atomic import OTHER_DISK, remove_left, whole_file, writing
 from qlora_cli.files.locate import read_config
 from qlora_cli.units import format_bytes
 
-Encoding = Literal["f16", "q8_0"]
+GgufEncoding = Literal["f16", "q8_0"]
 
 _FILE_TYPES = {
     "f16": (LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
@@ -64,14 +64,14 @@ MAX_FAULTS = 10
 """Told one by one; the rest is counted."""
 
 
-class Plan:
+class GgufPlan:
     """The file that a model's folder gives, before a tensor is read.
 
     Raises UsageError where llama.cpp cannot have the model or its tokenizer, ModelError where the
     folder is damaged.
     """
 
-    def __init__(self, folder: Path, encoding: Encoding) -> None:
+    def __init__(self, folder: Path, encoding: GgufEncoding) -> None:
         self.folder = folder
         self.encoding = encoding
         self.config: Any = read_config(folder / CONFIG)
@@ -107,17 +107,17 @@ class Plan:
             )
         return writer
 
-    def _is_half(self, planned: Planned) -> bool:
+    def _is_half(self, planned: PlannedTensor) -> bool:
         wanted = _FILE_TYPES[self.encoding][1]
         return planned.encoding == GGMLQuantizationType.F16 != wanted
 
 
-def check_exportable(base: Path, encoding: Encoding, out: Path, merged_bytes: int) -> None:
+def check_exportable(base: Path, encoding: GgufEncoding, out: Path, merged_bytes: int) -> None:
     """Before a merge into `out`: can its model be a GGUF file, and will the disk hold both?
 
     base: the folder of config and tokenizer. Raises UsageError, ModelError, QloraError.
     """
-    needed = Plan(base, encoding).num_bytes + merged_bytes
+    needed = GgufPlan(base, encoding).num_bytes + merged_bytes
     there = next(parent for parent in out.resolve().parents if parent.is_dir())
     free = shutil.disk_usage(there).free
     if free < needed + _ROOM_BYTES:
@@ -129,14 +129,14 @@ def check_exportable(base: Path, encoding: Encoding, out: Path, merged_bytes: in
         )
 
 
-def export_gguf(folder: Path, encoding: Encoding, observer: Observer) -> Path:
+def export_gguf(folder: Path, encoding: GgufEncoding, observer: Observer) -> Path:
     """Writes `model-F16.gguf` or `model-Q8_0.gguf` into a merged folder; its path.
 
     The file appears whole and proved, or not at all. Raises VerificationFailed where it was not
     read back as it should be, QloraError where the disk refuses or a value does not fit float16,
-    UsageError and ModelError as `Plan` does, and UsageError where another file has its name.
+    UsageError and ModelError as `GgufPlan` does, and UsageError where another file has its name.
     """
-    plan = Plan(folder, encoding)
+    plan = GgufPlan(folder, encoding)
     for note in plan.notes():
         observer.note(note)
     file = folder / f"model-{encoding.upper()}.gguf"
@@ -147,11 +147,11 @@ def export_gguf(folder: Path, encoding: Encoding, observer: Observer) -> Path:
         remove_left(file)
         with whole_file(file) as beside:
             _write(plan, beside, observer)
-            prove_gguf(beside, plan, observer)
+            verify_gguf(beside, plan, observer)
     return file
 
 
-def _check_same(file: Path, plan: Plan, observer: Observer) -> None:
+def _check_same(file: Path, plan: GgufPlan, observer: Observer) -> None:
     """Raises UsageError where an existing file is not the one that would be written."""
     if not file.is_file() or any(_faults(file, plan, observer)):
         raise UsageError(
@@ -161,7 +161,7 @@ def _check_same(file: Path, plan: Plan, observer: Observer) -> None:
         )
 
 
-def prove_gguf(file: Path, plan: Plan, observer: Observer) -> None:
+def verify_gguf(file: Path, plan: GgufPlan, observer: Observer) -> None:
     """Raises VerificationFailed that names what in the file is not as planned."""
     faults = list(_faults(file, plan, observer))
     if faults:
@@ -174,7 +174,7 @@ def prove_gguf(file: Path, plan: Plan, observer: Observer) -> None:
         )
 
 
-def _write(plan: Plan, file: Path, observer: Observer) -> None:
+def _write(plan: GgufPlan, file: Path, observer: Observer) -> None:
     writer = plan.writer()
     observer.stage("gguf", len(plan.tensors))
     try:
@@ -189,7 +189,7 @@ def _write(plan: Plan, file: Path, observer: Observer) -> None:
         writer.close()
 
 
-def _encoded(planned: Planned) -> np.ndarray[Any, Any]:
+def _encoded(planned: PlannedTensor) -> np.ndarray[Any, Any]:
     """The tensor's values as they lie in the file."""
     whole = np.empty(planned.num_bytes, np.uint8)
     done = 0
@@ -199,7 +199,7 @@ def _encoded(planned: Planned) -> np.ndarray[Any, Any]:
     return whole
 
 
-def _parts(planned: Planned) -> Iterator[tuple[Tensor, np.ndarray[Any, Any]]]:
+def _parts(planned: PlannedTensor) -> Iterator[tuple[Tensor, np.ndarray[Any, Any]]]:
     """(source's values in the file's order, the same as they lie in the file), some rows a time."""
     tensor = planned.read()
     for rows in planned.rows(max(1, _ELEMENTS // torch.Size(planned.shape[1:]).numel())):
@@ -207,7 +207,7 @@ def _parts(planned: Planned) -> Iterator[tuple[Tensor, np.ndarray[Any, Any]]]:
         yield values, _encode(values, planned)
 
 
-def _encode(values: Tensor, planned: Planned) -> np.ndarray[Any, Any]:
+def _encode(values: Tensor, planned: PlannedTensor) -> np.ndarray[Any, Any]:
     dtype = _TYPES.get(planned.encoding)
     # The step of a Q8_0 block is float16, and 127 steps reach the block's largest value.
     largest = torch.finfo(dtype).max if dtype else 127 * torch.finfo(torch.float16).max
@@ -224,7 +224,7 @@ def _encode(values: Tensor, planned: Planned) -> np.ndarray[Any, Any]:
     return quantize(values.float().numpy(), planned.encoding)
 
 
-def _faults(file: Path, plan: Plan, observer: Observer) -> Iterator[str]:
+def _faults(file: Path, plan: GgufPlan, observer: Observer) -> Iterator[str]:
     try:
         reader = GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError) as fault:
@@ -249,7 +249,7 @@ def _faults(file: Path, plan: Plan, observer: Observer) -> Iterator[str]:
         observer.advance(done)
 
 
-def _metadata_faults(reader: GGUFReader, plan: Plan) -> Iterator[str]:
+def _metadata_faults(reader: GGUFReader, plan: GgufPlan) -> Iterator[str]:
     (wanted,) = plan.writer().kv_data
     for key, value in wanted.items():
         field = reader.get_field(key)
@@ -260,7 +260,7 @@ def _metadata_faults(reader: GGUFReader, plan: Plan) -> Iterator[str]:
             yield f"{key} is not what the folder gives"
 
 
-def _value_faults(planned: Planned, found: np.ndarray[Any, Any]) -> Iterator[str]:
+def _value_faults(planned: PlannedTensor, found: np.ndarray[Any, Any]) -> Iterator[str]:
     rows = differing = 0
     for values, wanted in _parts(planned):
         part = found[rows : rows + len(wanted)]

@@ -24,10 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import QloraError
+from qlora_cli.export.compare.comparison_models import (
+    frozen_base_model,
+    merged_model,
+    trained_model,
+)
 from qlora_cli.export.compare.eval_rows import EvalRows
-from qlora_cli.export.compare.logits import Comparison, compare, free_memory
-from qlora_cli.export.compare.models import as_written, trained, without_adapter
-from qlora_cli.export.merge.tensors import MergeBase, MergedTensors
+from qlora_cli.export.compare.logit_comparison import Comparison, compare, free_memory
+from qlora_cli.export.merge.merged_tensors import MergeBase, MergedTensors
 
 KINDS: tuple[MergeBase, ...] = ("original", "dequantized")
 
@@ -86,14 +90,16 @@ def _is_far(original: Comparison, dequantized: Comparison, frozen: Comparison) -
 
 
 def _judge(tensors: MergedTensors, base: Path, judged: EvalRows) -> BaseChoice:
-    model = trained(tensors, base, may_hold=False)
-    reference = model.answers(judged.rows)
-    model = without_adapter(model, tensors, base)
-    frozen = compare(reference, model.answers(judged.rows))
+    model = trained_model(tensors, base, may_be_resident=False)
+    reference = model.compared_logits(judged.rows)
+    model = frozen_base_model(model, tensors, base)
+    frozen = compare(reference, model.compared_logits(judged.rows))
     del model
     free_memory()
     original, dequantized = (
-        compare(reference, as_written(replace(tensors, base=kind), base).answers(judged.rows))
+        compare(
+            reference, merged_model(replace(tensors, base=kind), base).compared_logits(judged.rows)
+        )
         for kind in KINDS
     )
     if not (math.isfinite(original.mean_kl) or math.isfinite(dequantized.mean_kl)):

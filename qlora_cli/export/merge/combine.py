@@ -66,7 +66,7 @@ class _StackedLayer(AdapterLayer):
 
 
 @dataclass(frozen=True)
-class Combined(AdapterFile):
+class CombinedAdapter(AdapterFile):
     """What the terms add up to. folder, config: the first one's."""
 
     terms: tuple[WeightedAdapter, ...]
@@ -84,15 +84,19 @@ def combine(terms: Sequence[WeightedAdapter]) -> AdapterFile:
         return first
     paths = sorted({path for term in terms for path in term.adapter.layers})
     layers = {path: _stacked(path, terms) for path in paths}
-    return Combined(first.folder, first.config, layers, tuple(terms))
+    return CombinedAdapter(first.folder, first.config, layers, tuple(terms))
 
 
-def terms_of(adapter: AdapterFile) -> tuple[WeightedAdapter, ...]:
+def weighted_adapters(adapter: AdapterFile) -> tuple[WeightedAdapter, ...]:
     """What `combine` made it from."""
-    return adapter.terms if isinstance(adapter, Combined) else (WeightedAdapter(adapter, 1.0),)
+    return (
+        adapter.terms if isinstance(adapter, CombinedAdapter) else (WeightedAdapter(adapter, 1.0),)
+    )
 
 
-def open_others(run: RunFolder, others: Sequence[tuple[Path, float]]) -> list[WeightedAdapter]:
+def open_other_adapters(
+    run: RunFolder, others: Sequence[tuple[Path, float]]
+) -> list[WeightedAdapter]:
     """Adapters to add to the run's own. Raises UsageError where one is of another base."""
     for where, _ in others:
         _check_base(run, where)

@@ -15,7 +15,7 @@ from qlora_cli.files.safetensors_io import Shape
 from qlora_cli.files.source import INDEX, SINGLE
 
 CONFIG = "config.json"
-ABOUT = "merge.json"
+MANIFEST = "merge.json"
 """How the folder was made: base, dtype, adapter, and the judgement where one was made."""
 
 _CARRIED = (
@@ -88,14 +88,14 @@ def merged_config(base: Path, dtype: torch.dtype) -> dict[str, Any]:
     return kept | {"dtype": dtype_name(dtype)}
 
 
-def carried_files(base: Path) -> list[Path]:
+def copied_files(base: Path) -> list[Path]:
     """What is copied byte for byte, as paths within the base's folder."""
     found = {path for pattern in _CARRIED for path in base.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(base) for path in found)
 
 
-def carry(base: Path, into: Path) -> None:
+def copy_files(base: Path, into: Path) -> None:
     """Copies the carried files."""
-    for path in carried_files(base):
+    for path in copied_files(base):
         (into / path).parent.mkdir(exist_ok=True)
         (into / path).write_bytes((base / path).read_bytes())

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from qlora_cli.errors import ModelError
-from qlora_cli.export.merge.folder import ABOUT, CONFIG
-from qlora_cli.export.merge.tensors import MergeBase
+from qlora_cli.export.merge.folder import CONFIG, MANIFEST
+from qlora_cli.export.merge.merged_tensors import MergeBase
 from qlora_cli.files.atomic import read_json
 from qlora_cli.files.dtype import torch_dtype
 
@@ -37,7 +37,7 @@ class MergeManifest:
 
         Raises ModelError where one of the two is damaged.
         """
-        about = merged / ABOUT
+        about = merged / MANIFEST
         if not about.is_file():
             dtype = read_json(merged / CONFIG, _dtype_of, ModelError)
             return cls("original", dtype, 1.0, (), (), None)
@@ -55,11 +55,11 @@ class MergeManifest:
     def notes(self) -> Iterator[str]:
         """What a reader of a verdict has to know of what was compared."""
         if self.settings is None:
-            yield f"there is no {ABOUT}: compared with a merge into the original base"
+            yield f"there is no {MANIFEST}: compared with a merge into the original base"
         if self.weight != 1.0 or self.others:
             more = (f" + {weight:g} x {folder}" for folder, weight in self.others)
             sum_told = f"{self.weight:g} x the run's adapter" + "".join(more)
-            yield f"{ABOUT} says that {sum_told} was merged, and that is what is compared"
+            yield f"{MANIFEST} says that {sum_told} was merged, and that is what is compared"
 
 
 def _dtype_of(config: dict[str, Any]) -> torch.dtype:

@@ -20,19 +20,19 @@ from torch import Tensor
 
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Observer
-from qlora_cli.export.merge.combine import terms_of
+from qlora_cli.export.merge.combine import weighted_adapters
 from qlora_cli.export.merge.folder import (
-    ABOUT,
     CONFIG,
+    MANIFEST,
     Shard,
-    carried_files,
-    carry,
+    copied_files,
+    copy_files,
     merged_config,
     plan_shards,
     write_index,
 )
 from qlora_cli.export.merge.manifest import MergeManifest
-from qlora_cli.export.merge.tensors import MergedTensors
+from qlora_cli.export.merge.merged_tensors import MergedTensors
 from qlora_cli.files.atomic import (
     OTHER_DISK,
     left_beside,
@@ -81,17 +81,17 @@ def write_merged(
         _write_shards(tensors, shards, done, beside, observer)
         write_index(beside, shards)
         write_json(beside / CONFIG, merged_config(base, tensors.dtype))
-        carry(base, beside)
-        write_json(beside / ABOUT, {**about, "settings": settings})
+        copy_files(base, beside)
+        write_json(beside / MANIFEST, {**about, "settings": settings})
         settle(beside, out)
 
 
-def find_merged(out: Path, tensors: MergedTensors) -> MergedTensors | None:
+def find_equal_merge(out: Path, tensors: MergedTensors) -> MergedTensors | None:
     """The tensors as `out` holds them, where it is a whole merge of them in any base and dtype.
 
     Raises ModelError where its merge.json is damaged.
     """
-    if not (out / ABOUT).is_file():
+    if not (out / MANIFEST).is_file():
         return None
     made = MergeManifest.of(out)
     merged = replace(tensors, base=made.base, dtype=made.dtype)
@@ -136,7 +136,9 @@ def _settings(tensors: MergedTensors, shards: list[Shard]) -> dict[str, Any]:
         "held": {key: _told(value) for key, value in vars(tensors.weight_format).items()},
         "packed_on": tensors.device.type,
         "weights": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
-        "adapters": [] if adapter is None else [term.to_dict() for term in terms_of(adapter)],
+        "adapters": []
+        if adapter is None
+        else [term.to_dict() for term in weighted_adapters(adapter)],
         "shards": {shard.name: len(shard.shapes) for shard in shards},
     }
 
@@ -157,9 +159,9 @@ def _begin(out: Path, settings: Mapping[str, Any], shards: list[Shard]) -> tuple
             shutil.rmtree(left, ignore_errors=True)
     if not equal:
         beside = make_beside(out)
-        write_json(beside / ABOUT, {"settings": settings})
+        write_json(beside / MANIFEST, {"settings": settings})
         return beside, set()
-    for name in (*(shard.name for shard in shards), CONFIG, ABOUT):
+    for name in (*(shard.name for shard in shards), CONFIG, MANIFEST):
         remove_left(equal[0] / name)
     whole = {shard.name for shard in shards if _is_whole(equal[0] / shard.name, shard.shapes)}
     return equal[0], whole
@@ -168,7 +170,7 @@ def _begin(out: Path, settings: Mapping[str, Any], shards: list[Shard]) -> tuple
 def _settings_in(left: Path) -> dict[str, Any] | None:
     """The settings of an unfinished merge; None where they cannot be read."""
     with suppress(ModelError):
-        if (left / ABOUT).is_file():
+        if (left / MANIFEST).is_file():
             return MergeManifest.of(left).settings
     return None
 
@@ -186,7 +188,7 @@ def _is_whole(file: Path, shapes: Mapping[str, Shape]) -> bool:
 def _check_room(out: Path, base: Path, missing: list[Shard]) -> None:
     """Raises QloraError where the disk cannot take what is still to be written."""
     weights = sum(shape.num_bytes for shard in missing for shape in shard.shapes.values())
-    needed = weights + sum((base / path).stat().st_size for path in carried_files(base))
+    needed = weights + sum((base / path).stat().st_size for path in copied_files(base))
     free = shutil.disk_usage(out.parent).free
     if free < needed + _ROOM_BYTES:
         raise QloraError(

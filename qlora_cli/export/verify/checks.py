@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer
-from qlora_cli.export.merge.folder import CONFIG, carried_files, merged_config
-from qlora_cli.export.merge.tensors import MergedTensors
+from qlora_cli.export.merge.folder import CONFIG, copied_files, merged_config
+from qlora_cli.export.merge.merged_tensors import MergedTensors
 from qlora_cli.files.dtype import dtype_name
 from qlora_cli.files.safetensors_io import TensorEntry, read_tensor
 from qlora_cli.files.source import INDEX, SINGLE, read_folder
@@ -97,12 +97,12 @@ def _differences(name: str, entry: TensorEntry, expected: MergedTensors) -> Iter
 
 def file_faults(merged: Path, base: Path) -> Iterator[str]:
     """What is wrong with tokenizer, templates and generation settings."""
-    for path in carried_files(base):
+    for path in copied_files(base):
         if not (merged / path).is_file():
             yield f"{path} was not carried over from the base"
         elif not _same_content(merged / path, base / path):
             yield f"{path} is not the base's{_first_key(merged / path, base / path)}"
-    for path in carried_files(merged):
+    for path in copied_files(merged):
         if not (base / path).is_file():
             yield f"{path} is not among the base's files"
 

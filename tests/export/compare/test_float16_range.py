@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qlora_cli.errors import VerificationFailed
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.tensors import merged_tensors
+from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
-from qlora_cli.export.verify.verify import verify
+from qlora_cli.export.verify.verification import verify
 from qlora_cli.jobs import merge
 from qlora_cli.runs.layout import RunFolder
 from tests.helpers.cli_helpers import qlora
@@ -114,7 +114,7 @@ def test_insisted_on_it_is_exit_4(
 def test_verify_finds_activations_that_overflow(tmp_path: Path) -> None:
     """Another program wrote it: nothing is wrong with any tensor, and it answers NaN."""
     run, out = a_run(tmp_path, overflow_activations), tmp_path / "out"
-    tensors = merged_tensors(run, "original", torch.float16, CPU)
+    tensors = open_merged_tensors(run, "original", torch.float16, CPU)
     write_merged(tensors, tmp_path / "base", out, {}, Silent())
     (fault,) = verify(out, run, CPU, Silent()).faults
     assert "in float16 the activations overflow" in fault

@@ -12,15 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.data.encode import Example
 from qlora_cli.events import Silent
-from qlora_cli.export.compare import greedy
-from qlora_cli.export.compare import models as comparison_models
-from qlora_cli.export.compare.greedy import NUM_TOKENS, agreement, speech
-from qlora_cli.export.compare.logits import compare
-from qlora_cli.export.compare.models import in_folder, trained
-from qlora_cli.export.merge.tensors import MergedTensors, merged_tensors
+from qlora_cli.export.compare import comparison_models, greedy_agreement
+from qlora_cli.export.compare.comparison_models import folder_model, trained_model
+from qlora_cli.export.compare.greedy_agreement import (
+    NUM_TOKENS,
+    count_agreeing_tokens,
+    greedy_continuation,
+)
+from qlora_cli.export.compare.logit_comparison import compare
+from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.export.verify.checks import loading_faults
-from qlora_cli.export.verify.verify import verify
+from qlora_cli.export.verify.verification import verify
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.open import read_recipe
 from tests.helpers.runs import CPU, FAMILIES, logits, make_base, make_recipe, make_rows, make_run
@@ -36,7 +39,7 @@ def a_run(folder: Path, family: str, bits: int = 4) -> tuple[RunFolder, MergedTe
     base = make_base(folder / "base", family, max_position_embeddings=128)
     recipe = make_recipe(base, make_rows(folder / "rows.jsonl"), base={"bits": bits})
     run, _ = make_run(folder / "run", recipe, spread=0.1)
-    return run, merged_tensors(run, "dequantized", torch.float16, CPU), base
+    return run, open_merged_tensors(run, "dequantized", torch.float16, CPU), base
 
 
 @pytest.fixture
@@ -51,14 +54,17 @@ def test_streamed_and_held_are_the_same(
     family: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, tensors, base = a_run(tmp_path, family, bits)
-    resident = trained(tensors, base, may_hold=True)
+    resident = trained_model(tensors, base, may_be_resident=True)
     monkeypatch.setattr(comparison_models, "fits", lambda *_: False)
-    streamed = trained(tensors, base, may_hold=True)
+    streamed = trained_model(tensors, base, may_be_resident=True)
     assert (resident.is_resident, streamed.is_resident) == (True, False)
-    assert torch.equal(resident.answers(ROWS).hidden, streamed.answers(ROWS).hidden)
+    assert torch.equal(resident.compared_logits(ROWS).hidden, streamed.compared_logits(ROWS).hidden)
     # Nothing stays behind a pass, and a second one is as the first.
     assert all(parameter.is_meta for parameter in streamed.loaded.model.parameters())
-    assert compare(resident.answers(ROWS), streamed.answers(ROWS)).max_logit_difference == 0
+    assert (
+        compare(resident.compared_logits(ROWS), streamed.compared_logits(ROWS)).max_logit_difference
+        == 0
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,7 +73,8 @@ def test_a_folder_answers_as_transformers_answers_row_by_row(family: str, tmp_pa
     _, _, base = a_run(tmp_path, family)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     found = torch.cat(
-        [part for _, part in in_folder(base, torch.float16, CPU).answers(ROWS).logits()], 1
+        [part for _, part in folder_model(base, torch.float16, CPU).compared_logits(ROWS).logits()],
+        1,
     )
     with torch.no_grad():
         expected = [model(torch.tensor([row.ids])).logits[0, :-1] for row in ROWS]
@@ -79,28 +86,28 @@ def test_greedy_tokens_are_the_same_with_a_cache_and_with_guesses(
 ) -> None:
     run, tensors, base = a_run(tmp_path, "llama")
     recipe = read_recipe(run)
-    weight_format = speech(trained(tensors, base, may_hold=True), ROWS)
+    weight_format = greedy_continuation(trained_model(tensors, base, may_be_resident=True), ROWS)
     # As it is defined: the whole sequence again for each token.
     ids, (_, loaded) = ROWS[0].ids[:10], make_run(tmp_path / "again", recipe, spread=0.1)
     for _ in range(NUM_TOKENS):
         ids.append(int(logits(loaded, torch.tensor([ids]))[-1].argmax()))
     assert weight_format.ids == ids
     monkeypatch.setattr(comparison_models, "fits", lambda *_: False)
-    guessed = speech(trained(tensors, base, may_hold=True), ROWS)
+    guessed = greedy_continuation(trained_model(tensors, base, may_be_resident=True), ROWS)
     num = guessed.num_targets
-    assert num >= greedy._PASSES
+    assert num >= greedy_agreement._PASSES
     assert guessed.ids == weight_format.ids[: len(guessed.ids)]
 
 
 def test_agreement_counts_up_to_the_first_difference(tmp_path: Path) -> None:
     _, tensors, base = a_run(tmp_path, "llama")
-    model = trained(tensors, base, may_hold=True)
-    spoken = speech(model, ROWS)
-    found = agreement(model.answers([spoken]))
+    model = trained_model(tensors, base, may_be_resident=True)
+    spoken = greedy_continuation(model, ROWS)
+    found = count_agreeing_tokens(model.compared_logits([spoken]))
     assert (found.agree, found.num_tokens) == (NUM_TOKENS, NUM_TOKENS)
     at = len(spoken.ids) - NUM_TOKENS + 20
     spoken.ids[at] = spoken.labels[at] = (spoken.ids[at] + 1) % 200
-    assert agreement(model.answers([spoken])).agree == 20
+    assert count_agreeing_tokens(model.compared_logits([spoken])).agree == 20
 
 
 @pytest.mark.usefixtures("streamed")
@@ -113,8 +120,8 @@ def test_verify_passes_and_fails_where_nothing_is_held(family: str, tmp_path: Pa
     assert verdict.comparison is not None
     assert verdict.comparison.mean_kl < 1e-4
     assert verdict.greedy is not None
-    assert verdict.greedy.num_tokens >= greedy._PASSES
-    other = merged_tensors(run, "dequantized", torch.float16, CPU, weight=1.5)
+    assert verdict.greedy.num_tokens >= greedy_agreement._PASSES
+    other = open_merged_tensors(run, "dequantized", torch.float16, CPU, weight=1.5)
     write_merged(other, base, tmp_path / "wrong", {}, Silent())
     about = tmp_path / "wrong" / "merge.json"
     told = json.loads(about.read_text())

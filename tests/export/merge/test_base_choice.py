@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Silent
-from qlora_cli.export.compare import logits as logit_comparison
-from qlora_cli.export.compare.logits import Answers, Comparison, Head, compare
+from qlora_cli.export.compare import logit_comparison
+from qlora_cli.export.compare.logit_comparison import ComparedLogits, Comparison, Head, compare
 from qlora_cli.export.merge.base_choice import loses_fine_tune
 from qlora_cli.files.safetensors_io import read_header
 from qlora_cli.jobs import merge, train, verify
@@ -160,8 +160,8 @@ def test_figures_of_a_comparison_are_those_of_the_formula(
     words = {"head.weight": 3 * torch.randn(11, 4)}
     save_file(words, tmp_path / "head.safetensors")
     head = Head(read_header(tmp_path / "head.safetensors")[0]["head.weight"], torch.float32)
-    ours = Answers(hidden, head, targets)
-    theirs = Answers(hidden + 0.1 * torch.randn(7, 4), head, targets)
+    ours = ComparedLogits(hidden, head, targets)
+    theirs = ComparedLogits(hidden + 0.1 * torch.randn(7, 4), head, targets)
     p, q = (one.hidden @ words["head.weight"].t() for one in (ours, theirs))
     most, (p, q) = float((p - q).abs().max()), (one.double().log_softmax(1) for one in (p, q))
     # In one piece, and two words at a time.
@@ -172,7 +172,7 @@ def test_figures_of_a_comparison_are_those_of_the_formula(
         assert found.loss == pytest.approx(float(-q[torch.arange(7), targets].mean()), rel=1e-6)
         assert found.top1_agreement == float((p.argmax(1) == q.argmax(1)).double().mean())
         assert found.max_logit_difference == pytest.approx(most, rel=1e-5)
-        assert torch.equal(theirs.first_choices(), q.argmax(1))
+        assert torch.equal(theirs.top1_tokens(), q.argmax(1))
 
 
 def test_a_nan_is_not_passed_over(tmp_path: Path) -> None:
@@ -181,6 +181,6 @@ def test_a_nan_is_not_passed_over(tmp_path: Path) -> None:
     hidden, targets = torch.randn(7, 4), torch.randint(11, (7,))
     spoiled = hidden.clone()
     spoiled[3] = torch.nan
-    found = compare(Answers(hidden, head, targets), Answers(spoiled, head, targets))
+    found = compare(ComparedLogits(hidden, head, targets), ComparedLogits(spoiled, head, targets))
     assert math.isnan(found.mean_kl)
     assert math.isnan(found.max_logit_difference)

@@ -20,7 +20,7 @@ from qlora_cli.adapters.lora import LoraLinear, adapted_layers
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.merge import write as writing
-from qlora_cli.export.merge.tensors import MergeBase, MergedTensors, merged_tensors
+from qlora_cli.export.merge.merged_tensors import MergeBase, MergedTensors, open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.files.atomic import appear_whole, left_beside, make_beside
 from qlora_cli.jobs import merge as job
@@ -52,7 +52,7 @@ def a_run(
 def tensors_of(
     run: RunFolder, kind: MergeBase, dtype: torch.dtype = torch.float16
 ) -> MergedTensors:
-    return merged_tensors(run, kind, dtype, CPU)
+    return open_merged_tensors(run, kind, dtype, CPU)
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:

@@ -16,9 +16,9 @@ from torch import Tensor
 from qlora_cli.adapters.lora import adapted_layers
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.tensors import MergeBase, merged_tensors
+from qlora_cli.export.merge.merged_tensors import MergeBase, open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
-from qlora_cli.export.verify.verify import Verdict, verify
+from qlora_cli.export.verify.verification import VerificationReport, verify
 from qlora_cli.jobs import verify as job
 from qlora_cli.runs.layout import RunFolder
 from tests.helpers.runs import CPU, FAMILIES, make_base, make_recipe, make_rows, make_run
@@ -41,13 +41,13 @@ class World:
 def merge(
     run: RunFolder, out: Path, kind: MergeBase = "dequantized", shard_bytes: int = 60_000
 ) -> Path:
-    tensors = merged_tensors(run, kind, torch.float16, CPU)
+    tensors = open_merged_tensors(run, kind, torch.float16, CPU)
     base = Path(run.read()["base_folder"])
     write_merged(tensors, base, out, {}, Silent(), max_shard_bytes=shard_bytes)
     return out
 
 
-def check(merged: Path, run: RunFolder) -> Verdict:
+def check(merged: Path, run: RunFolder) -> VerificationReport:
     return verify(merged, run, CPU, Silent())
 
 
@@ -92,7 +92,7 @@ def flip_lowest_bit(tensor: Tensor) -> Tensor:
 
 
 def drop_layer(world: World, merged: Path) -> None:
-    whole = merged_tensors(world.run, "dequantized", torch.float16, CPU)
+    whole = open_merged_tensors(world.run, "dequantized", torch.float16, CPU)
     alone = replace(whole, adapter=None).make(f"{ADAPTED}.weight")
     change(merged, f"{ADAPTED}.weight", lambda _: {f"{ADAPTED}.weight": alone})
 

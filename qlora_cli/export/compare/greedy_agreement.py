@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.data.encode import Example
-from qlora_cli.export.compare.logits import Answers
-from qlora_cli.export.compare.models import ComparisonModel
+from qlora_cli.export.compare.comparison_models import ComparisonModel
+from qlora_cli.export.compare.logit_comparison import ComparedLogits
 from qlora_cli.nn.loss import IGNORE_INDEX
 
 NUM_TOKENS = 64
@@ -33,14 +33,14 @@ _WORDS = 2**14
 
 
 @dataclass(frozen=True)
-class Agreement:
+class GreedyAgreement:
     """Of `num_tokens` greedy tokens of the trained model the merged one says the first `agree`."""
 
     agree: int
     num_tokens: int
 
 
-def speech(trained: ComparisonModel, rows: Sequence[Example]) -> Example:
+def greedy_continuation(model: ComparisonModel, rows: Sequence[Example]) -> Example:
     """A row that is the beginning of the first of `rows` and what the model says behind it.
 
     The beginning: up to its first trained token, or its first half where there is none before.
@@ -48,21 +48,17 @@ def speech(trained: ComparisonModel, rows: Sequence[Example]) -> Example:
     row = rows[0]
     first = next(at for at, label in enumerate(row.labels) if label != IGNORE_INDEX)
     prompt = row.ids[: first if first > 1 else max(1, len(row.ids) // 2)]
-    limit = getattr(trained.loaded.config, "max_position_embeddings", None)
+    limit = getattr(model.loaded.config, "max_position_embeddings", None)
     num = NUM_TOKENS if limit is None else max(0, min(NUM_TOKENS, limit - len(prompt)))
     draft = row.ids[len(prompt) :][:num]
-    told = (
-        _spoken(trained, prompt, num)
-        if trained.is_resident
-        else _guessed(trained, prompt, draft, num)
-    )
+    told = _spoken(model, prompt, num) if model.is_resident else _drafted(model, prompt, draft, num)
     return _row(prompt, told)
 
 
-def agreement(answers: Answers) -> Agreement:
+def count_agreeing_tokens(compared_logits: ComparedLogits) -> GreedyAgreement:
     """How far the merged model goes the same way. answers: its own to what was spoken."""
-    same = (answers.first_choices() == answers.targets).tolist()
-    return Agreement(_leading(same), len(same))
+    same = (compared_logits.top1_tokens() == compared_logits.targets).tolist()
+    return GreedyAgreement(_leading(same), len(same))
 
 
 def _row(prompt: Sequence[int], told: Sequence[int]) -> Example:
@@ -70,35 +66,35 @@ def _row(prompt: Sequence[int], told: Sequence[int]) -> Example:
 
 
 @torch.no_grad()
-def _spoken(trained: ComparisonModel, prompt: Sequence[int], num: int) -> list[int]:
+def _spoken(model: ComparisonModel, prompt: Sequence[int], num: int) -> list[int]:
     """Token by token, with a cache."""
-    backbone = trained.loaded.model.get_submodule(trained.loaded.family.backbone)
+    backbone = model.loaded.model.get_submodule(model.loaded.family.backbone)
     given, cache, told = list(prompt), None, []
     for _ in range(num):
-        ids = torch.tensor([given], device=trained.device)
+        ids = torch.tensor([given], device=model.device)
         said = backbone(input_ids=ids, past_key_values=cache, use_cache=True)
         cache = said.past_key_values
-        given = [_choice(trained, said.last_hidden_state[0, -1:])]
+        given = [_choice(model, said.last_hidden_state[0, -1:])]
         told += given
     return told
 
 
-def _choice(trained: ComparisonModel, hidden: Tensor) -> int:
+def _choice(model: ComparisonModel, hidden: Tensor) -> int:
     """hidden (1, d)."""
-    head: Any = trained.loaded.head.weight
+    head: Any = model.loaded.head.weight
     logits = [hidden.float() @ words.float().t() for words in head.split(_WORDS)]
     return int(torch.cat(logits, dim=1).argmax())
 
 
-def _guessed(
-    trained: ComparisonModel, prompt: Sequence[int], draft: Sequence[int], num: int
+def _drafted(
+    model: ComparisonModel, prompt: Sequence[int], draft: Sequence[int], num: int
 ) -> Sequence[int]:
     """Draft by draft, a pass each."""
     # The row may be shorter than what is asked for; then any tokens do.
     told = [*draft, *[prompt[-1]] * num][:num]
     certain = 0
     for _ in range(_PASSES):
-        choices = trained.answers([_row(prompt, told)]).first_choices().tolist()
+        choices = model.compared_logits([_row(prompt, told)]).top1_tokens().tolist()
         same = [choice == token for choice, token in zip(choices, told, strict=True)]
         certain = min(num, _leading(same) + 1)
         told = choices

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from qlora_cli.adapters.peft_file import AdapterFile, Part
 from qlora_cli.errors import QloraError, UsageError, VerificationFailed
-from qlora_cli.export.merge.combine import WeightedAdapter, combine, open_others
+from qlora_cli.export.merge.combine import WeightedAdapter, combine, open_other_adapters
 from qlora_cli.export.merge.underflow import Count, Underflow
 from qlora_cli.files.dtype import dtype_name, file_dtype
 from qlora_cli.files.locate import read_config
@@ -163,7 +163,7 @@ class MergedTensors:
         weight = tensor.t() if site.transposed else tensor
         if self.base == "original":
             return weight
-        layer = packed(site, self.weight_format, weight.contiguous().to(self.device))
+        layer = pack_linear(site, self.weight_format, weight.contiguous().to(self.device))
         # Unpacked it is as large again; both together would be the peak of the whole job.
         del tensor, weight
         return layer.dequantize().cpu()
@@ -184,7 +184,7 @@ class MergedTensors:
         return made.t().contiguous() if site.transposed else made
 
 
-def packed(site: Site, weight_format: WeightFormat, weight: Tensor) -> QuantLinear:
+def pack_linear(site: Site, weight_format: WeightFormat, weight: Tensor) -> QuantLinear:
     """A linear as training held it, from its weight (out, in)."""
     layer = QuantLinear(
         site.in_features, site.out_features, bias=False, weight_format=weight_format
@@ -193,7 +193,7 @@ def packed(site: Site, weight_format: WeightFormat, weight: Tensor) -> QuantLine
     return layer
 
 
-def merged_tensors(
+def open_merged_tensors(
     run: RunFolder,
     base: MergeBase,
     dtype: torch.dtype,
@@ -215,7 +215,7 @@ def merged_tensors(
     adapter = None
     if recipe.adapter.method == "lora":
         own = WeightedAdapter(adapter_at(run.path), weight)
-        adapter = combine([own, *open_others(run, others)])
+        adapter = combine([own, *open_other_adapters(run, others)])
         adapter.check(sites)
     else:
         _refuse_adapters(run, weight, others)

@@ -33,16 +33,30 @@ import torch
 from qlora_cli.data.encode import Example
 from qlora_cli.errors import InputError, UsageError, VerificationFailed
 from qlora_cli.events import Observer
+from qlora_cli.export.compare.comparison_models import (
+    folder_model,
+    frozen_base_model,
+    merged_model,
+    trained_model,
+)
 from qlora_cli.export.compare.eval_rows import EvalRows, eval_rows
 from qlora_cli.export.compare.float16_range import largest_activation
-from qlora_cli.export.compare.greedy import Agreement, agreement, speech
-from qlora_cli.export.compare.logits import Answers, Comparison, compare, free_memory
-from qlora_cli.export.compare.models import as_written, in_folder, trained, without_adapter
+from qlora_cli.export.compare.greedy_agreement import (
+    GreedyAgreement,
+    count_agreeing_tokens,
+    greedy_continuation,
+)
+from qlora_cli.export.compare.logit_comparison import (
+    ComparedLogits,
+    Comparison,
+    compare,
+    free_memory,
+)
 from qlora_cli.export.merge.base_choice import loses_fine_tune
-from qlora_cli.export.merge.combine import terms_of
-from qlora_cli.export.merge.folder import ABOUT, CONFIG
+from qlora_cli.export.merge.combine import weighted_adapters
+from qlora_cli.export.merge.folder import CONFIG, MANIFEST
 from qlora_cli.export.merge.manifest import MergeManifest
-from qlora_cli.export.merge.tensors import MergedTensors, merged_tensors
+from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
 from qlora_cli.export.verify.checks import (
     config_faults,
     file_faults,
@@ -62,12 +76,12 @@ MAX_FAULTS = 10
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerificationReport:
     """Passed where there is no fault. Figures are None where the tensors cannot be a model."""
 
     faults: tuple[str, ...]
     comparison: Comparison | None = None
-    greedy: Agreement | None = None
+    greedy: GreedyAgreement | None = None
 
     @property
     def passed(self) -> bool:
@@ -75,7 +89,9 @@ class Verdict:
         return not self.faults
 
 
-def verify(merged: Path, run: RunFolder, device: torch.device, observer: Observer) -> Verdict:
+def verify(
+    merged: Path, run: RunFolder, device: torch.device, observer: Observer
+) -> VerificationReport:
     """Compares the folder with the run.
 
     Raises UsageError where `merged` is no model's folder or the run is none or not finished,
@@ -86,36 +102,36 @@ def verify(merged: Path, run: RunFolder, device: torch.device, observer: Observe
     base = base_folder(run)
     try:
         made = MergeManifest.of(merged)
-        expected = merged_tensors(run, made.base, made.dtype, device, made.weight, made.others)
+        expected = open_merged_tensors(run, made.base, made.dtype, device, made.weight, made.others)
     except UsageError:
         raise
     except InputError as fault:
-        return Verdict((f"what it should be cannot be told: {fault}",))
+        return VerificationReport((f"what it should be cannot be told: {fault}",))
     for note in made.notes():
         observer.note(note)
     broken = [*structure_faults(merged, expected), *config_faults(merged, base, expected.dtype)]
     faults = [*_origin_faults(made, expected), *broken, *file_faults(merged, base)]
     if broken:
-        return Verdict(_shortened(faults))
+        return VerificationReport(_shortened(faults))
     faults += value_faults(merged, expected, observer)
     comparison, greedy, more = _compare_answers(merged, run, expected, observer)
-    return Verdict(_shortened([*faults, *more]), comparison, greedy)
+    return VerificationReport(_shortened([*faults, *more]), comparison, greedy)
 
 
 def _origin_faults(made: MergeManifest, expected: MergedTensors) -> Iterator[str]:
     if expected.adapter is None or not made.digests:
         return
-    own, *others = (term.to_dict()["digest"] for term in terms_of(expected.adapter))
+    own, *others = (term.to_dict()["digest"] for term in weighted_adapters(expected.adapter))
     if made.digests[0] != own:
-        yield f"{ABOUT} names another adapter than the run has now"
+        yield f"{MANIFEST} names another adapter than the run has now"
     for (folder, _), before, now in zip(made.others, made.digests[1:], others, strict=False):
         if before != now:
-            yield f"the adapter in {folder} is another than {ABOUT} names"
+            yield f"the adapter in {folder} is another than {MANIFEST} names"
 
 
 def _compare_answers(
     merged: Path, run: RunFolder, expected: MergedTensors, observer: Observer
-) -> tuple[Comparison | None, Agreement | None, list[str]]:
+) -> tuple[Comparison | None, GreedyAgreement | None, list[str]]:
     """(merged against trained, what is wrong with that)."""
     base = base_folder(run)
     judged = eval_rows(read_recipe(run), base, read_config(base / CONFIG))
@@ -127,15 +143,15 @@ def _compare_answers(
             "rounding changed in the answers is in these figures; --base dequantized keeps it"
         )
     rows = judged.rows
-    model = trained(expected, base, may_hold=True)
-    reference, spoken = model.answers(rows), speech(model, rows)
-    frozen = without_adapter(model, expected, base).answers(rows)
+    model = trained_model(expected, base, may_be_resident=True)
+    reference, spoken = model.compared_logits(rows), greedy_continuation(model, rows)
+    frozen = frozen_base_model(model, expected, base).compared_logits(rows)
     del model
     free_memory()
     faults = list(loading_faults(merged))
-    found = in_folder(merged, expected.dtype, expected.device).answers([*rows, spoken])
+    found = folder_model(merged, expected.dtype, expected.device).compared_logits([*rows, spoken])
     num = reference.targets.numel()
-    comparison, greedy = compare(reference, found[:num]), agreement(found[num:])
+    comparison, greedy = compare(reference, found[:num]), count_agreeing_tokens(found[num:])
     faults += _answer_faults(expected, base, judged, reference, frozen, comparison)
     if expected.dtype is torch.float16:
         faults += _overflow(merged, expected, rows)
@@ -146,12 +162,12 @@ def _answer_faults(
     expected: MergedTensors,
     base: Path,
     judged: EvalRows,
-    reference: Answers,
-    frozen: Answers,
+    reference: ComparedLogits,
+    frozen: ComparedLogits,
     comparison: Comparison,
 ) -> Iterator[str]:
     """reference, frozen: the trained model's answers and its base's alone."""
-    alone = as_written(replace(expected, adapter=None), base).answers(judged.rows)
+    alone = merged_model(replace(expected, adapter=None), base).compared_logits(judged.rows)
     allowed = _TIMES * compare(frozen, alone).mean_kl + ROUNDING
     # Written so that NaN is a fault.
     if not comparison.mean_kl <= allowed:
@@ -159,14 +175,16 @@ def _answer_faults(
             f"its answers are {comparison.mean_kl:.3g} nats from the trained model's; "
             f"{allowed:.3g} are allowed"
         )
-    if judged.of_task and _into_original(expected):
-        other = as_written(replace(expected, base="dequantized"), base).answers(judged.rows)
+    if judged.is_task_data and _into_original(expected):
+        other = merged_model(replace(expected, base="dequantized"), base).compared_logits(
+            judged.rows
+        )
         if loses_fine_tune(comparison, compare(reference, other), compare(reference, frozen)):
             yield "into the original base it lost the fine-tune; use --base dequantized"
 
 
 def _overflow(merged: Path, expected: MergedTensors, rows: Sequence[Example]) -> Iterator[str]:
-    comparison_model = in_folder(merged, expected.dtype, expected.device, torch.float16)
+    comparison_model = folder_model(merged, expected.dtype, expected.device, torch.float16)
     try:
         largest_activation(comparison_model, rows)
     except VerificationFailed as fault:

@@ -49,7 +49,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ComparedLogits:
     """What a model says at every position with a trained token behind it.
 
     hidden (n, d); targets (n,) int64, the tokens that follow; both on the model's device.
@@ -59,7 +59,7 @@ class Answers:
     head: Head
     targets: Tensor
 
-    def __getitem__(self, positions: slice) -> Answers:
+    def __getitem__(self, positions: slice) -> ComparedLogits:
         """Those at some of the positions."""
         return replace(self, hidden=self.hidden[positions], targets=self.targets[positions])
 
@@ -71,9 +71,9 @@ class Answers:
             words = slice(start, min(start + step, len(self.head)))
             yield words, hidden @ self.head.words(words).to(hidden.device).t()
 
-    def first_choices(self) -> Tensor:
+    def top1_tokens(self) -> Tensor:
         """(n,): the most likely token behind each position."""
-        seen = _Seen.nothing(self.targets)
+        seen = RunningSoftmax.nothing(self.targets)
         for words, logits in self.logits():
             seen.add(words, logits)
         return seen.best
@@ -100,24 +100,27 @@ class Comparison:
 
 
 @torch.no_grad()
-def answers(
+def compared_logits(
     loaded: LoadedModel, head: Head, rows: Sequence[Example], device: torch.device
-) -> Answers:
+) -> ComparedLogits:
     """All rows in one forward, each on its own. head: where the model's head lies."""
     batch = collate(rows)
     hidden = hidden_states(loaded, batch, device)
     at = (batch.labels != IGNORE_INDEX).nonzero().flatten()
-    return Answers(hidden[at.to(device)], head, batch.labels[at].to(device))
+    return ComparedLogits(hidden[at.to(device)], head, batch.labels[at].to(device))
 
 
 @torch.no_grad()
-def compare(reference: Answers, candidate: Answers) -> Comparison:
+def compare(reference: ComparedLogits, candidate: ComparedLogits) -> Comparison:
     """Raises AssertionError where they did not answer the same rows over the same vocabulary."""
     assert torch.equal(reference.targets, candidate.targets)
     assert len(reference.head) == len(candidate.head)
-    ours, theirs = _Seen.nothing(reference.targets), _Seen.nothing(candidate.targets)
+    ours, theirs = (
+        RunningSoftmax.nothing(reference.targets),
+        RunningSoftmax.nothing(candidate.targets),
+    )
     # The sum over words of exp(our logit) (our logit - their logit), which with the two
-    # normalizers is the divergence; scaled down as `_Seen.total` is.
+    # normalizers is the divergence; scaled down as `RunningSoftmax.total` is.
     excess = torch.zeros_like(ours.total)
     most = torch.zeros((), device=excess.device)
     for (words, p), (_, q) in zip(reference.logits(), candidate.logits(), strict=True):
@@ -135,7 +138,7 @@ def compare(reference: Answers, candidate: Answers) -> Comparison:
 
 
 @dataclass
-class _Seen:
+class RunningSoftmax:
     """A softmax over the words seen so far, at each of n positions, in float64.
 
     largest: logit so far. total: sum of exp(logit - largest). best: the largest one's word.
@@ -149,7 +152,7 @@ class _Seen:
     of_target: Tensor
 
     @classmethod
-    def nothing(cls, targets: Tensor) -> _Seen:
+    def nothing(cls, targets: Tensor) -> RunningSoftmax:
         """Before the first word."""
         none = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
         return cls(targets, none - math.inf, none, torch.zeros_like(targets), none - math.inf)

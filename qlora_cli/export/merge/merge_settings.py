@@ -20,7 +20,7 @@ from qlora_cli.export.compare.eval_rows import EvalRows, eval_rows
 from qlora_cli.export.compare.float16_range import Float16Fit, check_float16
 from qlora_cli.export.merge.base_choice import BaseChoice, choose_base
 from qlora_cli.export.merge.folder import CONFIG
-from qlora_cli.export.merge.tensors import MergedTensors
+from qlora_cli.export.merge.merged_tensors import MergedTensors
 from qlora_cli.files.locate import read_config
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.open import base_folder, read_recipe

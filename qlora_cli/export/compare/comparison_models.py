@@ -21,20 +21,21 @@ from torch import Tensor, nn
 
 from qlora_cli.data.encode import Example
 from qlora_cli.events import Silent
-from qlora_cli.export.compare.logits import Answers, Head, answers
+from qlora_cli.export.compare.logit_comparison import ComparedLogits, Head, compared_logits
 from qlora_cli.export.merge.folder import CONFIG
-from qlora_cli.export.merge.tensors import MergedTensors
+from qlora_cli.export.merge.merged_tensors import MergedTensors
 from qlora_cli.export.merge.underflow import Underflow
 from qlora_cli.files.locate import read_config
 from qlora_cli.files.source import FolderSource
+from qlora_cli.memory.device import profile_of
 from qlora_cli.memory.host import fits
 from qlora_cli.models import convert
 from qlora_cli.models.attach import attach, detach
-from qlora_cli.models.build import kernel_on, skeleton
+from qlora_cli.models.build import skeleton
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import load
 from qlora_cli.models.placement.streamed import stream
-from qlora_cli.nn.attention import Kernel
+from qlora_cli.nn.attention import Kernel, kernel_for
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.runs.open import open_source
@@ -49,19 +50,21 @@ class ComparisonModel:
     device: torch.device
     is_resident: bool = False
 
-    def answers(self, rows: Sequence[Example]) -> Answers:
+    def compared_logits(self, rows: Sequence[Example]) -> ComparedLogits:
         """To these rows, each on its own."""
-        return answers(self.loaded, self.head, rows, self.device)
+        return compared_logits(self.loaded, self.head, rows, self.device)
 
 
-def trained(tensors: MergedTensors, base: Path, may_hold: bool) -> ComparisonModel:
+def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> ComparisonModel:
     """The model that training ended with; without an adapter in `tensors`, its frozen base.
 
     may_hold: it is held where it fits; else it is streamed, as merging is bounded in memory.
     """
-    kernel = kernel_on(tensors.device, tensors.weight_format.compute)
-    loaded = as_trained(read_config(base / CONFIG), tensors.weight_format, tensors.sites, kernel)
-    if may_hold and fits(_held_bytes(tensors), tensors.device):
+    kernel = kernel_for(profile_of(tensors.device), tensors.weight_format.compute)
+    loaded = trained_on_meta(
+        read_config(base / CONFIG), tensors.weight_format, tensors.sites, kernel
+    )
+    if may_be_resident and fits(_held_bytes(tensors), tensors.device):
         load(loaded, tensors.source, tensors.device, Silent())
         if tensors.adapter is not None:
             attach(loaded, tensors.adapter)
@@ -72,17 +75,17 @@ def trained(tensors: MergedTensors, base: Path, may_hold: bool) -> ComparisonMod
     return _ready(loaded, tensors.source, tensors.device, tensors.weight_format.storage)
 
 
-def without_adapter(
+def frozen_base_model(
     comparison_model: ComparisonModel, tensors: MergedTensors, base: Path
 ) -> ComparisonModel:
     """The frozen base of a trained model, which gives its adapter away where it is held."""
     if comparison_model.is_resident:
         detach(comparison_model.loaded)
         return comparison_model
-    return trained(replace(tensors, adapter=None), base, may_hold=False)
+    return trained_model(replace(tensors, adapter=None), base, may_be_resident=False)
 
 
-def as_written(
+def merged_model(
     tensors: MergedTensors,
     base: Path,
     compute: torch.dtype = torch.float32,
@@ -94,7 +97,7 @@ def as_written(
     return _ready(loaded, tensors.source, tensors.device, tensors.dtype)
 
 
-def in_folder(
+def folder_model(
     merged: Path, dtype: torch.dtype, device: torch.device, compute: torch.dtype = torch.float32
 ) -> ComparisonModel:
     """The merged model as it lies in a folder. Raises ModelError where it is not one."""
@@ -104,7 +107,7 @@ def in_folder(
     return _ready(loaded, source, device, dtype)
 
 
-def as_trained(
+def trained_on_meta(
     config: Any, weight_format: WeightFormat, sites: Sequence[Site], kernel: Kernel
 ) -> LoadedModel:
     """On meta, to be filled."""
@@ -117,7 +120,7 @@ def as_trained(
     return loaded
 
 
-def as_others_run_it(
+def merged_on_meta(
     config: Any, compute: torch.dtype, storage: torch.dtype, kernel: Kernel
 ) -> LoadedModel:
     """On meta, to be filled; with the attention of training."""
@@ -130,8 +133,8 @@ def as_others_run_it(
 def _transformers_own(
     folder: Path, compute: torch.dtype, storage: torch.dtype, device: torch.device
 ) -> LoadedModel:
-    kernel = kernel_on(device, compute)
-    loaded = as_others_run_it(read_config(folder / CONFIG), compute, storage, kernel)
+    kernel = kernel_for(profile_of(device), compute)
+    loaded = merged_on_meta(read_config(folder / CONFIG), compute, storage, kernel)
     model, family = loaded.model, loaded.family
     model.set_attn_implementation("sdpa")
     if compute is torch.float16 and device.type == "cpu":
