@@ -19,7 +19,7 @@ from qlora_cli.nn.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
-class Size:
+class BatchSize:
     """What the memory of a micro-batch depends on; it grows with each of these.
 
     tokens: of all rows. targets: the trained ones. longest: tokens of the longest row.
@@ -31,12 +31,12 @@ class Size:
     longest: int
 
     @classmethod
-    def bound(cls, sizes: Sequence[Size]) -> Size:
+    def bound(cls, sizes: Sequence[BatchSize]) -> BatchSize:
         """The size that none of these exceeds in anything."""
         return cls(*map(max, zip(*map(astuple, sizes), strict=True)))
 
 
-def peaks(sizes: Sequence[Size]) -> set[int]:
+def peak_batches(sizes: Sequence[BatchSize]) -> set[int]:
     """Which of these micro-batches memory peaks at: most tokens, most targets or most rows."""
     orders = (
         attrgetter("tokens", "targets", "rows"),
@@ -68,9 +68,9 @@ class Batch:
         return self.labels.numel()
 
     @property
-    def size(self) -> Size:
+    def size(self) -> BatchSize:
         """What its memory depends on."""
-        return Size(self.num_tokens, self.num_targets, len(self.segments), max(self.segments))
+        return BatchSize(self.num_tokens, self.num_targets, len(self.segments), max(self.segments))
 
 
 def collate(rows: Sequence[Example]) -> Batch:
@@ -92,7 +92,7 @@ def collate(rows: Sequence[Example]) -> Batch:
     )
 
 
-def worst_batch(
+def largest_batch(
     seq_len: int, micro_batch: int, vocab_size: int = 1, device: str | torch.device = "cpu"
 ) -> Batch:
     """The largest micro-batch that a recipe allows: full sequences with every token trained.
@@ -100,11 +100,13 @@ def worst_batch(
     Each sequence is one row. vocab_size: ids stay below it. device: `meta` for a plan.
     """
     targets = micro_batch * (seq_len - 1)
-    size = Size(micro_batch * seq_len, targets, micro_batch, seq_len)
-    return batch_of(size, vocab_size, device)
+    size = BatchSize(micro_batch * seq_len, targets, micro_batch, seq_len)
+    return synthetic_batch(size, vocab_size, device)
 
 
-def batch_of(size: Size, vocab_size: int = 1, device: str | torch.device = "cpu") -> Batch:
+def synthetic_batch(
+    size: BatchSize, vocab_size: int = 1, device: str | torch.device = "cpu"
+) -> Batch:
     """A micro-batch of this size, of no text: one row is the longest, the others share the rest.
 
     It has more tokens than asked for where the rows are too many, as a bound's may be.

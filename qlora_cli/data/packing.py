@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from qlora_cli.data.collate import Batch, Size, collate, peaks
+from qlora_cli.data.collate import Batch, BatchSize, collate, peak_batches
 from qlora_cli.data.encode import Example
 
 Sequences = list[list[int]]
@@ -81,14 +81,14 @@ class BatchSchedule:
         """The micro-batches of an optimizer step, counted from 0 over all epochs."""
         return [collate([self._examples[row] for row in rows]) for rows in self._rows(step)]
 
-    def sizes(self, step: int) -> list[Size]:
+    def sizes(self, step: int) -> list[BatchSize]:
         """Of the micro-batches of `window(step)`."""
         return [self._size(rows) for rows in self._rows(step)]
 
-    def _size(self, rows: Sequence[int]) -> Size:
+    def _size(self, rows: Sequence[int]) -> BatchSize:
         lengths = [self._lengths[row] for row in rows]
         targets = sum(self._targets[row] for row in rows)
-        return Size(sum(lengths), targets, len(rows), max(lengths))
+        return BatchSize(sum(lengths), targets, len(rows), max(lengths))
 
     def _rows(self, step: int) -> Iterator[list[int]]:
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -130,7 +130,7 @@ def eval_batches(
 def peak_steps(windows: BatchSchedule, steps: range) -> set[int]:
     """Those of the steps in which memory peaks."""
     sizes = [(step, size) for step in steps for size in windows.sizes(step)]
-    found = peaks([size for _, size in sizes]) if sizes else set()
+    found = peak_batches([size for _, size in sizes]) if sizes else set()
     return {sizes[number][0] for number in found}
 
 

@@ -26,7 +26,7 @@ from qlora_cli.jobs.prepare import prepare, read_job
 from qlora_cli.memory.device import available_bytes, inspect_device
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import STEP_PHASES, Device, Ledger, Phase
-from qlora_cli.memory.tracker import gradients_of
+from qlora_cli.memory.tracker import track_gradients
 from qlora_cli.plan.dry_run import method_peak
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.runs.layout import RunFolder
@@ -125,13 +125,13 @@ def _phases(run: Path) -> tuple[Phase, ...]:
         )
     instrument = Instrument(device)
     state = train.load(job.prepared, device, instrument, Silent())
-    steps = sorted(peak_steps(job.windows, range(job.steps)))
+    steps = sorted(peak_steps(job.schedule, range(job.steps)))
     first, later = STEP_PHASES
-    with gradients_of(state.trainable.values(), instrument.tracker):
+    with track_gradients(state.trainable.values(), instrument.tracker):
         # Adam's states are there in later steps only, so the first one is gone once more.
         for name, step in ((first, steps[0]), *((later, step) for step in steps)):
             with instrument.phase(name):
-                train_step(state, job.windows.step_batches(step), recipe.train.lr)
+                train_step(state, job.schedule.step_batches(step), recipe.train.lr)
     return instrument.phases
 
 

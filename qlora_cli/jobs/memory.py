@@ -71,7 +71,7 @@ class MemoryRecord:
         return ledger
 
     def _ledger(self, progress: Progress) -> Ledger:
-        recipe, facts = self.job.prepared.recipe, self.job.prepared.facts
+        recipe, facts = self.job.prepared.recipe, self.job.prepared.profile
         device = Device(facts.kind, facts.name, facts.capacity_bytes)
         known = self._known(device)
         phases = self.instrument.phases

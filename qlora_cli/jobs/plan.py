@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from qlora_cli.data.collate import worst_batch
+from qlora_cli.data.collate import largest_batch
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.files.locate import find_config, read_config
@@ -84,7 +84,7 @@ def plan(recipe: Recipe, config: Any, facts: DeviceProfile) -> MemoryPlan:
                 )
             ],
         )
-    worst_one = worst_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
+    worst_one = largest_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
     return dry_run(
         recipe, config, facts, [worst_one] * min(2, recipe.train.grad_accum), [worst_one]
     )

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_cli.data.collate import Batch, Size, batch_of
+from qlora_cli.data.collate import Batch, BatchSize, synthetic_batch
 from qlora_cli.data.encode import Example, encode
 from qlora_cli.data.formats import detect_format, read_rows
 from qlora_cli.data.packing import BatchSchedule, eval_batches
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import DataError, Problem
-from qlora_cli.files.dtype import file_dtype
+from qlora_cli.events import Observer
 from qlora_cli.files.locate import find_base, read_config
 from qlora_cli.files.source import FolderSource
+from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.family import Family
 from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
@@ -30,11 +31,11 @@ from qlora_cli.runs.open import open_source
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe that has met its base. recipe: without `auto`. file_dtype: of the checkpoint."""
+    """A recipe that has met its base. recipe: without `auto`."""
 
     recipe: Recipe
     choices: tuple[Choice, ...]
-    facts: DeviceProfile
+    profile: DeviceProfile
     folder: Path
     config: Any
     tokenizer: Any
@@ -43,10 +44,9 @@ class Prepared:
         """The base's tensors."""
         return open_source(self.folder, family)
 
-    @property
-    def file_dtype(self) -> torch.dtype:
-        """Of the checkpoint's largest tensors."""
-        return file_dtype(self.config)
+    def request(self, device: torch.device, observer: Observer) -> ModelRequest:
+        """Return the request for the model of this job on `device`."""
+        return ModelRequest(self.recipe, self.config, self.source, device, self.profile, observer)
 
 
 @dataclass(frozen=True)
@@ -55,37 +55,37 @@ class TrainingJob:
 
     prepared: Prepared
     run: RunFolder
-    windows: BatchSchedule
+    schedule: BatchSchedule
     held_out: list[Batch]
     steps: int
 
     @property
-    def worst_window(self) -> list[Batch]:
+    def largest_step_batches(self) -> list[Batch]:
         """What to plan for: micro-batches that none of the job's exceeds in anything.
 
         One for the first of each step, and one for all behind it, while which gradients live.
         """
-        windows = [self.windows.sizes(step) for step in range(self.steps)]
-        first = [window[0] for window in windows]
-        later = [size for window in windows for size in window[1:]]
-        return [self._of(Size.bound(sizes)) for sizes in (first, later) if sizes]
+        steps = [self.schedule.sizes(step) for step in range(self.steps)]
+        first = [sizes[0] for sizes in steps]
+        later = [size for sizes in steps for size in sizes[1:]]
+        return [self._of(BatchSize.bound(sizes)) for sizes in (first, later) if sizes]
 
     @property
-    def worst_held_out(self) -> list[Batch]:
+    def largest_eval_batches(self) -> list[Batch]:
         """The same of evaluation; empty where nothing is held out."""
         sizes = [batch.size for batch in self.held_out]
-        return [self._of(Size.bound(sizes))] if sizes else []
+        return [self._of(BatchSize.bound(sizes))] if sizes else []
 
-    def _of(self, size: Size) -> Batch:
-        return batch_of(size, self.prepared.config.vocab_size)
+    def _of(self, size: BatchSize) -> Batch:
+        return synthetic_batch(size, self.prepared.config.vocab_size)
 
 
-def prepare(recipe: Recipe, facts: DeviceProfile) -> Prepared:
+def prepare(recipe: Recipe, profile: DeviceProfile) -> Prepared:
     """Finds the base and settles what is `auto`. Raises ModelError."""
-    resolved, choices = resolve(recipe, facts)
+    resolved, choices = resolve(recipe, profile)
     folder = find_base(recipe.model.name, recipe.model.revision)
     config = read_config(folder / "config.json")
-    return Prepared(resolved, choices, facts, folder, config, load_tokenizer(str(folder)))
+    return Prepared(resolved, choices, profile, folder, config, load_tokenizer(str(folder)))
 
 
 def read_examples(prepared: Prepared, where: str) -> list[Example]:
@@ -104,17 +104,17 @@ def read_examples(prepared: Prepared, where: str) -> list[Example]:
 def read_job(prepared: Prepared) -> TrainingJob:
     """Reads the rows, so that the order of training is known. Raises DataError."""
     recipe = prepared.recipe
-    windows = make_windows(recipe, read_examples(prepared, recipe.data.train))
+    schedule = make_schedule(recipe, read_examples(prepared, recipe.data.train))
     held_out = (
         held_out_batches(recipe, read_examples(prepared, recipe.data.eval))
         if recipe.data.eval
         else []
     )
-    steps = recipe.train.steps or math.ceil(recipe.train.epochs * windows.steps_per_epoch)
-    return TrainingJob(prepared, RunFolder(Path(recipe.output)), windows, held_out, steps)
+    steps = recipe.train.steps or math.ceil(recipe.train.epochs * schedule.steps_per_epoch)
+    return TrainingJob(prepared, RunFolder(Path(recipe.output)), schedule, held_out, steps)
 
 
-def make_windows(recipe: Recipe, examples: Sequence[Example]) -> BatchSchedule:
+def make_schedule(recipe: Recipe, examples: Sequence[Example]) -> BatchSchedule:
     """The order of training."""
     return BatchSchedule(
         examples,

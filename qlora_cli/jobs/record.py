@@ -21,7 +21,7 @@ _PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers", "accelerate",
 
 def describe_run(prepared: Prepared, recipe_path: Path | None, steps: int) -> dict[str, Any]:
     """What is known before the base is loaded; status `running`."""
-    facts = prepared.facts
+    facts = prepared.profile
     return {
         "status": "running",
         "steps": steps,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora_cli.data.collate import Batch, peaks
+from qlora_cli.data.collate import Batch, peak_batches
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.files.atomic import RESUME, appear_whole, whole_file, writing
@@ -32,7 +32,7 @@ from qlora_cli.runs.finite import last_checkpoint_named
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.open import check_fingerprint
 from qlora_cli.runs.resume import load_checkpoint, write_trained
-from qlora_cli.tasks.causal import Score, evaluate
+from qlora_cli.tasks.task import EvalScore
 from qlora_cli.train import runtime
 from qlora_cli.train.loop import LAST_LOSSES, Loop, Progress
 from qlora_cli.train.state import State, build_state, tag_living
@@ -136,19 +136,19 @@ def _forget_metrics_after(run: RunFolder, step: int) -> None:
 
 def _plan(job: TrainingJob, observer: Observer) -> tuple[MemoryPlan, MemoryPlan]:
     """(this job, full fine-tuning on the same batches). Raises DoesNotFit."""
-    prepared, window, held_out = job.prepared, job.worst_window, job.worst_held_out
+    prepared, window, held_out = job.prepared, job.largest_step_batches, job.largest_eval_batches
     planned, before = (
-        dry_run(recipe, prepared.config, prepared.facts, window, held_out)
+        dry_run(recipe, prepared.config, prepared.profile, window, held_out)
         for recipe in (prepared.recipe, full_fine_tuning(prepared.recipe))
     )
     observer.note(
         f"plan: {format_bytes(planned.peak_bytes)} at the peak; full fine-tuning would need "
         f"{format_bytes(before.peak_bytes)}"
     )
-    if not planned.fits(prepared.facts.usable_bytes):
+    if not planned.fits(prepared.profile.usable_bytes):
         raise DoesNotFit(
             f"the job needs {format_bytes(planned.reserved_bytes or planned.peak_bytes)}; "
-            f"{prepared.facts.name} has {format_bytes(prepared.facts.usable_bytes)} for it",
+            f"{prepared.profile.name} has {format_bytes(prepared.profile.usable_bytes)} for it",
             hint="`qlora plan` says which changes make it fit",
         )
     return planned, before
@@ -162,7 +162,7 @@ def _train(
     observer: Observer,
 ) -> TrainResult:
     prepared = job.prepared
-    device = runtime.start(prepared.facts, prepared.recipe.train.seed).device
+    device = runtime.start(prepared.profile, prepared.recipe.train.seed).device
     instrument = Instrument(device)
     state = load(prepared, device, instrument, observer)
     record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))
@@ -173,7 +173,7 @@ def _train(
         earlier = Earlier.of(job.run, state.step)
         observer.note(f"going on after step {state.step}")
     memory = MemoryRecord(job, planned, before, instrument, earlier)
-    loop = Loop(state, job.windows, job.steps, job.run, instrument, observer, memory.write)
+    loop = Loop(state, job.schedule, job.steps, job.run, instrument, observer, memory.write)
     with last_checkpoint_named(job.run):
         progress = loop.go()
         score = _evaluate(state, job.held_out, instrument)
@@ -187,27 +187,22 @@ def load(
 ) -> State:
     """The state before its first step, seen by the instrument. Raises as `build_state`."""
     with instrument.phase("load"):
-        state = build_state(
-            prepared.recipe,
-            prepared.config,
-            prepared.source,
-            device,
-            observer,
-            prepared.file_dtype,
-        )
+        state = build_state(prepared.request(device, observer))
         tag_living(state, instrument.tracker)
     instrument.release_cache()
     return state
 
 
-def _evaluate(state: State, held_out: Sequence[Batch], instrument: Instrument) -> Score | None:
+def _evaluate(state: State, held_out: Sequence[Batch], instrument: Instrument) -> EvalScore | None:
     if not held_out:
         return None
-    worst = [held_out[number] for number in sorted(peaks([batch.size for batch in held_out]))]
+    worst = [
+        held_out[number] for number in sorted(peak_batches([batch.size for batch in held_out]))
+    ]
     with instrument.phase("eval"):
-        evaluate(state.loaded, worst, state.device)
+        state.task.evaluate(state.loaded, worst, state.device)
     with instrument.counting("eval"):
-        return evaluate(state.loaded, held_out, state.device)
+        return state.task.evaluate(state.loaded, held_out, state.device)
 
 
 def _save(job: TrainingJob, state: State) -> None:
@@ -228,7 +223,7 @@ def _train_loss(run: RunFolder) -> float:
 
 
 def _finish(
-    job: TrainingJob, progress: Progress, score: Score | None, ledger: Ledger
+    job: TrainingJob, progress: Progress, score: EvalScore | None, ledger: Ledger
 ) -> TrainResult:
     result = TrainResult(
         run=job.run.path,

@@ -37,7 +37,7 @@ from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.causal import hidden_states
+from qlora_cli.tasks.backbone import hidden_states
 
 _META = torch.device("meta")
 _BLOCKS = 2

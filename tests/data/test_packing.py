@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.data.collate import collate, worst_batch
+from qlora_cli.data.collate import collate, largest_batch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.packing import BatchSchedule, eval_batches, pack
 from qlora_cli.nn.loss import IGNORE_INDEX
@@ -118,11 +118,11 @@ def test_no_label_is_a_neighbours_token(lengths):
 
 
 def test_the_worst_batch_has_the_form_of_a_real_one():
-    worst = worst_batch(8, 3, vocab_size=5)
+    worst = largest_batch(8, 3, vocab_size=5)
     real = collate([Example([i % 5 for i in range(8)], [i % 5 for i in range(8)], "a")] * 3)
     for name in ("input_ids", "position_ids", "labels"):
         assert torch.equal(getattr(worst, name), getattr(real, name))
     assert (worst.segments, worst.num_targets) == (real.segments, real.num_targets)
-    imagined = worst_batch(8, 3, vocab_size=5, device="meta")
+    imagined = largest_batch(8, 3, vocab_size=5, device="meta")
     assert imagined.labels.device.type == imagined.input_ids.device.type == "meta"
     assert imagined.labels.dtype == imagined.input_ids.dtype == torch.int64

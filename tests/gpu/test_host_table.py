@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_cli.data.collate import Batch, worst_batch
+from qlora_cli.data.collate import Batch, largest_batch
 from qlora_cli.models import convert
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.causal import batch_loss, evaluate
+from qlora_cli.tasks.causal import CAUSAL
 from tests.helpers.runs import build_base, make_base, make_recipe, make_rows, stir
 
 pytestmark = pytest.mark.gpu
-BATCH = worst_batch(48, 2, 250)
+BATCH = largest_batch(48, 2, 250)
 """Rows within one tile of attention, so that backward is the same bits each time."""
 
 
@@ -47,7 +47,7 @@ def both(
 
 
 def loss_and_gradients(loaded: LoadedModel, batch: Batch, card: torch.device) -> list[Tensor]:
-    loss = batch_loss(loaded, batch, card, 1.0)
+    loss = CAUSAL.loss(loaded, batch, card, 1.0)
     loss.backward()
     return [loss.detach(), *(p.grad for p in loaded.trainable().values() if p.grad is not None)]
 
@@ -96,7 +96,7 @@ def test_loss_and_gradients_are_the_same_bits(
     own, other = (loss_and_gradients(loaded, BATCH, card) for loaded in pair)
     assert len(own) == len(other) > 1
     assert all(torch.equal(*two) for two in zip(own, other, strict=True))
-    assert evaluate(pair[0], [BATCH], card) == evaluate(pair[1], [BATCH], card)
+    assert CAUSAL.evaluate(pair[0], [BATCH], card) == CAUSAL.evaluate(pair[1], [BATCH], card)
 
 
 def test_rows_of_many_batches_in_a_row_are_not_mixed_up(card: torch.device, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_cli.data.collate import worst_batch
+from qlora_cli.data.collate import largest_batch
 from qlora_cli.errors import Interrupted
 from qlora_cli.nn.loss import chunked_cross_entropy
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.causal import hidden_states
+from qlora_cli.tasks.backbone import hidden_states
 from tests.helpers.interrupted import go
 from tests.helpers.runs import build_base, make_base, make_recipe, make_rows
 from tests.runs.test_resume import CASES, assert_same_run, losses, recipe_of
@@ -136,7 +136,7 @@ def test_attention_alone_depends_on_an_order(
     loaded = build_base(recipe, counting_card)
     loaded.model.train()
     with confessions(monkeypatch) as told:
-        hidden = hidden_states(loaded, worst_batch(32, 2, 250), counting_card)
+        hidden = hidden_states(loaded, largest_batch(32, 2, 250), counting_card)
         hidden.backward(torch.ones_like(hidden))
     record_property("not_deterministic", sorted(set(told)))
     assert all("ttention" in one for one in told), told

@@ -90,10 +90,8 @@ def first_loss_on_host(folder: Path, compute: str) -> float:
     settings = [*SETTINGS, f"output={folder / 'host'}", f"base.compute_dtype={compute}"]
     prepared = prepare(load_recipe("starter", settings), DeviceProfile("cpu", "a host", 2**34))
     job = read_job(prepared)
-    state = build_state(
-        prepared.recipe, prepared.config, prepared.source, CPU, Silent(), prepared.file_dtype
-    )
-    return train_step(state, job.windows.step_batches(0), 0.0).loss
+    state = build_state(prepared.request(CPU, Silent()))
+    return train_step(state, job.schedule.step_batches(0), 0.0).loss
 
 
 @pytest.mark.parametrize(

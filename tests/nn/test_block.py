@@ -15,14 +15,15 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_cli.adapters.lora import LoraLinear, LoraSettings
-from qlora_cli.data.collate import worst_batch
+from qlora_cli.data.collate import largest_batch
 from qlora_cli.models import convert
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn import mlp as mlp_file
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
-from qlora_cli.tasks.causal import batch_loss, hidden_states
+from qlora_cli.tasks.backbone import hidden_states
+from qlora_cli.tasks.causal import CAUSAL
 from tests.helpers.runs import CPU, FAMILIES, build_base, make_base, make_recipe, make_rows, stir
 
 HIDDEN, WIDTH, TOKENS, RANK = 64, 96, 11, 3
@@ -231,7 +232,7 @@ def with_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def step_of(loaded: LoadedModel) -> dict[str, Tensor]:
     """The loss and every gradient of one batch."""
     torch.manual_seed(5)
-    loss = batch_loss(loaded, worst_batch(24, 2, 250), CPU, 1 / 46)
+    loss = CAUSAL.loss(loaded, largest_batch(24, 2, 250), CPU, 1 / 46)
     loss.backward()
     found = {name: p.grad for name, p in loaded.trainable().items() if p.grad is not None}
     return {"loss": loss.detach(), **found}
@@ -304,7 +305,7 @@ def saved_bytes(loaded: LoadedModel) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        kept = hidden_states(loaded, worst_batch(48, 1, 250), CPU)
+        kept = hidden_states(loaded, largest_batch(48, 1, 250), CPU)
     del kept
     return sum(found.values())
 

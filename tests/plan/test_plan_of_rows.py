@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_cases import FILE_DTYPE, Case, MadeSource
 
-from qlora_cli.data.collate import Size, batch_of, peaks
+from qlora_cli.data.collate import BatchSize, peak_batches, synthetic_batch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.packing import BatchSchedule, peak_steps
 from qlora_cli.events import Silent
@@ -89,11 +89,11 @@ def test_the_most_trained_tokens_are_planned_for(
 
     def by_tokens(job: TrainingJob) -> list[object]:
         steps = range(job.steps)
-        batches = [batch for step in steps for batch in job.windows.step_batches(step)]
+        batches = [batch for step in steps for batch in job.schedule.step_batches(step)]
         return [max(batches, key=lambda batch: batch.num_tokens)] * 2
 
     # The tolerance is not so wide that a plan of the longest batch alone would pass.
-    monkeypatch.setattr(TrainingJob, "worst_window", property(by_tokens))
+    monkeypatch.setattr(TrainingJob, "largest_step_batches", property(by_tokens))
     assert error(trained(tmp_path / "long", rows)) < plan_table.UNDER
 
 
@@ -133,9 +133,9 @@ def test_no_batch_of_any_epoch_exceeds_the_bound(
 ) -> None:
     windows = windows_of(rows, packing=packing)
     steps = range(epochs * windows.steps_per_epoch)
-    bound = Size.bound([size for step in steps for size in windows.sizes(step)])
-    worst = batch_of(bound)
-    for batch in itertools.chain.from_iterable(map(windows.window, steps)):
+    bound = BatchSize.bound([size for step in steps for size in windows.sizes(step)])
+    worst = synthetic_batch(bound)
+    for batch in itertools.chain.from_iterable(map(windows.step_batches, steps)):
         pairs = zip(astuple(batch.size), astuple(worst.size), strict=True)
         assert all(own <= most for own, most in pairs)
     assert worst.size == bound or worst.num_tokens == bound.longest + bound.rows - 1
@@ -148,12 +148,12 @@ def test_peaks_are_where_the_most_tokens_targets_and_rows_are(
     windows = windows_of(rows, packing=packing)
     steps = range(2 * windows.steps_per_epoch)
     found = [size for step in peak_steps(windows, steps) for size in windows.sizes(step)]
-    bound = Size.bound([size for step in steps for size in windows.sizes(step)])
-    seen = Size.bound(found)
+    bound = BatchSize.bound([size for step in steps for size in windows.sizes(step)])
+    seen = BatchSize.bound(found)
     assert (seen.tokens, seen.targets, seen.rows) == (bound.tokens, bound.targets, bound.rows)
     assert not peak_steps(windows, range(5, 5))
 
 
 def test_of_batches_alike_in_one_thing_the_larger_one_is_taken() -> None:
-    sizes = [Size(10, 3, 2, 6), Size(10, 8, 2, 6), Size(9, 8, 4, 6)]
-    assert peaks(sizes) == {1, 2}
+    sizes = [BatchSize(10, 3, 2, 6), BatchSize(10, 8, 2, 6), BatchSize(9, 8, 4, 6)]
+    assert peak_batches(sizes) == {1, 2}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.collate import worst_batch
+from qlora_cli.data.collate import largest_batch
 from qlora_cli.device import DeviceProfile
 from qlora_cli.files.locate import read_config
 from qlora_cli.plan import dry_run as imagining
@@ -81,7 +81,7 @@ def recipe_of(bases: Any, family: str, more: dict[str, Any], facts: DeviceProfil
 
 
 def plan(recipe: Recipe, config: Any, facts: DeviceProfile) -> MemoryPlan:
-    window = [worst_batch(48, recipe.train.micro_batch, config.vocab_size)] * 2
+    window = [largest_batch(48, recipe.train.micro_batch, config.vocab_size)] * 2
     return dry_run(recipe, config, facts, window, window[:1])
 
 

@@ -11,28 +11,27 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_cli.data.collate import Batch, worst_batch
+from qlora_cli.data.collate import Batch, largest_batch
 from qlora_cli.device import DeviceProfile
-from qlora_cli.events import Silent
 from qlora_cli.files.locate import read_config
 from qlora_cli.jobs.record import describe_tensors
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import Phase
 from qlora_cli.models import convert
+from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.quant import code_of_scales
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks import causal
-from qlora_cli.tasks.causal import batch_loss, evaluate
+from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
 from tests.helpers.runs import (
     CPU,
     FAMILIES,
     build_base,
-    file_dtype,
     make_base,
     make_recipe,
     make_rows,
@@ -41,7 +40,7 @@ from tests.helpers.runs import (
 
 CARD = DeviceProfile("cuda", "a card", 24 * 2**30, (8, 9), 128)
 HOST = DeviceProfile("cpu", "a host", 24 * 2**30)
-BATCH = worst_batch(32, 2, 250)
+BATCH = largest_batch(32, 2, 250)
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +62,7 @@ def load(recipe: Recipe) -> State:
     folder = Path(recipe.model.name)
     config = read_config(folder / "config.json")
     return build_state(
-        recipe,
-        config,
-        lambda _, family: open_source(folder, family),
-        CPU,
-        Silent(),
-        file_dtype(config),
+        ModelRequest(recipe, config, lambda _, found: open_source(folder, found), CPU, HOST)
     )
 
 
@@ -116,7 +110,7 @@ def test_a_table_on_the_host_gives_the_same_loss_and_gradients(bases: Path, name
         loaded = build_base(recipe_of(bases, name))
         if moved:
             on_host(loaded)
-        loss = batch_loss(loaded, BATCH, CPU, 1.0)
+        loss = CAUSAL.loss(loaded, BATCH, CPU, 1.0)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in loaded.trainable().values())])
     assert all(torch.equal(own, other) for own, other in zip(*found, strict=True))
@@ -152,7 +146,7 @@ def after_eval(state: State) -> tuple[int, int]:
     with instrument.phase("load"):
         tag_living(state, instrument.tracker)
     with instrument.phase("eval"):
-        evaluate(state.loaded, (worst_batch(32, 2, 250) for _ in range(2)), CPU)
+        CAUSAL.evaluate(state.loaded, (largest_batch(32, 2, 250) for _ in range(2)), CPU)
     before, after = (phase.live_bytes for phase in instrument.phases)
     return before, after
 
@@ -193,7 +187,7 @@ class Float32Seen(TorchDispatchMode):
         return output
 
 
-FEW = worst_batch(5, 1, 250)
+FEW = largest_batch(5, 1, 250)
 """Tokens: few enough that no activation and no chunk of logits is as large as a weight."""
 
 
@@ -202,7 +196,7 @@ def largest_float32(recipe: Recipe) -> int:
     train_step(state, [FEW], 1e-4)
     with Float32Seen() as seen:
         train_step(state, [FEW], 1e-4)
-        evaluate(state.loaded, [FEW], CPU)
+        CAUSAL.evaluate(state.loaded, [FEW], CPU)
     return seen.largest
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.data.collate import worst_batch
+from qlora_cli.data.collate import largest_batch
 from qlora_cli.models import convert
 
 
@@ -26,7 +26,7 @@ def peft_step(config: Any, rank: int, device: torch.device, seq_len: int) -> Cal
     model = get_peft_model(model, settings).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    ids = worst_batch(seq_len, 1, config.vocab_size).input_ids.to(device)
+    ids = largest_batch(seq_len, 1, config.vocab_size).input_ids.to(device)
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16):

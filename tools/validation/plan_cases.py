@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from qlora_cli.data.collate import Batch, worst_batch
+from qlora_cli.data.collate import Batch, largest_batch
 from qlora_cli.models.family import Family
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.recipe.override import Override, parse_override
@@ -123,7 +123,7 @@ class Case:
 
 def window_of(recipe: Recipe, config: Any) -> list[Batch]:
     """The largest micro-batches that the recipe allows, as many as a plan looks at."""
-    batch = worst_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
+    batch = largest_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
     return [batch] * min(2, recipe.train.grad_accum)
 
 
