@@ -201,7 +201,7 @@ def _evaluate(state: State, held_out: Sequence[Batch], instrument: Instrument) -
     ]
     with instrument.phase("eval"):
         state.task.evaluate(state.loaded, worst, state.device)
-    with instrument.counting("eval"):
+    with instrument.count_only("eval"):
         return state.task.evaluate(state.loaded, held_out, state.device)
 
 

@@ -13,12 +13,17 @@ from qlora_cli.memory.ledger import Allocator
 
 
 def inspect_device() -> DeviceProfile:
-    """The first CUDA card where there is one, else this machine's CPU."""
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        free, total = torch.cuda.mem_get_info(0)
-        # What this process' allocator has taken is the job's own.
-        taken = total - free - torch.cuda.memory_reserved(0)
+    """Return the profile of the first CUDA GPU, or of the CPU if there is no GPU."""
+    return profile_of(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
+def profile_of(device: torch.device) -> DeviceProfile:
+    """Return the profile of a device of this machine. device: cpu or cuda."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        free, total = torch.cuda.mem_get_info(device)
+        # Memory that this process' allocator has reserved belongs to the job.
+        taken = total - free - torch.cuda.memory_reserved(device)
         return DeviceProfile(
             kind="cuda",
             name=properties.name,

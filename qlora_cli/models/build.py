@@ -9,16 +9,19 @@ an imagined source.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from qlora_cli.adapters.lora import LoraSettings, adapted_layers
-from qlora_cli.events import Observer
-from qlora_cli.files.dtype import torch_dtype
+from qlora_cli.device import DeviceProfile
+from qlora_cli.events import Observer, Silent
+from qlora_cli.files.dtype import file_dtype, torch_dtype
 from qlora_cli.files.source import TensorSource
-from qlora_cli.memory.tracker import module_scope, scope, unallocated
+from qlora_cli.memory.scopes import module_scope, scope, unallocated
 from qlora_cli.models import convert
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
@@ -29,6 +32,38 @@ from qlora_cli.nn import attention
 from qlora_cli.nn.embedding import has_own_memory
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.recipe.schema import Recipe
+
+MakeSource = Callable[[Any, Family], TensorSource]
+"""From transformers' model on meta and its family to the tensors of a checkpoint."""
+
+
+def _causal_lm() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """Everything that `build` needs to build a model.
+
+    recipe: resolved, without `auto`. config: transformers' config of the base; it is not modified.
+    make_source: opens the checkpoint. device: device of the model's tensors, meta in a dry run.
+    profile: facts about the device that the model runs on or is planned for. model_class: the
+    transformers Auto class of the task. file_dtype: dtype of the checkpoint, read from the config.
+    """
+
+    recipe: Recipe
+    config: Any
+    make_source: MakeSource
+    device: torch.device
+    profile: DeviceProfile
+    observer: Observer = field(default_factory=Silent)
+    model_class: Any = field(default_factory=_causal_lm)
+    file_dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file_dtype", file_dtype(self.config))
 
 
 def storage_dtype(file: torch.dtype, compute: torch.dtype) -> torch.dtype:
@@ -54,19 +89,27 @@ def weight_format_of(recipe: Recipe, file_dtype: torch.dtype) -> WeightFormat:
     )
 
 
-def skeleton(config: Any, compute: torch.dtype) -> tuple[Any, Family]:
-    """(transformers' model on meta, its family). Raises ModelError for an unknown family."""
-    from transformers import AutoModelForCausalLM
+def skeleton(
+    config: Any, compute: torch.dtype, model_class: Any | None = None
+) -> tuple[Any, Family]:
+    """Return (transformers' model on meta, its family).
 
+    config: not modified; the model has a copy of it. compute: dtype of the parameters.
+    model_class: a transformers Auto class, for causal language models if not given. Raises
+    ModelError for an unknown family.
+    """
+    model_class = model_class or _causal_lm()
     if not is_known(config):
-        family_of(config, _linears_of_a_block(config))
+        family_of(config, _linears_of_a_block(config, model_class))
     family = family_of(config)
+    # transformers writes the dtype and the attention's name into the config that it is given.
+    config = deepcopy(config)
     # The base's own dropout is off: the adapter has its own, and dropped activations are kept.
     for key in family.dropouts:
         if hasattr(config, key):
             setattr(config, key, 0.0)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = model_class.from_config(
             config,
             attn_implementation=attention.NAME,
             dtype=compute,
@@ -77,13 +120,11 @@ def skeleton(config: Any, compute: torch.dtype) -> tuple[Any, Family]:
     return model, family
 
 
-def _linears_of_a_block(config: Any) -> list[str]:
+def _linears_of_a_block(config: Any, model_class: Any) -> list[str]:
     """Paths within the first block of a model of any family, for the error about an unknown one."""
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = model_class.from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, ImportError):  # Not a causal model, or one that needs more.
         return []
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
@@ -91,43 +132,29 @@ def _linears_of_a_block(config: Any) -> list[str]:
     return convert.linear_paths(blocks[0]) if blocks is not None else []
 
 
-def build(
-    recipe: Recipe,
-    config: Any,
-    make_source: Callable[[Any, Family], TensorSource],
-    device: torch.device,
-    observer: Observer,
-    file_dtype: torch.dtype,
-) -> LoadedModel:
-    """The model that a resolved recipe asks for, on `device` (meta for a plan).
+def build(request: ModelRequest) -> LoadedModel:
+    """Build the requested model and fill it from its source.
 
-    make_source: from the skeleton and its family to the tensors. file_dtype: of the checkpoint.
-    Raises ModelError where the source and the model do not fit each other.
+    Returns a model with packed linears and initialized adapters on `request.device`. Raises
+    ModelError if the family is unknown or the source does not fit the config.
     """
-    compute = torch_dtype(recipe.base.compute_dtype)
+    recipe, device = request.recipe, request.device
+    weight_format = weight_format_of(recipe, request.file_dtype)
     with unallocated():
-        model, family = skeleton(config, compute)
-    source = make_source(model, family)
-    weight_format = weight_format_of(recipe, file_dtype)
-    sites = find_sites(model, family, config)
-    loaded = LoadedModel(
-        model, family, config, sites, {}, weight_format, kernel_on(device, compute)
-    )
+        model, family = skeleton(request.config, weight_format.compute, request.model_class)
+    source = request.make_source(model, family)
+    sites = find_sites(model, family, model.config)
+    kernel = attention.kernel_for(request.profile, weight_format.compute)
+    loaded = LoadedModel(model, family, model.config, sites, {}, weight_format, kernel)
     if recipe.adapter.method == "lora":
         with unallocated():
             _operate(loaded, recipe, device)
-    load(loaded, source, device, observer)
+    load(loaded, source, device, request.observer)
     _initialize_adapters(loaded, device, recipe.train.seed)
     if recipe.train.activation_checkpointing:
         convert.checkpoint_blocks(model, preserve_random_state=recipe.adapter.dropout > 0)
     model.config.use_cache = False
     return loaded
-
-
-def kernel_on(device: torch.device, compute: torch.dtype) -> attention.Kernel:
-    """Of attention, on a device that is there."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return attention.kernel_for(device.type, capability, compute)
 
 
 def _operate(loaded: LoadedModel, recipe: Recipe, device: torch.device) -> None:

@@ -25,6 +25,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
+from qlora_cli.device import DeviceProfile
+
 NAME = "qlora"
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_SIZE = 256
@@ -67,10 +69,11 @@ class Spans:
         return cls(lengths, kernel, offsets)
 
 
-def kernel_for(kind: str, capability: tuple[int, int] | None, compute: torch.dtype) -> Kernel:
-    """What a device has for this dtype. kind: cpu | cuda; capability: CUDA's, (8, 9)."""
-    if kind != "cuda":
+def kernel_for(profile: DeviceProfile, compute: torch.dtype) -> Kernel:
+    """Return the attention kernel that a device uses for tensors of the dtype `compute`."""
+    if profile.kind != "cuda":
         return "cpu"
+    capability = profile.capability
     flash = capability is not None and capability >= FLASH_CAPABILITY and compute in FLASH_DTYPES
     return "varlen" if flash else "efficient"
 

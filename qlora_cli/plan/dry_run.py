@@ -20,20 +20,18 @@ from torch import nn
 
 from qlora_cli.data.collate import Batch
 from qlora_cli.device import DeviceProfile
-from qlora_cli.events import Silent
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.memory.cuda_rules import rules_for
 from qlora_cli.memory.gc_pause import gc_paused
 from qlora_cli.memory.ledger import FigureSource, MethodPeak, Phase, worst
-from qlora_cli.memory.tracker import StorageTracker, gradients_of
+from qlora_cli.memory.tracker import StorageTracker, track_gradients
+from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.family import Family
-from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.quant import forget_codes
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.plan.recording import NUM_RECORDED_BLOCKS, NotAlike, Recording
 from qlora_cli.plan.replay import MemoryPlan, Recorded, account
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.causal import evaluate
 from qlora_cli.train.optimizer import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
@@ -110,7 +108,6 @@ class _DryRun:
         tracker = StorageTracker(
             recording, rules_for(self.facts), "meta", counts_host=not self.on_card
         )
-        # Asked first: making a model writes the compute dtype into its config.
         dtype = file_dtype(config)
         meta = torch.device("meta")
         total = (0, 0)
@@ -124,13 +121,10 @@ class _DryRun:
         forget_codes(meta)
         with tracker:
             recording.begin()
-            state = build_state(self.recipe, config, source, meta, Silent(), dtype)
+            state = build_state(ModelRequest(self.recipe, config, source, meta, self.facts))
             tag_living(state, tracker)
             recording.end("load")
             recording.release_cache()
-            state.loaded.kernel = kernel_for(
-                self.facts.kind, self.facts.capability, state.loaded.weight_format.compute
-            )
             self._go(state, tracker, recording)
         family = state.loaded.family
         tokens = max(batch.num_tokens for batch in self.window)
@@ -147,7 +141,7 @@ class _DryRun:
     def _go(self, state: State, tracker: StorageTracker, recording: Recording) -> None:
         loaded = state.loaded
         _announce_blocks(loaded.model.get_submodule(loaded.family.blocks), recording)
-        with gradients_of(state.trainable.values(), tracker):
+        with track_gradients(state.trainable.values(), tracker):
             for step, name in enumerate(("first_step", "step")):
                 recording.begin()
                 train_step(state, self.window, learning_rate(self.recipe.train, step, 2))
@@ -157,7 +151,7 @@ class _DryRun:
         recording.end("checkpoint")
         if self.held_out:
             recording.begin()
-            evaluate(loaded, self.held_out, state.device)
+            state.task.evaluate(loaded, self.held_out, state.device)
             recording.end("eval")
 
 

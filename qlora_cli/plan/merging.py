@@ -26,7 +26,8 @@ from qlora_cli.memory.allocator import CachingAllocator
 from qlora_cli.memory.counter import Counter
 from qlora_cli.memory.cuda_rules import rules_for
 from qlora_cli.memory.ledger import Phase
-from qlora_cli.memory.tracker import StorageTracker, host_memory, scope, unallocated
+from qlora_cli.memory.scopes import host_memory, scope, unallocated
+from qlora_cli.memory.tracker import StorageTracker
 from qlora_cli.models.build import skeleton, weight_format_of
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.streamed import stream

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,21 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
-from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.files.locate import find_base, read_config
-from qlora_cli.files.source import FolderSource, TensorSource, fingerprint
+from qlora_cli.files.source import FolderSource, fingerprint
+from qlora_cli.memory.device import profile_of
 from qlora_cli.models.attach import attach, detach
-from qlora_cli.models.build import build
-from qlora_cli.models.family import Family
+from qlora_cli.models.build import MakeSource, ModelRequest, build
+from qlora_cli.models.family import Family, open_source
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.recipe.schema import Recipe, Section
-from qlora_cli.runs.layout import RunFolder
-
-MakeSource = Callable[[Any, Family], TensorSource]
-"""From the skeleton and its family to the tensors."""
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.run import Run
 
 _GENERATION = "generation_config.json"
 
@@ -37,14 +33,14 @@ class OpenedModel:
     loaded: LoadedModel
     folder: Path
     weights: Path
+    run: Run | None = None
 
 
 def open_any(where: str, device: torch.device, observer: Observer) -> OpenedModel:
     """A run's folder, a model's folder, `starter` or a hub id. Raises InputError."""
-    run = RunFolder(Path(where).expanduser())
-    if run.run_json.is_file():
-        folder = base_folder(run)
-        return OpenedModel(open_run(run, device, observer), folder, _weights_of(run))
+    run = Run.find(where)
+    if run is not None:
+        return _opened(run, open_run(run, device, observer))
     folder = find_base(where, None)
     return OpenedModel(open_model(folder, device, observer), folder, folder)
 
@@ -55,51 +51,34 @@ def open_for_adapters(where: str, device: torch.device, observer: Observer) -> O
     A LoRA run is as `open_any` opens it. What has no packed base is held in 16 bit, as training
     with base.bits=16 would hold it.
     """
-    run = RunFolder(Path(where).expanduser())
-    if not run.run_json.is_file():
+    run = Run.find(where)
+    if run is None:
         folder = find_base(where, None)
         loaded = _open_packed(folder, folder, _compute_on(device, folder), device, observer)
         return OpenedModel(loaded, folder, folder)
-    recipe = read_recipe(run)
-    if recipe.adapter.method == "lora":
-        return open_any(where, device, observer)
-    folder, weights = base_folder(run), _weights_of(run)
-    loaded = _open_packed(folder, weights, recipe.base.compute_dtype, device, observer)
-    return OpenedModel(loaded, folder, weights)
+    if run.recipe.adapter.method == "lora":
+        return _opened(run, open_run(run, device, observer))
+    weights, compute = run.frozen_or_trained_weights, run.recipe.base.compute_dtype
+    return _opened(run, _open_packed(run.base_folder, weights, compute, device, observer))
 
 
-def _weights_of(run: RunFolder) -> Path:
-    full = read_recipe(run).adapter.method == "full"
-    return finished(run, run.weights) if full else base_folder(run)
+def _opened(run: Run, loaded: LoadedModel) -> OpenedModel:
+    return OpenedModel(loaded, run.base_folder, run.frozen_or_trained_weights, run)
 
 
-def open_run(run: RunFolder, device: torch.device, observer: Observer) -> LoadedModel:
+def open_run(run: Run, device: torch.device, observer: Observer) -> LoadedModel:
     """The base as it was frozen in training and the adapter on it; or the model trained in full.
 
     Raises UsageError where the run is not finished, ModelError where files are missing or damaged.
     """
-    recipe = read_recipe(run)
-    base = base_folder(run)
-    if recipe.adapter.method == "full":
-        trained = partial(_folder_source, _weights_of(run))
-        return _open(recipe, base, trained, device, observer)
-    adapter = adapter_at(run.path)
-    loaded = _open(recipe, base, partial(_folder_source, base), device, observer)
+    base = run.base_folder
+    if run.is_full_fine_tuning:
+        trained = partial(_folder_source, run.trained_weights)
+        return _open(run.recipe, base, trained, device, observer)
+    adapter = run.adapter_file
+    loaded = _open(run.recipe, base, partial(_folder_source, base), device, observer)
     attach(loaded, adapter)
     return _ready(loaded, base)
-
-
-def adapter_at(where: Path) -> AdapterFile:
-    """The adapter of a run, or of a folder in PEFT's format. Raises InputError."""
-    run = RunFolder(where.expanduser())
-    if not run.run_json.is_file():
-        return open_adapter(run.path)
-    if read_recipe(run).adapter.method == "full":
-        raise UsageError(
-            f"{where} was trained in full; it has no adapter",
-            hint="name it as the model itself: `qlora generate RUN`",
-        )
-    return open_adapter(finished(run, run.adapter))
 
 
 def open_model(folder: Path, device: torch.device, observer: Observer) -> LoadedModel:
@@ -142,49 +121,6 @@ def _sixteen_bit(base: Path, compute: str, method: str) -> Recipe:
     )
 
 
-def read_recipe(run: RunFolder) -> Recipe:
-    """The resolved recipe that the run was trained with."""
-    recipe = run.require("recipe")
-    try:
-        return Recipe.model_validate(_without_defaults(recipe, Recipe))
-    except (ValueError, AttributeError) as fault:
-        raise UsageError(f"damaged recipe: {fault}", where=str(run.run_json)) from fault
-
-
-def base_folder(run: RunFolder) -> Path:
-    """Where the run's base lies. Raises ModelError where it is gone, or was adapted and changed."""
-    folder = Path(run.require("base_folder"))
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"the base that the run was trained on is not at {folder} any more",
-            where=str(run.run_json),
-            hint="put it back, or write its new place into run.json as base_folder",
-        )
-    if read_recipe(run).adapter.method == "lora":
-        check_fingerprint(run, run.read(), fingerprint(folder))
-    return folder
-
-
-def check_fingerprint(run: RunFolder, about: Mapping[str, Any], found: str) -> None:
-    """Raises ModelError where the base's weights are others than when the run began.
-
-    about: run.json; of an older run it does not tell.
-    """
-    if about.get("base_fingerprint", found) != found:
-        raise ModelError(
-            f"the weights in {about['base_folder']} are not those that the run was trained on",
-            where=str(run.run_json),
-            hint="put those back; an adapter is worth nothing on another base",
-        )
-
-
-def open_source(folder: Path, family: Family) -> FolderSource:
-    """A folder's tensors under the family's parameter names. Raises ModelError."""
-    return FolderSource(
-        folder, prefix=f"{family.backbone}.", head=family.head, ignored=family.ignored
-    )
-
-
 def _folder_source(folder: Path, _: nn.Module, family: Family) -> FolderSource:
     return open_source(folder, family)
 
@@ -195,7 +131,7 @@ def _open(
     config = read_config(base / "config.json")
     train = recipe.train.model_copy(update={"activation_checkpointing": False})
     quiet = recipe.model_copy(update={"train": train})
-    loaded = build(quiet, config, source, device, observer, file_dtype(config))
+    loaded = build(ModelRequest(quiet, config, source, device, profile_of(device), observer))
     return _ready(loaded, base)
 
 
@@ -210,16 +146,6 @@ def _ready(loaded: LoadedModel, folder: Path) -> LoadedModel:
     return loaded
 
 
-def finished(run: RunFolder, folder: Path) -> Path:
-    """`folder`, once training has written it. Raises UsageError before."""
-    if not folder.is_dir():
-        raise UsageError(
-            f"{run.path} holds no trained weights yet; its status is {run.read().get('status')}",
-            hint="go on with `qlora train --resume`, then try again",
-        )
-    return folder
-
-
 def _compute_on(device: torch.device, folder: Path) -> str:
     """Of a model that no recipe speaks of."""
     if device.type == "cpu":
@@ -228,16 +154,3 @@ def _compute_on(device: torch.device, folder: Path) -> str:
     if file_dtype(config) is torch.float16 or torch.cuda.get_device_capability(device) < (8, 0):
         return "float16"
     return "bfloat16"
-
-
-def _without_defaults(content: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
-    """What differs from the defaults: settings that stand there unasked would be refused again."""
-    kept: dict[str, Any] = {}
-    for key, value in content.items():
-        field = section.model_fields.get(key)
-        inner = field.annotation if field is not None else None
-        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Section):
-            kept[key] = _without_defaults(value, inner)
-        elif field is None or field.is_required() or value != field.default:
-            kept[key] = value
-    return kept

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from qlora_cli.events import Observer
 from qlora_cli.files.dtype import torch_dtype
-from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.tracker import StorageTracker
-from qlora_cli.models.build import build
-from qlora_cli.models.family import Family
+from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.recipe.schema import Recipe
@@ -34,20 +29,14 @@ class State:
     step: int = 0
 
 
-def build_state(
-    recipe: Recipe,
-    config: Any,
-    make_source: Callable[[Any, Family], TensorSource],
-    device: torch.device,
-    observer: Observer,
-    file_dtype: torch.dtype,
-) -> State:
-    """From a resolved recipe to a state before its first step.
+def build_state(request: ModelRequest) -> State:
+    """Build the requested model and its optimizer: the state before the first step.
 
-    Raises ModelError for a base that does not fit its config, RecipeError for what the device
-    lacks.
+    Raises ModelError if the base does not fit its config, RecipeError if the device lacks something
+    that the recipe requires.
     """
-    loaded = build(recipe, config, make_source, device, observer, file_dtype)
+    recipe, device = request.recipe, request.device
+    loaded = build(request)
     loaded.model.train()
     trainable = loaded.trainable()
     optimizer = make_optimizer(recipe.train, trainable.values(), device)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_cli.models.build import kernel_on
-from qlora_cli.nn.attention import FLASH_CAPABILITY, Spans, attend
+from qlora_cli.memory.device import profile_of
+from qlora_cli.nn.attention import FLASH_CAPABILITY, Spans, attend, kernel_for
 from tests.helpers.runs import CPU
 from tests.nn.test_quant import draw
 
@@ -44,7 +44,7 @@ def on_card(
     inputs: Inputs, card: torch.device, window: int | None, lengths: tuple[int, ...] = LENGTHS
 ) -> list[Tensor]:
     """Output and the three gradients."""
-    spans = Spans.on(lengths, card, kernel_on(card, inputs.query.dtype))
+    spans = Spans.on(lengths, card, kernel_for(profile_of(card), inputs.query.dtype))
     given = [t.to(card).detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)]
     out, _ = attend(torch.nn.Module(), *given, None, sliding_window=window, spans=spans)
     out.backward(inputs.grad.to(card))
@@ -121,7 +121,7 @@ def test_the_road_is_the_one_that_the_plan_takes(
     """FlashAttention by name in the graph where card and dtype have it; nothing of MATH's."""
     flash = torch.cuda.get_device_capability(counting_card) >= FLASH_CAPABILITY
     inputs = Inputs.draw(4, 2, 64, dtype)
-    spans = Spans.on(LENGTHS, counting_card, kernel_on(counting_card, dtype))
+    spans = Spans.on(LENGTHS, counting_card, kernel_for(profile_of(counting_card), dtype))
     given = [
         t.to(counting_card).detach().requires_grad_()
         for t in (inputs.query, inputs.key, inputs.value)

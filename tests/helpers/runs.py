@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from transformers import (
 )
 
 from qlora_cli.adapters.lora import adapted_layers
-from qlora_cli.events import Silent
-from qlora_cli.files.dtype import file_dtype
 from qlora_cli.files.locate import read_config
+from qlora_cli.files.source import FolderSource
+from qlora_cli.memory.device import profile_of
 from qlora_cli.models.attach import save_adapter
-from qlora_cli.models.build import build
+from qlora_cli.models.build import ModelRequest, build
+from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
@@ -126,14 +128,12 @@ def build_base(recipe: Recipe, device: torch.device = CPU) -> LoadedModel:
     """The model that a recipe asks for, as training makes it."""
     folder = Path(recipe.model.name)
     config = read_config(folder / "config.json")
-    return build(
-        recipe,
-        config,
-        lambda _, family: open_source(folder, family),
-        device,
-        Silent(),
-        file_dtype(config),
-    )
+    source = partial(_source, folder)
+    return build(ModelRequest(recipe, config, source, device, profile_of(device)))
+
+
+def _source(folder: Path, _: Any, family: Family) -> FolderSource:
+    return open_source(folder, family)
 
 
 def stir(loaded: LoadedModel, spread: float = 0.02, seed: int = 3) -> None:

@@ -21,11 +21,12 @@ import ctypes, gc, json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from qlora_cli.checkpoint.open import file_dtype, open_source
-from qlora_cli.events import Silent
+from qlora_cli.files.locate import read_config
+from qlora_cli.memory.device import profile_of
+from qlora_cli.models.build import ModelRequest
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.open import open_source
 from qlora_cli.train.state import build_state
-from qlora_cli.weights.locate import read_config
 from transformers import AutoModelForCausalLM, LlamaConfig
 import transformers.models.llama.modeling_llama, bitsandbytes
 
@@ -42,7 +43,8 @@ def load(name, bits, compute):
         "data": {"train": "none"},
     })
     source = lambda _, family: open_source(folder, family)
-    return build_state(recipe, config, source, torch.device("cpu"), Silent(), file_dtype(config))
+    device = torch.device("cpu")
+    return build_state(ModelRequest(recipe, config, source, device, profile_of(device)))
 
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: imports are done
 before = memory()
@@ -58,7 +60,7 @@ peak = memory()["VmHWM"]
 gc.collect()
 ctypes.CDLL("libc.so.6").malloc_trim(0)
 after = memory()["VmRSS"]
-model = state if sys.argv[2] == "whole" else state.built.model
+model = state if sys.argv[2] == "whole" else state.loaded.model
 held = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
 print(json.dumps({"before": before["VmRSS"], "peak": peak, "after": after, "held": held,
                   "seconds": seconds}))

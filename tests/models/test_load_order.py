@@ -6,12 +6,12 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from plan_cases import FILE_DTYPE, Case, MadeSource
+from plan_cases import Case, MadeSource
 from plan_measure import Run, facts_of, planned
 
 from qlora_cli.device import DeviceProfile
-from qlora_cli.events import Silent
 from qlora_cli.memory.instrument import Instrument
+from qlora_cli.models.build import ModelRequest
 from qlora_cli.nn.quant import forget_codes
 from qlora_cli.train.state import build_state
 from qlora_cli.units import GIB
@@ -60,7 +60,7 @@ def loaded(case: Case, seed: int) -> tuple[int, list[str]]:
         return sources[0]
 
     with instrument.phase("load"):
-        build_state(run.recipe, run.config, source, run.device, Silent(), FILE_DTYPE)
+        build_state(ModelRequest(run.recipe, run.config, source, run.device, FACTS))
     return instrument.phases[0].peak_bytes, sources[0].read_names
 
 

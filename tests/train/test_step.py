@@ -14,9 +14,10 @@ from qlora_cli.data.collate import Batch, collate
 from qlora_cli.data.encode import Example
 from qlora_cli.data.packing import BatchSchedule
 from qlora_cli.errors import QloraError
-from qlora_cli.events import Silent
 from qlora_cli.files.locate import read_config
-from qlora_cli.tasks.causal import evaluate
+from qlora_cli.memory.device import profile_of
+from qlora_cli.models.build import ModelRequest
+from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.train import step as stepping
 from qlora_cli.train.optimizer import LossScale
 from qlora_cli.train.state import State, build_state
@@ -24,7 +25,6 @@ from qlora_cli.train.step import train_step
 from tests.helpers.runs import (
     CPU,
     FAMILIES,
-    file_dtype,
     make_base,
     make_recipe,
     make_rows,
@@ -50,9 +50,10 @@ def make_state(folder: Path, family: str = "llama", **sections: Any) -> State:
         make_base(base, family, spread=0.15)
     recipe = make_recipe(base, make_rows(folder / "rows.jsonl"), **sections)
     config = read_config(base / "config.json")
-    state = build_state(
-        recipe, config, lambda _, found: open_source(base, found), CPU, Silent(), file_dtype(config)
+    request = ModelRequest(
+        recipe, config, lambda _, found: open_source(base, found), CPU, profile_of(CPU)
     )
+    state = build_state(request)
     stir(state.loaded)
     return state
 
@@ -111,7 +112,7 @@ def test_the_partial_last_window_counts_its_own_tokens(
     assert (
         found_loss
         == wanted_loss
-        == pytest.approx(evaluate(state.loaded, [collate([row])], CPU).loss, rel=1e-5)
+        == pytest.approx(CAUSAL.evaluate(state.loaded, [collate([row])], CPU).loss, rel=1e-5)
     )
     assert_same(found, wanted, rtol=1e-6)
 
@@ -168,11 +169,11 @@ def test_checkpointing_is_really_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_reported_loss_is_the_mean_over_trained_tokens(tmp_path: Path) -> None:
     state = make_state(tmp_path)
-    wanted = evaluate(state.loaded, [collate([row]) for row in ROWS], CPU)
+    wanted = CAUSAL.evaluate(state.loaded, [collate([row]) for row in ROWS], CPU)
     outcome = train_step(state, [collate([row]) for row in ROWS], 0.0)
     assert outcome.loss == pytest.approx(wanted.loss, rel=1e-6)
     assert outcome.tokens == sum(LENGTHS)
-    assert wanted.tokens == sum(row.num_targets for row in ROWS)
+    assert wanted.num_targets == sum(row.num_targets for row in ROWS)
 
 
 def test_clipping_limits_the_norm(tmp_path: Path) -> None:

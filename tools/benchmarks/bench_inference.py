@@ -35,12 +35,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qlora_cli.adapters.lora import adapted_layers
 from qlora_cli.events import Silent
 from qlora_cli.files.atomic import write_json
-from qlora_cli.files.dtype import file_dtype
 from qlora_cli.files.locate import read_config
 from qlora_cli.jobs.record import versions
-from qlora_cli.memory.device import inspect_device
+from qlora_cli.memory.device import inspect_device, profile_of
 from qlora_cli.models.attach import save_adapter
-from qlora_cli.models.build import build
+from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.switch import BASE, AdapterSwitch
 from qlora_cli.recipe.schema import Recipe
@@ -83,13 +82,11 @@ def make_adapter(model: Path, folder: Path, settings: dict[str, Any]) -> Path:
         }
     )
     config = read_config(model / "config.json")
+    device = torch.device("cpu")
     loaded = build(
-        recipe,
-        config,
-        lambda _, family: open_source(model, family),
-        torch.device("cpu"),
-        Silent(),
-        file_dtype(config),
+        ModelRequest(
+            recipe, config, lambda _, family: open_source(model, family), device, profile_of(device)
+        )
     )
     for _, layer in adapted_layers(loaded.model):
         for b in layer.lora_b.values():

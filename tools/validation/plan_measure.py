@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 from gpu_facts import is_fake_gpu, version_of
-from plan_cases import FILE_DTYPE, Case, MadeSource, matrix_values, window_of
+from plan_cases import Case, MadeSource, matrix_values, window_of
 from plan_estimates import accelerate_adam, accelerate_load, litgpt_training
 from profiler_peak import Judge
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import QloraError
-from qlora_cli.events import Silent
-from qlora_cli.memory.device import host_capacity_bytes, inspect_device
+from qlora_cli.memory.device import host_capacity_bytes, inspect_device, profile_of
+from qlora_cli.models.build import ModelRequest
 from qlora_cli.nn.quant import code_of_scales
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.causal import evaluate
+from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.train import runtime
 from qlora_cli.train.state import State, build_state
 from qlora_cli.train.step import train_step
@@ -74,12 +74,13 @@ class Run:
     def load(self) -> State:
         """The state before its first step, from weights made on the spot."""
         return build_state(
-            self.recipe,
-            self.config,
-            lambda model, family: MadeSource(model, family, touched=not is_fake_gpu()),
-            self.device,
-            Silent(),
-            FILE_DTYPE,
+            ModelRequest(
+                self.recipe,
+                self.config,
+                lambda model, family: MadeSource(model, family, touched=not is_fake_gpu()),
+                self.device,
+                profile_of(self.device),
+            )
         )
 
     def step(self, state: State) -> None:
@@ -96,7 +97,7 @@ class Run:
 
     def evaluate(self, state: State) -> None:
         """One held-out batch."""
-        evaluate(state.loaded, window_of(self.recipe, self.config)[:1], self.device)
+        CAUSAL.evaluate(state.loaded, window_of(self.recipe, self.config)[:1], self.device)
 
 
 def seen_by_profiler(case: Case, facts: DeviceProfile) -> dict[str, int]:
