@@ -1,83 +1,116 @@
-"""One batch through the backbone: the road that training, evaluation and the plan share."""
+"""Causal language modelling: predict the next token at every trained position."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_cli.data.collate import Batch
-from qlora_cli.memory.tracker import scope
+from qlora_cli.data.collate import Batch, collate
+from qlora_cli.data.encode import Example, encode
+from qlora_cli.data.formats import Row
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.nn.attention import Spans
-from qlora_cli.nn.embedding import HostEmbedding
 from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
+from qlora_cli.recipe.schema import DataFormat
+from qlora_cli.tasks.backbone import hidden_states
+from qlora_cli.tasks.task import EvalScore, eval_mode
 
 
-@dataclass(frozen=True)
-class Score:
-    """Over trained tokens. loss: mean nats; accuracy: share predicted first."""
+class CausalTask:
+    """The task `causal`. A target is a token that is predicted and trained on."""
 
-    loss: float
-    accuracy: float
-    tokens: int
+    name = "causal"
+    trained_head: tuple[str, ...] = ()
+
+    @property
+    def model_class(self) -> Any:
+        """Return transformers.AutoModelForCausalLM."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    def encode(
+        self,
+        rows: list[Row],
+        format: DataFormat,
+        tokenizer: Any,
+        seq_len: int,
+        *,
+        vocab_size: int | None = None,
+    ) -> list[Example]:
+        """Return token ids and labels of each row, in order. See `data.encode.encode`."""
+        return encode(rows, format, tokenizer, seq_len, vocab_size=vocab_size)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Concatenate the examples into one sequence without padding."""
+        return collate(examples)
+
+    def num_targets(self, batches: Sequence[Batch]) -> int:
+        """Return the number of trained tokens in all `batches`.
+
+        Dividing by this number gives each token the same weight in every batch of a step, also in
+        the last step of an epoch, which may have fewer batches.
+        """
+        return sum(batch.num_targets for batch in batches)
+
+    def loss(
+        self, loaded: LoadedModel, batch: Batch, device: torch.device, scale: float
+    ) -> Tensor:
+        """Return `scale` times the cross entropy summed over trained tokens, a float32 scalar."""
+        hidden = hidden_states(loaded, batch, device)
+        positions, targets = _targets(batch, device)
+        return chunked_cross_entropy(hidden, _head_weight(loaded), positions, targets, scale)
+
+    @torch.no_grad()
+    def evaluate(
+        self, loaded: LoadedModel, batches: Iterable[Batch], device: torch.device
+    ) -> EvalScore:
+        """Return the mean loss and `accuracy`, the share of trained tokens predicted top-1."""
+        total, num_correct, num_targets = 0.0, 0, 0
+        with eval_mode(loaded):
+            for batch in batches:
+                losses, correct = _score(loaded, batch, device)
+                if device.type != "meta":
+                    total, num_correct = total + losses.item(), num_correct + int(correct.item())
+                num_targets += batch.num_targets
+        divisor = max(num_targets, 1)
+        return EvalScore(total / divisor, num_targets, {"accuracy": num_correct / divisor})
+
+    @torch.no_grad()
+    def compared_states(
+        self, loaded: LoadedModel, batch: Batch, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Return the hidden states (n, d) that predict a trained token, and these tokens (n,)."""
+        hidden = hidden_states(loaded, batch, device)
+        positions, targets = _targets(batch, device)
+        return hidden[positions], targets
 
 
-def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Tensor:
-    """The last hidden state of every position, (tokens, d)."""
-    backbone = loaded.model.get_submodule(loaded.family.backbone)
-    table = loaded.model.get_submodule(loaded.family.token_embedding)
-    ids_on = torch.device("cpu") if isinstance(table, HostEmbedding) else device
-    with scope("activations"):
-        spans = Spans.on(batch.segments, device, loaded.kernel)
-        output = backbone(
-            input_ids=batch.input_ids.to(ids_on, non_blocking=True),
-            position_ids=batch.position_ids.to(device, non_blocking=True),
-            use_cache=False,
-            spans=spans,
-        )
-    hidden: Tensor = output.last_hidden_state
-    return hidden.squeeze(0)
-
-
-def batch_loss(loaded: LoadedModel, batch: Batch, device: torch.device, scale: float) -> Tensor:
-    """scale * sum of the cross entropy over the batch's trained tokens, a float32 scalar."""
-    hidden = hidden_states(loaded, batch, device)
-    positions, targets = _targets(batch, device)
-    return chunked_cross_entropy(hidden, _head(loaded), positions, targets, scale)
-
-
-@torch.no_grad()
-def evaluate(loaded: LoadedModel, batches: Iterable[Batch], device: torch.device) -> Score:
-    """Mean loss and accuracy over all batches; leaves the model in the mode it was in."""
-    was_training = loaded.model.training
-    loaded.model.eval()
-    total, right, tokens = 0.0, 0, 0
-    for batch in batches:
-        losses, hits = _score(loaded, batch, device)
-        if device.type != "meta":
-            total, right = total + losses.item(), right + int(hits.item())
-        tokens += batch.num_targets
-    loaded.model.train(was_training)
-    return Score(total / max(tokens, 1), right / max(tokens, 1), tokens)
+CAUSAL = CausalTask()
 
 
 def _score(loaded: LoadedModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of one batch, whose hidden states are gone before the next one's are made."""
+    """Return (summed cross entropy, number of top-1 hits) of one batch.
+
+    A function of its own, so that its hidden states are freed before the next batch is computed.
+    """
     hidden = hidden_states(loaded, batch, device)
-    return score(hidden, _head(loaded), *_targets(batch, device))
+    return score(hidden, _head_weight(loaded), *_targets(batch, device))
 
 
 def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(positions with a target, the targets), found on the host, where the labels are."""
+    """Return (positions with a target, the targets), both (n,) int64 on `device`.
+
+    They are selected on the CPU, where the labels are, so that the GPU need not be synchronized.
+    """
     positions = (batch.labels != IGNORE_INDEX).nonzero().flatten()
     targets = batch.labels[positions]
     return positions.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
 
-def _head(loaded: LoadedModel) -> Tensor:
+def _head_weight(loaded: LoadedModel) -> Tensor:
     weight = loaded.head.weight
     assert isinstance(weight, Tensor)
     return weight

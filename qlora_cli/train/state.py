@@ -1,8 +1,8 @@
-"""Everything a step needs, made the same way for the job and for its plan."""
+"""The state of a training job, built by the same function for the job and for its dry run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,14 +13,21 @@ from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks.registry import task_of
+from qlora_cli.tasks.task import Task
 from qlora_cli.train.optimizer import LossScale, make_optimizer
 
 
 @dataclass
 class State:
-    """A job between two steps. step: optimizer steps done."""
+    """A training job between two optimizer steps.
+
+    recipe: resolved, without `auto`. task: the recipe's training objective. trainable: name ->
+    parameter that the optimizer updates. step: number of optimizer steps done.
+    """
 
     recipe: Recipe
+    task: Task
     loaded: LoadedModel
     trainable: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -32,20 +39,24 @@ class State:
 def build_state(request: ModelRequest) -> State:
     """Build the requested model and its optimizer: the state before the first step.
 
-    Raises ModelError if the base does not fit its config, RecipeError if the device lacks something
-    that the recipe requires.
+    The recipe's task selects the model class. Raises ModelError if the base does not fit its
+    config, RecipeError if the task is not implemented or the device lacks something that the recipe
+    requires.
     """
     recipe, device = request.recipe, request.device
-    loaded = build(request)
+    task = task_of(recipe)
+    loaded = build(replace(request, model_class=task.model_class))
+    for path in task.trained_head:
+        loaded.model.get_submodule(path).requires_grad_(True)
     loaded.model.train()
     trainable = loaded.trainable()
     optimizer = make_optimizer(recipe.train, trainable.values(), device)
     half = {torch.float16} & {loaded.weight_format.compute, torch_dtype(recipe.adapter.dtype)}
-    return State(recipe, loaded, trainable, optimizer, LossScale(needed=bool(half)), device)
+    return State(recipe, task, loaded, trainable, optimizer, LossScale(needed=bool(half)), device)
 
 
 def tag_living(state: State, tracker: StorageTracker) -> None:
-    """Counts what the state holds, each tensor under its category."""
+    """Register every tensor of the state with `tracker`, each under its memory category."""
     loaded = state.loaded
     for path, module in loaded.model.named_modules():
         if path in loaded.family.embeddings:

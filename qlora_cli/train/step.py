@@ -13,8 +13,7 @@ from qlora_cli.data.collate import Batch
 from qlora_cli.errors import NotFinite
 from qlora_cli.files.finite import ADVICE
 from qlora_cli.files.safetensors_io import is_finite
-from qlora_cli.memory.tracker import mark, scope
-from qlora_cli.tasks.causal import batch_loss
+from qlora_cli.memory.scopes import mark, scope
 from qlora_cli.train.optimizer import AdamW
 from qlora_cli.train.state import State
 
@@ -39,13 +38,13 @@ def train_step(state: State, window: Sequence[Batch], lr: float) -> StepOutcome:
     the same in every batch and in the last, shorter window too. Raises NotFinite where the loss is
     not finite, and where the gradients are not for another reason than the loss scale.
     """
-    num_targets = sum(batch.num_targets for batch in window)
+    num_targets = state.task.num_targets(window)
     scale = state.loss_scale.value / num_targets
     with scope("loss"):
         total = torch.zeros((), dtype=torch.float32, device=state.device)
     for batch in window:
         mark("forward")
-        loss = batch_loss(state.loaded, batch, state.device, scale)
+        loss = state.task.loss(state.loaded, batch, state.device, scale)
         mark("backward")
         loss.backward()
         total += loss.detach()

@@ -20,7 +20,7 @@ from qlora_cli.errors import ProblemsError
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.lora_matmul import draw_seed
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
-from qlora_cli.tasks.causal import batch_loss
+from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.train.optimizer import make_optimizer
 from tests.helpers.runs import (
     CPU,
@@ -253,7 +253,7 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(
     optimizer = make_optimizer(recipe.train, trained.values(), CPU)
     optimizer.param_groups[0]["lr"] = 1e-2
     for step in range(3):
-        batch_loss(loaded, collate([example(step), example(step + 20)]), CPU, 0.1).backward()
+        CAUSAL.loss(loaded, collate([example(step), example(step + 20)]), CPU, 0.1).backward()
         assert all(p.grad is not None for p in trained.values())
         assert all(p.grad is None for p in loaded.model.parameters() if not p.requires_grad)
         optimizer.step()
@@ -277,7 +277,7 @@ def test_eval_between_steps_leaves_gradients_as_they_were(
 
     def step() -> dict[str, Tensor]:
         loaded.model.train()
-        batch_loss(loaded, collate([example(1)]), CPU, 1.0).backward()
+        CAUSAL.loss(loaded, collate([example(1)]), CPU, 1.0).backward()
         found = {
             name: p.grad.clone() for name, p in loaded.trainable().items() if p.grad is not None
         }

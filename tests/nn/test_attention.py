@@ -14,7 +14,8 @@ from qlora_cli.data.collate import collate
 from qlora_cli.data.encode import Example
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn import attention
-from qlora_cli.tasks.causal import batch_loss, hidden_states
+from qlora_cli.tasks.backbone import hidden_states
+from qlora_cli.tasks.causal import CAUSAL
 from tests.helpers.runs import (
     CPU,
     FAMILIES,
@@ -47,7 +48,7 @@ def make(folder: Path, family: str, **settings: Any) -> tuple[Path, LoadedModel]
 
 def loss_and_gradients(loaded: LoadedModel, rows: list[Example]) -> tuple[float, dict[str, Tensor]]:
     batch = collate(rows)
-    loss = batch_loss(loaded, batch, CPU, 1.0)
+    loss = CAUSAL.loss(loaded, batch, CPU, 1.0)
     loss.backward()
     found = {name: p.grad.clone() for name, p in loaded.trainable().items() if p.grad is not None}
     loaded.model.zero_grad()
@@ -92,7 +93,7 @@ def test_the_gradient_of_a_row_reaches_no_neighbour(tmp_path: Path, family: str)
     mine = Example(
         ids=[i if i != 200 else 201 for i in mine.ids], labels=mine.labels, origin="mine"
     )
-    batch_loss(loaded, collate([neighbour, mine, neighbour]), CPU, 1.0).backward()
+    CAUSAL.loss(loaded, collate([neighbour, mine, neighbour]), CPU, 1.0).backward()
     assert not table.grad[200].any()
     assert table.grad[mine.ids[3]].any()
 
