@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 
@@ -15,9 +14,8 @@ from qlora_cli.events import Observer
 from qlora_cli.jobs.results import EvalResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.recipe.schema import Data
-from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import open_any, read_recipe
-from qlora_cli.tasks.causal import evaluate
+from qlora_cli.runs.open import OpenedModel, open_any
+from qlora_cli.tasks.causal import CAUSAL
 
 
 def run(where: str, *, data: str, observer: Observer) -> EvalResult:
@@ -28,7 +26,7 @@ def run(where: str, *, data: str, observer: Observer) -> EvalResult:
     """
     device = torch.device(inspect_device().kind)
     opened = open_any(where, device, observer)
-    settings = _settings(where, opened.loaded.config)
+    settings = _settings(opened)
     rows = read_rows(data)
     row_format = detect_format(rows, settings.format)
     tokenizer = load_tokenizer(str(opened.folder))
@@ -37,13 +35,12 @@ def run(where: str, *, data: str, observer: Observer) -> EvalResult:
     batches = eval_batches(
         examples, seq_len=settings.seq_len, packing=settings.packing, micro_batch=1
     )
-    score = evaluate(opened.loaded, batches, device)
-    return EvalResult(score.loss, math.exp(min(score.loss, 700.0)), score.tokens, score.accuracy)
+    score = CAUSAL.evaluate(opened.loaded, batches, device)
+    return EvalResult(score.loss, math.exp(min(score.loss, 700.0)), score.num_targets, score.metrics["accuracy"])
 
 
-def _settings(where: str, config: object) -> Data:
-    run = RunFolder(Path(where).expanduser())
-    if run.run_json.is_file():
-        return read_recipe(run).data
-    positions = getattr(config, "max_position_embeddings", None) or Data(train="").seq_len
+def _settings(opened: OpenedModel) -> Data:
+    if opened.run is not None:
+        return opened.run.recipe.data
+    positions = getattr(opened.loaded.config, "max_position_embeddings", None) or Data(train="").seq_len
     return Data(train="", seq_len=max(8, positions), packing=False)

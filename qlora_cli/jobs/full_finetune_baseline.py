@@ -29,8 +29,7 @@ from qlora_cli.memory.ledger import STEP_PHASES, Device, Ledger, Phase
 from qlora_cli.memory.tracker import track_gradients
 from qlora_cli.plan.dry_run import method_peak
 from qlora_cli.recipe.methods import full_fine_tuning
-from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import read_recipe
+from qlora_cli.runs.run import Run
 from qlora_cli.train import runtime
 from qlora_cli.train.step import train_step
 from qlora_cli.units import format_bytes
@@ -45,8 +44,8 @@ def measure(run: Path, *, observer: Observer) -> None:
     UsageError where the run has no ledger or is full fine-tuning itself, QloraError where the
     steps fail for another reason.
     """
-    folder = RunFolder(run)
-    ledger = report.run(run).ledger
+    source = Run(run)
+    ledger = report.ledger_of(source)
     if ledger.after.method == "full":
         raise UsageError(f"{run} is full fine-tuning itself; there is nothing to compare it with")
     observer.note("measuring steps of full fine-tuning in a fresh process")
@@ -61,11 +60,11 @@ def measure(run: Path, *, observer: Observer) -> None:
         ledger = replace(ledger, notes=(*notes, told))
     else:
         phases = tuple(Phase(**phase) for phase in answer["phases"])
-        measured = method_peak(full_fine_tuning(read_recipe(folder)), phases, "measured")
+        measured = method_peak(full_fine_tuning(source.recipe), phases, "measured")
         planned = _planned_bytes(ledger)
         ledger = replace(ledger, before=measured, before_planned_bytes=planned, notes=notes)
-    with writing("the memory report", folder.memory_json):
-        write_json(folder.memory_json, ledger.to_dict())
+    with writing("the memory report", source.folder.memory_json):
+        write_json(source.folder.memory_json, ledger.to_dict())
 
 
 def _planned_bytes(ledger: Ledger) -> int:
@@ -111,10 +110,11 @@ def _phases(run: Path) -> tuple[Phase, ...]:
 
     Raises DoesNotFit before anything is loaded where the plan needs more than is free.
     """
-    ledger, facts = report.run(run).ledger, inspect_device()
+    source = Run(run)
+    ledger, facts = report.ledger_of(source), inspect_device()
     if ledger.device != Device(facts.kind, facts.name, facts.capacity_bytes):
         raise UsageError(f"the run was made on {ledger.device.name}, and this is {facts.name}")
-    recipe = full_fine_tuning(read_recipe(RunFolder(run)))
+    recipe = full_fine_tuning(source.recipe)
     job = read_job(prepare(recipe, facts))
     device = runtime.start(facts, recipe.train.seed).device
     free = available_bytes(device)
@@ -123,7 +123,7 @@ def _phases(run: Path) -> tuple[Phase, ...]:
             f"it needs {format_bytes(_planned_bytes(ledger))} as planned, and {format_bytes(free)} "
             f"of {facts.name} are free"
         )
-    instrument = Instrument(device)
+    instrument = Instrument(device, facts)
     state = train.load(job.prepared, device, instrument, Silent())
     steps = sorted(peak_steps(job.schedule, range(job.steps)))
     first, later = STEP_PHASES

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 
+from qlora_cli.adapters.peft_file import open_adapter
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.jobs.results import GenerateResult
 from qlora_cli.memory.device import inspect_device
+from qlora_cli.models.family import open_source
 from qlora_cli.models.switch import BASE, AdapterSwitch
-from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import OpenedModel, adapter_at, open_any, open_for_adapters, open_source
+from qlora_cli.runs.open import OpenedModel, open_any, open_for_adapters
+from qlora_cli.runs.run import Run
 
 CHAT_TOKENS = 512
 """The most tokens of one answer in a chat."""
@@ -135,7 +137,11 @@ def open_generator(
 
     A run answers with its own adapter until the switch is used.
     """
-    found = {name: adapter_at(folder) for name, folder in adapters.items()}
+    runs = {name: Run.find(folder) for name, folder in adapters.items()}
+    found = {
+        name: run.adapter_file if run is not None else open_adapter(adapters[name].expanduser())
+        for name, run in runs.items()
+    }
     device = torch.device(inspect_device().kind)
     open_it = open_for_adapters if adapters or merged else open_any
     opened = open_it(where, device, observer)
@@ -146,16 +152,15 @@ def open_generator(
     switch = AdapterSwitch(opened.loaded, source, merged=merged)
     for name, adapter in found.items():
         switch.add(name, adapter)
-        _note_its_base(name, adapters[name], opened.folder, observer)
+        _note_its_base(name, runs[name], opened.folder, observer)
     if merged and not switch.adapters:
         raise UsageError("there is no adapter to merge", where="--merged")
     return TextGenerator(opened, switch, tokenizer, device)
 
 
-def _note_its_base(name: str, folder: Path, base: Path, observer: Observer) -> None:
+def _note_its_base(name: str, run: Run | None, base: Path, observer: Observer) -> None:
     """Says so where a run's adapter was trained on another base than the one it answers on."""
-    run = RunFolder(folder.expanduser())
-    own = run.read()["base_folder"] if run.run_json.is_file() else None
+    own = run.require("base_folder") if run is not None else None
     if own is not None and Path(own) != base.resolve():
         observer.note(f"adapter {name} was trained on {own} and answers here on {base}")
 

@@ -21,8 +21,7 @@ from qlora_cli.jobs.results import MergeResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.host import give_back_freed
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import base_folder, read_recipe
+from qlora_cli.runs.run import Run
 
 
 def run(
@@ -51,22 +50,21 @@ def run(
     if in_use and gguf is None:
         raise _in_use(out)
     _check_place(out)
-    folder = RunFolder(run)
-    recipe = read_recipe(folder)
-    _check_base(recipe, base)
+    source = Run(run)
+    _check_base(source.recipe, base)
     give_back_freed()
     device = torch.device(inspect_device().kind)
     wanted = torch_dtype(dtype) if dtype else PREFERRED
-    tensors = open_merged_tensors(folder, "original", wanted, device, weight, others)
+    tensors = open_merged_tensors(source, "original", wanted, device, weight, others)
     merged = _merged_before(out, tensors, base, dtype) if in_use else None
     if gguf is not None:
         more_bytes = 0 if merged else _num_bytes(tensors)
-        _exporter().check_exportable(base_folder(folder), gguf, out, more_bytes)
+        _exporter().check_exportable(source.base_folder, gguf, out, more_bytes)
     reason = "merged before"
     if merged is None:
-        decision = choose_settings(folder, tensors, base, dtype is not None, observer)
+        decision = choose_settings(source, tensors, base, dtype is not None, observer)
         merged, reason = decision.tensors, decision.dtype_reason
-        write_merged(merged, base_folder(folder), out, _about(recipe, decision), observer)
+        write_merged(merged, source.base_folder, out, _about(source.recipe, decision), observer)
     if gguf is not None:
         observer.note(f"GGUF file: {_exporter().export_gguf(out, gguf, observer)}")
     return MergeResult(

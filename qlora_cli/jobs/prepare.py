@@ -22,11 +22,10 @@ from qlora_cli.events import Observer
 from qlora_cli.files.locate import find_base, read_config
 from qlora_cli.files.source import FolderSource
 from qlora_cli.models.build import ModelRequest
-from qlora_cli.models.family import Family
+from qlora_cli.models.family import Family, open_source
 from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import open_source
 
 
 @dataclass(frozen=True)

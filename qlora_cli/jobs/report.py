@@ -13,6 +13,7 @@ from qlora_cli.jobs.results import ReportResult
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.memory.timeline import PhaseTrace, read_stretches
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.run import Run
 
 _T = TypeVar("_T")
 _METRICS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_bytes"}
@@ -24,23 +25,28 @@ def run(run: Path, *, html: Path | None = None, png: Path | None = None) -> Repo
 
     Raises UsageError where the run has no ledger yet or one of its files is damaged.
     """
-    folder = RunFolder(run)
-    about = folder.read()
-    folder.require("recipe")  # Which the page shows.
-    ledger = read_ledger(folder)
-    if ledger is None:
-        raise UsageError(
-            f"{run} has no memory.json yet; its status is {about.get('status')}",
-            hint="a run writes it with each checkpoint; go on with `qlora train --resume`",
-        )
+    source = Run(run)
+    source.require("recipe")  # Which the page shows.
+    ledger = ledger_of(source)
     return ReportResult(
-        run=about,
+        run=source.record,
         ledger=ledger,
-        metrics=_metrics(folder.metrics),
-        timeline=read_timeline(folder),
+        metrics=_metrics(source.folder.metrics),
+        timeline=read_timeline(source.folder),
         html=html,
         png=png,
     )
+
+
+def ledger_of(run: Run) -> Ledger:
+    """Return the run's ledger. Raises UsageError if there is none yet or it is damaged."""
+    ledger = read_ledger(run.folder)
+    if ledger is None:
+        raise UsageError(
+            f"{run.path} has no memory.json yet; its status is {run.record.get('status')}",
+            hint="a run writes it with each checkpoint; go on with `qlora train --resume`",
+        )
+    return ledger
 
 
 def read_ledger(run: RunFolder) -> Ledger | None:

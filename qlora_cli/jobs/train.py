@@ -30,8 +30,8 @@ from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.finite import last_checkpoint_named
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import check_fingerprint
 from qlora_cli.runs.resume import load_checkpoint, write_trained
+from qlora_cli.runs.run import Run
 from qlora_cli.tasks.task import EvalScore
 from qlora_cli.train import runtime
 from qlora_cli.train.loop import LAST_LOSSES, Loop, Progress
@@ -48,10 +48,12 @@ def run(
     for choice in prepared.choices:
         observer.note(f"{choice.key} = {choice.value}: {choice.reason}")
     job = read_job(prepared)
-    if resume and (finished := _finished(job, recipe_path)) is not None:
+    about = record.describe_run(prepared, recipe_path, job.steps)
+    earlier = Run(job.run.path) if resume else None
+    if earlier is not None and (finished := _finished(earlier, about)) is not None:
         observer.note(f"{job.run.path} is finished; there is nothing to go on with")
         return finished
-    checkpoint = open_or_resume(job, recipe_path, resume)
+    checkpoint = open_or_resume(job, about, earlier)
     try:
         planned, before = _plan(job, observer)
         return _train(job, checkpoint, planned, before, observer)
@@ -80,42 +82,41 @@ def record_stop(run: RunFolder, status: str, resumed: bool) -> None:
             record.set_status(run, status)
 
 
-def _finished(job: TrainingJob, recipe_path: Path | None) -> TrainResult | None:
+def _finished(earlier: Run, about: dict[str, Any]) -> TrainResult | None:
     """What a finished run said at its end; None where there is something left to do."""
-    about = job.run.read()
-    if job.run.require("status") != "done" or not job.run.memory_json.is_file():
+    if earlier.require("status") != "done" or not earlier.folder.memory_json.is_file():
         return None
-    _check_same(job.run, about, record.describe_run(job.prepared, recipe_path, job.steps))
-    ledger = report.run(job.run.path).ledger
-    return TrainResult(**about["result"] | {"run": job.run.path, "ledger": ledger})
+    _check_same(earlier, about)
+    ledger = report.ledger_of(earlier)
+    return TrainResult(**earlier.require("result") | {"run": earlier.path, "ledger": ledger})
 
 
-def open_or_resume(job: TrainingJob, recipe_path: Path | None, resume: bool) -> Path | None:
+def open_or_resume(
+    job: TrainingJob, about: dict[str, Any], earlier: Run | None
+) -> Path | None:
     """Makes the run's folder, or finds the checkpoint to go on from."""
-    about = record.describe_run(job.prepared, recipe_path, job.steps)
-    if not resume:
+    if earlier is None:
         job.run.create()
         job.run.write(about)
         return None
-    before = job.run.read()
-    _check_same(job.run, before, about)
-    job.run.write(before | about)
+    _check_same(earlier, about)
+    job.run.write(earlier.record | about)
     steps = job.run.steps()
     _forget_metrics_after(job.run, steps[-1] if steps else 0)
     return job.run.checkpoint(steps[-1]) if steps else None
 
 
-def _check_same(run: RunFolder, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same(earlier: Run, now: dict[str, Any]) -> None:
     """A run goes on as it began; another recipe is another run."""
-    check_fingerprint(run, before, now["base_fingerprint"])
+    earlier.check_fingerprint(now["base_fingerprint"])
     # A run of an older version told of its files as they were named.
-    old, new = _flat(record.from_anywhere(before["recipe"])), _flat(now["recipe"])
+    old, new = _flat(record.from_anywhere(earlier.require("recipe"))), _flat(now["recipe"])
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         raise UsageError(
             "the recipe has changed since this run began: "
             + ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed),
-            where=str(run.run_json),
+            where=str(earlier.folder.run_json),
             hint="go on with the old values, or start a new run with output=...",
         )
 
@@ -163,7 +164,7 @@ def _train(
 ) -> TrainResult:
     prepared = job.prepared
     device = runtime.start(prepared.profile, prepared.recipe.train.seed).device
-    instrument = Instrument(device)
+    instrument = Instrument(device, prepared.facts)
     state = load(prepared, device, instrument, observer)
     record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))
     earlier = None

@@ -12,7 +12,7 @@ from qlora_cli.export.verify.verification import verify
 from qlora_cli.jobs.results import VerifyResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.host import give_back_freed
-from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.run import Run
 
 
 def run(merged: Path, *, against: Path, observer: Observer) -> VerifyResult:
@@ -22,7 +22,7 @@ def run(merged: Path, *, against: Path, observer: Observer) -> VerifyResult:
     """
     give_back_freed()
     device = torch.device(inspect_device().kind)
-    verdict = verify(merged, RunFolder(against), device, observer)
+    verdict = verify(merged, Run(against), device, observer)
     told, greedy = verdict.comparison, verdict.greedy
     return VerifyResult(
         passed=verdict.passed,

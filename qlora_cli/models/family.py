@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from qlora_cli.files.source import FolderSource
 from qlora_cli.nn.mlp import Projections
 
 Rows = Callable[[Any], Mapping[str, slice]]
@@ -79,3 +81,13 @@ class Family:
     def token_embedding(self) -> str:
         """Path of the table that token ids are looked up in."""
         return self.embeddings[0]
+
+
+def open_source(folder: Path, family: Family) -> FolderSource:
+    """Return the tensors of a checkpoint folder under the family's parameter names.
+
+    Raises ModelError if files are missing or damaged.
+    """
+    return FolderSource(
+        folder, prefix=f"{family.backbone}.", head=family.head, ignored=family.ignored
+    )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +12,7 @@ from torch import nn
 from qlora_cli.events import Observer
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.files.locate import find_base, read_config
-from qlora_cli.files.source import FolderSource, fingerprint
+from qlora_cli.files.source import FolderSource
 from qlora_cli.memory.device import profile_of
 from qlora_cli.models.attach import attach, detach
 from qlora_cli.models.build import MakeSource, ModelRequest, build

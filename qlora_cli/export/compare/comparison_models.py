@@ -32,13 +32,13 @@ from qlora_cli.memory.host import fits
 from qlora_cli.models import convert
 from qlora_cli.models.attach import attach, detach
 from qlora_cli.models.build import skeleton
+from qlora_cli.models.family import open_source
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import load
 from qlora_cli.models.placement.streamed import stream
 from qlora_cli.nn.attention import Kernel, kernel_for
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
-from qlora_cli.runs.open import open_source
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ import torch
 
 from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.lora import LoraSettings
-from qlora_cli.adapters.peft_file import AdapterFile, AdapterLayer, Part
+from qlora_cli.adapters.peft_file import AdapterFile, AdapterLayer, Part, open_adapter
 from qlora_cli.errors import UsageError
 from qlora_cli.nn.site import Site
-from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import adapter_at, base_folder, read_recipe
+from qlora_cli.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -95,23 +94,24 @@ def weighted_adapters(adapter: AdapterFile) -> tuple[WeightedAdapter, ...]:
 
 
 def open_other_adapters(
-    run: RunFolder, others: Sequence[tuple[Path, float]]
+    run: Run, others: Sequence[tuple[Path, float]]
 ) -> list[WeightedAdapter]:
     """Adapters to add to the run's own. Raises UsageError where one is of another base."""
-    for where, _ in others:
-        _check_base(run, where)
-    return [WeightedAdapter(adapter_at(where), weight) for where, weight in others]
+    return [WeightedAdapter(_open_on_base_of(run, where), weight) for where, weight in others]
 
 
-def _check_base(run: RunFolder, where: Path) -> None:
-    """A PEFT adapter that does not name its base is judged by its shapes alone."""
-    own = base_folder(run)
-    other = RunFolder(where.expanduser())
-    if other.run_json.is_file():
-        named, same = str(base_folder(other)), base_folder(other).resolve() == own.resolve()
+def _open_on_base_of(run: Run, where: Path) -> AdapterFile:
+    """Return the adapter in `where`. Raises UsageError if it was trained on another base.
+
+    A PEFT adapter that does not name its base is checked by its shapes alone, later.
+    """
+    own, other = run.base_folder, Run.find(where)
+    if other is not None:
+        named, same = str(other.base_folder), other.base_folder.resolve() == own.resolve()
     else:
-        named = peft_config.read_config(other.path).base_model_name_or_path or str(own)
-        same = named == read_recipe(run).model.name or Path(named).resolve() == own.resolve()
+        adapter = open_adapter(where.expanduser())
+        named = adapter.config.base_model_name_or_path or str(own)
+        same = named == run.recipe.model.name or Path(named).resolve() == own.resolve()
     if not same:
         raise UsageError(
             f"{where} was trained on {named}, and {run.path} on {own}",
@@ -119,6 +119,7 @@ def _check_base(run: RunFolder, where: Path) -> None:
             hint="adapters can be added up on one base only; if both are the same base, let "
             "base_folder in run.json or base_model_name_or_path in adapter_config.json say so",
         )
+    return adapter if other is None else other.adapter_file
 
 
 def _stacked(path: str, terms: Sequence[WeightedAdapter]) -> _StackedLayer:

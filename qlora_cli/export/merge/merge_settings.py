@@ -16,14 +16,13 @@ import torch
 
 from qlora_cli.errors import VerificationFailed
 from qlora_cli.events import Observer
+from qlora_cli.export.compare.dtype_range import DtypeFit, check_dtype_range
 from qlora_cli.export.compare.eval_rows import EvalRows, eval_rows
-from qlora_cli.export.compare.float16_range import Float16Fit, check_float16
 from qlora_cli.export.merge.base_choice import BaseChoice, choose_base
 from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.merge.merged_tensors import MergedTensors
 from qlora_cli.files.locate import read_config
-from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import base_folder, read_recipe
+from qlora_cli.runs.run import Run
 
 PREFERRED = torch.float16
 INSTEAD = torch.bfloat16
@@ -36,7 +35,7 @@ class MergeSettings:
     tensors: MergedTensors
     judgement: BaseChoice
     dtype_reason: str
-    fit: Float16Fit | None
+    fit: DtypeFit | None
 
     def to_dict(self) -> dict[str, Any]:
         """For merge.json."""
@@ -48,14 +47,14 @@ class MergeSettings:
 
 
 def choose_settings(
-    run: RunFolder, tensors: MergedTensors, base: str, insisted: bool, observer: Observer
+    run: Run, tensors: MergedTensors, base: str, insisted: bool, observer: Observer
 ) -> MergeSettings:
     """base: original | dequantized | auto. insisted: on the dtype of `tensors`, whatever happens.
 
     Raises VerificationFailed where the dtype does not hold the model, QloraError where the model
     cannot be judged.
     """
-    case = _Case(run, base_folder(run), base, observer)
+    case = _SettingsChoice(run, run.base_folder, base, observer)
     if insisted:
         return case.choose_settings(tensors, "asked for")
     try:
@@ -69,10 +68,10 @@ def choose_settings(
 
 
 @dataclass(frozen=True)
-class _Case:
+class _SettingsChoice:
     """kind: the base that was asked for."""
 
-    run: RunFolder
+    run: Run
     base: Path
     kind: str
     observer: Observer
@@ -82,7 +81,7 @@ class _Case:
         tensors = replace(tensors, base=judgement.base)
         fit = None
         if tensors.dtype is torch.float16:
-            fit = check_float16(tensors, self.base, self.judged.rows)
+            fit = check_dtype_range(tensors, self.base, self.judged.rows)
         return MergeSettings(tensors, judgement, reason, fit)
 
     def _judgement(self, tensors: MergedTensors) -> BaseChoice:
@@ -95,7 +94,7 @@ class _Case:
 
     @cached_property
     def judged(self) -> EvalRows:
-        found = eval_rows(read_recipe(self.run), self.base, read_config(self.base / CONFIG))
+        found = eval_rows(self.run.recipe, self.base, read_config(self.base / CONFIG))
         for note in found.notes:
             self.observer.note(note)
         return found

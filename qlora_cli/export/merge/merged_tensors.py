@@ -40,11 +40,11 @@ from qlora_cli.files.locate import read_config
 from qlora_cli.files.safetensors_io import Shape, is_finite
 from qlora_cli.files.source import FolderSource
 from qlora_cli.models.build import skeleton, weight_format_of
+from qlora_cli.models.family import open_source
 from qlora_cli.models.sites import find_sites
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
-from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import adapter_at, base_folder, finished, open_source, read_recipe
+from qlora_cli.runs.run import Run
 
 MergeBase = Literal["original", "dequantized"]
 
@@ -194,7 +194,7 @@ def pack_linear(site: Site, weight_format: WeightFormat, weight: Tensor) -> Quan
 
 
 def open_merged_tensors(
-    run: RunFolder,
+    run: Run,
     base: MergeBase,
     dtype: torch.dtype,
     device: torch.device,
@@ -206,27 +206,27 @@ def open_merged_tensors(
     weight: of its own adapter. others: where further adapters lie, and their weights. Raises
     InputError where the run, its base or an adapter is not whole or they do not belong together.
     """
-    recipe = read_recipe(run)
-    folder = base_folder(run)
+    recipe = run.recipe
+    folder = run.base_folder
     config = read_config(folder / "config.json")
     weight_format = weight_format_of(recipe, file_dtype(config))
     model, family = skeleton(config, weight_format.compute)
     sites = find_sites(model, family, config)
     adapter = None
     if recipe.adapter.method == "lora":
-        own = WeightedAdapter(adapter_at(run.path), weight)
+        own = WeightedAdapter(run.adapter_file, weight)
         adapter = combine([own, *open_other_adapters(run, others)])
         adapter.check(sites)
     else:
         _refuse_adapters(run, weight, others)
-        folder = finished(run, run.weights)
+        folder = run.trained_weights
         # Trained weights are in the dtype that they were trained in.
         weight_format = replace(weight_format, storage=weight_format.compute)
     source = open_source(folder, family)
     return MergedTensors(source, sites, adapter, weight_format, base, dtype, device)
 
 
-def _refuse_adapters(run: RunFolder, weight: float, others: Sequence[tuple[Path, float]]) -> None:
+def _refuse_adapters(run: Run, weight: float, others: Sequence[tuple[Path, float]]) -> None:
     if others or weight != 1.0:
         raise UsageError(
             f"{run.path} was trained in full; it has no adapter to weigh or to add to",

@@ -39,8 +39,8 @@ from qlora_cli.export.compare.comparison_models import (
     merged_model,
     trained_model,
 )
+from qlora_cli.export.compare.dtype_range import largest_activation
 from qlora_cli.export.compare.eval_rows import EvalRows, eval_rows
-from qlora_cli.export.compare.float16_range import largest_activation
 from qlora_cli.export.compare.greedy_agreement import (
     GreedyAgreement,
     count_agreeing_tokens,
@@ -65,8 +65,7 @@ from qlora_cli.export.verify.checks import (
     value_faults,
 )
 from qlora_cli.files.locate import read_config
-from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import base_folder, read_recipe
+from qlora_cli.runs.run import Run
 
 ROUNDING = 1e-4
 """Nats: ten times what rounding the weights to float16 cost at most on random tiny models."""
@@ -90,7 +89,7 @@ class VerificationReport:
 
 
 def verify(
-    merged: Path, run: RunFolder, device: torch.device, observer: Observer
+    merged: Path, run: Run, device: torch.device, observer: Observer
 ) -> VerificationReport:
     """Compares the folder with the run.
 
@@ -99,7 +98,7 @@ def verify(
     """
     if not (merged / CONFIG).is_file():
         raise UsageError(f"{merged} is no model's folder", hint="it must hold config.json")
-    base = base_folder(run)
+    base = run.base_folder
     try:
         made = MergeManifest.of(merged)
         expected = open_merged_tensors(run, made.base, made.dtype, device, made.weight, made.others)
@@ -130,11 +129,11 @@ def _origin_faults(made: MergeManifest, expected: MergedTensors) -> Iterator[str
 
 
 def _compare_answers(
-    merged: Path, run: RunFolder, expected: MergedTensors, observer: Observer
+    merged: Path, run: Run, expected: MergedTensors, observer: Observer
 ) -> tuple[Comparison | None, GreedyAgreement | None, list[str]]:
     """(merged against trained, what is wrong with that)."""
-    base = base_folder(run)
-    judged = eval_rows(read_recipe(run), base, read_config(base / CONFIG))
+    base = run.base_folder
+    judged = eval_rows(run.recipe, base, read_config(base / CONFIG))
     for note in judged.notes:
         observer.note(note)
     if _into_original(expected):

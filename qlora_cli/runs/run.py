@@ -1,0 +1,161 @@
+"""A training run as one command reads it: every file and every check once.
+
+`run.json` keeps the recipe with its defaults filled in. Reading it back must drop these defaults:
+a setting that a method does not have would be refused if it were set explicitly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
+from qlora_cli.errors import ModelError, UsageError
+from qlora_cli.files.source import fingerprint
+from qlora_cli.recipe.schema import Recipe, Section
+from qlora_cli.runs.layout import RunFolder
+
+
+class Run:
+    """A run's recipe, base, adapter and status, read from its folder at first use and kept.
+
+    A command makes one `Run` and passes it on, so that `run.json` is read once and the base is
+    fingerprinted once. A `Run` does not notice later changes on disk: make a new one after writing
+    `run.json`. Making a `Run` reads nothing; each attribute raises if it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = RunFolder(path)
+
+    @classmethod
+    def find(cls, where: str | Path) -> Run | None:
+        """Return the run in the folder `where`, or None if there is no `run.json` in it.
+
+        where: a path that the user wrote; `~` is expanded.
+        """
+        run = cls(Path(where).expanduser())
+        return run if run.folder.run_json.is_file() else None
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """The content of `run.json`. Raises UsageError if it is missing or damaged."""
+        return self.folder.read()
+
+    def require(self, key: str) -> Any:
+        """Return the value of `key` in `run.json`. Raises UsageError if there is no such key."""
+        if key not in self.record:
+            raise UsageError(f"damaged: it has no {key}", where=str(self.folder.run_json))
+        return self.record[key]
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The resolved recipe that the run was trained with. Raises UsageError if it is invalid."""
+        recipe = self.require("recipe")
+        try:
+            return Recipe.model_validate(_without_defaults(recipe, Recipe))
+        except (ValueError, AttributeError) as fault:
+            raise UsageError(
+                f"damaged recipe: {fault}", where=str(self.folder.run_json)
+            ) from fault
+
+    @property
+    def is_full_fine_tuning(self) -> bool:
+        """Whether the run trained all weights and so has no adapter."""
+        return self.recipe.adapter.method == "full"
+
+    @cached_property
+    def base_folder(self) -> Path:
+        """The folder of the base that the run was trained on.
+
+        Raises ModelError if the folder is gone, or if the run has an adapter and the base's weights
+        have changed since training.
+        """
+        folder = Path(self.require("base_folder"))
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"the base that the run was trained on is not at {folder} any more",
+                where=str(self.folder.run_json),
+                hint="put it back, or write its new place into run.json as base_folder",
+            )
+        if self.recipe.adapter.method == "lora":
+            self.check_fingerprint(fingerprint(folder))
+        return folder
+
+    def check_fingerprint(self, found: str) -> None:
+        """Compare the base's fingerprint `found` with the one stored when the run began.
+
+        Runs of older versions stored none and pass. Raises ModelError if the two differ.
+        """
+        if self.record.get("base_fingerprint", found) != found:
+            raise ModelError(
+                f"the weights in {self.record['base_folder']} are not those that the run was "
+                "trained on",
+                where=str(self.folder.run_json),
+                hint="put those back; an adapter is worth nothing on another base",
+            )
+
+    @cached_property
+    def adapter_file(self) -> AdapterFile:
+        """The trained adapter, checked but not read into memory.
+
+        Raises UsageError if the run has no adapter or is not finished, ModelError if the adapter's
+        files are damaged.
+        """
+        if self.is_full_fine_tuning:
+            raise UsageError(
+                f"{self.path} was trained in full; it has no adapter",
+                hint="name it as the model itself: `qlora generate RUN`",
+            )
+        return open_adapter(self._finished(self.folder.adapter))
+
+    @property
+    def trained_weights(self) -> Path:
+        """The folder of the model that full fine-tuning wrote.
+
+        Raises UsageError if the run is not finished.
+        """
+        return self._finished(self.folder.weights)
+
+    @property
+    def frozen_or_trained_weights(self) -> Path:
+        """The folder of the weights under the adapter: the base's, or those of full fine-tuning."""
+        return self.trained_weights if self.is_full_fine_tuning else self.base_folder
+
+    def _finished(self, folder: Path) -> Path:
+        """Return `folder`. Raises UsageError if training has not written it yet."""
+        if not folder.is_dir():
+            raise UsageError(
+                f"{self.path} holds no trained weights yet; its status is "
+                f"{self.record.get('status')}",
+                hint="go on with `qlora train --resume`, then try again",
+            )
+        return folder
+
+
+def adapter_at(where: Path) -> AdapterFile:
+    """Return the adapter of a run's folder or of a folder in PEFT's format.
+
+    Raises InputError if there is none or it is damaged.
+    """
+    run = Run.find(where)
+    return run.adapter_file if run is not None else open_adapter(where.expanduser())
+
+
+def _without_defaults(content: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
+    """Return the settings of a stored recipe that differ from their defaults."""
+    kept: dict[str, Any] = {}
+    for key, value in content.items():
+        field = section.model_fields.get(key)
+        inner = field.annotation if field is not None else None
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Section):
+            kept[key] = _without_defaults(value, inner)
+        elif field is None or field.is_required() or value != field.default:
+            kept[key] = value
+    return kept
