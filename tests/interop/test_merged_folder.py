@@ -23,6 +23,7 @@ from qlora_cli.events import Silent
 from qlora_cli.export.gguf.model import ARCHITECTURES
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
+from qlora_cli.runs.run import Run
 from tests.helpers.runs import CPU, make_recipe, make_rows, make_run
 from tests.helpers.vocabularies import make_model, named
 
@@ -50,7 +51,7 @@ def merge(
 ) -> Path:
     base = make_model(folder / "base", family, named("gpt-2"))
     run, _ = make_run(folder / "run", make_recipe(base, make_rows(folder / "rows.jsonl")))
-    tensors = open_merged_tensors(run, "original", dtype, CPU)
+    tensors = open_merged_tensors(Run(run.path), "original", dtype, CPU)
     write_merged(tensors, base, folder / "out", {}, Silent(), max_shard_bytes)
     return folder / "out"
 

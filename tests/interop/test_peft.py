@@ -16,6 +16,7 @@ from qlora_cli.events import Silent
 from qlora_cli.models.attach import attach, save_adapter
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.runs.open import open_run
+from qlora_cli.runs.run import Run
 from tests.helpers.peft_helpers import (
     IDS,
     frozen_16_bit,
@@ -91,7 +92,7 @@ def test_a_run_may_hold_an_adapter_that_peft_wrote(family: str, tmp_path: Path) 
                 parameter += 0.01
     wanted = their_logits(model)
     model.save_pretrained(run.adapter)
-    loaded = open_run(run, CPU, Silent())
+    loaded = open_run(Run(run.path), CPU, Silent())
     torch.testing.assert_close(logits(loaded, IDS), wanted, rtol=1e-4, atol=1e-3)
 
 

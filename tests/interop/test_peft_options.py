@@ -18,7 +18,8 @@ from qlora_cli.adapters.peft_file import open_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Silent
 from qlora_cli.models.attach import attach
-from qlora_cli.runs.open import adapter_at, open_for_adapters
+from qlora_cli.runs.open import open_for_adapters
+from qlora_cli.runs.run import adapter_at
 from tests.helpers.peft_helpers import (
     IDS,
     frozen_16_bit,

@@ -16,8 +16,9 @@ from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.files.atomic import appear_whole
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import open_any, open_model, open_run, read_recipe
+from qlora_cli.runs.open import open_any, open_model, open_run
 from qlora_cli.runs.resume import write_trained
+from qlora_cli.runs.run import Run
 from tests.helpers.runs import (
     CPU,
     FAMILIES,
@@ -82,7 +83,7 @@ def test_a_run_answers_as_it_was_trained(family: str, bits: int, tmp_path: Path)
     base = make_base(tmp_path / "base", family)
     recipe = make_recipe(base, make_rows(tmp_path / "rows.jsonl"), base={"bits": bits})
     run, trained = make_run(tmp_path / "run", recipe)
-    opened = open_run(run, CPU, Silent())
+    opened = open_run(Run(run.path), CPU, Silent())
     assert torch.equal(logits(opened, IDS), logits(trained, IDS))
     if bits != 8:  # int8 rounds a row of activations by its largest; a cache changes no row
         text = go_on(opened.model, IDS, 12)
@@ -94,9 +95,9 @@ def test_a_run_answers_as_it_was_trained(family: str, bits: int, tmp_path: Path)
 def test_a_merged_run_writes_the_runs_text(family: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family)
     run, _ = make_run(tmp_path / "run", make_recipe(base, make_rows(tmp_path / "rows.jsonl")))
-    tensors = open_merged_tensors(run, "dequantized", torch.float32, CPU)
+    tensors = open_merged_tensors(Run(run.path), "dequantized", torch.float32, CPU)
     write_merged(tensors, base, tmp_path / "out", {}, Silent())
-    opened = open_run(run, CPU, Silent())
+    opened = open_run(Run(run.path), CPU, Silent())
     assert go_on(theirs(tmp_path / "out"), IDS, 20) == go_on(opened.model, IDS, 20)
 
 
@@ -118,7 +119,7 @@ def test_a_run_trained_in_full_opens_its_own_weights(tmp_path: Path) -> None:
     with appear_whole(run.weights) as folder:
         write_trained(trained.trainable(), folder / "model.safetensors")
     trained.model.eval()
-    assert torch.equal(logits(open_run(run, CPU, Silent()), IDS), logits(trained, IDS))
+    assert torch.equal(logits(open_run(Run(run.path), CPU, Silent()), IDS), logits(trained, IDS))
 
 
 def test_anything_is_opened_by_what_it_is(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_recipe_comes_back_from_run_json(sections: dict[str, Any], tmp_path: P
     run = RunFolder(tmp_path / "run")
     run.create()
     run.write({"recipe": recipe.model_dump(mode="json")})
-    assert read_recipe(run) == recipe
+    assert Run(run.path).recipe == recipe
 
 
 def test_a_run_without_its_adapter_or_base_is_a_clear_error(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_a_run_without_its_adapter_or_base_is_a_clear_error(tmp_path: Path) -> N
     run.adapter.rename(tmp_path / "elsewhere")
     run.write(run.read() | {"status": "interrupted"})
     with pytest.raises(UsageError, match="no trained weights yet; its status is interrupted"):
-        open_run(run, CPU, Silent())
+        open_run(Run(run.path), CPU, Silent())
     base.rename(tmp_path / "moved")
     with pytest.raises(ModelError, match="the base that the run was trained on is not at"):
-        open_run(run, CPU, Silent())
+        open_run(Run(run.path), CPU, Silent())

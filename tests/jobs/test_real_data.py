@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.events import Silent
-from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.open import open_run
+from qlora_cli.runs.run import Run
 from tests.helpers.cli_helpers import qlora
 
 pytestmark = pytest.mark.slow
@@ -164,7 +164,7 @@ def test_gpt2_learns_to_sort_the_other_way(shared: Path, tmp_path: Path) -> None
     outcome = qlora("train", recipe)
     assert outcome.code == 0, outcome.err
     run = tmp_path / "run"
-    trained = open_run(RunFolder(run), torch.device("cpu"), Silent()).model
+    trained = open_run(Run(run), torch.device("cpu"), Silent()).model
     shares = {"unmerged": share_sorted(lambda ids: trained(ids).logits, falling=True)}
     for kind in ("original", "dequantized"):
         merged = tmp_path / kind

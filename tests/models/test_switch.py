@@ -16,11 +16,13 @@ from qlora_cli.errors import ModelError, ProblemsError, QloraError, UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.models.attach import attach, detach, save_adapter
+from qlora_cli.models.family import open_source
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.switch import BASE, OWN, AdapterSwitch
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import adapter_at, open_for_adapters, open_source
+from qlora_cli.runs.open import open_for_adapters
+from qlora_cli.runs.run import Run, adapter_at
 from tests.helpers.runs import (
     CPU,
     build_base,
@@ -168,13 +170,13 @@ def test_merged_in_memory_is_what_merge_writes(family: str, tmp_path: Path) -> N
     rows = make_rows(tmp_path / "rows.jsonl")
     recipe = make_recipe(base, rows, base={"bits": 16}, adapter={"targets": "all"})
     run, trained = make_run(tmp_path / "run", recipe)
-    written = open_merged_tensors(run, "original", torch.float16, CPU)
+    written = open_merged_tensors(Run(run.path), "original", torch.float16, CPU)
     opened = open_for_adapters(str(run.path), CPU, Silent())
     source = open_source(opened.weights, opened.loaded.family)
     AdapterSwitch(opened.loaded, source, merged=True)
     for site in opened.loaded.sites:
         found = opened.loaded.model.get_submodule(site.path).weight
-        wanted = written.make(written.source.file_name(f"{site.path}.weight"))
+        wanted = written.compute(written.source.file_name(f"{site.path}.weight"))
         wanted = wanted.t() if site.transposed else wanted
         torch.testing.assert_close(found, wanted, rtol=2.0**-10, atol=2.0**-24)
     torch.testing.assert_close(
@@ -218,7 +220,7 @@ def test_a_model_and_a_run_trained_in_full_take_adapters(family: str, tmp_path: 
         assert not list(adapted_layers(opened.loaded.model))
         switch.use("wide")
         assert torch.equal(logits(opened.loaded, IDS), logits(wanted, IDS))
-    with pytest.raises(UsageError, match="was trained in full; it has no adapter"):
+    with pytest.raises(UsageError, match="is a full fine-tuning; it has no adapter"):
         adapter_at(full.path)
 
 

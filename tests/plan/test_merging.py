@@ -12,17 +12,15 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.export.compare.comparison_models import merged_model, trained_model
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.files.locate import read_config
-from qlora_cli.memory.counter import Counter
-from qlora_cli.memory.cpu_rules import CPU_RULES
 from qlora_cli.memory.ledger import Phase
-from qlora_cli.memory.tracker import StorageTracker
+from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.plan import merging
-from qlora_cli.runs.open import base_folder, read_recipe
+from qlora_cli.runs.run import Run
 from qlora_cli.units import GIB
 from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, make_run
 
 TOKENS = 64
-FACTS = DeviceProfile("cpu", "a processor", 24 * GIB)
+PROFILE = DeviceProfile("cpu", "a processor", 24 * GIB)
 LARGE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
 LARGE_GPT2 = {"n_embd": 256, "n_head": 4}
 
@@ -38,17 +36,18 @@ def test_the_plan_is_what_the_answers_take(
         base, make_rows(tmp_path / "rows.jsonl"), base={"bits": bits}, data={"seq_len": TOKENS}
     )
     run, _ = make_run(tmp_path / "run", recipe)
-    tensors = open_merged_tensors(run, "original", torch.float16, CPU)
+    tensors = open_merged_tensors(Run(run.path), "original", torch.float16, CPU)
     ids = [3 + 7 * place % 250 for place in range(TOKENS)]
     rows = [Example(ids, ids, "")]
-    counter = Counter()
-    with StorageTracker(counter, CPU_RULES, "cpu"), counter.phase("merge"):
+    memory_model = MemoryModel.of(PROFILE)
+    counter = memory_model.new_counter()
+    with memory_model.new_tracker(counter, "cpu"), counter.phase("merge"):
         trained_model(tensors, base, may_be_resident=False).compared_logits(rows)
         merged_model(tensors, base).compared_logits(rows)
 
     monkeypatch.setattr(merging, "MAX_TOKENS", TOKENS)
     monkeypatch.setattr(merging, "COMPARISON_BYTES", 0)
-    config = read_config(base_folder(run) / "config.json")
-    plan: Phase = merging.dry_run_merge(read_recipe(run), config, FACTS)
+    config = read_config(Run(run.path).base_folder / "config.json")
+    plan: Phase = merging.dry_run_merge(Run(run.path).recipe, config, PROFILE)
     # Of so small a model a few hundred KiB of constants are some percent.
     assert plan.peak_bytes == pytest.approx(counter.phases[0].peak_bytes, rel=0.1)

@@ -20,8 +20,8 @@ from qlora_cli.files.locate import read_config
 from qlora_cli.jobs import train
 from qlora_cli.recipe.schema import Model, Recipe
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import base_folder, read_recipe
 from qlora_cli.runs.resume import load_checkpoint, save_checkpoint
+from qlora_cli.runs.run import Run
 from qlora_cli.train.optimizer import AdamW, LossScale
 from tests.helpers.interrupted import go
 from tests.helpers.runs import make_base, make_recipe, make_rows
@@ -205,12 +205,12 @@ def test_a_changed_base_is_refused(tmp_path: Path, bases: Path) -> None:
     recipe = recipe.model_copy(update={"model": Model(name=str(mine))})
     run = RunFolder(tmp_path / "run")
     go(recipe)
-    assert base_folder(run) == mine
+    assert Run(run.path).base_folder == mine
     (file,) = mine.glob("*.safetensors")
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1.5
     save_file(tensors, file, metadata={"format": "pt"})
-    for asked in (lambda: base_folder(run), lambda: go(recipe, resume=True)):
+    for asked in (lambda: Run(run.path).base_folder, lambda: go(recipe, resume=True)):
         with pytest.raises(ModelError, match="are not those that the run was trained on"):
             asked()
 
@@ -225,8 +225,8 @@ def test_a_run_is_judged_on_its_rows_from_any_folder(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = RunFolder(tmp_path / "run")
-    base = base_folder(run)
-    judged = eval_rows(read_recipe(run), base, read_config(base / "config.json"))
+    base = Run(run.path).base_folder
+    judged = eval_rows(Run(run.path).recipe, base, read_config(base / "config.json"))
     assert judged.is_task_data
     assert not judged.notes
 

@@ -40,10 +40,12 @@ from qlora_cli.jobs.record import versions
 from qlora_cli.memory.device import inspect_device, profile_of
 from qlora_cli.models.attach import save_adapter
 from qlora_cli.models.build import ModelRequest, build
+from qlora_cli.models.family import open_source
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.switch import BASE, AdapterSwitch
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.runs.open import adapter_at, open_for_adapters, open_source
+from qlora_cli.runs.open import open_for_adapters
+from qlora_cli.runs.run import adapter_at
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64},

@@ -25,7 +25,7 @@ from qlora_cli.export.merge.write import write_merged
 from qlora_cli.export.verify.checks import loading_faults
 from qlora_cli.export.verify.verification import verify
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.open import read_recipe
+from qlora_cli.runs.run import Run
 from tests.helpers.runs import CPU, FAMILIES, logits, make_base, make_recipe, make_rows, make_run
 
 torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def a_run(folder: Path, family: str, bits: int = 4) -> tuple[RunFolder, MergedTe
     base = make_base(folder / "base", family, max_position_embeddings=128)
     recipe = make_recipe(base, make_rows(folder / "rows.jsonl"), base={"bits": bits})
     run, _ = make_run(folder / "run", recipe, spread=0.1)
-    return run, open_merged_tensors(run, "dequantized", torch.float16, CPU), base
+    return run, open_merged_tensors(Run(run.path), "dequantized", torch.float16, CPU), base
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_greedy_tokens_are_the_same_with_a_cache_and_with_guesses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, tensors, base = a_run(tmp_path, "llama")
-    recipe = read_recipe(run)
+    recipe = Run(run.path).recipe
     weight_format = greedy_continuation(trained_model(tensors, base, may_be_resident=True), ROWS)
     # As it is defined: the whole sequence again for each token.
     ids, (_, loaded) = ROWS[0].ids[:10], make_run(tmp_path / "again", recipe, spread=0.1)
@@ -115,19 +115,19 @@ def test_agreement_counts_up_to_the_first_difference(tmp_path: Path) -> None:
 def test_verify_passes_and_fails_where_nothing_is_held(family: str, tmp_path: Path) -> None:
     run, tensors, base = a_run(tmp_path, family)
     write_merged(tensors, base, tmp_path / "out", {}, Silent())
-    verdict = verify(tmp_path / "out", run, CPU, Silent())
+    verdict = verify(tmp_path / "out", Run(run.path), CPU, Silent())
     assert verdict.faults == ()
     assert verdict.comparison is not None
     assert verdict.comparison.mean_kl < 1e-4
     assert verdict.greedy is not None
     assert verdict.greedy.num_tokens >= greedy_agreement._PASSES
-    other = open_merged_tensors(run, "dequantized", torch.float16, CPU, weight=1.5)
+    other = open_merged_tensors(Run(run.path), "dequantized", torch.float16, CPU, weight=1.5)
     write_merged(other, base, tmp_path / "wrong", {}, Silent())
     about = tmp_path / "wrong" / "merge.json"
     told = json.loads(about.read_text())
     told["settings"]["adapters"][0]["weight"] = 1.0
     about.write_text(json.dumps(told))
-    verdict = verify(tmp_path / "wrong", run, CPU, Silent())
+    verdict = verify(tmp_path / "wrong", Run(run.path), CPU, Silent())
     assert any("differs from base + scaling B A" in fault for fault in verdict.faults)
     assert verdict.comparison is not None
     assert verdict.comparison.mean_kl > 1e-2

@@ -16,10 +16,12 @@ from torch import Tensor
 from qlora_cli.adapters.lora import adapted_layers
 from qlora_cli.errors import ProblemsError, UsageError
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.merged_tensors import MergeBase, open_merged_tensors
+from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.options import MergeBase
 from qlora_cli.export.verify.verification import verify
 from qlora_cli.jobs import merge
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.run import Run
 from tests.helpers.cli_helpers import qlora
 from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, make_run
 
@@ -64,13 +66,13 @@ def test_merged_is_the_base_plus_the_weighted_sum(world: World, kind: MergeBase)
     weights = (0.5, -1.25, 2.0)
     own, *others = world.runs
     added = [(other.path, weight) for other, weight in zip(others, weights[1:], strict=True)]
-    made = open_merged_tensors(own, kind, torch.float32, CPU, weights[0], added)
-    alone = open_merged_tensors(own, kind, torch.float32, CPU, 0.0)
+    made = open_merged_tensors(Run(own.path), kind, torch.float32, CPU, weights[0], added)
+    alone = open_merged_tensors(Run(own.path), kind, torch.float32, CPU, 0.0)
     for name in made.shapes():
-        expected = alone.make(name).double()
+        expected = alone.compute(name).double()
         for weight, deltas in zip(weights, world.deltas, strict=True):
             expected += weight * deltas.get(name.removesuffix(".weight"), torch.zeros(1)).double()
-        error = (made.make(name).double() - expected).abs().max()
+        error = (made.compute(name).double() - expected).abs().max()
         assert error < 1e-6 * expected.abs().max(), name
 
 
@@ -85,9 +87,9 @@ def test_one_adapter_of_weight_1_is_the_plain_merge(world: World, tmp_path: Path
 
 def test_an_adapter_and_its_negative_leave_the_base(world: World) -> None:
     own = world.runs[0]
-    made = open_merged_tensors(own, "original", torch.float16, CPU, 1.0, [(own.path, -1.0)])
+    made = open_merged_tensors(Run(own.path), "original", torch.float16, CPU, 1.0, [(own.path, -1.0)])
     original = load_file(world.base / "model.safetensors")
-    assert all(torch.equal(made.make(name), original[name]) for name in original)
+    assert all(torch.equal(made.compute(name), original[name]) for name in original)
 
 
 def test_the_command_line_takes_a_peft_folder_and_verify_knows_it(
@@ -111,7 +113,7 @@ def test_the_command_line_takes_a_peft_folder_and_verify_knows_it(
     for factor in factors.values():
         factor *= 1.01
     save_file(factors, other / "adapter_model.safetensors", metadata=header(other))
-    faults = verify(out, own, CPU, Silent()).faults
+    faults = verify(out, Run(own.path), CPU, Silent()).faults
     assert f"the adapter in {other.resolve()} is another than merge.json names" in faults
     assert any("differs from base + scaling B A" in fault for fault in faults)
 
@@ -129,13 +131,13 @@ def test_adapters_of_another_base_are_refused(world: World, tmp_path: Path) -> N
     run, _ = make_run(tmp_path / "run", recipe)
     for where in (run.path, run.adapter):
         with pytest.raises(UsageError, match=r"was trained on .*/other, and .*/run0 on .*/base"):
-            open_merged_tensors(world.runs[0], "original", torch.float16, CPU, 1.0, [(where, 1.0)])
+            open_merged_tensors(Run(world.runs[0].path), "original", torch.float16, CPU, 1.0, [(where, 1.0)])
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = None
     (run.adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ProblemsError, match="does not belong to this base"):
         open_merged_tensors(
-            world.runs[0], "original", torch.float16, CPU, 1.0, [(run.adapter, 1.0)]
+            Run(world.runs[0].path), "original", torch.float16, CPU, 1.0, [(run.adapter, 1.0)]
         )
 
 
@@ -145,5 +147,5 @@ def test_a_run_without_an_adapter_has_nothing_to_weigh(world: World, tmp_path: P
     full = RunFolder(tmp_path / "full")
     full.create()
     full.write({"recipe": recipe.model_dump(mode="json"), "base_folder": str(world.base)})
-    with pytest.raises(UsageError, match="was trained in full"):
-        open_merged_tensors(full, "original", torch.float16, CPU, 0.5)
+    with pytest.raises(UsageError, match="is a full fine-tuning"):
+        open_merged_tensors(Run(full.path), "original", torch.float16, CPU, 0.5)

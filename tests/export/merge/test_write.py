@@ -20,13 +20,15 @@ from qlora_cli.adapters.lora import LoraLinear, adapted_layers
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.merge import write as writing
-from qlora_cli.export.merge.merged_tensors import MergeBase, MergedTensors, open_merged_tensors
+from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
+from qlora_cli.export.options import MergeBase
 from qlora_cli.files.atomic import appear_whole, left_beside, make_beside
 from qlora_cli.jobs import merge as job
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.resume import write_trained
+from qlora_cli.runs.run import Run
 from tests.helpers.runs import (
     CPU,
     FAMILIES,
@@ -52,7 +54,7 @@ def a_run(
 def tensors_of(
     run: RunFolder, kind: MergeBase, dtype: torch.dtype = torch.float16
 ) -> MergedTensors:
-    return open_merged_tensors(run, kind, dtype, CPU)
+    return open_merged_tensors(Run(run.path), kind, dtype, CPU)
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:
@@ -85,7 +87,7 @@ def test_merged_is_the_base_plus_the_scaled_product(
             own = original[f"{path}.weight"].float()
             weight = own if kind == "original" else in_file_shape(family, layer.base.dequantize())
             expected = weight.float() + in_file_shape(family, layer.delta())
-            made = tensors.make(f"{path}.weight")
+            made = tensors.compute(f"{path}.weight")
             # Half a unit in the last place of float16, and float32's own error.
             assert (made.float() - expected).abs().le(expected.abs() * 2.0**-11 + 1e-6).all()
 
@@ -106,10 +108,10 @@ def test_only_what_was_quantized_is_dequantized(family: str, tmp_path: Path) -> 
     packed = {f"{site.path}.weight" for site in loaded.sites}
     assert packed < original.keys()
     for name, own in original.items():
-        made = tensors.make(name)
+        made = tensors.compute(name)
         if name not in packed:
             assert torch.equal(made, own), name
-        elif name not in tensors.adapted():
+        elif name not in tensors.adapted_names():
             weight_format: Any = loaded.model.get_submodule(name.removesuffix(".weight"))
             assert torch.equal(made, in_file_shape(family, weight_format.dequantize()).half()), name
 
@@ -118,7 +120,7 @@ def test_what_is_written_in_another_dtype_is_cast_once(tmp_path: Path) -> None:
     base, run, _ = a_run(tmp_path, "llama")
     for dtype in (torch.bfloat16, torch.float32):
         tensors = tensors_of(run, "original", dtype)
-        norm = tensors.make("model.norm.weight")
+        norm = tensors.compute("model.norm.weight")
         assert norm.dtype == dtype
         assert torch.equal(norm, read_all(base)["model.norm.weight"].to(dtype))
 
@@ -128,7 +130,7 @@ def test_a_sum_between_two_roundings_is_accepted_and_a_flipped_bit_is_not(tmp_pa
     name = "transformer.h.0.attn.c_attn.weight"
     for dtype, bits in ((torch.float16, torch.int16), (torch.float32, torch.int32)):
         tensors = tensors_of(run, "dequantized", dtype)
-        made = tensors.make(name)
+        made = tensors.compute(name)
         assert tensors.within_rounding_error(name, made)
         made.view(bits)[3, 5] ^= 1
         assert not tensors.within_rounding_error(name, made)
@@ -197,7 +199,7 @@ def test_a_base_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     weights = read_all(base)
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(QloraError, match=r"model\.norm\.weight is not finite in the base"):
+    with pytest.raises(QloraError, match=r"model\.norm\.weight of the base has values that are not finite"):
         job.run(run.path, out=tmp_path / "out", dtype=None, base="original", observer=Silent())
 
 
@@ -319,7 +321,7 @@ def test_an_adapter_that_is_not_finite_is_named(tmp_path: Path, dtype: str) -> N
     factors = load_file(file)
     next(iter(factors.values()))[0, 0] = float("nan")
     save_file(factors, file, metadata=header)
-    with pytest.raises(QloraError, match=r"adapter's factors of .* are not finite"):
+    with pytest.raises(QloraError, match=r"adapter's A or B for .* has values that are not finite"):
         job.run(run.path, out=tmp_path / "out", dtype=dtype, base="original", observer=Silent())
 
 

@@ -16,11 +16,13 @@ from torch import Tensor
 from qlora_cli.adapters.lora import adapted_layers
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.merged_tensors import MergeBase, open_merged_tensors
+from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
+from qlora_cli.export.options import MergeBase
 from qlora_cli.export.verify.verification import VerificationReport, verify
 from qlora_cli.jobs import verify as job
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.run import Run
 from tests.helpers.runs import CPU, FAMILIES, make_base, make_recipe, make_rows, make_run
 
 torch.set_num_threads(1)
@@ -41,14 +43,14 @@ class World:
 def merge(
     run: RunFolder, out: Path, kind: MergeBase = "dequantized", shard_bytes: int = 60_000
 ) -> Path:
-    tensors = open_merged_tensors(run, kind, torch.float16, CPU)
+    tensors = open_merged_tensors(Run(run.path), kind, torch.float16, CPU)
     base = Path(run.read()["base_folder"])
     write_merged(tensors, base, out, {}, Silent(), max_shard_bytes=shard_bytes)
     return out
 
 
 def check(merged: Path, run: RunFolder) -> VerificationReport:
-    return verify(merged, run, CPU, Silent())
+    return verify(merged, Run(run.path), CPU, Silent())
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +94,8 @@ def flip_lowest_bit(tensor: Tensor) -> Tensor:
 
 
 def drop_layer(world: World, merged: Path) -> None:
-    whole = open_merged_tensors(world.run, "dequantized", torch.float16, CPU)
-    alone = replace(whole, adapter=None).make(f"{ADAPTED}.weight")
+    whole = open_merged_tensors(Run(world.run.path), "dequantized", torch.float16, CPU)
+    alone = replace(whole, adapter=None).compute(f"{ADAPTED}.weight")
     change(merged, f"{ADAPTED}.weight", lambda _: {f"{ADAPTED}.weight": alone})
 
 
