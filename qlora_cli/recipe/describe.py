@@ -1,44 +1,46 @@
-"""The schema in words: what each setting accepts, its default and its meaning.
+"""Describe the recipe schema in words: the values, default and description of each setting.
 
-Meanings are the texts under the fields in `schema.py`, read from its source when somebody asks, so
-that they stand in one place and cost nothing when a job starts.
+Everything is read from the pydantic models in `schema.py`. Error messages, `qlora recipe schema` and
+the documentation use it.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from qlora_cli.recipe import schema
 from qlora_cli.recipe.schema import Recipe, Section
 
-_KINDS = {
+_TYPE_NAMES = {
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
-    str: "text",
+    str: "a string",
     types.NoneType: "null",
 }
 _BOUNDS = (
-    (annotated_types.Ge, "ge", "of at least"),
-    (annotated_types.Gt, "gt", "above"),
-    (annotated_types.Le, "le", "of at most"),
-    (annotated_types.Lt, "lt", "below"),
+    (annotated_types.Ge, "ge", ">="),
+    (annotated_types.Gt, "gt", ">"),
+    (annotated_types.Le, "le", "<="),
+    (annotated_types.Lt, "lt", "<"),
 )
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One key of a recipe. default: as YAML writes it, None where the setting must be given."""
+    """One setting of a recipe, described for people.
+
+    key: dotted key, such as `train.lr`.
+    accepts: accepted values, such as `a number > 0`.
+    default: default value in YAML; None for a required setting.
+    meaning: description on one line.
+    """
 
     key: str
     accepts: str
@@ -47,24 +49,24 @@ class Setting:
 
 
 def settings() -> tuple[Setting, ...]:
-    """Every setting, in the order of the schema."""
+    """Return every setting in the order of the schema."""
     return tuple(_settings(Recipe, ""))
 
 
 def sections() -> dict[str, type[Section]]:
-    """The recipe's sections by name."""
+    """Return the sections of the recipe: name -> model class."""
     fields = Recipe.model_fields.items()
     return {name: info.annotation for name, info in fields if _is_section(info.annotation)}  # type: ignore[misc]
 
 
 def keys() -> tuple[str, ...]:
-    """Every dotted key, without what reading the meanings costs."""
+    """Return the dotted key of every setting."""
     inner = (f"{name}.{key}" for name, cls in sections().items() for key in cls.model_fields)
     return (*inner, *(key for key in Recipe.model_fields if key not in sections()))
 
 
 def field_at(key: str) -> FieldInfo | None:
-    """The field of a dotted key; None where there is no such setting."""
+    """Return the pydantic field of a dotted key, or None if there is no such setting."""
     section, _, name = key.rpartition(".")
     model = sections().get(section) if section else Recipe
     info = model.model_fields.get(name) if model else None
@@ -72,40 +74,37 @@ def field_at(key: str) -> FieldInfo | None:
 
 
 def accepts(info: FieldInfo) -> str:
-    """`4, 8 or 16`; `a number above 0`; `all or a list of texts`."""
+    """Return the values that a field accepts: `4, 8 or 16`, `a number > 0`."""
     return _join(_alternatives(info.annotation, info.metadata))
 
 
 def choices(info: FieldInfo) -> tuple[str, ...]:
-    """The words that a field accepts, for `did you mean`."""
+    """Return the words that a field accepts, as text; empty for a field without fixed words."""
     return tuple(str(value) for value in _literals(info.annotation))
 
 
 def takes_list(info: FieldInfo) -> bool:
-    """Whether a list is one of the things that a field accepts."""
+    """Return whether a field accepts a list."""
     return any(get_origin(part) is list for part in (info.annotation, *get_args(info.annotation)))
 
 
-def meaning(key: str) -> str:
-    """The text under a field, on one line."""
-    section, _, name = key.rpartition(".")
-    model = sections()[section] if section else Recipe
-    return _meanings()[model.__name__, name]
+def meaning(info: FieldInfo) -> str:
+    """Return the description of a field on one line."""
+    return _one_line(info.description or "")
 
 
 def json_schema() -> dict[str, Any]:
-    """The recipe's JSON schema with every setting's meaning in it."""
+    """Return the JSON schema of a recipe; each description is on one line."""
     content = Recipe.model_json_schema()
-    for name, part in {Recipe.__name__: content, **content["$defs"]}.items():
-        for key, setting in part["properties"].items():
-            text = _meanings().get((name, key))
-            if text is not None:
-                setting["description"] = text
+    for part in (content, *content["$defs"].values()):
+        for described in (part, *part["properties"].values()):
+            if "description" in described:
+                described["description"] = _one_line(described["description"])
     return content
 
 
 def to_yaml(value: Any) -> str:
-    """A default as a recipe writes it: `[q, v]`, `null`, `true`."""
+    """Return a value as a recipe file contains it: `[q, v]`, `null`, `true`."""
     if isinstance(value, list):
         return f"[{', '.join(map(to_yaml, value))}]"
     words = {None: "null", True: "true", False: "false"}
@@ -118,32 +117,19 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
             yield from _settings(sections()[name], f"{name}.")
         else:
             default = None if info.is_required() else to_yaml(info.default)
-            key = prefix + name
-            yield Setting(key, accepts(info), default, meaning(key))
+            yield Setting(prefix + name, accepts(info), default, meaning(info))
 
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-@cache
-def _meanings() -> Mapping[tuple[str, str], str]:
-    """(class, field) -> the string that stands under the field."""
-    found = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for before, after in zip(node.body, node.body[1:], strict=False):
-            match before, after:
-                case (
-                    ast.AnnAssign(target=ast.Name(id=name)),
-                    ast.Expr(value=ast.Constant(value=str() as text)),
-                ):
-                    found[node.name, name] = " ".join(text.split())
-    return found
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _alternatives(annotation: Any, metadata: Sequence[Any]) -> list[str]:
+    """Return one text per alternative of a type; metadata: the bounds that apply to all of them."""
     if get_origin(annotation) in (Union, types.UnionType):
         return [
             text for part in get_args(annotation) for text in _alternatives(part, list(metadata))
@@ -155,17 +141,18 @@ def _alternatives(annotation: Any, metadata: Sequence[Any]) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(value) for value in get_args(annotation)]
     if get_origin(annotation) is list:
-        return ["a list of texts"]
+        return ["a list of strings"]
     bounds = [
-        f"{word} {getattr(bound, name):g}"
-        for kind, name, word in _BOUNDS
+        f"{sign} {getattr(bound, attribute):g}"
+        for kind, attribute, sign in _BOUNDS
         for bound in metadata
         if isinstance(bound, kind)
     ]
-    return [" ".join([_KINDS[annotation], " and ".join(bounds)]).strip()]
+    return [" ".join([_TYPE_NAMES[annotation], " and ".join(bounds)]).strip()]
 
 
 def _literals(annotation: Any) -> Iterator[Any]:
+    """Yield the values of every Literal inside a type."""
     if get_origin(annotation) is Literal:
         yield from get_args(annotation)
     for part in get_args(annotation):

@@ -1,8 +1,8 @@
-"""A recipe's YAML as plain values with the line of each key.
+"""Read a recipe's YAML into plain values and the line number of each key.
 
-Scalars are read by the core schema of YAML 1.2 and not by PyYAML's 1.1, in which `2e-4` is text,
-`on` and `no` are truth values, `1:30` is ninety and `010` is eight. Aliases are refused: a recipe
-says what it says where it says it.
+Scalars follow the core schema of YAML 1.2. PyYAML implements YAML 1.1, in which `2e-4` is a string,
+`on` and `no` are booleans, `1:30` is 90 and `010` is 8. Anchors and aliases are refused, so that
+each value is written at the place where it is used.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ _SCALARS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2 and no others."""
+    """A SafeLoader that reads the scalars of YAML 1.2 only."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise ComposerError(None, None, "a recipe has no aliases; write the value out", mark)
+            raise ComposerError(
+                None, None, "aliases are not allowed in a recipe; write the value", mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -53,15 +55,15 @@ def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
 
 
 _Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in _SCALARS:
-    # The first pattern that matches decides, so integers stand before floats.
-    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
+for _tag, _pattern, _first_characters in _SCALARS:
+    # The first pattern that matches is used, so integers must come before floats.
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first_characters)
 _Loader.add_constructor(_INT, _construct_int)
 _Loader.add_constructor(_FLOAT, _construct_float)
 
 
 class DocumentError(ValueError):
-    """Text that is no YAML. line: counted from 1, None where the parser does not say."""
+    """Text that is not valid YAML. line: line number from 1; None if the parser has none."""
 
     def __init__(self, what: str, line: int | None) -> None:
         super().__init__(what)
@@ -70,7 +72,12 @@ class DocumentError(ValueError):
 
 @dataclass
 class Document:
-    """What a file says. duplicates: (key, line) of keys that were written before."""
+    """The values of a YAML text.
+
+    content: values as Python objects.
+    lines: line number of each key path, from 1.
+    duplicates: path and line number of each key that an earlier line has already set.
+    """
 
     content: Any
     lines: dict[KeyPath, int] = field(default_factory=dict)
@@ -78,58 +85,55 @@ class Document:
 
 
 def read_document(text: str) -> Document:
-    """The values of a YAML text and where they stand.
-
-    Raises DocumentError where the text is no YAML.
-    """
+    """Parse a YAML text. Raises DocumentError if it is not valid YAML."""
     try:
-        return _values(_Loader(text))
+        return _parse(_Loader(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        what = error.problem or error.context or "this is no YAML"
+        what = error.problem or error.context or "this is not valid YAML"
         raise DocumentError(what, mark.line + 1 if mark else None) from error
     except yaml.YAMLError as error:
-        raise DocumentError("it holds characters that YAML does not allow", None) from error
+        raise DocumentError("it contains characters that YAML does not allow", None) from error
 
 
 def read_value(text: str) -> Any:
-    """One value, as an override writes it: `2e-4`, `[q, v]`, `null`.
+    """Parse one value in YAML: `2e-4`, `[q, v]`, `null`.
 
-    Raises DocumentError where the text is no YAML.
+    Raises DocumentError if it is not valid YAML.
     """
     return read_document(text).content
 
 
-def _values(loader: _Loader) -> Document:
+def _parse(loader: _Loader) -> Document:
     document = Document(content=None)
     root = loader.get_single_node()
     if root is not None:
-        document.content = _value(loader, root, (), document)
+        document.content = _construct(loader, root, (), document)
     return document
 
 
-def _value(loader: _Loader, node: yaml.Node, path: KeyPath, document: Document) -> Any:
+def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, document: Document) -> Any:
     document.lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.SequenceNode):
         return [
-            _value(loader, item, (*path, str(i)), document) for i, item in enumerate(node.value)
+            _construct(loader, item, (*path, str(i)), document) for i, item in enumerate(node.value)
         ]
     if isinstance(node, yaml.MappingNode):
-        return _mapping(loader, node, path, document)
+        return _construct_mapping(loader, node, path, document)
     return loader.construct_object(node)
 
 
-def _mapping(
+def _construct_mapping(
     loader: _Loader, node: yaml.MappingNode, path: KeyPath, document: Document
 ) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            raise DocumentError("a key must be a word", line)
+            raise DocumentError("a key must be a plain word", line)
         key = key_node.value
         if key in content:
             document.duplicates.append(((*path, key), line))
-        content[key] = _value(loader, value_node, (*path, key), document)
+        content[key] = _construct(loader, value_node, (*path, key), document)
         document.lines[(*path, key)] = line
     return content

@@ -1,8 +1,8 @@
-"""From a YAML file and overrides to a Recipe, or every problem of them at once.
+"""Load a recipe: YAML file plus overrides -> Recipe, or one error with every problem.
 
-A problem stands where the user wrote it: `file.yaml:12: train.lr` or `override train.lr=fast`.
-The validator's own messages are not shown; what a setting accepts is said in the words of
-`describe.py`.
+Each problem names the place where the user wrote the value: `file.yaml:12: train.lr` or
+`override train.lr=fast`. Pydantic's own messages are not shown; `describe.py` names the accepted
+values of a setting.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ _NAME = "{name}"
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a file, or the shipped one of that name, with overrides applied.
+    """Load and validate a recipe.
 
-    `{name}` in `output` becomes the file's name without its ending. Raises UsageError where there
-    is no such file and RecipeError with all problems of the recipe and of the overrides.
+    path: a YAML file, or the name of a shipped recipe. overrides: `dotted.key=value` texts; a later
+    one replaces an earlier one. `{name}` in `output` becomes the file name without its suffix.
+
+    Raises UsageError if there is no such file, and RecipeError with every problem of the recipe and
+    of the overrides.
     """
     file = find_recipe(path)
     draft = _read(file)
@@ -48,7 +51,12 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 @dataclass
 class _Draft:
-    """A recipe on its way: what the file and the overrides say, and what is wrong so far."""
+    """A recipe that is not validated yet.
+
+    content: values of the file with the overrides applied.
+    overridden: the last override of each key.
+    problems: problems found so far.
+    """
 
     file: Path
     document: Document
@@ -57,14 +65,14 @@ class _Draft:
     problems: list[Problem] = field(default_factory=list)
 
     def apply(self, override: Override | Problem) -> None:
-        """Sets what an override says, or keeps what is wrong with it."""
+        """Apply an override to `content`, or add its problem to `problems`."""
         if isinstance(override, Problem):
             self.problems.append(override)
             return
         section, _, name = override.key.rpartition(".")
         target = self.content[section] if section else self.content
         if not isinstance(target, dict):
-            return  # The file has something else in the section's place, which is reported.
+            return  # The file has a plain value in place of the section, which is reported.
         self.overridden[_path(override.key)] = override
         if override.unset:
             target.pop(name, None)
@@ -72,42 +80,43 @@ class _Draft:
             target[name] = override.value
 
     def validate(self) -> Recipe | None:
-        """The recipe; None, with problems, where it has any."""
-        faults = _faults(self.content)
-        self.problems += [self._problem(fault) for fault in faults if not self._is_dotted(fault)]
+        """Return the recipe, or None if it has problems; these are added to `problems`."""
+        errors = _validation_errors(self.content)
+        self.problems += [self._problem(error) for error in errors if not self._is_dotted(error)]
         if self.problems:
             return None
         recipe = Recipe.model_validate(self.content)
         unknown = re.findall(r"\{.*?\}", recipe.output.replace(_NAME, ""))
         if unknown:
-            what = f"{unknown[0]} stands for nothing"
-            self.problems.append(Problem(self.where(("output",)), what, f"{_NAME} is all there is"))
+            what = f"{unknown[0]} is an unknown placeholder"
+            hint = f"{_NAME} is the only placeholder"
+            self.problems.append(Problem(self.where(("output",)), what, hint))
         return recipe
 
     def where(self, path: KeyPath) -> str:
-        """Where a key was written last; the section's place for a key that was not written."""
+        """Return the place where a key was set last, or the place of its section if it was not."""
         if path in self.overridden:
             return f"override {self.overridden[path].text}"
         line = self.document.lines.get(path) or self.document.lines.get(path[:-1] or path)
         key = ".".join(path)
         return f"{self.file}{f':{line}' if line else ''}{f': {key}' if key else ''}"
 
-    def _is_dotted(self, fault: ErrorDetails) -> bool:
-        """Whether a missing setting was written as a dotted key, which is reported in its place."""
-        return fault["type"] == "missing" and ".".join(_place(fault)) in self.content
+    def _is_dotted(self, error: ErrorDetails) -> bool:
+        """Return whether a missing setting was written as a dotted key, which is its own error."""
+        return error["type"] == "missing" and ".".join(_key_path(error)) in self.content
 
-    def _problem(self, fault: ErrorDetails) -> Problem:
-        path = _place(fault)
+    def _problem(self, error: ErrorDetails) -> Problem:
+        path = _key_path(error)
         where, key = self.where(path), ".".join(path)
-        if fault["type"] == "extra_forbidden":
-            return _unknown(path, where)
-        if fault["type"] == "missing":
-            return Problem(where, "is missing", meaning(key))
-        if fault["type"] == "value_error":
-            hint = "KEY= on the command line drops what the file says of KEY"
-            return Problem(where, str(fault["ctx"]["error"]), hint if self.overridden else None)
         info = field_at(key)
-        value = _at(self.content, path)
+        if error["type"] == "extra_forbidden":
+            return _unknown_key(path, where)
+        if error["type"] == "value_error":
+            hint = "an override KEY= removes the value that the file sets for KEY"
+            return Problem(where, str(error["ctx"]["error"]), hint if self.overridden else None)
+        if error["type"] == "missing":
+            return Problem(where, "is missing", meaning(info) if info else None)
+        value = _value_at(self.content, path)
         if info is None:
             return Problem(where, f"is {_show(value)}; it must be a section of settings")
         what = f"is {_show(value)}; it must be {accepts(info)}"
@@ -120,17 +129,17 @@ def _read(file: Path) -> _Draft:
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=str(file)) from error
     except UnicodeDecodeError as error:
-        raise UsageError("is no UTF-8 text, so no recipe", where=str(file)) from error
+        raise UsageError("is not UTF-8 text, so it is not a recipe", where=str(file)) from error
     except DocumentError as error:
         place = f"{file}:{error.line}" if error.line else str(file)
         raise RecipeError(f"{file} cannot be read", [Problem(place, str(error))]) from error
     content = {} if document.content is None else document.content
     if not isinstance(content, dict):
-        what = f"holds {_show(content)} and no settings"
-        raise RecipeError(f"{file} is no recipe", [Problem(str(file), what)])
+        what = f"contains {_show(content)} and no settings"
+        raise RecipeError(f"{file} is not a recipe", [Problem(str(file), what)])
     for name in sections():
-        # `train:` with nothing under it says nothing; and what is missing in a section that is
-        # missing is reported key by key.
+        # An empty `train:` is the same as no `train:`. With an empty section in place of a missing
+        # one, each of its required settings is reported by its own key.
         if content.get(name) is None:
             content[name] = {}
     draft = _Draft(file, document, content)
@@ -139,34 +148,34 @@ def _read(file: Path) -> _Draft:
     return draft
 
 
-def _faults(content: dict[str, Any]) -> Iterator[ErrorDetails]:
-    """What the schema finds wrong, one fault a setting, relations between settings included.
+def _validation_errors(content: dict[str, Any]) -> Iterator[ErrorDetails]:
+    """Yield every validation error of `content`, at most one per setting and kind of error.
 
-    The schema checks relations only in sections without other faults. So what is wrong is taken out
-    and the rest checked again, until nothing new comes up. A section with a wrong value is emptied;
-    no more faults are reported for it then, nor of relations between sections, because its defaults
-    are not what the user meant.
+    Pydantic checks relations between settings only in sections without other errors. So each error
+    is removed from a copy of `content` and the rest is validated again, until no new error appears.
+    A section with a wrong value is emptied. No further errors are yielded for it, and none for
+    relations between sections, because the defaults in it are not what the user wrote.
 
-    Each pass adds a pair of key and kind to `seen`. Keys come from `content` and the schema, and
-    kinds from the schema, so the number of pairs and with it the number of passes is finite.
+    Each pass adds a pair of key and error type to `seen`. Keys come from `content` and the schema,
+    and error types from the schema, so the number of passes is finite.
     """
     content, emptied = deepcopy(content), set[str]()
     seen = set[tuple[KeyPath, str]]()
-    while faults := {_place(fault): fault for fault in _errors(content)}:
-        found = {(path, fault["type"]) for path, fault in faults.items()}
-        if found <= seen:
+    while errors := {_key_path(error): error for error in _validate(content)}:
+        current = {(path, error["type"]) for path, error in errors.items()}
+        if current <= seen:
             return
-        seen |= found
-        for path, fault in faults.items():
+        seen |= current
+        for path, error in errors.items():
             if path[0] not in emptied if path else not emptied:
-                yield fault
-        if () in faults:
+                yield error
+        if () in errors:
             return
-        for path, fault in faults.items():
-            emptied |= _take_out(content, path, fault["type"])
+        for path, error in errors.items():
+            emptied |= _remove_error(content, path, error["type"])
 
 
-def _errors(content: dict[str, Any]) -> list[ErrorDetails]:
+def _validate(content: dict[str, Any]) -> list[ErrorDetails]:
     try:
         Recipe.model_validate(content)
     except ValidationError as error:
@@ -174,15 +183,15 @@ def _errors(content: dict[str, Any]) -> list[ErrorDetails]:
     return []
 
 
-def _take_out(content: dict[str, Any], path: KeyPath, kind: str) -> set[str]:
-    """Makes one fault disappear; returns what lost more than the fault by it."""
+def _remove_error(content: dict[str, Any], path: KeyPath, error_type: str) -> set[str]:
+    """Change `content` so that one error disappears; return the sections that were emptied."""
     top, *inner = path
-    if kind == "extra_forbidden":
+    if error_type == "extra_forbidden":
         owner = content[top] if inner else content
         owner.pop(path[-1], None)
         return set()
-    if kind == "missing":
-        content[top][path[-1]] = "-"  # Every setting that must be given is a text in a section.
+    if error_type == "missing":
+        content[top][path[-1]] = "-"  # Every required setting is a string in a section.
         return set()
     content.pop(top, None)
     if top in sections():
@@ -190,8 +199,8 @@ def _take_out(content: dict[str, Any], path: KeyPath, kind: str) -> set[str]:
     return {top}
 
 
-def _unknown(path: KeyPath, where: str) -> Problem:
-    """The problem of a key that the schema does not have at this place."""
+def _unknown_key(path: KeyPath, where: str) -> Problem:
+    """Return the problem of a key that the schema does not have at this place."""
     key = ".".join(path)
     if len(path) == 1 and "." in key and field_at(key) is not None:
         section, _, name = key.rpartition(".")
@@ -201,17 +210,18 @@ def _unknown(path: KeyPath, where: str) -> Problem:
 
 
 def _path(key: str) -> KeyPath:
-    """The path of a setting's dotted key. A key of a file may hold dots itself."""
+    """Return the path of a setting's dotted key. Do not use it for a file's keys: they may have
+    dots."""
     return tuple(key.split("."))
 
 
-def _place(fault: ErrorDetails) -> KeyPath:
-    """The path of a fault's key, without what the validator adds for unions and list items."""
-    parts = [str(part) for part in fault["loc"]]
+def _key_path(error: ErrorDetails) -> KeyPath:
+    """Return the path of an error's key, without pydantic's entries for unions and list items."""
+    parts = [str(part) for part in error["loc"]]
     return tuple(parts[: 2 if parts and parts[0] in sections() else 1])
 
 
-def _at(content: dict[str, Any], path: KeyPath) -> Any:
+def _value_at(content: dict[str, Any], path: KeyPath) -> Any:
     value: Any = content
     for part in path:
         value = value[part]

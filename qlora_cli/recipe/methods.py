@@ -1,4 +1,4 @@
-"""Recipes derived from another recipe, to compare methods on the same job."""
+"""Derive recipes that compare another method on the same job."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from qlora_cli.recipe.schema import Recipe
 
 
 def full_fine_tuning(recipe: Recipe) -> Recipe:
-    """The same job with every weight trained, which the adapter's saving is measured against."""
+    """Return the recipe of full fine-tuning on the same rows, base and batches, in 16 bit.
+
+    It is the baseline that the memory report compares LoRA with.
+    """
     return recipe.model_copy(
         update={
             "adapter": type(recipe.adapter)(method="full"),

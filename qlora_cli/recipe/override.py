@@ -1,4 +1,4 @@
-"""`dotted.key=value` on the command line: one setting of the recipe, said again."""
+"""Parse `dotted.key=value` arguments, which set one setting of the recipe each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from qlora_cli.recipe.suggest import nearest_key
 
 @dataclass(frozen=True)
 class Override:
-    """One override. unset: `key=` with nothing behind it takes the setting back to its default."""
+    """A parsed override.
+
+    text: the argument as the user wrote it.
+    key: dotted key.
+    value: parsed value.
+    unset: True for `key=` without a value, which resets the setting to its default.
+    """
 
     text: str
     key: str
@@ -25,15 +31,15 @@ class Override:
 
 
 def parse_override(text: str) -> Override | Problem:
-    """The override that `text` says, or what is wrong with it.
+    """Parse one override; return its problem if it is not valid.
 
-    The value is read as YAML. For a list, `q,v` means `[q, v]`; for a text, what YAML would take
-    for something else (`123`, `a: b`) is that text.
+    The value is read as YAML. For a list setting, `q,v` is the same as `[q, v]`. For a string
+    setting, a value that YAML reads as another type (`123`, `a: b`) stays a string.
     """
     key, sign, raw = (part.strip() for part in text.partition("="))
     info = field_at(key)
     if not sign:
-        what = "is no override; write it as key=value"
+        what = "is not an override; write it as key=value"
         return Problem(f"override {text}", what, f"{key}=..." if info else None)
     if key in sections():
         names = ", ".join(f"{key}.{name}=..." for name in sections()[key].model_fields)
@@ -43,18 +49,18 @@ def parse_override(text: str) -> Override | Problem:
     try:
         return Override(text, key, _value(raw, info), unset=not raw)
     except DocumentError as error:
-        return Problem(f"override {text}", f"the value is no YAML: {error}")
+        return Problem(f"override {text}", f"the value is not valid YAML: {error}")
 
 
 def _value(raw: str, info: FieldInfo) -> Any:
-    takes_text = str in (info.annotation, *get_args(info.annotation))
+    takes_string = str in (info.annotation, *get_args(info.annotation))
     try:
         value = read_value(raw)
     except DocumentError:
-        if takes_text:
+        if takes_string:
             return raw
         raise
-    if takes_text and not isinstance(value, str | types.NoneType):
+    if takes_string and not isinstance(value, str | types.NoneType):
         return raw
     if takes_list(info) and isinstance(value, str) and value not in choices(info):
         return [part.strip() for part in value.split(",")]

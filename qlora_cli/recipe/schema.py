@@ -1,8 +1,13 @@
-"""The recipe: every setting, its meaning and unit, its default. The only place that defaults stand.
+"""The recipe schema: every setting with its type, bounds, default and description.
 
-`auto` means that the tool chooses, prints its choice with the reason and keeps both in `run.json`
-(`resolve.py`). A setting is obeyed or refused, never ignored: what a combination makes meaningless
-is refused here when the user wrote it (`model_fields_set`), and silent when it is only a default.
+This is the only place that defines a setting. The string under a field is its description: it is
+shown in `qlora recipe schema`, in error messages and in the documentation (`describe.py`). To add a
+setting, add a field here and the code that reads it.
+
+`auto` means that the program chooses the value, prints the choice with its reason and stores both
+in `run.json` (`resolve.py`). Every setting either takes effect or is refused. A setting that has no
+effect together with the others is refused if the user wrote it (`model_fields_set`) and accepted if
+it is the default.
 """
 
 from __future__ import annotations
@@ -21,41 +26,53 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 
 class Section(BaseModel):
-    """A part of the recipe; unknown keys are errors, values are never coerced across kinds."""
+    """A section of the recipe. Unknown keys are errors, and values are not converted between types.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    `use_attribute_docstrings` makes the string under a field its description.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
 
 class Model(Section):
-    """Which base."""
+    """The base model."""
 
     name: str
-    """Hub id, a folder with config.json and safetensors, or `starter`, the embedded base."""
+    """Base model: a Hugging Face Hub id, a folder with config.json and safetensors files, or
+    `starter`, the small base that is part of the package."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit of a Hub model; set a commit to get the same files every time."""
 
 
 class Base(Section):
-    """How the frozen base is held."""
+    """How the frozen base is stored and computed."""
 
     bits: Bits = 4
-    """Of each quantized weight: 4 (bitsandbytes' NF4 or FP4), 8 (LLM.int8()), 16 (as it is)."""
+    """Bits per quantized weight: 4 (NF4 or FP4) needs the least memory, 8 is LLM.int8(), 16 does
+    not quantize."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The 16 values of a 4-bit weight."""
+    """4-bit data type: nf4 has its 16 values at the quantiles of a normal distribution, fp4 is a
+    4-bit float; applies to bits: 4."""
     double_quant: bool = True
-    """Quantize the 4-bit blocks' scales too: 4.127 instead of 4.5 bit a weight."""
+    """Quantize the scales of the 4-bit blocks too, 4.127 instead of 4.5 bits per weight; applies to
+    bits: 4."""
     outlier_threshold: Annotated[float, Field(ge=0.0)] = 6.0
-    """8 bit: input columns with a value beyond it are multiplied in 16 bit; 0 turns that off."""
+    """Multiply input columns with an absolute value above this threshold in 16 bit, 0 disables it;
+    applies to bits: 8."""
     compute_dtype: Literal["auto"] | Dtype = "auto"
-    """Of activations and matrix products."""
+    """Dtype of activations and matrix products; auto selects bfloat16 on a GPU with bfloat16 units,
+    float16 on an older GPU and float32 on a CPU."""
     residency: Literal["auto", "device"] = "auto"
-    """Where the packed base lives."""
+    """Memory that stores the packed base: device is the memory of the GPU or CPU that computes, and
+    auto selects device."""
 
     @model_validator(mode="after")
-    def _settings_belong_to_bits(self) -> Base:
+    def _settings_match_bits(self) -> Base:
         for name, bits in (("quant_type", 4), ("double_quant", 4), ("outlier_threshold", 8)):
             if name in self.model_fields_set and self.bits != bits:
-                raise ValueError(f"{name} belongs to bits: {bits}, and bits is {self.bits}")
+                raise ValueError(f"{name} applies to bits: {bits} only, and bits is {self.bits}")
         return self
 
 
@@ -63,86 +80,97 @@ class Adapter(Section):
     """What is trained."""
 
     method: Literal["lora", "full"] = "lora"
-    """lora: A and B only; full: every weight, to compare with."""
+    """lora trains the adapter matrices A and B; full trains every weight of the base (full
+    fine-tuning) and is meant for comparison."""
     rank: Annotated[int, Field(ge=1)] = 16
-    """Rows of A, columns of B."""
+    """LoRA rank, the number of rows of A and columns of B; a higher rank trains more parameters and
+    needs more memory."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The adapter's product is scaled by alpha / rank (alpha / sqrt(rank) with rslora)."""
+    """The adapter's output is multiplied by alpha / rank, or by alpha / sqrt(rank) with rslora;
+    change it together with rank to keep this factor."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the adapter's inputs set to zero while training."""
+    """Fraction of the adapter's inputs that is set to zero in training; raise it if the held-out
+    loss rises while the training loss falls."""
     targets: Literal["all"] | list[str] = ["q", "v"]
-    """Roles (q k v o gate up down), the same for every family, or exact module paths; or `all`."""
+    """Linear layers that get an adapter: roles (q k v o gate up down, the same names for every
+    family), exact module paths, or `all`; more layers need more memory."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Of A and B."""
+    """Dtype of A and B; float16 halves the size of the adapter file and can overflow."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank): Kalajdzievski 2023."""
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023), for high ranks."""
 
     @model_validator(mode="after")
-    def _settings_belong_to_lora(self) -> Adapter:
+    def _settings_match_method(self) -> Adapter:
         lora_only = self.model_fields_set - {"method"}
         if self.method == "full" and lora_only:
-            raise ValueError(f"{', '.join(sorted(lora_only))}: these belong to method: lora")
+            raise ValueError(f"{', '.join(sorted(lora_only))}: apply to method: lora only")
         if not self.targets:
             raise ValueError("targets is empty; nothing would be trained")
         return self
 
 
 class Data(Section):
-    """Rows to train on and to hold out."""
+    """Training rows and held-out rows."""
 
     train: str
-    """A JSONL, JSON, CSV or Parquet file, a hub dataset, or `starter:train`."""
+    """Training rows: a JSONL, JSON, CSV or Parquet file, a dataset id on the Hugging Face Hub, or
+    `starter:train`, the rows that are part of the package."""
     eval: str | None = None
-    """Held-out rows, in the same formats."""
+    """Held-out rows, given in the same way as `train`; null trains without evaluation."""
     format: Literal["auto"] | DataFormat = "auto"
-    """text: {text}; completion: {prompt, completion}; alpaca: {instruction, input, output};
-    sharegpt: {conversations}; messages: {messages}; tokens: {input_ids, labels}."""
+    """Fields of each row; text: {text}; completion: {prompt, completion}; alpaca: {instruction,
+    input, output}; sharegpt: {conversations}; messages: {messages}; tokens: {input_ids, labels};
+    auto detects the format from the field names."""
     seq_len: Annotated[int, Field(ge=8)] = 1024
-    """The longest sequence, in tokens; with packing, what each sequence is filled up to."""
+    """Maximum length of a sequence in tokens, also the length that packing fills; a longer row is
+    refused, and memory for activations grows with it."""
     packing: bool = True
-    """Lay several rows in one sequence; they never see each other."""
+    """Put several rows into one sequence instead of padding; attention, positions and loss do not
+    cross the boundary between rows."""
 
 
 class Train(Section):
-    """The loop."""
+    """The training loop."""
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the rows; `steps`, where given, decides instead."""
+    """Number of passes over the training rows; set either `epochs` or `steps`."""
     steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps."""
+    """Number of optimizer steps; null computes it from `epochs`."""
     micro_batch: Annotated[int, Field(ge=1)] = 1
-    """Sequences in one forward pass."""
+    """Sequences per forward pass; a larger value trains faster and needs more memory."""
     grad_accum: Annotated[int, Field(ge=1)] = 8
-    """Forward passes in one optimizer step."""
+    """Forward and backward passes per optimizer step; one step uses micro_batch x grad_accum
+    sequences."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
-    """Peak learning rate."""
+    """Peak learning rate; lower it if the loss diverges."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """Learning rate after the warm-up: cosine and linear decrease it to 0, constant keeps it."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.03
-    """Share of the steps in which the learning rate rises."""
+    """Fraction of the steps in which the learning rate rises linearly to `lr`."""
     optimizer: Optimizer = "adamw"
-    """adamw; adamw8bit: states in 8 bit; paged_*: states move to the host when the card's memory
-    is short, which needs a card."""
+    """adamw stores its states in 32 bit, adamw8bit in 8 bit; paged_* stores them in memory that the
+    driver moves to the CPU if the GPU runs short, and needs a GPU."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Decoupled, on trained matrices."""
+    """Decoupled weight decay of AdamW, applied to every trained weight."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
-    """Gradients are scaled down to this norm; null turns that off."""
+    """Scale gradients down to this total norm if it is exceeded; null disables clipping."""
     activation_checkpointing: bool = True
-    """Keep only each block's input and compute the rest again in backward."""
+    """Store only the input of each block and compute the rest again in the backward pass; false
+    trains faster and needs more memory."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 200
     """Optimizer steps between two checkpoints; the last step always writes one."""
     seed: int = 0
-    """Of A's values, the order of rows and dropout."""
+    """Seed of A's initial values, of the order of the rows and of dropout."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
         if self.steps is not None and "epochs" in self.model_fields_set:
-            raise ValueError("steps and epochs are both given; leave one out")
+            raise ValueError("steps and epochs are both set; leave one out")
         return self
 
 
 class Recipe(Section):
-    """A whole job."""
+    """A fine-tuning job."""
 
     model: Model
     base: Base = Base()
@@ -150,16 +178,17 @@ class Recipe(Section):
     data: Data
     train: Train = Train()
     task: Literal["causal", "classification"] = "causal"
-    """causal: the next token; classification is not built yet and refused."""
+    """causal trains next-token prediction; classification is refused, because this version does not
+    implement it."""
     output: str = "runs/{name}"
-    """The run's folder; {name} is the recipe's file name without its ending."""
+    """Folder of the run; {name} is replaced by the name of the recipe file without its suffix."""
 
     @model_validator(mode="after")
     def _full_is_not_quantized(self) -> Recipe:
         if self.adapter.method == "full" and self.base.bits != 16:
             raise ValueError(
-                "adapter.method: full trains the base's own weights, and packed weights cannot be "
-                "trained; set base.bits=16"
+                "adapter.method: full trains the weights of the base, and quantized weights cannot "
+                "be trained; set base.bits=16"
             )
         if self.task == "classification":
             raise ValueError("task: classification is not supported by this version; use causal")

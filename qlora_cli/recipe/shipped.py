@@ -1,4 +1,4 @@
-"""The recipes that come with the tool, and finding the file that a command line means."""
+"""Find the recipes that are part of the package, and the recipe file that an argument names."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 from qlora_cli.errors import UsageError
 
 _PACKAGE = Path(__file__).parent.parent
-# Built, the recipes are a part of the package (pyproject.toml maps them); in a checkout they lie
-# beside it, and an editable install is a checkout.
+# A wheel contains the recipes inside the package (pyproject.toml maps the folder). In a checkout, and
+# so in an editable install, they are in the folder `recipes` next to the package.
 _FOLDERS = (_PACKAGE / "shipped_recipes", _PACKAGE.parent / "recipes")
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of each recipe that comes with the tool, sorted by name."""
+    """Return the shipped recipes sorted by name: name -> file."""
     folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
 
 
 def find_recipe(text: str | Path) -> Path:
-    """The file that `text` means: a path, or the name of a shipped recipe.
+    """Return the recipe file for a path or for the name of a shipped recipe.
 
-    Raises UsageError that names what is near where there is no such file.
+    Raises UsageError if there is no such file; its hint names similar files and recipes.
     """
     path = Path(text)
     if path.is_file():
@@ -32,22 +32,22 @@ def find_recipe(text: str | Path) -> Path:
     shipped = shipped_recipes()
     if str(text) in shipped:
         return shipped[str(text)]
-    raise UsageError("there is no such recipe", where=str(text), hint=_nearest(path))
+    raise UsageError("there is no such recipe", where=str(text), hint=_hint(path))
 
 
-def _nearest(path: Path) -> str:
-    beside = path.parent.glob("*.y*ml") if path.parent.is_dir() else ()
+def _hint(path: Path) -> str:
+    neighbors = path.parent.glob("*.y*ml") if path.parent.is_dir() else ()
     shipped = list(shipped_recipes())
-    near = [
-        *difflib.get_close_matches(str(path), [str(file) for file in beside], n=2),
+    similar = [
+        *difflib.get_close_matches(str(path), [str(file) for file in neighbors], n=2),
         *difflib.get_close_matches(path.stem, shipped, n=2),
     ]
-    if near:
-        return f"did you mean {' or '.join(near)}?"
+    if similar:
+        return f"did you mean {' or '.join(similar)}?"
     return f"shipped recipes: {', '.join(shipped)}" if shipped else "write the path of a YAML file"
 
 
 def summary(path: Path) -> str:
-    """The first line of a recipe's header, which says what it is for."""
+    """Return the first line of a recipe's header comment, which describes its purpose."""
     first, _, _ = path.read_text(encoding="utf-8").partition("\n")
     return first.removeprefix("#").strip() if first.startswith("#") else ""

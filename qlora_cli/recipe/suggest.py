@@ -1,4 +1,4 @@
-"""`did you mean`: the nearest word that would have been right."""
+"""Suggest the most similar valid word in place of an unknown one (`did you mean ...?`)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from qlora_cli.recipe.describe import keys, sections
 
 
 def nearest_word(word: str, words: Sequence[str]) -> str | None:
-    """`did you mean bfloat16?`, or None where no word is near."""
+    """Return `did you mean bfloat16?` with the most similar word, or None if none is similar."""
     near = difflib.get_close_matches(word.lower(), words, n=1)
     return f"did you mean {near[0]}?" if near else None
 
 
 def nearest_key(key: str) -> str:
-    """What to write in place of an unknown dotted key: the nearest one, or what there is."""
+    """Return a hint for an unknown dotted key: the most similar key, or a list of valid keys."""
     section, _, name = key.rpartition(".")
     known = keys() if section else (*keys(), *sections())
     near = (
         difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-        or [other for other in known if other.rpartition(".")[2] == name]
+        or [candidate for candidate in known if candidate.rpartition(".")[2] == name]
         or _near_names(name)
     )
     if near:
@@ -28,7 +28,8 @@ def nearest_key(key: str) -> str:
     model = sections().get(section)
     if model:
         return f"settings of {section}: {', '.join(model.model_fields)}"
-    return f"there are {', '.join(dict.fromkeys(key.partition('.')[0] for key in known))}"
+    top_level = dict.fromkeys(candidate.partition(".")[0] for candidate in known)
+    return f"top-level settings: {', '.join(top_level)}"
 
 
 def _near_names(name: str) -> list[str]:
