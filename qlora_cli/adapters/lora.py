@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.memory.tracker import host_memory
+from qlora_cli.memory.scopes import host_memory
 from qlora_cli.nn.lora_matmul import AdaptedLinear, LoraMatmul, draw_seed
 from qlora_cli.nn.quant import QuantLinear
 

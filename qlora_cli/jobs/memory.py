@@ -21,7 +21,7 @@ from qlora_cli.memory.ledger import (
     Ledger,
     MethodPeak,
     Phase,
-    worse_of_each,
+    larger_of_each,
     worst,
 )
 from qlora_cli.memory.timeline import PhaseTrace
@@ -76,7 +76,7 @@ class MemoryRecord:
         known = self._known(device)
         phases = self.instrument.phases
         if known is not None:
-            phases = worse_of_each(known.phases, phases)
+            phases = larger_of_each(known.phases, phases)
         stepped = _has_step(phases)
         before, before_planned_bytes = self._before(known)
         allocator = self.instrument.allocator()
@@ -89,7 +89,7 @@ class MemoryRecord:
             else method_peak(recipe, self.planned.phases, "planned"),
             planned_peak_bytes=self.planned.peak_bytes,
             measured_peak_bytes=worst(phases).peak_bytes if stepped else 0,
-            allocator=allocator if known is None else allocator.or_more(known.allocator),
+            allocator=allocator if known is None else allocator.larger_of_each(known.allocator),
             instrument=self.instrument.describe(),
             before_planned_bytes=before_planned_bytes,
             floor_bytes=self.planned.floor_bytes,

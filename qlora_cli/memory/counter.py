@@ -1,8 +1,8 @@
-"""The account of living bytes: what is alive by category, and each phase's worst instant.
+"""Counts living bytes by category and stores each phase's peak.
 
-Fed with events, by the tracker of a real job or by a plan's recording. With a model of the CUDA
-caching allocator (`allocator.py`) a storage costs the whole block that it is given, as in torch's
-own `allocated` counter; without one it costs its bytes.
+The events come from the tracker of a real job or from the planner's recording. With a model of the
+CUDA caching allocator (`allocator.py`) a storage costs the whole block that the allocator assigns to
+it, as in torch's `memory_allocated`. Without one it costs its own bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qlora_cli.memory.timeline import Timeline
 
 
 class Counter:
-    """Counts storages by key. timeline: told of every change, where there is one."""
+    """A `MemoryListener` that counts storages. timeline: receives every change, if given."""
 
     def __init__(
         self, allocator: CachingAllocator | None = None, timeline: Timeline | None = None
@@ -25,98 +25,99 @@ class Counter:
         self.allocator = allocator
         self.live_bytes = 0
         self.high_bytes = 0
-        """The most since someone last set it to `live_bytes`; phases do not touch it."""
+        """Highest `live_bytes` since the caller last reset it; phases do not change it."""
         self._timeline = timeline
-        self._held: dict[Hashable, tuple[int, str]] = {}
+        self._storages: dict[Hashable, tuple[int, str]] = {}
+        """Key -> (bytes, category)."""
         self._by_category: dict[str, int] = defaultdict(int)
         self._peak_bytes = 0
         self._at_peak: dict[str, int] = {}
-        self._rising = False
-        """Whether what lives now is the peak; its composition is taken when that changes."""
+        self._is_at_peak = False
+        """Whether `live_bytes` is the phase's peak; `_at_peak` is computed when that ends."""
         self._phases: dict[str, Phase] = {}
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The phases seen so far, in order; a phase seen twice is its worse time."""
+        """The phases so far, in order. A phase that ran more than once has its highest peak."""
         return tuple(self._phases.values())
 
     @property
     def peak_bytes(self) -> int:
-        """The most since the current phase began."""
+        """Highest `live_bytes` since the current phase began."""
         return self._peak_bytes
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """The peak of what happens inside becomes the phase's."""
-        self.begin()
+        """Measure the block as the phase `name`."""
+        self.begin_phase()
         yield
-        self.end(name)
+        self.end_phase(name)
 
-    def begin(self) -> None:
-        """A phase begins."""
-        self._peak_bytes, self._rising = self.live_bytes, True
-        self._tell()
+    def begin_phase(self) -> None:
+        """Start a phase; its peak is at least what lives now."""
+        self._peak_bytes, self._is_at_peak = self.live_bytes, True
+        self._update_timeline()
 
-    def end(self, name: str) -> None:
-        """The phase that began last was `name`."""
-        self._settle()
-        seen = Phase(name, self._peak_bytes, self.live_bytes, self._at_peak)
-        before = self._phases.get(name)
-        if before is None or before.peak_bytes <= seen.peak_bytes:
-            self._phases[name] = seen
+    def end_phase(self, name: str) -> None:
+        """Store the phase that began last under `name`."""
+        self._save_composition()
+        phase = Phase(name, self._peak_bytes, self.live_bytes, self._at_peak)
+        earlier = self._phases.get(name)
+        if earlier is None or earlier.peak_bytes <= phase.peak_bytes:
+            self._phases[name] = phase
 
     def allocate(
         self, key: Hashable, num_bytes: int, category: str, origin: Hashable = None
     ) -> None:
-        """A storage is made. Raises OutOfMemory where the allocator's limit is reached."""
+        """Count a new storage. Raises OutOfMemory if the allocator model reaches its limit."""
         if self.allocator is not None:
             num_bytes = self.allocator.allocate(key, num_bytes)
-        self._held[key] = (num_bytes, category)
+        self._storages[key] = (num_bytes, category)
         self._by_category[category] += num_bytes
         self.live_bytes += num_bytes
         self.high_bytes = max(self.high_bytes, self.live_bytes)
         if self.live_bytes > self._peak_bytes:
-            self._peak_bytes, self._rising = self.live_bytes, True
-        self._tell()
+            self._peak_bytes, self._is_at_peak = self.live_bytes, True
+        self._update_timeline()
 
     def free(self, key: Hashable) -> None:
-        """A storage is gone."""
-        self._settle()
-        num_bytes, category = self._held.pop(key)
+        """Remove a storage."""
+        self._save_composition()
+        num_bytes, category = self._storages.pop(key)
         if self.allocator is not None:
             self.allocator.free(key)
         self._by_category[category] -= num_bytes
         self.live_bytes -= num_bytes
-        self._tell()
+        self._update_timeline()
 
     def recategorize(self, key: Hashable, category: str) -> None:
-        """A living storage belongs to `category` from now on; the peak so far is as it was."""
-        self._settle()
-        num_bytes, before = self._held[key]
-        self._held[key] = (num_bytes, category)
-        self._by_category[before] -= num_bytes
+        """Count a living storage under `category` from now on; an earlier peak keeps the old one."""
+        self._save_composition()
+        num_bytes, old_category = self._storages[key]
+        self._storages[key] = (num_bytes, category)
+        self._by_category[old_category] -= num_bytes
         self._by_category[category] += num_bytes
-        self._tell()
+        self._update_timeline()
 
     def mark(self, name: str) -> None:
-        """A part of a step begins."""
+        """Add a mark to the timeline: a part of a training step begins."""
         if self._timeline is not None:
             self._timeline.mark(name)
 
-    def enter(self, path: str) -> None:
-        """Nothing here is counted by module."""
+    def enter_module(self, path: str) -> None:
+        """Do nothing; a counter does not count by module."""
 
     def release_cache(self) -> None:
-        """What the allocator holds and nobody uses goes back to the device."""
+        """Return the allocator model's unused segments to the device."""
         if self.allocator is not None:
             self.allocator.release_cache()
 
-    def _settle(self) -> None:
-        if self._rising:
+    def _save_composition(self) -> None:
+        if self._is_at_peak:
             by_category = self._by_category
             self._at_peak = {name: by_category[name] for name in CATEGORIES if by_category[name]}
-            self._rising = False
+            self._is_at_peak = False
 
-    def _tell(self) -> None:
+    def _update_timeline(self) -> None:
         if self._timeline is not None:
-            self._timeline.changed(self._by_category)
+            self._timeline.update(self._by_category)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.memory.tracker import Rules, TemporaryRule
+from qlora_cli.memory.tracker import KernelRules, TemporaryRule
 
 _HELD_BY_QUANTIZATION = {
     ("nf4", 4): 9.5,
@@ -56,4 +56,4 @@ _ON_CPU: Mapping[str, TemporaryRule] = {
 }
 """By the operation's name, so that bitsandbytes need not be imported to state a rule."""
 
-CPU_RULES = Rules(_ON_CPU)
+CPU_RULES = KernelRules(_ON_CPU)

@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from qlora_cli.device import DeviceProfile
-from qlora_cli.memory.cpu_rules import CPU_RULES
-from qlora_cli.memory.tracker import Rules
+from qlora_cli.memory.tracker import KernelRules
 from qlora_cli.units import MIB
 
 _WORKSPACE = 2 * 4 * MIB + 8 * 16 * 1024
@@ -27,19 +26,15 @@ _NORM_CHUNK = 65536
 """Elements that one block of `_foreach_norm` adds up."""
 
 
-def rules_for(device: DeviceProfile) -> Rules:
-    """The rules of a card, or of a CPU."""
-    return CPU_RULES if device.kind == "cpu" else _cuda_rules(device)
-
-
-def _cuda_rules(card: DeviceProfile) -> Rules:
-    hopper = card.capability is not None and card.capability >= _HOPPER
-    return Rules(
+def cuda_rules(profile: DeviceProfile) -> KernelRules:
+    """Return the rules of the GPU that `profile` describes."""
+    is_hopper = profile.capability is not None and profile.capability >= _HOPPER
+    return KernelRules(
         temporaries={
             "aten::_flash_attention_backward": _flash_backward,
             "aten::_foreach_norm.Scalar": _foreach_norm,
         },
-        workspace_bytes=_WORKSPACE_HOPPER if hopper else _WORKSPACE,
+        workspace_bytes=_WORKSPACE_HOPPER if is_hopper else _WORKSPACE,
     )
 
 

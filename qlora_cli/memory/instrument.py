@@ -1,8 +1,8 @@
-"""The tracker and the device's own counter side by side, phase by phase.
+"""Measures the phases of a real job with the storage tracker and the device's own counter.
 
-The tracker knows categories, the allocator knows the truth. A phase's peak on CUDA is the
-allocator's; what the tracker did not see of it is `other`. On a CPU there is no such counter, and
-the tracker's figure stands alone.
+The tracker assigns bytes to categories. On CUDA the allocator's counter gives the exact peak of a
+phase, and the difference between it and the tracker's peak is the category `other`. A CPU has no
+such counter, so the tracker's figure is the result.
 """
 
 from __future__ import annotations
@@ -12,33 +12,29 @@ from collections.abc import Iterator
 
 import torch
 
-from qlora_cli.memory.allocator import CachingAllocator
-from qlora_cli.memory.counter import Counter
-from qlora_cli.memory.cpu_rules import CPU_RULES
-from qlora_cli.memory.cuda_rules import rules_for
-from qlora_cli.memory.device import inspect_device, read_allocator, reset_peak
+from qlora_cli.device import DeviceProfile
+from qlora_cli.memory.device import read_allocator, reset_peak
 from qlora_cli.memory.ledger import Allocator, Phase
+from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.timeline import Timeline
-from qlora_cli.memory.tracker import StorageTracker
 
 
 class Instrument:
-    """Measures the phases of a real job on one device."""
+    """Measures the phases of a real job on one device. profile: describes `device`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, profile: DeviceProfile) -> None:
+        model = MemoryModel.of(profile)
         self.timeline = Timeline()
-        on_card = device.type == "cuda"
-        self._counter = Counter(CachingAllocator() if on_card else None, self.timeline)
-        rules = rules_for(inspect_device()) if on_card else CPU_RULES
-        self.tracker = StorageTracker(self._counter, rules, device_type=device.type)
+        self._counter = model.new_counter(timeline=self.timeline)
+        self.tracker = model.new_tracker(self._counter, device.type)
         self._device = device
         self._peaks: dict[str, int] = {}
         self._allocator = Allocator()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Tracks what happens inside as part of phase `name`."""
-        self._remember()
+        """Measure the block as part of phase `name`, with the tracker on."""
+        self._read_counters()
         reset_peak(self._device)
         self.timeline.begin(name)
         try:
@@ -46,20 +42,23 @@ class Instrument:
                 yield
         finally:
             self.timeline.end()
-        self._saw(name)
+        self._update_peak(name)
 
     @contextlib.contextmanager
-    def counting(self, name: str) -> Iterator[None]:
-        """Only the card's own counter looks, at next to no cost; phase `name` must be known."""
-        self._remember()
+    def count_only(self, name: str) -> Iterator[None]:
+        """Measure the block as part of phase `name` with the device's counter alone.
+
+        This costs almost nothing. The phase must have been measured with `phase` before.
+        """
+        self._read_counters()
         reset_peak(self._device)
         yield
-        self._saw(name)
+        self._update_peak(name)
 
     def release_cache(self) -> None:
-        """What the allocator holds and nobody uses goes back to the card.
+        """Return the allocator's unused cached memory to the GPU.
 
-        After loading it is in the wrong sizes for training.
+        After loading, the cached segments have sizes that training cannot use.
         """
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -67,26 +66,26 @@ class Instrument:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """With the allocator's peaks where there is one."""
+        """The measured phases, with the allocator's peaks on CUDA."""
         return tuple(p.at_least(self._peaks.get(p.name, 0)) for p in self._counter.phases)
 
     def allocator(self) -> Allocator:
-        """The device's peaks over the whole job so far; zeros on a CPU."""
-        self._remember()
+        """Return the device's peaks over the complete job so far; zeros on a CPU."""
+        self._read_counters()
         return self._allocator
 
     def describe(self) -> str:
-        """What the figures were read from, for the reader."""
+        """Return a sentence for the report about the source of the figures."""
         if self._device.type == "cuda":
             return "peaks by torch's CUDA allocator, categories by the storage tracker"
-        return "storage tracker (every tensor's bytes, and by rule what kernels allocate inside)"
+        return "storage tracker (the bytes of every tensor, and by rule temporaries inside kernels)"
 
-    def _saw(self, name: str) -> None:
-        allocated = self._remember().allocated
+    def _update_peak(self, name: str) -> None:
+        allocated = self._read_counters().allocated
         self._peaks[name] = max(self._peaks.get(name, 0), allocated)
 
-    def _remember(self) -> Allocator:
-        """The counters' peaks since they were last reset, for the whole job's."""
-        seen = read_allocator(self._device)
-        self._allocator = self._allocator.or_more(seen)
-        return seen
+    def _read_counters(self) -> Allocator:
+        """Return the counters' peaks since the last reset and add them to the job's peaks."""
+        peaks = read_allocator(self._device)
+        self._allocator = self._allocator.larger_of_each(peaks)
+        return peaks

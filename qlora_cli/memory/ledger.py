@@ -90,7 +90,7 @@ class Allocator:
     reserved: int = 0
     driver: int = 0
 
-    def or_more(self, other: Allocator) -> Allocator:
+    def larger_of_each(self, other: Allocator) -> Allocator:
         """Each counter's higher value of the two."""
         pairs = zip(astuple(self), astuple(other), strict=True)
         return Allocator(*(max(pair) for pair in pairs))
@@ -175,7 +175,7 @@ def worst(phases: tuple[Phase, ...]) -> Phase:
     return max(phases, key=lambda phase: phase.peak_bytes)
 
 
-def worse_of_each(earlier: tuple[Phase, ...], now: tuple[Phase, ...]) -> tuple[Phase, ...]:
+def larger_of_each(earlier: tuple[Phase, ...], now: tuple[Phase, ...]) -> tuple[Phase, ...]:
     """The phases of two processes of one job; one that both went through is its worse time."""
     phases = {phase.name: phase for phase in earlier}
     for phase in now:

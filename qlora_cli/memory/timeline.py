@@ -94,7 +94,7 @@ class Timeline:
         self._open = _Recording(phase)
         self._open.add(self._now(), self._latest)
 
-    def number(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """The stretch under way is this optimizer step, counted from 1."""
         if self._open is not None:
             self._open.step = step
@@ -105,7 +105,7 @@ class Timeline:
             self._stretches.append(self._open.finish(self._now()))
             self._open = None
 
-    def changed(self, by_category: Mapping[str, int]) -> None:
+    def update(self, by_category: Mapping[str, int]) -> None:
         """What lives from now on; copied. Between stretches it is where the next one begins.
 
         What lives only inside one operation is told by two calls, with it and without it.

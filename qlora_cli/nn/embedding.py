@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_cli.memory.tracker import host_memory, is_on_host
+from qlora_cli.memory.scopes import counts_host_memory, host_memory
 
 
 class FrozenEmbedding(nn.Module):
@@ -69,7 +69,7 @@ class HostEmbedding(nn.Module):
 
 def has_own_memory(device: torch.device) -> bool:
     """Whether a job on `device` has memory beside the host's: on a card, or in the plan for one."""
-    return not is_on_host() if device.type == "meta" else device.type != "cpu"
+    return not counts_host_memory() if device.type == "meta" else device.type != "cpu"
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.memory.tracker import scope
+from qlora_cli.memory.scopes import scope
 
 IGNORE_INDEX = -100
 """A label that is not trained on."""

@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.memory.tracker import attribute, scope
+from qlora_cli.memory.scopes import attribute, scope
 
 # On CPUs with AVX512-BF16 importing bitsandbytes warns that an optional package is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -21,9 +21,9 @@ from torch import nn
 from qlora_cli.data.collate import Batch
 from qlora_cli.device import DeviceProfile
 from qlora_cli.files.dtype import file_dtype
-from qlora_cli.memory.cuda_rules import rules_for
 from qlora_cli.memory.gc_pause import gc_paused
 from qlora_cli.memory.ledger import FigureSource, MethodPeak, Phase, worst
+from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.tracker import StorageTracker, track_gradients
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.family import Family
@@ -97,17 +97,11 @@ class _DryRun:
     window: Sequence[Batch]
     held_out: Sequence[Batch]
 
-    @property
-    def on_card(self) -> bool:
-        """Whether the device is a card."""
-        return self.facts.kind == "cuda"
-
     def record(self, config: Any) -> Recorded:
         """The whole job with a model of as many blocks as the config says; changes the config."""
         recording = Recording()
-        tracker = StorageTracker(
-            recording, rules_for(self.facts), "meta", counts_host=not self.on_card
-        )
+        memory_model = MemoryModel.of(self.facts)
+        tracker = memory_model.new_tracker(recording, "meta")
         dtype = file_dtype(config)
         meta = torch.device("meta")
         total = (0, 0)
@@ -120,10 +114,10 @@ class _DryRun:
 
         forget_codes(meta)
         with tracker:
-            recording.begin()
+            recording.begin_phase()
             state = build_state(ModelRequest(self.recipe, config, source, meta, self.facts))
             tag_living(state, tracker)
-            recording.end("load")
+            recording.end_phase("load")
             recording.release_cache()
             self._go(state, tracker, recording)
         family = state.loaded.family
@@ -131,7 +125,7 @@ class _DryRun:
         return Recorded(
             recording.visits,
             config.num_hidden_layers,
-            self.on_card,
+            memory_model,
             total,
             _counted(state.trainable, family, nn.Parameter.numel),
             _counted(state.trainable, family, lambda p: p.numel() * p.element_size()),
@@ -143,16 +137,16 @@ class _DryRun:
         _announce_blocks(loaded.model.get_submodule(loaded.family.blocks), recording)
         with track_gradients(state.trainable.values(), tracker):
             for step, name in enumerate(("first_step", "step")):
-                recording.begin()
+                recording.begin_phase()
                 train_step(state, self.window, learning_rate(self.recipe.train, step, 2))
-                recording.end(name)
+                recording.end_phase(name)
         # Saving reads what lives and writes it to a file; it makes nothing on the device.
-        recording.begin()
-        recording.end("checkpoint")
+        recording.begin_phase()
+        recording.end_phase("checkpoint")
         if self.held_out:
-            recording.begin()
+            recording.begin_phase()
             state.task.evaluate(loaded, self.held_out, state.device)
-            recording.end("eval")
+            recording.end_phase("eval")
 
 
 def _counted(
@@ -173,11 +167,11 @@ def _announce_blocks(blocks: Any, recording: Recording) -> None:
 def _announced(forward: Callable[..., Any], path: str, recording: Recording) -> Callable[..., Any]:
     def announced(*args: Any, **kwargs: Any) -> Any:
         # It stays at work until the next one, and lets go of what the one before it made.
-        recording.enter(path)
+        recording.enter_module(path)
         output = forward(*args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad:
-            hidden.register_hook(lambda _: recording.enter(path))
+            hidden.register_hook(lambda _: recording.enter_module(path))
         return output
 
     return announced

@@ -20,14 +20,12 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.export.compare.comparison_models import merged_on_meta, trained_on_meta
 from qlora_cli.export.compare.eval_rows import MAX_TOKENS
 from qlora_cli.export.compare.logit_comparison import COMPARISON_BYTES
-from qlora_cli.export.merge.merged_tensors import CHUNK, pack_linear
+from qlora_cli.export.merge.lora_sum import CHUNK_ELEMENTS
+from qlora_cli.export.merge.merged_tensors import pack_linear
 from qlora_cli.files.dtype import file_dtype
-from qlora_cli.memory.allocator import CachingAllocator
-from qlora_cli.memory.counter import Counter
-from qlora_cli.memory.cuda_rules import rules_for
 from qlora_cli.memory.ledger import Phase
+from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.scopes import host_memory, scope, unallocated
-from qlora_cli.memory.tracker import StorageTracker
 from qlora_cli.models.build import skeleton, weight_format_of
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.streamed import stream
@@ -46,7 +44,6 @@ _BLOCKS = 2
 
 def dry_run_merge(recipe: Recipe, config: Any, facts: DeviceProfile) -> Phase:
     """The phase `merge` of a resolved recipe, in a process of its own."""
-    on_card = facts.kind == "cuda"
     weight_format, dtype = weight_format_of(recipe, file_dtype(config)), file_dtype(config)
     shorter = deepcopy(config)
     shorter.num_hidden_layers = min(_BLOCKS, config.num_hidden_layers)
@@ -54,8 +51,9 @@ def dry_run_merge(recipe: Recipe, config: Any, facts: DeviceProfile) -> Phase:
         shorter.layer_types = config.layer_types[:_BLOCKS]
     model, family = skeleton(deepcopy(shorter), weight_format.compute)
     sites = find_sites(model, family, shorter)
-    counter = Counter(CachingAllocator() if on_card else None)
-    tracker = StorageTracker(counter, rules_for(facts), "meta", counts_host=not on_card)
+    memory_model = MemoryModel.of(facts)
+    counter = memory_model.new_counter()
+    tracker = memory_model.new_tracker(counter, "meta")
     with tracker, counter.phase("merge"), torch.no_grad():
         _one_tensor(max(sites, key=lambda s: s.in_features * s.out_features), weight_format, dtype)
         if weight_format.bits < 16:
@@ -82,7 +80,7 @@ def _add_up(weight: Tensor) -> Tensor:
     """As `MergedTensors` makes a tensor, which is on the host: some rows in float64 at a time."""
     with host_memory():
         made = torch.empty_like(weight, dtype=torch.float16)
-        rows = torch.empty(min(CHUNK, weight.numel()), dtype=torch.float64, device=_META)
+        rows = torch.empty(min(CHUNK_ELEMENTS, weight.numel()), dtype=torch.float64, device=_META)
         rows.float()
     return made
 

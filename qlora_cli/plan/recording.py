@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+
+from qlora_cli.memory.listener import MemoryListener
 
 NUM_RECORDED_BLOCKS = 4
 """Blocks that are imagined: the first, the last, one that is repeated, one to compare it with."""
@@ -47,28 +49,6 @@ class Event(NamedTuple):
     category: str = ""
 
 
-class Account(Protocol):
-    """What a recording is played to; `counter.Counter` is one."""
-
-    def allocate(self, key: Hashable, num_bytes: int, category: str) -> None:
-        """A storage is made."""
-
-    def free(self, key: Hashable) -> None:
-        """It is gone."""
-
-    def recategorize(self, key: Hashable, category: str) -> None:
-        """It belongs to `category` from now on."""
-
-    def begin(self) -> None:
-        """A phase begins."""
-
-    def end(self, name: str) -> None:
-        """It ends."""
-
-    def release_cache(self) -> None:
-        """Unused segments go back to the device."""
-
-
 @dataclass
 class BlockSegment:
     """Events in a row that belong to one block."""
@@ -89,20 +69,20 @@ class Recording:
         self._births: dict[Hashable, StorageId] = {}
         self._numbers: Tally[int | None] = Tally()
 
-    def enter(self, path: str) -> None:
+    def enter_module(self, path: str) -> None:
         """What follows belongs to the block that `path` leads into, if it leads into one."""
         prefix = f"{self.blocks}."
         index = path.removeprefix(prefix).split(".")[0] if path.startswith(prefix) else ""
         self._block = int(index) if index.isdigit() else None
 
-    def begin(self) -> None:
+    def begin_phase(self) -> None:
         """A phase begins."""
-        self.enter("")
+        self.enter_module("")
         self._note(Event("begin"), None)
 
-    def end(self, name: str) -> None:
+    def end_phase(self, name: str) -> None:
         """The phase that began last was `name`."""
-        self.enter("")
+        self.enter_module("")
         self._note(Event("end", category=name), None)
 
     def release_cache(self) -> None:
@@ -111,7 +91,7 @@ class Recording:
 
     def mark(self, name: str) -> None:
         """A part of a step begins; no block is at work yet."""
-        self.enter("")
+        self.enter_module("")
 
     def allocate(
         self, key: Hashable, num_bytes: int, category: str, origin: Hashable = None
@@ -151,7 +131,7 @@ class Recording:
 
 def play(
     visits: Iterable[BlockSegment],
-    account: Account,
+    account: MemoryListener,
     after: Callable[[BlockSegment], None] = lambda _: None,
 ) -> None:
     """Gives every event to an account, in order. after: called when a visit has been played."""
@@ -164,9 +144,9 @@ def play(
             elif kind == "recategorize":
                 account.recategorize(storage, category)
             elif kind == "begin":
-                account.begin()
+                account.begin_phase()
             elif kind == "end":
-                account.end(category)
+                account.end_phase(category)
             else:
                 account.release_cache()
         after(visit)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_cli.memory.allocator import CachingAllocator, OutOfMemory
-from qlora_cli.memory.counter import Counter
+from qlora_cli.memory.allocator import OutOfMemory
 from qlora_cli.memory.ledger import Phase, worst
+from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.plan.recording import BlockSegment, play, repeat
 
 _FROZEN = ("base", "quant_constants", "embeddings", "head")
@@ -30,6 +30,7 @@ class MemoryPlan:
     reserved_bytes: int | None
     floor_bytes: int
     visits: Sequence[BlockSegment]
+    memory_model: MemoryModel
 
     @property
     def peak_bytes(self) -> int:
@@ -53,7 +54,7 @@ class MemoryPlan:
         if self.reserved_bytes <= capacity_bytes:
             return True
         try:
-            play(self.visits, Counter(CachingAllocator(capacity_bytes)))
+            play(self.visits, self.memory_model.new_counter(capacity_bytes))
         except OutOfMemory:
             return False
         return True
@@ -69,7 +70,7 @@ class Recorded:
 
     visits: list[BlockSegment]
     num_blocks: int
-    on_card: bool
+    memory_model: MemoryModel
     total: tuple[int, int]
     trained: tuple[int, int]
     trained_bytes: tuple[int, int]
@@ -80,7 +81,7 @@ def account(recorded: Recorded, num_blocks: int) -> MemoryPlan:
     """Plays the recording. Raises NotAlike where it cannot be drawn out to `num_blocks`."""
     more = num_blocks - recorded.num_blocks
     visits = repeat(recorded.visits, num_blocks) if more else recorded.visits
-    counter = Counter(CachingAllocator() if recorded.on_card else None)
+    counter = recorded.memory_model.new_counter()
     working_bytes, start = 0, 0
 
     def after(visit: BlockSegment) -> None:
@@ -100,4 +101,5 @@ def account(recorded: Recorded, num_blocks: int) -> MemoryPlan:
         reserved_bytes=counter.allocator.peak_reserved_bytes if counter.allocator else None,
         floor_bytes=standing + working_bytes + recorded.input_bytes * num_blocks,
         visits=visits,
+        memory_model=recorded.memory_model,
     )

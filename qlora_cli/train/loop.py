@@ -17,7 +17,7 @@ from qlora_cli.events import Observer, StepEvent
 from qlora_cli.files.atomic import writing
 from qlora_cli.memory.device import live_and_peak
 from qlora_cli.memory.instrument import Instrument
-from qlora_cli.memory.tracker import gradients_of
+from qlora_cli.memory.tracker import track_gradients
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.resume import save_checkpoint
 from qlora_cli.train.optimizer import learning_rate
@@ -135,12 +135,12 @@ class Loop:
     def _watching(self, tracked: bool) -> Iterator[None]:
         name = "step" if self.state.optimizer.state else "first_step"
         if not tracked:
-            with self.instrument.counting(name):
+            with self.instrument.count_only(name):
                 yield
             return
-        watch = gradients_of(self.state.trainable.values(), self.instrument.tracker)
+        watch = track_gradients(self.state.trainable.values(), self.instrument.tracker)
         with watch, self.instrument.phase(name):
-            self.instrument.timeline.number(self.state.step + 1)
+            self.instrument.timeline.set_step(self.state.step + 1)
             yield
 
     def _event(

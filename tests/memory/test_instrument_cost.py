@@ -42,7 +42,7 @@ def test_a_timeline_grows_with_its_moments() -> None:
     before = record_bytes(timeline)
     timeline.begin("step")
     for size in range(500):
-        timeline.changed({"base": size})
+        timeline.update({"base": size})
     timeline.end()
     grown = record_bytes(timeline) - before
     assert 500 * (8 + 8) <= grown < 500 * (8 + 8) + 5000

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_cli.memory.ledger import Allocator, InstrumentCost, Ledger, Phase, worse_of_each
+from qlora_cli.memory.ledger import Allocator, InstrumentCost, Ledger, Phase, larger_of_each
 from tests.helpers import results
 
 
@@ -37,15 +37,15 @@ def test_a_file_without_the_newer_fields_is_read() -> None:
 def test_a_phase_of_two_processes_is_its_worse_time() -> None:
     earlier = (phase("load", 5), phase("first_step", 9), phase("step", 7))
     now = (phase("load", 6), phase("step", 3), phase("eval", 2))
-    both = worse_of_each(earlier, now)
+    both = larger_of_each(earlier, now)
     assert [(one.name, one.peak_bytes) for one in both] == [
         ("load", 6),
         ("first_step", 9),
         ("step", 7),
         ("eval", 2),
     ]
-    assert worse_of_each((), now) == now
-    assert worse_of_each(earlier, ()) == earlier
+    assert larger_of_each((), now) == now
+    assert larger_of_each(earlier, ()) == earlier
 
 
 def test_what_a_counter_saw_beyond_the_categories_is_other() -> None:
@@ -61,4 +61,4 @@ def test_a_phase_that_does_not_add_up_is_refused() -> None:
 
 
 def test_counters_of_two_processes_are_the_higher_of_each() -> None:
-    assert Allocator(1, 5, 9).or_more(Allocator(2, 4, 9)) == Allocator(2, 5, 9)
+    assert Allocator(1, 5, 9).larger_of_each(Allocator(2, 4, 9)) == Allocator(2, 5, 9)

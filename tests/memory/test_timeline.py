@@ -29,7 +29,7 @@ def test_the_highest_moment_survives_wherever_it_lies(
     for change in range(num_changes + 1):
         high = {"activations": height + 1_000, "base": 7}
         low = {"activations": change * 31 % 1_000, "base": 7}
-        timeline.changed(high if change == peak_at else low)
+        timeline.update(high if change == peak_at else low)
     timeline.end()
     (stretch,) = timeline.stretches
     assert stretch.peak_bytes == height + 1_007
@@ -43,7 +43,7 @@ def test_few_changes_are_kept_each_with_its_time_and_the_end_behind_them() -> No
     timeline = ticking()
     timeline.begin("load")
     for size in range(1, 6):
-        timeline.changed({"base": size})
+        timeline.update({"base": size})
     timeline.end()
     (stretch,) = timeline.stretches
     assert list(stretch.seconds) == [1, 2, 3, 4, 5, 6, 7]
@@ -54,7 +54,7 @@ def test_thinned_moments_lie_evenly_over_the_stretch() -> None:
     timeline = ticking()
     timeline.begin("step")
     for change in range(50_000):
-        timeline.changed({"base": change})
+        timeline.update({"base": change})
     timeline.end()
     (stretch,) = timeline.stretches
     gaps = [b - a for a, b in itertools.pairwise(stretch.seconds)]
@@ -65,7 +65,7 @@ def test_thinned_moments_lie_evenly_over_the_stretch() -> None:
 def test_what_is_told_is_copied() -> None:
     timeline, living = ticking(), {"base": 1}
     timeline.begin("load")
-    timeline.changed(living)
+    timeline.update(living)
     living["base"] = 9
     timeline.end()
     assert list(timeline.stretches[0].bytes["base"]) == [0, 1, 1]
@@ -74,9 +74,9 @@ def test_what_is_told_is_copied() -> None:
 def test_a_stretch_begins_with_what_lived_before_it() -> None:
     timeline = ticking()
     timeline.begin("load")
-    timeline.changed({"base": 8})
+    timeline.update({"base": 8})
     timeline.end()
-    timeline.changed({"base": 6})
+    timeline.update({"base": 6})
     timeline.begin("step")
     timeline.end()
     assert list(timeline.stretches[1].bytes["base"]) == [6, 6]
@@ -85,9 +85,9 @@ def test_a_stretch_begins_with_what_lived_before_it() -> None:
 def test_marks_and_the_step_belong_to_the_stretch_under_way() -> None:
     timeline = ticking()
     timeline.mark("forward")
-    timeline.number(1)
+    timeline.set_step(1)
     timeline.begin("step")
-    timeline.number(3)
+    timeline.set_step(3)
     timeline.mark("forward")
     timeline.mark("backward")
     timeline.end()
@@ -101,7 +101,7 @@ def test_marks_and_the_step_belong_to_the_stretch_under_way() -> None:
 
 def test_outside_a_stretch_nothing_is_recorded() -> None:
     timeline = ticking()
-    timeline.changed({"base": 1})
+    timeline.update({"base": 1})
     timeline.end()
     assert timeline.stretches == ()
     timeline.begin("load")
@@ -113,10 +113,10 @@ def test_a_file_gives_back_what_was_recorded() -> None:
     timeline = ticking()
     for step in range(2):
         timeline.begin("step")
-        timeline.number(step + 1)
+        timeline.set_step(step + 1)
         timeline.mark("forward")
         for size in range(2000):
-            timeline.changed({"base": 5, "activations": size, "loss": 0})
+            timeline.update({"base": 5, "activations": size, "loss": 0})
         timeline.end()
     told = json.loads(json.dumps(timeline.to_dict()))
     assert read_stretches(told) == timeline.stretches

@@ -51,7 +51,7 @@ class Shuffled(MadeSource):
 
 def loaded(case: Case, seed: int) -> tuple[int, list[str]]:
     """(peak bytes of the real job's loading, the names in the order in which they were read)."""
-    run, instrument = Run.of(case, FACTS), Instrument(CPU)
+    run, instrument = Run.of(case, FACTS), Instrument(CPU, FACTS)
     forget_codes(run.device)  # A job makes them once; so does each of these.
     sources: list[Shuffled] = []
 

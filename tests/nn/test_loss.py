@@ -132,14 +132,14 @@ def test_score_counts_what_is_predicted_first(chunk: int) -> None:
 def test_no_tensor_of_tokens_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the chunks are for: the peak is one chunk's, not all targets'."""
     from qlora_cli.memory.counter import Counter
-    from qlora_cli.memory.tracker import Rules, StorageTracker
+    from qlora_cli.memory.tracker import KernelRules, StorageTracker
 
     peaks = {}
     for num in (2, 1000):
         monkeypatch.setattr(loss, "CHUNK_ELEMENTS", num * WORDS)
         hidden, head, labels = draw()
         counter = Counter()
-        with StorageTracker(counter, Rules()):
+        with StorageTracker(counter, KernelRules()):
             chunked_cross_entropy(
                 hidden.requires_grad_(), head, *targets_of(labels), 1.0
             ).backward()

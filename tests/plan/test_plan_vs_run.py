@@ -21,11 +21,10 @@ from plan_measure import PHASES, Run, facts_of, planned, seen_by_profiler
 from profiler_peak import Judge
 from torch import Tensor
 
-from qlora_cli.memory import cpu_rules
+from qlora_cli.memory import cpu_rules, profile
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import Phase
-from qlora_cli.memory.tracker import Rules, gradients_of
-from qlora_cli.plan import dry_run as imagining
+from qlora_cli.memory.tracker import KernelRules, track_gradients
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.train.state import tag_living
 from tests.helpers.runs import CPU
@@ -72,12 +71,12 @@ def phases_of(case: Case) -> dict[str, Phase]:
 
 def tracked(case: Case) -> dict[str, Phase]:
     """As the job measures itself."""
-    run, instrument = Run.of(case, FACTS), Instrument(CPU)
+    run, instrument = Run.of(case, FACTS), Instrument(CPU, FACTS)
     with instrument.phase("load"):
         state = run.load()
         tag_living(state, instrument.tracker)
     for name in ("first_step", "step"):
-        with gradients_of(state.trainable.values(), instrument.tracker), instrument.phase(name):
+        with track_gradients(state.trainable.values(), instrument.tracker), instrument.phase(name):
             run.step(state)
     with instrument.phase("eval"):
         run.evaluate(state)
@@ -113,7 +112,7 @@ def test_the_plan_is_the_run(case: Case) -> None:
 def test_a_plan_without_the_rules_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """8 bit casts whole operands inside its kernels: without the rules the plan falls short."""
     case = Case("llama", "tiny", ("base.bits=8", "data.seq_len=64"), 259)
-    monkeypatch.setattr(imagining, "rules_for", lambda _: Rules())
+    monkeypatch.setattr(profile, "CPU_RULES", KernelRules())
     plan, peaks = phases_of(case), judged(case)
     assert min(plan[name].peak_bytes / peaks[name] - 1 for name in PHASES) < -0.01
 
@@ -194,9 +193,9 @@ def numbers(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("into", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("held", [torch.int8, torch.int32, torch.float16])
-def test_rule_of_mixed_dtypes(weight_format: torch.dtype, into: torch.dtype) -> None:
-    codes, scale = numbers(256, 320, dtype=weight_format), numbers(256, 1, dtype=torch.float32)
+@pytest.mark.parametrize("weight_dtype", [torch.int8, torch.int32, torch.float16])
+def test_rule_of_mixed_dtypes(weight_dtype: torch.dtype, into: torch.dtype) -> None:
+    codes, scale = numbers(256, 320, dtype=weight_dtype), numbers(256, 1, dtype=torch.float32)
     out = torch.empty(256, 320, dtype=into)
     peak, _ = kernel_bytes(lambda: torch.mul(codes, scale, out=out))
     assert (

@@ -125,13 +125,13 @@ def record(sizes: tuple[int, ...]) -> Recording:
     """One visit to each block, each with one storage that the next block frees."""
     recording = Recording()
     recording.blocks = "blocks"
-    recording.begin()
+    recording.begin_phase()
     for block, size in enumerate(sizes):
-        recording.enter(f"blocks.{block}.linear")
+        recording.enter_module(f"blocks.{block}.linear")
         recording.allocate(block, size, "activations")
         if block:
             recording.free(block - 1)
-    recording.end("step")
+    recording.end_phase("step")
     return recording
 
 

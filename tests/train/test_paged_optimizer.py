@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_cli.device import DeviceProfile
 from qlora_cli.memory.counter import Counter
-from qlora_cli.memory.cpu_rules import CPU_RULES
-from qlora_cli.memory.tracker import StorageTracker
+from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.recipe.schema import Train
 from qlora_cli.train.optimizer import PAGED_FROM, make_optimizer
 
@@ -31,7 +31,7 @@ def test_what_the_allocator_gives_for_the_two_moments(
     weight.grad = torch.empty(num_values, device=META)
     made = make_optimizer(Train(optimizer=optimizer), [weight], META)  # type: ignore[arg-type]
     counter = Counter()
-    tracker = StorageTracker(counter, CPU_RULES, "meta", counts_host=False)
+    tracker = MemoryModel.of(DeviceProfile("cuda", "a GPU", 2**34)).new_tracker(counter, "meta")
     tracker.tag([weight, weight.grad], "adapter")
     before = counter.live_bytes
     with tracker:

@@ -142,7 +142,7 @@ def test_the_record_says_where_a_table_lies_and_why(bases: Path) -> None:
 
 def after_eval(state: State) -> tuple[int, int]:
     """Bytes that live (before, after)."""
-    instrument = Instrument(CPU)
+    instrument = Instrument(CPU, DeviceProfile("cpu", "a CPU", 2**34))
     with instrument.phase("load"):
         tag_living(state, instrument.tracker)
     with instrument.phase("eval"):

@@ -19,7 +19,7 @@ from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer
 from qlora_cli.files.source import TensorSource
-from qlora_cli.memory.tracker import attribute, host_memory, module_scope, scope
+from qlora_cli.memory.scopes import attribute, host_memory, module_scope, scope
 from qlora_cli.models import convert
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.nn.embedding import HostEmbedding, upload

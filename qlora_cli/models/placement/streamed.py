@@ -17,7 +17,7 @@ from torch import nn
 from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.adapters.peft_file import AdapterFile, AdapterLayer
 from qlora_cli.files.source import TensorSource
-from qlora_cli.memory.tracker import unallocated
+from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
 from qlora_cli.models.attach import attach, read_factors
 from qlora_cli.models.model import LoadedModel
