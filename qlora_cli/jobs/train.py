@@ -164,7 +164,7 @@ def _train(
 ) -> TrainResult:
     prepared = job.prepared
     device = runtime.start(prepared.profile, prepared.recipe.train.seed).device
-    instrument = Instrument(device, prepared.facts)
+    instrument = Instrument(device, prepared.profile)
     state = load(prepared, device, instrument, observer)
     record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))
     earlier = None
