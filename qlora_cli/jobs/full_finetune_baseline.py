@@ -30,7 +30,7 @@ from qlora_cli.memory.tracker import track_gradients
 from qlora_cli.plan.dry_run import method_peak
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.runs.run import Run
-from qlora_cli.train import runtime
+from qlora_cli.train.runtime import setup_device
 from qlora_cli.train.step import train_step
 from qlora_cli.units import format_bytes
 
@@ -116,7 +116,7 @@ def _phases(run: Path) -> tuple[Phase, ...]:
         raise UsageError(f"the run was made on {ledger.device.name}, and this is {facts.name}")
     recipe = full_fine_tuning(source.recipe)
     job = read_job(prepare(recipe, facts))
-    device = runtime.start(facts, recipe.train.seed).device
+    device = setup_device(facts, recipe.train.seed)
     free = available_bytes(device)
     if _planned_bytes(ledger) > free:
         raise DoesNotFit(

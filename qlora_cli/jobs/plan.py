@@ -12,7 +12,7 @@ from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.jobs.results import Compared, PlanResult
 from qlora_cli.memory.device import inspect_device
-from qlora_cli.memory.ledger import Allocator, Device, Ledger, worst
+from qlora_cli.memory.ledger import Allocator, Device, Ledger, peak_phase
 from qlora_cli.plan.advise import Planned, changes_that_fit, largest
 from qlora_cli.plan.arithmetic import arithmetic_of
 from qlora_cli.plan.dry_run import dry_run, method_peak
@@ -21,7 +21,8 @@ from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train.optimizer import PAGED_FROM
+from qlora_cli.train.bitsandbytes_adamw import PAGED_FROM
+from qlora_cli.train.optimizer import OPTIMIZERS
 from qlora_cli.units import format_bytes
 
 _MOST_TOKENS = 2**24
@@ -134,7 +135,7 @@ def _compare(recipe: Recipe, planned: Planned) -> tuple[Compared, ...]:
             other = recipe.model_copy(
                 update={"base": recipe.base.model_copy(update={"bits": bits})}
             )
-        peak = worst(planned(other).phases)
+        peak = peak_phase(planned(other).phases)
         full_bytes = compared[0].peak_bytes if compared else peak.peak_bytes
         ratio = full_bytes / peak.peak_bytes
         compared.append(Compared(method, bits, peak.peak_bytes, peak.at_peak, ratio))
@@ -166,7 +167,7 @@ def _notes(recipe: Recipe, facts: DeviceProfile, imagined: MemoryPlan) -> tuple[
                 "each packed sequence is planned as one row; attention takes a little more for "
                 "many short ones, and `qlora train` plans again with the rows' own lengths"
             )
-    if recipe.train.optimizer.startswith("paged"):
+    if OPTIMIZERS[recipe.train.optimizer].is_paged:
         notes.append(
             f"optimizer states of {PAGED_FROM:,} values and more are not counted: card and host "
             "share their memory, and the driver moves them away when the card is short"

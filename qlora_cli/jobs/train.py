@@ -33,7 +33,7 @@ from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.resume import load_checkpoint, write_trained
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.task import EvalScore
-from qlora_cli.train import runtime
+from qlora_cli.train.runtime import setup_device
 from qlora_cli.train.loop import LAST_LOSSES, Loop, Progress
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.units import format_bytes
@@ -163,7 +163,7 @@ def _train(
     observer: Observer,
 ) -> TrainResult:
     prepared = job.prepared
-    device = runtime.start(prepared.profile, prepared.recipe.train.seed).device
+    device = setup_device(prepared.profile, prepared.recipe.train.seed)
     instrument = Instrument(device, prepared.profile)
     state = load(prepared, device, instrument, observer)
     record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))

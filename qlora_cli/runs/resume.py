@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,21 @@ _DAMAGE = (ModelError, OSError, RuntimeError, EOFError, KeyError, ValueError, Un
 """What torch.load and the readers raise on files that are missing, cut short or overwritten."""
 
 
+class Checkpointed(Protocol):
+    """An object whose state is part of a checkpoint, for example an optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the checkpoint stores."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state exactly. Raises ValueError if it belongs to other parameters."""
+
+
 def save_checkpoint(
     run: RunFolder,
     step: int,
     trainable: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Checkpointed,
     loss_scale: Mapping[str, float],
 ) -> Path:
     """Writes step's checkpoint, whole or not at all.
@@ -63,7 +73,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: Checkpointed
 ) -> tuple[int, dict[str, float]]:
     """Fills parameters, optimizer and random states; returns (step, loss scale's state).
 
@@ -73,7 +83,7 @@ def load_checkpoint(
         read_trained(folder / _TENSORS, trainable)
         device = next(iter(trainable.values())).device
         state: dict[str, Any] = torch.load(folder / _STATE, map_location=device, weights_only=True)
-        _load_optimizer(optimizer, state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
         _restore_random_states(state["random"])
         return int(state["step"]), state["loss_scale"]
     except _DAMAGE as fault:
@@ -112,18 +122,6 @@ def read_trained(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
         if not is_finite(values):
             raise ModelError(f"{name} is not finite")
         parameter.copy_(values)
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """torch's own loader casts states to the parameter's dtype; ours must stay float32."""
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(state)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    order = [index for group in groups for index in group["params"]]
-    for index, parameter in zip(order, parameters, strict=True):
-        for key, value in state["state"].get(index, {}).items():
-            if isinstance(value, Tensor):
-                optimizer.state[parameter][key] = value
 
 
 def _random_states() -> dict[str, Tensor]:

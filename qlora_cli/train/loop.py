@@ -20,7 +20,7 @@ from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.tracker import track_gradients
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.resume import save_checkpoint
-from qlora_cli.train.optimizer import learning_rate
+from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.state import State
 from qlora_cli.train.step import StepOutcome, train_step
 

@@ -1,8 +1,6 @@
-"""Process and device: the only import of accelerate."""
+"""Sets up the process that trains. This is the only import of accelerate."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
@@ -12,20 +10,17 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import UsageError
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """Where this process computes."""
+def setup_device(profile: DeviceProfile, seed: int) -> torch.device:
+    """Seed all random number generators and return the device that this process trains on.
 
-    device: torch.device
-
-
-def start(facts: DeviceProfile, seed: int) -> Runtime:
-    """Settles device and random seed. Raises UsageError under a launcher of several processes."""
-    processes = PartialState(cpu=facts.kind == "cpu")
+    Raises UsageError if a launcher started several processes.
+    """
+    processes = PartialState(cpu=profile.kind == "cpu")
     if processes.num_processes > 1:
         raise UsageError(
             f"started as {processes.num_processes} processes",
             hint="qlora trains on one device; start it without a launcher",
         )
     set_seed(seed)
-    return Runtime(processes.device)
+    device: torch.device = processes.device
+    return device

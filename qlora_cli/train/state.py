@@ -15,7 +15,8 @@ from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 from qlora_cli.tasks.task import Task
-from qlora_cli.train.optimizer import LossScale, make_optimizer
+from qlora_cli.train.loss_scale import LossScale
+from qlora_cli.train.optimizer import TrainingOptimizer, make_optimizer
 
 
 @dataclass
@@ -30,7 +31,7 @@ class State:
     task: Task
     loaded: LoadedModel
     trainable: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: TrainingOptimizer
     loss_scale: LossScale
     device: torch.device
     step: int = 0

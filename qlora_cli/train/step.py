@@ -1,4 +1,7 @@
-"""The one training step: a window of batches, forward and backward, clip, update."""
+"""The training step: forward and backward of each micro-batch, gradient clipping, update.
+
+The dry run calls the same function, and the package has no other `.backward()` call.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,16 @@ from qlora_cli.errors import NotFinite
 from qlora_cli.files.finite import ADVICE
 from qlora_cli.files.safetensors_io import is_finite
 from qlora_cli.memory.scopes import mark, scope
-from qlora_cli.train.optimizer import AdamW
 from qlora_cli.train.state import State
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """loss: mean nats over the window's trained tokens. grad_norm: before clipping. tokens: all.
+    """What one optimizer step reports.
 
-    skipped: float16 gradients overflowed; nothing was updated and the loss scale was halved.
+    loss: mean over the targets of all micro-batches, without the loss scale. grad_norm: before
+    clipping. tokens: of all micro-batches, with or without a target. skipped: float16 gradients
+    overflowed, so no parameter was updated and the loss scale was halved.
     """
 
     loss: float
@@ -31,24 +35,15 @@ class StepOutcome:
     skipped: bool
 
 
-def train_step(state: State, window: Sequence[Batch], lr: float) -> StepOutcome:
-    """One optimizer step.
+def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome:
+    """Do one optimizer step with learning rate `lr` and count it in `state.step`.
 
-    Each batch's loss is divided by the trained tokens of the whole window, so that a token counts
-    the same in every batch and in the last, shorter window too. Raises NotFinite where the loss is
-    not finite, and where the gradients are not for another reason than the loss scale.
+    batches: the micro-batches of the step. The loss of each is divided by the number of targets in
+    all of them, so that accumulated micro-batches give the gradient of one large batch. Raises
+    NotFinite if the loss is not finite, or if gradients are not finite and the loss scale cannot
+    be the cause.
     """
-    num_targets = state.task.num_targets(window)
-    scale = state.loss_scale.value / num_targets
-    with scope("loss"):
-        total = torch.zeros((), dtype=torch.float32, device=state.device)
-    for batch in window:
-        mark("forward")
-        loss = state.task.loss(state.loaded, batch, state.device, scale)
-        mark("backward")
-        loss.backward()
-        total += loss.detach()
-        del loss
+    total = _accumulate_gradients(state, batches)
     mark("update")
     with scope("temporary"):
         norm = _gradient_norm(state)
@@ -64,8 +59,24 @@ def train_step(state: State, window: Sequence[Batch], lr: float) -> StepOutcome:
     state.loss_scale.update(finite)
     if not finite and state.loss_scale.exhausted:
         raise _diverged(state, f"the loss is {loss_value}, but its gradients are not finite")
-    tokens = sum(batch.num_tokens for batch in window)
+    tokens = sum(batch.num_tokens for batch in batches)
     return StepOutcome(loss_value, norm_value, tokens, skipped=not finite)
+
+
+def _accumulate_gradients(state: State, batches: Sequence[Batch]) -> Tensor:
+    """Run forward and backward of each micro-batch. Return the step's loss times the loss scale."""
+    scale = state.loss_scale.value / state.task.num_targets(batches)
+    with scope("loss"):
+        total = torch.zeros((), dtype=torch.float32, device=state.device)
+    for batch in batches:
+        mark("forward")
+        loss = state.task.loss(state.loaded, batch, state.device, scale)
+        mark("backward")
+        loss.backward()
+        total += loss.detach()
+        # Free the loss before the next forward pass, not when the name is assigned again.
+        del loss
+    return total
 
 
 def _gradient_norm(state: State) -> Tensor:
@@ -74,27 +85,23 @@ def _gradient_norm(state: State) -> Tensor:
 
 
 def _update(state: State, norm: float, lr: float) -> None:
-    """Unscales and clips in one multiplication, then steps."""
-    own = isinstance(state.optimizer, AdamW)
+    """Update the parameters. The optimizer unscales and clips gradients in one multiplication.
+
+    norm: of the gradients as they are, with the loss scale in them.
+    """
     limit = state.recipe.train.max_grad_norm
     true_norm = norm / state.loss_scale.value
     factor = 1.0 / state.loss_scale.value
     if limit is not None and true_norm > limit:
         factor *= limit / (true_norm + 1e-6)
-    if factor != 1.0 and not own:
-        grads = [p.grad for p in state.trainable.values() if p.grad is not None]
-        torch._foreach_mul_(grads, factor)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-        if own:
-            group["grad_factor"] = factor
-    # bitsandbytes allocates its states itself; ours names them.
-    with scope("temporary" if own else "optimizer"):
-        state.optimizer.step()
+    state.optimizer.apply(factor, lr)
 
 
 def _read(loss: Tensor, norm: Tensor) -> tuple[float, float]:
-    """The only values that a step reads back from the device, in one copy; ones on meta."""
+    """Copy loss and norm to the CPU. Return ones on meta.
+
+    These are the only values that a step reads back from the device, in one copy.
+    """
     pair = torch.stack([loss, norm.float()])
     if pair.is_meta:
         return 1.0, 1.0
@@ -103,10 +110,11 @@ def _read(loss: Tensor, norm: Tensor) -> tuple[float, float]:
 
 
 def _check_overflow(state: State, loss: float) -> None:
-    """Raises NotFinite unless the loss scale alone can explain gradients that are not finite.
+    """Check that the loss scale alone can explain gradients that are not finite.
 
-    loss: of the forward pass, without the scale. It and every parameter must be finite. Parameters
-    are checked on the host: the plan of a step has no memory on the device for that.
+    loss: without the loss scale. Raises NotFinite if the loss or a parameter is not finite.
+    Parameters are checked on the CPU, because the planned memory of a step does not include a
+    check on the device.
     """
     if not math.isfinite(loss):
         raise _diverged(state, f"the loss is {loss}, which is not finite")
@@ -115,5 +123,5 @@ def _check_overflow(state: State, loss: float) -> None:
             raise _diverged(state, f"{name} is not finite")
 
 
-def _diverged(state: State, what: str) -> NotFinite:
-    return NotFinite(f"step {state.step}: {what}", hint=ADVICE)
+def _diverged(state: State, reason: str) -> NotFinite:
+    return NotFinite(f"step {state.step}: {reason}", hint=ADVICE)

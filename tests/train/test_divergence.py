@@ -16,7 +16,8 @@ from qlora_cli.jobs import train
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.resume import save_checkpoint
 from qlora_cli.train import loop
-from qlora_cli.train.optimizer import AdamW, LossScale
+from qlora_cli.train.adamw import AdamW
+from qlora_cli.train.loss_scale import LossScale
 from qlora_cli.train.step import train_step
 from tests.helpers.cli_helpers import Outcome, qlora
 from tests.helpers.runs import make_base, make_recipe, make_rows

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from qlora_cli.errors import RecipeError
 from qlora_cli.recipe.schema import Train
-from qlora_cli.train.optimizer import AdamW, LossScale, learning_rate, make_optimizer
+from qlora_cli.train.adamw import AdamW
+from qlora_cli.train.loss_scale import LossScale
+from qlora_cli.train.optimizer import make_optimizer
+from qlora_cli.train.schedule import learning_rate
 from tests.helpers.runs import CPU
 
 
@@ -139,7 +142,7 @@ def test_adamw8bit_trains_on_a_cpu_and_holds_its_states_in_8_bit() -> None:
 
 @pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw8bit"])
 def test_paging_without_a_card_is_refused(name: Any) -> None:
-    with pytest.raises(RecipeError, match=f"train.optimizer: {name} .* no card"):
+    with pytest.raises(RecipeError, match=f"train.optimizer: {name} .* no GPU"):
         make_optimizer(Train(optimizer=name), parameters(), CPU)
 
 

@@ -19,18 +19,11 @@ from qlora_cli.memory.device import profile_of
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.train import step as stepping
-from qlora_cli.train.optimizer import LossScale
+from qlora_cli.train.loss_scale import LossScale
 from qlora_cli.train.state import State, build_state
 from qlora_cli.train.step import train_step
-from tests.helpers.runs import (
-    CPU,
-    FAMILIES,
-    make_base,
-    make_recipe,
-    make_rows,
-    open_source,
-    stir,
-)
+from tests.helpers.families import MODEL_TYPES
+from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, open_source, stir
 
 LENGTHS = (5, 17, 3, 30, 11)
 
@@ -83,7 +76,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float
         torch.testing.assert_close(found[name], wanted[name], rtol=rtol, atol=rtol * largest)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_an_accumulated_window_is_one_big_batch(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +111,7 @@ def test_the_partial_last_window_counts_its_own_tokens(
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_activation_checkpointing_changes_no_gradient(
     tmp_path: Path, family: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +180,7 @@ def test_clipping_limits_the_norm(tmp_path: Path) -> None:
         assert norm == pytest.approx(limit or outcome.grad_norm, rel=1e-2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_steps_learn(tmp_path: Path, family: str) -> None:
     state = make_state(tmp_path, family)
     losses = [train_step(state, [collate(ROWS)], 1e-2).loss for _ in range(12)]

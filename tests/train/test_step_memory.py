@@ -28,15 +28,8 @@ from qlora_cli.tasks import causal
 from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
-from tests.helpers.runs import (
-    CPU,
-    FAMILIES,
-    build_base,
-    make_base,
-    make_recipe,
-    make_rows,
-    open_source,
-)
+from tests.helpers.families import MODEL_TYPES
+from tests.helpers.runs import CPU, build_base, make_base, make_recipe, make_rows, open_source
 
 CARD = DeviceProfile("cuda", "a card", 24 * 2**30, (8, 9), 128)
 HOST = DeviceProfile("cpu", "a host", 24 * 2**30)
@@ -47,7 +40,7 @@ BATCH = largest_batch(32, 2, 250)
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases")
     make_rows(folder / "rows.jsonl")
-    for family in FAMILIES:
+    for family in MODEL_TYPES:
         make_base(folder / family, family, spread=0.1)
     make_base(folder / "tied", "llama", tied=True)
     return folder
@@ -200,7 +193,7 @@ def largest_float32(recipe: Recipe) -> int:
     return seen.largest
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_no_weight_is_ever_copied_to_float32(bases: Path, family: str, bits: int) -> None:
     recipe = recipe_of(bases, family, base={"bits": bits, "compute_dtype": "bfloat16"})

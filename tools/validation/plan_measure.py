@@ -26,7 +26,7 @@ from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.causal import CAUSAL
-from qlora_cli.train import runtime
+from qlora_cli.train.runtime import setup_device
 from qlora_cli.train.state import State, build_state
 from qlora_cli.train.step import train_step
 
@@ -54,7 +54,7 @@ class Run:
     def of(cls, case: Case, facts: DeviceProfile) -> Run:
         """Settles device and seed as the job does."""
         recipe, _ = resolve(case.recipe(), facts)
-        device = runtime.start(facts, recipe.train.seed).device
+        device = setup_device(facts, recipe.train.seed)
         matrix_values()  # No part of the job; so it is not made while something watches.
         return cls(case, recipe, case.config(), device)
 

@@ -1,0 +1,81 @@
+"""The AdamW variants of bitsandbytes: 8-bit states and paged states."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.memory.scopes import host_memory, scope
+from qlora_cli.train.adamw import BETAS, EPSILON
+from qlora_cli.train.optimizer_state import load_states
+
+PAGED_FROM = 100_000
+"""Number of values from which bitsandbytes allocates a paged optimizer's state as CUDA managed
+memory, which the driver moves between GPU and CPU."""
+
+
+class BitsAndBytesAdamW:
+    """AdamW of bitsandbytes, with the interface of `TrainingOptimizer`."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        weight_decay: float,
+        *,
+        variant: Literal["AdamW", "AdamW8bit"],
+        paged: bool = False,
+    ) -> None:
+        """variant: class of `bitsandbytes.optim`. paged: use its paged version, on a GPU only."""
+        from bitsandbytes import optim
+
+        parameters = list(parameters)
+        is_planned = any(parameter.is_meta for parameter in parameters)
+        # Tensors on meta cannot be paged; the version without paging has the same states.
+        name = f"Paged{variant}" if paged and not is_planned else variant
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._optimizer: torch.optim.Optimizer = getattr(optim, name)(
+                parameters, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay
+            )
+        if paged and is_planned:
+            self._optimizer.get_state_buffer = _planned_state
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        """The states by parameter; empty before the first update."""
+        return self._optimizer.state
+
+    def apply(self, factor: float, lr: float) -> None:
+        """Update every parameter with its gradient times `factor` at learning rate `lr`."""
+        groups = self._optimizer.param_groups
+        if factor != 1.0:
+            parameters = (p for group in groups for p in group["params"])
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+        for group in groups:
+            group["lr"] = lr
+        # bitsandbytes allocates its states within the first step and names no category for them.
+        with scope("optimizer"):
+            self._optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Free the gradients."""
+        self._optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint stores."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore states in their own dtypes. Raises ValueError for other parameters."""
+        load_states(self._optimizer, self._optimizer.load_state_dict, state_dict)
+
+
+def _planned_state(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a state on meta, counted like a paged one: a large one is not in GPU memory."""
+    with nullcontext() if parameter.numel() < PAGED_FROM else host_memory():
+        return torch.zeros_like(parameter, dtype=dtype)
