@@ -22,16 +22,8 @@ from qlora_cli.nn.lora_matmul import draw_seed
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.train.optimizer import make_optimizer
-from tests.helpers.runs import (
-    CPU,
-    FAMILIES,
-    build_base,
-    logits,
-    make_base,
-    make_recipe,
-    make_rows,
-    stir,
-)
+from tests.helpers.families import MODEL_TYPES
+from tests.helpers.runs import CPU, build_base, logits, make_base, make_recipe, make_rows, stir
 
 IDS = torch.arange(5, 29)[None]
 PLAIN = {"q": slice(0, 48)}
@@ -62,7 +54,7 @@ def adapted(
 def composed(layer: LoraLinear, x: Tensor, dropped: Tensor) -> Tensor:
     """The same of plain differentiable operations, each role's rows put beside the others'."""
     y = x @ layer.base.dequantize().t()
-    for role, rows in layer.parts.items():
+    for role, rows in layer.lora_slices.items():
         part = dropped @ layer.lora_a[role].t() @ layer.lora_b[role].t()
         y = y + functional.pad(part, (rows.start, y.shape[1] - rows.stop)) * layer.settings.scaling
     return y
@@ -224,11 +216,11 @@ def frozen_hash(loaded: LoadedModel) -> str:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     make_rows(folder / "rows.jsonl")
-    return {family: make_base(folder / family, family, spread=0.1) for family in FAMILIES}
+    return {family: make_base(folder / family, family, spread=0.1) for family in MODEL_TYPES}
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(
     bases: dict[str, Path], family: str, bits: int
 ) -> None:
@@ -310,13 +302,13 @@ def test_targets_by_role_and_by_path(
             bases[family], bases[family].parent / "rows.jsonl", adapter={"targets": targets}
         )
     )
-    found = {path: set(layer.parts) for path, layer in adapted_layers(loaded.model)}
+    found = {path: set(layer.lora_slices) for path, layer in adapted_layers(loaded.model)}
     assert {path.split(".", 3)[-1]: roles for path, roles in found.items()} == wanted
     blocks = {path.split(".")[2] for path in found}
     assert len(blocks) == (1 if "." in targets[0] else 2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_all_targets_every_linear_of_the_blocks(bases: dict[str, Path], family: str) -> None:
     loaded = build_base(make_recipe(bases[family], bases[family].parent / "rows.jsonl"))
     left = [

@@ -54,20 +54,20 @@ def _timeline() -> tuple[PhaseTrace, ...]:
     timeline = Timeline(lambda: next(clock) / 100)
     timeline.begin("load")
     for share in range(1, 50):
-        timeline.changed({name: size * share // 49 for name, size in HELD.items()})
+        timeline.update({name: size * share // 49 for name, size in HELD.items()})
     timeline.end()
     for step in (1, 2, 30):
         timeline.begin("first_step" if step == 1 else "step")
-        timeline.number(step)
+        timeline.set_step(step)
         for part in ("forward", "backward") * 2:
             timeline.mark(part)
             for share in range(60):
                 height = share if part == "forward" else 59 - share
-                timeline.changed(STEP | {"activations": STEP["activations"] * height // 59})
+                timeline.update(STEP | {"activations": STEP["activations"] * height // 59})
         timeline.mark("update")
-        timeline.changed(STEP | {"activations": 0, "loss": 0})
+        timeline.update(STEP | {"activations": 0, "loss": 0})
         timeline.end()
-    return timeline.stretches
+    return timeline.traces
 
 
 TIMELINE = _timeline()

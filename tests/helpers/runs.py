@@ -12,7 +12,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -28,20 +27,10 @@ from qlora_cli.models.family import Family, open_source
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
+from tests.helpers.families import small_config
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 CPU = torch.device("cpu")
 _TOKENS = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-_LLAMA_LIKE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-}
-_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
 def make_base(
@@ -58,15 +47,14 @@ def make_base(
 
     spread: of the weights; large enough that the model has opinions.
     """
-    sizes = _GPT2 if family == "gpt2" else _LLAMA_LIKE
-    config = AutoConfig.for_model(
+    config = small_config(
         family,
         vocab_size=len(_TOKENS),
         tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        **{**sizes, **settings},
+        **settings,
     )
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

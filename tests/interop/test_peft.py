@@ -17,6 +17,7 @@ from qlora_cli.models.attach import attach, save_adapter
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.runs.open import open_run
 from qlora_cli.runs.run import Run
+from tests.helpers.families import MODEL_TYPES
 from tests.helpers.peft_helpers import (
     IDS,
     frozen_16_bit,
@@ -25,7 +26,7 @@ from tests.helpers.peft_helpers import (
     theirs,
     write_peft_adapter,
 )
-from tests.helpers.runs import CPU, FAMILIES, build_base, logits, make_run, stir
+from tests.helpers.runs import CPU, build_base, logits, make_run, stir
 
 # PEFT 0.21 asks transformers 5.23 by a name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -45,7 +46,7 @@ def assert_same_keys(model: Any, adapter: Path) -> None:
     assert all(torch.equal(places[name], in_file[name]) for name in in_file)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 def test_peft_loads_ours(family: str, rslora: bool, targets: Any, tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def round_trip(loaded: LoadedModel, recipe: Any, folder: Path) -> LoadedModel:
     return back
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_there_and_back_is_exact(family: str, dtype: str, tmp_path: Path) -> None:
     _, recipe = frozen_16_bit(tmp_path, family, dtype=dtype)

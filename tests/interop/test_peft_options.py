@@ -20,6 +20,7 @@ from qlora_cli.events import Silent
 from qlora_cli.models.attach import attach
 from qlora_cli.runs.open import open_for_adapters
 from qlora_cli.runs.run import adapter_at
+from tests.helpers.families import MODEL_TYPES
 from tests.helpers.peft_helpers import (
     IDS,
     frozen_16_bit,
@@ -28,16 +29,7 @@ from tests.helpers.peft_helpers import (
     theirs,
     write_peft_adapter,
 )
-from tests.helpers.runs import (
-    CPU,
-    FAMILIES,
-    build_base,
-    logits,
-    make_base,
-    make_recipe,
-    make_rows,
-    make_run,
-)
+from tests.helpers.runs import CPU, build_base, logits, make_base, make_recipe, make_rows, make_run
 
 # PEFT 0.21 asks transformers 5.23 by a name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -172,7 +164,7 @@ MIXED: dict[str, list[str]] = {
 needs rank and alpha patterns."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 def test_peft_loads_our_exact_paths(family: str, rslora: bool, tmp_path: Path) -> None:
     targets = MIXED.get(family, MIXED["llama"])
@@ -185,7 +177,7 @@ def test_peft_loads_our_exact_paths(family: str, rslora: bool, tmp_path: Path) -
     torch.testing.assert_close(found, logits(loaded, IDS), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_was_trained_on_a_packed_base_answers_alike_on_the_plain_one(
     family: str, bits: int, tmp_path: Path

@@ -19,16 +19,8 @@ from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.open import open_any, open_model, open_run
 from qlora_cli.runs.resume import write_trained
 from qlora_cli.runs.run import Run
-from tests.helpers.runs import (
-    CPU,
-    FAMILIES,
-    build_base,
-    logits,
-    make_base,
-    make_recipe,
-    make_rows,
-    make_run,
-)
+from tests.helpers.families import MODEL_TYPES
+from tests.helpers.runs import CPU, build_base, logits, make_base, make_recipe, make_rows, make_run
 
 IDS = torch.tensor([[5, 80, 91, 7, 33, 250, 64, 12]])
 PRETRAINED = ("stories260K", "gpt_nano_sort", "books-gpt2")
@@ -53,7 +45,7 @@ def go_on(model: Any, ids: Tensor, num: int) -> list[int]:
     return [int(token) for token in output[0]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_answers_as_transformers_own(
     family: str, dtype: torch.dtype, tmp_path: Path
@@ -77,7 +69,7 @@ def test_a_pretrained_model_writes_the_same_text(name: str, shared: Path) -> Non
     assert go_on(loaded.model, ids, num) == go_on(reference, ids, num)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_a_run_answers_as_it_was_trained(family: str, bits: int, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family)

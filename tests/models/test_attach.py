@@ -20,7 +20,8 @@ from qlora_cli.errors import InputError, ModelError, ProblemsError, QloraError
 from qlora_cli.models.attach import attach, detach, load_adapter, save_adapter
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe.schema import Recipe
-from tests.helpers.runs import FAMILIES, build_base, logits, make_base, make_recipe, stir
+from tests.helpers.families import MODEL_TYPES
+from tests.helpers.runs import build_base, logits, make_base, make_recipe, stir
 
 IDS = torch.tensor([[5, 80, 91, 7]])
 BLOCKS = [f"model.layers.{n}.self_attn.{role}_proj" for n in range(12) for role in "qkvo"]
@@ -29,7 +30,7 @@ BLOCKS = [f"model.layers.{n}.self_attn.{role}_proj" for n in range(12) for role 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {family: make_base(folder / family, family) for family in FAMILIES}
+    return {family: make_base(folder / family, family) for family in MODEL_TYPES}
 
 
 def a_model(base: Path, **adapter: Any) -> tuple[Recipe, LoadedModel]:
@@ -41,7 +42,7 @@ def a_model(base: Path, **adapter: Any) -> tuple[Recipe, LoadedModel]:
     return recipe, loaded
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("targets", ["all", ["q", "v"], ["k", "up"]], ids=str)
 def test_what_is_written_is_read_exactly(

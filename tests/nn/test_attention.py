@@ -16,16 +16,8 @@ from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn import attention
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.causal import CAUSAL
-from tests.helpers.runs import (
-    CPU,
-    FAMILIES,
-    build_base,
-    logits,
-    make_base,
-    make_recipe,
-    make_rows,
-    stir,
-)
+from tests.helpers.families import MODEL_TYPES
+from tests.helpers.runs import CPU, build_base, logits, make_base, make_recipe, make_rows, stir
 
 WINDOW = 5
 
@@ -55,7 +47,7 @@ def loss_and_gradients(loaded: LoadedModel, rows: list[Example]) -> tuple[float,
     return loss.item(), found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_packed_rows_are_each_row_alone(tmp_path: Path, family: str) -> None:
     """Loss and gradients of rows in one sequence are the sums over the rows alone."""
     _, loaded = make(tmp_path, family)
@@ -71,7 +63,7 @@ def test_packed_rows_are_each_row_alone(tmp_path: Path, family: str) -> None:
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_a_row_does_not_depend_on_its_neighbours(tmp_path: Path, family: str) -> None:
     """Other neighbours of the same length: the same shapes, and so the very same bits."""
     _, loaded = make(tmp_path, family)
@@ -83,7 +75,7 @@ def test_a_row_does_not_depend_on_its_neighbours(tmp_path: Path, family: str) ->
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_the_gradient_of_a_row_reaches_no_neighbour(tmp_path: Path, family: str) -> None:
     _, loaded = make(tmp_path, family)
     table = loaded.model.get_submodule(loaded.family.token_embedding).weight
@@ -116,7 +108,7 @@ def test_these_tests_would_see_a_leak(
     assert not torch.allclose(one, other, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_logits_are_transformers_own(tmp_path: Path, family: str) -> None:
     """Its eager attention, with grouped heads and, in Mistral, a sliding window."""
     base, loaded = make(tmp_path, family)
@@ -140,7 +132,7 @@ def test_the_sliding_window_matters(tmp_path: Path) -> None:
     assert difference[WINDOW:].min() > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_generation_with_a_cache_is_the_forward_pass(tmp_path: Path, family: str) -> None:
     """Tokens one by one, each attending to the cache, are what whole passes predict."""
     _, loaded = make(tmp_path, family)

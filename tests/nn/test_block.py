@@ -24,7 +24,8 @@ from qlora_cli.nn.norm import RmsNorm
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.causal import CAUSAL
-from tests.helpers.runs import CPU, FAMILIES, build_base, make_base, make_recipe, make_rows, stir
+from tests.helpers.families import MODEL_TYPES
+from tests.helpers.runs import CPU, build_base, make_base, make_recipe, make_rows, stir
 
 HIDDEN, WIDTH, TOKENS, RANK = 64, 96, 11, 3
 GATED, PLAIN = Projections("gate", "up", "down"), Projections(None, "up", "down")
@@ -212,7 +213,7 @@ def test_going_back_twice_is_an_error_and_no_wrong_gradient() -> None:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases")
     make_rows(folder / "rows.jsonl")
-    for family in FAMILIES:
+    for family in MODEL_TYPES:
         make_base(folder / family, family, spread=0.1)
     return folder
 
@@ -238,7 +239,7 @@ def step_of(loaded: LoadedModel) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **found}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize(
     ("dropout", "checkpointing", "bits"), [(0.0, True, 4), (0.3, True, 8), (0.3, False, 16)]
 )
@@ -278,7 +279,7 @@ def test_full_fine_tuning_trains_transformers_own_modules(bases: Path) -> None:
 
 def test_every_norm_of_the_model_is_ours(bases: Path) -> None:
     """The spec names them all: a forgotten one would keep its float32 copies in silence."""
-    for family in FAMILIES:
+    for family in MODEL_TYPES:
         left = [
             m for m in make(bases, family).model.modules() if type(m).__name__.endswith("RMSNorm")
         ]
@@ -310,7 +311,7 @@ def saved_bytes(loaded: LoadedModel) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_third_less_is_kept_for_backward(
     bases: Path, monkeypatch: pytest.MonkeyPatch, family: str, dropout: float

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qlora_cli.nn import quant
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
-from tests.helpers.runs import FAMILIES, build_base, logits, make_base, make_recipe, make_rows
+from tests.helpers.families import MODEL_TYPES
+from tests.helpers.runs import build_base, logits, make_base, make_recipe, make_rows
 
 SIZES = [(64, 64), (128, 172), (172, 128), (30, 18), (43, 172)]
 """(out, in): whole blocks, blocks across rows, a last block cut short, an odd number of rows."""
@@ -190,7 +191,7 @@ def test_an_all_zero_weight_is_finite() -> None:
 
 @pytest.mark.parametrize("compute", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_every_family_computes_in_every_dtype(
     tmp_path: Path, family: str, bits: int, compute: str
 ) -> None:

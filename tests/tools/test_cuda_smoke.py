@@ -21,8 +21,8 @@ from qlora_cli.models.family import open_source
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Bits, Optimizer
 from qlora_cli.runs.layout import RunFolder
+from tests.helpers.families import MODEL_TYPES
 from tests.helpers.results import HELD, LEDGER, STEP
-from tests.helpers.runs import FAMILIES
 
 PEAK = sum(STEP.values())
 SEEN = {"allocated": PEAK, "reserved": PEAK + 1000}
@@ -122,7 +122,7 @@ def test_rows_are_as_long_as_asked_for(tmp_path: Path) -> None:
 
 def test_every_family_bit_optimizer_and_method_is_gone() -> None:
     recipes = [road.case.recipe() for road in cuda_smoke.roads()]
-    assert {road.case.family for road in cuda_smoke.roads()} == set(FAMILIES)
+    assert {road.case.family for road in cuda_smoke.roads()} == set(MODEL_TYPES)
     assert {recipe.base.bits for recipe in recipes} == set(get_args(Bits))
     assert {recipe.train.optimizer for recipe in recipes} == set(get_args(Optimizer))
     assert {recipe.adapter.method for recipe in recipes} == {"lora", "full"}

@@ -26,7 +26,8 @@ from qlora_cli.export.verify.checks import loading_faults
 from qlora_cli.export.verify.verification import verify
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run
-from tests.helpers.runs import CPU, FAMILIES, logits, make_base, make_recipe, make_rows, make_run
+from tests.helpers.families import MODEL_TYPES
+from tests.helpers.runs import CPU, logits, make_base, make_recipe, make_rows, make_run
 
 torch.set_num_threads(1)
 ROWS = [
@@ -49,7 +50,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_streamed_and_held_are_the_same(
     family: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +68,7 @@ def test_streamed_and_held_are_the_same(
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_a_folder_answers_as_transformers_answers_row_by_row(family: str, tmp_path: Path) -> None:
     """Rows lie in one sequence and do not see each other."""
     _, _, base = a_run(tmp_path, family)
@@ -133,7 +134,7 @@ def test_verify_passes_and_fails_where_nothing_is_held(family: str, tmp_path: Pa
     assert verdict.comparison.mean_kl > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
 def test_transformers_is_asked_about_every_tensor(family: str, tied: bool, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family, tied=tied)

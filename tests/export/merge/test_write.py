@@ -29,15 +29,8 @@ from qlora_cli.models.model import LoadedModel
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.resume import write_trained
 from qlora_cli.runs.run import Run
-from tests.helpers.runs import (
-    CPU,
-    FAMILIES,
-    build_base,
-    make_base,
-    make_recipe,
-    make_rows,
-    make_run,
-)
+from tests.helpers.families import MODEL_TYPES
+from tests.helpers.runs import CPU, build_base, make_base, make_recipe, make_rows, make_run
 
 torch.set_num_threads(1)
 
@@ -69,7 +62,7 @@ def in_file_shape(family: str, weight: Tensor) -> Tensor:
     return weight.t() if family == "gpt2" else weight
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("targets", ["all", ["q", "v"]], ids=["all", "qv"])
 def test_merged_is_the_base_plus_the_scaled_product(
@@ -92,7 +85,7 @@ def test_merged_is_the_base_plus_the_scaled_product(
             assert (made.float() - expected).abs().le(expected.abs() * 2.0**-11 + 1e-6).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_with_b_zero_it_is_the_base_bit_for_bit(family: str, tmp_path: Path) -> None:
     base, run, _ = a_run(tmp_path, family, spread=0.0)
     job.run(run.path, out=tmp_path / "out", dtype="float16", base="original", observer=Silent())
@@ -101,7 +94,7 @@ def test_with_b_zero_it_is_the_base_bit_for_bit(family: str, tmp_path: Path) -> 
     assert all(torch.equal(merged[name], original[name]) for name in original)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_only_what_was_quantized_is_dequantized(family: str, tmp_path: Path) -> None:
     base, run, loaded = a_run(tmp_path, family, adapter={"targets": ["q"]})
     original, tensors = read_all(base), tensors_of(run, "dequantized")
@@ -136,7 +129,7 @@ def test_a_sum_between_two_roundings_is_accepted_and_a_flipped_bit_is_not(tmp_pa
         assert not tensors.within_rounding_error(name, made)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
 def test_transformers_loads_it_with_nothing_missing(
     family: str, tied: bool, tmp_path: Path
@@ -199,7 +192,9 @@ def test_a_base_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     weights = read_all(base)
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(QloraError, match=r"model\.norm\.weight of the base has values that are not finite"):
+    with pytest.raises(
+        QloraError, match=r"model\.norm\.weight of the base has values that are not finite"
+    ):
         job.run(run.path, out=tmp_path / "out", dtype=None, base="original", observer=Silent())
 
 

@@ -23,7 +23,8 @@ from qlora_cli.export.verify.verification import VerificationReport, verify
 from qlora_cli.jobs import verify as job
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run
-from tests.helpers.runs import CPU, FAMILIES, make_base, make_recipe, make_rows, make_run
+from tests.helpers.families import MODEL_TYPES
+from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, make_run
 
 torch.set_num_threads(1)
 ADAPTED = "model.layers.1.self_attn.q_proj"
@@ -273,7 +274,7 @@ def test_many_faults_are_counted(world: World, tmp_path: Path) -> None:
 
 
 RIGHT: list[tuple[str, int, MergeBase]] = [
-    *((family, 4, "dequantized") for family in FAMILIES),
+    *((family, 4, "dequantized") for family in MODEL_TYPES),
     ("gpt2", 8, "dequantized"),
     ("qwen3", 8, "dequantized"),
     ("llama", 16, "original"),
