@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qlora_cli.memory.device import profile_of
 from qlora_cli.nn.attention import FLASH_CAPABILITY, Spans, attend, kernel_for
+from tests.helpers.quantized import draw
 from tests.helpers.runs import CPU
-from tests.nn.test_quant import draw
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (150, 1, 37, 260)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qlora_cli.adapters.lora import LoraLinear, LoraSettings
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from tests.helpers.quantized import draw
 from tests.helpers.runs import CPU
-from tests.nn.test_quant import draw
 
 pytestmark = pytest.mark.gpu
 IN, OUT, TOKENS = 512, 384, 96

@@ -7,9 +7,9 @@ import torch
 
 from qlora_cli.nn import loss
 from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
+from tests.helpers.quantized import draw
+from tests.helpers.reference_loss import plain, targets_of
 from tests.helpers.runs import CPU
-from tests.nn.test_loss import plain, targets_of
-from tests.nn.test_quant import draw
 
 pytestmark = pytest.mark.gpu
 TOKENS, HIDDEN, WORDS = 300, 256, 5000

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.nn.quant import BLOCK_4BIT, BLOCK_SCALES, QuantLinear, code_of_scales
+from tests.helpers.quantized import draw, packed
 from tests.helpers.runs import CPU
-from tests.nn.test_quant import draw, packed
 
 pytestmark = pytest.mark.gpu
 Record = Callable[[str, object], None]

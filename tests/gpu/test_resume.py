@@ -22,8 +22,8 @@ from qlora_cli.nn.loss import chunked_cross_entropy
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.backbone import hidden_states
 from tests.helpers.interrupted import go
+from tests.helpers.resumed_runs import CASES, assert_same_run, losses, recipe_of
 from tests.helpers.runs import build_base, make_base, make_recipe, make_rows
-from tests.runs.test_resume import CASES, assert_same_run, losses, recipe_of
 
 pytestmark = pytest.mark.gpu
 LONG = 300

@@ -24,6 +24,7 @@ from qlora_cli.export.gguf.model import ARCHITECTURES
 from qlora_cli.models.registry import FAMILIES
 from qlora_cli.runs.layout import RunFolder
 from tests.helpers.cli_helpers import qlora
+from tests.helpers.families import LLAMA3_ROPE_SCALING
 from tests.helpers.runs import make_base, make_recipe, make_rows, make_run
 from tests.helpers.vocabularies import (
     CUTS,
@@ -35,15 +36,6 @@ from tests.helpers.vocabularies import (
     sentencepiece,
     split,
 )
-
-SCALED = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 
 
 def write(folder: Path, encoding: gguf_write.GgufEncoding = "f16") -> Path:
@@ -173,7 +165,7 @@ def test_sharded_bfloat16_is_read_and_rounded(tmp_path: Path) -> None:
 
 
 def test_llama3_frequencies_are_divided_by_the_documented_factors(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", "llama", rope_parameters=SCALED)
+    folder = make_model(tmp_path / "model", "llama", rope_parameters=LLAMA3_ROPE_SCALING)
     file = write(folder)
     (found,) = (t for t in GGUFReader(file).tensors if t.name == "rope_freqs.weight")
     wanted = []
@@ -209,7 +201,7 @@ def test_linear_frequencies_and_a_sliding_window_are_metadata(tmp_path: Path) ->
     [
         ("gpt2", {}, "not for gpt2"),
         ("llama", {"hidden_act": "gelu"}, "no gelu activation"),
-        ("qwen2", {"rope_parameters": SCALED}, "'llama3' of qwen2"),
+        ("qwen2", {"rope_parameters": LLAMA3_ROPE_SCALING}, "'llama3' of qwen2"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},

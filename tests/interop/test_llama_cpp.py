@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_cli.events import Silent
 from qlora_cli.export.gguf import write as gguf_write
 from qlora_cli.export.gguf.model import ARCHITECTURES
+from tests.helpers.families import LLAMA3_ROPE_SCALING
 from tests.helpers.vocabularies import CUTS, TEXT, make_model, named, sentencepiece
-from tests.interop.test_gguf import SCALED
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -68,7 +68,7 @@ def test_the_model_answers_as_in_transformers(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"rope_parameters": SCALED},
+        {"rope_parameters": LLAMA3_ROPE_SCALING},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},
         {"attention_bias": True, "mlp_bias": True},
         {"head_dim": 32},

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.units import GIB, MIB
-from tests.export.merge.test_host_memory import LARGEST_BYTES, make_large_base
+from tests.helpers.large_models import LARGEST_BYTES, make_large_base
 
 NUM_LAYERS = 12
 LOAD = """

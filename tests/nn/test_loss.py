@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from qlora_cli.nn import loss
 from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
+from tests.helpers.reference_loss import plain, targets_of
 
 TOKENS, HIDDEN, WORDS = 23, 16, 50
 
@@ -21,18 +21,6 @@ def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.randint(0, WORDS, (TOKENS,), generator=generator)
     labels[::3] = IGNORE_INDEX
     return hidden, head, labels
-
-
-def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:
-    positions = (labels != IGNORE_INDEX).nonzero().flatten()
-    return positions, labels[positions]
-
-
-def plain(hidden: Tensor, head: Tensor, labels: Tensor, scale: float) -> Tensor:
-    logits = (hidden @ head.t()).float()
-    return scale * functional.cross_entropy(
-        logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"
-    )
 
 
 @pytest.fixture(params=[1, 2, 5, 7, 15, 16, 1000])

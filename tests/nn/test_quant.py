@@ -11,25 +11,13 @@ import torch
 from torch import Tensor
 
 from qlora_cli.nn import quant
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from tests.helpers.families import MODEL_TYPES
+from tests.helpers.quantized import draw, packed
 from tests.helpers.runs import build_base, logits, make_base, make_recipe, make_rows
 
 SIZES = [(64, 64), (128, 172), (172, 128), (30, 18), (43, 172)]
 """(out, in): whole blocks, blocks across rows, a last block cut short, an odd number of rows."""
-
-
-def packed(
-    weight: Tensor, bits: int = 4, compute: torch.dtype = torch.float32, **more: object
-) -> QuantLinear:
-    weight_format = WeightFormat(bits, compute, torch.float16, **more)  # type: ignore[arg-type]
-    layer = QuantLinear(weight.shape[1], weight.shape[0], bias=False, weight_format=weight_format)
-    layer.pack(weight)
-    return layer
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_cli.data.collate import collate
 from qlora_cli.errors import ModelError, NotFinite, QloraError
 from qlora_cli.events import Silent
 from qlora_cli.jobs import train
@@ -21,7 +22,7 @@ from qlora_cli.train.loss_scale import LossScale
 from qlora_cli.train.step import train_step
 from tests.helpers.cli_helpers import Outcome, qlora
 from tests.helpers.runs import make_base, make_recipe, make_rows
-from tests.train.test_step import HALF, ROWS, collate, make_state, poison
+from tests.helpers.training import HALF, ROWS, make_state, poison
 
 STEPS = 6
 HALVES: dict[str, dict[str, dict[str, Any]]] = {

@@ -4,51 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from qlora_cli.data.collate import Batch, collate
-from qlora_cli.data.encode import Example
 from qlora_cli.data.packing import BatchSchedule
 from qlora_cli.errors import QloraError
-from qlora_cli.files.locate import read_config
-from qlora_cli.memory.device import profile_of
-from qlora_cli.models.build import ModelRequest
 from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.train import step as stepping
 from qlora_cli.train.loss_scale import LossScale
-from qlora_cli.train.state import State, build_state
+from qlora_cli.train.state import State
 from qlora_cli.train.step import train_step
 from tests.helpers.families import MODEL_TYPES
-from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, open_source, stir
-
-LENGTHS = (5, 17, 3, 30, 11)
-
-
-def example(start: int, length: int, untrained: int = 1) -> Example:
-    """untrained: tokens at the front without a label, as a prompt has."""
-    ids = [3 + (start + 11 * i + i * i) % 250 for i in range(length)]
-    return Example(ids, [-100] * untrained + ids[untrained:], f"row {start}")
-
-
-ROWS = [example(40 * i, length, untrained=1 + i % 2) for i, length in enumerate(LENGTHS)]
-
-
-def make_state(folder: Path, family: str = "llama", **sections: Any) -> State:
-    base = folder / family
-    if not base.exists():
-        make_base(base, family, spread=0.15)
-    recipe = make_recipe(base, make_rows(folder / "rows.jsonl"), **sections)
-    config = read_config(base / "config.json")
-    request = ModelRequest(
-        recipe, config, lambda _, found: open_source(base, found), CPU, profile_of(CPU)
-    )
-    state = build_state(request)
-    stir(state.loaded)
-    return state
+from tests.helpers.runs import CPU
+from tests.helpers.training import HALF, LENGTHS, ROWS, make_state, poison
 
 
 def loss_and_gradients(
@@ -187,12 +158,6 @@ def test_steps_learn(tmp_path: Path, family: str) -> None:
     assert losses[-1] < 0.95 * losses[0]
 
 
-def poison(state: State, value: float) -> None:
-    """One weight of the final norm: nothing downstream is finite."""
-    with torch.no_grad():
-        state.loaded.model.get_submodule("model.norm").weight[0] = value
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_job(tmp_path: Path, value: float) -> None:
     state = make_state(tmp_path)
@@ -221,9 +186,6 @@ def test_a_nan_in_the_second_batch_of_a_window_is_seen(tmp_path: Path) -> None:
     window = [collate([ROWS[0]]), collate([ROWS[1]])]
     with pytest.raises(QloraError, match="the loss is nan"):
         train_step(state, window, 1e-3)
-
-
-HALF = {"base": {"compute_dtype": "float16"}, "adapter": {"dtype": "float16"}}
 
 
 def test_float16_trains_under_a_loss_scale(tmp_path: Path) -> None:

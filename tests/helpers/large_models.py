@@ -1,0 +1,101 @@
+"""Models of several gigabytes and runs on them, written one tensor at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from qlora_cli.adapters import peft_config
+from qlora_cli.adapters.peft_config import PeftConfig
+from qlora_cli.export.merge.folder import plan_shards, write_index
+from qlora_cli.files.atomic import write_json
+from qlora_cli.files.safetensors_io import Shape, write_tensors
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.layout import RunFolder
+
+WIDTH, INNER, LAYERS, WORDS = 2048, 5632, 5, 32000
+LARGEST_BYTES = WORDS * WIDTH * 2
+SHARD_BYTES = 400_000_000
+
+
+def block_shapes(layer: int) -> dict[str, tuple[int, ...]]:
+    path = f"model.layers.{layer}"
+    attention = {f"{path}.self_attn.{role}_proj.weight": (WIDTH, WIDTH) for role in "qkvo"}
+    return attention | {
+        f"{path}.mlp.gate_proj.weight": (INNER, WIDTH),
+        f"{path}.mlp.up_proj.weight": (INNER, WIDTH),
+        f"{path}.mlp.down_proj.weight": (WIDTH, INNER),
+        f"{path}.input_layernorm.weight": (WIDTH,),
+        f"{path}.post_attention_layernorm.weight": (WIDTH,),
+    }
+
+
+def make_large_base(folder: Path, num_layers: int = LAYERS) -> Path:
+    """In bfloat16, in several files, written one tensor at a time."""
+    folder.mkdir()
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=num_layers,
+        num_attention_heads=16,
+        dtype=torch.bfloat16,
+    )
+    config.save_pretrained(folder)
+    shapes = {"model.embed_tokens.weight": (WORDS, WIDTH), "model.norm.weight": (WIDTH,)}
+    for layer in range(num_layers):
+        shapes |= block_shapes(layer)
+    shapes["lm_head.weight"] = (WORDS, WIDTH)
+    planned = {name: Shape(torch.bfloat16, shape) for name, shape in shapes.items()}
+    noise = (0.02 * torch.randn(INNER * WIDTH)).bfloat16()
+
+    def make(name: str) -> Tensor:
+        size = torch.Size(shapes[name])
+        return noise.repeat(-(-size.numel() // noise.numel()))[: size.numel()].view(size)
+
+    shards = plan_shards(planned, SHARD_BYTES)
+    for shard in shards:
+        write_tensors(folder / shard.name, shard.shapes, make, {"format": "pt"})
+    write_index(folder, shards)
+    return folder
+
+
+def make_large_run(path: Path, base: Path, num_layers: int = LAYERS) -> RunFolder:
+    """A run with an adapter on every linear, as PEFT would write it."""
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": str(base)},
+            "base": {"compute_dtype": "bfloat16"},
+            "adapter": {"targets": "all"},
+            "data": {"train": "rows.jsonl"},
+        }
+    )
+    run = RunFolder(path)
+    run.create()
+    run.write({"recipe": recipe.model_dump(mode="json"), "base_folder": str(base)})
+    run.adapter.mkdir()
+    roles = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = PeftConfig(r=16, lora_alpha=32.0, target_modules=roles)
+    write_json(run.adapter / peft_config.CONFIG, config.model_dump(mode="json"))
+    shapes: dict[str, Shape] = {}
+    for layer in range(num_layers):
+        for name, shape in block_shapes(layer).items():
+            if len(shape) == 2:
+                path_of = name.removesuffix(".weight")
+                out_features, in_features = shape
+                shapes[peft_config.key_of(path_of, "A")] = Shape(torch.float32, (16, in_features))
+                shapes[peft_config.key_of(path_of, "B")] = Shape(torch.float32, (out_features, 16))
+    write_tensors(
+        run.adapter / peft_config.WEIGHTS,
+        shapes,
+        lambda key: 0.01 * torch.randn(shapes[key].shape),
+        {"format": "pt"},
+    )
+    return run
+
+
+def make_large(folder: Path, num_layers: int) -> RunFolder:
+    return make_large_run(folder / "run", make_large_base(folder / "base", num_layers), num_layers)
