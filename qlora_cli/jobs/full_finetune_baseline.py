@@ -23,7 +23,8 @@ from qlora_cli.events import Observer, Silent
 from qlora_cli.files.atomic import write_json, writing
 from qlora_cli.jobs import report, train
 from qlora_cli.jobs.prepare import prepare, read_job
-from qlora_cli.memory.device import available_bytes, inspect_device
+from qlora_cli.memory.device import inspect_device
+from qlora_cli.memory.host import available_bytes
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import STEP_PHASES, Device, Ledger, Phase
 from qlora_cli.memory.tracker import track_gradients

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
 import torch
 
 from qlora_cli.device import DeviceProfile
+from qlora_cli.memory.host import host_capacity_bytes
 from qlora_cli.memory.ledger import Allocator
 
 
@@ -33,29 +33,6 @@ def profile_of(device: torch.device) -> DeviceProfile:
             context_bytes=max(taken, 0),
         )
     return DeviceProfile(kind="cpu", name=_cpu_name(), capacity_bytes=host_capacity_bytes())
-
-
-def host_capacity_bytes() -> int:
-    """Memory of this machine, or what its container allows where that is less."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(physical, int(text)) if text.isdigit() else physical
-
-
-def available_bytes(device: torch.device) -> int:
-    """What a job could have now: free on the card, or of this machine and its container."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.current").exists():
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # Pages of files give way where memory is asked for.
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-        free = min(free, host_capacity_bytes() - used)
-    return free
 
 
 def reset_peak(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 from pathlib import Path
 
@@ -12,6 +13,8 @@ _SHARE = 0.8
 """Of what is left: the rest is for activations and for other programs."""
 _LIMITS = {resource.RLIMIT_AS: "VmSize", resource.RLIMIT_DATA: "VmData"}
 """The operating system's limits on a process, and what of it counts towards each."""
+_GROUP = Path("/sys/fs/cgroup")
+"""The control group of this process; in a container its root, with the container's limit."""
 _M_MMAP_THRESHOLD = -3
 _OWN_PAGES_BYTES = 2**20
 
@@ -29,24 +32,49 @@ def give_back_freed() -> None:
 
 
 def fits(num_bytes: int, device: torch.device) -> bool:
-    """Whether so much can be held on the device now."""
-    return num_bytes < _SHARE * _free_bytes(device)
+    """Return whether a model of `num_bytes` can be loaded on `device` now, with a reserve."""
+    return num_bytes < _SHARE * available_bytes(device)
 
 
-def _free_bytes(device: torch.device) -> int:
+def host_capacity_bytes() -> int:
+    """Return the memory of this machine, or its container's limit if that is smaller."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _container_limit()
+    return physical if limit is None else min(physical, limit)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the bytes that this process can still allocate on `device`.
+
+    On a GPU: what the driver reports as free. On the CPU: the smallest of what is left of the
+    machine's memory, of the container's limit and of the process' own limits (`ulimit -v`, `-d`).
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    left = [_kibibytes(Path("/proc/meminfo"))["MemAvailable"]]
+    limit = _container_limit()
+    if limit is not None:
+        left.append(limit - _container_usage())
     own = _kibibytes(Path("/proc/self/status"))
-    found = [_kibibytes(Path("/proc/meminfo"))["MemAvailable"]]
     for kind, counted in _LIMITS.items():
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
-            found.append(soft - own[counted])
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    if text.isdigit():
-        found.append(int(text) - own["VmRSS"])
-    return min(found)
+            left.append(soft - own[counted])
+    return max(0, min(left))
+
+
+def _container_limit() -> int | None:
+    """Return the memory limit of this process' control group in bytes, or None without one."""
+    file = _GROUP / "memory.max"
+    text = file.read_text().strip() if file.exists() else "max"
+    return int(text) if text.isdigit() else None
+
+
+def _container_usage() -> int:
+    """Return the memory that counts towards the limit and that the kernel cannot reclaim."""
+    stat = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+    # The kernel drops pages of files that were read long ago when a process needs memory.
+    return int((_GROUP / "memory.current").read_text()) - int(stat["inactive_file"])
 
 
 def _kibibytes(file: Path) -> dict[str, int]:

@@ -18,7 +18,8 @@ from profiler_peak import Judge
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import QloraError
-from qlora_cli.memory.device import host_capacity_bytes, inspect_device, profile_of
+from qlora_cli.memory.device import inspect_device, profile_of
+from qlora_cli.memory.host import host_capacity_bytes
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.nn.quant import code_of_scales
 from qlora_cli.plan.dry_run import dry_run
