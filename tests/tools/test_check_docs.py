@@ -1,66 +1,93 @@
-"""README.md says what the program says, and the check notices when it does not."""
+"""The documentation agrees with the program, and check_docs.py reports where it does not."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import check_docs
+import check_layers
 import make_docs
 import pytest
 
-MARKERS = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in make_docs.SECTIONS)
+LAYERS = "\n".join(f"| `{room}/` | x |" for rooms in check_layers.LAYERS for room in rooms)
 
 
 @pytest.fixture
-def readme(tmp_path: Path) -> Path:
-    """A page that is right, beside a checkout of one file."""
+def checkout(tmp_path: Path) -> Path:
+    """A checkout whose pages have no fault."""
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "test").touch()
-    path = tmp_path / "README.md"
-    path.write_text(make_docs.fill(MARKERS))
-    return path
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("# readme\n")
+    (tmp_path / "docs" / "architecture.md").write_text(f"{LAYERS}\n")
+    for page, sections in make_docs.PAGES.items():
+        (tmp_path / page).write_text(make_docs.fill(markers(sections), sections))
+    return tmp_path
 
 
-def test_the_readme_is_right(root: Path) -> None:
-    assert check_docs.check(root / "README.md") == []
+def markers(sections: tuple[str, ...]) -> str:
+    return "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in sections)
+
+
+def test_the_documentation_has_no_fault(root: Path) -> None:
+    assert check_docs.check(root) == []
+
+
+def test_every_section_has_a_page() -> None:
+    assert sorted(n for names in make_docs.PAGES.values() for n in names) == sorted(
+        make_docs.SECTIONS
+    )
 
 
 def test_filling_twice_changes_nothing() -> None:
-    once = make_docs.fill(f"before\n{MARKERS}after\n")
-    assert make_docs.fill(once) == once
+    sections = tuple(make_docs.SECTIONS)
+    once = make_docs.fill(f"before\n{markers(sections)}after\n", sections)
+    assert make_docs.fill(once, sections) == once
     assert once.startswith("before\n")
     assert once.endswith("after\n")
 
 
 def test_every_command_and_setting_is_in_the_sections() -> None:
-    text = make_docs.fill(MARKERS)
+    sections = tuple(make_docs.SECTIONS)
+    text = make_docs.fill(markers(sections), sections)
     assert "$ qlora recipe schema --help" in text
     assert "| `train.lr` | a number above 0 | `0.0002` |" in text
 
 
-@pytest.mark.parametrize("missing", MARKERS.split("\n")[:-1])
-def test_a_missing_marker_is_told(readme: Path, missing: str) -> None:
-    readme.write_text(MARKERS.replace(missing, ""))
-    assert any("must stand once" in fault for fault in check_docs.check(readme))
-
-
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("page", "missing"),
     [
-        ("[x](nowhere.md)", "nowhere.md leads nowhere"),
-        ("`tools/nothing`", "tools/nothing does not exist"),
-        ("```bash\ntools/nothing\n```", "tools/nothing does not exist"),
-        ("```bash\n$ qlora trian x\n```", "there is no command trian"),
-        ("```bash\nqlora plan x --vrma 24GiB\n```", "plan has no option --vrma"),
-        ("```bash\nqlora plan x \\\n  --vrma 24GiB\n```", "plan has no option --vrma"),
-        ("```bash\nqlora train x train.lrr=1\n```", "there is no setting train.lrr"),
-        ("```bash\nqlora train recipes/nothing.yaml\n```", "no shipped recipe"),
-        ("`qlora recipe list|shwo`", "there is no command shwo"),
+        (page, line)
+        for page, names in make_docs.PAGES.items()
+        for line in markers(names).splitlines()
     ],
 )
-def test_a_fault_is_found(readme: Path, text: str, told: str) -> None:
-    readme.write_text(f"{readme.read_text()}\n{text}\n")
-    assert any(told in fault for fault in check_docs.check(readme))
+def test_a_missing_marker_is_reported(checkout: Path, page: str, missing: str) -> None:
+    (checkout / page).write_text((checkout / page).read_text().replace(missing, ""))
+    assert any("exactly once" in fault for fault in check_docs.check(checkout))
+
+
+FAULTS = [
+    ("[x](nowhere.md)", "nowhere.md leads nowhere"),
+    ("`tools/nothing`", "tools/nothing does not exist"),
+    ("```bash\ntools/nothing\n```", "tools/nothing does not exist"),
+    ("```bash\n$ qlora trian x\n```", "there is no command trian"),
+    ("```bash\nqlora plan x --vrma 24GiB\n```", "plan has no option --vrma"),
+    ("```bash\nqlora plan x \\\n  --vrma 24GiB\n```", "plan has no option --vrma"),
+    ("```bash\nqlora train x train.lrr=1\n```", "there is no setting train.lrr"),
+    ("```bash\nqlora train recipes/nothing.yaml\n```", "no shipped recipe"),
+    ("`qlora recipe list|shwo`", "there is no command shwo"),
+]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cli.md", "docs/other.md"])
+@pytest.mark.parametrize(("text", "expected"), FAULTS)
+def test_a_fault_is_found(checkout: Path, page: str, text: str, expected: str) -> None:
+    with (checkout / page).open("a") as file:
+        file.write(f"\n{text}\n")
+    assert any(fault.startswith(f"{page}: ") for fault in check_docs.check(checkout))
+    assert any(expected in fault for fault in check_docs.check(checkout))
 
 
 @pytest.mark.parametrize(
@@ -73,15 +100,32 @@ def test_a_fault_is_found(readme: Path, text: str, told: str) -> None:
         "```bash\nqlora generate runs/a --adapter other=runs/b --prompt x\n```",
     ],
 )
-def test_what_is_right_is_left_alone(readme: Path, text: str) -> None:
-    readme.write_text(f"{readme.read_text()}\n{text}\n")
-    assert check_docs.check(readme) == []
+def test_a_correct_page_has_no_fault(checkout: Path, text: str) -> None:
+    with (checkout / "README.md").open("a") as file:
+        file.write(f"\n{text}\n")
+    assert check_docs.check(checkout) == []
 
 
-def test_a_stale_section_is_told(readme: Path) -> None:
-    readme.write_text(readme.read_text().replace("Run a recipe's fine-tuning job", "Do it"))
-    assert any("stale" in fault for fault in check_docs.check(readme))
+def test_a_stale_section_is_reported(checkout: Path) -> None:
+    page = checkout / "docs" / "cli.md"
+    text = page.read_text()
+    first_help = re.search(r"(?m)^  \w.*\.$", text)
+    assert first_help is not None
+    page.write_text(text.replace(first_help[0], "  Do it."))
+    assert any("stale" in fault for fault in check_docs.check(checkout))
 
 
-def test_a_missing_page_is_told(tmp_path: Path) -> None:
-    assert check_docs.check(tmp_path / "README.md") == [f"{tmp_path / 'README.md'} is missing"]
+def test_a_missing_page_is_reported(checkout: Path) -> None:
+    (checkout / "README.md").unlink()
+    assert check_docs.check(checkout) == ["README.md is missing"]
+
+
+def test_a_long_readme_is_reported(checkout: Path) -> None:
+    (checkout / "README.md").write_text("line\n" * (check_docs.README_LINES + 1))
+    assert check_docs.check(checkout) == ["README.md: it has 151 lines; 150 are allowed"]
+
+
+def test_a_wrong_layer_table_is_reported(checkout: Path) -> None:
+    page = checkout / "docs" / "architecture.md"
+    page.write_text(page.read_text().replace("| `nn/` | x |\n", ""))
+    assert any("layer table" in fault for fault in check_docs.check(checkout))

@@ -1,9 +1,11 @@
-"""Checks README.md against the program and the checkout.
+"""Checks the documentation against the program and the checkout.
 
     python tools/checks/check_docs.py
 
-The sections that tools/checks/make_docs.py writes are up to date; every local link and path leads
-somewhere; every command line shows a command, options, settings and recipes that exist.
+Checked are README.md, CONTRIBUTING.md, CHANGELOG.md and docs/*.md: generated sections are up to
+date; every local link and path exists; every command line uses commands, options, settings and
+recipes that exist; docs/architecture.md lists exactly the folders of the package, in the order of
+check_layers.py; README.md has at most 150 lines.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import check_layers
 import click
 import make_docs
 
@@ -21,34 +24,51 @@ from qlora_cli.cli.main import qlora
 from qlora_cli.recipe.describe import field_at
 from qlora_cli.recipe.shipped import shipped_recipes
 
+README_LINES = 150
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 _CODE = re.compile(r"`([^`\n]+)`")
 _BLOCK = re.compile(r"^```(?:bash|sh|shell|console|text)?\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _PATH = re.compile(r"[\w.-]+(/[\w.-]+)*/?")
 _OVERRIDE = re.compile(r"([a-z_]+(?:\.[a-z_]+)*)=")
+_LAYER = re.compile(r"^\| `(\w+)(?:/|\.py)`", re.MULTILINE)
 
 
-def check(readme: Path) -> list[str]:
-    """Every fault of this README; paths are looked for beside it."""
-    if not readme.is_file():
-        return [f"{readme} is missing"]
-    text = readme.read_text(encoding="utf-8")
-    return [*_stale(text), *_dead_paths(text, readme.parent), *_wrong_commands(text)]
+def check(root: Path) -> list[str]:
+    """Return every fault of the pages in the checkout at `root`."""
+    required = [root / "README.md", *(root / page for page in make_docs.PAGES)]
+    missing = [f"{path.relative_to(root)} is missing" for path in required if not path.is_file()]
+    pages = sorted({*root.glob("*.md"), *root.glob("docs/*.md")})
+    return missing + [
+        f"{page.relative_to(root)}: {fault}" for page in pages for fault in check_page(page, root)
+    ]
 
 
-def _stale(text: str) -> Iterator[str]:
+def check_page(page: Path, root: Path) -> Iterator[str]:
+    """Yield every fault of one page. root: the checkout, against which paths are checked."""
+    text = page.read_text(encoding="utf-8")
+    name = page.relative_to(root).as_posix()
+    yield from _stale(text, make_docs.PAGES.get(name, ()))
+    yield from _dead_paths(text, page.parent, root)
+    yield from _wrong_commands(text)
+    if name == "README.md" and len(text.splitlines()) > README_LINES:
+        yield f"it has {len(text.splitlines())} lines; {README_LINES} are allowed"
+    if name == "docs/architecture.md":
+        yield from _wrong_layers(text)
+
+
+def _stale(text: str, sections: tuple[str, ...]) -> Iterator[str]:
     try:
-        fresh = make_docs.fill(text)
+        fresh = make_docs.fill(text, sections)
     except ValueError as error:
         yield str(error)
         return
     if fresh != text:
-        yield "a made section is stale; run python tools/checks/make_docs.py"
+        yield "a generated section is stale; run python tools/checks/make_docs.py"
 
 
-def _dead_paths(text: str, root: Path) -> Iterator[str]:
+def _dead_paths(text: str, folder: Path, root: Path) -> Iterator[str]:
     for path in _LINK.findall(text):
-        if not (root / path).exists():
+        if not (folder / path).exists():
             yield f"the link to {path} leads nowhere"
     tops = {path.name for path in root.iterdir()}
     for word in [word for code in _mentions(text) for word in code.split()]:
@@ -57,6 +77,14 @@ def _dead_paths(text: str, root: Path) -> Iterator[str]:
         # `meta-llama/Llama-3.1-8B` and `runs/mine` are no paths of the checkout.
         if word.split("/")[0] in tops - {"runs"} and not (root / word).exists():
             yield f"{word} does not exist"
+
+
+def _wrong_layers(text: str) -> Iterator[str]:
+    """Compare the first column of the layer table with the layers that check_layers.py enforces."""
+    documented = _LAYER.findall(text)
+    enforced = [room for rooms in check_layers.LAYERS for room in rooms]
+    if documented != enforced:
+        yield f"its layer table lists {documented}; check_layers.py enforces {enforced}"
 
 
 def _mentions(text: str) -> Iterator[str]:
@@ -74,7 +102,7 @@ def _wrong_commands(text: str) -> Iterator[str]:
 
 
 def _shell_lines(text: str) -> Iterator[str]:
-    """Lines in code blocks that a person types, continued ones joined."""
+    """Yield the lines in code blocks that a person types, with continued lines joined."""
     for block in _BLOCK.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
             typed = line.removeprefix("$ ").strip()
@@ -114,8 +142,8 @@ def _command_faults(command: click.Command, words: list[str]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Checks the README of the checkout."""
-    faults = check(make_docs.README)
+    """Check the pages of the checkout; return the exit code."""
+    faults = check(make_docs.ROOT)
     for fault in faults:
         print(fault)
     print(f"docs: {len(faults) or 'no'} faults")

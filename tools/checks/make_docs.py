@@ -1,10 +1,10 @@
-"""Writes what the program knows of itself into README.md, between markers.
+"""Writes the generated sections of the documentation, between markers.
 
     python tools/checks/make_docs.py
 
-`<!-- commands -->` to `<!-- /commands -->` holds every command's help, `<!-- settings -->` a table
-of the recipe's settings, `<!-- recipes -->` the shipped recipes. tools/checks/check_docs.py says when a
-section is older than the program.
+`<!-- commands -->` to `<!-- /commands -->` holds the help of every command, `<!-- settings -->` a
+table of the recipe's settings, `<!-- recipes -->` a table of the shipped recipes. `PAGES` lists
+which page has which section. check_docs.py reports a section that differs from the program.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from qlora_cli.cli.main import qlora
 from qlora_cli.recipe.describe import Setting, settings
 from qlora_cli.recipe.shipped import shipped_recipes, summary
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 96
 """Columns of a help page."""
 
 
 def commands() -> str:
-    """The help of `qlora` and of each command, one code block each."""
+    """Return the help of `qlora` and of each command, one code block each."""
     return "\n\n".join(_help(command, name) for name, command in _walk(qlora, "qlora"))
 
 
 def settings_table() -> str:
-    """One row a setting: key, what it accepts, default, meaning."""
+    """Return one row per setting: key, accepted values, default, meaning."""
     lines = ["| setting | accepts | default | meaning |", "|---|---|---|---|"]
     return "\n".join([*lines, *(_setting_row(setting) for setting in settings())])
 
 
 def recipes_table() -> str:
-    """One row a shipped recipe: its name and the first line of its header."""
-    lines = ["| recipe | for |", "|---|---|"]
+    """Return one row per shipped recipe: its name and the first line of its header."""
+    lines = ["| recipe | purpose |", "|---|---|"]
     rows = (f"| `{name}` | {summary(path)} |" for name, path in shipped_recipes().items())
     return "\n".join([*lines, *rows])
 
@@ -46,20 +46,25 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
     "settings": settings_table,
     "recipes": recipes_table,
 }
+PAGES: Mapping[str, tuple[str, ...]] = {
+    "docs/cli.md": ("commands",),
+    "docs/recipe.md": ("settings", "recipes"),
+}
+"""Page -> its generated sections."""
 
 
-def fill(text: str) -> str:
-    """The text with every section made anew.
+def fill(text: str, sections: tuple[str, ...]) -> str:
+    """Return `text` with each of `sections` generated anew.
 
-    Raises ValueError that names a section whose markers are not there in a pair.
+    Raises ValueError that names a section whose pair of markers is not there exactly once.
     """
-    for name, make in SECTIONS.items():
+    for name in sections:
         opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
         if text.count(opening) != 1 or text.count(closing) != 1:
-            raise ValueError(f"{opening} and {closing} must stand once each")
+            raise ValueError(f"{opening} and {closing} must be there exactly once")
         head, _, rest = text.partition(opening)
         tail = rest.partition(closing)[2]
-        text = f"{head}{opening}\n{make()}\n{closing}{tail}"
+        text = f"{head}{opening}\n{SECTIONS[name]()}\n{closing}{tail}"
     return text
 
 
@@ -83,8 +88,10 @@ def _setting_row(setting: Setting) -> str:
 
 
 def main() -> None:
-    """Rewrites README.md where it is stale."""
-    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrite the generated sections of every page in `PAGES`."""
+    for page, sections in PAGES.items():
+        path = ROOT / page
+        path.write_text(fill(path.read_text(encoding="utf-8"), sections), encoding="utf-8")
 
 
 if __name__ == "__main__":
