@@ -52,7 +52,7 @@ def test_every_command_and_setting_is_in_the_sections() -> None:
     sections = tuple(make_docs.SECTIONS)
     text = make_docs.fill(markers(sections), sections)
     assert "$ qlora recipe schema --help" in text
-    assert "| `train.lr` | a number above 0 | `0.0002` |" in text
+    assert "| `train.lr` | a number > 0 | `0.0002` |" in text
 
 
 @pytest.mark.parametrize(
