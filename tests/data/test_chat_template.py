@@ -1,20 +1,17 @@
 """Masks of chats: exactly what the assistant says and its end of turn, or a clear error."""
 
-import os
-from pathlib import Path
 
 import pytest
 
 from qlora_cli.data.align import align, common_start, mark, split
 from qlora_cli.data.encode import encode
-from qlora_cli.data.formats import Row, read_rows
+from qlora_cli.data.rows import Row, read_rows
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.nn.loss import IGNORE_INDEX
+from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
 
-SHARED = Path(os.environ.get("QLORA_SHARED", Path(__file__).parents[3] / "shared")) / "data"
-TEMPLATES = sorted((SHARED / "chat_templates").glob("*/*.jinja"))
-needs_shared = pytest.mark.skipif(not TEMPLATES, reason="no shared data beside the checkout")
+TEMPLATES = sorted((SHARED_DATA / "chat_templates").glob("*/*.jinja"))
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = [" What is 2 + 2? ", "And 3?\n"]
@@ -107,7 +104,7 @@ MARKERS = [
 
 @pytest.fixture(scope="module")
 def mistral():
-    tokenizer = load_tokenizer(str(SHARED / "tokenizers" / "mistral_v3_hf"))
+    tokenizer = load_tokenizer(str(SHARED_DATA / "tokenizers" / "mistral_v3_hf"))
     tokenizer.add_special_tokens(
         {"extra_special_tokens": MARKERS}, replace_extra_special_tokens=False
     )
@@ -116,7 +113,7 @@ def mistral():
 
 @pytest.fixture(scope="module")
 def qwen():
-    return load_tokenizer(str(SHARED / "tokenizers" / "qwen_hf"))
+    return load_tokenizer(str(SHARED_DATA / "tokenizers" / "qwen_hf"))
 
 
 def use(tokenizer, path, *, flat=True):
@@ -153,12 +150,12 @@ def same_text(trained, answer, path):
     return trained.strip() == answer.strip()
 
 
-@needs_shared
+@needs_shared_data
 def test_every_template_is_expected_to_do_something():
     assert {path.stem for path in TEMPLATES} == CLOSINGS.keys() | REFUSE_PLAIN_CHATS.keys()
 
 
-@needs_shared
+@needs_shared_data
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("system", [False, True])
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
@@ -183,7 +180,7 @@ def test_masks_are_exactly_the_assistants_turns(mistral, path, system, flat):
     assert example.ids[:2] != [tokenizer.bos_token_id] * 2
 
 
-@needs_shared
+@needs_shared_data
 @pytest.mark.parametrize(
     "path",
     [path for path in TEMPLATES if path.stem not in REFUSE_PLAIN_CHATS],
@@ -195,7 +192,7 @@ def test_a_row_is_what_the_template_writes(mistral, path):
     assert encoded(tokenizer, CHAT).ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@needs_shared
+@needs_shared_data
 @pytest.mark.parametrize(
     ("name", "called"),
     [
@@ -215,7 +212,7 @@ def test_tool_calls_are_learnt_as_json(mistral, name, called):
     assert "31 degrees" not in found[0]
 
 
-@needs_shared
+@needs_shared_data
 def test_a_template_that_drops_tool_calls_is_refused(mistral):
     tokenizer = use(mistral, next(path for path in TEMPLATES if path.stem == "zephyr"))
     tokenizer.chat_template = tokenizer.chat_template.replace(
@@ -235,7 +232,7 @@ THINKS = (
 THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt is 3."}
 
 
-@needs_shared
+@needs_shared_data
 def test_thinking_is_learnt_where_it_stands_and_refused_where_it_is_dropped(qwen):
     qwen.chat_template = THINKS
     last = encoded(qwen, [*CHAT[:3], THOUGHT])
@@ -245,7 +242,7 @@ def test_thinking_is_learnt_where_it_stands_and_refused_where_it_is_dropped(qwen
         encoded(qwen, [CHAT[0], THOUGHT, *CHAT[2:]])
 
 
-@needs_shared
+@needs_shared_data
 def test_thinking_that_the_template_always_drops_is_refused(mistral):
     path = next(path for path in TEMPLATES if path.stem == "llama-cpp-deepseek-r1")
     with pytest.raises(DataError, match="what the assistant said in message 2"):
@@ -259,7 +256,7 @@ GENERATION = (
 )
 
 
-@needs_shared
+@needs_shared_data
 @pytest.mark.parametrize(
     ("inner", "behind"), [("<|im_end|>", ""), ("", "<|im_end|>"), ("<|im_end|>\n", "")]
 )
@@ -270,7 +267,7 @@ def test_a_templates_own_marks_are_used_and_closed(qwen, inner, behind):
     assert [text.rstrip("\n") for text in found] == [answer + "<|im_end|>" for answer in ANSWERS]
 
 
-@needs_shared
+@needs_shared_data
 def test_marks_around_the_wrong_text_are_refused(qwen):
     source = GENERATION.replace("{{ m.content }}BEHIND", "{{ m.content[:4] }}")
     qwen.chat_template = source.replace("INNER", "<|im_end|>").replace("OUTER", "")
@@ -278,14 +275,14 @@ def test_marks_around_the_wrong_text_are_refused(qwen):
         encoded(qwen, CHAT)
 
 
-@needs_shared
+@needs_shared_data
 def test_turns_of_weight_0_are_read_and_not_learnt(qwen):
     qwen.chat_template = THINKS
     chat = [*CHAT[:1], {**CHAT[1], "weight": 0}, *CHAT[2:]]
     assert trained_texts(encoded(qwen, chat), qwen) == [ANSWERS[1] + "<|im_end|>"]
 
 
-@needs_shared
+@needs_shared_data
 @pytest.mark.parametrize(
     ("file", "format"),
     [
@@ -296,7 +293,7 @@ def test_turns_of_weight_0_are_read_and_not_learnt(qwen):
 )
 def test_real_chats_are_learnt_to_the_letter(qwen, file, format):
     qwen.chat_template = THINKS
-    rows = read_rows(str(SHARED / "instruct" / file), limit=200)
+    rows = read_rows(str(SHARED_DATA / "instruct" / file), limit=200)
     key, role, text = {
         "messages": ("messages", "role", "content"),
         "sharegpt": ("conversations", "from", "value"),
@@ -309,11 +306,11 @@ def test_real_chats_are_learnt_to_the_letter(qwen, file, format):
         assert trained_texts(example, qwen) == [answer + "<|im_end|>" for answer in said]
 
 
-@needs_shared
+@needs_shared_data
 def test_rows_that_break_the_templates_rules_are_named(mistral):
     """The toy file's 4th and 10th chats begin with the assistant."""
     tokenizer = use(mistral, next(path for path in TEMPLATES if path.stem == "chatml"))
-    rows = read_rows(str(SHARED / "instruct" / "openai_messages" / "toy_chat_fine_tuning.jsonl"))
+    rows = read_rows(str(SHARED_DATA / "instruct" / "openai_messages" / "toy_chat_fine_tuning.jsonl"))
     with pytest.raises(DataError, match="roles must alternate") as caught:
         encode(rows, "messages", tokenizer, 100_000)
     broken = [problem.where.partition(":")[2] for problem in caught.value.problems]
@@ -324,7 +321,7 @@ def test_rows_that_break_the_templates_rules_are_named(mistral):
     ]
 
 
-@needs_shared
+@needs_shared_data
 def test_no_template_is_invented(mistral):
     mistral.chat_template = None
     with pytest.raises(ModelError, match="has none") as caught:

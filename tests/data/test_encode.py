@@ -1,37 +1,36 @@
 """Rows that are no chats: one BOS at most, one trained eos, the completion trained and no more."""
 
-import os
 from functools import cache
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.data.encode import ALPACA, encode
-from qlora_cli.data.formats import Row, detect_format, read_rows
+from qlora_cli.data.encode import encode
+from qlora_cli.data.formats import ALPACA, detect_format
+from qlora_cli.data.rows import Row, read_rows
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.nn.loss import IGNORE_INDEX
+from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
 
-SHARED = Path(os.environ.get("QLORA_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 TOKENIZERS = [
     "tokenizers/gpt2",
     "tokenizers/mistral_v3_hf",
     "models/stories260K",
     "models/books-gpt2",
 ]
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the checkout")
+pytestmark = needs_shared_data
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def tokenizer(request):
-    return load_tokenizer(str(SHARED / request.param))
+    return load_tokenizer(str(SHARED_DATA / request.param))
 
 
 @pytest.fixture(scope="module")
 def stories():
-    return load_tokenizer(str(SHARED / "models" / "stories260K"))
+    return load_tokenizer(str(SHARED_DATA / "models" / "stories260K"))
 
 
 def encoded(format, tokenizer, seq_len=10_000, **fields):
@@ -94,7 +93,7 @@ def test_no_character_of_the_completion_is_left_out(prompt, completion):
 
 @cache
 def load_tokenizer_once(name):
-    return load_tokenizer(str(SHARED / name))
+    return load_tokenizer(str(SHARED_DATA / name))
 
 
 def test_alpaca_without_a_template_is_stanfords_prompt(tokenizer):
@@ -129,7 +128,7 @@ def test_the_starters_rows_fit_its_tokenizer():
     ["alpaca/alpaca_data_5k.jsonl", "mlx_lora_wikisql/valid.jsonl", "llamafactory/identity.json"],
 )
 def test_real_files(stories, file):
-    rows = read_rows(str(SHARED / "instruct" / file), limit=300)
+    rows = read_rows(str(SHARED_DATA / "instruct" / file), limit=300)
     examples = encode(rows, detect_format(rows, "auto"), stories, 10_000)
     assert [example.origin for example in examples] == [row.origin for row in rows]
     for example in examples:
@@ -151,7 +150,7 @@ def test_all_rows_that_are_too_long_are_named_with_the_length_needed(stories):
 
 
 def test_a_row_with_nothing_to_learn_is_refused(stories):
-    stories_without_eos = load_tokenizer(str(SHARED / "models" / "stories260K"))
+    stories_without_eos = load_tokenizer(str(SHARED_DATA / "models" / "stories260K"))
     stories_without_eos.eos_token = None
     fields = {"prompt": "A day.", "completion": ""}
     with pytest.raises(DataError, match=r"rows\.jsonl:1: no token of it would be trained"):
@@ -160,7 +159,7 @@ def test_a_row_with_nothing_to_learn_is_refused(stories):
 
 
 def test_without_an_end_token_none_is_added():
-    tokenizer = load_tokenizer(str(SHARED / "models" / "stories260K"))
+    tokenizer = load_tokenizer(str(SHARED_DATA / "models" / "stories260K"))
     tokenizer.eos_token = None
     assert encoded("text", tokenizer, text="A day.").ids == tokenizer("A day.")["input_ids"]
 

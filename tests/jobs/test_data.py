@@ -1,8 +1,6 @@
 """`qlora data`: what is shown is what is trained, and each finding is found."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +10,7 @@ from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.jobs.data import run
 from qlora_cli.recipe.schema import Recipe
-
-SHARED = Path(os.environ.get("QLORA_SHARED", Path(__file__).parents[3] / "shared")) / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the checkout")
+from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
 
 
 def recipe(train, model="starter", **data):
@@ -51,7 +47,7 @@ def test_the_starter():
     json.dumps(result.to_dict())
 
 
-@needs_shared
+@needs_shared_data
 @pytest.mark.parametrize(
     "name", ["tokenizers/gpt2", "models/stories260K", "tokenizers/mistral_v3_hf"]
 )
@@ -59,24 +55,24 @@ def test_shown_tokens_are_the_text(tmp_path, name):
     text = "Once, é 🙂 upon  a\ntime. " * 5
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"text": text}))
-    result = run(recipe(rows, SHARED / name), show=1)
-    tokenizer = load_tokenizer(str(SHARED / name))
+    result = run(recipe(rows, SHARED_DATA / name), show=1)
+    tokenizer = load_tokenizer(str(SHARED_DATA / name))
     shown = "".join(piece for piece, _ in result.shown[0].tokens)
     shown = shown.removeprefix(tokenizer.bos_token).removesuffix(tokenizer.eos_token)
     assert shown.strip() == text.strip()
     assert result.trained_tokens == sum(trained for _, trained in result.shown[0].tokens)
 
 
-@needs_shared
+@needs_shared_data
 def test_rows_of_ids_without_a_tokenizer(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"input_ids": [2, 1, 0], "labels": [-100, 1, 0]}\n{"input_ids": [1, 1, 0]}')
-    result = run(recipe(rows, SHARED / "models" / "gpt_nano_sort", seq_len=8), show=1)
+    result = run(recipe(rows, SHARED_DATA / "models" / "gpt_nano_sort", seq_len=8), show=1)
     assert result.shown[0].tokens == (("2", False), ("1", True), ("0", True))
     assert (result.rows, result.tokens, result.trained_tokens) == (2, 6, 4)
     rows.write_text('{"input_ids": [2, 1, 3]}')
     with pytest.raises(DataError, match="the vocabulary ends at 2"):
-        run(recipe(rows, SHARED / "models" / "gpt_nano_sort", seq_len=8), show=1)
+        run(recipe(rows, SHARED_DATA / "models" / "gpt_nano_sort", seq_len=8), show=1)
 
 
 def test_faulty_rows_fail(tmp_path):
@@ -130,25 +126,25 @@ def test_no_end_token_is_a_finding():
     assert any("no end token" in finding for finding in examine(patient([[1, 5, 6]], tokenizer)))
 
 
-@needs_shared
+@needs_shared_data
 def test_a_folder_without_a_tokenizer_gives_none():
-    assert load_tokenizer(str(SHARED / "models" / "gpt_nano_sort")) is None
+    assert load_tokenizer(str(SHARED_DATA / "models" / "gpt_nano_sort")) is None
 
 
-@needs_shared
+@needs_shared_data
 @pytest.mark.parametrize("content", ["{broken", "[]", '{"model": 3}', "{}"])
 def test_a_damaged_tokenizer_is_named(tmp_path, content):
-    config = (SHARED / "models" / "stories260K" / "tokenizer_config.json").read_bytes()
+    config = (SHARED_DATA / "models" / "stories260K" / "tokenizer_config.json").read_bytes()
     (tmp_path / "tokenizer_config.json").write_bytes(config)
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError, match=r"tokenizer\.json: damaged"):
         load_tokenizer(str(tmp_path))
 
 
-@needs_shared
+@needs_shared_data
 @pytest.mark.parametrize("part", ["model", "pre_tokenizer"])
 def test_a_tokenizer_that_the_rust_library_refuses_is_a_model_error(tmp_path, part):
-    content = json.loads((SHARED / "models" / "stories260K" / "tokenizer.json").read_bytes())
+    content = json.loads((SHARED_DATA / "models" / "stories260K" / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer.json").write_text(json.dumps({**content, part: {"type": "Unknown"}}))
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be loaded"):
