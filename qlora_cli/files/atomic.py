@@ -1,4 +1,9 @@
-"""Files and folders that appear complete or not at all."""
+"""Files and folders that appear complete or not at all, and the errors of writing them.
+
+Content is written to a new name next to the target, synced to the disk and renamed. Each temporary
+name is random, because a fixed one could be a file of the user's. A temporary folder contains a
+marker file, by which a later process recognizes and removes what a killed process left.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +18,28 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_cli.errors import InputError, QloraError, UsageError
+from qlora_cli.units import format_bytes
 
 _T = TypeVar("_T")
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
-"""What readers raise on a file that is no longer as it was written."""
-TRY_AGAIN = "free disk space and try again"
-RESUME = "the last checkpoint is whole; free disk space and resume with --resume"
-OTHER_DISK = "free disk space or name a folder on another disk with --out"
-"""What to do where the disk is full."""
-_MARK = ".qlora-partial"
-"""Lies in each folder that is being written."""
+PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
+"""The exceptions that parsing raises on a file whose content was changed or cut short."""
+RETRY_HINT = "free disk space and try again"
+RESUME_HINT = "earlier checkpoints are complete; free disk space and resume with --resume"
+OTHER_DISK_HINT = "free disk space or name a folder on another disk with --out"
+_MARKER = ".qlora-partial"
+"""Name of the file that marks a folder as unfinished."""
+_RESERVE_BYTES = 16 * 1024**2
+"""Disk space that must stay free in addition, for headers, an index and other small files."""
 
 
 @contextmanager
-def writing(what: str, where: Path, hint: str = TRY_AGAIN) -> Iterator[None]:
-    """Turns a disk's refusal into a QloraError that says what could not be written."""
+def report_write_errors(what: str, where: Path, hint: str = RETRY_HINT) -> Iterator[None]:
+    """Convert an OSError inside the block into a QloraError. Use it around every write.
+
+    what: name of the content for the message, "the adapter".
+    where: path of the target.
+    hint: what the user can do about it.
+    """
     try:
         yield
     except OSError as fault:
@@ -36,132 +48,155 @@ def writing(what: str, where: Path, hint: str = TRY_AGAIN) -> Iterator[None]:
         ) from fault
 
 
-@contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """Yields a new file beside `file` to write into; it replaces `file` when it is on the disk.
+def require_free_space(what: str, folder: Path, num_bytes: int) -> None:
+    """Raise QloraError if the disk of `folder` has less than `num_bytes` and a reserve free.
 
-    On an error the new file is removed and `file` is as it was.
+    what: name of the content for the message, "the merged model".
+    folder: an existing folder on that disk.
     """
-    beside = _beside(file)
-    beside.touch(exist_ok=False)
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + _RESERVE_BYTES:
+        raise QloraError(
+            f"{what} needs {format_bytes(num_bytes)} on disk, and {format_bytes(free)} are free",
+            where=str(folder),
+            hint=OTHER_DISK_HINT,
+        )
+
+
+@contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """Yield a new file to write to. At the end of the block it replaces `file`.
+
+    If the block raises, the new file is removed and `file` is unchanged.
+    """
+    partial = _partial_name(file)
+    partial.touch(exist_ok=False)
     try:
-        yield beside
-        _to_disk(beside)
-        beside.replace(file)
-    except BaseException:  # Ctrl-C too must leave nothing half written
-        beside.unlink(missing_ok=True)
+        yield partial
+        _sync_file(partial)
+        partial.replace(file)
+    except BaseException:  # Ctrl-C must not leave a partial file either.
+        partial.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
-def appear_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes its name when all of it is on the disk.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to write to. At the end of the block it replaces `folder`.
 
-    An older folder of the name is replaced at the end. On an error nothing is left of the new one.
+    Unfinished folders of killed processes are removed first. If the block raises, the new folder is
+    removed and `folder` is unchanged.
     """
-    for left in left_beside(folder):
-        shutil.rmtree(left, ignore_errors=True)
-    beside = make_beside(folder)
+    for left_over in partial_folders(folder):
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial = make_partial_folder(folder)
     try:
-        yield beside
-        _replace(beside, folder)
-    except BaseException:  # Ctrl-C too must leave nothing half written
-        shutil.rmtree(beside, ignore_errors=True)
+        yield partial
+        _replace_folder(partial, folder)
+    except BaseException:  # Ctrl-C must not leave a partial folder either.
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def settle(beside: Path, folder: Path) -> None:
-    """Gives the finished folder `beside` the name `folder`, once its files are on the disk.
+def make_partial_folder(folder: Path) -> Path:
+    """Create a marked, unfinished folder next to `folder` and return its path.
 
-    Raises UsageError where something lies in `folder`; both are left as they are.
+    Use it with `publish_folder` if the unfinished folder must survive an error, so that a later
+    process can complete it; otherwise use `atomic_folder`.
     """
-    _files_to_disk(beside)
-    with suppress(OSError):  # Removes an empty folder and no other one.
+    partial = _partial_name(folder)
+    partial.mkdir(parents=True)
+    try:
+        (partial / _MARKER).write_text("qlora writes this folder and may remove it\n")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return partial
+
+
+def publish_folder(partial: Path, folder: Path) -> None:
+    """Sync the finished folder `partial` to the disk and rename it to `folder`.
+
+    Raises UsageError if `folder` contains files; both folders are then unchanged.
+    """
+    _sync_folder(partial)
+    with suppress(OSError):  # Removes an empty folder only.
         folder.rmdir()
     try:
-        beside.rename(folder)
+        partial.rename(folder)
     except OSError as fault:
         if not folder.exists():
             raise
         raise UsageError(
-            f"{folder} is in use by now; its files are left as they are",
+            f"{folder} is in use by now; its files are not changed",
             where=str(folder),
-            hint=f"what was to be written there is whole in {beside}; move the files elsewhere and "
+            hint=f"the complete output is in {partial}; move the files in {folder} elsewhere and "
             "run the same command again",
         ) from fault
-    (folder / _MARK).unlink(missing_ok=True)
+    (folder / _MARKER).unlink(missing_ok=True)
 
 
-def make_beside(folder: Path) -> Path:
-    """Makes a new folder beside `folder`, with a mark in it by which `left_beside` finds it."""
-    beside = _beside(folder)
-    beside.mkdir(parents=True)
-    try:
-        (beside / _MARK).write_text("qlora writes this folder and may remove it\n")
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    return beside
+def partial_folders(folder: Path) -> list[Path]:
+    """Return the unfinished folders that killed processes left next to `folder`."""
+    return [path for path in _partial_paths(folder) if (path / _MARKER).is_file()]
 
 
-def left_beside(folder: Path) -> list[Path]:
-    """The marked folders beside `folder`: what killed processes did not finish."""
-    return [path for path in _named_beside(folder) if (path / _MARK).is_file()]
-
-
-def remove_left(file: Path) -> None:
-    """Removes what killed processes left of `whole_file(file)`."""
-    for path in _named_beside(file):
+def remove_partial_files(file: Path) -> None:
+    """Remove the unfinished files that killed processes left of `atomic_file(file)`."""
+    for path in _partial_paths(file):
         if path.is_file():
             path.unlink()
 
 
-def _beside(path: Path) -> Path:
-    """A new name each time: a fixed one could be a file of the user's."""
+def read_json(file: Path, parse: Callable[[Any], _T], error: type[InputError] = UsageError) -> _T:
+    """Return `parse(content)` of a JSON file.
+
+    parse: converts the parsed JSON; may raise any of `PARSE_ERRORS`.
+    error: the class to raise if the file is damaged.
+    """
+    try:
+        return parse(json.loads(file.read_text()))
+    except PARSE_ERRORS as fault:
+        raise error(f"{file.name} is damaged: {fault!r}", where=str(file)) from fault
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Replace `file` by a JSON file, atomically. Raises OSError if the disk is full."""
+    with atomic_file(file) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
 
-def _named_beside(path: Path) -> list[Path]:
-    """What has a name that `_beside(path)` makes."""
+def _partial_paths(path: Path) -> list[Path]:
+    """Return the existing files and folders with a name that `_partial_name(path)` can return."""
     if not path.parent.is_dir():
         return []
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.partial")
     return sorted(entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name))
 
 
-def _replace(beside: Path, folder: Path) -> None:
-    """Gives a finished folder its name, in place of an older one."""
-    _files_to_disk(beside)
-    old = _beside(folder)
+def _replace_folder(partial: Path, folder: Path) -> None:
+    """Rename the finished folder `partial` to `folder` and remove the older `folder`."""
+    _sync_folder(partial)
+    old = _partial_name(folder)
     if folder.exists():
-        (folder / _MARK).touch()  # A process killed between the renames leaves it for the next one.
+        (folder / _MARKER).touch()  # If this process is killed now, the next one removes `old`.
         folder.replace(old)
-    beside.replace(folder)
-    (folder / _MARK).unlink(missing_ok=True)
+    partial.replace(folder)
+    (folder / _MARKER).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_json(file: Path, make: Callable[[Any], _T], kind: type[InputError] = UsageError) -> _T:
-    """What `make` makes of a file's content. Raises `kind` where it is no longer as written."""
-    try:
-        return make(json.loads(file.read_text()))
-    except DAMAGE as fault:
-        raise kind(f"{file.name} is damaged: {fault!r}", where=str(file)) from fault
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Whole or as it was before."""
-    with whole_file(file) as beside:
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _files_to_disk(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            _to_disk(path)
+            _sync_file(path)
 
 
-def _to_disk(file: Path) -> None:
-    """A rename must never survive a power cut that the content did not."""
+def _sync_file(file: Path) -> None:
+    """Write a file's content to the disk, so that a power cut cannot leave an empty file."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())

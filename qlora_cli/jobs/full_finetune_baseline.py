@@ -20,7 +20,7 @@ import torch
 from qlora_cli.data.packing import peak_steps
 from qlora_cli.errors import DoesNotFit, InputError, QloraError, UsageError
 from qlora_cli.events import Observer, Silent
-from qlora_cli.files.atomic import write_json, writing
+from qlora_cli.files.atomic import report_write_errors, write_json
 from qlora_cli.jobs import report, train
 from qlora_cli.jobs.prepare import prepare, read_job
 from qlora_cli.memory.device import inspect_device
@@ -64,7 +64,7 @@ def measure(run: Path, *, observer: Observer) -> None:
         measured = method_peak(full_fine_tuning(source.recipe), phases, "measured")
         planned = _planned_bytes(ledger)
         ledger = replace(ledger, before=measured, before_planned_bytes=planned, notes=notes)
-    with writing("the memory report", source.folder.memory_json):
+    with report_write_errors("the memory report", source.folder.memory_json):
         write_json(source.folder.memory_json, ledger.to_dict())
 
 

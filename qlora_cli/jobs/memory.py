@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_cli.errors import UsageError
-from qlora_cli.files.atomic import RESUME, write_json, writing
+from qlora_cli.files.atomic import RESUME_HINT, report_write_errors, write_json
 from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.jobs.report import read_ledger, read_timeline
 from qlora_cli.memory.instrument import Instrument
@@ -22,7 +22,7 @@ from qlora_cli.memory.ledger import (
     MethodPeak,
     Phase,
     larger_of_each,
-    worst,
+    peak_phase,
 )
 from qlora_cli.memory.timeline import PhaseTrace
 from qlora_cli.plan.dry_run import method_peak
@@ -38,7 +38,7 @@ class Earlier:
 
     step: int
     ledger: Ledger | None = None
-    stretches: tuple[PhaseTrace, ...] = ()
+    traces: tuple[PhaseTrace, ...] = ()
     damage: str | None = None
 
     @classmethod
@@ -63,10 +63,10 @@ class MemoryRecord:
     def write(self, progress: Progress) -> Ledger:
         """Writes both files, each whole. Raises QloraError where the disk refuses."""
         run, ledger = self.job.run, self._ledger(progress)
-        known = self.earlier.stretches if self.earlier else ()
-        stretches = [s.to_dict() for s in (*known, *self.instrument.timeline.stretches)]
-        with writing("the memory report", run.memory_json, hint=RESUME):
-            write_json(run.timeline_json, {"stretches": stretches})
+        known = self.earlier.traces if self.earlier else ()
+        traces = [s.to_dict() for s in (*known, *self.instrument.timeline.traces)]
+        with report_write_errors("the memory report", run.memory_json, hint=RESUME_HINT):
+            write_json(run.timeline_json, {"stretches": traces})
             write_json(run.memory_json, ledger.to_dict())
         return ledger
 
@@ -88,7 +88,7 @@ class MemoryRecord:
             if stepped
             else method_peak(recipe, self.planned.phases, "planned"),
             planned_peak_bytes=self.planned.peak_bytes,
-            measured_peak_bytes=worst(phases).peak_bytes if stepped else 0,
+            measured_peak_bytes=peak_phase(phases).peak_bytes if stepped else 0,
             allocator=allocator if known is None else allocator.larger_of_each(known.allocator),
             instrument=self.instrument.describe(),
             before_planned_bytes=before_planned_bytes,

@@ -11,10 +11,10 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from qlora_cli.data.formats import read_rows
+from qlora_cli.data.rows import read_rows
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
-from qlora_cli.files.atomic import DAMAGE, left_beside, write_json, writing
+from qlora_cli.files.atomic import PARSE_ERRORS, partial_folders, report_write_errors, write_json
 from qlora_cli.files.locate import STARTER
 from qlora_cli.jobs import evaluate, generate, merge, plan, train, verify
 from qlora_cli.jobs.results import QuickstartResult
@@ -41,7 +41,7 @@ def run(*, out: Path, observer: Observer, force: bool = False) -> QuickstartResu
         _remove(out)
     else:
         _clear(out)
-    with writing("the quickstart's folder", out, hint="name another folder with --out"):
+    with report_write_errors("the quickstart's folder", out, hint="name another folder with --out"):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / _MADE, {"files": []})
     try:
@@ -113,7 +113,7 @@ def _remove(out: Path) -> None:
 
 def _folders(out: Path) -> list[Path]:
     """Where a quickstart writes: the run, the merged model, and a merge that was stopped."""
-    return [out / _RUN, out / _MERGED, *left_beside(out / _MERGED)]
+    return [out / _RUN, out / _MERGED, *partial_folders(out / _MERGED)]
 
 
 def _files(out: Path) -> set[str]:
@@ -137,5 +137,5 @@ def _made_before(out: Path) -> set[str]:
     """What an earlier quickstart listed, with the list itself; empty where there is none."""
     try:
         return {_MADE, *json.loads((out / _MADE).read_text())["files"]}
-    except (OSError, *DAMAGE):
+    except (OSError, *PARSE_ERRORS):
         return set()

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_cli.errors import UsageError
-from qlora_cli.files.atomic import DAMAGE, read_json
+from qlora_cli.files.atomic import PARSE_ERRORS, read_json
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.memory.ledger import Ledger
-from qlora_cli.memory.timeline import PhaseTrace, read_stretches
+from qlora_cli.memory.timeline import PhaseTrace, read_traces
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run
 
@@ -56,7 +56,7 @@ def read_ledger(run: RunFolder) -> Ledger | None:
 
 def read_timeline(run: RunFolder) -> tuple[PhaseTrace, ...]:
     """timeline.json; empty where the run has none. Raises UsageError on a damaged one."""
-    return _read(run.timeline_json, read_stretches) or ()
+    return _read(run.timeline_json, read_traces) or ()
 
 
 def _read(file: Path, make: Callable[[dict[str, Any]], _T]) -> _T | None:
@@ -75,7 +75,7 @@ def _metric(line: str, where: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(line)
         missing = sorted(_METRICS - content.keys())
-    except DAMAGE as fault:
+    except PARSE_ERRORS as fault:
         raise UsageError(f"damaged: {fault}", where=where, hint=_REMOVE) from fault
     if missing:
         raise UsageError(f"damaged: no {', '.join(missing)}", where=where, hint=_REMOVE)

@@ -14,7 +14,7 @@ import torch
 from qlora_cli.data.collate import Batch, peak_batches
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Observer
-from qlora_cli.files.atomic import RESUME, appear_whole, whole_file, writing
+from qlora_cli.files.atomic import RESUME_HINT, atomic_file, atomic_folder, report_write_errors
 from qlora_cli.files.source import SINGLE
 from qlora_cli.jobs import record, report
 from qlora_cli.jobs.memory import Earlier, MemoryRecord
@@ -33,8 +33,8 @@ from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.resume import load_checkpoint, write_trained
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.task import EvalScore
+from qlora_cli.train.loop import LAST_LOSSES, Progress, TrainingLoop
 from qlora_cli.train.runtime import setup_device
-from qlora_cli.train.loop import LAST_LOSSES, Loop, Progress
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.units import format_bytes
 
@@ -91,9 +91,7 @@ def _finished(earlier: Run, about: dict[str, Any]) -> TrainResult | None:
     return TrainResult(**earlier.require("result") | {"run": earlier.path, "ledger": ledger})
 
 
-def open_or_resume(
-    job: TrainingJob, about: dict[str, Any], earlier: Run | None
-) -> Path | None:
+def open_or_resume(job: TrainingJob, about: dict[str, Any], earlier: Run | None) -> Path | None:
     """Makes the run's folder, or finds the checkpoint to go on from."""
     if earlier is None:
         job.run.create()
@@ -131,7 +129,7 @@ def _forget_metrics_after(run: RunFolder, step: int) -> None:
     """Lines of steps that will be done again; each line is one step."""
     if run.metrics.exists():
         lines = run.metrics.read_text().splitlines(keepends=True)[:step]
-        with writing("metrics.jsonl", run.metrics), whole_file(run.metrics) as beside:
+        with report_write_errors("metrics.jsonl", run.metrics), atomic_file(run.metrics) as beside:
             beside.write_text("".join(lines))
 
 
@@ -174,9 +172,9 @@ def _train(
         earlier = Earlier.of(job.run, state.step)
         observer.note(f"going on after step {state.step}")
     memory = MemoryRecord(job, planned, before, instrument, earlier)
-    loop = Loop(state, job.schedule, job.steps, job.run, instrument, observer, memory.write)
+    loop = TrainingLoop(state, job.schedule, job.steps, job.run, instrument, observer, memory.write)
     with last_checkpoint_named(job.run):
-        progress = loop.go()
+        progress = loop.train()
         score = _evaluate(state, job.held_out, instrument)
         _save(job, state)
     ledger = memory.write(progress)
@@ -211,7 +209,10 @@ def _save(job: TrainingJob, state: State) -> None:
         save_adapter(state.loaded, job.prepared.recipe, job.run.adapter)
         return
     weights = job.run.weights
-    with writing("the trained model", weights, hint=RESUME), appear_whole(weights) as folder:
+    with (
+        report_write_errors("the trained model", weights, hint=RESUME_HINT),
+        atomic_folder(weights) as folder,
+    ):
         shutil.copy(job.prepared.folder / "config.json", folder)
         write_trained(state.trainable, folder / SINGLE)
 

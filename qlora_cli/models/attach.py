@@ -25,7 +25,7 @@ from qlora_cli.adapters.peft_file import (
     open_adapter,
 )
 from qlora_cli.errors import ModelError
-from qlora_cli.files.atomic import RESUME, appear_whole, write_json, writing
+from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors, write_json
 from qlora_cli.files.finite import on_host
 from qlora_cli.files.safetensors_io import Shape, write_tensors
 from qlora_cli.models import convert
@@ -54,7 +54,7 @@ def save_adapter(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
         return on_host(key, _stacked(layers[named[0]], named[1]))
 
     header = {"format": "pt", **_memory_of(loaded, layers, recipe.adapter).header()}
-    with writing("the adapter", folder, RESUME), appear_whole(folder) as beside:
+    with report_write_errors("the adapter", folder, RESUME_HINT), atomic_folder(folder) as beside:
         config = _config_of(loaded, layers, recipe)
         write_json(beside / peft_config.CONFIG, config.model_dump(mode="json"))
         write_tensors(beside / peft_config.WEIGHTS, shapes, make, header)
@@ -65,7 +65,7 @@ def _memory_of(
 ) -> AdapterMetadata:
     fused = {site.path for site in loaded.sites if len(site.roles) > 1}
     blocks = {
-        path: {role: (rows.start, rows.stop) for role, rows in layer.parts.items()}
+        path: {role: (rows.start, rows.stop) for role, rows in layer.lora_slices.items()}
         for path, layer in layers.items()
         if path in fused
     }
@@ -75,12 +75,12 @@ def _memory_of(
 def _config_of(loaded: LoadedModel, layers: Mapping[str, LoraLinear], recipe: Recipe) -> PeftConfig:
     """The commonest rank stands for all, patterns for the rest: fewer readers know patterns."""
     modules = [name for name, _ in loaded.model.named_modules()]
-    by_parts = Counter(len(layer.parts) for layer in layers.values())
+    by_parts = Counter(len(layer.lora_slices) for layer in layers.values())
     commonest = by_parts.most_common(1)[0][0]
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for num in by_parts.keys() - {commonest}:
-        paths = [path for path, layer in layers.items() if len(layer.parts) == num]
+        paths = [path for path, layer in layers.items() if len(layer.lora_slices) == num]
         for name in peft_config.shortest_names(paths, modules):
             ranks[name], alphas[name] = _widened(recipe.adapter, num)
     rank, alpha = _widened(recipe.adapter, commonest)
@@ -105,7 +105,7 @@ def _widened(adapter: schema.Adapter, num_parts: int) -> tuple[int, float]:
 
 
 def _shape_of(layer: LoraLinear, factor: str) -> Shape:
-    stacked = layer.settings.rank * len(layer.parts)
+    stacked = layer.settings.rank * len(layer.lora_slices)
     if factor == "A":
         return Shape(layer.settings.dtype, (stacked, layer.base.in_features))
     return Shape(layer.settings.dtype, (layer.base.out_features, stacked))
@@ -114,11 +114,11 @@ def _shape_of(layer: LoraLinear, factor: str) -> Shape:
 def _stacked(layer: LoraLinear, factor: str) -> Tensor:
     """A (parts * rank, in), or B (out, parts * rank) with a block a part."""
     if factor == "A":
-        return torch.cat([layer.lora_a[role].detach() for role in layer.parts])
+        return torch.cat([layer.lora_a[role].detach() for role in layer.lora_slices])
     rank, shape = layer.settings.rank, _shape_of(layer, "B")
     first = next(iter(layer.lora_b.values()))
     b = torch.zeros(shape.shape, dtype=shape.dtype, device=first.device)
-    for index, (role, rows) in enumerate(layer.parts.items()):
+    for index, (role, rows) in enumerate(layer.lora_slices.items()):
         b[rows, index * rank : (index + 1) * rank] = layer.lora_b[role].detach()
     return b
 
@@ -142,7 +142,7 @@ def load_adapter(loaded: LoadedModel, folder: Path) -> None:
         )
     for path, source in adapter.layers.items():
         _check_same(layers[path], source, sites[path], folder)
-        for role, part in zip(layers[path].parts, source.read(), strict=True):
+        for role, part in zip(layers[path].lora_slices, source.read(), strict=True):
             layers[path].lora_a[role].copy_(part.a)
             layers[path].lora_b[role].copy_(part.b)
 
@@ -150,7 +150,7 @@ def load_adapter(loaded: LoadedModel, folder: Path) -> None:
 def _check_same(layer: LoraLinear, source: AdapterLayer, site: Site, folder: Path) -> None:
     own, recipe = source.settings, layer.settings
     told: dict[str, tuple[Any, Any]] = {
-        "parts": (list(source.rows_on(site)), list(layer.parts)),
+        "parts": (list(source.rows_on(site)), list(layer.lora_slices)),
         "rank": (own.rank, recipe.rank),
         "scaling": (own.scaling, recipe.scaling),
         "dtype": (own.dtype, recipe.dtype),
@@ -191,7 +191,7 @@ def layers_on(loaded: LoadedModel, adapter: AdapterFile) -> dict[str, LoraLinear
 
 def put(loaded: LoadedModel, layers: Mapping[str, LoraLinear]) -> None:
     """Puts these layers in place and takes away all others. No weight is moved or changed."""
-    loaded.adapted = {path: list(layer.parts) for path, layer in layers.items()}
+    loaded.adapted = {path: list(layer.lora_slices) for path, layer in layers.items()}
     for site in loaded.sites:
         new = layers.get(site.path, _linear_at(loaded, site.path))
         convert.replace(loaded.model, site.path, new)
@@ -211,6 +211,6 @@ def _adapted(base: QuantLinear, source: AdapterLayer, site: Site) -> LoraLinear:
 
 def read_factors(layer: LoraLinear, source: AdapterLayer, device: torch.device) -> None:
     """Reads the layer's A and B from the adapter's file; frozen."""
-    for role, part in zip(layer.parts, source.read(), strict=True):
+    for role, part in zip(layer.lora_slices, source.read(), strict=True):
         layer.lora_a[role] = nn.Parameter(part.a.to(device), requires_grad=False)
         layer.lora_b[role] = nn.Parameter(part.b.to(device), requires_grad=False)

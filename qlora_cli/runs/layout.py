@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import UsageError
-from qlora_cli.files.atomic import write_json, writing
+from qlora_cli.files.atomic import report_write_errors, write_json
 
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -86,7 +86,9 @@ class RunFolder:
                 hint="name another folder with output=..., continue the run with --resume, or "
                 "remove the folder",
             )
-        with writing("the run's folder", self.path, hint="name another folder with output=..."):
+        with report_write_errors(
+            "the run's folder", self.path, hint="name another folder with output=..."
+        ):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def discard(self) -> None:
@@ -120,7 +122,7 @@ class RunFolder:
 
     def write(self, content: Mapping[str, Any]) -> None:
         """run.json, whole or as it was. Raises QloraError where the disk refuses."""
-        with writing("run.json", self.run_json):
+        with report_write_errors("run.json", self.run_json):
             write_json(self.run_json, content)
 
     def checkpoint(self, step: int) -> Path:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.errors import ModelError, NotFinite, QloraError
-from qlora_cli.files.atomic import appear_whole
+from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors
 from qlora_cli.files.finite import on_host
 from qlora_cli.files.safetensors_io import Shape, is_finite, read_header, read_tensor, write_tensors
 from qlora_cli.runs.layout import RunFolder
@@ -50,7 +50,10 @@ def save_checkpoint(
     """
     folder = run.checkpoint(step)
     try:
-        with appear_whole(folder) as beside:
+        with (
+            report_write_errors("the checkpoint", folder, RESUME_HINT),
+            atomic_folder(folder) as beside,
+        ):
             write_trained(trainable, beside / _TENSORS)
             state = {
                 "step": step,
@@ -63,12 +66,6 @@ def save_checkpoint(
                 torch.save(state, stream)
     except NotFinite as fault:
         raise NotFinite(f"after step {step}: {fault.what}", hint=fault.hint) from fault
-    except OSError as fault:
-        raise QloraError(
-            f"the checkpoint could not be written: {fault.strerror or fault}",
-            where=str(folder),
-            hint="earlier checkpoints are whole; free disk space and go on with --resume",
-        ) from fault
     return folder
 
 

@@ -61,9 +61,7 @@ class Run:
         try:
             return Recipe.model_validate(_without_defaults(recipe, Recipe))
         except (ValueError, AttributeError) as fault:
-            raise UsageError(
-                f"damaged recipe: {fault}", where=str(self.folder.run_json)
-            ) from fault
+            raise UsageError(f"damaged recipe: {fault}", where=str(self.folder.run_json)) from fault
 
     @property
     def is_full_fine_tuning(self) -> bool:

@@ -1,4 +1,4 @@
-"""Steps from the first to the last: metrics, checkpoints, the tracked steps, Ctrl-C."""
+"""The training loop: optimizer steps, metrics, checkpoints, tracked steps, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from qlora_cli.data.packing import BatchSchedule, peak_steps
 from qlora_cli.errors import Interrupted
 from qlora_cli.events import Observer, StepEvent
-from qlora_cli.files.atomic import writing
+from qlora_cli.files.atomic import RESUME_HINT, report_write_errors
 from qlora_cli.memory.device import live_and_peak
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.tracker import track_gradients
@@ -25,22 +25,33 @@ from qlora_cli.train.state import State
 from qlora_cli.train.step import StepOutcome, train_step
 
 TRACKED_STEPS = 3
-"""The first step makes the optimizer's states; two more show the steady state."""
+"""Steps at the start of a process that the memory tracker records: the first one creates the
+optimizer states, two more show the steady state."""
 LAST_LOSSES = 10
-"""Steps whose mean is reported as the run's training loss."""
-_FULL = "earlier checkpoints are whole; free disk space and go on with --resume"
+"""Number of last steps whose mean loss is reported as the run's training loss."""
+_METRICS = (
+    "step",
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+    "peak_bytes",
+    "joules",
+)
+"""Fields of a StepEvent that metrics.jsonl stores."""
 
 
 @dataclass
-class Timed:
-    """Steps of one kind, added up. tokens: all, prompts included."""
+class StepTimes:
+    """Sums over steps of one kind. tokens: all tokens, with or without a target."""
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
-        """One more."""
+        """Add one step."""
         self.steps += 1
         self.tokens += tokens
         self.seconds += seconds
@@ -48,99 +59,102 @@ class Timed:
 
 @dataclass
 class Progress:
-    """What the loop did in this process.
+    """The steps that this process has done.
 
-    first: the first step, which warms up; tracked, plain: later ones with and without the memory
-    instrument, which slows them.
+    first: the first step, which is slower because kernels and memory are initialized. tracked,
+    plain: later steps with and without the memory tracker, which slows a step down.
     """
 
-    first: Timed = field(default_factory=Timed)
-    tracked: Timed = field(default_factory=Timed)
-    plain: Timed = field(default_factory=Timed)
+    first: StepTimes = field(default_factory=StepTimes)
+    tracked: StepTimes = field(default_factory=StepTimes)
+    plain: StepTimes = field(default_factory=StepTimes)
 
     def add(self, tokens: int, seconds: float, tracked: bool) -> None:
-        """After each step."""
+        """Add one step. tracked: whether the memory tracker was on."""
         later = self.tracked if tracked else self.plain
         (later if self.steps else self.first).add(tokens, seconds)
 
     @property
     def steps(self) -> int:
-        """Of any kind."""
+        """Number of steps of all kinds."""
         return self.first.steps + self.tracked.steps + self.plain.steps
 
     @property
     def tokens_per_step(self) -> float:
-        """The mean; there must be a step."""
+        """Mean number of tokens per step. There must be at least one step."""
         return (self.first.tokens + self.tracked.tokens + self.plain.tokens) / self.steps
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the kind of steps that is least disturbed; 0 where no step was done."""
-        for timed in (self.plain, self.tracked, self.first):
-            if timed.seconds:
-                return timed.tokens / timed.seconds
+        """Speed of plain steps, else of tracked ones, else of the first; 0 without a step."""
+        for times in (self.plain, self.tracked, self.first):
+            if times.seconds:
+                return times.tokens / times.seconds
         return 0.0
 
 
 @dataclass(frozen=True)
-class Loop:
-    """One run's loop.
+class TrainingLoop:
+    """The loop of one run.
 
-    steps: optimizer steps of the whole job. remember: called after each checkpoint, so that what
-    was measured outlives this process, too.
+    steps: total number of optimizer steps of the job, including those of an earlier process.
+    on_checkpoint: called after each checkpoint, to write what has been measured so far.
     """
 
     state: State
-    windows: BatchSchedule
+    schedule: BatchSchedule
     steps: int
     run: RunFolder
     instrument: Instrument
     observer: Observer
     on_checkpoint: Callable[[Progress], object]
 
-    def go(self) -> Progress:
-        """From the state's step to the last.
+    def train(self) -> Progress:
+        """Train from the state's step to the last step, which always writes a checkpoint.
 
-        Raises Interrupted after Ctrl-C, checkpoint written; QloraError where the disk refuses.
+        Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint written; QloraError if a file
+        cannot be written; NotFinite if training diverges.
         """
         progress = Progress()
         first = self.state.step
-        tracked = peak_steps(self.windows, range(first, self.steps))
-        tracked |= {*range(first, first + TRACKED_STEPS)}
+        tracked_steps = peak_steps(self.schedule, range(first, self.steps))
+        tracked_steps |= {*range(first, first + TRACKED_STEPS)}
         self.observer.stage("train", self.steps)
         self.observer.advance(first)
-        with _asked_to_stop() as asked:
+        with _stop_signals() as is_stop_requested:
             while self.state.step < self.steps:
-                event = self._one(progress, self.state.step in tracked)
-                self._note(event)
+                event = self._step(progress, self.state.step in tracked_steps)
+                self._write_metrics(event)
                 self.observer.step(event)
-                self._maybe_checkpoint(progress, asked())
+                self._save_if_due(progress, is_stop_requested())
         return progress
 
-    def _one(self, progress: Progress, tracked: bool) -> StepEvent:
+    def _step(self, progress: Progress, tracked: bool) -> StepEvent:
+        """Do one optimizer step and add it to `progress`."""
         step = self.state.step
         lr = learning_rate(self.state.recipe.train, step, self.steps)
-        with self._watching(tracked):
-            began = time.perf_counter()
-            outcome = train_step(self.state, self.windows.step_batches(step), lr)
-            seconds = time.perf_counter() - began
+        with self._measured(tracked):
+            start = time.perf_counter()
+            outcome = train_step(self.state, self.schedule.step_batches(step), lr)
+            seconds = time.perf_counter() - start
         if outcome.skipped:
             self.observer.note(
-                f"step {step + 1}: float16 gradients overflowed; step left out, loss scale halved"
+                f"step {step + 1}: float16 gradients overflowed; step skipped, loss scale halved"
             )
         progress.add(outcome.tokens, seconds, tracked)
         return self._event(outcome, lr, seconds, progress)
 
     @contextmanager
-    def _watching(self, tracked: bool) -> Iterator[None]:
-        name = "step" if self.state.optimizer.state else "first_step"
+    def _measured(self, tracked: bool) -> Iterator[None]:
+        """Measure the memory of a step: with the tracker, or with the device's counters only."""
+        phase = "step" if self.state.optimizer.state else "first_step"
         if not tracked:
-            with self.instrument.count_only(name):
+            with self.instrument.count_only(phase):
                 yield
             return
-        watch = track_gradients(self.state.trainable.values(), self.instrument.tracker)
-        with watch, self.instrument.phase(name):
-            self.instrument.timeline.set_step(self.state.step + 1)
+        gradients = track_gradients(self.state.trainable.values(), self.instrument.tracker)
+        with gradients, self.instrument.phase(phase):
+            self.instrument.timeline.number(self.state.step + 1)
             yield
 
     def _event(
@@ -161,65 +175,58 @@ class Loop:
             seconds_left=steps_left * progress.tokens_per_step / progress.tokens_per_second,
         )
 
-    def _maybe_checkpoint(self, progress: Progress, stop: bool) -> None:
+    def _save_if_due(self, progress: Progress, is_stop_requested: bool) -> None:
+        """Write a checkpoint if one is due. Raises Interrupted if the user asked to stop."""
         step = self.state.step
         every = self.state.recipe.train.checkpoint_every
-        if stop or step == self.steps or step % every == 0:
-            with self.instrument.phase("checkpoint"):
-                save_checkpoint(
-                    self.run,
-                    step,
-                    self.state.trainable,
-                    self.state.optimizer,
-                    self.state.loss_scale.state(),
-                )
+        if is_stop_requested or step == self.steps or step % every == 0:
+            self._save(step)
             self.on_checkpoint(progress)
-        if stop and step < self.steps:
+        if is_stop_requested and step < self.steps:
             raise Interrupted(
                 f"stopped after step {step} of {self.steps}; its checkpoint is written",
                 where=str(self.run.path),
-                hint="go on with --resume",
+                hint="resume with --resume",
             )
 
-    def _note(self, event: StepEvent) -> None:
-        """One line in metrics.jsonl. Raises QloraError where the disk refuses."""
+    def _save(self, step: int) -> None:
+        state = self.state
+        with self.instrument.phase("checkpoint"):
+            save_checkpoint(
+                self.run, step, state.trainable, state.optimizer, state.loss_scale.state()
+            )
+
+    def _write_metrics(self, event: StepEvent) -> None:
+        """Append one line to metrics.jsonl. Raises QloraError if it cannot be written."""
+        values = asdict(event)
+        line: dict[str, Any] = {key: values[key] for key in _METRICS}
         file = self.run.metrics
-        with writing(file.name, file, hint=_FULL), file.open("a") as metrics:
-            metrics.write(json.dumps(_metrics(event)) + "\n")
+        with report_write_errors(file.name, file, hint=RESUME_HINT), file.open("a") as metrics:
+            metrics.write(json.dumps(line) + "\n")
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask; the loop stops after its step. A second Ctrl-C stops at once."""
-    asked = False
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Handle Ctrl-C and SIGTERM inside the block. Yields a function: has the user asked to stop?
 
-    def ask(_: int, __: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+    The loop stops after its current step. A second Ctrl-C raises KeyboardInterrupt at once.
+    """
+    is_requested = False
+
+    def handle(_: int, __: FrameType | None) -> None:
+        nonlocal is_requested
+        is_requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    numbers = (signal.SIGINT, signal.SIGTERM)
     try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, handle) for number in numbers}
     except ValueError:
-        # Only the main thread may listen; elsewhere the caller stops its own thread.
+        # Only the main thread may set signal handlers; elsewhere the caller stops its own thread.
         yield lambda: False
         return
     try:
-        yield lambda: asked
+        yield lambda: is_requested
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _metrics(event: StepEvent) -> dict[str, Any]:
-    keep = (
-        "step",
-        "loss",
-        "lr",
-        "grad_norm",
-        "tokens",
-        "tokens_per_second",
-        "peak_bytes",
-        "joules",
-    )
-    return {key: value for key, value in asdict(event).items() if key in keep}

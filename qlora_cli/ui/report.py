@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_cli.errors import UsageError
-from qlora_cli.files.atomic import whole_file, writing
+from qlora_cli.files.atomic import atomic_file, report_write_errors
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.ui import memory
@@ -72,7 +72,7 @@ def write(result: ReportResult) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     hint = "free disk space, or name a file in another folder"
-    with writing("the report", path, hint), whole_file(path) as beside:
+    with report_write_errors("the report", path, hint), atomic_file(path) as beside:
         beside.write_bytes(content)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import QloraError
-from qlora_cli.files.atomic import left_beside
+from qlora_cli.files.atomic import partial_folders
 from qlora_cli.jobs import quickstart
 from tests.helpers.cli_helpers import qlora
 
@@ -180,7 +180,7 @@ def test_a_file_that_is_put_into_out_while_merging_stays(
         patch.setattr(write, "carry", carry)
         outcome = qlora("merge", run, "--out", out)
     assert outcome.code == 2
-    (beside,) = left_beside(out)
+    (beside,) = partial_folders(out)
     assert str(beside) in outcome.err
     assert content(out) == {"notes.txt": b"mine"}
     shutil.rmtree(out)

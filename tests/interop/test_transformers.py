@@ -14,7 +14,7 @@ from qlora_cli.errors import InputError, ModelError, UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
-from qlora_cli.files.atomic import appear_whole
+from qlora_cli.files.atomic import atomic_folder
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.open import open_any, open_model, open_run
 from qlora_cli.runs.resume import write_trained
@@ -108,7 +108,7 @@ def test_a_run_trained_in_full_opens_its_own_weights(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.create()
     run.write({"recipe": recipe.model_dump(mode="json"), "base_folder": str(base)})
-    with appear_whole(run.weights) as folder:
+    with atomic_folder(run.weights) as folder:
         write_trained(trained.trainable(), folder / "model.safetensors")
     trained.model.eval()
     assert torch.equal(logits(open_run(Run(run.path), CPU, Silent()), IDS), logits(trained, IDS))

@@ -10,32 +10,32 @@ import pytest
 
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.files.atomic import (
-    appear_whole,
-    left_beside,
-    make_beside,
-    remove_left,
-    settle,
-    whole_file,
+    atomic_file,
+    atomic_folder,
+    make_partial_folder,
+    partial_folders,
+    publish_folder,
+    remove_partial_files,
     write_json,
 )
 from qlora_cli.runs.layout import RunFolder
 
 
 def fill(folder: Path, text: str) -> Path:
-    with appear_whole(folder) as beside:
+    with atomic_folder(folder) as beside:
         (beside / "inner").mkdir()
         (beside / "inner" / "a").write_text(text)
     return folder
 
 
 def fail(folder: Path, fault: BaseException) -> None:
-    with appear_whole(folder) as beside:
+    with atomic_folder(folder) as beside:
         (beside / "half").write_text("")
         raise fault
 
 
 def write_half(file: Path) -> None:
-    with whole_file(file) as beside:
+    with atomic_file(file) as beside:
         beside.write_text("half")
         raise KeyboardInterrupt
 
@@ -66,8 +66,8 @@ def test_an_error_leaves_the_older_folder(fault: BaseException, tmp_path: Path) 
 
 def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
     for _ in range(2):
-        (make_beside(tmp_path / "x") / "rest").write_text("")
-    other = make_beside(tmp_path / "x.y")
+        (make_partial_folder(tmp_path / "x") / "rest").write_text("")
+    other = make_partial_folder(tmp_path / "x.y")
     fill(tmp_path / "x", "first")
     fill(tmp_path / "x", "second")
     assert {path.name for path in tmp_path.iterdir()} == {"x", other.name}
@@ -83,30 +83,30 @@ def test_folders_and_files_of_the_user_with_similar_names_stay(tmp_path: Path) -
     fill(tmp_path / "x", "first")
     fill(tmp_path / "x", "second")
     write_json(tmp_path / "x.json", {})
-    remove_left(tmp_path / "x.json")
+    remove_partial_files(tmp_path / "x.json")
     assert {path.name for path in tmp_path.iterdir()} == before | {"x", "x.json"}
     files = [path for path in tmp_path.rglob("*") if path.name == "mine"]
     assert [path.read_text() for path in files] == ["mine"] * 3
 
 
 def test_a_name_is_taken_only_where_nothing_lies(tmp_path: Path) -> None:
-    beside, folder = make_beside(tmp_path / "x"), tmp_path / "x"
+    beside, folder = make_partial_folder(tmp_path / "x"), tmp_path / "x"
     (beside / "a").write_text("new")
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="is in use by now"):
-        settle(beside, folder)
+        publish_folder(beside, folder)
     assert (folder / "notes.txt").read_text() == "mine"
-    assert left_beside(folder) == [beside]
+    assert partial_folders(folder) == [beside]
     (folder / "notes.txt").unlink()
-    settle(beside, folder)
+    publish_folder(beside, folder)
     assert [path.name for path in folder.iterdir()] == ["a"]
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     file = tmp_path / "x"
     for text in ("first", "second"):
-        with whole_file(file) as beside:
+        with atomic_file(file) as beside:
             beside.write_text(text)
         assert file.read_text() == text
     plain = tmp_path / "plain"
@@ -122,7 +122,7 @@ def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path: Path) -> None
     left, other = (f".{name}.0123456789abcdef.partial" for name in ("x", "x.y"))
     for name in (left, other, ".x.partial"):
         (tmp_path / name).write_text("")
-    remove_left(tmp_path / "x")
+    remove_partial_files(tmp_path / "x")
     assert {path.name for path in tmp_path.iterdir()} == {other, ".x.partial"}
 
 
@@ -139,7 +139,7 @@ def test_content_reaches_the_disk_before_the_name(
     monkeypatch.setattr(os, "fsync", watched)
     (tmp_path / "beside").mkdir()
     (tmp_path / "beside" / "a").write_text("content")
-    settle(tmp_path / "beside", tmp_path / "x")
+    publish_folder(tmp_path / "beside", tmp_path / "x")
     assert synced == [False]
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qlora_cli.errors import InputError, Interrupted, ModelError, QloraError, UsageError
 from qlora_cli.events import Silent, StepEvent
 from qlora_cli.export.compare.eval_rows import eval_rows
-from qlora_cli.files.atomic import make_beside
+from qlora_cli.files.atomic import make_partial_folder
 from qlora_cli.files.locate import read_config
 from qlora_cli.jobs import train
 from qlora_cli.recipe.schema import Model, Recipe
@@ -267,7 +267,7 @@ def test_the_checkpoint_before_a_damaged_one_is_good(stopped: tuple[Recipe, RunF
 def test_a_half_written_checkpoint_is_no_checkpoint(stopped: tuple[Recipe, RunFolder]) -> None:
     """A process killed while writing step 3 leaves a folder beside, which is never read."""
     recipe, run = stopped
-    half = make_beside(run.checkpoint(3))
+    half = make_partial_folder(run.checkpoint(3))
     shutil.copytree(run.checkpoint(2), half, dirs_exist_ok=True)
     truncate(half / "state.pt")
     assert run.steps() == [1, 2]

@@ -12,7 +12,6 @@ them, each value; the file takes its name after that. The exact meaning of "comp
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -43,9 +42,13 @@ from qlora_cli.export.gguf.model import (
 )
 from qlora_cli.export.gguf.tokenizer import Vocabulary, read_vocabulary
 from qlora_cli.export.merge.folder import CONFIG
-from qlora_cli.files.atomic import OTHER_DISK, remove_left, whole_file, writing
+from qlora_cli.files.atomic import (
+    atomic_file,
+    remove_partial_files,
+    report_write_errors,
+    require_free_space,
+)
 from qlora_cli.files.locate import read_config
-from qlora_cli.units import format_bytes
 
 GgufEncoding = Literal["f16", "q8_0"]
 
@@ -59,7 +62,6 @@ _TYPES = {
 }
 _ELEMENTS = 2**18
 """Of a tensor that are in float32 at a time: 1 MiB, which stays in a processor's cache."""
-_ROOM_BYTES = 16 * 1024**2
 MAX_FAULTS = 10
 """Told one by one; the rest is counted."""
 
@@ -119,14 +121,7 @@ def check_exportable(base: Path, encoding: GgufEncoding, out: Path, merged_bytes
     """
     needed = GgufPlan(base, encoding).num_bytes + merged_bytes
     there = next(parent for parent in out.resolve().parents if parent.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < needed + _ROOM_BYTES:
-        raise QloraError(
-            f"the merged model and its GGUF file need {format_bytes(needed)} on disk, and "
-            f"{format_bytes(free)} are free",
-            where=str(there),
-            hint=OTHER_DISK,
-        )
+    require_free_space("the merged model with its GGUF file", there, needed)
 
 
 def export_gguf(folder: Path, encoding: GgufEncoding, observer: Observer) -> Path:
@@ -143,9 +138,9 @@ def export_gguf(folder: Path, encoding: GgufEncoding, observer: Observer) -> Pat
     if file.exists():
         _check_same(file, plan, observer)
         return file
-    with writing("the GGUF file", file):
-        remove_left(file)
-        with whole_file(file) as beside:
+    with report_write_errors("the GGUF file", file):
+        remove_partial_files(file)
+        with atomic_file(file) as beside:
             _write(plan, beside, observer)
             verify_gguf(beside, plan, observer)
     return file

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.errors import ModelError, QloraError
+from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer
-from qlora_cli.export.merge.combine import weighted_adapters
+from qlora_cli.export.merge.combine import weighted_adapters_of
 from qlora_cli.export.merge.folder import (
     CONFIG,
-    MANIFEST,
     Shard,
     copied_files,
     copy_files,
@@ -31,26 +30,23 @@ from qlora_cli.export.merge.folder import (
     plan_shards,
     write_index,
 )
-from qlora_cli.export.merge.manifest import MergeManifest
+from qlora_cli.export.merge.manifest import MANIFEST, MergeManifest
 from qlora_cli.export.merge.merged_tensors import MergedTensors
 from qlora_cli.files.atomic import (
-    OTHER_DISK,
-    left_beside,
-    make_beside,
-    remove_left,
-    settle,
-    whole_file,
+    atomic_file,
+    make_partial_folder,
+    partial_folders,
+    publish_folder,
+    remove_partial_files,
+    report_write_errors,
+    require_free_space,
     write_json,
-    writing,
 )
 from qlora_cli.files.dtype import dtype_name
 from qlora_cli.files.safetensors_io import Shape, read_header, write_tensors
-from qlora_cli.units import format_bytes
 
 MAX_SHARD_BYTES = 5 * 10**9
 """As transformers writes by default: files that every file system and hub takes."""
-_ROOM_BYTES = 16 * 1024**2
-"""Kept free beside the weights, for headers, the index and what else is written."""
 
 
 def write_merged(
@@ -70,20 +66,20 @@ def write_merged(
     out = out.resolve()
     shards = plan_shards(tensors.shapes(), max_shard_bytes)
     settings = _settings(tensors, shards)
-    with writing("the merged model", out):
+    with report_write_errors("the merged model", out):
         beside, done = _begin(out, settings, shards)
     hint = (
         f"whole files are kept in {beside}; free disk space and run the same command, which "
         "resumes from there, or remove that folder"
     )
-    with writing("the merged model", out, hint):
+    with report_write_errors("the merged model", out, hint):
         _check_room(out, base, [shard for shard in shards if shard.name not in done])
         _write_shards(tensors, shards, done, beside, observer)
         write_index(beside, shards)
         write_json(beside / CONFIG, merged_config(base, tensors.dtype))
         copy_files(base, beside)
         write_json(beside / MANIFEST, {**about, "settings": settings})
-        settle(beside, out)
+        publish_folder(beside, out)
 
 
 def find_equal_merge(out: Path, tensors: MergedTensors) -> MergedTensors | None:
@@ -93,7 +89,7 @@ def find_equal_merge(out: Path, tensors: MergedTensors) -> MergedTensors | None:
     """
     if not (out / MANIFEST).is_file():
         return None
-    made = MergeManifest.of(out)
+    made = MergeManifest.read(out)
     merged = replace(tensors, base=made.base, dtype=made.dtype)
     shards = plan_shards(merged.shapes(), MAX_SHARD_BYTES)
     same = made.settings == _settings(merged, shards)
@@ -116,13 +112,13 @@ def _write_shards(
 
     def make(name: str) -> Tensor:
         nonlocal behind
-        made = tensors.make(name)
+        made = tensors.compute(name)
         behind += 1
         observer.advance(behind)
         return made
 
     for shard in missing:
-        with whole_file(beside / shard.name) as file:
+        with atomic_file(beside / shard.name) as file:
             write_tensors(file, shard.shapes, make, {"format": "pt"})
 
 
@@ -138,7 +134,7 @@ def _settings(tensors: MergedTensors, shards: list[Shard]) -> dict[str, Any]:
         "weights": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
         "adapters": []
         if adapter is None
-        else [term.to_dict() for term in weighted_adapters(adapter)],
+        else [term.to_dict() for term in weighted_adapters_of(adapter)],
         "shards": {shard.name: len(shard.shapes) for shard in shards},
     }
 
@@ -153,16 +149,16 @@ def _begin(out: Path, settings: Mapping[str, Any], shards: list[Shard]) -> tuple
 
     Removes what other merges into `out` left.
     """
-    equal = [left for left in left_beside(out) if _settings_in(left) == settings]
-    for left in left_beside(out):
+    equal = [left for left in partial_folders(out) if _settings_in(left) == settings]
+    for left in partial_folders(out):
         if left not in equal[:1]:
             shutil.rmtree(left, ignore_errors=True)
     if not equal:
-        beside = make_beside(out)
+        beside = make_partial_folder(out)
         write_json(beside / MANIFEST, {"settings": settings})
         return beside, set()
     for name in (*(shard.name for shard in shards), CONFIG, MANIFEST):
-        remove_left(equal[0] / name)
+        remove_partial_files(equal[0] / name)
     whole = {shard.name for shard in shards if _is_whole(equal[0] / shard.name, shard.shapes)}
     return equal[0], whole
 
@@ -171,7 +167,7 @@ def _settings_in(left: Path) -> dict[str, Any] | None:
     """The settings of an unfinished merge; None where they cannot be read."""
     with suppress(ModelError):
         if (left / MANIFEST).is_file():
-            return MergeManifest.of(left).settings
+            return MergeManifest.read(left).settings
     return None
 
 
@@ -189,11 +185,4 @@ def _check_room(out: Path, base: Path, missing: list[Shard]) -> None:
     """Raises QloraError where the disk cannot take what is still to be written."""
     weights = sum(shape.num_bytes for shard in missing for shape in shard.shapes.values())
     needed = weights + sum((base / path).stat().st_size for path in copied_files(base))
-    free = shutil.disk_usage(out.parent).free
-    if free < needed + _ROOM_BYTES:
-        raise QloraError(
-            f"the merged model needs {format_bytes(needed)} on disk, and {format_bytes(free)} "
-            "are free",
-            where=str(out.parent),
-            hint=OTHER_DISK,
-        )
+    require_free_space("the merged model", out.parent, needed)

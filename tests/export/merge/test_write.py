@@ -23,7 +23,7 @@ from qlora_cli.export.merge import write as writing
 from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.export.options import MergeBase
-from qlora_cli.files.atomic import appear_whole, left_beside, make_beside
+from qlora_cli.files.atomic import atomic_folder, make_partial_folder, partial_folders
 from qlora_cli.jobs import merge as job
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.runs.layout import RunFolder
@@ -226,7 +226,7 @@ def test_a_killed_merge_goes_on_behind_its_last_whole_shard(
     tensors, out = tensors_of(run, "original"), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         write_merged(tensors, base, out, {}, Interrupting(12), max_shard_bytes=50_000)
-    (beside,) = left_beside(out)
+    (beside,) = partial_folders(out)
     shard = min(beside.glob("*.safetensors")).name
     half = beside / f".{shard}.0123456789abcdef.partial"
     half.write_text("left by a process that was killed")
@@ -293,7 +293,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
 
 def test_leftovers_that_say_nothing_are_thrown_away(tmp_path: Path) -> None:
     base, run, _ = a_run(tmp_path, "llama")
-    beside = make_beside(tmp_path / "out")
+    beside = make_partial_folder(tmp_path / "out")
     (beside / "merge.json").write_text("")
     write_merged(tensors_of(run, "original"), base, tmp_path / "out", {}, Silent())
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -349,7 +349,7 @@ def test_full_fine_tuning_writes_the_trained_weights(tmp_path: Path) -> None:
     run.write(
         {"recipe": recipe.model_dump(mode="json"), "base_folder": str(base), "status": "done"}
     )
-    with appear_whole(run.weights) as folder:
+    with atomic_folder(run.weights) as folder:
         write_trained(loaded.trainable(), folder / "model.safetensors")
     result = job.run(run.path, out=tmp_path / "out", dtype=None, base="auto", observer=Silent())
     assert result.base == "original"
