@@ -1,7 +1,8 @@
-"""The ledger: where the bytes are, as pure data. See "The ledger" in the design for the contract.
+"""The ledger: how a job's memory is distributed over categories, as pure data.
 
-A phase's `at_peak` adds up to its `peak_bytes`; making a phase that does not add up is an error of
-the program and raises at once, because a table whose rows miss bytes is worse than no table.
+`Ledger.to_dict` is the content of `memory.json` and part of `qlora plan --json`. The categories of a
+phase (`at_peak`) always add up to its `peak_bytes`. A `Phase` whose categories do not add up raises
+AssertionError when it is created, because a table with missing bytes would mislead the reader.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ CATEGORIES = (
     "temporary",
     "other",
 )
-"""base: frozen weights of the blocks; quant_constants: scales and codes of packed weights;
-embeddings, head: token tables; adapter: A and B, or every trained weight of full fine-tuning;
-activations: what backward needs; loss: logits of one chunk and what they become; temporary: what
-one operation needs while it runs; other: seen by the device's counter and attributed to
-nothing."""
+"""base: frozen weights of the blocks. quant_constants: scales and codes of packed weights.
+embeddings, head: token tables. adapter: A and B of LoRA, or all trained weights of full
+fine-tuning. activations: tensors that the backward pass needs. loss: logits of one chunk and the
+tensors computed from them. temporary: memory that one operation needs while it runs. other: bytes
+that the device's counter reports and the tracker does not attribute to a category."""
 
-PHASES = ("load", "first_step", "step", "checkpoint", "eval", "merge")
 STEP_PHASES = ("first_step", "step")
 
 FigureSource = Literal["measured", "planned"]
@@ -36,7 +36,11 @@ FigureSource = Literal["measured", "planned"]
 
 @dataclass(frozen=True)
 class Phase:
-    """The worst instant of one part of the job. All figures in bytes."""
+    """The peak of one part of the job, in bytes.
+
+    name: load, first_step, step, checkpoint, eval or merge. live_bytes: what lives when the phase
+    ends. at_peak: category -> bytes at the moment of the peak; adds up to `peak_bytes`.
+    """
 
     name: str
     peak_bytes: int
@@ -46,18 +50,25 @@ class Phase:
     def __post_init__(self) -> None:
         _check_sum(self.name, self.peak_bytes, self.at_peak)
 
-    def at_least(self, seen_bytes: int) -> Phase:
-        """With a device's own count of the peak; what it saw beyond the categories is `other`."""
-        unseen = seen_bytes - self.peak_bytes
-        if unseen <= 0:
+    def at_least(self, device_peak_bytes: int) -> Phase:
+        """Return the phase with a peak of at least `device_peak_bytes`.
+
+        device_peak_bytes: the peak that the device's own counter reports. Bytes beyond the tracked
+        ones are added to the category `other`.
+        """
+        untracked = device_peak_bytes - self.peak_bytes
+        if untracked <= 0:
             return self
-        at_peak = self.at_peak | {"other": self.at_peak.get("other", 0) + unseen}
-        return replace(self, peak_bytes=seen_bytes, at_peak=at_peak)
+        at_peak = self.at_peak | {"other": self.at_peak.get("other", 0) + untracked}
+        return replace(self, peak_bytes=device_peak_bytes, at_peak=at_peak)
 
 
 @dataclass(frozen=True)
 class MethodPeak:
-    """One side of before and after: a method's worst instant over the whole job."""
+    """The peak of a complete job with one method: the baseline (full fine-tuning) or this job.
+
+    method: the adapter method. bits: bits of the frozen weights.
+    """
 
     method: str
     source: FigureSource
@@ -71,7 +82,7 @@ class MethodPeak:
 
 @dataclass(frozen=True)
 class Device:
-    """kind: cpu | cuda."""
+    """The device of a ledger. kind: "cpu" or "cuda"."""
 
     kind: str
     name: str
@@ -80,10 +91,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Allocator:
-    """The device's own peaks, in bytes; zero where the device keeps no such counter.
+    """Peaks of the device's own counters, in bytes; zero if the device has no such counter.
 
-    allocated and reserved: torch's caching allocator. driver: all that the driver counts as used,
-    context and libraries included.
+    allocated, reserved: counters of torch's caching allocator. driver: all memory that the driver
+    reports as used, including the CUDA context and libraries.
     """
 
     allocated: int = 0
@@ -91,19 +102,20 @@ class Allocator:
     driver: int = 0
 
     def larger_of_each(self, other: Allocator) -> Allocator:
-        """Each counter's higher value of the two."""
+        """Return the higher value of each counter."""
         pairs = zip(astuple(self), astuple(other), strict=True)
         return Allocator(*(max(pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
 class InstrumentCost:
-    """What measuring cost the job it measured.
+    """The cost of measuring memory.
 
-    steps: optimizer steps of this process; tracked_steps: those with the instrument on.
-    tracked_seconds: mean of the tracked ones after the process's first, which is slower anyway;
-    plain_seconds: what as many tokens take without the instrument; either is 0 where there was no
-    such step. record_bytes: on the host, of the instrument's own records after the last of them.
+    steps: optimizer steps of this process. tracked_steps: steps with the tracker on.
+    tracked_seconds: mean duration of the tracked steps, without the process's first step, which is
+    slower anyway. plain_seconds: duration of a step with as many tokens and without the tracker.
+    Either is 0 if there was no such step. record_bytes: host memory of the instrument's own records
+    after the last tracked step.
     """
 
     steps: int
@@ -115,7 +127,7 @@ class InstrumentCost:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What `memory.json` holds. Fields with a default are absent from older files."""
+    """The content of `memory.json`. Files of older versions lack the fields with a default."""
 
     device: Device
     phases: tuple[Phase, ...]
@@ -125,34 +137,37 @@ class Ledger:
     measured_peak_bytes: int
     allocator: Allocator = field(default_factory=Allocator)
     instrument: str = ""
-    """What the figures were read from, in words: the tracker, the allocator, or the plan."""
+    """The source of the figures, in words: the tracker, the allocator or the plan."""
     before_planned_bytes: int = 0
-    """Full fine-tuning's planned peak, kept beside a measured one; 0 where `before` is the plan."""
+    """Planned peak of full fine-tuning if `before` was measured; 0 if `before` is the plan."""
     floor_bytes: int = 0
-    """What the job cannot do without: packed weights, adapter state, one block's working set and
-    the blocks' inputs; 0 where it is not known."""
+    """Lower bound of the job's memory: packed weights, adapter state, one block's working set and
+    the inputs of all blocks; 0 if unknown."""
     instrument_cost: InstrumentCost | None = None
     notes: tuple[str, ...] = ()
-    """What a reader of these figures has to know of how they came about, one sentence each."""
+    """Sentences for the reader about how the figures were obtained."""
 
     @property
     def ratio(self) -> float:
-        """How many times less memory the job needs than full fine-tuning."""
+        """Peak of full fine-tuning divided by the peak of this job; 0 if nothing was measured."""
         return self.before.peak_bytes / self.after.peak_bytes if self.after.peak_bytes else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The object of the contract; an absent `bits` is left out."""
+        """Return the content of `memory.json`; `bits` is left out if it is None."""
         content = asdict(self)
         content["phases"], content["notes"] = list(content["phases"]), list(self.notes)
-        for method_peak in ("before", "after"):
-            if content[method_peak]["bits"] is None:
-                del content[method_peak]["bits"]
+        for key in ("before", "after"):
+            if content[key]["bits"] is None:
+                del content[key]["bits"]
         content["ratio"] = self.ratio
         return content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Ledger:
-        """The inverse of `to_dict`; raises KeyError or AssertionError on a damaged one."""
+        """Return the ledger of the content of `memory.json`.
+
+        Raises KeyError, TypeError or AssertionError if the content is damaged.
+        """
         cost = content.get("instrument_cost")
         return cls(
             device=Device(**content["device"]),
@@ -170,16 +185,19 @@ class Ledger:
         )
 
 
-def worst(phases: tuple[Phase, ...]) -> Phase:
-    """The phase with the highest peak."""
+def peak_phase(phases: tuple[Phase, ...]) -> Phase:
+    """Return the phase with the highest peak."""
     return max(phases, key=lambda phase: phase.peak_bytes)
 
 
-def larger_of_each(earlier: tuple[Phase, ...], now: tuple[Phase, ...]) -> tuple[Phase, ...]:
-    """The phases of two processes of one job; one that both went through is its worse time."""
+def larger_of_each(earlier: tuple[Phase, ...], later: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    """Merge the phases of two processes of one job.
+
+    A phase that both processes measured has the higher of the two peaks.
+    """
     phases = {phase.name: phase for phase in earlier}
-    for phase in now:
-        phases[phase.name] = worst((phase, phases.get(phase.name, phase)))
+    for phase in later:
+        phases[phase.name] = peak_phase((phase, phases.get(phase.name, phase)))
     return tuple(phases.values())
 
 

@@ -1,11 +1,13 @@
-"""The plan: the real job on imagined tensors.
+"""Plans a job's memory by running the job itself on meta tensors.
 
-`build_state` and `train_step` as the job calls them, on `meta`, with the memory tracker around
-them. Only the source of weights and the batch differ. Why meta and not FakeTensorMode: the latter
-cannot build packed weights and makes transformers build a mask; meta is also three times faster.
+The dry run calls the same `build_state` and `train_step` as the job, with the storage tracker
+around them. Only the weight source and the batches differ. Meta tensors are used and not
+FakeTensorMode, because FakeTensorMode cannot build packed weights, makes transformers build a mask
+and is three times slower.
 
-A few blocks are imagined and their events repeated for the rest (`memory/recording.py`). What comes
-out is played to the account of a CPU, or to a model of the caching allocator of a card.
+If the transformer blocks are alike, only a few of them run, and their recorded events are repeated
+for the others (`recording.py`). The events are then replayed to the memory model of the target
+device (`replay.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from qlora_cli.data.collate import Batch
 from qlora_cli.device import DeviceProfile
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.memory.gc_pause import gc_paused
-from qlora_cli.memory.ledger import FigureSource, MethodPeak, Phase, worst
+from qlora_cli.memory.ledger import FigureSource, MethodPeak, Phase, peak_phase
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.tracker import StorageTracker, track_gradients
 from qlora_cli.models.build import ModelRequest
@@ -30,9 +32,9 @@ from qlora_cli.models.family import Family
 from qlora_cli.nn.quant import forget_codes
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.plan.recording import NUM_RECORDED_BLOCKS, NotAlike, Recording
-from qlora_cli.plan.replay import MemoryPlan, Recorded, account
+from qlora_cli.plan.replay import MemoryPlan, RecordedJob, replay
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train.optimizer import learning_rate
+from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
 
@@ -40,133 +42,146 @@ from qlora_cli.train.step import train_step
 def dry_run(
     recipe: Recipe,
     config: Any,
-    facts: DeviceProfile,
-    window: Sequence[Batch],
-    held_out: Sequence[Batch] = (),
+    profile: DeviceProfile,
+    step_batches: Sequence[Batch],
+    eval_batches: Sequence[Batch] = (),
 ) -> MemoryPlan:
-    """Load, first step, later step and evaluation of a resolved recipe on the device of `facts`.
+    """Plan loading, the first step, a later step and evaluation on the device of `profile`.
 
-    window: of an optimizer step, on the host, the worst first micro-batch and the worst of those
-    behind it, where there are some; gradients are alive then, so two stand for any number.
-    held_out: the worst of evaluation, none where the job evaluates nothing. Raises as the job does.
+    recipe: resolved, without `auto`. config: transformers' config of the base; it is not modified.
+    step_batches: micro-batches of one optimizer step, on the CPU: the largest first one, and the
+    largest later one if there are several. Later micro-batches run while gradients exist, so two
+    represent any number. eval_batches: the largest batches of the evaluation, on the CPU; empty if
+    the job does not evaluate. Raises the errors of `build_state` and `train_step`.
     """
-    job = _DryRun(recipe, facts, window, held_out)
-    # It runs when it likes, and a plan shall say the same each time; it would also look through a
-    # hundred thousand events again and again.
+    job = _DryRun(recipe, profile, step_batches, eval_batches)
+    # Garbage collection would make the plan depend on when it runs, and would scan a hundred
+    # thousand recorded events each time.
     with gc_paused():
-        return _imagine(job, config)
+        return _plan(job, config)
 
 
-def _imagine(job: _DryRun, config: Any) -> MemoryPlan:
-    """With few blocks where they are alike, else with all."""
+def _plan(job: _DryRun, config: Any) -> MemoryPlan:
+    """Run a few blocks and repeat them if they are alike, else run all blocks."""
     num_blocks = config.num_hidden_layers
-    if _blocks_are_alike(job.recipe, config):
-        shorter = deepcopy(config)
-        shorter.num_hidden_layers = NUM_RECORDED_BLOCKS
-        if getattr(config, "layer_types", None):
-            shorter.layer_types = config.layer_types[:NUM_RECORDED_BLOCKS]
+    if _blocks_may_be_alike(job.recipe, config):
         try:
-            return account(job.record(shorter), num_blocks)
+            return replay(job.record(with_blocks(config, NUM_RECORDED_BLOCKS)), num_blocks)
         except NotAlike:
             pass
-    return account(job.record(deepcopy(config)), num_blocks)
+    return replay(job.record(config), num_blocks)
+
+
+def with_blocks(config: Any, num_blocks: int) -> Any:
+    """Return a copy of a transformers config with the first `num_blocks` blocks only."""
+    shorter = deepcopy(config)
+    shorter.num_hidden_layers = num_blocks
+    if getattr(config, "layer_types", None):
+        shorter.layer_types = config.layer_types[:num_blocks]
+    return shorter
 
 
 def method_peak(recipe: Recipe, phases: tuple[Phase, ...], source: FigureSource) -> MethodPeak:
-    """One side of before and after."""
-    peak = worst(phases)
+    """Return the peak of a job with the recipe's method, from its planned or measured phases."""
+    peak = peak_phase(phases)
     return MethodPeak(
         recipe.adapter.method, source, peak.peak_bytes, peak.at_peak, recipe.base.bits
     )
 
 
-def _blocks_are_alike(recipe: Recipe, config: Any) -> bool:
-    """Whether nothing that is known beforehand sets one block apart from the others."""
+def _blocks_may_be_alike(recipe: Recipe, config: Any) -> bool:
+    """Return whether recipe and config treat all blocks the same, and there are enough of them."""
     targets = recipe.adapter.targets
-    by_role = isinstance(targets, str) or not any("." in target for target in targets)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return by_role and len(kinds) <= 1 and config.num_hidden_layers > NUM_RECORDED_BLOCKS
+    are_roles = isinstance(targets, str) or not any("." in target for target in targets)
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    return are_roles and len(layer_types) <= 1 and config.num_hidden_layers > NUM_RECORDED_BLOCKS
 
 
 @dataclass(frozen=True)
 class _DryRun:
-    """What is imagined, whatever the number of blocks."""
+    """A job to run on meta tensors, with any number of blocks. See `dry_run` for the fields."""
 
     recipe: Recipe
-    facts: DeviceProfile
-    window: Sequence[Batch]
-    held_out: Sequence[Batch]
+    profile: DeviceProfile
+    step_batches: Sequence[Batch]
+    eval_batches: Sequence[Batch]
 
-    def record(self, config: Any) -> Recorded:
-        """The whole job with a model of as many blocks as the config says; changes the config."""
+    def record(self, config: Any) -> RecordedJob:
+        """Run the complete job with a model of the config's number of blocks."""
         recording = Recording()
-        memory_model = MemoryModel.of(self.facts)
+        memory_model = MemoryModel.of(self.profile)
         tracker = memory_model.new_tracker(recording, "meta")
         dtype = file_dtype(config)
         meta = torch.device("meta")
         total = (0, 0)
 
-        def source(model: nn.Module, family: Family) -> MetaSource:
+        def make_source(model: nn.Module, family: Family) -> MetaSource:
             nonlocal total
             recording.blocks = family.blocks
-            total = _counted(dict(model.named_parameters()), family, nn.Parameter.numel)
+            total = _sums(dict(model.named_parameters()), family, nn.Parameter.numel)
             return MetaSource(model, family, dtype)
 
         forget_codes(meta)
         with tracker:
             recording.begin_phase()
-            state = build_state(ModelRequest(self.recipe, config, source, meta, self.facts))
+            state = build_state(ModelRequest(self.recipe, config, make_source, meta, self.profile))
             tag_living(state, tracker)
             recording.end_phase("load")
             recording.release_cache()
-            self._go(state, tracker, recording)
+            self._run_phases(state, tracker, recording)
         family = state.loaded.family
-        tokens = max(batch.num_tokens for batch in self.window)
-        return Recorded(
-            recording.visits,
-            config.num_hidden_layers,
-            memory_model,
-            total,
-            _counted(state.trainable, family, nn.Parameter.numel),
-            _counted(state.trainable, family, lambda p: p.numel() * p.element_size()),
-            tokens * config.hidden_size * state.loaded.weight_format.compute.itemsize,
+        num_tokens = max(batch.num_tokens for batch in self.step_batches)
+        return RecordedJob(
+            segments=recording.segments,
+            num_blocks=config.num_hidden_layers,
+            memory_model=memory_model,
+            total=total,
+            trained=_sums(state.trainable, family, nn.Parameter.numel),
+            trained_bytes=_sums(state.trainable, family, lambda p: p.numel() * p.element_size()),
+            input_bytes=num_tokens
+            * config.hidden_size
+            * state.loaded.weight_format.compute.itemsize,
         )
 
-    def _go(self, state: State, tracker: StorageTracker, recording: Recording) -> None:
+    def _run_phases(self, state: State, tracker: StorageTracker, recording: Recording) -> None:
+        """Run all phases after loading."""
         loaded = state.loaded
-        _announce_blocks(loaded.model.get_submodule(loaded.family.blocks), recording)
+        _report_active_blocks(loaded.model.get_submodule(loaded.family.blocks), recording)
         with track_gradients(state.trainable.values(), tracker):
             for step, name in enumerate(("first_step", "step")):
                 recording.begin_phase()
-                train_step(state, self.window, learning_rate(self.recipe.train, step, 2))
+                train_step(state, self.step_batches, learning_rate(self.recipe.train, step, 2))
                 recording.end_phase(name)
-        # Saving reads what lives and writes it to a file; it makes nothing on the device.
+        # Saving a checkpoint writes living tensors to files and allocates nothing on the device.
         recording.begin_phase()
         recording.end_phase("checkpoint")
-        if self.held_out:
+        if self.eval_batches:
             recording.begin_phase()
-            state.task.evaluate(loaded, self.held_out, state.device)
+            state.task.evaluate(loaded, self.eval_batches, state.device)
             recording.end_phase("eval")
 
 
-def _counted(
+def _sums(
     parameters: dict[str, nn.Parameter], family: Family, size: Callable[[nn.Parameter], int]
 ) -> tuple[int, int]:
-    """(sum over all, sum over one block in the middle)."""
+    """Return (sum of `size` over all parameters, sum over one middle block)."""
     middle = f"{family.blocks}.{NUM_RECORDED_BLOCKS // 2}."
     of_block = sum(size(p) for name, p in parameters.items() if name.startswith(middle))
     return sum(map(size, parameters.values())), of_block
 
 
-def _announce_blocks(blocks: Any, recording: Recording) -> None:
-    """Tells the recording which block is at work, forward and backward."""
+def _report_active_blocks(blocks: Any, recording: Recording) -> None:
+    """Report to the recording which block runs, in the forward and the backward pass."""
     for index, block in enumerate(blocks):
-        block.forward = _announced(block.forward, f"{recording.blocks}.{index}", recording)
+        path = f"{recording.blocks}.{index}"
+        block.forward = _reporting_forward(block.forward, path, recording)
 
 
-def _announced(forward: Callable[..., Any], path: str, recording: Recording) -> Callable[..., Any]:
-    def announced(*args: Any, **kwargs: Any) -> Any:
-        # It stays at work until the next one, and lets go of what the one before it made.
+def _reporting_forward(
+    forward: Callable[..., Any], path: str, recording: Recording
+) -> Callable[..., Any]:
+    def reporting_forward(*args: Any, **kwargs: Any) -> Any:
+        # The block stays active until the next one runs, because it frees the previous one's output.
         recording.enter_module(path)
         output = forward(*args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
@@ -174,4 +189,4 @@ def _announced(forward: Callable[..., Any], path: str, recording: Recording) -> 
             hidden.register_hook(lambda _: recording.enter_module(path))
         return output
 
-    return announced
+    return reporting_forward

@@ -1,15 +1,14 @@
-"""What merging will need of the device, imagined: the worst of what `--base auto` does there.
+"""Plans the memory of merging: a dry run of the largest part of `qlora merge --base auto`.
 
-One tensor at a time is packed, unpacked and added to; and the models that are judged answer
-streamed (`stream.py`), each module with its tensors in memory while it computes and no longer. So
-two blocks stand for all: behind the first one the embedded tokens live on. The row that is judged
-on is as long as the recipe allows; how many rows there will be is not known, and attention takes a
-little more for many short ones.
+Merging packs, dequantizes and adds one tensor at a time. Then it compares the trained model with the
+merged one. Both run streamed (`models/placement/streamed.py`): each module's tensors are in memory
+only while it computes. Two blocks therefore represent any number of blocks; the second one runs
+while the embedded tokens are still alive. The comparison uses rows of the recipe's length. How many
+rows there will be is not known, and attention needs a little more memory for many short rows.
 """
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -34,38 +33,42 @@ from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.embedding import upload
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
+from qlora_cli.plan.dry_run import with_blocks
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.backbone import hidden_states
 
 _META = torch.device("meta")
-_BLOCKS = 2
+_NUM_BLOCKS = 2
 
 
-def dry_run_merge(recipe: Recipe, config: Any, facts: DeviceProfile) -> Phase:
-    """The phase `merge` of a resolved recipe, in a process of its own."""
-    weight_format, dtype = weight_format_of(recipe, file_dtype(config)), file_dtype(config)
-    shorter = deepcopy(config)
-    shorter.num_hidden_layers = min(_BLOCKS, config.num_hidden_layers)
-    if getattr(config, "layer_types", None):
-        shorter.layer_types = config.layer_types[:_BLOCKS]
-    model, family = skeleton(deepcopy(shorter), weight_format.compute)
+def dry_run_merge(recipe: Recipe, config: Any, profile: DeviceProfile) -> Phase:
+    """Return the planned phase `merge` of a resolved recipe.
+
+    config: transformers' config of the base. profile: the device that merges, in a new process.
+    """
+    dtype = file_dtype(config)
+    weight_format = weight_format_of(recipe, dtype)
+    shorter = with_blocks(config, min(_NUM_BLOCKS, config.num_hidden_layers))
+    model, family = skeleton(shorter, weight_format.compute)
     sites = find_sites(model, family, shorter)
-    memory_model = MemoryModel.of(facts)
+    memory_model = MemoryModel.of(profile)
     counter = memory_model.new_counter()
     tracker = memory_model.new_tracker(counter, "meta")
     with tracker, counter.phase("merge"), torch.no_grad():
-        _one_tensor(max(sites, key=lambda s: s.in_features * s.out_features), weight_format, dtype)
+        largest = max(sites, key=lambda site: site.in_features * site.out_features)
+        _merge_one_tensor(largest, weight_format, dtype)
         if weight_format.bits < 16:
-            models = _judged(shorter, weight_format, sites, facts)
-            for loaded, kind in zip(models, (MetaSource, _Merged), strict=True):
-                _answer(loaded, kind(model, family, dtype), recipe.data.seq_len)
+            models = _compared_models(shorter, weight_format, sites, profile)
+            for loaded, source_class in zip(models, (MetaSource, _MergedSource), strict=True):
+                _run(loaded, source_class(model, family, dtype), recipe.data.seq_len)
             with scope("temporary"):
                 torch.empty(COMPARISON_BYTES, dtype=torch.uint8, device=_META)
     return counter.phases[0]
 
 
-def _one_tensor(site: Site, weight_format: WeightFormat, dtype: torch.dtype) -> None:
+def _merge_one_tensor(site: Site, weight_format: WeightFormat, dtype: torch.dtype) -> None:
+    """Allocate what merging one linear layer allocates. dtype: dtype of the base's files."""
     with scope("temporary"):
         with host_memory():
             weight = torch.empty((site.out_features, site.in_features), dtype=dtype, device=_META)
@@ -73,36 +76,39 @@ def _one_tensor(site: Site, weight_format: WeightFormat, dtype: torch.dtype) -> 
             layer = pack_linear(site, weight_format, upload(weight, _META))
             del weight
             weight = layer.dequantize()
-        _add_up(weight)
+        _add_adapter(weight)
 
 
-def _add_up(weight: Tensor) -> Tensor:
-    """As `MergedTensors` makes a tensor, which is on the host: some rows in float64 at a time."""
+def _add_adapter(weight: Tensor) -> Tensor:
+    """Allocate what adding the adapter allocates: in host memory, a chunk of float64 at a time."""
     with host_memory():
-        made = torch.empty_like(weight, dtype=torch.float16)
+        merged = torch.empty_like(weight, dtype=torch.float16)
         rows = torch.empty(min(CHUNK_ELEMENTS, weight.numel()), dtype=torch.float64, device=_META)
         rows.float()
-    return made
+    return merged
 
 
-class _Merged(MetaSource):
+class _MergedSource(MetaSource):
     def read(self, name: str) -> Tensor:
-        return _add_up(super().read(name))
+        return _add_adapter(super().read(name))
 
 
-def _judged(
-    config: Any, weight_format: WeightFormat, sites: list[Site], facts: DeviceProfile
+def _compared_models(
+    config: Any, weight_format: WeightFormat, sites: list[Site], profile: DeviceProfile
 ) -> list[LoadedModel]:
-    """The trained model and a merged one, as they are when they answer."""
-    kernels = (kernel_for(facts, compute) for compute in (weight_format.compute, torch.float32))
+    """Return the trained model and the merged one on meta, as merging compares them."""
+    compute = weight_format.compute
     with unallocated():
         return [
-            trained_on_meta(deepcopy(config), weight_format, sites, next(kernels)),
-            merged_on_meta(deepcopy(config), torch.float32, torch.float16, next(kernels)),
+            trained_on_meta(config, weight_format, sites, kernel_for(profile, compute)),
+            merged_on_meta(
+                config, torch.float32, torch.float16, kernel_for(profile, torch.float32)
+            ),
         ]
 
 
-def _answer(loaded: LoadedModel, source: MetaSource, seq_len: int) -> None:
+def _run(loaded: LoadedModel, source: MetaSource, seq_len: int) -> None:
+    """Run one streamed forward pass over as many tokens as merging compares."""
     loaded.model.eval()
     stream(loaded, source, _META)
     longest = min(seq_len, MAX_TOKENS, loaded.config.max_position_embeddings)

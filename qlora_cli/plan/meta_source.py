@@ -1,4 +1,4 @@
-"""A checkpoint without bytes: the weight source of a dry run."""
+"""The weight source of a dry run: the shapes and dtypes of a checkpoint, without bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from qlora_cli.models.family import Family
 
 
 class MetaSource:
-    """The checkpoint of a model that was just made on meta: shapes and dtypes, no bytes."""
+    """The checkpoint of a model that was just created on meta.
+
+    model: transformers' model on meta, before any module was replaced. dtype: of all tensors.
+    """
 
     def __init__(self, model: Any, family: Family, dtype: torch.dtype) -> None:
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -21,13 +24,13 @@ class MetaSource:
         self._dtype = dtype
 
     def names(self) -> Sequence[str]:
-        """In the model's order."""
+        """Return the tensors' names, in the order of the model's parameters."""
         return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As it would lie in the file."""
+        """Return the shape that the tensor has in the checkpoint file."""
         return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
-        """An empty tensor on meta."""
+        """Return an empty tensor on meta."""
         return torch.empty(self._shapes[name], dtype=self._dtype, device="meta")

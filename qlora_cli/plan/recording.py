@@ -1,13 +1,15 @@
-"""What the tracker saw, kept in order; a plan repeats in it the blocks that it did not imagine.
+"""Records the tracker's events, and extends the recording of a few blocks to a model of any depth.
 
-Blocks of a model are alike. A plan imagines a few, and its recording is drawn out to the true
-number: the events that belong to one block in the middle are repeated for every block left out,
-each copy with storages of its own. That this may be done is not assumed: the block and its
-neighbour must have left the same events, with the same sizes, that refer to each other's storages
-in the same way; otherwise `repeat` raises NotAlike and the plan imagines all blocks.
+The transformer blocks of a model are alike. A dry run therefore runs only `NUM_RECORDED_BLOCKS` of
+them, and `repeat` extends the recording: the events of one middle block are copied for every block
+that was left out, and each copy has storages of its own. `repeat` first checks that this is valid:
+the middle block and its neighbour must have the same events with the same sizes, and the events must
+refer to each other's storages in the same way. Otherwise it raises NotAlike, and the planner runs
+all blocks.
 
-An event belongs to the block that is at work (`enter`), else to the block of the storage that it
-works on, else to the same block as the event before it. Events of one block in a row are a visit.
+Which block an event belongs to: the block that is active (`enter_module`), else the block of the
+storage that the event is about, else the block of the previous event. Consecutive events of one
+block form a `BlockSegment`.
 """
 
 from __future__ import annotations
@@ -20,28 +22,33 @@ from typing import NamedTuple
 from qlora_cli.memory.listener import MemoryListener
 
 NUM_RECORDED_BLOCKS = 4
-"""Blocks that are imagined: the first, the last, one that is repeated, one to compare it with."""
+"""Blocks of a dry run: the first, the last, one to repeat, and its neighbour to compare it with."""
 _REPEATED = 1
-"""The block whose events are repeated."""
+"""Index of the block whose events are repeated."""
 
 
 class NotAlike(Exception):
-    """The blocks left different events; nothing can be repeated."""
+    """The middle blocks have different events, so none of them can be repeated."""
 
 
 class StorageId(NamedTuple):
-    """A storage, named by where it was made.
+    """A storage, identified by the position of its allocation in the recording.
 
-    block: None before the first block. visit: the how manyth of that block. place: within it.
+    block: index of the block that allocated it; None outside of the blocks. segment: number of the
+    segment among the segments of that block. index: of the event in that segment.
     """
 
     block: int | None
-    visit: int
-    place: int
+    segment: int
+    index: int
 
 
 class Event(NamedTuple):
-    """kind: allocate | free | recategorize | begin | end | release. category: or a phase's name."""
+    """One event.
+
+    kind: allocate, free, recategorize, begin, end or release. category: the storage's category; for
+    `end` the name of the phase.
+    """
 
     kind: str
     storage: StorageId | None = None
@@ -51,7 +58,11 @@ class Event(NamedTuple):
 
 @dataclass
 class BlockSegment:
-    """Events in a row that belong to one block."""
+    """Consecutive events of one block.
+
+    block: index of the block; None outside of the blocks. number: of the segment among the segments
+    of that block.
+    """
 
     block: int | None
     number: int
@@ -59,200 +70,225 @@ class BlockSegment:
 
 
 class Recording:
-    """A sink of the tracker."""
+    """A `MemoryListener` that stores all events."""
 
     def __init__(self) -> None:
-        self.visits: list[BlockSegment] = []
+        self.segments: list[BlockSegment] = []
         self.blocks = ""
-        """Path of the block list, `model.layers`; empty until the model's family is known."""
-        self._block: int | None = None
-        self._births: dict[Hashable, StorageId] = {}
-        self._numbers: Tally[int | None] = Tally()
+        """Module path of the list of blocks, such as `model.layers`; "" until it is known."""
+        self._active_block: int | None = None
+        self._storages: dict[Hashable, StorageId] = {}
+        self._num_segments: Tally[int | None] = Tally()
 
     def enter_module(self, path: str) -> None:
-        """What follows belongs to the block that `path` leads into, if it leads into one."""
+        """Make the block that contains the module at `path` active; none if it is in no block."""
         prefix = f"{self.blocks}."
         index = path.removeprefix(prefix).split(".")[0] if path.startswith(prefix) else ""
-        self._block = int(index) if index.isdigit() else None
+        self._active_block = int(index) if index.isdigit() else None
 
     def begin_phase(self) -> None:
-        """A phase begins."""
+        """Record that a phase begins; no block is active."""
         self.enter_module("")
-        self._note(Event("begin"), None)
+        self._append(Event("begin"), None)
 
     def end_phase(self, name: str) -> None:
-        """The phase that began last was `name`."""
+        """Record that the phase that began last ends, and its name."""
         self.enter_module("")
-        self._note(Event("end", category=name), None)
+        self._append(Event("end", category=name), None)
 
     def release_cache(self) -> None:
-        """Unused segments go back to the device."""
-        self._note(Event("release"), None)
+        """Record that unused segments return to the device."""
+        self._append(Event("release"), None)
 
     def mark(self, name: str) -> None:
-        """A part of a step begins; no block is at work yet."""
+        """Make no block active, because a part of a step begins."""
         self.enter_module("")
 
     def allocate(
         self, key: Hashable, num_bytes: int, category: str, origin: Hashable = None
     ) -> None:
-        """A storage is made."""
-        known = self._births.get(origin)
-        visit = self._visit(known.block if known else None)
-        birth = StorageId(visit.block, visit.number, len(visit.events))
-        self._births[key] = birth
-        visit.events.append(Event("allocate", birth, num_bytes, category))
+        """Record a new storage."""
+        source = self._storages.get(origin)
+        segment = self._segment(source.block if source else None)
+        storage = StorageId(segment.block, segment.number, len(segment.events))
+        self._storages[key] = storage
+        segment.events.append(Event("allocate", storage, num_bytes, category))
 
     def free(self, key: Hashable) -> None:
-        """It is gone."""
-        birth = self._births.pop(key)
-        self._note(Event("free", birth), birth.block)
+        """Record that the storage was freed."""
+        storage = self._storages.pop(key)
+        self._append(Event("free", storage), storage.block)
 
     def recategorize(self, key: Hashable, category: str) -> None:
-        """It belongs to `category` from now on."""
-        birth = self._births[key]
-        self._note(Event("recategorize", birth, 0, category), birth.block)
+        """Record that the storage counts under `category` from now on."""
+        storage = self._storages[key]
+        self._append(Event("recategorize", storage, 0, category), storage.block)
 
-    def _note(self, event: Event, block: int | None) -> None:
-        self._visit(block).events.append(event)
+    def _append(self, event: Event, block: int | None) -> None:
+        self._segment(block).events.append(event)
 
-    def _visit(self, block: int | None) -> BlockSegment:
-        """The visit an event belongs to; block: of the storage it works on, where known."""
-        if self._block is not None:
-            block = self._block
-        last = self.visits[-1] if self.visits else None
+    def _segment(self, block: int | None) -> BlockSegment:
+        """Return the segment of the next event. block: of its storage, or None if unknown."""
+        if self._active_block is not None:
+            block = self._active_block
+        last = self.segments[-1] if self.segments else None
         if last is not None and block in (None, last.block):
             return last
-        visit = BlockSegment(block, self._numbers[block])
-        self._numbers[block] += 1
-        self.visits.append(visit)
-        return visit
+        segment = BlockSegment(block, self._num_segments[block])
+        self._num_segments[block] += 1
+        self.segments.append(segment)
+        return segment
 
 
 def play(
-    visits: Iterable[BlockSegment],
-    account: MemoryListener,
-    after: Callable[[BlockSegment], None] = lambda _: None,
+    segments: Iterable[BlockSegment],
+    listener: MemoryListener,
+    after_segment: Callable[[BlockSegment], None] = lambda _: None,
 ) -> None:
-    """Gives every event to an account, in order. after: called when a visit has been played."""
-    for visit in visits:
-        for kind, storage, num_bytes, category in visit.events:
-            if kind == "allocate":
-                account.allocate(storage, num_bytes, category)
-            elif kind == "free":
-                account.free(storage)
-            elif kind == "recategorize":
-                account.recategorize(storage, category)
-            elif kind == "begin":
-                account.begin_phase()
-            elif kind == "end":
-                account.end_phase(category)
-            else:
-                account.release_cache()
-        after(visit)
+    """Send every recorded event to `listener`, in order.
 
-
-def repeat(visits: list[BlockSegment], num_blocks: int) -> list[BlockSegment]:
-    """The recording of a model of `NUM_RECORDED_BLOCKS` blocks as that of one of `num_blocks`.
-
-    Raises NotAlike where the blocks in the middle did not leave the same events.
+    after_segment: called after each segment.
     """
-    more = num_blocks - NUM_RECORDED_BLOCKS
-    assert more >= 0, num_blocks
-    pairs = _alike(visits)
-    drawn_out: list[BlockSegment] = []
-    for index, visit in enumerate(visits):
-        if visit.block != _REPEATED:
-            drawn_out.append(_moved(visit, more))
+    for segment in segments:
+        for kind, storage, num_bytes, category in segment.events:
+            if kind == "allocate":
+                listener.allocate(storage, num_bytes, category)
+            elif kind == "free":
+                listener.free(storage)
+            elif kind == "recategorize":
+                listener.recategorize(storage, category)
+            elif kind == "begin":
+                listener.begin_phase()
+            elif kind == "end":
+                listener.end_phase(category)
+            else:
+                listener.release_cache()
+        after_segment(segment)
+
+
+def repeat(segments: list[BlockSegment], num_blocks: int) -> list[BlockSegment]:
+    """Extend the recording of `NUM_RECORDED_BLOCKS` blocks to a model of `num_blocks` blocks.
+
+    Raises NotAlike if the middle blocks do not have the same events.
+    """
+    num_added = num_blocks - NUM_RECORDED_BLOCKS
+    assert num_added >= 0, num_blocks
+    neighbours = _matching_segments(segments)
+    extended: list[BlockSegment] = []
+    for index, segment in enumerate(segments):
+        if segment.block != _REPEATED:
+            extended.append(_moved(segment, num_added))
             continue
-        copies = [_copy(visit, pairs[visit.number], shift, more) for shift in range(more + 1)]
-        drawn_out += copies if _rises(visits, index) else reversed(copies)
-    return drawn_out
+        neighbour = neighbours[segment.number]
+        copies = [
+            _copy(segment, neighbour, shift, num_added) for shift in range(num_added + 1)
+        ]
+        extended += copies if _is_ascending(segments, index) else reversed(copies)
+    return extended
 
 
-def _alike(visits: list[BlockSegment]) -> list[BlockSegment]:
-    """The visits of the next block, after they were found to be like those of the repeated one."""
-    mine, others = (
-        [visit for visit in visits if visit.block == block] for block in (_REPEATED, _REPEATED + 1)
+def _matching_segments(segments: list[BlockSegment]) -> list[BlockSegment]:
+    """Return the segments of the repeated block's neighbour.
+
+    Raises NotAlike if they differ from the segments of the repeated block.
+    """
+    repeated, neighbours = (
+        [segment for segment in segments if segment.block == block]
+        for block in (_REPEATED, _REPEATED + 1)
     )
-    if [len(visit.events) for visit in mine] != [len(visit.events) for visit in others]:
+    if [len(segment.events) for segment in repeated] != [len(s.events) for s in neighbours]:
         raise NotAlike
-    events = (event for visit in visits for event in visit.events)
+    events = (event for segment in segments for event in segment.events)
     sizes = {event.storage: event.num_bytes for event in events if event.kind == "allocate"}
-    for one, other in zip(mine, others, strict=True):
-        for event, fellow in zip(one.events, other.events, strict=True):
-            same = event[0] == fellow[0] and event[2:] == fellow[2:]
-            if not same or not _correspond(event.storage, fellow.storage, sizes):
+    for segment, neighbour in zip(repeated, neighbours, strict=True):
+        for event, match in zip(segment.events, neighbour.events, strict=True):
+            is_same = event[0] == match[0] and event[2:] == match[2:]
+            if not is_same or not _correspond(event.storage, match.storage, sizes):
                 raise NotAlike
-    return others
+    return neighbours
 
 
 def _correspond(
-    mine: StorageId | None, other: StorageId | None, sizes: Mapping[StorageId | None, int]
+    storage: StorageId | None, match: StorageId | None, sizes: Mapping[StorageId | None, int]
 ) -> bool:
-    """Whether the two are the same storage, or the same of a block as far away.
+    """Return whether an event of the repeated block and its match refer to corresponding storages.
 
-    The first and the last block are visited at other times, so a neighbour's is known by its size.
+    They do if both refer to the same storage, or to storages of adjacent blocks at the same
+    position. The first and the last block have other segments than the middle ones, so their
+    storages are compared by size.
     """
-    if mine == other or mine is None or other is None:
-        return mine == other
-    if mine.block is None or other.block is None or mine.block + 1 != other.block:
+    if storage == match or storage is None or match is None:
+        return storage == match
+    if storage.block is None or match.block is None or storage.block + 1 != match.block:
         return False
-    own = mine.block == _REPEATED
-    return mine[1:] == other[1:] if own else sizes[mine] == sizes[other]
+    if storage.block == _REPEATED:
+        return storage[1:] == match[1:]
+    return sizes[storage] == sizes[match]
 
 
-def _rises(visits: list[BlockSegment], index: int) -> bool:
-    """Whether the visits go from the first block to the last here."""
-    before = visits[index - 1].block if index else None
-    after = visits[index + 1].block if index + 1 < len(visits) else None
+def _is_ascending(segments: list[BlockSegment], index: int) -> bool:
+    """Return whether the blocks run from the first to the last around segment `index`.
+
+    In the backward pass they run in the opposite order. Raises NotAlike if the segment is not
+    between the two adjacent blocks.
+    """
+    before = segments[index - 1].block if index else None
+    after = segments[index + 1].block if index + 1 < len(segments) else None
     if _REPEATED - 1 in (before, after) and _REPEATED + 1 in (before, after):
         return before == _REPEATED - 1
     raise NotAlike
 
 
-def _moved(visit: BlockSegment, more: int) -> BlockSegment:
-    """A visit of a block that is not repeated, at its place in the longer model."""
+def _moved(segment: BlockSegment, num_added: int) -> BlockSegment:
+    """Return a segment that is not repeated, with the block numbers of the longer model."""
 
-    def place(block: int | None) -> int | None:
-        """Where a block that the visit refers to has gone."""
+    def moved_block(block: int | None) -> int | None:
+        """Return the new number of a block that the segment's events refer to."""
         if block is None or block < _REPEATED:
             return block
         if block > _REPEATED:
-            return block + more
-        if visit.block == _REPEATED - 1:
+            return block + num_added
+        # The repeated block became `num_added + 1` blocks: the segment refers to the nearest one.
+        if segment.block == _REPEATED - 1:
             return block
-        if visit.block == _REPEATED + 1:
-            return block + more
+        if segment.block == _REPEATED + 1:
+            return block + num_added
         raise NotAlike
 
     events = [
-        event if event.storage is None else _of(event, place(event.storage.block), event.storage)
-        for event in visit.events
+        event
+        if event.storage is None
+        else _with_storage(event, moved_block(event.storage.block), event.storage)
+        for event in segment.events
     ]
-    block = visit.block if visit.block is None or visit.block < _REPEATED else visit.block + more
-    return BlockSegment(block, visit.number, events)
+    block = segment.block
+    if block is not None and block >= _REPEATED:
+        block += num_added
+    return BlockSegment(block, segment.number, events)
 
 
-def _copy(visit: BlockSegment, fellow: BlockSegment, shift: int, more: int) -> BlockSegment:
-    """The repeated block's visit as that of the block `shift` further on."""
+def _copy(
+    segment: BlockSegment, neighbour: BlockSegment, shift: int, num_added: int
+) -> BlockSegment:
+    """Return the repeated block's segment as the segment of the block `shift` blocks later.
+
+    neighbour: the same segment of the next block. It identifies the storages of the previous block.
+    """
     events = []
-    for event, other in zip(visit.events, fellow.events, strict=True):
-        storage, others = event.storage, other.storage
-        if storage is not None and others is not None and storage.block is not None:
-            if storage == others:
-                event = _of(
-                    event, storage.block + (more if storage.block > _REPEATED else 0), storage
-                )
+    for event, match in zip(segment.events, neighbour.events, strict=True):
+        storage, other = event.storage, match.storage
+        if storage is not None and other is not None and storage.block is not None:
+            if storage == other:  # Both blocks use this storage. It belongs to no repeated block.
+                moved = storage.block + (num_added if storage.block > _REPEATED else 0)
+                event = _with_storage(event, moved, storage)
             elif storage.block >= _REPEATED:
-                event = _of(event, storage.block + shift, storage)
-            elif shift:
-                # Of the block before, which is a copy too; the fellow names what that one made.
-                event = _of(event, storage.block + shift, others)
+                event = _with_storage(event, storage.block + shift, storage)
+            elif shift:  # A storage of the previous block, which is a copy itself.
+                event = _with_storage(event, storage.block + shift, other)
         events.append(event)
-    return BlockSegment(_REPEATED + shift, visit.number, events)
+    return BlockSegment(_REPEATED + shift, segment.number, events)
 
 
-def _of(event: Event, block: int | None, storage: StorageId) -> Event:
-    """The event on the storage's like in another block."""
+def _with_storage(event: Event, block: int | None, storage: StorageId) -> Event:
+    """Return the event for the storage at the same position of another block."""
     return Event(event[0], StorageId(block, storage[1], storage[2]), event[2], event[3])

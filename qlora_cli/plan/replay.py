@@ -1,4 +1,4 @@
-"""What comes of an imagined job: its recording drawn out, and played to an account."""
+"""Replays the recording of a dry run to the memory model of the target device."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_cli.memory.allocator import OutOfMemory
-from qlora_cli.memory.ledger import Phase, worst
+from qlora_cli.memory.ledger import Phase, peak_phase
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.plan.recording import BlockSegment, play, repeat
 
 _FROZEN = ("base", "quant_constants", "embeddings", "head")
-_STANDING = (*_FROZEN, "adapter", "gradients", "optimizer")
+_PERMANENT = (*_FROZEN, "adapter", "gradients", "optimizer")
+"""Categories that live during the complete step."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a plan found, in bytes.
+    """The result of a dry run. All sizes are in bytes.
 
-    adapter_bytes: of the trained tensors, as a checkpoint holds them. reserved_bytes: the most that
-    the caching allocator takes from the card; None on a CPU. floor_bytes: what no schedule can do
-    without: weights, adapter state, the blocks' inputs and one block's working set.
+    adapter_bytes: trained tensors as a checkpoint stores them. reserved_bytes: peak of the memory
+    that the caching allocator takes from the GPU; None on a CPU. floor_bytes: lower bound of the
+    job's memory: weights, adapter state, the inputs of all blocks and one block's working set.
+    segments: all events of the job. memory_model: the model of the target device.
     """
 
     phases: tuple[Phase, ...]
@@ -29,46 +31,47 @@ class MemoryPlan:
     adapter_bytes: int
     reserved_bytes: int | None
     floor_bytes: int
-    visits: Sequence[BlockSegment]
+    segments: Sequence[BlockSegment]
     memory_model: MemoryModel
 
     @property
     def peak_bytes(self) -> int:
-        """The worst instant of the job."""
-        return worst(self.phases).peak_bytes
+        """Peak memory of the job."""
+        return peak_phase(self.phases).peak_bytes
 
     @property
     def frozen_bytes(self) -> int:
-        """The weights that are not trained: no batch, adapter or optimizer needs fewer."""
+        """Memory of the frozen weights, which no change of batch, adapter or optimizer reduces."""
         step = next(phase for phase in self.phases if phase.name == "step")
         return sum(step.at_peak.get(category, 0) for category in _FROZEN)
 
     def fits(self, capacity_bytes: int) -> bool:
-        """Whether the job ends on a device that has so much for it.
+        """Return whether the job finishes on the device if it can use `capacity_bytes`.
 
-        On a card the allocator decides: it gives back what it holds unused before it fails, and it
-        fails although enough is free, where that lies in pieces.
+        On a GPU the events are replayed to the model of the caching allocator with this limit. The
+        allocator returns its unused segments before it fails. It fails although enough memory is
+        free if no free block is large enough.
         """
         if self.reserved_bytes is None:
             return self.peak_bytes <= capacity_bytes
         if self.reserved_bytes <= capacity_bytes:
             return True
         try:
-            play(self.visits, self.memory_model.new_counter(capacity_bytes))
+            play(self.segments, self.memory_model.new_counter(capacity_bytes))
         except OutOfMemory:
             return False
         return True
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """One imagined model.
+class RecordedJob:
+    """The recording of a dry run with `num_blocks` blocks.
 
-    total, trained, trained_bytes: (of all, of one block in the middle). input_bytes: of one block's
-    input, which checkpointing keeps.
+    total, trained, trained_bytes: (sum over all parameters, sum over one middle block), the first
+    two in parameters. input_bytes: size of one block's input, which activation checkpointing keeps.
     """
 
-    visits: list[BlockSegment]
+    segments: list[BlockSegment]
     num_blocks: int
     memory_model: MemoryModel
     total: tuple[int, int]
@@ -77,29 +80,33 @@ class Recorded:
     input_bytes: int
 
 
-def account(recorded: Recorded, num_blocks: int) -> MemoryPlan:
-    """Plays the recording. Raises NotAlike where it cannot be drawn out to `num_blocks`."""
-    more = num_blocks - recorded.num_blocks
-    visits = repeat(recorded.visits, num_blocks) if more else recorded.visits
-    counter = recorded.memory_model.new_counter()
-    working_bytes, start = 0, 0
+def replay(job: RecordedJob, num_blocks: int) -> MemoryPlan:
+    """Return the plan of the job with `num_blocks` blocks.
 
-    def after(visit: BlockSegment) -> None:
-        nonlocal working_bytes, start
-        if visit.block == num_blocks // 2 and counter.phases:  # Loading is behind us.
-            working_bytes = max(working_bytes, counter.high_bytes - start)
-        start = counter.high_bytes = counter.live_bytes
+    Raises NotAlike if the recording cannot be extended to that number of blocks.
+    """
+    num_added = num_blocks - job.num_blocks
+    segments = repeat(job.segments, num_blocks) if num_added else job.segments
+    counter = job.memory_model.new_counter()
+    working_set_bytes, start_bytes = 0, 0
 
-    play(visits, counter, after)
+    def measure_working_set(segment: BlockSegment) -> None:
+        """Update the working set of the middle block; `counter.phases` is empty while loading."""
+        nonlocal working_set_bytes, start_bytes
+        if segment.block == num_blocks // 2 and counter.phases:
+            working_set_bytes = max(working_set_bytes, counter.high_bytes - start_bytes)
+        start_bytes = counter.high_bytes = counter.live_bytes
+
+    play(segments, counter, measure_working_set)
     step = next(phase for phase in counter.phases if phase.name == "step")
-    standing = sum(step.at_peak.get(category, 0) for category in _STANDING)
+    permanent_bytes = sum(step.at_peak.get(category, 0) for category in _PERMANENT)
     return MemoryPlan(
         phases=counter.phases,
-        trainable_parameters=recorded.trained[0] + more * recorded.trained[1],
-        total_parameters=recorded.total[0] + more * recorded.total[1],
-        adapter_bytes=recorded.trained_bytes[0] + more * recorded.trained_bytes[1],
+        trainable_parameters=job.trained[0] + num_added * job.trained[1],
+        total_parameters=job.total[0] + num_added * job.total[1],
+        adapter_bytes=job.trained_bytes[0] + num_added * job.trained_bytes[1],
         reserved_bytes=counter.allocator.peak_reserved_bytes if counter.allocator else None,
-        floor_bytes=standing + working_bytes + recorded.input_bytes * num_blocks,
-        visits=visits,
-        memory_model=recorded.memory_model,
+        floor_bytes=permanent_bytes + working_set_bytes + job.input_bytes * num_blocks,
+        segments=segments,
+        memory_model=job.memory_model,
     )

@@ -1,4 +1,4 @@
-"""What the planner concludes from a dry run, as data."""
+"""Results that the planner derives from dry runs, as data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Advice:
-    """One change that would make the job smaller. change: `train.micro_batch=1`."""
+    """A change of the recipe and its planned effect.
+
+    change: one or more overrides, such as `train.micro_batch=1`. saves_bytes: reduction of the
+    peak. peak_bytes: planned peak after the change. fits: whether the job then fits the device.
+    """
 
     change: str
     saves_bytes: int
@@ -17,7 +21,10 @@ class Advice:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of arithmetic. unit: B, x or nothing. assumption: what is counted, in words."""
+    """One line of the LoRA paper's arithmetic.
+
+    unit: "B" (bytes), "x" (a ratio) or "". assumption: what the value counts, in words.
+    """
 
     name: str
     value: float

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.memory.timeline import MOST_MOMENTS, Timeline, read_stretches
+from qlora_cli.memory.timeline import MAX_MOMENTS, Timeline, read_traces
 
 
 def ticking() -> Timeline:
@@ -31,12 +31,12 @@ def test_the_highest_moment_survives_wherever_it_lies(
         low = {"activations": change * 31 % 1_000, "base": 7}
         timeline.update(high if change == peak_at else low)
     timeline.end()
-    (stretch,) = timeline.stretches
-    assert stretch.peak_bytes == height + 1_007
-    assert len(stretch.seconds) <= MOST_MOMENTS
-    assert list(stretch.seconds) == sorted(stretch.seconds)
-    at = stretch.totals.index(stretch.peak_bytes)
-    assert stretch.seconds[at] == peak_at + 2
+    (trace,) = timeline.traces
+    assert trace.peak_bytes == height + 1_007
+    assert len(trace.seconds) <= MAX_MOMENTS
+    assert list(trace.seconds) == sorted(trace.seconds)
+    at = trace.totals.index(trace.peak_bytes)
+    assert trace.seconds[at] == peak_at + 2
 
 
 def test_few_changes_are_kept_each_with_its_time_and_the_end_behind_them() -> None:
@@ -45,9 +45,9 @@ def test_few_changes_are_kept_each_with_its_time_and_the_end_behind_them() -> No
     for size in range(1, 6):
         timeline.update({"base": size})
     timeline.end()
-    (stretch,) = timeline.stretches
-    assert list(stretch.seconds) == [1, 2, 3, 4, 5, 6, 7]
-    assert list(stretch.bytes["base"]) == [0, 1, 2, 3, 4, 5, 5]
+    (trace,) = timeline.traces
+    assert list(trace.seconds) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(trace.bytes["base"]) == [0, 1, 2, 3, 4, 5, 5]
 
 
 def test_thinned_moments_lie_evenly_over_the_stretch() -> None:
@@ -56,9 +56,9 @@ def test_thinned_moments_lie_evenly_over_the_stretch() -> None:
     for change in range(50_000):
         timeline.update({"base": change})
     timeline.end()
-    (stretch,) = timeline.stretches
-    gaps = [b - a for a, b in itertools.pairwise(stretch.seconds)]
-    assert len(gaps) > MOST_MOMENTS / 4
+    (trace,) = timeline.traces
+    gaps = [b - a for a, b in itertools.pairwise(trace.seconds)]
+    assert len(gaps) > MAX_MOMENTS / 4
     assert max(gaps) <= 2 * 50_000 / len(gaps)
 
 
@@ -68,7 +68,7 @@ def test_what_is_told_is_copied() -> None:
     timeline.update(living)
     living["base"] = 9
     timeline.end()
-    assert list(timeline.stretches[0].bytes["base"]) == [0, 1, 1]
+    assert list(timeline.traces[0].bytes["base"]) == [0, 1, 1]
 
 
 def test_a_stretch_begins_with_what_lived_before_it() -> None:
@@ -79,7 +79,7 @@ def test_a_stretch_begins_with_what_lived_before_it() -> None:
     timeline.update({"base": 6})
     timeline.begin("step")
     timeline.end()
-    assert list(timeline.stretches[1].bytes["base"]) == [6, 6]
+    assert list(timeline.traces[1].bytes["base"]) == [6, 6]
 
 
 def test_marks_and_the_step_belong_to_the_stretch_under_way() -> None:
@@ -93,7 +93,7 @@ def test_marks_and_the_step_belong_to_the_stretch_under_way() -> None:
     timeline.end()
     timeline.begin("eval")
     timeline.end()
-    step, evaluation = timeline.stretches
+    step, evaluation = timeline.traces
     assert (step.step, step.marks) == (3, ((2.0, "forward"), (3.0, "backward")))
     assert (evaluation.step, evaluation.marks) == (None, ())
     assert evaluation.peak_bytes == 0
@@ -103,7 +103,7 @@ def test_outside_a_stretch_nothing_is_recorded() -> None:
     timeline = ticking()
     timeline.update({"base": 1})
     timeline.end()
-    assert timeline.stretches == ()
+    assert timeline.traces == ()
     timeline.begin("load")
     with pytest.raises(AssertionError, match="inside another"):
         timeline.begin("step")
@@ -119,7 +119,7 @@ def test_a_file_gives_back_what_was_recorded() -> None:
             timeline.update({"base": 5, "activations": size, "loss": 0})
         timeline.end()
     told = json.loads(json.dumps(timeline.to_dict()))
-    assert read_stretches(told) == timeline.stretches
+    assert read_traces(told) == timeline.traces
     assert set(told["stretches"][0]) == {"phase", "step", "seconds", "bytes", "marks"}
     assert set(told["stretches"][0]["bytes"]) == {"base", "activations"}
 
@@ -131,6 +131,6 @@ def test_a_file_gives_back_what_was_recorded() -> None:
 def test_a_damaged_stretch_is_refused(damage: dict[str, object]) -> None:
     sound = {"phase": "load", "step": None, "seconds": [1, 2], "bytes": {"base": [1, 2]}}
     sound |= {"marks": []}
-    assert len(read_stretches({"stretches": [sound]})) == 1
+    assert len(read_traces({"stretches": [sound]})) == 1
     with pytest.raises((AssertionError, TypeError, ValueError)):
-        read_stretches({"stretches": [sound | damage]})
+        read_traces({"stretches": [sound | damage]})

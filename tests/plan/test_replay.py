@@ -10,7 +10,7 @@ import pytest
 from qlora_cli.data.collate import largest_batch
 from qlora_cli.device import DeviceProfile
 from qlora_cli.files.locate import read_config
-from qlora_cli.plan import dry_run as imagining
+from qlora_cli.plan import dry_run as planner
 from qlora_cli.plan import replay
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.recording import NUM_RECORDED_BLOCKS, NotAlike, Recording, repeat
@@ -95,11 +95,11 @@ def test_repeated_blocks_are_imagined_blocks(
     config = read_config(bases / family / "config.json")
     asked: list[int] = []
     monkeypatch.setattr(
-        replay, "repeat", lambda visits, blocks: asked.append(blocks) or repeat(visits, blocks)
+        replay, "repeat", lambda segments, blocks: asked.append(blocks) or repeat(segments, blocks)
     )
     short = plan(recipe, config, facts)
     assert asked == [BLOCKS], "blocks were imagined, not repeated"
-    monkeypatch.setattr(imagining, "_blocks_are_alike", lambda *_: False)
+    monkeypatch.setattr(planner, "_blocks_may_be_alike", lambda *_: False)
     whole = plan(recipe, config, facts)
     assert asked == [BLOCKS]
     assert short.phases == whole.phases
@@ -136,15 +136,15 @@ def record(sizes: tuple[int, ...]) -> Recording:
 
 
 def test_a_recording_is_drawn_out_event_by_event() -> None:
-    drawn_out = repeat(record((8,) * NUM_RECORDED_BLOCKS).visits, 7)
-    whole = record((8,) * 7).visits
+    drawn_out = repeat(record((8,) * NUM_RECORDED_BLOCKS).segments, 7)
+    whole = record((8,) * 7).segments
     assert [(v.block, v.events) for v in drawn_out] == [(v.block, v.events) for v in whole]
 
 
 @pytest.mark.parametrize("sizes", [(8, 8, 16, 8), (8, 16, 16, 8), (4, 8, 8, 8)])
 def test_a_recording_of_other_blocks_is_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(NotAlike):
-        repeat(record(sizes).visits, 7)
+        repeat(record(sizes).segments, 7)
 
 
 def test_the_config_that_was_given_is_left_alone(bases: Any) -> None:

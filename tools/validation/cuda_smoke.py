@@ -43,7 +43,7 @@ from plan_table import OVER, UNDER
 from qlora_cli.cli import main as command
 from qlora_cli.files.safetensors_io import Shape, write_tensors
 from qlora_cli.files.source import SINGLE
-from qlora_cli.memory.ledger import Ledger, worst
+from qlora_cli.memory.ledger import Ledger, peak_phase
 from qlora_cli.models.build import skeleton
 from qlora_cli.runs import finite
 from qlora_cli.runs.layout import RunFolder
@@ -195,7 +195,7 @@ def judge(
         f"phases {', '.join(phases)}": {"load", "first_step", "eval"} <= set(phases),
         f"the ledger is of a {ledger.device.kind}": ledger.device.kind == "cuda",
         f"the ledger has {allocator}, the allocator {seen}": allocator == seen,
-        "the worst phase is not the allocator's peak": worst(ledger.phases).peak_bytes
+        "the worst phase is not the allocator's peak": peak_phase(ledger.phases).peak_bytes
         == ledger.measured_peak_bytes
         == seen["allocated"],
         f"the plan is off by {error:+.2%}": UNDER <= error <= OVER,
