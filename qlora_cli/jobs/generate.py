@@ -16,7 +16,7 @@ from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.jobs.results import GenerateResult
 from qlora_cli.memory.device import inspect_device
-from qlora_cli.models.family import open_source
+from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.switch import BASE, AdapterSwitch
 from qlora_cli.runs.open import OpenedModel, open_any, open_for_adapters
 from qlora_cli.runs.run import Run

@@ -1,4 +1,4 @@
-"""What several jobs begin with: the base's folder, its config and tokenizer, rows as examples."""
+"""The common start of several jobs: resolve the recipe, find the base, read the rows."""
 
 from __future__ import annotations
 
@@ -12,25 +12,31 @@ import torch
 from torch import nn
 
 from qlora_cli.data.collate import Batch, BatchSize, synthetic_batch
-from qlora_cli.data.encode import Example, encode
-from qlora_cli.data.formats import detect_format, read_rows
+from qlora_cli.data.encode import Example
+from qlora_cli.data.load import ModelLimits, load_examples
 from qlora_cli.data.packing import BatchSchedule, eval_batches
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.device import DeviceProfile
-from qlora_cli.errors import DataError, Problem
 from qlora_cli.events import Observer
 from qlora_cli.files.locate import find_base, read_config
 from qlora_cli.files.source import FolderSource
 from qlora_cli.models.build import ModelRequest
-from qlora_cli.models.family import Family, open_source
+from qlora_cli.models.checkpoint_source import open_source
+from qlora_cli.models.family import Family
 from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.tasks.registry import task_of
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe that has met its base. recipe: without `auto`."""
+    """A recipe together with the base that it names.
+
+    recipe: without `auto` values. choices: the automatic choices and their reasons.
+    profile: of the device that the job runs on. folder: the base's. config: transformers' config.
+    tokenizer: the base's; None if it has none.
+    """
 
     recipe: Recipe
     choices: tuple[Choice, ...]
@@ -40,7 +46,7 @@ class Prepared:
     tokenizer: Any
 
     def source(self, model: nn.Module, family: Family) -> FolderSource:
-        """The base's tensors."""
+        """Return the tensors in the base's folder."""
         return open_source(self.folder, family)
 
     def request(self, device: torch.device, observer: Observer) -> ModelRequest:
@@ -50,7 +56,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """All that is known of a training job before the base is loaded."""
+    """Everything that is known about a training job before the base is loaded.
+
+    run: the run's folder. schedule: the order of training. held_out: batches of the evaluation
+    set, on the CPU; empty if there is none. steps: number of optimizer steps of the job.
+    """
 
     prepared: Prepared
     run: RunFolder
@@ -60,27 +70,32 @@ class TrainingJob:
 
     @property
     def largest_step_batches(self) -> list[Batch]:
-        """What to plan for: micro-batches that none of the job's exceeds in anything.
+        """Return the micro-batches of a step to plan for: at least as large as any of the job's.
 
-        One for the first of each step, and one for all behind it, while which gradients live.
+        There are one or two. The first stands for the first micro-batch of every step, the second
+        for all later ones, during which gradients exist already.
         """
         steps = [self.schedule.sizes(step) for step in range(self.steps)]
         first = [sizes[0] for sizes in steps]
         later = [size for sizes in steps for size in sizes[1:]]
-        return [self._of(BatchSize.bound(sizes)) for sizes in (first, later) if sizes]
+        return [self._batch(BatchSize.bound(sizes)) for sizes in (first, later) if sizes]
 
     @property
     def largest_eval_batches(self) -> list[Batch]:
-        """The same of evaluation; empty where nothing is held out."""
+        """Return one batch at least as large as any of `held_out`; empty if there are none."""
         sizes = [batch.size for batch in self.held_out]
-        return [self._of(BatchSize.bound(sizes))] if sizes else []
+        return [self._batch(BatchSize.bound(sizes))] if sizes else []
 
-    def _of(self, size: BatchSize) -> Batch:
+    def _batch(self, size: BatchSize) -> Batch:
         return synthetic_batch(size, self.prepared.config.vocab_size)
 
 
 def prepare(recipe: Recipe, profile: DeviceProfile) -> Prepared:
-    """Finds the base and settles what is `auto`. Raises ModelError."""
+    """Return the recipe without `auto` values, with its base's folder, config and tokenizer.
+
+    profile: of the device that the job runs on. Raises ModelError if the base is not found or
+    cannot be used.
+    """
     resolved, choices = resolve(recipe, profile)
     folder = find_base(recipe.model.name, recipe.model.revision)
     config = read_config(folder / "config.json")
@@ -88,20 +103,22 @@ def prepare(recipe: Recipe, profile: DeviceProfile) -> Prepared:
 
 
 def read_examples(prepared: Prepared, where: str) -> list[Example]:
-    """Rows of one file as token ids and labels. Raises DataError naming file and line."""
-    recipe = prepared.recipe
-    rows = read_rows(where)
-    row_format = detect_format(rows, recipe.data.format)
-    vocab_size = prepared.config.vocab_size
-    examples = encode(
-        rows, row_format, prepared.tokenizer, recipe.data.seq_len, vocab_size=vocab_size
-    )
-    _check_positions(examples, prepared.config)
-    return examples
+    """Return the rows of one file or dataset as examples.
+
+    Raises InputError if it cannot be read, DataError listing the rows that cannot be used.
+    """
+    recipe, limits = prepared.recipe, ModelLimits.of(prepared.config)
+    task = task_of(recipe)
+    return load_examples(
+        where, recipe.data, prepared.tokenizer, limits, encode=task.encode
+    ).examples
 
 
 def read_job(prepared: Prepared) -> TrainingJob:
-    """Reads the rows, so that the order of training is known. Raises DataError."""
+    """Read the recipe's rows and return the job with its schedule and number of steps.
+
+    Raises InputError if a file cannot be read, DataError listing the rows that cannot be used.
+    """
     recipe = prepared.recipe
     schedule = make_schedule(recipe, read_examples(prepared, recipe.data.train))
     held_out = (
@@ -114,7 +131,7 @@ def read_job(prepared: Prepared) -> TrainingJob:
 
 
 def make_schedule(recipe: Recipe, examples: Sequence[Example]) -> BatchSchedule:
-    """The order of training."""
+    """Return the order in which the examples are trained, by the recipe's settings."""
     return BatchSchedule(
         examples,
         seq_len=recipe.data.seq_len,
@@ -126,7 +143,7 @@ def make_schedule(recipe: Recipe, examples: Sequence[Example]) -> BatchSchedule:
 
 
 def held_out_batches(recipe: Recipe, examples: Sequence[Example]) -> list[Batch]:
-    """Held-out rows, each once, in order."""
+    """Return the batches of the evaluation set: each example once, in order, on the CPU."""
     return list(
         eval_batches(
             examples,
@@ -135,17 +152,3 @@ def held_out_batches(recipe: Recipe, examples: Sequence[Example]) -> list[Batch]
             micro_batch=recipe.train.micro_batch,
         )
     )
-
-
-def _check_positions(examples: Sequence[Example], config: Any) -> None:
-    """A learned position table ends; beyond it there is nothing to look up."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
-        return
-    beyond = [example for example in examples if len(example.ids) > limit]
-    if beyond:
-        raise DataError(
-            f"{len(beyond)} rows are longer than the base's {limit} positions",
-            [Problem(row.origin, f"{len(row.ids)} tokens") for row in beyond[:10]],
-            hint=f"shorten them to {limit} tokens or take a base with more positions",
-        )

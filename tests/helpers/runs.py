@@ -23,7 +23,8 @@ from qlora_cli.files.source import FolderSource
 from qlora_cli.memory.device import profile_of
 from qlora_cli.models.attach import save_adapter
 from qlora_cli.models.build import ModelRequest, build
-from qlora_cli.models.family import Family, open_source
+from qlora_cli.models.checkpoint_source import open_source
+from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder

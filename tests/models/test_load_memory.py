@@ -25,7 +25,7 @@ from qlora_cli.files.locate import read_config
 from qlora_cli.memory.device import profile_of
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.models.family import open_source
+from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.train.state import build_state
 from transformers import AutoModelForCausalLM, LlamaConfig
 import transformers.models.llama.modeling_llama, bitsandbytes

@@ -16,7 +16,7 @@ from qlora_cli.errors import ModelError, ProblemsError, QloraError, UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.models.attach import attach, detach, save_adapter
-from qlora_cli.models.family import open_source
+from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.switch import BASE, OWN, AdapterSwitch
 from qlora_cli.recipe.schema import Recipe

@@ -40,7 +40,7 @@ from qlora_cli.jobs.record import versions
 from qlora_cli.memory.device import inspect_device, profile_of
 from qlora_cli.models.attach import save_adapter
 from qlora_cli.models.build import ModelRequest, build
-from qlora_cli.models.family import open_source
+from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.switch import BASE, AdapterSwitch
 from qlora_cli.recipe.schema import Recipe

@@ -32,7 +32,7 @@ from qlora_cli.memory.host import fits
 from qlora_cli.models import convert
 from qlora_cli.models.attach import attach, detach
 from qlora_cli.models.build import skeleton
-from qlora_cli.models.family import open_source
+from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import load
 from qlora_cli.models.placement.streamed import stream
@@ -193,4 +193,4 @@ class _Written:
         return self.tensors.source.shape(name)
 
     def read(self, name: str) -> Tensor:
-        return self.tensors.make(self.tensors.source.file_name(name), self.underflow)
+        return self.tensors.compute(self.tensors.source.file_name(name), self.underflow)

@@ -36,7 +36,7 @@ from torch import Tensor
 from qlora_cli.errors import QloraError
 from qlora_cli.export.gguf.tokenizer import unsupported
 from qlora_cli.files.safetensors_io import TensorEntry, read_tensor
-from qlora_cli.models.family import open_source
+from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.registry import family_of
 
 ARCHITECTURES = {

@@ -1,32 +1,29 @@
-"""What each tensor of a merged checkpoint is: merging writes it, verifying computes it again.
+"""The tensors of a merged checkpoint. Merging writes them; verification computes them again.
 
-A merged linear is W + scaling * B A, with W from one of two bases:
+A merged linear is W + scaling * B A, computed in float64 (`lora_sum.py`) and rounded to the output
+dtype. W comes from one of two bases:
 
-- `original`: the base's own weight as it lies in its file;
-- `dequantized`: what training froze in its place, the same file tensor packed by the run's format
-  and unpacked in the run's compute dtype (`QuantLinear.dequantize`); A and B were trained on that.
-  Only linears that were packed are round-tripped; embeddings, head, norms and biases never were.
+- `original`: the weight in the base's own file;
+- `dequantized`: the weight that training used, that is, the file's weight packed in the run's
+  format and unpacked in the run's compute dtype (`QuantLinear.dequantize`). A and B were trained on
+  this weight. Only linears that training packed go through this round trip; embeddings, head,
+  norms and biases do not.
 
-Everything else is the base's tensor, bit for bit where the dtype is kept and cast once where not.
-(A run holds embeddings and head in 16 bit even where the file has float32; the file's values are
-written.) Names, order and orientation are the file's own: a Conv1D goes back to (in, out), a tied
-head that the file left out stays left out, buffers that constructors make (`Family.ignored`) are
-not written.
+Every other tensor is the base's: equal bit for bit if the dtype is unchanged, else cast once. (A
+run keeps embeddings and head in 16 bit even if the file has float32; the file's values are
+written.) Names, order and orientation are those of the base's file. A Conv1D weight is written as
+(in, out). A tied head that the file omits is omitted. Buffers that a constructor creates
+(`Family.ignored`) are not written.
 
-The sum is made in float64, some rows at a time, then rounded to float32 and from there to the
-output's dtype. So it hardly depends on the order in which a machine's matrix product adds, and
-another machine comes to the same bits; `within_rounding_error` covers the rare value between two roundings.
-
-Memory: the file's tensor, the result and what the base costs to unpack; never two layers.
+Memory: one tensor of the file, its result, and what the base needs to unpack it; never two layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,33 +31,33 @@ from torch import Tensor
 from qlora_cli.adapters.peft_file import AdapterFile, Part
 from qlora_cli.errors import QloraError, UsageError, VerificationFailed
 from qlora_cli.export.merge.combine import WeightedAdapter, combine, open_other_adapters
+from qlora_cli.export.merge.lora_sum import merged_rows, rounds_to
 from qlora_cli.export.merge.underflow import Count, Underflow
+from qlora_cli.export.options import FALLBACK_DTYPE, MergeBase
 from qlora_cli.files.dtype import dtype_name, file_dtype
 from qlora_cli.files.locate import read_config
 from qlora_cli.files.safetensors_io import Shape, is_finite
 from qlora_cli.files.source import FolderSource
 from qlora_cli.models.build import skeleton, weight_format_of
-from qlora_cli.models.family import open_source
+from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.sites import find_sites
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.runs.run import Run
 
-MergeBase = Literal["original", "dequantized"]
-
-CHUNK = 2**18
-"""Elements summed at a time: 2 MiB in float64, which stays in a processor's cache."""
-_SLACK = 2.0**-44
-"""Relative error that another order of a float64 sum can have, with room for a rank of 256."""
-
 
 @dataclass(frozen=True)
 class MergedTensors:
-    """The tensors of a merged checkpoint, made one at a time.
+    """The tensors of a merged checkpoint, computed one at a time.
 
-    sites: every linear of the model. adapter: None for a model trained in full. held: how training
-    held the base. device: where packing is done; the kind that trained, where it can be had,
-    because another device's kernels may round a tie between two codes differently.
+    source: the base's files, or the trained weights of a full fine-tuning.
+    sites: every linear of the model.
+    adapter: the adapter to merge; None for a full fine-tuning.
+    weight_format: how training stored the base's linears.
+    base: the weights that the adapter is added to.
+    dtype: dtype of the floating-point tensors of the merged checkpoint.
+    device: device that packs weights. It should be of the kind that trained, because the kernels
+        of another kind may round a tie between two codes differently.
     """
 
     source: FolderSource
@@ -72,66 +69,64 @@ class MergedTensors:
     device: torch.device
 
     def shapes(self) -> dict[str, Shape]:
-        """File name -> what will be written, in the file's order."""
+        """Return tensor name -> shape and dtype of the merged checkpoint, in the file's order."""
         return {
             file_name: Shape(self._dtype_of(name), self.source.shape(name))
             for file_name, name in self._names.items()
         }
 
-    def adapted(self) -> frozenset[str]:
-        """File names of the tensors that the adapter changes."""
+    def adapted_names(self) -> frozenset[str]:
+        """Return the names, in the file, of the tensors that the adapter changes."""
         layers = self.adapter.layers if self.adapter is not None else {}
         return frozenset(self.source.file_name(f"{path}.weight") for path in layers)
 
-    def make(self, file_name: str, underflow: Underflow | None = None) -> Tensor:
-        """One tensor as it will be written. underflow: counts what becomes 0 in it.
+    def compute(self, file_name: str, underflow: Underflow | None = None) -> Tensor:
+        """Return one tensor as the merged checkpoint contains it, on the CPU.
 
-        Raises VerificationFailed where a value is too large for the dtype, QloraError where the
-        base or the adapter is not finite.
+        file_name: the tensor's name in the file.
+        underflow: counts the values of this tensor that become 0 in the output dtype.
+
+        Raises VerificationFailed if a value is too large for the dtype, QloraError if the base or
+        the adapter has values that are not finite.
         """
         name = self._names[file_name]
         site, parts = self._sites.get(name), self._parts(name)
-        count = underflow.of_tensor(file_name) if underflow is not None else _uncounted
+        count = underflow.of_tensor(file_name) if underflow is not None else _ignore
         if site is not None and (parts or self.base == "dequantized"):
-            made = self._merged(name, site, parts, count)
+            result = self._merged(name, site, parts, count)
         else:
-            made = self._copied(name, count)
-        if not is_finite(made):
+            result = self._copied(name, count)
+        if not is_finite(result):
             if not all(is_finite(factor) for part in parts for factor in (part.a, part.b)):
                 raise self._not_finite(name)
             raise _too_large(file_name, self.dtype)
-        return made
+        return result
 
-    def within_rounding_error(self, file_name: str, found: Tensor) -> bool:
-        """Whether every value of `found` is the sum, rounded, within the sum's own error.
+    def within_rounding_error(self, file_name: str, tensor: Tensor) -> bool:
+        """Return whether `tensor` differs from `compute(file_name)` by the sum's own error only.
 
-        Asked of tensors that differ in bits from what `make` gives here. found: in the file's
-        shape and the output's dtype.
+        tensor: a tensor of a merged checkpoint, in the file's shape and the output dtype. Returns
+        False for a tensor that the adapter does not change: a copy has no rounding error.
         """
         name = self._names[file_name]
         site, parts = self._sites.get(name), self._parts(name)
         if site is None or not parts:
             return False
-        weight = self._base_of(name, site)
-        turned = found.t() if site.transposed else found
-        sizes = _sums(weight.abs(), [replace(p, a=p.a.abs(), b=p.b.abs()) for p in parts])
-        return all(
-            _lies_between(turned[rows], total - size * _SLACK, total + size * _SLACK)
-            for (rows, total), (_, size) in zip(_sums(weight, parts), sizes, strict=True)
-        )
+        result = tensor.t() if site.transposed else tensor
+        return rounds_to(result, self._base_weight(name, site), parts)
 
     def _not_finite(self, name: str) -> QloraError:
         assert self.adapter is not None
         return QloraError(
-            f"the adapter's factors of {name} are not finite",
+            f"the adapter's A or B for {name} has values that are not finite",
             where=str(self.adapter.folder),
-            hint="the training diverged or the file is damaged; look at the losses with "
+            hint="the training diverged or the file is damaged; check the losses with "
             "`qlora report`",
         )
 
     @cached_property
     def _names(self) -> Mapping[str, str]:
-        """File name -> the model's name."""
+        """Tensor name in the file -> name in the model."""
         return {self.source.file_name(name): name for name in self.source.names()}
 
     @cached_property
@@ -151,41 +146,41 @@ class MergedTensors:
         tensor = self.source.read(name)
         if not is_finite(tensor):
             raise QloraError(
-                f"{self.source.file_name(name)} is not finite in the base itself",
+                f"{self.source.file_name(name)} of the base has values that are not finite",
                 where=str(self.source.folder),
-                hint="fetch the base again; it is damaged",
+                hint="the base is damaged; download it again",
             )
         return tensor
 
-    def _base_of(self, name: str, site: Site) -> Tensor:
-        """The weight (out, in) that the adapter is added to."""
+    def _base_weight(self, name: str, site: Site) -> Tensor:
+        """Return the weight (out, in) that the adapter is added to."""
         tensor = self._read(name)
         weight = tensor.t() if site.transposed else tensor
         if self.base == "original":
             return weight
         layer = pack_linear(site, self.weight_format, weight.contiguous().to(self.device))
-        # Unpacked it is as large again; both together would be the peak of the whole job.
+        # The unpacked weight is as large as the tensor; both together would be the job's peak.
         del tensor, weight
         return layer.dequantize().cpu()
 
     def _copied(self, name: str, count: Count) -> Tensor:
         own = self._read(name)
-        made = own.to(self._dtype_of(name))
-        if made.dtype != own.dtype:
-            count(own, made)
-        return made
+        result = own.to(self._dtype_of(name))
+        if result.dtype != own.dtype:
+            count(own, result)
+        return result
 
     def _merged(self, name: str, site: Site, parts: Sequence[Part], count: Count) -> Tensor:
-        weight = self._base_of(name, site)
-        made = torch.empty(weight.shape, dtype=self.dtype)
-        for rows, total in _sums(weight, parts):
-            made[rows] = total.float()
-            count(total, made[rows])
-        return made.t().contiguous() if site.transposed else made
+        weight = self._base_weight(name, site)
+        result = torch.empty(weight.shape, dtype=self.dtype)
+        for rows, total in merged_rows(weight, parts):
+            result[rows] = total.float()
+            count(total, result[rows])
+        return result.t().contiguous() if site.transposed else result
 
 
 def pack_linear(site: Site, weight_format: WeightFormat, weight: Tensor) -> QuantLinear:
-    """A linear as training held it, from its weight (out, in)."""
+    """Return a linear packed as in training. weight: (out, in), on the device that packs it."""
     layer = QuantLinear(
         site.in_features, site.out_features, bias=False, weight_format=weight_format
     )
@@ -201,10 +196,15 @@ def open_merged_tensors(
     weight: float = 1.0,
     others: Sequence[tuple[Path, float]] = (),
 ) -> MergedTensors:
-    """What merging this run gives.
+    """Return the tensors of this run's merge. No tensor is read yet.
 
-    weight: of its own adapter. others: where further adapters lie, and their weights. Raises
-    InputError where the run, its base or an adapter is not whole or they do not belong together.
+    run: a finished run.
+    base, dtype, device: as in `MergedTensors`.
+    weight: factor of the run's own adapter.
+    others: folders of further adapters on the same base, and their factors.
+
+    Raises InputError if the run, its base or an adapter is incomplete or does not match the
+    others.
     """
     recipe = run.recipe
     folder = run.base_folder
@@ -220,7 +220,7 @@ def open_merged_tensors(
     else:
         _refuse_adapters(run, weight, others)
         folder = run.trained_weights
-        # Trained weights are in the dtype that they were trained in.
+        # Trained weights are stored in the compute dtype of the training.
         weight_format = replace(weight_format, storage=weight_format.compute)
     source = open_source(folder, family)
     return MergedTensors(source, sites, adapter, weight_format, base, dtype, device)
@@ -229,43 +229,19 @@ def open_merged_tensors(
 def _refuse_adapters(run: Run, weight: float, others: Sequence[tuple[Path, float]]) -> None:
     if others or weight != 1.0:
         raise UsageError(
-            f"{run.path} was trained in full; it has no adapter to weigh or to add to",
+            f"{run.path} is a full fine-tuning; it has no adapter to weight or to combine",
             where="--with" if others else "--weight",
+            hint="leave --weight and --with out",
         )
 
 
-def _uncounted(exact: Tensor, made: Tensor) -> None: ...
-
-
-def _sums(weight: Tensor, parts: Sequence[Part]) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, W + sum of scaling B A in these rows), float64, some rows at a time.
-
-    Each sum lies in the same buffer and is gone when the next one is asked for.
-    """
-    factors = [(part.rows, part.b.double() * part.scaling, part.a.double()) for part in parts]
-    num_rows, width = weight.shape
-    step = max(1, CHUNK // width)
-    buffer = torch.empty(step, width, dtype=torch.float64)
-    for start in range(0, num_rows, step):
-        rows = slice(start, min(start + step, num_rows))
-        total = buffer[: rows.stop - start].copy_(weight[rows])
-        for own, b, a in factors:
-            first, end = max(start, own.start), min(rows.stop, own.stop)
-            if first < end:
-                total[first - start : end - start].addmm_(b[first - own.start : end - own.start], a)
-        yield rows, total
-
-
-def _lies_between(found: Tensor, low: Tensor, high: Tensor) -> bool:
-    """Rounding keeps order, so a rounded sum lies between its bounds, rounded the same way."""
-    least, most = (bound.float().to(found.dtype) for bound in (low, high))
-    return bool(((least <= found) & (found <= most)).all())
+def _ignore(before: Tensor, after: Tensor) -> None: ...
 
 
 def _too_large(name: str, dtype: torch.dtype) -> VerificationFailed:
-    told = dtype_name(dtype)
+    dtype_text = dtype_name(dtype)
     return VerificationFailed(
-        f"{name} has values that {told} cannot hold",
-        hint=f"the largest number in {told} is {torch.finfo(dtype).max:g}; merge with "
-        "--dtype bfloat16",
+        f"{name} has values that {dtype_text} cannot represent",
+        hint=f"the largest {dtype_text} number is {torch.finfo(dtype).max:g}; merge with "
+        f"--dtype {FALLBACK_DTYPE}",
     )
