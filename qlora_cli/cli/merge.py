@@ -7,67 +7,90 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, importing, json_option, working
+from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
+from qlora_cli.export.options import (
+    AUTO_BASE,
+    DEFAULT_DTYPE,
+    FALLBACK_DTYPE,
+    GGUF_ENCODINGS,
+    MERGE_BASES,
+    OUTPUT_DTYPES,
+)
 
 
-def _weighted(
-    _: click.Context, __: click.Parameter, words: tuple[str, ...]
+def _parse_others(
+    _: click.Context, __: click.Parameter, arguments: tuple[str, ...]
 ) -> list[tuple[Path, float]]:
-    return [_other(word) for word in words]
+    """Parse `OTHER[=WEIGHT]` arguments: folder and weight of each."""
+    return [_parse_other(argument) for argument in arguments]
 
 
-def _other(word: str) -> tuple[Path, float]:
-    """A folder's own name may hold a =, too."""
-    folder, equals, number = word.rpartition("=")
-    if not equals or Path(word).exists():
-        return Path(word), 1.0
+def _parse_other(argument: str) -> tuple[Path, float]:
+    # The name of a folder may contain a "=" itself.
+    folder, equals, number = argument.rpartition("=")
+    if not equals or Path(argument).exists():
+        return Path(argument), 1.0
     try:
         weight = float(number)
     except ValueError:
-        raise click.BadParameter(f"{number!r} is no weight; write OTHER or OTHER=0.5") from None
+        raise click.BadParameter(f"{number!r} is not a number; write OTHER or OTHER=0.5") from None
     return Path(folder), _finite(weight)
 
 
-def _own(_: click.Context, __: click.Parameter, weight: float) -> float:
+def _check_weight(_: click.Context, __: click.Parameter, weight: float) -> float:
     return _finite(weight)
 
 
 def _finite(weight: float) -> float:
     if not math.isfinite(weight):
-        raise click.BadParameter(f"{weight} is no weight")
+        raise click.BadParameter(f"the weight is {weight}; it must be finite")
     return weight
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder to write; it must be empty or must not exist.",
+)
 @click.option(
     "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32"]),
-    help="Of the written weights; unless given float16, or bfloat16 where that overflows.",
+    type=click.Choice(list(OUTPUT_DTYPES)),
+    help=f"Dtype of the written weights.  [default: {DEFAULT_DTYPE}, or {FALLBACK_DTYPE} if the "
+    f"model exceeds the range of {DEFAULT_DTYPE}]",
 )
 @click.option(
     "--base",
-    type=click.Choice(["original", "dequantized", "auto"]),
-    default="auto",
+    type=click.Choice([*MERGE_BASES, AUTO_BASE]),
+    default=AUTO_BASE,
     show_default=True,
-    help="Add the adapter to the base's own weights, or to the ones it was trained on.",
+    help="Base weights that the adapter is added to: `original` are the weights before "
+    "quantization, `dequantized` those that the adapter was trained on, `auto` compares both with "
+    "the trained model and chooses one.",
 )
 @click.option(
-    "--weight", default=1.0, show_default=True, callback=_own, help="Of the adapter of RUN."
+    "--weight",
+    default=1.0,
+    show_default=True,
+    callback=_check_weight,
+    help="Factor for the adapter of RUN.",
 )
 @click.option(
     "--with",
     "others",
     multiple=True,
     metavar="OTHER[=WEIGHT]",
-    callback=_weighted,
-    help="Another run, or an adapter in PEFT's format, to add on the same base; repeatable.",
+    callback=_parse_others,
+    help="Also add the adapter OTHER, times WEIGHT (default 1); OTHER is a run's folder or a "
+    "folder in PEFT's format. May be repeated.",
 )
 @click.option(
     "--gguf",
-    type=click.Choice(["f16", "q8_0"]),
-    help="Write a GGUF file for llama.cpp too; needs the `gguf` extra.",
+    type=click.Choice(list(GGUF_ENCODINGS)),
+    help="Also write a GGUF file for llama.cpp in this encoding; needs the extra `gguf` of this "
+    "package.",
 )
 @json_option
 def merge(
@@ -80,12 +103,16 @@ def merge(
     gguf: str | None,
     as_json: bool,
 ) -> None:
-    """Write a checkpoint with the adapter of RUN merged in."""
-    with importing():
+    """Merge a run's adapter into its base and write a checkpoint.
+
+    RUN is a run's folder. The result is a model folder with safetensors files that is loaded like
+    any other model, without an adapter. Check it with `qlora verify`.
+    """
+    with fast_import():
         from qlora_cli.jobs import merge as job
         from qlora_cli.ui import tables
 
-    with working() as observer:
+    with job_observer() as observer:
         result = job.run(
             run,
             out=out,

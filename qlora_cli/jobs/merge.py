@@ -13,9 +13,10 @@ import torch
 
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
-from qlora_cli.export.merge.merge_settings import PREFERRED, MergeSettings, choose_settings
+from qlora_cli.export.merge.merge_settings import MergeSettings, choose_settings
 from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
 from qlora_cli.export.merge.write import find_equal_merge, write_merged
+from qlora_cli.export.options import AUTO_BASE, DEFAULT_DTYPE
 from qlora_cli.files.dtype import dtype_name, torch_dtype
 from qlora_cli.jobs.results import MergeResult
 from qlora_cli.memory.device import inspect_device
@@ -54,7 +55,7 @@ def run(
     _check_base(source.recipe, base)
     give_back_freed()
     device = torch.device(inspect_device().kind)
-    wanted = torch_dtype(dtype) if dtype else PREFERRED
+    wanted = torch_dtype(dtype or DEFAULT_DTYPE)
     tensors = open_merged_tensors(source, "original", wanted, device, weight, others)
     merged = _merged_before(out, tensors, base, dtype) if in_use else None
     if gguf is not None:
@@ -62,7 +63,7 @@ def run(
         _exporter().check_exportable(source.base_folder, gguf, out, more_bytes)
     reason = "merged before"
     if merged is None:
-        decision = choose_settings(source, tensors, base, dtype is not None, observer)
+        decision = choose_settings(source, tensors, base, dtype, observer)
         merged, reason = decision.tensors, decision.dtype_reason
         write_merged(merged, source.base_folder, out, _about(source.recipe, decision), observer)
     if gguf is not None:
@@ -97,7 +98,7 @@ def _merged_before(
     merged = find_equal_merge(out, tensors)
     if (
         merged is None
-        or base not in ("auto", merged.base)
+        or base not in (AUTO_BASE, merged.base)
         or dtype not in (None, dtype_name(merged.dtype))
     ):
         raise _in_use(out)

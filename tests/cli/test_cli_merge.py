@@ -15,7 +15,7 @@ def test_two_halves_of_an_adapter_are_the_adapter(run: Path, tmp_path: Path) -> 
     outcome = qlora("merge", run, "--out", out, "--weight", "0.5", "--with", f"{run}=0.5", "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["dtype"] == "float16"
-    assert outcome.json["dtype_reason"] == "the default, and it holds the model"
+    assert outcome.json["dtype_reason"] == "the default; the model fits its range"
     told = json.loads((out / "merge.json").read_text())["settings"]["adapters"]
     assert [one["weight"] for one in told] == [0.5, 0.5]
     outcome = qlora("verify", out, "--against", run, "--json")

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.data.encode import Example
-from qlora_cli.events import Silent
 from qlora_cli.export.compare.logit_comparison import ComparedLogits, Head, compared_logits
 from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.merge.merged_tensors import MergedTensors
@@ -34,10 +33,10 @@ from qlora_cli.models.attach import attach, detach
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel, is_tied
-from qlora_cli.models.placement.device import load
-from qlora_cli.models.placement.streamed import stream
+from qlora_cli.models.placement.device import DevicePlacement
+from qlora_cli.models.placement.streamed import StreamedPlacement
 from qlora_cli.nn.attention import Kernel, kernel_for
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 
 
@@ -65,13 +64,13 @@ def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> 
         read_config(base / CONFIG), tensors.weight_format, tensors.sites, kernel
     )
     if may_be_resident and fits(_held_bytes(tensors), tensors.device):
-        load(loaded, tensors.source, tensors.device, Silent())
+        DevicePlacement(tensors.device).place(loaded, tensors.source)
         if tensors.adapter is not None:
             attach(loaded, tensors.adapter)
         return _ready(
             loaded, tensors.source, tensors.device, tensors.weight_format.storage, is_resident=True
         )
-    stream(loaded, tensors.source, tensors.device, tensors.adapter)
+    StreamedPlacement(tensors.device, tensors.adapter).place(loaded, tensors.source)
     return _ready(loaded, tensors.source, tensors.device, tensors.weight_format.storage)
 
 
@@ -93,7 +92,7 @@ def merged_model(
 ) -> ComparisonModel:
     """The merged model, rounded as it will be written. underflow: counts what it loses by that."""
     loaded = _transformers_own(base, compute, tensors.dtype, tensors.device)
-    stream(loaded, _Written(tensors, underflow), tensors.device)
+    StreamedPlacement(tensors.device).place(loaded, _Written(tensors, underflow))
     return _ready(loaded, tensors.source, tensors.device, tensors.dtype)
 
 
@@ -103,7 +102,7 @@ def folder_model(
     """The merged model as it lies in a folder. Raises ModelError where it is not one."""
     loaded = _transformers_own(merged, compute, dtype, device)
     source = open_source(merged, loaded.family)
-    stream(loaded, source, device)
+    StreamedPlacement(device).place(loaded, source)
     return _ready(loaded, source, device, dtype)
 
 
@@ -113,10 +112,9 @@ def trained_on_meta(
     """On meta, to be filled."""
     model, family = skeleton(config, weight_format.compute)
     loaded = LoadedModel(model, family, config, list(sites), {}, weight_format, kernel)
-    for site in sites:
-        packed = QuantLinear(site.in_features, site.out_features, site.bias, weight_format)
-        convert.replace(model, site.path, packed)
-    convert.install_tables(model, family.embeddings, family.head, weight_format)
+    convert.replace_linears(model, sites, weight_format)
+    convert.replace_embeddings(model, family.embeddings, weight_format)
+    convert.replace_head(model, family.head, weight_format)
     return loaded
 
 
@@ -126,7 +124,8 @@ def merged_on_meta(
     """On meta, to be filled; with the attention of training."""
     model, family = skeleton(config, compute)
     weight_format = WeightFormat(16, compute, storage)
-    convert.install_tables(model, family.embeddings, family.head, weight_format)
+    convert.replace_embeddings(model, family.embeddings, weight_format)
+    convert.replace_head(model, family.head, weight_format)
     return LoadedModel(model, family, config, [], {}, weight_format, kernel)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from qlora_cli.data.encode import Example, encode
-from qlora_cli.data.formats import detect_format, read_rows
+from qlora_cli.data.encode import Example
+from qlora_cli.data.load import ModelLimits, load_examples
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import InputError
 from qlora_cli.nn.loss import IGNORE_INDEX
@@ -44,7 +44,7 @@ def eval_rows(recipe: Recipe, base: Path, config: Any) -> EvalRows:
     held_out = [(recipe.data.eval, False)] if recipe.data.eval else []
     for where, from_end in [*held_out, (recipe.data.train, True)]:
         try:
-            rows = _read(where, recipe, base, config.vocab_size, from_end)
+            rows = _read(where, recipe, base, config, from_end)
         except InputError as fault:
             notes.append(f"{where} cannot be judged on: {fault.what.rstrip(':')}")
             continue
@@ -57,13 +57,10 @@ def eval_rows(recipe: Recipe, base: Path, config: Any) -> EvalRows:
     return EvalRows(_random_rows(config), "random tokens", False, tuple(notes))
 
 
-def _read(where: str, recipe: Recipe, base: Path, vocab_size: int, from_end: bool) -> list[Example]:
-    rows = read_rows(where)
-    chosen = rows[-MAX_ROWS:] if from_end else rows[:MAX_ROWS]
-    row_format = detect_format(chosen, recipe.data.format)
-    tokenizer = load_tokenizer(str(base))
-    seq_len = recipe.data.seq_len
-    examples = encode(chosen, row_format, tokenizer, seq_len, vocab_size=vocab_size)
+def _read(where: str, recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Example]:
+    select = slice(-MAX_ROWS, None) if from_end else slice(MAX_ROWS)
+    tokenizer, limits = load_tokenizer(str(base)), ModelLimits.of(config)
+    examples = load_examples(where, recipe.data, tokenizer, limits, select=select).examples
     kept: list[Example] = []
     for example in examples:
         if kept and sum(len(row.ids) for row in kept) + len(example.ids) > MAX_TOKENS:

@@ -17,12 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora_cli.data.collate import collate
 from qlora_cli.data.encode import Example
 from qlora_cli.files.safetensors_io import TensorEntry, read_tensor
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.nn.loss import IGNORE_INDEX
-from qlora_cli.tasks.causal import hidden_states
+from qlora_cli.tasks.causal import CAUSAL
 
 _CHUNK_ELEMENTS = 2**21
 """Logits made at once, and of the head read at once: 8 MiB in float32."""
@@ -104,10 +102,8 @@ def compared_logits(
     loaded: LoadedModel, head: Head, rows: Sequence[Example], device: torch.device
 ) -> ComparedLogits:
     """All rows in one forward, each on its own. head: where the model's head lies."""
-    batch = collate(rows)
-    hidden = hidden_states(loaded, batch, device)
-    at = (batch.labels != IGNORE_INDEX).nonzero().flatten()
-    return ComparedLogits(hidden[at.to(device)], head, batch.labels[at].to(device))
+    hidden, targets = CAUSAL.compared_states(loaded, CAUSAL.collate(rows), device)
+    return ComparedLogits(hidden, head, targets)
 
 
 @torch.no_grad()

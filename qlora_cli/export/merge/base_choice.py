@@ -1,18 +1,21 @@
-"""`--base auto`: which base the adapter is merged into, judged by what the merged models answer.
+"""`--base auto`: choose the base by comparing the merged models with the trained model.
 
-Both candidates are made as they would be written, tensor by tensor and one after the other, and
-compared with the trained model (adapter on the frozen, packed base) on held-out rows; none of these
-models is held (`stream.py`), so one of any size can be judged. The rule:
+Both merged models are computed as they would be written, tensor by tensor and one after the other.
+Each is compared with the trained model (the adapter on the frozen, packed base) on held-out rows.
+All models run streamed (`models/placement/streamed.py`), one module in memory at a time, so a model
+of any size can be compared. The rule:
 
-    `original`, unless it loses the fine-tune. It loses it where, on these rows,
+    Choose `original`, unless the merge into it loses the fine-tuning, that is, unless on these rows
     KL(trained || original) > KL(trained || dequantized) + 1/2 KL(trained || frozen base)
-    and its loss is higher than that of `dequantized`.
+    and the loss of `original` is higher than the loss of `dequantized`.
 
-KL(trained || frozen base) is how much the fine-tune changed the answers at all: a merge that is
-half as far from the trained model as no adapter is has lost the point of it. As a rule the original
-base is the better 16-bit model, because it never was rounded; it is the worse one where
-quantization moved the base further than the adapter did (large weights behind small multipliers,
-as in Falcon-H1), because then the adapter is fitted to the rounded base.
+KL(trained || frozen base) measures how much the fine-tuning changed the model's predictions. A
+merge that is half as far from the trained model as the base without an adapter has lost much of
+the fine-tuning.
+
+Usually the original base gives the better 16-bit model, because its weights were never quantized.
+It gives the worse one if quantization changed the base more than the adapter did (large weights
+next to small multipliers, as in Falcon-H1): then the adapter is fitted to the quantized base.
 """
 
 from __future__ import annotations
@@ -31,55 +34,68 @@ from qlora_cli.export.compare.comparison_models import (
 )
 from qlora_cli.export.compare.eval_rows import EvalRows
 from qlora_cli.export.compare.logit_comparison import Comparison, compare, free_memory
-from qlora_cli.export.merge.merged_tensors import MergeBase, MergedTensors
-
-KINDS: tuple[MergeBase, ...] = ("original", "dequantized")
+from qlora_cli.export.merge.merged_tensors import MergedTensors
+from qlora_cli.export.options import MERGE_BASES, MergeBase
 
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """The base to merge into, and why. table: each candidate against the trained model."""
+    """The base to merge into, and why.
+
+    base: the chosen base. reason: one clause for the user.
+    rows_origin: the rows that the models were compared on, in words; empty without a comparison.
+    table: (model, comparison with the trained model), for both merged models and the frozen base.
+    """
 
     base: MergeBase
     reason: str
-    rows: str = ""
+    rows_origin: str = ""
     table: tuple[tuple[str, Comparison], ...] = ()
 
     def lines(self) -> list[str]:
-        """The table and the choice, one line each."""
-        shown = [
-            f"{name}: KL {told.mean_kl:.3g} nats, perplexity {told.perplexity:.4g}, "
-            f"same first choice {told.top1_agreement:.2%}"
-            for name, told in self.table
+        """Return the table and the choice as lines of text for the user."""
+        rows = [
+            f"{name}: KL {comparison.mean_kl:.3g} nats, perplexity {comparison.perplexity:.4g}, "
+            f"top-1 agreement {comparison.top1_agreement:.2%}"
+            for name, comparison in self.table
         ]
-        heading = [f"judged against the trained model on {self.rows}:"] if shown else []
-        return [*heading, *shown, f"base = {self.base}: {self.reason}"]
+        heading = [f"compared with the trained model on {self.rows_origin}:"] if rows else []
+        return [*heading, *rows, f"base = {self.base}: {self.reason}"]
 
     def to_dict(self) -> dict[str, Any]:
-        """For merge.json."""
+        """Return the choice for merge.json."""
         return {
             "base": self.base,
             "reason": self.reason,
-            "rows": self.rows,
-            "table": {name: asdict(told) for name, told in self.table},
+            "rows": self.rows_origin,
+            "table": {name: asdict(comparison) for name, comparison in self.table},
         }
 
 
-def choose_base(tensors: MergedTensors, base: Path, judged: Callable[[], EvalRows]) -> BaseChoice:
-    """The base for a merge. tensors: the merge into either base; base: its folder.
+def choose_base(
+    tensors: MergedTensors, base: Path, read_rows: Callable[[], EvalRows]
+) -> BaseChoice:
+    """Choose the base for a merge by the rule of this module.
 
-    judged: gives the rows, where they are needed. Raises QloraError where the trained model or
-    both merged ones do not answer in finite numbers.
+    tensors: the merge, into either base.
+    base: the base's folder, for its config.
+    read_rows: returns the rows to compare on; called only if a comparison is needed.
+
+    Raises QloraError if the trained model, or both merged models, compute NaN.
     """
     if tensors.adapter is None:
-        return BaseChoice("original", "every weight was trained; there is no adapter to add")
+        return BaseChoice("original", "all weights were trained; there is no adapter to add")
     if tensors.weight_format.bits == 16:
         return BaseChoice("original", "the base was not quantized in training")
-    return _judge(tensors, base, judged())
+    return _compare_bases(tensors, base, read_rows())
 
 
 def loses_fine_tune(original: Comparison, dequantized: Comparison, frozen: Comparison) -> bool:
-    """The rule at the top. All three against the trained model, on the same rows."""
+    """Return whether the merge into the original base loses the fine-tuning (see the module).
+
+    original, dequantized: the two merged models; frozen: the base without an adapter. All three are
+    compared with the trained model on the same rows.
+    """
     return not math.isfinite(original.mean_kl) or (
         _is_far(original, dequantized, frozen) and original.loss > dequantized.loss
     )
@@ -89,34 +105,39 @@ def _is_far(original: Comparison, dequantized: Comparison, frozen: Comparison) -
     return original.mean_kl > dequantized.mean_kl + frozen.mean_kl / 2
 
 
-def _judge(tensors: MergedTensors, base: Path, judged: EvalRows) -> BaseChoice:
+def _compare_bases(tensors: MergedTensors, base: Path, rows: EvalRows) -> BaseChoice:
     model = trained_model(tensors, base, may_be_resident=False)
-    reference = model.compared_logits(judged.rows)
+    reference = model.compared_logits(rows.rows)
     model = frozen_base_model(model, tensors, base)
-    frozen = compare(reference, model.compared_logits(judged.rows))
+    frozen = compare(reference, model.compared_logits(rows.rows))
     del model
     free_memory()
     original, dequantized = (
         compare(
-            reference, merged_model(replace(tensors, base=kind), base).compared_logits(judged.rows)
+            reference, merged_model(replace(tensors, base=kind), base).compared_logits(rows.rows)
         )
-        for kind in KINDS
+        for kind in MERGE_BASES
     )
     if not (math.isfinite(original.mean_kl) or math.isfinite(dequantized.mean_kl)):
         raise QloraError(
-            "the trained model answers NaN, so no merged one can be judged by it",
-            hint="its training overflowed; look at the losses with `qlora report`",
+            "the trained model computes NaN, so no merged model can be compared with it",
+            hint="the training overflowed; check the losses with `qlora report`",
         )
-    told = (original, dequantized, frozen)
-    lost = loses_fine_tune(*told)
-    table = tuple(zip((*KINDS, "no adapter"), told, strict=True))
-    kind: MergeBase = "dequantized" if lost else "original"
-    return BaseChoice(kind, _reason(lost, _is_far(*told)), judged.origin, table)
+    comparisons = (original, dequantized, frozen)
+    lost = loses_fine_tune(*comparisons)
+    table = tuple(zip((*MERGE_BASES, "no adapter"), comparisons, strict=True))
+    chosen: MergeBase = "dequantized" if lost else "original"
+    return BaseChoice(chosen, _reason(lost, _is_far(*comparisons)), rows.origin, table)
 
 
 def _reason(lost: bool, far: bool) -> str:
     if lost:
-        return "merged into the original base it loses the fine-tune"
+        return "the merge into the original base loses the fine-tuning"
     if far:
-        return "on the original base it answers otherwise, but no worse"
-    return "on the original base it keeps the fine-tune, and that base was never rounded"
+        return (
+            "the merge into the original base differs from the trained model, but its loss is not "
+            "higher"
+        )
+    return (
+        "the merge into the original base keeps the fine-tuning, and that base was never quantized"
+    )

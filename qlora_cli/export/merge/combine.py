@@ -1,8 +1,9 @@
-"""Several adapters on one base as one adapter: W + sum of weight_i scaling_i B_i A_i.
+"""Combine several adapters on one base into one: W + sum over i of weight_i scaling_i B_i A_i.
 
-The sum of products is one product of stacked factors, [w_1 s_1 B_1, w_2 s_2 B_2] [A_1; A_2], at
-the sum of the ranks. So what merges and verifies one adapter does the same with several. Stacked in
-float64, in which a product of a float32 and a weight is exact to 2^-53.
+The sum of products equals one product of stacked factors,
+[weight_1 scaling_1 B_1, weight_2 scaling_2 B_2] [A_1; A_2], whose rank is the sum of the ranks. So
+the code that merges and verifies one adapter also handles several. The factors are stacked in
+float64, in which the product of a float32 and a weight is exact to 2^-53.
 """
 
 from __future__ import annotations
@@ -25,34 +26,41 @@ from qlora_cli.runs.run import Run
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """An adapter and what its product is multiplied by."""
+    """An adapter and the factor that its product scaling * B A is multiplied by."""
 
     adapter: AdapterFile
     weight: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For merge.json. digest: SHA-256 over the adapter's two files."""
+        """Return the entry for merge.json. `digest` is the SHA-256 over the adapter's two files."""
         folder = self.adapter.folder
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name in (peft_config.CONFIG, peft_config.WEIGHTS):
-            found.update((folder / name).read_bytes())
-        told = {"folder": str(folder.resolve()), "weight": self.weight}
-        return {**told, "digest": found.hexdigest()}
+            digest.update((folder / name).read_bytes())
+        return {
+            "folder": str(folder.resolve()),
+            "weight": self.weight,
+            "digest": digest.hexdigest(),
+        }
 
 
 @dataclass(frozen=True)
 class _StackedLayer(AdapterLayer):
-    """One linear's factors of every adapter that has some. a, b: the first one's, for the shape."""
+    """The stacked factors of one linear.
 
-    terms: tuple[tuple[AdapterLayer, float], ...]
+    layers: this linear's layer in each adapter that has one, and the adapter's weight.
+    a, b: entries of the first adapter; only their shapes are used.
+    """
+
+    layers: tuple[tuple[AdapterLayer, float], ...]
 
     def read(self) -> list[Part]:
-        """A part for each set of rows, with scaling 1."""
-        found: dict[str, list[Part]] = {role: [] for role in self.rows}
-        for layer, weight in self.terms:
+        """Return one stacked product for each set of rows, with scaling 1, on the CPU."""
+        products: dict[str, list[Part]] = {role: [] for role in self.rows}
+        for layer, weight in self.layers:
             for role, part in zip(layer.rows, layer.read(), strict=True):
                 b = part.b.double() * (weight * part.scaling)
-                found[role].append(Part(part.rows, part.a.double(), b, 1.0))
+                products[role].append(Part(part.rows, part.a.double(), b, 1.0))
         return [
             Part(
                 self.rows[role],
@@ -60,43 +68,55 @@ class _StackedLayer(AdapterLayer):
                 torch.cat([part.b for part in parts], dim=1),
                 1.0,
             )
-            for role, parts in found.items()
+            for role, parts in products.items()
         ]
 
 
 @dataclass(frozen=True)
 class CombinedAdapter(AdapterFile):
-    """What the terms add up to. folder, config: the first one's."""
+    """The weighted sum of several adapters.
 
-    terms: tuple[WeightedAdapter, ...]
+    weighted_adapters: the adapters of the sum. folder, config: those of the first adapter.
+    """
+
+    weighted_adapters: tuple[WeightedAdapter, ...]
 
     def check(self, sites: Sequence[Site]) -> None:
-        """Raises ProblemsError where one of them does not belong to a base with these linears."""
-        for term in self.terms:
-            term.adapter.check(sites)
+        """Check that every adapter fits the base. Raises ProblemsError if one does not.
+
+        sites: the linears of the base.
+        """
+        for weighted in self.weighted_adapters:
+            weighted.adapter.check(sites)
 
 
-def combine(terms: Sequence[WeightedAdapter]) -> AdapterFile:
-    """The terms' sum; a single adapter of weight 1 is itself, bit for bit."""
-    first = terms[0].adapter
-    if len(terms) == 1 and terms[0].weight == 1.0:
+def combine(weighted_adapters: Sequence[WeightedAdapter]) -> AdapterFile:
+    """Return the weighted sum of the adapters.
+
+    A single adapter of weight 1 is returned unchanged, so its merge is the same bit for bit.
+    """
+    first = weighted_adapters[0].adapter
+    if len(weighted_adapters) == 1 and weighted_adapters[0].weight == 1.0:
         return first
-    paths = sorted({path for term in terms for path in term.adapter.layers})
-    layers = {path: _stacked(path, terms) for path in paths}
-    return CombinedAdapter(first.folder, first.config, layers, tuple(terms))
+    paths = sorted({path for weighted in weighted_adapters for path in weighted.adapter.layers})
+    layers = {path: _stacked(path, weighted_adapters) for path in paths}
+    return CombinedAdapter(first.folder, first.config, layers, tuple(weighted_adapters))
 
 
-def weighted_adapters(adapter: AdapterFile) -> tuple[WeightedAdapter, ...]:
-    """What `combine` made it from."""
-    return (
-        adapter.terms if isinstance(adapter, CombinedAdapter) else (WeightedAdapter(adapter, 1.0),)
-    )
+def weighted_adapters_of(adapter: AdapterFile) -> tuple[WeightedAdapter, ...]:
+    """Return the adapters that `combine` was called with."""
+    if isinstance(adapter, CombinedAdapter):
+        return adapter.weighted_adapters
+    return (WeightedAdapter(adapter, 1.0),)
 
 
-def open_other_adapters(
-    run: Run, others: Sequence[tuple[Path, float]]
-) -> list[WeightedAdapter]:
-    """Adapters to add to the run's own. Raises UsageError where one is of another base."""
+def open_other_adapters(run: Run, others: Sequence[tuple[Path, float]]) -> list[WeightedAdapter]:
+    """Open adapters that are to be added to the run's own adapter.
+
+    others: folders of runs or of PEFT adapters, and their factors.
+
+    Raises UsageError if one of them was trained on another base.
+    """
     return [WeightedAdapter(_open_on_base_of(run, where), weight) for where, weight in others]
 
 
@@ -116,15 +136,17 @@ def _open_on_base_of(run: Run, where: Path) -> AdapterFile:
         raise UsageError(
             f"{where} was trained on {named}, and {run.path} on {own}",
             where="--with",
-            hint="adapters can be added up on one base only; if both are the same base, let "
-            "base_folder in run.json or base_model_name_or_path in adapter_config.json say so",
+            hint="adapters can be combined on one base only; if both are the same base, correct "
+            "base_folder in run.json or base_model_name_or_path in adapter_config.json",
         )
     return adapter if other is None else other.adapter_file
 
 
-def _stacked(path: str, terms: Sequence[WeightedAdapter]) -> _StackedLayer:
+def _stacked(path: str, weighted_adapters: Sequence[WeightedAdapter]) -> _StackedLayer:
     layers = [
-        (term.adapter.layers[path], term.weight) for term in terms if path in term.adapter.layers
+        (weighted.adapter.layers[path], weighted.weight)
+        for weighted in weighted_adapters
+        if path in weighted.adapter.layers
     ]
     first = layers[0][0]
     rows = {role: own for layer, _ in layers for role, own in layer.rows.items()}

@@ -1,4 +1,4 @@
-"""A merged model's folder besides its tensors: shards, config, tokenizer, generation settings."""
+"""The files of a merged model other than its tensors: shards, index, config and copied files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from qlora_cli.files.safetensors_io import Shape
 from qlora_cli.files.source import INDEX, SINGLE
 
 CONFIG = "config.json"
-MANIFEST = "merge.json"
-"""How the folder was made: base, dtype, adapter, and the judgement where one was made."""
 
-_CARRIED = (
+_COPIED_PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -36,23 +34,28 @@ _CARRIED = (
     "NOTICE*",
     "USE_POLICY*",
 )
-"""Tokenizer, templates, generation settings, and the terms that the weights came under."""
-_OF_PACKED_WEIGHTS = ("quantization_config", "torch_dtype")
-"""Keys that a merged config does not have; `torch_dtype` is the old name of `dtype`."""
+"""Tokenizer, chat templates, generation settings, and the license of the weights."""
+_DROPPED_KEYS = ("quantization_config", "torch_dtype")
+"""Keys of the base's config.json that a merged one does not have: the merged weights are not
+quantized, and `torch_dtype` is the old name of `dtype`."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a checkpoint: its name and what lies in it, in order."""
+    """One safetensors file of a checkpoint.
+
+    name: the file's name. shapes: tensor name -> shape and dtype, in the order of the file.
+    """
 
     name: str
     shapes: Mapping[str, Shape]
 
 
 def plan_shards(shapes: Mapping[str, Shape], max_bytes: int) -> list[Shard]:
-    """Tensors in order, as many to a file as fit; a tensor larger than `max_bytes` stands alone.
+    """Distribute tensors over files of at most `max_bytes` bytes, in the given order.
 
-    A single file is `model.safetensors`; several are numbered as transformers numbers them.
+    A tensor larger than `max_bytes` gets a file of its own. A single file is named
+    `model.safetensors`; several files are numbered as transformers numbers them.
     """
     groups: list[dict[str, Shape]] = [{}]
     filled = 0
@@ -72,30 +75,36 @@ def plan_shards(shapes: Mapping[str, Shape], max_bytes: int) -> list[Shard]:
 
 
 def write_index(folder: Path, shards: list[Shard]) -> None:
-    """`model.safetensors.index.json`, where there is more than one file."""
+    """Write `model.safetensors.index.json` into `folder` if there is more than one shard."""
     if len(shards) == 1:
         return
     total = sum(shape.num_bytes for shard in shards for shape in shard.shapes.values())
-    where = {name: shard.name for shard in shards for name in shard.shapes}
-    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    file_of_tensor = {name: shard.name for shard in shards for name in shard.shapes}
+    content = {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted(file_of_tensor.items())),
+    }
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def merged_config(base: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The base's config.json for weights in `dtype`: nothing else of it changes."""
+    """Return the config.json of a merged model: the base's, with `dtype` as the weights' dtype.
+
+    base: the base's folder.
+    """
     content: dict[str, Any] = json.loads((base / CONFIG).read_text())
-    kept = {key: value for key, value in content.items() if key not in _OF_PACKED_WEIGHTS}
+    kept = {key: value for key, value in content.items() if key not in _DROPPED_KEYS}
     return kept | {"dtype": dtype_name(dtype)}
 
 
 def copied_files(base: Path) -> list[Path]:
-    """What is copied byte for byte, as paths within the base's folder."""
-    found = {path for pattern in _CARRIED for path in base.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(base) for path in found)
+    """Return the files that merging copies byte for byte, as paths relative to the base's folder."""
+    paths = {path for pattern in _COPIED_PATTERNS for path in base.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(base) for path in paths)
 
 
 def copy_files(base: Path, into: Path) -> None:
-    """Copies the carried files."""
+    """Copy `copied_files(base)` from the base's folder into the folder `into`."""
     for path in copied_files(base):
         (into / path).parent.mkdir(exist_ok=True)
         (into / path).write_bytes((base / path).read_bytes())

@@ -1,4 +1,9 @@
-"""How a merged folder says that it was made: its merge.json, read back."""
+"""Read merge.json, the record of how a merged folder was created.
+
+merge.json has a section `settings` with everything that decides the bytes of the tensors, and, for
+the reader, how the base and the dtype were chosen (`merge_settings.py`). Only `settings` is read
+back, so a merge.json of an older version stays readable.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +15,24 @@ from typing import Any
 import torch
 
 from qlora_cli.errors import ModelError
-from qlora_cli.export.merge.folder import CONFIG, MANIFEST
-from qlora_cli.export.merge.merged_tensors import MergeBase
+from qlora_cli.export.merge.folder import CONFIG
+from qlora_cli.export.options import MERGE_BASES, MergeBase
 from qlora_cli.files.atomic import read_json
 from qlora_cli.files.dtype import torch_dtype
+
+MANIFEST = "merge.json"
+"""Name of the record in a merged folder."""
 
 
 @dataclass(frozen=True)
 class MergeManifest:
-    """weight: of the run's own adapter. others: where further ones lie, and their weights.
+    """How a merged folder was created.
 
-    digests: of the run's adapter and the others; empty where no adapter was merged. settings: what
-    decided every byte, as merging wrote it; None where the folder has no merge.json.
+    base, dtype: as in `MergedTensors`.
+    weight: factor of the run's own adapter.
+    others: folders of the other merged adapters, and their factors.
+    digests: SHA-256 of the run's adapter and of the others; empty if no adapter was merged.
+    settings: the section `settings` of merge.json; None if the folder has no merge.json.
     """
 
     base: MergeBase
@@ -32,35 +43,38 @@ class MergeManifest:
     settings: dict[str, Any] | None
 
     @classmethod
-    def of(cls, merged: Path) -> MergeManifest:
-        """Without a merge.json: into the original base, in the dtype of config.json.
+    def read(cls, merged: Path) -> MergeManifest:
+        """Return the manifest of a merged folder.
 
-        Raises ModelError where one of the two is damaged.
+        A folder without merge.json is taken for a merge into the original base, in the dtype of its
+        config.json. Raises ModelError if merge.json or config.json is damaged.
         """
-        about = merged / MANIFEST
-        if not about.is_file():
-            dtype = read_json(merged / CONFIG, _dtype_of, ModelError)
+        manifest = merged / MANIFEST
+        if not manifest.is_file():
+            dtype = read_json(merged / CONFIG, _config_dtype, ModelError)
             return cls("original", dtype, 1.0, (), (), None)
-        return read_json(about, lambda content: cls._from(content["settings"]), ModelError)
+        return read_json(manifest, lambda content: cls._from(content["settings"]), ModelError)
 
     @classmethod
     def _from(cls, settings: dict[str, Any]) -> MergeManifest:
         base = settings["base"]
-        assert base in ("original", "dequantized"), f"base is {base}"
+        assert base in MERGE_BASES, f"base is {base}"
         adapters = [(Path(a["folder"]), float(a["weight"])) for a in settings["adapters"]]
         (_, weight), *others = adapters or [(Path(), 1.0)]
         digests = tuple(str(a["digest"]) for a in settings["adapters"])
         return cls(base, torch_dtype(settings["dtype"]), weight, tuple(others), digests, settings)
 
     def notes(self) -> Iterator[str]:
-        """What a reader of a verdict has to know of what was compared."""
+        """Yield what a reader needs to understand a verification of this folder, line by line."""
         if self.settings is None:
-            yield f"there is no {MANIFEST}: compared with a merge into the original base"
+            yield (
+                f"the folder has no {MANIFEST}: it is compared with a merge into the original base"
+            )
         if self.weight != 1.0 or self.others:
-            more = (f" + {weight:g} x {folder}" for folder, weight in self.others)
-            sum_told = f"{self.weight:g} x the run's adapter" + "".join(more)
-            yield f"{MANIFEST} says that {sum_told} was merged, and that is what is compared"
+            others = (f" + {weight:g} x {folder}" for folder, weight in self.others)
+            adapters = f"{self.weight:g} x the run's adapter" + "".join(others)
+            yield f"{MANIFEST} lists {adapters}; the folder is compared with this sum"
 
 
-def _dtype_of(config: dict[str, Any]) -> torch.dtype:
+def _config_dtype(config: dict[str, Any]) -> torch.dtype:
     return torch_dtype(config.get("dtype", "float32"))

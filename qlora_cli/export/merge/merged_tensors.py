@@ -112,7 +112,7 @@ class MergedTensors:
         site, parts = self._sites.get(name), self._parts(name)
         if site is None or not parts:
             return False
-        result = tensor.t() if site.transposed else tensor
+        result = site.from_file(tensor)
         return rounds_to(result, self._base_weight(name, site), parts)
 
     def _not_finite(self, name: str) -> QloraError:
@@ -155,7 +155,7 @@ class MergedTensors:
     def _base_weight(self, name: str, site: Site) -> Tensor:
         """Return the weight (out, in) that the adapter is added to."""
         tensor = self._read(name)
-        weight = tensor.t() if site.transposed else tensor
+        weight = site.from_file(tensor)
         if self.base == "original":
             return weight
         layer = pack_linear(site, self.weight_format, weight.contiguous().to(self.device))
@@ -176,7 +176,7 @@ class MergedTensors:
         for rows, total in merged_rows(weight, parts):
             result[rows] = total.float()
             count(total, result[rows])
-        return result.t().contiguous() if site.transposed else result
+        return site.to_file(result)
 
 
 def pack_linear(site: Site, weight_format: WeightFormat, weight: Tensor) -> QuantLinear:

@@ -1,9 +1,9 @@
-"""Writes a merged checkpoint: one tensor at a time, sharded, resumable, whole or absent.
+"""Write a merged checkpoint: one tensor at a time, sharded and resumable.
 
-Everything is written into a folder beside the output, which takes the output's name at the end. A
-shard gets its name when it is whole, so a merge that was killed resumes behind its last whole
-shard, if it was the same merge; otherwise the leftovers are removed. A mark in such a folder keeps
-it apart from a user's folder with a similar name.
+The output folder appears complete or not at all. Everything is written into a partial folder next
+to it, which is renamed at the end (`files/atomic.py`). A shard also gets its name only when it is
+complete. If a merge was interrupted, the same merge resumes after the last complete shard; any
+other merge into the same output removes the partial folder first.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from qlora_cli.files.dtype import dtype_name
 from qlora_cli.files.safetensors_io import Shape, read_header, write_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
-"""As transformers writes by default: files that every file system and hub takes."""
+"""The default of transformers. Every file system and hub accepts files of this size."""
 
 
 def write_merged(
@@ -57,121 +57,129 @@ def write_merged(
     observer: Observer,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the whole folder `out`. base: where config and tokenizer come from.
+    """Write the merged model into the folder `out`.
 
-    about: kept in merge.json. Raises QloraError where the disk is too small or refuses, and where
-    a value does not fit the dtype; what is whole by then is kept beside `out` and used next time.
-    Raises UsageError where something lies in `out` at the end.
+    tensors: the tensors to write.
+    base: the base's folder, from which config, tokenizer and license are copied.
+    about: additional content of merge.json.
+    observer: receives the number of written tensors.
+    max_shard_bytes: size of one file's tensors at most.
+
+    Raises QloraError if the disk is too small or cannot be written, or if a value is too large for
+    the dtype. Complete shards are then kept next to `out`, and the same merge resumes from them.
+    Raises UsageError if another program has written into `out` in the meantime.
     """
     out = out.resolve()
     shards = plan_shards(tensors.shapes(), max_shard_bytes)
     settings = _settings(tensors, shards)
     with report_write_errors("the merged model", out):
-        beside, done = _begin(out, settings, shards)
+        partial, done = _begin(out, settings, shards)
     hint = (
-        f"whole files are kept in {beside}; free disk space and run the same command, which "
+        f"complete files are kept in {partial}; free disk space and run the same command, which "
         "resumes from there, or remove that folder"
     )
     with report_write_errors("the merged model", out, hint):
-        _check_room(out, base, [shard for shard in shards if shard.name not in done])
-        _write_shards(tensors, shards, done, beside, observer)
-        write_index(beside, shards)
-        write_json(beside / CONFIG, merged_config(base, tensors.dtype))
-        copy_files(base, beside)
-        write_json(beside / MANIFEST, {**about, "settings": settings})
-        publish_folder(beside, out)
+        _require_space(out, base, [shard for shard in shards if shard.name not in done])
+        _write_shards(tensors, shards, done, partial, observer)
+        write_index(partial, shards)
+        write_json(partial / CONFIG, merged_config(base, tensors.dtype))
+        copy_files(base, partial)
+        write_json(partial / MANIFEST, {**about, "settings": settings})
+        publish_folder(partial, out)
 
 
 def find_equal_merge(out: Path, tensors: MergedTensors) -> MergedTensors | None:
-    """The tensors as `out` holds them, where it is a whole merge of them in any base and dtype.
+    """Return the tensors in `out` if it is a complete merge of the same run, else None.
 
-    Raises ModelError where its merge.json is damaged.
+    tensors: the merge to compare with. Base and dtype may differ; the result has those of `out`.
+
+    Raises ModelError if merge.json in `out` is damaged.
     """
     if not (out / MANIFEST).is_file():
         return None
-    made = MergeManifest.read(out)
-    merged = replace(tensors, base=made.base, dtype=made.dtype)
+    manifest = MergeManifest.read(out)
+    merged = replace(tensors, base=manifest.base, dtype=manifest.dtype)
     shards = plan_shards(merged.shapes(), MAX_SHARD_BYTES)
-    same = made.settings == _settings(merged, shards)
-    whole = all(_is_whole(out / shard.name, shard.shapes) for shard in shards)
-    return merged if same and whole else None
+    is_same = manifest.settings == _settings(merged, shards)
+    is_complete = all(_is_complete(out / shard.name, shard.shapes) for shard in shards)
+    return merged if is_same and is_complete else None
 
 
 def _write_shards(
-    tensors: MergedTensors,
-    shards: list[Shard],
-    done: set[str],
-    beside: Path,
-    observer: Observer,
+    tensors: MergedTensors, shards: list[Shard], done: set[str], folder: Path, observer: Observer
 ) -> None:
+    """Write the shards that are not in `done`. done: names of complete shards in `folder`."""
     missing = [shard for shard in shards if shard.name not in done]
     total = sum(len(shard.shapes) for shard in shards)
-    behind = total - sum(len(shard.shapes) for shard in missing)
+    num_written = total - sum(len(shard.shapes) for shard in missing)
     observer.stage("merge", total)
-    observer.advance(behind)
+    observer.advance(num_written)
 
-    def make(name: str) -> Tensor:
-        nonlocal behind
-        made = tensors.compute(name)
-        behind += 1
-        observer.advance(behind)
-        return made
+    def compute(name: str) -> Tensor:
+        nonlocal num_written
+        tensor = tensors.compute(name)
+        num_written += 1
+        observer.advance(num_written)
+        return tensor
 
     for shard in missing:
-        with atomic_file(beside / shard.name) as file:
-            write_tensors(file, shard.shapes, make, {"format": "pt"})
+        with atomic_file(folder / shard.name) as file:
+            write_tensors(file, shard.shapes, compute, {"format": "pt"})
 
 
 def _settings(tensors: MergedTensors, shards: list[Shard]) -> dict[str, Any]:
-    """What decides every byte of the output: two merges with the same settings are the same."""
+    """Return everything that decides the bytes of the output, for merge.json.
+
+    Two merges with equal settings write equal files.
+    """
     files = sorted({entry.file for entry in tensors.source.entries.values()})
-    adapter = tensors.adapter
+    adapters = weighted_adapters_of(tensors.adapter) if tensors.adapter is not None else ()
     return {
         "base": tensors.base,
         "dtype": dtype_name(tensors.dtype),
-        "held": {key: _told(value) for key, value in vars(tensors.weight_format).items()},
+        "held": {key: _to_json(value) for key, value in vars(tensors.weight_format).items()},
         "packed_on": tensors.device.type,
         "weights": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
-        "adapters": []
-        if adapter is None
-        else [term.to_dict() for term in weighted_adapters_of(adapter)],
+        "adapters": [weighted.to_dict() for weighted in adapters],
         "shards": {shard.name: len(shard.shapes) for shard in shards},
     }
 
 
-def _told(value: Any) -> Any:
-    """For JSON, which has no dtypes."""
+def _to_json(value: Any) -> Any:
+    """Return the name of a dtype, and any other value unchanged."""
     return dtype_name(value) if isinstance(value, torch.dtype) else value
 
 
 def _begin(out: Path, settings: Mapping[str, Any], shards: list[Shard]) -> tuple[Path, set[str]]:
-    """(the folder to write into, names of shards that an earlier, equal merge wrote whole).
+    """Return the partial folder to write into and the names of its complete shards.
 
-    Removes what other merges into `out` left.
+    The folder is that of an interrupted merge with equal settings, else a new one. The partial
+    folders of other merges into `out` are removed.
     """
-    equal = [left for left in partial_folders(out) if _settings_in(left) == settings]
-    for left in partial_folders(out):
-        if left not in equal[:1]:
-            shutil.rmtree(left, ignore_errors=True)
-    if not equal:
-        beside = make_partial_folder(out)
-        write_json(beside / MANIFEST, {"settings": settings})
-        return beside, set()
+    resumable = [folder for folder in partial_folders(out) if _settings_in(folder) == settings]
+    for folder in partial_folders(out):
+        if folder not in resumable[:1]:
+            shutil.rmtree(folder, ignore_errors=True)
+    if not resumable:
+        partial = make_partial_folder(out)
+        write_json(partial / MANIFEST, {"settings": settings})
+        return partial, set()
+    partial = resumable[0]
     for name in (*(shard.name for shard in shards), CONFIG, MANIFEST):
-        remove_partial_files(equal[0] / name)
-    whole = {shard.name for shard in shards if _is_whole(equal[0] / shard.name, shard.shapes)}
-    return equal[0], whole
+        remove_partial_files(partial / name)
+    done = {shard.name for shard in shards if _is_complete(partial / shard.name, shard.shapes)}
+    return partial, done
 
 
-def _settings_in(left: Path) -> dict[str, Any] | None:
-    """The settings of an unfinished merge; None where they cannot be read."""
+def _settings_in(partial: Path) -> dict[str, Any] | None:
+    """Return the settings of an interrupted merge, or None if they cannot be read."""
     with suppress(ModelError):
-        if (left / MANIFEST).is_file():
-            return MergeManifest.read(left).settings
+        if (partial / MANIFEST).is_file():
+            return MergeManifest.read(partial).settings
     return None
 
 
-def _is_whole(file: Path, shapes: Mapping[str, Shape]) -> bool:
+def _is_complete(file: Path, shapes: Mapping[str, Shape]) -> bool:
     if not file.is_file():
         return False
     try:
@@ -181,8 +189,8 @@ def _is_whole(file: Path, shapes: Mapping[str, Shape]) -> bool:
     return {name: Shape(entry.dtype, entry.shape) for name, entry in entries.items()} == shapes
 
 
-def _check_room(out: Path, base: Path, missing: list[Shard]) -> None:
-    """Raises QloraError where the disk cannot take what is still to be written."""
+def _require_space(out: Path, base: Path, missing: list[Shard]) -> None:
+    """Raise QloraError if the disk has no space for the files that are still to be written."""
     weights = sum(shape.num_bytes for shard in missing for shape in shard.shapes.values())
     needed = weights + sum((base / path).stat().st_size for path in copied_files(base))
     require_free_space("the merged model", out.parent, needed)

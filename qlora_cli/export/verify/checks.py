@@ -37,7 +37,7 @@ def structure_faults(merged: Path, expected: MergedTensors) -> Iterator[str]:
         yield str(fault)
         return
     yield from _weight_file_faults(merged, found)
-    adapted = expected.adapted()
+    adapted = expected.adapted_names()
     for name, shape in expected.shapes().items():
         if name not in found:
             lost = ", and the adapter's layer with it" if name in adapted else ""
@@ -80,15 +80,15 @@ def value_faults(merged: Path, expected: MergedTensors, observer: Observer) -> I
 
 def _differences(name: str, entry: TensorEntry, expected: MergedTensors) -> Iterator[str]:
     # In this order, because making one takes more memory for a moment.
-    wanted, found = expected.make(name), read_tensor(entry)
+    wanted, found = expected.compute(name), read_tensor(entry)
     differing = _num_differing(found, wanted)
     if not differing:
         return
     del wanted
-    if name not in expected.adapted():
+    if name not in expected.adapted_names():
         yield f"{name} differs from the base's in {_share(differing, found)}"
     elif not expected.within_rounding_error(name, found):
-        alone = replace(expected, adapter=None).make(name)
+        alone = replace(expected, adapter=None).compute(name)
         if not _num_differing(found, alone):
             yield f"{name} is the base's alone: the adapter's layer was not added"
         else:

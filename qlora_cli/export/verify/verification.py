@@ -53,10 +53,11 @@ from qlora_cli.export.compare.logit_comparison import (
     free_memory,
 )
 from qlora_cli.export.merge.base_choice import loses_fine_tune
-from qlora_cli.export.merge.combine import weighted_adapters
-from qlora_cli.export.merge.folder import CONFIG, MANIFEST
-from qlora_cli.export.merge.manifest import MergeManifest
+from qlora_cli.export.merge.combine import weighted_adapters_of
+from qlora_cli.export.merge.folder import CONFIG
+from qlora_cli.export.merge.manifest import MANIFEST, MergeManifest
 from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
+from qlora_cli.export.options import has_narrow_range
 from qlora_cli.export.verify.checks import (
     config_faults,
     file_faults,
@@ -64,6 +65,7 @@ from qlora_cli.export.verify.checks import (
     structure_faults,
     value_faults,
 )
+from qlora_cli.files.dtype import dtype_name
 from qlora_cli.files.locate import read_config
 from qlora_cli.runs.run import Run
 
@@ -88,9 +90,7 @@ class VerificationReport:
         return not self.faults
 
 
-def verify(
-    merged: Path, run: Run, device: torch.device, observer: Observer
-) -> VerificationReport:
+def verify(merged: Path, run: Run, device: torch.device, observer: Observer) -> VerificationReport:
     """Compares the folder with the run.
 
     Raises UsageError where `merged` is no model's folder or the run is none or not finished,
@@ -100,7 +100,7 @@ def verify(
         raise UsageError(f"{merged} is no model's folder", hint="it must hold config.json")
     base = run.base_folder
     try:
-        made = MergeManifest.of(merged)
+        made = MergeManifest.read(merged)
         expected = open_merged_tensors(run, made.base, made.dtype, device, made.weight, made.others)
     except UsageError:
         raise
@@ -120,7 +120,7 @@ def verify(
 def _origin_faults(made: MergeManifest, expected: MergedTensors) -> Iterator[str]:
     if expected.adapter is None or not made.digests:
         return
-    own, *others = (term.to_dict()["digest"] for term in weighted_adapters(expected.adapter))
+    own, *others = (term.to_dict()["digest"] for term in weighted_adapters_of(expected.adapter))
     if made.digests[0] != own:
         yield f"{MANIFEST} names another adapter than the run has now"
     for (folder, _), before, now in zip(made.others, made.digests[1:], others, strict=False):
@@ -152,7 +152,7 @@ def _compare_answers(
     num = reference.targets.numel()
     comparison, greedy = compare(reference, found[:num]), count_agreeing_tokens(found[num:])
     faults += _answer_faults(expected, base, judged, reference, frozen, comparison)
-    if expected.dtype is torch.float16:
+    if has_narrow_range(dtype_name(expected.dtype)):
         faults += _overflow(merged, expected, rows)
     return comparison, greedy, faults
 
@@ -183,9 +183,9 @@ def _answer_faults(
 
 
 def _overflow(merged: Path, expected: MergedTensors, rows: Sequence[Example]) -> Iterator[str]:
-    comparison_model = folder_model(merged, expected.dtype, expected.device, torch.float16)
+    model = folder_model(merged, expected.dtype, expected.device, expected.dtype)
     try:
-        largest_activation(comparison_model, rows)
+        largest_activation(model, rows, expected.dtype)
     except VerificationFailed as fault:
         yield fault.what
 

@@ -132,7 +132,7 @@ def test_a_trained_model_that_answers_nan_cannot_be_a_judge(tmp_path: Path) -> N
     base = make_base(tmp_path / "base", "llama")
     recipe = make_recipe(base, make_rows(tmp_path / "rows.jsonl"))
     run, _ = make_run(tmp_path / "run", recipe, spread=1e30)
-    with pytest.raises(QloraError, match="the trained model answers NaN"):
+    with pytest.raises(QloraError, match="the trained model computes NaN"):
         merge.run(run.path, out=tmp_path / "out", dtype="float32", base="auto", observer=Silent())
 
 

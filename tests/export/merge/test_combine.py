@@ -87,7 +87,9 @@ def test_one_adapter_of_weight_1_is_the_plain_merge(world: World, tmp_path: Path
 
 def test_an_adapter_and_its_negative_leave_the_base(world: World) -> None:
     own = world.runs[0]
-    made = open_merged_tensors(Run(own.path), "original", torch.float16, CPU, 1.0, [(own.path, -1.0)])
+    made = open_merged_tensors(
+        Run(own.path), "original", torch.float16, CPU, 1.0, [(own.path, -1.0)]
+    )
     original = load_file(world.base / "model.safetensors")
     assert all(torch.equal(made.compute(name), original[name]) for name in original)
 
@@ -107,7 +109,7 @@ def test_the_command_line_takes_a_peft_folder_and_verify_knows_it(
     ]
     outcome = qlora("verify", out, "--against", own.path, "--json")
     assert (outcome.code, outcome.json["faults"]) == (0, []), outcome.err
-    assert "merge.json says that 0.5 x the run's adapter + 0.25 x" in outcome.err
+    assert "merge.json lists 0.5 x the run's adapter + 0.25 x" in outcome.err
 
     factors = load_file(other / "adapter_model.safetensors")
     for factor in factors.values():
@@ -131,7 +133,9 @@ def test_adapters_of_another_base_are_refused(world: World, tmp_path: Path) -> N
     run, _ = make_run(tmp_path / "run", recipe)
     for where in (run.path, run.adapter):
         with pytest.raises(UsageError, match=r"was trained on .*/other, and .*/run0 on .*/base"):
-            open_merged_tensors(Run(world.runs[0].path), "original", torch.float16, CPU, 1.0, [(where, 1.0)])
+            open_merged_tensors(
+                Run(world.runs[0].path), "original", torch.float16, CPU, 1.0, [(where, 1.0)]
+            )
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = None
     (run.adapter / "adapter_config.json").write_text(json.dumps(config))

@@ -210,13 +210,13 @@ class Interrupting(Silent):
 
 
 def counting(tensors: MergedTensors, made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    make = MergedTensors.make
+    compute = MergedTensors.compute
 
     def counted(self: MergedTensors, name: str) -> Tensor:
         made.append(name)
-        return make(self, name)
+        return compute(self, name)
 
-    monkeypatch.setattr(MergedTensors, "make", counted)
+    monkeypatch.setattr(MergedTensors, "compute", counted)
 
 
 def test_a_killed_merge_goes_on_behind_its_last_whole_shard(

@@ -19,6 +19,7 @@ from qlora_cli.export.merge.write import write_merged
 from qlora_cli.export.verify.verification import verify
 from qlora_cli.jobs import merge
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.run import Run
 from tests.helpers.cli_helpers import qlora
 from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, make_run
 
@@ -53,9 +54,9 @@ def overflow_activations(weights: dict[str, Tensor]) -> None:
 
 
 FAULTS: list[tuple[Callable[[dict[str, Tensor]], None], str]] = [
-    (overflow_weight, f"{NORM} has values that float16 cannot hold"),
+    (overflow_weight, f"{NORM} has values that float16 cannot represent"),
     (underflow_weights, f"{UP} loses "),
-    (overflow_activations, "in float16 the activations overflow: model.layers.1.mlp"),
+    (overflow_activations, "the activations overflow in float16: the output of model.layers.1.mlp"),
 ]
 seeded = pytest.mark.parametrize(
     ("spoil", "told"), FAULTS, ids=lambda item: getattr(item, "__name__", "")
@@ -90,11 +91,14 @@ def test_bfloat16_is_written_instead_and_said_loudly(
     result = merge.run(run.path, out=out, dtype=None, base=base, observer=notes)
     assert result.dtype == "bfloat16"
     assert told in result.dtype_reason
-    assert any(note.startswith("WARNING: float16 does not hold the model") for note in notes.told)
+    assert any(
+        note.startswith("WARNING: the model does not fit the range of float16")
+        for note in notes.told
+    )
     assert about(out)["settings"]["dtype"] == "bfloat16"
     assert told in about(out)["dtype_reason"]
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-    assert verify(out, run, CPU, Silent()).faults == ()
+    assert verify(out, Run(run.path), CPU, Silent()).faults == ()
 
 
 @seeded
@@ -114,16 +118,19 @@ def test_insisted_on_it_is_exit_4(
 def test_verify_finds_activations_that_overflow(tmp_path: Path) -> None:
     """Another program wrote it: nothing is wrong with any tensor, and it answers NaN."""
     run, out = a_run(tmp_path, overflow_activations), tmp_path / "out"
-    tensors = open_merged_tensors(run, "original", torch.float16, CPU)
+    tensors = open_merged_tensors(Run(run.path), "original", torch.float16, CPU)
     write_merged(tensors, tmp_path / "base", out, {}, Silent())
-    (fault,) = verify(out, run, CPU, Silent()).faults
-    assert "in float16 the activations overflow" in fault
+    (fault,) = verify(out, Run(run.path), CPU, Silent()).faults
+    assert "the activations overflow in float16" in fault
 
 
 def test_where_it_holds_float16_is_written_and_how_well_is_told(tmp_path: Path) -> None:
     run, out = a_run(tmp_path, lambda _: None), tmp_path / "out"
     result = merge.run(run.path, out=out, dtype=None, base="original", observer=Silent())
-    assert (result.dtype, result.dtype_reason) == ("float16", "the default, and it holds the model")
+    assert (result.dtype, result.dtype_reason) == (
+        "float16",
+        "the default; the model fits its range",
+    )
     found = about(out)["float16"]
     assert 0 < found["largest_activation"] < torch.finfo(torch.float16).max
     assert 0 <= found["lost"] <= found["most_lost"] < 0.01
@@ -134,8 +141,8 @@ def test_where_it_holds_float16_is_written_and_how_well_is_told(tmp_path: Path) 
 def test_another_dtype_is_written_on_request(dtype: str, tmp_path: Path) -> None:
     run, out = a_run(tmp_path, overflow_weight), tmp_path / "out"
     result = merge.run(run.path, out=out, dtype=dtype, base="auto", observer=Silent())
-    assert (result.dtype, result.dtype_reason) == (dtype, "asked for")
+    assert (result.dtype, result.dtype_reason) == (dtype, "requested")
     assert about(out)["float16"] is None
     found = load_file(out / "model.safetensors")
     assert {str(tensor.dtype) for tensor in found.values()} == {f"torch.{dtype}"}
-    assert verify(out, run, CPU, Silent()).faults == ()
+    assert verify(out, Run(run.path), CPU, Silent()).faults == ()
