@@ -1,4 +1,4 @@
-"""`python -m qlora_cli` is `qlora`."""
+"""Run the command line with `python -m qlora_cli`."""
 
 from qlora_cli.cli.main import main
 

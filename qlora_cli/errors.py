@@ -1,18 +1,19 @@
-"""Every error a user can meet, in one tree.
+"""All errors that the program reports to its user.
 
-QloraError                 exit 1   the job failed while it ran
-+- InputError              exit 2   something the user wrote or named is wrong
-|  +- UsageError                    a command line: an unknown name, a folder already in use
-|  +- RecipeError                   a recipe: every problem of it, at once
-|  +- DataError                     rows: file and line of each
-|  +- ModelError                    a base that cannot be used: family, files, targets, tokenizer
-+- NotFinite               exit 1   training diverged: a loss or a weight is NaN or infinite
-+- DoesNotFit              exit 3   the plan or the device says that the job is too large
-+- VerificationFailed      exit 4   the merged model is not the trained one
-+- Interrupted             exit 130 Ctrl-C, after the checkpoint was written
+QloraError                 exit 1    the job failed while it ran
++- InputError              exit 2    something that the user wrote or named is wrong
+|  +- UsageError                     the command line: an unknown name, a folder in use
+|  +- ModelError                     the base model: family, files, targets, tokenizer
+|  +- ProblemsError                  several problems, reported together
+|     +- RecipeError                 the recipe: every problem with its file, line and key
+|     +- DataError                   the rows: every problem with its file and line
++- NotFinite               exit 1    training diverged: a loss or a weight is NaN or infinite
++- DoesNotFit              exit 3    the job needs more memory than the device has
++- VerificationFailed      exit 4    the merged model does not match the trained model
++- Interrupted             exit 130  the user pressed Ctrl-C
 
-An error says what is wrong, where (file, line, key) and what to do. Foreign errors are translated
-where they arise, never by the command line, which prints whatever stands here and nothing else.
+An error has three parts: what is wrong, where (file, line, key) and what to do about it (hint).
+Errors of other libraries are converted at the call that raises them. The command line only prints.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from dataclasses import dataclass
 
 
 class QloraError(Exception):
-    """What went wrong, where, and what to do about it."""
+    """Base class of all errors.
+
+    what: what is wrong, without a capital letter and a full stop.
+    where: the file, line, key or option that it is about, such as `recipe.yaml:12: train.lr`.
+    hint: what the user can do about it.
+    """
 
     exit_code = 1
 
@@ -38,24 +44,26 @@ class QloraError(Exception):
 
 
 class InputError(QloraError):
-    """Something the user wrote or named is wrong."""
+    """Something that the user wrote or named is wrong."""
 
     exit_code = 2
 
 
 class UsageError(InputError):
-    """A command line that cannot be obeyed."""
+    """A command line that cannot be carried out."""
 
 
 class ModelError(InputError):
-    """A base that cannot be used: unknown family, missing or damaged files, unknown targets."""
+    """A base model that cannot be used: unknown family, missing or damaged file, unknown target."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault among several.
+    """One of several problems in an error.
 
-    where: `recipe.yaml:12: train.lr` or `rows.jsonl:42`.
+    where: its place, such as `recipe.yaml:12: train.lr` or `rows.jsonl:42`.
+    what: what is wrong.
+    hint: what the user can do about it.
     """
 
     where: str
@@ -67,7 +75,7 @@ class Problem:
 
 
 class ProblemsError(InputError):
-    """Several faults found in one reading, reported together."""
+    """Several problems that are reported together. what: the line above the list of problems."""
 
     def __init__(self, what: str, problems: Sequence[Problem], *, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)
@@ -79,30 +87,30 @@ class ProblemsError(InputError):
 
 
 class RecipeError(ProblemsError):
-    """A recipe with problems; all of them at once."""
+    """A recipe that is not valid, with every problem of it."""
 
 
 class DataError(ProblemsError):
-    """Rows that cannot be trained on, each with its file and line."""
+    """Rows that cannot be used, each with its file and line."""
 
 
 class NotFinite(QloraError):
-    """Training diverged: the loss, the gradients or trained values are NaN or infinite."""
+    """Training diverged: the loss, a gradient or a trained weight is NaN or infinite."""
 
 
 class DoesNotFit(QloraError):
-    """The job needs more memory than there is."""
+    """The job needs more memory than the device has."""
 
     exit_code = 3
 
 
 class VerificationFailed(QloraError):
-    """A merged checkpoint that is not what was trained."""
+    """A merged checkpoint does not match the trained model, or does not fit its dtype."""
 
     exit_code = 4
 
 
 class Interrupted(QloraError):
-    """The user stopped the job; what was trained so far is safe."""
+    """The user stopped the job; completed steps are stored in a checkpoint."""
 
     exit_code = 130

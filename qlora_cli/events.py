@@ -1,6 +1,7 @@
-"""What a job tells while it runs. Jobs speak to an `Observer`; `ui/progress.py` shows it.
+"""Progress events of a job, and the interface that receives them.
 
-Nothing here prints, and no job does: progress goes to stderr, results are returned.
+A job reports its progress to an `Observer` and prints nothing itself. `ui/progress.py` implements
+the interface for the terminal; `Silent` ignores all events.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One optimizer step, as `metrics.jsonl` keeps it.
+    """One completed optimizer step; `metrics.jsonl` stores these values.
 
-    loss: mean over the step's trained tokens, in nats. tokens: all tokens of the step, prompts
-    included. live_bytes, peak_bytes: memory now and at most since the step began. joules: None
-    where the device does not say. seconds_left: of the whole job.
+    step: number of the step, from 1. steps: total number of steps.
+    loss: mean loss over the trained tokens of the step, in nats.
+    lr: learning rate of the step.
+    grad_norm: total L2 norm of the gradients before clipping.
+    tokens: number of tokens in the step, including tokens that are not trained on.
+    tokens_per_second: throughput of the step.
+    live_bytes: allocated memory after the step.
+    peak_bytes: peak memory during the step.
+    seconds_left: estimated time for the remaining steps.
+    joules: energy of the step; None if the device does not measure it.
     """
 
     step: int
@@ -32,28 +40,36 @@ class StepEvent:
 
 
 class Observer(Protocol):
-    """Receives what happens, in order."""
+    """Receives the events of a job in order.
+
+    A job calls `stage` at the start of each stage, then `advance` or `step` during it. `note` can
+    come at any time.
+    """
 
     def note(self, text: str) -> None:
-        """Something the user should know: an automatic choice, a finding, where a file went."""
+        """Show one line to the user: an automatic choice, a finding, the path of a written file."""
 
     def stage(self, name: str, total: int) -> None:
-        """A countable piece of work begins (`load`, `train`, `merge`): `total` units."""
+        """Start a stage, such as `load`, `train` or `merge`; total: its number of units."""
 
     def advance(self, done: int) -> None:
-        """`done` units of the current stage are behind us."""
+        """Report progress; done: number of units of the current stage that are complete so far."""
 
     def step(self, event: StepEvent) -> None:
-        """An optimizer step is done."""
+        """Report a completed optimizer step."""
 
 
 class Silent:
-    """An observer for callers that want none."""
+    """An `Observer` that ignores all events, for tests and for calls from Python."""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """Ignore the text."""
 
-    def stage(self, name: str, total: int) -> None: ...
+    def stage(self, name: str, total: int) -> None:
+        """Ignore the start of a stage."""
 
-    def advance(self, done: int) -> None: ...
+    def advance(self, done: int) -> None:
+        """Ignore the progress."""
 
-    def step(self, event: StepEvent) -> None: ...
+    def step(self, event: StepEvent) -> None:
+        """Ignore the step."""

@@ -1,6 +1,6 @@
-"""Bytes, durations and counts as text: the only formatter of sizes in the project.
+"""Format bytes, durations, counts and ratios as text, and parse sizes.
 
-A GiB is 1024^3 bytes, everywhere. No figure is ever printed without its unit.
+All output uses these functions, so that every size has a unit and a GiB is 1024^3 bytes everywhere.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def format_bytes(num_bytes: int) -> str:
-    """`5.70 GiB`, `12.4 MiB`, `512 B`: three significant digits, binary units."""
+    """Format a size with binary units and three significant digits: `5.70 GiB`, `512 B`."""
     sign, size = ("-", -num_bytes) if num_bytes < 0 else ("", num_bytes)
     if size < KIB:
         return f"{sign}{size} B"
     value, unit = float(size), "B"
     for unit in ("KiB", "MiB", "GiB", "TiB"):
         value /= KIB
-        # 999.5 and more would be rounded to four digits; the next unit says it in three.
+        # 999.5 and more would be rounded to four digits, so the next unit is used.
         if value < 999.5 or unit == "TiB":
             break
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
@@ -31,7 +31,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def format_decimal(num_bytes: int) -> str:
-    """`37.7 MB`, `1.05 TB`: powers of 1000, to stand beside a paper's figures."""
+    """Format a size with powers of 1000, as papers do: `37.7 MB`, `1.05 TB`."""
     if num_bytes < 1000:
         return f"{num_bytes} B"
     power = next(p for p in (1, 2, 3, 4) if num_bytes < 999.5 * 1000**p or p == 4)
@@ -39,19 +39,19 @@ def format_decimal(num_bytes: int) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """`24GiB`, `24G`, `24 GB` or `8000000000` as bytes; K, M, G and T are powers of 1024.
+    """Parse a size in bytes: `24GiB`, `24G`, `24 GB` or `8000000000`.
 
-    Raises ValueError where the text is no size.
+    K, M, G and T are powers of 1024. Raises ValueError if the text is not a size.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no size; write it as 24GiB")
+        raise ValueError(f"{text!r} is not a size; write it as 24GiB")
     unit = (match["unit"] or "").upper().rstrip("B").rstrip("I")
     return int(float(match["number"]) * KIB ** _POWERS[unit])
 
 
 def format_duration(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Format a duration: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     total = round(seconds)
@@ -64,10 +64,10 @@ def format_duration(seconds: float) -> str:
 
 
 def format_count(number: int) -> str:
-    """`8,030,261,248`: counts are exact and grouped."""
+    """Format a count exactly, with digits grouped by thousands: `8,030,261,248`."""
     return f"{number:,}"
 
 
 def format_ratio(ratio: float, digits: int = 1) -> str:
-    """`3.1x`: how many times smaller or larger; digits behind the point, none from 100 on."""
+    """Format a ratio: `3.1x`. digits: decimal places; ratios of 100 and more have none."""
     return f"{ratio:.{digits}f}x" if ratio < 100 else f"{ratio:,.0f}x"

@@ -1,4 +1,4 @@
-"""Options of the commands that answer with one of several adapters."""
+"""The options `--adapter` and `--merged`, which `generate` and `chat` share."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from pathlib import Path
 import click
 
 
-def _by_name(_: click.Context, __: click.Parameter, words: tuple[str, ...]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for word in words:
-        name, equals, folder = word.partition("=")
+def _parse_adapters(
+    _: click.Context, __: click.Parameter, arguments: tuple[str, ...]
+) -> dict[str, Path]:
+    """Parse `NAME=DIR` arguments: name -> folder. Raises BadParameter if one is not valid."""
+    adapters: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
         if not (name and equals and folder):
-            raise click.BadParameter(f"{word!r} is not NAME=DIR")
-        if name in found:
+            raise click.BadParameter(f"{argument!r} is not NAME=DIR")
+        if name in adapters:
             raise click.BadParameter(f"{name!r} is given twice")
-        found[name] = Path(folder)
-    return found
+        adapters[name] = Path(folder)
+    return adapters
 
 
 adapter_option = click.option(
@@ -24,11 +27,12 @@ adapter_option = click.option(
     "adapters",
     multiple=True,
     metavar="NAME=DIR",
-    callback=_by_name,
-    help="A run's folder or an adapter in PEFT's format to put on the base; may be repeated.",
+    callback=_parse_adapters,
+    help="Load an adapter and call it NAME; DIR is a run's folder or a folder in PEFT's format. "
+    "May be repeated.",
 )
 merged_option = click.option(
     "--merged",
     is_flag=True,
-    help="Add the adapter that answers into the weights, in memory; needs a 16-bit base.",
+    help="Add the active adapter to the weights in memory; needs a 16-bit base.",
 )

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import click
 
-from qlora_cli.cli.output import emit, importing, json_option, overrides_argument, working
+from qlora_cli.cli.output import (
+    emit,
+    fast_import,
+    job_observer,
+    json_option,
+    overrides_argument,
+)
 
 
 @click.command()
@@ -15,23 +21,23 @@ from qlora_cli.cli.output import emit, importing, json_option, overrides_argumen
     type=click.IntRange(min=0),
     default=3,
     show_default=True,
-    help="Rows to show token by token.",
+    help="Number of rows to show token by token.",
 )
 @json_option
 def data(recipe: str, overrides: tuple[str, ...], show: int, as_json: bool) -> None:
-    """Show what the model will see, and what is odd about it.
+    """Show a recipe's rows as tokens, and likely problems in them.
 
-    Tokens, which of them are trained on, and findings about the rows. RECIPE is a YAML file or the
-    name of a shipped recipe.
+    Counts the tokens, marks those that are trained on, and lists findings such as duplicate rows.
+    RECIPE is a YAML file or the name of a shipped recipe; a key=value replaces one of its settings.
     """
     from qlora_cli.recipe.load import load_recipe
 
+    # The recipe is checked before the slow imports, so that its problems are reported at once.
     loaded = load_recipe(recipe, overrides)
-    # Only now what takes seconds to import: a faulty recipe is told at once.
-    with importing():
+    with fast_import():
         from qlora_cli.jobs import data as job
         from qlora_cli.ui import tables
 
-    with working():
+    with job_observer():
         result = job.run(loaded, show=show)
     emit(result, as_json, tables.data)

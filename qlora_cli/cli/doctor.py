@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import click
 
-from qlora_cli.cli.output import emit, importing, json_option, working
+from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
 
 
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what works on this machine and what does not.
+    """Check which features work on this machine.
 
-    Tries the device, its driver, and bitsandbytes' 4 and 8 bit on it.
+    Tests the device and its driver, 4-bit and 8-bit quantization on it, the free disk space and the
+    installed libraries. Needs no network.
     """
-    with importing():
+    with fast_import():
         from qlora_cli.jobs import doctor as job
         from qlora_cli.ui import tables
 
-    with working():
+    with job_observer():
         result = job.run()
     emit(result, as_json, tables.doctor)

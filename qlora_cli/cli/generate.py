@@ -7,35 +7,37 @@ from pathlib import Path
 import click
 
 from qlora_cli.cli.adapters import adapter_option, merged_option
-from qlora_cli.cli.output import emit, importing, json_option, working
+from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
 
 
 @click.command()
 @click.argument("run_or_model")
-@click.option("--prompt", required=True, help="The text to go on from.")
+@click.option("--prompt", required=True, help="Text to continue; no chat template is applied.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Stop after so many tokens.",
+    help="Maximum number of tokens to generate.",
 )
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0.0),
     default=0.0,
     show_default=True,
-    help="0 takes the likeliest token each time.",
+    help="Sampling temperature; 0 selects the most likely token at each step.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Random seed for temperatures above 0."
+)
 @adapter_option
 @click.option(
     "--use",
     "uses",
     multiple=True,
     metavar="NAME",
-    help="Who answers: an adapter's name, `run` for the run's own adapter, `base` for none; may be "
-    "repeated.  [default: every adapter in turn]",
+    help="Generate with this adapter: a NAME from --adapter, `run` for the run's own adapter, "
+    "`base` for none. May be repeated.  [default: each adapter in turn]",
 )
 @merged_option
 @json_option
@@ -50,12 +52,15 @@ def generate(
     merged: bool,
     as_json: bool,
 ) -> None:
-    """Go on from a prompt with a run's folder or a model."""
-    with importing():
+    """Continue a prompt with a run or a model.
+
+    RUN_OR_MODEL is a run's folder, a model folder, a Hub id or `starter`.
+    """
+    with fast_import():
         from qlora_cli.jobs import generate as job
         from qlora_cli.ui import tables
 
-    with working() as observer:
+    with job_observer() as observer:
         result = job.run(
             run_or_model,
             prompt=prompt,

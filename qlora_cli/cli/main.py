@@ -1,7 +1,7 @@
-"""`qlora`: a guest of the package. Says what went wrong, and by exit code which kind of wrong.
+"""The command line `qlora`: the group of commands, error output and exit codes.
 
-Importing this file imports neither torch nor bitsandbytes: each command imports its job when it
-runs.
+Importing this module imports neither torch nor bitsandbytes, so that `qlora --help` is fast. Each
+command imports its job when it runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qlora_cli.errors import Interrupted, QloraError
 
 
 class _Ordered(click.Group):
-    """Lists commands in the order in which a person meets them."""
+    """A group that lists its commands in the order of use instead of the alphabet."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -53,40 +53,49 @@ class _Ordered(click.Group):
         recipe,
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 ok, 1 failed, 2 usage or recipe, 3 does not fit, "
-    "4 verification failed, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 job failed, 2 wrong usage, recipe, data or base model, "
+    "3 job does not fit into memory, 4 verification failed, 130 interrupted.",
 )
 @click.version_option(package_name="qlora-cli", message="%(prog)s %(version)s")
 def qlora() -> None:
-    """Fine-tune a language model with 4-bit LoRA on one GPU."""
+    """Fine-tune a language model with LoRA on a quantized base, on one GPU or on a CPU.
+
+    A job is described by a recipe, a YAML file. Start with `qlora quickstart`, which needs no
+    network. For your own data, copy a recipe (`qlora recipe list`, `qlora recipe copy`), then run
+    plan, train, report, merge and verify in this order.
+    """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line and exits with the contract's code."""
-    # Read by OpenMP when torch is imported, later. Threads that spin while they wait make training
-    # twenty times slower as soon as another process wants a core.
+    """Run a command line and exit the process with its exit code.
+
+    arguments: the words after `qlora`; None reads them from `sys.argv`.
+    """
+    # OpenMP reads this when torch is imported. Threads that spin while they wait make training
+    # twenty times slower if another process uses the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run(arguments)
-    # All that lives ends with the process: its last collection need not look through it.
+    # The process ends here. Skip the last garbage collection, which would traverse every object.
     gc.freeze()
     sys.exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code."""
+    """Run a command line and return its exit code; errors are printed on stderr."""
     try:
         code = qlora.main(args=arguments, prog_name="qlora", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort:  # What click makes of Ctrl-C outside a job that handles it.
+    except click.Abort:  # click raises it for Ctrl-C outside a job.
         return Interrupted.exit_code
-    except Exception as error:  # The last place that can say anything; every kind ends here.
-        return _failed(error)
+    except Exception as error:  # Every error is printed and becomes an exit code.
+        return _print_error(error)
     return code if isinstance(code, int) else 0
 
 
-def _failed(error: Exception) -> int:
+def _print_error(error: Exception) -> int:
+    """Print an error on stderr and return its exit code."""
     from qlora_cli.ui import console, failures
 
     if os.environ.get(failures.TRACEBACK_SWITCH, "0") not in ("", "0"):

@@ -1,4 +1,4 @@
-"""What commands share: loading a recipe, watching a job, printing its result."""
+"""Shared by all commands: common options, progress on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -24,24 +24,28 @@ if TYPE_CHECKING:
 _R = TypeVar("_R", bound="Result")
 
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
+    "--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout."
 )
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 
 
 @contextmanager
-def importing() -> Iterator[None]:
-    """For a job's modules, which make a million objects that stay.
+def fast_import() -> Iterator[None]:
+    """Disable garbage collection while a job's modules are imported.
 
-    Python's collector would look through them again and again: 0.4 s of `import bitsandbytes`.
+    These imports create about a million objects that are never freed. Without this, the collector
+    traverses them many times, which is 0.4 s of `import bitsandbytes`.
     """
     with gc_paused():
         yield
 
 
 @contextmanager
-def working() -> Iterator[Observer]:
-    """An observer for a job; whatever libraries print while it runs goes to stderr."""
+def job_observer() -> Iterator[Observer]:
+    """Yield an observer that shows a job's progress on stderr.
+
+    Inside the block, everything that libraries print on stdout goes to stderr too.
+    """
     from qlora_cli.ui import console, progress
 
     with redirect_stdout(sys.stderr), progress.watching(console.messages()) as observer:
@@ -49,7 +53,7 @@ def working() -> Iterator[Observer]:
 
 
 def write_page(run: Path, observer: Observer) -> None:
-    """The report of a run, into its folder: the page and the picture."""
+    """Write `report.html` and `memory.png` into a run's folder and report where they are."""
     from qlora_cli.jobs import report as job
     from qlora_cli.runs.layout import RunFolder
     from qlora_cli.ui import report
@@ -60,24 +64,29 @@ def write_page(run: Path, observer: Observer) -> None:
 
 
 def emit(result: _R, as_json: bool, render: Callable[[_R], RenderableType]) -> None:
-    """The result on stdout: as one JSON object, or rendered for people."""
+    """Print a job's result on stdout.
+
+    as_json: print `result.to_dict()` as one JSON object; otherwise print what `render` returns.
+    """
     if as_json:
         emit_json(result.to_dict())
         return
     from qlora_cli.ui import console
 
-    # soft_wrap: lines of text are as long as they are; tables fit the console all the same.
+    # soft_wrap: lines of text are not broken. Tables are fitted to the console's width anyway.
     console.results().print(render(result), soft_wrap=True)
 
 
 def emit_json(content: dict[str, Any]) -> None:
-    """One JSON object on stdout. JSON has no word for NaN and infinity; they become null."""
-    click.echo(json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False))
+    """Print one JSON object on stdout. NaN and infinity, which JSON does not have, become null."""
+    click.echo(
+        json.dumps(_without_nonfinite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    )
 
 
-def _finite(value: Any) -> Any:
+def _without_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _without_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_without_nonfinite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, importing, json_option, working, write_page
+from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, write_page
 
 
 @click.command()
@@ -15,19 +15,25 @@ from qlora_cli.cli.output import emit, importing, json_option, working, write_pa
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("runs/quickstart"),
     show_default=True,
-    help="Folder for the run and the merged model; what an earlier quickstart left is replaced.",
+    help="Folder for the run and the merged model; the files of an earlier quickstart in it are "
+    "replaced.",
 )
 @click.option(
-    "--force", is_flag=True, help="Replace `run` and `merged` in this folder, whoever wrote them."
+    "--force",
+    is_flag=True,
+    help="Replace the folders `run` and `merged` in it even if they contain other files.",
 )
 @json_option
 def quickstart(out: Path, force: bool, as_json: bool) -> None:
-    """See the whole way on the embedded base, offline, in minutes."""
-    with importing():
+    """Plan, train, merge and verify a small built-in model.
+
+    Shows the complete workflow in minutes. Needs no network and no GPU.
+    """
+    with fast_import():
         from qlora_cli.jobs import quickstart as job
         from qlora_cli.ui import tables
 
-    with working() as observer:
+    with job_observer() as observer:
         result = job.run(out=out, observer=observer, force=force)
         write_page(result.train.run, observer)
     emit(result, as_json, tables.quickstart)

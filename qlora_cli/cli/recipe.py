@@ -12,12 +12,16 @@ from qlora_cli.errors import UsageError
 
 @click.group()
 def recipe() -> None:
-    """List, show and copy recipes; print their schema."""
+    """List, show and copy recipes, and print their JSON schema.
+
+    A recipe is a YAML file that describes a fine-tuning job. Shipped recipes are part of the
+    package; every command takes them by name.
+    """
 
 
 @recipe.command(name="list")
 def list_() -> None:
-    """Name each shipped recipe and say what it is for."""
+    """List the shipped recipes with their purpose."""
     from qlora_cli.recipe.shipped import shipped_recipes, summary
 
     recipes = shipped_recipes()
@@ -29,7 +33,10 @@ def list_() -> None:
 @recipe.command()
 @click.argument("name")
 def show(name: str) -> None:
-    """Print a recipe as it stands in its file."""
+    """Print a recipe file.
+
+    NAME is the name of a shipped recipe or the path of a file.
+    """
     from qlora_cli.recipe.shipped import find_recipe
 
     click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
@@ -39,9 +46,10 @@ def show(name: str) -> None:
 @click.argument("name")
 @click.argument("destination", type=click.Path(path_type=Path), required=False)
 def copy(name: str, destination: Path | None) -> None:
-    """Copy a recipe to change it.
+    """Copy a recipe file, to edit the copy.
 
-    To NAME.yaml in the current folder unless a DESTINATION is given.
+    NAME is the name of a shipped recipe or the path of a file. DESTINATION is a file or a folder;
+    the default is NAME.yaml in the current folder. An existing file is never overwritten.
     """
     from qlora_cli.recipe.shipped import find_recipe
 
@@ -50,16 +58,19 @@ def copy(name: str, destination: Path | None) -> None:
     if target.is_dir():
         target = target / source.name
     if target.exists():
-        raise UsageError("is there already and is not overwritten", where=str(target))
+        raise UsageError("already exists and is not overwritten", where=str(target))
     if not target.parent.is_dir():
-        raise UsageError("there is no such folder", where=str(target.parent))
+        raise UsageError("this folder does not exist", where=str(target.parent))
     target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     click.echo(str(target))
 
 
 @recipe.command()
 def schema() -> None:
-    """Print the JSON schema of a recipe, for editors."""
+    """Print the JSON schema of recipes.
+
+    Editors use it to complete and check YAML files.
+    """
     from qlora_cli.recipe.describe import json_schema
 
     emit_json(json_schema())

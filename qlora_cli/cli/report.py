@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, importing, json_option, working, write_page
+from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, write_page
 
 
 @click.command()
@@ -14,21 +14,23 @@ from qlora_cli.cli.output import emit, importing, json_option, working, write_pa
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Also write a page with curves that needs nothing beside it.",
+    help="Also write an HTML page with all charts, in one file.",
 )
 @click.option(
     "--png",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Also write the memory figures as one picture.",
+    help="Also write the memory charts as one PNG image.",
 )
 @click.option(
     "--measure-before",
     is_flag=True,
-    help="Run real steps of full fine-tuning on the same data, where they fit, and compare "
-    "with these instead of their plan.",
+    help="Run some steps of full fine-tuning on the same data, if they fit in memory, and compare "
+    "LoRA with this measurement instead of with the plan.",
 )
 @click.option(
-    "--force", is_flag=True, help="Let --html and --png overwrite a file that is no report."
+    "--force",
+    is_flag=True,
+    help="Allow --html and --png to overwrite a file that is not a report.",
 )
 @json_option
 def report(
@@ -39,15 +41,17 @@ def report(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Show the memory, curves and timings of a run's folder."""
-    with importing():
+    """Show memory, training curves and timings of a run.
+
+    RUN is a run's folder; the run may have been stopped before its end.
+    """
+    with fast_import():
         from qlora_cli.jobs import report as job
         from qlora_cli.ui import report as page
         from qlora_cli.ui import tables
 
-    with working() as observer:
-        if not force:
-            page.check_free(run, html, png)
+    with job_observer() as observer:
+        page.check_free(run, html, png, force=force)
         if measure_before:
             from qlora_cli.jobs import full_finetune_baseline
 

@@ -6,10 +6,10 @@ import click
 
 from qlora_cli.cli.output import (
     emit,
-    importing,
+    fast_import,
+    job_observer,
     json_option,
     overrides_argument,
-    working,
     write_page,
 )
 
@@ -17,25 +17,28 @@ from qlora_cli.cli.output import (
 @click.command()
 @click.argument("recipe")
 @overrides_argument
-@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
 @json_option
 def train(recipe: str, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
-    """Run a recipe's fine-tuning job.
+    """Run the fine-tuning job of a recipe.
 
-    RECIPE is a YAML file or the name of a shipped recipe; a key=value changes one of its settings.
-    Ctrl-C writes a checkpoint and exits 130; --resume goes on from there.
+    RECIPE is a YAML file or the name of a shipped recipe (`qlora recipe list`); a key=value, such
+    as train.lr=1e-4, replaces one of its settings. The adapter, checkpoints and the report are
+    written to the folder that the setting `output` names.
+
+    Ctrl-C writes a checkpoint and exits with code 130; --resume continues from there.
     """
     from qlora_cli.recipe.load import load_recipe
     from qlora_cli.recipe.shipped import find_recipe
 
+    # The recipe is checked before the slow imports, so that its problems are reported at once.
     path = find_recipe(recipe)
     loaded = load_recipe(path, overrides)
-    # Only now what takes seconds to import: a faulty recipe is told at once.
-    with importing():
+    with fast_import():
         from qlora_cli.jobs import train as job
         from qlora_cli.ui import tables
 
-    with working() as observer:
+    with job_observer() as observer:
         result = job.run(loaded, recipe_path=path, resume=resume, observer=observer)
         write_page(result.run, observer)
     emit(result, as_json, tables.train)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, importing, json_option, working
+from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
 from qlora_cli.errors import VerificationFailed
 
 
@@ -16,20 +16,21 @@ from qlora_cli.errors import VerificationFailed
     "--against",
     type=click.Path(path_type=Path),
     required=True,
-    help="The run that the model was merged from.",
+    help="Folder of the run that was merged.",
 )
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, merged: Path, against: Path, as_json: bool) -> None:
-    """Prove that MERGED is the model that was trained.
+    """Check that a merged model matches the trained model.
 
-    Compares the logits of both on held-out rows. Exits 4 when they differ.
+    MERGED is a folder that `qlora merge` wrote. Computes every tensor again and compares it, then
+    compares the logits of both models on held-out rows. Exits with code 4 if a check fails.
     """
-    with importing():
+    with fast_import():
         from qlora_cli.jobs import verify as job
         from qlora_cli.ui import tables
 
-    with working() as observer:
+    with job_observer() as observer:
         result = job.run(merged, against=against, observer=observer)
     emit(result, as_json, tables.verify)
     if not result.passed:

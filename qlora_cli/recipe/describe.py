@@ -1,7 +1,7 @@
 """Describe the recipe schema in words: the values, default and description of each setting.
 
-Everything is read from the pydantic models in `schema.py`. Error messages, `qlora recipe schema` and
-the documentation use it.
+Everything is read from the pydantic models in `schema.py`. Error messages, `qlora recipe schema`
+and the documentation use it.
 """
 
 from __future__ import annotations

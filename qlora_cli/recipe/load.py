@@ -210,8 +210,7 @@ def _unknown_key(path: KeyPath, where: str) -> Problem:
 
 
 def _path(key: str) -> KeyPath:
-    """Return the path of a setting's dotted key. Do not use it for a file's keys: they may have
-    dots."""
+    """Return the path of a setting's dotted key. Not for keys of a file, which may contain dots."""
     return tuple(key.split("."))
 
 

@@ -118,9 +118,10 @@ class Data(Section):
     eval: str | None = None
     """Held-out rows, given in the same way as `train`; null trains without evaluation."""
     format: Literal["auto"] | DataFormat = "auto"
-    """Fields of each row; text: {text}; completion: {prompt, completion}; alpaca: {instruction,
-    input, output}; sharegpt: {conversations}; messages: {messages}; tokens: {input_ids, labels};
-    auto detects the format from the field names."""
+    """Fields of each row (`?`: optional); text: {text}; completion: {prompt, completion};
+    alpaca: {instruction, output, input?, system?, tools?}; sharegpt: {conversations, system?,
+    tools?}; messages: {messages, tools?, functions?}; tokens: {input_ids, labels?,
+    attention_mask?}; auto detects the format from the field names."""
     seq_len: Annotated[int, Field(ge=8)] = 1024
     """Maximum length of a sequence in tokens, also the length that packing fills; a longer row is
     refused, and memory for activations grows with it."""

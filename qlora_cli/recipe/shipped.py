@@ -8,8 +8,8 @@ from pathlib import Path
 from qlora_cli.errors import UsageError
 
 _PACKAGE = Path(__file__).parent.parent
-# A wheel contains the recipes inside the package (pyproject.toml maps the folder). In a checkout, and
-# so in an editable install, they are in the folder `recipes` next to the package.
+# A wheel contains the recipes inside the package (pyproject.toml maps the folder). In a checkout,
+# also one with an editable install, they are in the folder `recipes` next to the package.
 _FOLDERS = (_PACKAGE / "shipped_recipes", _PACKAGE.parent / "recipes")
 
 

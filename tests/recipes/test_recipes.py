@@ -1,4 +1,4 @@
-"""Every shipped recipe: loads, says what it is, holds what its header says, plans or trains."""
+"""Every shipped recipe is valid, has a correct header, and can be planned or trained."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PLANNED = {
     "mistral-7b-12gb": ("Mistral-7B-v0.1", "12GiB"),
     "qwen2.5-7b-12gb": ("Qwen2.5-7B", "12GiB"),
 }
-"""Recipe -> (a config of its base's shapes, the card it is for)."""
+"""Recipe -> (config with the shapes of its base, memory of the GPU that it is meant for)."""
 TRAINED = {"starter"}
-"""Recipes that run on any machine."""
+"""Recipes that train on any machine, without a network."""
 
 
 def header(file: Path) -> str:
-    """The comment at the top as one line."""
+    """Return the header comment of a recipe on one line."""
     lines = file.read_text().splitlines()
     return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
 
@@ -44,7 +44,7 @@ def test_every_shipped_recipe_is_tested_here() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(PLANNED) | TRAINED))
-def test_it_loads_and_says_what_it_is(name: str) -> None:
+def test_it_loads_and_describes_itself(name: str) -> None:
     file = shipped_recipes()[name]
     assert load_recipe(name).output == f"runs/{name}"
     assert summary(file).endswith(".")
@@ -52,7 +52,7 @@ def test_it_loads_and_says_what_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(PLANNED) | TRAINED))
-def test_it_holds_only_what_differs_from_the_defaults(name: str) -> None:
+def test_it_sets_no_default_value(name: str) -> None:
     content = read_document(shipped_recipes()[name].read_text()).content
     for section, settings in content.items():
         model: Any = Recipe.model_fields[section].annotation
@@ -61,12 +61,12 @@ def test_it_holds_only_what_differs_from_the_defaults(name: str) -> None:
 
 
 def small(config: Path, folder: Path) -> Path:
-    """The same widths in two blocks, which plan in a moment."""
+    """Write a copy of a config with two blocks, which is planned quickly."""
     content = json.loads(config.read_text())
     for key in ("num_hidden_layers", "n_layer"):
         if key in content:
             content[key] = 2
-    content.pop("layer_types", None)  # One entry a block.
+    content.pop("layer_types", None)  # It has one entry per block.
     path = folder / "small.json"
     path.write_text(json.dumps(content))
     return path
@@ -78,27 +78,25 @@ def test_it_plans(name: str, shared: Path, tmp_path: Path) -> None:
     base = small(shared / "data" / "configs" / f"{config}.json", tmp_path)
     outcome = qlora("plan", name, f"model.name={base}", "--vram", vram, "--json")
     assert outcome.code == 0, outcome.err
-    told = outcome.json
-    assert told["fits"] is True
-    assert 0 < told["trainable_parameters"] < told["total_parameters"] / 10
+    plan = outcome.json
+    assert plan["fits"] is True
+    assert 0 < plan["trainable_parameters"] < plan["total_parameters"] / 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANNED)
-def test_its_header_tells_the_plan_of_the_whole_base(name: str, shared: Path) -> None:
+def test_its_header_has_the_planned_memory_of_the_complete_base(name: str, shared: Path) -> None:
     config, vram = PLANNED[name]
-    facts = planned_gpu(vram)
-    told = header(shipped_recipes()[name])
-    figures = re.search(
-        r"--vram (\w+)` on .*?: ([\d.]+) GiB at the worst instant, ([\d.]+) GiB reserved", told
-    )
-    assert figures, told
-    recipe, _ = resolve(load_recipe(name), facts)
+    profile = planned_gpu(vram)
+    text = header(shipped_recipes()[name])
+    figures = re.search(r"--vram (\w+)` on .*?: peak ([\d.]+) GiB, ([\d.]+) GiB reserved", text)
+    assert figures, text
+    recipe, _ = resolve(load_recipe(name), profile)
     base = read_config(shared / "data" / "configs" / f"{config}.json")
-    imagined = planning.plan(recipe, base, facts)
-    planned = [imagined.peak_bytes, imagined.reserved_bytes or 0]
+    memory = planning.plan(recipe, base, profile)
+    planned = [memory.peak_bytes, memory.reserved_bytes or 0]
     assert [*figures.groups()] == [vram, *(f"{size / GIB:.2f}" for size in planned)]
-    assert imagined.fits(facts.usable_bytes)
+    assert memory.fits(profile.usable_bytes)
 
 
 @pytest.mark.parametrize("name", sorted(TRAINED))
