@@ -26,8 +26,8 @@ from qlora_cli.adapters.peft_file import (
 )
 from qlora_cli.errors import ModelError
 from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors, write_json
-from qlora_cli.files.finite import on_host
-from qlora_cli.files.safetensors_io import Shape, write_tensors
+from qlora_cli.files.finite import finite_cpu_copy
+from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
 from qlora_cli.models import convert
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.quant import QuantLinear
@@ -51,7 +51,7 @@ def save_adapter(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
     def make(key: str) -> Tensor:
         named = peft_config.path_of(key)
         assert named is not None
-        return on_host(key, _stacked(layers[named[0]], named[1]))
+        return finite_cpu_copy(key, _stacked(layers[named[0]], named[1]))
 
     header = {"format": "pt", **_memory_of(loaded, layers, recipe.adapter).header()}
     with report_write_errors("the adapter", folder, RESUME_HINT), atomic_folder(folder) as beside:
@@ -104,11 +104,11 @@ def _widened(adapter: schema.Adapter, num_parts: int) -> tuple[int, float]:
     return adapter.rank * num_parts, adapter.alpha * grown
 
 
-def _shape_of(layer: LoraLinear, factor: str) -> Shape:
+def _shape_of(layer: LoraLinear, factor: str) -> TensorSpec:
     stacked = layer.settings.rank * len(layer.lora_slices)
     if factor == "A":
-        return Shape(layer.settings.dtype, (stacked, layer.base.in_features))
-    return Shape(layer.settings.dtype, (layer.base.out_features, stacked))
+        return TensorSpec(layer.settings.dtype, (stacked, layer.base.in_features))
+    return TensorSpec(layer.settings.dtype, (layer.base.out_features, stacked))
 
 
 def _stacked(layer: LoraLinear, factor: str) -> Tensor:
@@ -150,7 +150,7 @@ def load_adapter(loaded: LoadedModel, folder: Path) -> None:
 def _check_same(layer: LoraLinear, source: AdapterLayer, site: Site, folder: Path) -> None:
     own, recipe = source.settings, layer.settings
     told: dict[str, tuple[Any, Any]] = {
-        "parts": (list(source.rows_on(site)), list(layer.lora_slices)),
+        "parts": (list(source.slices_on(site)), list(layer.lora_slices)),
         "rank": (own.rank, recipe.rank),
         "scaling": (own.scaling, recipe.scaling),
         "dtype": (own.dtype, recipe.dtype),
@@ -163,20 +163,20 @@ def _check_same(layer: LoraLinear, source: AdapterLayer, site: Site, folder: Pat
             )
 
 
-def detach(loaded: LoadedModel) -> None:
+def remove_adapter(loaded: LoadedModel) -> None:
     """Takes the adapter away: what stays is the frozen base as training held it."""
-    put(loaded, {})
+    set_adapter_layers(loaded, {})
 
 
-def attach(loaded: LoadedModel, adapter: AdapterFile) -> None:
+def attach_adapter(loaded: LoadedModel, adapter: AdapterFile) -> None:
     """Gives `loaded` this adapter instead of the one it has, whatever its parts and ranks.
 
     For answering, not for going on with training. Raises ProblemsError where it does not fit.
     """
-    put(loaded, layers_on(loaded, adapter))
+    set_adapter_layers(loaded, adapter_layers_for(loaded, adapter))
 
 
-def layers_on(loaded: LoadedModel, adapter: AdapterFile) -> dict[str, LoraLinear]:
+def adapter_layers_for(loaded: LoadedModel, adapter: AdapterFile) -> dict[str, LoraLinear]:
     """Path -> the adapter's layer over that packed linear of `loaded`, which stays as it is.
 
     Frozen, for answering. Raises ProblemsError where the adapter does not fit.
@@ -189,12 +189,12 @@ def layers_on(loaded: LoadedModel, adapter: AdapterFile) -> dict[str, LoraLinear
     }
 
 
-def put(loaded: LoadedModel, layers: Mapping[str, LoraLinear]) -> None:
+def set_adapter_layers(loaded: LoadedModel, layers: Mapping[str, LoraLinear]) -> None:
     """Puts these layers in place and takes away all others. No weight is moved or changed."""
     loaded.adapted = {path: list(layer.lora_slices) for path, layer in layers.items()}
     for site in loaded.sites:
         new = layers.get(site.path, _linear_at(loaded, site.path))
-        convert.replace(loaded.model, site.path, new)
+        convert.replace_module(loaded.model, site.path, new)
 
 
 def _linear_at(loaded: LoadedModel, path: str) -> Any:
@@ -204,12 +204,12 @@ def _linear_at(loaded: LoadedModel, path: str) -> Any:
 
 
 def _adapted(base: QuantLinear, source: AdapterLayer, site: Site) -> LoraLinear:
-    layer = LoraLinear(base, source.rows_on(site), source.settings)
-    read_factors(layer, source, base.weight.device)
+    layer = LoraLinear(base, source.slices_on(site), source.settings)
+    load_lora_weights(layer, source, base.weight.device)
     return layer.eval()
 
 
-def read_factors(layer: LoraLinear, source: AdapterLayer, device: torch.device) -> None:
+def load_lora_weights(layer: LoraLinear, source: AdapterLayer, device: torch.device) -> None:
     """Reads the layer's A and B from the adapter's file; frozen."""
     for role, part in zip(layer.lora_slices, source.read(), strict=True):
         layer.lora_a[role] = nn.Parameter(part.a.to(device), requires_grad=False)

@@ -1,9 +1,9 @@
-"""The base, streamed: one tensor at a time from its source, quantized as it arrives.
+"""Builds a model from a recipe and a checkpoint.
 
-The model is made on meta, gets its packed linears and adapters there (`nn/surgery.py`), and then
-each tensor of the source goes to its place. No full-precision copy of the model ever exists: at
-any moment there is what is already packed, and one tensor. The plan calls the same function with
-an imagined source.
+The model is created on meta. There it gets packed linears and adapters (`convert.py`). Then
+`placement/` reads one tensor at a time and quantizes it. No full-precision copy of the model ever
+exists: at any moment memory contains the packed weights and one tensor of the checkpoint. A dry run
+calls the same function with a source of meta tensors.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_cli.adapters.lora import LoraSettings, adapted_layers
+from qlora_cli.adapters.method import AdapterMethod
+from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.dtype import file_dtype, torch_dtype
 from qlora_cli.files.source import TensorSource
-from qlora_cli.memory.scopes import module_scope, scope, unallocated
+from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
+from qlora_cli.models.coverage import check_logits
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
-from qlora_cli.models.placement.device import load
+from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.registry import family_of, is_known
 from qlora_cli.models.sites import find_sites, mlp_paths, norm_paths
 from qlora_cli.nn import attention
 from qlora_cli.nn.embedding import has_own_memory
-from qlora_cli.nn.quant import WeightFormat
+from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.site import Site
 from qlora_cli.recipe.schema import Recipe
 
 MakeSource = Callable[[Any, Family], TensorSource]
@@ -67,9 +70,10 @@ class ModelRequest:
 
 
 def storage_dtype(file: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """Of weights that are not packed: 16 bit always, the file's own where it is 16 bit.
+    """Return the 16-bit dtype in which unquantized weights are stored.
 
-    A 16-bit compute dtype decides, because a product needs both sides in it.
+    file: dtype of the checkpoint. compute: compute dtype; if it has 16 bits it is used, because a
+    matrix product needs both operands in it.
     """
     if compute.itemsize == 2:
         return compute
@@ -77,7 +81,10 @@ def storage_dtype(file: torch.dtype, compute: torch.dtype) -> torch.dtype:
 
 
 def weight_format_of(recipe: Recipe, file_dtype: torch.dtype) -> WeightFormat:
-    """How a resolved recipe holds a base whose files are in `file_dtype`."""
+    """Return the format of the base's linears.
+
+    recipe: resolved, without `auto`. file_dtype: dtype of the checkpoint.
+    """
     compute = torch_dtype(recipe.base.compute_dtype)
     return WeightFormat(
         bits=recipe.base.bits,
@@ -102,9 +109,10 @@ def skeleton(
     if not is_known(config):
         family_of(config, _linears_of_a_block(config, model_class))
     family = family_of(config)
+    check_logits(config)
     # transformers writes the dtype and the attention's name into the config that it is given.
     config = deepcopy(config)
-    # The base's own dropout is off: the adapter has its own, and dropped activations are kept.
+    # The base's own dropout is disabled: the adapter has its own, and dropout saves activations.
     for key in family.dropouts:
         if hasattr(config, key):
             setattr(config, key, 0.0)
@@ -115,17 +123,21 @@ def skeleton(
             dtype=compute,
             trust_remote_code=False,
         )
-    # Batches have no padding; told of a pad token, GPT-2 would look for it in every batch.
+    # Batches have no padding. With a pad token set, GPT-2 would search for it in every batch.
     model.config.pad_token_id = None
     return model, family
 
 
 def _linears_of_a_block(config: Any, model_class: Any) -> list[str]:
-    """Paths within the first block of a model of any family, for the error about an unknown one."""
+    """Return the paths of the linears in the first block of a model of an unknown family."""
     try:
         with torch.device("meta"):
             model = model_class.from_config(config, trust_remote_code=False)
-    except (ValueError, TypeError, ImportError):  # Not a causal model, or one that needs more.
+    except (
+        ValueError,
+        TypeError,
+        ImportError,
+    ):  # The Auto class does not support the config, or needs more packages.
         return []
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     blocks = next((blocks for blocks in lists if len(blocks)), None)
@@ -133,12 +145,13 @@ def _linears_of_a_block(config: Any, model_class: Any) -> list[str]:
 
 
 def build(request: ModelRequest) -> LoadedModel:
-    """Build the requested model and fill it from its source.
+    """Build the requested model and load its weights from the source.
 
     Returns a model with packed linears and initialized adapters on `request.device`. Raises
     ModelError if the family is unknown or the source does not fit the config.
     """
     recipe, device = request.recipe, request.device
+    method = method_of(recipe.adapter)
     weight_format = weight_format_of(recipe, request.file_dtype)
     with unallocated():
         model, family = skeleton(request.config, weight_format.compute, request.model_class)
@@ -146,40 +159,38 @@ def build(request: ModelRequest) -> LoadedModel:
     sites = find_sites(model, family, model.config)
     kernel = attention.kernel_for(request.profile, weight_format.compute)
     loaded = LoadedModel(model, family, model.config, sites, {}, weight_format, kernel)
-    if recipe.adapter.method == "lora":
+    if method.freezes_base:
         with unallocated():
-            _operate(loaded, recipe, device)
-    load(loaded, source, device, request.observer)
-    _initialize_adapters(loaded, device, recipe.train.seed)
+            _replace_modules(loaded, method, device)
+    DevicePlacement(device, request.observer).place(loaded, source)
+    method.initialize(model, device, recipe.train.seed)
+    model.requires_grad_(False)
+    for parameter in method.trained_parameters(model):
+        parameter.requires_grad_(True)
     if recipe.train.activation_checkpointing:
-        convert.checkpoint_blocks(model, preserve_random_state=recipe.adapter.dropout > 0)
+        dropout = recipe.adapter.dropout
+        convert.enable_activation_checkpointing(model, preserve_random_state=dropout > 0)
     model.config.use_cache = False
     return loaded
 
 
-def _operate(loaded: LoadedModel, recipe: Recipe, device: torch.device) -> None:
-    adapter = recipe.adapter
-    settings = LoraSettings(
-        adapter.rank, adapter.alpha, adapter.dropout, torch_dtype(adapter.dtype), adapter.rslora
-    )
-    family = loaded.family
-    loaded.adapted = convert.adapted_roles(loaded.sites, adapter.targets)
-    loaded.model.requires_grad_(False)
-    convert.install(loaded.model, loaded.sites, loaded.weight_format, loaded.adapted, settings)
-    convert.install_tables(loaded.model, family.embeddings, family.head, loaded.weight_format)
-    # A tied table is the head, too, which multiplies by all of it at each step.
+def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.device) -> None:
+    """Replace the modules of a model whose base is frozen, and wrap the adapted linears."""
+    model, family, weight_format = loaded.model, loaded.family, loaded.weight_format
+    loaded.adapted = method.adapted_roles(loaded.sites)
+
+    def wrap(linear: QuantLinear, site: Site) -> nn.Module:
+        roles = loaded.adapted.get(site.path)
+        return method.wrap(linear, {role: site.rows[role] for role in roles}) if roles else linear
+
+    convert.replace_linears(model, loaded.sites, weight_format, wrap)
+    convert.replace_embeddings(model, family.embeddings, weight_format)
+    convert.replace_head(model, family.head, weight_format)
+    # A tied table is also the head, and every step multiplies by all of it.
     if has_own_memory(device) and not is_tied(loaded):
-        convert.keep_on_host(loaded.model, family.token_embedding, device)
-    convert.install_norms(loaded.model, norm_paths(loaded.model, family))
+        convert.move_embedding_to_host(model, family.token_embedding, device)
+    convert.replace_norms(model, norm_paths(model, family))
     if family.mlp is not None:
         activation = getattr(loaded.config, family.mlp.activation)
-        paths = mlp_paths(loaded.model, family.blocks, family.mlp)
-        convert.install_mlps(loaded.model, paths, family.mlp.projections, activation)
-
-
-def _initialize_adapters(loaded: LoadedModel, device: torch.device, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with scope("adapter"):
-        for path, layer in adapted_layers(loaded.model):
-            with module_scope(path):
-                layer.initialize(device, generator)
+        paths = mlp_paths(model, family.blocks, family.mlp)
+        convert.replace_mlps(model, paths, family.mlp.projections, activation)

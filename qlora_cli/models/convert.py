@@ -1,19 +1,19 @@
-"""Turns a transformers model on `meta` into ours: packed linears, adapters, tables, norms, MLPs.
+"""Module replacement: turns a transformers model on `meta` into one with this package's layers.
 
-Nothing is loaded here. What comes out has a place for every tensor of the checkpoint, and
-`weights/build.py` fills these places one by one. The same surgery serves the plan.
+Nothing is loaded here. The result has an empty parameter for every tensor of the checkpoint, and
+`models/placement/` fills them. A dry run converts the model in the same way. `models/coverage.py`
+checks each module before it is replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.adapters.lora import LoraLinear, LoraSettings
-from qlora_cli.errors import Problem, ProblemsError
+from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
@@ -21,105 +21,92 @@ from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
 
 
-def adapted_roles(sites: Sequence[Site], targets: str | Sequence[str]) -> dict[str, list[str]]:
-    """Each targeted site's path -> the roles of it that are adapted, in the site's own order.
-
-    targets: `all`, or role names and exact module paths. Raises ProblemsError naming every target
-    that is not there.
-    """
-    known = {role for site in sites for role in site.roles}
-    paths = {site.path for site in sites}
-    wanted = known if targets == "all" else set(targets)
-    unknown = sorted(wanted - known - paths)
-    if unknown:
-        ordered = list(dict.fromkeys(role for site in sites for role in site.roles))
-        raise ProblemsError(
-            "unknown adapter targets",
-            [
-                Problem("adapter.targets", f"{name!r} is no role and no linear's path")
-                for name in unknown
-            ],
-            hint=f"roles of this model: {', '.join(ordered)}; a path looks like {sites[0].path}",
-        )
-    chosen = {
-        site.path: list(site.roles)
-        if site.path in wanted
-        else [r for r in site.roles if r in wanted]
-        for site in sites
-    }
-    return {path: roles for path, roles in chosen.items() if roles}
-
-
-def install(
+def replace_linears(
     model: nn.Module,
     sites: Sequence[Site],
     weight_format: WeightFormat,
-    adapted: Mapping[str, Sequence[str]],
-    settings: LoraSettings,
+    wrap: Callable[[QuantLinear, Site], nn.Module] | None = None,
 ) -> None:
-    """Replaces every site's module by a packed one, adapted where `adapted` says so."""
+    """Replace the module of every site by a packed linear without a weight.
+
+    wrap: returns the module to put in place, such as the packed linear with an adapter. Raises
+    ModelError if a module is not a plain linear.
+    """
     for site in sites:
+        check_linear(model.get_submodule(site.path), site.path)
         packed = QuantLinear(site.in_features, site.out_features, site.bias, weight_format)
-        roles = adapted.get(site.path, ())
-        parts = {role: site.rows[role] for role in roles}
-        replace(model, site.path, LoraLinear(packed, parts, settings) if parts else packed)
+        replace_module(model, site.path, wrap(packed, site) if wrap is not None else packed)
 
 
-def install_tables(
-    model: nn.Module, tables: Sequence[str], head: str, weight_format: WeightFormat
-) -> None:
-    """Embeddings and head keep 16-bit storage."""
-    for path in tables:
-        weight: Any = model.get_submodule(path).weight
-        replace(
-            model,
-            path,
-            FrozenEmbedding(weight.detach().to(weight_format.storage), weight_format.compute),
-        )
-    old: Any = model.get_submodule(head)
-    bias = old.bias is not None
-    plain = QuantLinear(
-        old.in_features, old.out_features, bias, weight_format.plain(), category="head"
-    )
-    replace(model, head, plain)
+def replace_embeddings(model: nn.Module, paths: Sequence[str], weight_format: WeightFormat) -> None:
+    """Replace embedding tables by frozen ones in 16-bit storage.
 
-
-def keep_on_host(model: nn.Module, table: str, device: torch.device) -> None:
-    """Leaves an installed table in the host's memory; its rows come to `device`."""
-    installed = model.get_submodule(table)
-    assert isinstance(installed, FrozenEmbedding)
-    replace(model, table, HostEmbedding(installed, device))
-
-
-def install_norms(model: nn.Module, paths: Sequence[str]) -> None:
-    """RMSNorms that keep no float32 copy of their input."""
+    Raises ModelError if a module is not a plain embedding.
+    """
     for path in paths:
         old: Any = model.get_submodule(path)
-        replace(model, path, RmsNorm(old.weight, old.variance_epsilon))
+        check_embedding(old, path)
+        weight = old.weight.detach().to(weight_format.storage)
+        replace_module(model, path, FrozenEmbedding(weight, weight_format.compute))
 
 
-def install_mlps(
-    model: nn.Module, paths: Sequence[str], names: Projections, activation: str
-) -> None:
-    """MLPs that compute again what lies between their linears; behind `install`.
+def replace_head(model: nn.Module, path: str, weight_format: WeightFormat) -> None:
+    """Replace the head by a frozen linear in 16-bit storage.
 
-    A model with an activation that has no gradient here keeps its own.
+    Raises ModelError if the head is not a plain linear.
     """
-    if activation in ACTIVATIONS:
-        for path in paths:
-            replace(model, path, Mlp(model.get_submodule(path), names, ACTIVATIONS[activation]))
+    old: Any = model.get_submodule(path)
+    check_linear(old, path)
+    bias = old.bias is not None
+    plain = weight_format.plain()
+    head = QuantLinear(old.in_features, old.out_features, bias, plain, category="head")
+    replace_module(model, path, head)
 
 
-def replace(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Puts `new` where `path` leads."""
+def move_embedding_to_host(model: nn.Module, path: str, device: torch.device) -> None:
+    """Store a replaced embedding table in host memory; looked-up rows move to `device`."""
+    table = model.get_submodule(path)
+    assert isinstance(table, FrozenEmbedding)
+    replace_module(model, path, HostEmbedding(table, device))
+
+
+def replace_norms(model: nn.Module, paths: Sequence[str]) -> None:
+    """Replace RMSNorms by ones that save no float32 copy of their input.
+
+    Raises ModelError if a module computes something else than RMSNorm.
+    """
+    for path in paths:
+        old: Any = model.get_submodule(path)
+        check_norm(old, path)
+        replace_module(model, path, RmsNorm(old.weight, old.variance_epsilon))
+
+
+def replace_mlps(
+    model: nn.Module, paths: Sequence[str], projections: Projections, activation: str
+) -> None:
+    """Replace MLPs by ones that recompute intermediate tensors in the backward pass.
+
+    Call it after `replace_linears`. A model whose activation is not in ACTIVATIONS keeps its MLPs.
+    Raises ModelError if an MLP computes something else.
+    """
+    if activation not in ACTIVATIONS:
+        return
+    for path in paths:
+        old = model.get_submodule(path)
+        check_mlp(old, path, projections, ACTIVATIONS[activation])
+        replace_module(model, path, Mlp(old, projections, ACTIVATIONS[activation]))
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module at `path`, without any check."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, new)
 
 
-def checkpoint_blocks(model: Any, preserve_random_state: bool) -> None:
-    """Each block keeps its input only and computes the rest again in backward.
+def enable_activation_checkpointing(model: Any, preserve_random_state: bool) -> None:
+    """Let each block save only its input and recompute the rest in the backward pass.
 
-    preserve_random_state: needed where the adapter drops inputs, a cost where it does not.
+    preserve_random_state: True if the adapter uses dropout; it costs time otherwise.
     """
     settings = {
         "use_reentrant": False,
@@ -132,10 +119,10 @@ def checkpoint_blocks(model: Any, preserve_random_state: bool) -> None:
         model.gradient_checkpointing_enable(settings)
 
 
-def linear_paths(block: nn.Module) -> list[str]:
-    """Every module in a block with a two-dimensional weight, for the error on unknown families."""
+def linear_paths(module: nn.Module) -> list[str]:
+    """Return the paths of all modules with a two-dimensional weight, embeddings included."""
     return [
         path
-        for path, module in block.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2
+        for path, child in module.named_modules()
+        if isinstance(getattr(child, "weight", None), Tensor) and child.weight.dim() == 2
     ]

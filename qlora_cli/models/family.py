@@ -1,31 +1,29 @@
-"""What the rest of the package knows of a model family: where its linears are and how they lie.
+"""The description of a model family: the paths of its modules and the layout of its weights.
 
-Orientation is settled here. Everywhere else a linear's weight is (out, in) and its parts are named
-row sets of that weight; a Conv1D's (in, out) file tensor is turned by `to_module` when it comes in
-and by `to_file` when it goes out, and no flag travels further.
+A family is data. `families/` has one file per family, `registry.py` lists them. The orientation of
+a weight is set here (`LinearSpec.transposed`) and applied by `Site` only: everywhere else a weight
+is (out, in), and the parts of a fused projection are named sets of its rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from qlora_cli.files.source import FolderSource
 from qlora_cli.nn.mlp import Projections
 
 Rows = Callable[[Any], Mapping[str, slice]]
-"""From a transformers config to each role's rows of a fused linear's (out, in) weight."""
+"""From a transformers config to each role's rows of a fused linear's weight (out, in)."""
 
 
 @dataclass(frozen=True)
 class LinearSpec:
     """One linear of a block.
 
-    path: within the block, `self_attn.q_proj`. roles: which roles it plays; one for a plain
-    projection, several for a fused one. transposed: the file holds (in, out). rows: for a fused
-    linear, where each role's outputs lie.
+    path: path within the block, `self_attn.q_proj`. roles: the names that `adapter.targets` uses,
+    one for a plain projection, several for a fused one. transposed: the file stores (in, out).
+    rows: for a fused linear, the rows of each role.
     """
 
     path: str
@@ -36,9 +34,10 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class MlpSpec:
-    """The MLP of a block, as down(act(gate) * up) or, without a gate, down(act(up)).
+    """The MLP of a block that computes down(act(gate) * up) or, without a gate, down(act(up)).
 
-    path: within the block. projections: its linears. activation: config key that names act.
+    path: path within the block. projections: names of its linears. activation: key of the config
+    that names act.
     """
 
     path: str
@@ -48,15 +47,15 @@ class MlpSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """A causal language model's shape.
+    """The structure of a causal language model.
 
-    model_types: transformers' `model_type` values that share it. blocks: path of the block list.
-    backbone: module that turns token ids into hidden states. head: module that turns those into
-    logits. embeddings: token and position tables. mlp: of each block, where it has
-    this form. norms: RMSNorms within a
-    block. final_norm: an RMSNorm behind the last block. dropouts: config keys of the base's own
-    dropout, switched off in training (the adapter has its own). ignored: endings of file tensors
-    that are buffers a constructor makes anew, not weights.
+    model_types: the `model_type` values of transformers configs with this structure. backbone: path
+    of the module that maps token ids to hidden states. blocks: path of the list of blocks. head:
+    path of the module that maps hidden states to logits. embeddings: paths of the token table and,
+    after it, of position tables. linears: the linears of a block. mlp: the MLP of a block, if it
+    has one of the supported forms. norms: paths of the RMSNorms within a block. final_norm: path of
+    an RMSNorm after the last block. dropouts: config keys of the base's own dropout, which is
+    disabled. ignored: endings of file tensors that are buffers and not weights.
     """
 
     name: str
@@ -70,24 +69,9 @@ class Family:
     norms: tuple[str, ...] = ()
     final_norm: str | None = None
     dropouts: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = field(default=())
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """Every role that a target may name, in the order of the linears."""
-        return tuple(role for linear in self.linears for role in linear.roles)
+    ignored: tuple[str, ...] = ()
 
     @property
     def token_embedding(self) -> str:
-        """Path of the table that token ids are looked up in."""
+        """Return the path of the token table."""
         return self.embeddings[0]
-
-
-def open_source(folder: Path, family: Family) -> FolderSource:
-    """Return the tensors of a checkpoint folder under the family's parameter names.
-
-    Raises ModelError if files are missing or damaged.
-    """
-    return FolderSource(
-        folder, prefix=f"{family.backbone}.", head=family.head, ignored=family.ignored
-    )

@@ -1,4 +1,4 @@
-"""A model as this package holds it: transformers' modules with ours in their places."""
+"""A model that this package trains or generates with: transformers' model with replaced modules."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from qlora_cli.nn.site import Site
 
 @dataclass
 class LoadedModel:
-    """A model ready to train or to answer.
+    """A model that is ready to train or to generate.
 
-    sites: every linear the family knows. adapted: path -> roles with an adapter. kernel: of
-    attention; a plan sets that of the device which it imagines.
+    model: transformers' model. sites: every linear that the family describes. adapted: path ->
+    roles with an adapter. weight_format: format of the linears' weights. kernel: attention kernel
+    of the device, in a dry run of the planned device.
     """
 
     model: Any
@@ -31,14 +32,14 @@ class LoadedModel:
 
     @property
     def head(self) -> nn.Module:
-        """The module whose weight (V, d) turns hidden states into logits."""
+        """Return the module whose weight (V, d) maps hidden states to logits."""
         return self.model.get_submodule(self.family.head)  # type: ignore[no-any-return]
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter, of what the optimizer moves."""
+        """Return name -> parameter of all parameters that the optimizer updates."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
 
 def is_tied(loaded: LoadedModel) -> bool:
-    """Whether table and head are one parameter."""
+    """Return whether the token embedding and the head are one parameter."""
     return bool(getattr(loaded.config, "tie_word_embeddings", False))

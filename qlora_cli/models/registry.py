@@ -1,4 +1,4 @@
-"""Which family a config belongs to. An unknown one is an error that says how to write a spec."""
+"""The known model families, and the family of a config."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ FAMILIES = (LLAMA, QWEN3, GPT2)
 
 
 def is_known(config: Any) -> bool:
-    """Whether `family_of` finds one."""
+    """Return whether a family covers the `model_type` of this transformers config."""
     return any(config.model_type in family.model_types for family in FAMILIES)
 
 
 def family_of(config: Any, linears: Iterable[str] = ()) -> Family:
-    """The family that a transformers config names by its `model_type`.
+    """Return the family of a transformers config.
 
-    linears: paths of the linear layers found in the model, for the error. Raises ModelError.
+    linears: paths of the linears of one block, for the error message. Raises ModelError if no
+    family covers the config's `model_type`.
     """
     for family in FAMILIES:
         if config.model_type in family.model_types:
             return family
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
-    found = ", ".join(linears) or "none"
+    paths = ", ".join(linears) or "none"
     raise ModelError(
-        f"model family {config.model_type!r} is not known; known are {known}",
+        f"model family {config.model_type!r} is not supported; supported are {known}",
         where="model.name",
         hint=(
-            f"linears found in one block: {found}. A family is one file in qlora_cli/models/families/: "
-            "a Family that names these linears' roles, entered in registry.py"
+            f"linears of one block: {paths}. To add the family, describe it in a new file in "
+            "qlora_cli/models/families/ and enter it in qlora_cli/models/registry.py"
         ),
     )

@@ -22,7 +22,7 @@ from qlora_cli.adapters.lora import LoraLinear, adapted_layers
 from qlora_cli.adapters.peft_file import AdapterFile
 from qlora_cli.errors import ModelError, QloraError, UsageError
 from qlora_cli.files.source import FolderSource
-from qlora_cli.models.attach import layers_on, put
+from qlora_cli.models.attach import adapter_layers_for, set_adapter_layers
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.recipe.suggest import nearest_word
@@ -75,7 +75,7 @@ class AdapterSwitch:
                 where="--adapter",
                 hint=f"{BASE} is the base alone, {OWN} the adapter that a run brings with it",
             )
-        self._layers[name] = layers_on(self._built, adapter)
+        self._layers[name] = adapter_layers_for(self._built, adapter)
 
     def check(self, name: str) -> None:
         """Raises UsageError where there is no adapter of that name."""
@@ -95,12 +95,12 @@ class AdapterSwitch:
         """
         self.check(name)
         self._restore()
-        put(self._built, {})
+        set_adapter_layers(self._built, {})
         self.current = BASE
         if self._merges:
             self._merge(name)
         else:
-            put(self._built, self._layers[name])
+            set_adapter_layers(self._built, self._layers[name])
         self.current = name
 
     @torch.no_grad()
@@ -119,10 +119,10 @@ class AdapterSwitch:
 
     def _restore(self) -> None:
         """Each changed weight as it was loaded, bit for bit: read and packed in the same way."""
-        turned = {site.path for site in self._built.sites if site.transposed}
+        sites = {site.path: site for site in self._built.sites}
         for path, linear in list(self._changed.items()):
             weight = self._read_again(f"{path}.weight").to(linear.weight.device)
-            linear.pack(weight.t() if path in turned else weight)
+            linear.pack(sites[path].from_file(weight))
             del self._changed[path]
 
     def _read_again(self, name: str) -> Tensor:

@@ -1,14 +1,15 @@
-"""Causal attention over rows laid one behind the other, registered with transformers as `qlora`.
+"""Causal attention over rows in one sequence without padding, registered with transformers.
 
 A batch has no padding: all rows of a micro-batch, packed or not, form one sequence (1, tokens), and
-`Spans` says where each row lies. A row attends to itself only, so packing cannot leak. Because this
-attention is registered without a mask function, transformers builds no mask: a mask would be
-tokens x tokens and, with grouped heads, push SDPA to its slow and memory-hungry MATH kernel.
+`Spans` gives the lengths of the rows. A row attends to itself only, so packed rows cannot leak into
+each other. This attention is registered without a mask function, so transformers builds no mask.
+A mask would have tokens x tokens entries, and with grouped heads it would select SDPA's slow MATH
+kernel, which needs much memory.
 
-Two roads. On CUDA cards with FlashAttention one variable-length call does all rows; elsewhere each
-row is its own SDPA call. `split` and not slicing: the backward of a slice allocates the whole
-tensor. A plan takes the kernel that its target would take (`kernel_for`): on meta tensors SDPA
-falls to MATH in silence, which no real device would choose here.
+There are two code paths. On a CUDA GPU with FlashAttention, one variable-length call computes all
+rows. Otherwise each row is one SDPA call. Rows come from `split` and not from slicing, because the
+backward pass of a slice allocates the whole tensor. A dry run uses the kernel of the target device
+(`kernel_for`): on meta tensors SDPA silently selects MATH, which no real device selects here.
 
 Letters: B batch (always 1 in training), H heads, G key/value heads, T query and S key positions, D
 head size.
@@ -16,6 +17,7 @@ head size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,23 +28,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from qlora_cli.device import DeviceProfile
+from qlora_cli.errors import ModelError
 
 NAME = "qlora"
+"""Name under which transformers finds this attention (`attn_implementation`)."""
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_SIZE = 256
 FLASH_CAPABILITY = (8, 0)
 
+UNUSED_ARGUMENTS = {
+    "position_ids": "the model has already applied the positions to queries and keys",
+    "use_cache": "the model has already added the cached keys and values",
+}
+"""Arguments that transformers passes and that do not change the result, with the reason."""
+
 Kernel = Literal["varlen", "efficient", "cpu"]
-"""varlen: FlashAttention over all rows; efficient: SDPA's memory-efficient kernel, a row at a time;
-cpu: SDPA's FlashAttention for CPUs, a row at a time."""
+"""varlen: FlashAttention over all rows. efficient: SDPA's memory-efficient kernel, one call per
+row. cpu: SDPA's FlashAttention for CPUs, one call per row."""
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Where rows lie in a sequence without padding.
+    """The rows of a sequence without padding.
 
-    lengths: of the rows, in order. kernel: which the device has. offsets: the rows' starts and the
-    end, (rows + 1,) int32 on the device; None where the kernel is not varlen.
+    lengths: tokens of each row, in order. kernel: the device's attention kernel. offsets: first
+    token of each row and the end, (rows + 1,) int32 on the device; None unless kernel is varlen.
     """
 
     lengths: tuple[int, ...]
@@ -51,12 +61,12 @@ class Spans:
 
     @property
     def longest(self) -> int:
-        """Of the rows, in tokens."""
+        """Return the number of tokens of the longest row."""
         return max(self.lengths)
 
     @classmethod
     def on(cls, lengths: tuple[int, ...], device: torch.device, kernel: Kernel) -> Spans:
-        """With offsets where the variable-length kernel will be asked for."""
+        """Create the spans of rows of these lengths, with offsets if the kernel needs them."""
         if kernel != "varlen":
             return cls(lengths, kernel)
         starts = [0]
@@ -88,16 +98,16 @@ def attend(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     spans: Spans | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, T, D), key and value (B, G, S, D) -> (B, T, H, D).
+    """Compute causal attention. query (B, H, T, D), key and value (B, G, S, D) -> (B, T, H, D).
 
-    Without `spans` the whole sequence is one row, and T < S means that the first S - T keys come
-    from a cache. `dropout` is 0 by construction: the base's own dropout is switched off at load.
+    Without `spans` the sequence is one row, and T < S means that the first S - T keys come from a
+    cache. Raises ModelError if transformers passes an argument that is not handled here, such as a
+    soft cap: ignoring it would compute another model.
     """
-    assert attention_mask is None, "this attention is registered so that no mask is built"
-    assert dropout == 0.0, "the base's dropout is switched off when it is loaded"
-    if spans is not None and spans.offsets is not None and _flash_takes(query):
+    refuse_arguments(module, {"attention_mask": attention_mask, "dropout": dropout or None}, others)
+    if spans is not None and spans.offsets is not None and _supports_flash(query):
         return _attend_flash(query, key, value, scaling, sliding_window, spans), None
     kernel: Kernel = "cpu" if spans is None else spans.kernel
     lengths = (query.shape[2],) if spans is None else spans.lengths
@@ -112,7 +122,35 @@ def attend(
     return torch.cat([row.transpose(1, 2) for row in rows], dim=1), None
 
 
-def _flash_takes(query: Tensor) -> bool:
+def refuse_arguments(
+    module: nn.Module, unsupported: Mapping[str, Any], others: Mapping[str, Any]
+) -> None:
+    """Raise ModelError for an attention call that this package would compute wrongly.
+
+    module: transformers' attention. unsupported: named arguments that must be None. others: further
+    arguments. None means that the model does not use the argument.
+    """
+    passed = {**unsupported, **others}
+    # The argument overrides the attribute, as in transformers' own attention functions.
+    is_causal = passed.pop("is_causal", None)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    names = [
+        name for name, value in passed.items() if value is not None and name not in UNUSED_ARGUMENTS
+    ]
+    if not is_causal:
+        names.append("is_causal=False")
+    if names:
+        raise ModelError(
+            f"{type(module).__name__} calls the attention with {', '.join(sorted(names))}, "
+            "which this package does not support",
+            where="model.name",
+            hint="handle the argument in qlora_cli/nn/attention.py, with a test against "
+            "transformers' eager attention",
+        )
+
+
+def _supports_flash(query: Tensor) -> bool:
     return query.dtype in FLASH_DTYPES and query.shape[-1] <= FLASH_HEAD_SIZE
 
 
@@ -124,8 +162,8 @@ def _attend_flash(
     window: int | None,
     spans: Spans,
 ) -> Tensor:
-    """All rows in one call; grouped heads are taken as they are."""
-    assert query.shape[0] == 1, "rows lie in one sequence"
+    """Compute all rows in one call. The kernel supports grouped heads."""
+    assert query.shape[0] == 1, "all rows are in one sequence"
     window_left = None if window is None else window - 1
     out: Tensor = torch.ops.aten._flash_attention_forward(
         *(t.squeeze(0).transpose(0, 1) for t in (query, key, value)),
@@ -151,18 +189,19 @@ def _attend_row(
     window: int | None,
     kernel: Kernel,
 ) -> Tensor:
-    """One row (B, H, T, D) -> (B, H, T, D). kernel: of the target, where tensors are imagined."""
-    queries, keys = query.shape[2], key.shape[2]
-    narrow = window is not None and keys > window
-    mask = _mask(queries, keys, window, query.device) if narrow or 1 < queries < keys else None
-    causal = mask is None and queries == keys
+    """Compute one row (B, H, T, D) -> (B, H, T, D). kernel: used on meta tensors only."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    window_applies = window is not None and num_keys > window
+    needs_mask = window_applies or 1 < num_queries < num_keys
+    mask = _mask(num_queries, num_keys, window, query.device) if needs_mask else None
+    causal = mask is None and num_queries == num_keys
     grouped = key.shape[1] != query.shape[1]
     if grouped and (query.is_cuda or (query.is_meta and kernel != "cpu")):
-        # SDPA's memory-efficient kernel has no grouped heads; with them it would fall to MATH.
-        key, value = _for_all_heads(query, key, value)
+        # SDPA's memory-efficient kernel does not support grouped heads and would select MATH.
+        key, value = _repeat_heads(query, key, value)
         grouped = False
     if query.is_meta:
-        return _imagine_row(query, key, value, mask, causal, scaling, kernel)
+        return _attend_row_on_meta(query, key, value, mask, causal, scaling, kernel)
     with sdpa_kernel(
         [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
         set_priority=True,
@@ -178,7 +217,7 @@ def _attend_row(
         )
 
 
-def _imagine_row(
+def _attend_row_on_meta(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -187,8 +226,8 @@ def _imagine_row(
     scaling: float | None,
     kernel: Kernel,
 ) -> Tensor:
-    """What SDPA would do on the target, on meta tensors."""
-    # SDPA turns what may be seen into what is added.
+    """Call the operation that SDPA selects on the target device."""
+    # SDPA converts a boolean mask to a bias of the query's dtype.
     bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype)
     if kernel == "cpu":
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -203,19 +242,27 @@ def _imagine_row(
     return out
 
 
-def _for_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return key and value with one head for each query head."""
     groups = query.shape[1] // key.shape[1]
     if groups == 1:
         return key, value
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys) bool: what each query may see, its own position being the last of its row."""
-    key_at = torch.arange(keys, device=device)
-    query_at = torch.arange(keys - queries, keys, device=device)[:, None]
-    seen = key_at <= query_at
-    return seen if window is None else seen & (key_at > query_at - window)
+def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Return (queries, keys) bool: True if the query attends to the key.
+
+    The last query is at the position of the last key. Three queries, five keys, no window:
+
+        1 1 1 0 0
+        1 1 1 1 0
+        1 1 1 1 1
+    """
+    key_positions = torch.arange(num_keys, device=device)
+    query_positions = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    visible = key_positions <= query_positions
+    return visible if window is None else visible & (key_positions > query_positions - window)
 
 
 AttentionInterface.register(NAME, attend)

@@ -1,11 +1,12 @@
-"""One product with a packed weight and its adapter: y = x W^T + b + s drop(x) A^T B^T.
+"""The matrix product of a linear with a LoRA adapter: y = x W^T + b + s dropout(x) A^T B^T.
 
-Plain arithmetic outside autograd, shared by the functions that differ in what they keep of x:
-`nn/lora.py` keeps x itself, `nn/mlp.py` what x is quickly computed from.
+These functions run inside autograd functions and record no graph. Two autograd functions use them
+and differ in what they save of x: `adapters/lora.py` saves x itself, `nn/mlp.py` saves the tensors
+from which it recomputes x.
 
-Dropout keeps no mask: a seed drawn from the host's generator makes the mask again in backward. Kept
-masks and dropped inputs would be up to 4 bytes a value for each adapted linear, of inputs that the
-linears otherwise share.
+Dropout saves no mask. A seed from the CPU generator recreates the mask in the backward pass. Saved
+masks and dropped inputs would cost up to 4 bytes per value for each adapted linear, although the
+linears share their inputs otherwise.
 
 Shapes: x (tokens, in), y (tokens, out), A (rank, in), B (rows, rank), x A^T (tokens, rank).
 """
@@ -23,101 +24,115 @@ from qlora_cli.nn.quant import QuantLinear
 
 @dataclass(frozen=True)
 class LoraMatmul:
-    """Everything about one call but its tensors.
+    """One call of an adapted linear: everything except its tensors.
 
-    rows: of the output, for each part of the adapter. seed: of the dropout's mask, None for no
-    dropout. `factors` of all methods: A and B of each part in turn.
+    A linear has one adapter, or one for each adapted role of a fused projection. lora_slices: the
+    rows of W that each adapter changes. scaling: the factor s. dropout: probability. seed: seed of
+    the dropout mask, None for no dropout. `factors` of all methods: A and B of the first adapter, A
+    and B of the second one, and so on.
     """
 
     base: QuantLinear
-    rows: Sequence[slice] = ()
+    lora_slices: Sequence[slice] = ()
     scaling: float = 1.0
     dropout: float = 0.0
     seed: int | None = None
 
     def forward(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """(y, x A^T of each part, which backward needs)."""
+        """Return (y, x A^T of each adapter). The backward pass needs the latter."""
         y = self.base.product(x)
         dropped = self.dropped(x)
-        narrow = []
-        for rows, a, b in self._parts(factors):
+        lora_activations = []
+        for rows, a, b in self._adapters(factors):
             xa = dropped @ a.to(x.dtype).t()
             y[:, rows].addmm_(xa, b.to(x.dtype).t(), alpha=self.scaling)
-            narrow.append(xa)
-        return y, narrow
+            lora_activations.append(xa)
+        return y, lora_activations
 
-    def grad_narrow(self, grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-        """The gradient of each part's x A^T."""
+    def grad_activations(self, grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradient of each adapter's x A^T. grad: gradient of y."""
         return [
             (grad[:, rows] @ b.to(grad.dtype)).mul_(self.scaling)
-            for rows, _, b in self._parts(factors)
+            for rows, _, b in self._adapters(factors)
         ]
 
     def grad_factors(
         self,
         x: Tensor,
         grad: Tensor,
-        narrow: Sequence[Tensor],
-        grad_narrow: Sequence[Tensor],
+        lora_activations: Sequence[Tensor],
+        grad_activations: Sequence[Tensor],
         factors: Sequence[Tensor],
     ) -> list[Tensor]:
-        """The gradients of A and B of each part in turn."""
+        """Return the gradients of `factors`, in the same order. grad: gradient of y."""
         grads = []
         dropped = self.dropped(x)
         for (rows, a, b), xa, grad_xa in zip(
-            self._parts(factors), narrow, grad_narrow, strict=True
+            self._adapters(factors), lora_activations, grad_activations, strict=True
         ):
             grad_b = (grad[:, rows].t() @ xa).mul_(self.scaling)
             grads += [(grad_xa.t() @ dropped).to(a.dtype), grad_b.to(b.dtype)]
         return grads
 
     def grad_input(
-        self, grad: Tensor, grad_narrow: Sequence[Tensor], factors: Sequence[Tensor]
+        self, grad: Tensor, grad_activations: Sequence[Tensor], factors: Sequence[Tensor]
     ) -> Tensor:
-        """The gradient of x."""
+        """Return the gradient of x. grad: gradient of y."""
         grad_x = self.base.grad_input(grad)
-        if not self.rows:
+        if not self.lora_slices:
             return grad_x
-        # Without dropout the adapter's share is added as it is made, and needs no place of its own.
-        share = grad_x if self.seed is None else torch.zeros_like(grad_x)
-        for (_, a, _), grad_xa in zip(self._parts(factors), grad_narrow, strict=True):
-            share.addmm_(grad_xa, a.to(grad.dtype))
-        return grad_x if self.seed is None else grad_x.add_(self._drop(share))
+        # Without dropout the adapters add to grad_x directly and need no buffer of their own.
+        total = grad_x if self.seed is None else torch.zeros_like(grad_x)
+        for (_, a, _), grad_xa in zip(self._adapters(factors), grad_activations, strict=True):
+            total.addmm_(grad_xa, a.to(grad.dtype))
+        return grad_x if self.seed is None else grad_x.add_(self._drop_inplace(total))
 
     def dropped(self, x: Tensor) -> Tensor:
-        """x with the share `dropout` of its values zero and the others raised to the same sum.
+        """Return dropout(x), with the same mask in each call.
 
-        Linear in x and the same mask each time, so it is its own gradient.
+        Dropout with a fixed mask is linear and symmetric, so it is its own backward function.
         """
-        return x if self.seed is None else self._drop(x.clone())
+        return x if self.seed is None else self._drop_inplace(x.clone())
 
-    def _drop(self, x: Tensor) -> Tensor:
-        """In place."""
+    def _drop_inplace(self, x: Tensor) -> Tensor:
         assert self.seed is not None
-        host_or_card = torch.device("cpu") if x.is_meta else x.device
-        generator = torch.Generator(host_or_card).manual_seed(self.seed)
-        gone = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        gone.bernoulli_(self.dropout, generator=generator)
-        return x.masked_fill_(gone, 0.0).div_(1 - self.dropout)
+        generator_device = torch.device("cpu") if x.is_meta else x.device
+        generator = torch.Generator(generator_device).manual_seed(self.seed)
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        mask.bernoulli_(self.dropout, generator=generator)
+        return x.masked_fill_(mask, 0.0).div_(1 - self.dropout)
 
-    def _parts(self, factors: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each part's rows, A and B."""
-        yield from zip(self.rows, factors[0::2], factors[1::2], strict=True)
+    def _adapters(self, factors: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield (rows, A, B) of each adapter."""
+        yield from zip(self.lora_slices, factors[0::2], factors[1::2], strict=True)
 
 
 class AdaptedLinear(nn.Module):
-    """A packed linear with trained matrices beside it; what other layers rely on.
+    """Base class of a frozen linear with trained parameters: what an adapter method puts in place.
 
-    base: the frozen linear.
+    base: the packed linear. Other layers (`nn/mlp.py`), merging and switching rely on this class
+    only.
     """
 
     base: QuantLinear
 
-    def begin(self) -> tuple[LoraMatmul, list[Tensor]]:
-        """Return (one call with its dropout settled, A and B of each part in turn)."""
+    def initialize(self, device: torch.device, generator: torch.Generator) -> None:
+        """Create the trained parameters on `device`. generator: on the CPU."""
+        raise NotImplementedError
+
+    def start_matmul(self) -> tuple[LoraMatmul, list[Tensor]]:
+        """Return (one call with its dropout seed drawn, the factors A and B of each adapter)."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """Return what merging adds to the weight: (out, in), float32."""
         raise NotImplementedError
 
 
 def draw_seed() -> int:
-    """From the host's generator, which checkpoints keep and recomputation rewinds."""
+    """Draw a seed from torch's CPU generator.
+
+    Training checkpoints store the state of that generator, and activation checkpointing restores it
+    before it recomputes a block.
+    """
     return int(torch.randint(2**62, ()).item())

@@ -1,17 +1,21 @@
-"""Where one linear of a model is, and in which orientation a checkpoint file stores it."""
+"""One linear layer of a model, and the orientation of its weight in a checkpoint file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Site:
-    """One linear of the model that a family knows.
+    """One linear layer that the model's family describes.
 
-    path: in the model, `model.layers.0.self_attn.q_proj`. rows: each role's rows of the output,
-    (out, in) orientation. transposed: the file holds (in, out).
+    path: path of the module, `model.layers.0.self_attn.q_proj`. roles: the layer's roles, several
+    for a fused projection. rows: each role's rows of the weight (out, in). bias: whether the layer
+    has a bias. transposed: the file stores the weight as (in, out). Use `from_file`, `to_file` and
+    `file_shape` instead of this flag.
     """
 
     path: str
@@ -21,3 +25,17 @@ class Site:
     out_features: int
     bias: bool
     transposed: bool
+
+    @property
+    def file_shape(self) -> tuple[int, int]:
+        """Return the shape of the weight in a checkpoint file."""
+        shape = (self.out_features, self.in_features)
+        return shape[::-1] if self.transposed else shape
+
+    def from_file(self, tensor: Tensor) -> Tensor:
+        """Return the weight (out, in) from the tensor of a file: the tensor itself or a view."""
+        return tensor.t() if self.transposed else tensor
+
+    def to_file(self, weight: Tensor) -> Tensor:
+        """Return the tensor that a file stores for the weight (out, in), contiguous."""
+        return weight.t().contiguous() if self.transposed else weight

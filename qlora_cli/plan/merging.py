@@ -1,10 +1,10 @@
 """Plans the memory of merging: a dry run of the largest part of `qlora merge --base auto`.
 
-Merging packs, dequantizes and adds one tensor at a time. Then it compares the trained model with the
-merged one. Both run streamed (`models/placement/streamed.py`): each module's tensors are in memory
-only while it computes. Two blocks therefore represent any number of blocks; the second one runs
-while the embedded tokens are still alive. The comparison uses rows of the recipe's length. How many
-rows there will be is not known, and attention needs a little more memory for many short rows.
+Merging packs, dequantizes and adds one tensor at a time. Then it compares the trained model with
+the merged one. Both run streamed (`models/placement/streamed.py`): each module's tensors are in
+memory only while it computes. Two blocks therefore represent any number of blocks; the second one
+runs while the embedded tokens are still alive. The comparison uses rows of the recipe's length. How
+many rows there will be is not known, and attention needs a little more memory for many short rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.scopes import host_memory, scope, unallocated
 from qlora_cli.models.build import skeleton, weight_format_of
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.models.placement.streamed import stream
+from qlora_cli.models.placement.streamed import StreamedPlacement
 from qlora_cli.models.sites import find_sites
 from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.embedding import upload
@@ -110,7 +110,7 @@ def _compared_models(
 def _run(loaded: LoadedModel, source: MetaSource, seq_len: int) -> None:
     """Run one streamed forward pass over as many tokens as merging compares."""
     loaded.model.eval()
-    stream(loaded, source, _META)
+    StreamedPlacement(_META).place(loaded, source)
     longest = min(seq_len, MAX_TOKENS, loaded.config.max_position_embeddings)
     rows = max(1, MAX_TOKENS // longest)
     hidden_states(loaded, synthetic_batch(BatchSize(rows * longest, 1, rows, longest)), _META)

@@ -39,7 +39,7 @@ def both(
     """(table on the host, as the job builds it; table on the card)."""
     on_host = build_base(recipe, card)
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "keep_on_host", lambda *_: None)
+        patch.setattr(convert, "move_embedding_to_host", lambda *_: None)
         on_card = build_base(recipe, card)
     for loaded in (on_host, on_card):
         loaded.model.train()
@@ -71,7 +71,7 @@ def test_the_card_does_not_hold_it(
     before = torch.cuda.memory_allocated()
     on_host = build_base(recipe, counting_card)
     without = torch.cuda.memory_allocated() - before
-    monkeypatch.setattr(convert, "keep_on_host", lambda *_: None)
+    monkeypatch.setattr(convert, "move_embedding_to_host", lambda *_: None)
     on_card = build_base(recipe, counting_card)
     weight_format = torch.cuda.memory_allocated() - before - without
     assert (

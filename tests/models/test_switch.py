@@ -15,7 +15,7 @@ from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
 from qlora_cli.errors import ModelError, ProblemsError, QloraError, UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors
-from qlora_cli.models.attach import attach, detach, save_adapter
+from qlora_cli.models.attach import attach_adapter, remove_adapter, save_adapter
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.switch import BASE, OWN, AdapterSwitch
@@ -53,7 +53,7 @@ def fresh(recipe: Recipe) -> LoadedModel:
     """The base as the recipe holds it, answering, without an adapter."""
     loaded = build_base(recipe)
     loaded.model.eval().requires_grad_(False)
-    detach(loaded)
+    remove_adapter(loaded)
     return loaded
 
 
@@ -106,7 +106,7 @@ def test_each_adapter_answers_as_it_does_alone(family: str, bits: int, tmp_path:
     alone = {BASE: logits(loaded, IDS)}
     for name, adapter in adapters.items():
         one = fresh(a_recipe(base, bits))
-        attach(one, adapter)
+        attach_adapter(one, adapter)
         alone[name] = logits(one, IDS)
     before = weights(loaded)
     switch = a_switch(loaded, base, adapters, merged=False)
@@ -177,7 +177,7 @@ def test_merged_in_memory_is_what_merge_writes(family: str, tmp_path: Path) -> N
     for site in opened.loaded.sites:
         found = opened.loaded.model.get_submodule(site.path).weight
         wanted = written.compute(written.source.file_name(f"{site.path}.weight"))
-        wanted = wanted.t() if site.transposed else wanted
+        wanted = site.from_file(wanted)
         torch.testing.assert_close(found, wanted, rtol=2.0**-10, atol=2.0**-24)
     torch.testing.assert_close(
         logits(opened.loaded, IDS), logits(trained, IDS), rtol=1e-2, atol=0.05
@@ -213,7 +213,7 @@ def test_a_model_and_a_run_trained_in_full_take_adapters(family: str, tmp_path: 
     )
     make_base(full.weights, family)
     wanted = fresh(a_recipe(base))
-    attach(wanted, adapters["wide"])
+    attach_adapter(wanted, adapters["wide"])
     for where in (base, full.path):
         opened = open_for_adapters(str(where), CPU, Silent())
         switch = a_switch(opened.loaded, opened.weights, adapters, merged=False)

@@ -192,7 +192,7 @@ def test_mlp_s_gradient_by_differences(names: Projections, activation: str) -> N
 
 def test_a_wrong_mlp_gradient_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = mlps(*KINDS[0])
-    monkeypatch.setattr(mlp_file, "_through", lambda _, grad, gate, up: (grad, up.detach()))
+    monkeypatch.setattr(mlp_file, "_grad_gate_and_up", lambda _, grad, gate, up: (grad, up.detach()))
     x = draw(3, HIDDEN, dtype=torch.float64).requires_grad_()
     with pytest.raises(GradcheckError):
         torch.autograd.gradcheck(
@@ -226,7 +226,7 @@ def make(bases: Path, family: str, **sections: Any) -> LoadedModel:
 
 
 def with_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("install_norms", "install_mlps"):
+    for name in ("replace_norms", "replace_mlps"):
         monkeypatch.setattr(convert, name, lambda *_: None)
 
 

@@ -71,12 +71,12 @@ def planned(recipe: Recipe, facts: DeviceProfile) -> dict[str, Phase]:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_an_untied_table_is_not_on_the_card(bases: Path, name: str) -> None:
     recipe = recipe_of(bases, name)
-    on_card, on_host = planned(recipe, CARD), planned(recipe, HOST)
+    on_card, finite_cpu_copy = planned(recipe, CARD), planned(recipe, HOST)
     positions = 64 * 64 * 2 if name == "gpt2" else 0
     table = read_config(bases / name / "config.json").vocab_size * 64 * 2
     for phase in ("first_step", "step", "eval"):
         assert on_card[phase].at_peak.get("embeddings", 0) == positions
-        assert on_host[phase].at_peak["embeddings"] == positions + table
+        assert finite_cpu_copy[phase].at_peak["embeddings"] == positions + table
 
 
 def test_a_tied_table_and_a_trained_one_stay_on_the_card(bases: Path) -> None:
@@ -88,9 +88,9 @@ def test_a_tied_table_and_a_trained_one_stay_on_the_card(bases: Path) -> None:
         assert weight_format.get("embeddings", 0) + weight_format.get("adapter", 0) >= 259 * 64 * 2
 
 
-def on_host(loaded: LoadedModel) -> HostEmbedding:
+def finite_cpu_copy(loaded: LoadedModel) -> HostEmbedding:
     """As on a card, but with the host itself for the device."""
-    convert.keep_on_host(loaded.model, loaded.family.token_embedding, CPU)
+    convert.move_embedding_to_host(loaded.model, loaded.family.token_embedding, CPU)
     table = loaded.model.get_submodule(loaded.family.token_embedding)
     assert isinstance(table, HostEmbedding)
     return table
@@ -102,7 +102,7 @@ def test_a_table_on_the_host_gives_the_same_loss_and_gradients(bases: Path, name
     for moved in (False, True):
         loaded = build_base(recipe_of(bases, name))
         if moved:
-            on_host(loaded)
+            finite_cpu_copy(loaded)
         loss = CAUSAL.loss(loaded, BATCH, CPU, 1.0)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in loaded.trainable().values())])
@@ -124,7 +124,7 @@ def test_a_table_on_the_host_is_no_parameter_and_gives_rows_in_compute_dtype() -
 
 def test_the_record_says_where_a_table_lies_and_why(bases: Path) -> None:
     loaded = build_base(recipe_of(bases, "llama"))
-    on_host(loaded)
+    finite_cpu_copy(loaded)
     told = {one["tensors"]: one for one in describe_tensors(loaded)}["model.embed_tokens"]
     assert told["held"] == "bfloat16 on the host"
     assert "only the rows looked up move" in told["reason"]

@@ -48,7 +48,7 @@ def quantized(config: Any, device: torch.device) -> Any:
     generator = torch.Generator(device).manual_seed(0)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:
-            convert.replace(model, path, packed(module, generator))
+            convert.replace_module(model, path, packed(module, generator))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -56,7 +56,7 @@ def quantized(config: Any, device: torch.device) -> Any:
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
     for path, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            convert.replace(model, path, type(module)(config).to(device))
+            convert.replace_module(model, path, type(module)(config).to(device))
     model.tie_weights()
     model.is_loaded_in_4bit = True
     return model

@@ -29,7 +29,7 @@ from qlora_cli.files.source import FolderSource
 from qlora_cli.memory.device import profile_of
 from qlora_cli.memory.host import fits
 from qlora_cli.models import convert
-from qlora_cli.models.attach import attach, detach
+from qlora_cli.models.attach import attach_adapter, remove_adapter
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel, is_tied
@@ -66,7 +66,7 @@ def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> 
     if may_be_resident and fits(_held_bytes(tensors), tensors.device):
         DevicePlacement(tensors.device).place(loaded, tensors.source)
         if tensors.adapter is not None:
-            attach(loaded, tensors.adapter)
+            attach_adapter(loaded, tensors.adapter)
         return _ready(
             loaded, tensors.source, tensors.device, tensors.weight_format.storage, is_resident=True
         )
@@ -79,7 +79,7 @@ def frozen_base_model(
 ) -> ComparisonModel:
     """The frozen base of a trained model, which gives its adapter away where it is held."""
     if comparison_model.is_resident:
-        detach(comparison_model.loaded)
+        remove_adapter(comparison_model.loaded)
         return comparison_model
     return trained_model(replace(tensors, adapter=None), base, may_be_resident=False)
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_cli.adapters.peft_file import AdapterFile, Part
+from qlora_cli.adapters.peft_file import AdapterFile, LoraUpdate
 from qlora_cli.errors import QloraError, UsageError, VerificationFailed
 from qlora_cli.export.merge.combine import WeightedAdapter, combine, open_other_adapters
 from qlora_cli.export.merge.lora_sum import merged_rows, rounds_to
@@ -36,7 +36,7 @@ from qlora_cli.export.merge.underflow import Count, Underflow
 from qlora_cli.export.options import FALLBACK_DTYPE, MergeBase
 from qlora_cli.files.dtype import dtype_name, file_dtype
 from qlora_cli.files.locate import read_config
-from qlora_cli.files.safetensors_io import Shape, is_finite
+from qlora_cli.files.safetensors_io import TensorSpec, is_finite
 from qlora_cli.files.source import FolderSource
 from qlora_cli.models.build import skeleton, weight_format_of
 from qlora_cli.models.checkpoint_source import open_source
@@ -68,10 +68,10 @@ class MergedTensors:
     dtype: torch.dtype
     device: torch.device
 
-    def shapes(self) -> dict[str, Shape]:
+    def shapes(self) -> dict[str, TensorSpec]:
         """Return tensor name -> shape and dtype of the merged checkpoint, in the file's order."""
         return {
-            file_name: Shape(self._dtype_of(name), self.source.shape(name))
+            file_name: TensorSpec(self._dtype_of(name), self.source.shape(name))
             for file_name, name in self._names.items()
         }
 
@@ -137,7 +137,7 @@ class MergedTensors:
         own = self.source.entry(name).dtype
         return self.dtype if own.is_floating_point else own
 
-    def _parts(self, name: str) -> list[Part]:
+    def _parts(self, name: str) -> list[LoraUpdate]:
         layers = self.adapter.layers if self.adapter is not None else {}
         layer = layers.get(name.removesuffix(".weight"))
         return layer.read() if layer is not None else []
@@ -170,7 +170,7 @@ class MergedTensors:
             count(own, result)
         return result
 
-    def _merged(self, name: str, site: Site, parts: Sequence[Part], count: Count) -> Tensor:
+    def _merged(self, name: str, site: Site, parts: Sequence[LoraUpdate], count: Count) -> Tensor:
         weight = self._base_weight(name, site)
         result = torch.empty(weight.shape, dtype=self.dtype)
         for rows, total in merged_rows(weight, parts):

@@ -1,4 +1,4 @@
-"""GPT-2: Conv1D linears (in, out) in the file, q, k and v fused in one of them, no gate."""
+"""GPT-2: Conv1D linears, stored as (in, out); one fused q/k/v projection; an MLP without a gate."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ GPT2 = Family(
     ),
     mlp=MlpSpec("mlp", Projections(gate=None, up="c_fc", down="c_proj"), "activation_function"),
     dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
-    # Causal masks that older checkpoints carry as buffers.
+    # Causal masks: buffers in older checkpoints.
     ignored=(".attn.bias", ".attn.masked_bias"),
 )

@@ -1,4 +1,4 @@
-"""Llama and what shares its shape: seven plain projections a block, RMSNorm, rotary positions."""
+"""Llama and similar models: seven plain projections per block, RMSNorm, rotary positions."""
 
 from __future__ import annotations
 
@@ -36,4 +36,4 @@ QWEN3 = replace(
     model_types=("qwen3",),
     norms=(*LLAMA.norms, "self_attn.q_norm", "self_attn.k_norm"),
 )
-"""Normalizes each head's queries and keys, too."""
+"""Also normalizes the queries and keys of each head."""

@@ -1,14 +1,15 @@
-"""A model that computes without being held: a module's tensors are there while it computes.
+"""Runs a model without loading it: each module has its weights only while it computes.
 
-Each module with weights of its own reads them when its turn comes and drops them behind it, so a
-model of any size answers in the memory of its largest tensor and of the activations. One forward
-reads the whole checkpoint once; so all rows go through in one batch.
+A module with weights of its own reads them in a forward pre-hook and frees them in a forward hook.
+A model of any size runs in the memory of its largest tensor and of the activations. One forward
+pass reads the whole checkpoint once, so all rows should be in one batch.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,56 +20,62 @@ from qlora_cli.adapters.peft_file import AdapterFile, AdapterLayer
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
-from qlora_cli.models.attach import attach, read_factors
+from qlora_cli.models.attach import attach_adapter, load_lora_weights
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.models.placement import device as device_placement
+from qlora_cli.models.placement.slots import TensorSlot, checked_slots, rebuild_buffers
 from qlora_cli.nn.embedding import HostEmbedding, has_own_memory
 
+_NamedSlots = Sequence[tuple[str, TensorSlot]]
 
-def stream(
-    loaded: LoadedModel,
-    source: TensorSource,
-    device: torch.device,
-    adapter: AdapterFile | None = None,
-) -> None:
-    """Lets a model on meta compute on `device`, in inference, with tensors from `source`.
 
-    adapter: to be put on it. Raises ModelError where the source is not this model's.
+@dataclass(frozen=True)
+class StreamedPlacement:
+    """Placement of a model that computes on `device`, in inference only.
+
+    adapter: put on the model and streamed with it.
     """
-    device_placement.rebuild_buffers(loaded, device)
-    if has_own_memory(device):
-        # A card never sees the table; the few rows that are looked up move.
-        with unallocated():
-            convert.keep_on_host(loaded.model, loaded.family.token_embedding, device)
-    needed: dict[str, list[tuple[str, device_placement.Place]]] = defaultdict(list)
-    for name, place in device_placement.places(loaded, source, device).items():
-        needed[name.rpartition(".")[0]].append((name, place))
-    if adapter is not None:
-        attach(loaded, adapter)
-    layers = adapter.layers if adapter is not None else {}
-    for path, own in needed.items():
-        module = loaded.model.get_submodule(path)
-        module.register_forward_pre_hook(_arrival(own, source, device, layers.get(path)))
-        module.register_forward_hook(_drop_weights)
+
+    device: torch.device
+    adapter: AdapterFile | None = None
+
+    def place(self, loaded: LoadedModel, source: TensorSource) -> None:
+        """Add hooks that read and free weights. Raises ModelError if the source does not fit."""
+        rebuild_buffers(loaded, self.device)
+        if has_own_memory(self.device):
+            # The table stays in host memory; only the rows that are looked up move to the GPU.
+            with unallocated():
+                table = loaded.family.token_embedding
+                convert.move_embedding_to_host(loaded.model, table, self.device)
+        slots_by_module: dict[str, list[tuple[str, TensorSlot]]] = defaultdict(list)
+        for name, slot in checked_slots(loaded, source).items():
+            slots_by_module[name.rpartition(".")[0]].append((name, slot))
+        if self.adapter is not None:
+            attach_adapter(loaded, self.adapter)
+        layers = self.adapter.layers if self.adapter is not None else {}
+        for path, slots in slots_by_module.items():
+            module = loaded.model.get_submodule(path)
+            read = _read_weights(slots, source, self.device, layers.get(path))
+            module.register_forward_pre_hook(read)
+            module.register_forward_hook(_free_weights)
 
 
-def _arrival(
-    own: list[tuple[str, device_placement.Place]],
-    source: TensorSource,
-    device: torch.device,
-    layer: AdapterLayer | None,
+def _read_weights(
+    slots: _NamedSlots, source: TensorSource, device: torch.device, layer: AdapterLayer | None
 ) -> Callable[[nn.Module, Any], None]:
-    def arrive(module: nn.Module, _: Any) -> None:
-        for name, place in own:
-            device_placement.fill(place, source, name, device)
+    """Return a forward pre-hook that reads a module's tensors and its adapter's."""
+
+    def read(module: nn.Module, _: Any) -> None:
+        for name, slot in slots:
+            slot.fill(source, name, device)
         if layer is not None:
             assert isinstance(module, LoraLinear)
-            read_factors(module, layer, device)
+            load_lora_weights(module, layer, device)
 
-    return arrive
+    return read
 
 
-def _drop_weights(module: nn.Module, *_: Any) -> None:
+def _free_weights(module: nn.Module, *_: Any) -> None:
+    """Replace the tensors of a module by meta tensors; a forward hook."""
     with unallocated():
         for part in module.modules():
             if isinstance(part, HostEmbedding):

@@ -54,10 +54,10 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for number, adapter in enumerate(KINDS):
         recipe = make_recipe(base, rows, adapter=adapter)
         run, loaded = make_run(folder / f"run{number}", recipe, seed=number, spread=0.05)
-        turned = {site.path for site in loaded.sites if site.transposed}
+        sites = {site.path: site for site in loaded.sites}
         layers = {path: layer.delta() for path, layer in adapted_layers(loaded.model)}
         runs.append(run)
-        deltas.append({p: d.t() if p in turned else d for p, d in layers.items()})
+        deltas.append({path: sites[path].to_file(delta) for path, delta in layers.items()})
     return World(folder, base, tuple(runs), tuple(deltas))
 
 

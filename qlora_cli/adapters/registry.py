@@ -1,0 +1,21 @@
+"""The adapter methods by the name that a recipe gives in `adapter.method`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qlora_cli.adapters.full import FullFineTuning
+from qlora_cli.adapters.lora import LoraMethod
+from qlora_cli.adapters.method import AdapterMethod
+from qlora_cli.recipe import schema
+
+METHODS: dict[str, Callable[[schema.Adapter], AdapterMethod]] = {
+    LoraMethod.name: LoraMethod.from_recipe,
+    FullFineTuning.name: FullFineTuning.from_recipe,
+}
+"""Name -> function that creates the method from the recipe's section `adapter`."""
+
+
+def method_of(section: schema.Adapter) -> AdapterMethod:
+    """Return the method that the recipe's section `adapter` names."""
+    return METHODS[section.method](section)

@@ -1,0 +1,39 @@
+"""Which linears of a model an adapter changes: from the recipe's `adapter.targets` to roles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlora_cli.errors import Problem, ProblemsError
+from qlora_cli.nn.site import Site
+
+
+def adapted_roles(sites: Sequence[Site], targets: str | Sequence[str]) -> dict[str, list[str]]:
+    """Return path -> adapted roles of each targeted site, in the site's order of roles.
+
+    targets: `all`, or a list of role names (`q`) and module paths. Raises ProblemsError that names
+    every unknown target.
+    """
+    known = {role for site in sites for role in site.roles}
+    wanted = known if targets == "all" else set(targets)
+    _check_known(sites, wanted - known - {site.path for site in sites})
+    roles = {
+        site.path: list(site.roles)
+        if site.path in wanted
+        else [role for role in site.roles if role in wanted]
+        for site in sites
+    }
+    return {path: adapted for path, adapted in roles.items() if adapted}
+
+
+def _check_known(sites: Sequence[Site], unknown: set[str]) -> None:
+    if unknown:
+        roles = list(dict.fromkeys(role for site in sites for role in site.roles))
+        raise ProblemsError(
+            "unknown adapter targets",
+            [
+                Problem("adapter.targets", f"{name!r} is neither a role nor the path of a linear")
+                for name in sorted(unknown)
+            ],
+            hint=f"roles of this model: {', '.join(roles)}; example of a path: {sites[0].path}",
+        )

@@ -1,0 +1,143 @@
+"""The tensors that a model needs from a checkpoint, and how each one is put into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.adapters.lora import LoraLinear
+from qlora_cli.errors import ModelError
+from qlora_cli.files.source import TensorSource
+from qlora_cli.memory.scopes import attribute, host_memory
+from qlora_cli.models import convert
+from qlora_cli.models.model import LoadedModel, is_tied
+from qlora_cli.nn.embedding import HostEmbedding, upload
+from qlora_cli.nn.quant import QuantLinear
+from qlora_cli.nn.site import Site
+
+
+@dataclass(frozen=True)
+class TensorSlot:
+    """One tensor of a checkpoint and its destination in the model.
+
+    file_shape: shape of the tensor in the file. put: stores the tensor, in the model's orientation,
+    in the model. site: the linear whose weight it is. on_host: the tensor stays in host memory.
+    dtype: dtype in the model; None for a weight that is quantized. The tensor is transposed and
+    cast on the CPU, so that the device never stores it twice.
+    """
+
+    file_shape: tuple[int, ...]
+    put: Callable[[Tensor], None]
+    site: Site | None = None
+    on_host: bool = False
+    dtype: torch.dtype | None = None
+
+    def fill(self, source: TensorSource, name: str, device: torch.device) -> None:
+        """Read the tensor `name` and store it in the model on `device`."""
+        with host_memory():
+            tensor = source.read(name)
+            if self.on_host:
+                self.put(tensor)
+                return
+            if self.site is not None:
+                tensor = self.site.from_file(tensor).contiguous()
+            tensor = tensor.to(self.dtype or tensor.dtype)
+        self.put(upload(tensor, device))
+
+
+def checked_slots(loaded: LoadedModel, source: TensorSource) -> dict[str, TensorSlot]:
+    """Return name -> slot of every tensor that a checkpoint of this model contains.
+
+    The tensor `<path>.weight` belongs to the module at `path`. Raises ModelError if the names or
+    shapes of the source's tensors are different.
+    """
+    slots = dict(_slots(loaded))
+    _check_names(loaded, source.names(), slots)
+    for name, slot in slots.items():
+        _check_shape(name, source.shape(name), slot.file_shape)
+    return slots
+
+
+def _slots(loaded: LoadedModel) -> Iterator[tuple[str, TensorSlot]]:
+    sites = {site.path: site for site in loaded.sites}
+    tied_head = loaded.family.head if is_tied(loaded) else None
+    for path, module in loaded.model.named_modules():
+        if isinstance(module, QuantLinear):
+            # A packed linear with an adapter is the adapter's `base`.
+            name = path.removesuffix(".base")
+            if name != tied_head:
+                yield f"{name}.weight", _packed_slot(module, sites.get(name))
+            if module.bias is not None:
+                yield f"{name}.bias", _parameter_slot(module, "bias", "base")
+        elif isinstance(module, HostEmbedding):
+            shape = tuple(module.weight.shape)
+            yield f"{path}.weight", TensorSlot(shape, module.put, on_host=True)
+        elif not isinstance(module, LoraLinear) and path != tied_head:
+            for key, _ in module.named_parameters(recurse=False):
+                yield f"{path}.{key}", _parameter_slot(module, key, _category(loaded, path))
+
+
+def _packed_slot(module: QuantLinear, site: Site | None) -> TensorSlot:
+    """site: None for a head, which a file stores as (out, in)."""
+    shape = (module.out_features, module.in_features) if site is None else site.file_shape
+    dtype = module.weight_format.storage if module.weight_format.bits == 16 else None
+    return TensorSlot(shape, module.pack, site=site, dtype=dtype)
+
+
+def _parameter_slot(module: nn.Module, key: str, category: str) -> TensorSlot:
+    old: nn.Parameter = getattr(module, key)
+
+    def put(tensor: Tensor) -> None:
+        value = tensor.to(old.dtype)
+        attribute([value], category)
+        setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
+
+    return TensorSlot(tuple(old.shape), put, dtype=old.dtype)
+
+
+def _category(loaded: LoadedModel, path: str) -> str:
+    if path in loaded.family.embeddings:
+        return "embeddings"
+    return "head" if path == loaded.family.head else "base"
+
+
+def _check_names(
+    loaded: LoadedModel, names: Iterable[str], slots: Mapping[str, TensorSlot]
+) -> None:
+    present = set(names)
+    missing = sorted(set(slots) - present)
+    allowed = {f"{loaded.family.head}.weight"} if is_tied(loaded) else set()
+    unexpected = sorted(present - set(slots) - allowed)
+    if missing or unexpected:
+        groups = [
+            f"{word}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            for word, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        raise ModelError(
+            "the checkpoint's tensors do not match its config.json; " + "; ".join(groups),
+            where="model.name",
+            hint="download the folder again, or check that config.json belongs to this checkpoint",
+        )
+
+
+def _check_shape(name: str, in_file: tuple[int, ...], in_model: tuple[int, ...]) -> None:
+    if tuple(in_file) != tuple(in_model):
+        raise ModelError(
+            f"{name} is {tuple(in_file)} in the checkpoint and {tuple(in_model)} by its config",
+            where="model.name",
+        )
+
+
+def rebuild_buffers(loaded: LoadedModel, device: torch.device) -> None:
+    """Create the buffers on `device` that no checkpoint contains (rotary frequencies).
+
+    The constructor of their module computes them.
+    """
+    for path, module in list(loaded.model.named_modules()):
+        if device.type != "meta" and any(b.is_meta for b in module.buffers(recurse=False)):
+            convert.replace_module(loaded.model, path, type(module)(loaded.config).to(device))
+    attribute(loaded.model.buffers(), "base")
