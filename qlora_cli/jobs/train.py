@@ -15,7 +15,7 @@ from qlora_cli.data.collate import Batch, peak_batches
 from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.files.atomic import RESUME_HINT, atomic_file, atomic_folder, report_write_errors
-from qlora_cli.files.source import SINGLE
+from qlora_cli.files.source import WEIGHTS_FILE
 from qlora_cli.jobs import record, report
 from qlora_cli.jobs.memory import Earlier, MemoryRecord
 from qlora_cli.jobs.prepare import Prepared, TrainingJob, prepare, read_job
@@ -28,7 +28,7 @@ from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.runs.finite import last_checkpoint_named
+from qlora_cli.runs.finite import add_last_checkpoint_hint
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.resume import load_checkpoint, write_trained
 from qlora_cli.runs.run import Run
@@ -173,7 +173,7 @@ def _train(
         observer.note(f"going on after step {state.step}")
     memory = MemoryRecord(job, planned, before, instrument, earlier)
     loop = TrainingLoop(state, job.schedule, job.steps, job.run, instrument, observer, memory.write)
-    with last_checkpoint_named(job.run):
+    with add_last_checkpoint_hint(job.run):
         progress = loop.train()
         score = _evaluate(state, job.held_out, instrument)
         _save(job, state)
@@ -214,7 +214,7 @@ def _save(job: TrainingJob, state: State) -> None:
         atomic_folder(weights) as folder,
     ):
         shutil.copy(job.prepared.folder / "config.json", folder)
-        write_trained(state.trainable, folder / SINGLE)
+        write_trained(state.trainable, folder / WEIGHTS_FILE)
 
 
 def _train_loss(run: RunFolder) -> float:

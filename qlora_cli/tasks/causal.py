@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_cli.data.collate import Batch, collate
 from qlora_cli.data.encode import Example, encode
-from qlora_cli.data.formats import Row
+from qlora_cli.data.rows import Row
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
 from qlora_cli.recipe.schema import DataFormat
@@ -55,9 +55,7 @@ class CausalTask:
         """
         return sum(batch.num_targets for batch in batches)
 
-    def loss(
-        self, loaded: LoadedModel, batch: Batch, device: torch.device, scale: float
-    ) -> Tensor:
+    def loss(self, loaded: LoadedModel, batch: Batch, device: torch.device, scale: float) -> Tensor:
         """Return `scale` times the cross entropy summed over trained tokens, a float32 scalar."""
         hidden = hidden_states(loaded, batch, device)
         positions, targets = _targets(batch, device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora_cli.data.collate import Batch
 from qlora_cli.data.encode import Example
-from qlora_cli.data.formats import Row
+from qlora_cli.data.rows import Row
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe.schema import DataFormat
 
@@ -74,9 +74,7 @@ class Task(Protocol):
         The loss of the step is divided by this number.
         """
 
-    def loss(
-        self, loaded: LoadedModel, batch: Batch, device: torch.device, scale: float
-    ) -> Tensor:
+    def loss(self, loaded: LoadedModel, batch: Batch, device: torch.device, scale: float) -> Tensor:
         """Return `scale` times the sum of the loss over the targets of `batch`.
 
         The result is a float32 scalar on `device` with a gradient. scale: 1 / `num_targets` of the

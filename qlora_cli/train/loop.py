@@ -154,7 +154,7 @@ class TrainingLoop:
             return
         gradients = track_gradients(self.state.trainable.values(), self.instrument.tracker)
         with gradients, self.instrument.phase(phase):
-            self.instrument.timeline.number(self.state.step + 1)
+            self.instrument.timeline.set_step(self.state.step + 1)
             yield
 
     def _event(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlora_cli.data.collate import Batch
 from qlora_cli.errors import NotFinite
-from qlora_cli.files.finite import ADVICE
+from qlora_cli.files.finite import DIVERGENCE_HINT
 from qlora_cli.files.safetensors_io import is_finite
 from qlora_cli.memory.scopes import mark, scope
 from qlora_cli.train.state import State
@@ -124,4 +124,4 @@ def _check_overflow(state: State, loss: float) -> None:
 
 
 def _diverged(state: State, reason: str) -> NotFinite:
-    return NotFinite(f"step {state.step}: {reason}", hint=ADVICE)
+    return NotFinite(f"step {state.step}: {reason}", hint=DIVERGENCE_HINT)
