@@ -97,7 +97,7 @@ class PeftConfig(BaseModel):
         return index == wanted if isinstance(wanted, int) else index in (wanted or ())
 
 
-def read_config(folder: Path) -> PeftConfig:
+def read_peft_config(folder: Path) -> PeftConfig:
     """The adapter's settings. Raises ModelError where they are damaged or not supported."""
     file = folder / CONFIG
     if not file.is_file():

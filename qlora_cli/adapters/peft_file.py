@@ -64,7 +64,7 @@ class AdapterMetadata:
 
 
 @dataclass(frozen=True)
-class Part:
+class LoraUpdate:
     """One product: adds scaling * B A to some rows of W. a (rank, in), b (rows, rank)."""
 
     rows: slice
@@ -92,13 +92,13 @@ class AdapterLayer:
         """(out, in) of the weight that the layer adapts."""
         return self.b.shape[0], self.a.shape[1]
 
-    def read(self) -> list[Part]:
+    def read(self) -> list[LoraUpdate]:
         """The parts, on the host. Raises ModelError where blocks are not where they should be."""
         a, b = read_tensor(self.a), read_tensor(self.b)
         rank, scaling = self.settings.rank, self.settings.scaling
         columns = [slice(i * rank, (i + 1) * rank) for i in range(len(self.rows))]
         places = list(zip(self.rows.values(), columns, strict=True))
-        parts = [Part(rows, a[at].clone(), b[rows, at].clone(), scaling) for rows, at in places]
+        parts = [LoraUpdate(rows, a[at].clone(), b[rows, at].clone(), scaling) for rows, at in places]
         for rows, at in places:
             b[rows, at] = 0
         if b.any():
@@ -108,7 +108,7 @@ class AdapterLayer:
             )
         return parts
 
-    def rows_on(self, site: Site) -> dict[str, slice]:
+    def slices_on(self, site: Site) -> dict[str, slice]:
         """The parts as this site names them; one part over a fused site is called `qkv`."""
         whole = "".join(site.roles)
         return {role or whole: rows for role, rows in self.rows.items()}
@@ -151,7 +151,7 @@ class AdapterFile:
 
 def open_adapter(folder: Path) -> AdapterFile:
     """What lies in the folder, checked but not read. Raises ModelError."""
-    config = peft_config.read_config(folder)
+    config = peft_config.read_peft_config(folder)
     file = folder / peft_config.WEIGHTS
     if not file.is_file():
         hint = "pickled weights are not read; save the adapter again as safetensors"

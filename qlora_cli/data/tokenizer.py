@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.files.locate import NO_CODE, STARTER, STARTER_FOLDER, check_auto_map
+from qlora_cli.files.locate import NO_CODE_HINT, STARTER, STARTER_FOLDER, check_auto_map
 
 _FILES = (
     "tokenizer.json",
@@ -65,7 +65,7 @@ def _unloadable(source: str, error: Exception) -> ModelError:
         return ModelError(
             "its tokenizer needs Python code of its own",
             where=source,
-            hint=f"{NO_CODE}, or one with a tokenizer.json that loads without code",
+            hint=f"{NO_CODE_HINT}, or one with a tokenizer.json that loads without code",
         )
     summary = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ModelError(

@@ -19,7 +19,7 @@ _SIZES = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
 )
 _LEAST_ITEM_BYTES = 2
-NO_CODE = (
+NO_CODE_HINT = (
     "qlora does not run code from a model folder; use a base of a family that transformers supports"
 )
 """What follows from a folder that needs Python code of its own."""
@@ -83,7 +83,7 @@ def read_config(file: Path) -> Any:
             f"its config needs Python code of its own: transformers has no model type "
             f"{model_type!r}",
             where=str(file),
-            hint=NO_CODE,
+            hint=NO_CODE_HINT,
         )
     try:
         config = AutoConfig.for_model(model_type, **content)

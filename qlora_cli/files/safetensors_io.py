@@ -116,7 +116,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Shape:
+class TensorSpec:
     """What a tensor to be written will be."""
 
     dtype: torch.dtype
@@ -130,7 +130,7 @@ class Shape:
 
 def write_tensors(
     file: Path,
-    shapes: Mapping[str, Shape],
+    shapes: Mapping[str, TensorSpec],
     make: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
@@ -145,7 +145,7 @@ def write_tensors(
             _write_one(stream, name, shape, make(name))
 
 
-def _header(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> bytes:
+def _header(shapes: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, shape in shapes.items():
@@ -162,7 +162,7 @@ def _header(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def _write_one(stream: BinaryIO, name: str, shape: Shape, tensor: Tensor) -> None:
+def _write_one(stream: BinaryIO, name: str, shape: TensorSpec, tensor: Tensor) -> None:
     assert (tensor.dtype, tuple(tensor.shape)) == (shape.dtype, shape.shape), name
     flat = tensor.contiguous().reshape(-1)
     if flat.numel():

@@ -18,8 +18,8 @@ from torch import Tensor
 from qlora_cli.errors import ModelError
 from qlora_cli.files.safetensors_io import TensorEntry, read_header, read_tensor
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
 _END_BYTES = 4096
 
 
@@ -104,15 +104,15 @@ def read_folder(folder: Path) -> dict[str, TensorEntry]:
 
 def _files(folder: Path) -> list[Path]:
     """Where both are there, a single file goes before an index, as with transformers."""
-    index = folder / INDEX
-    if index.is_file() and not (folder / SINGLE).is_file():
+    index = folder / WEIGHTS_INDEX
+    if index.is_file() and not (folder / WEIGHTS_FILE).is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as fault:
             raise ModelError(f"damaged index: {fault!r}", where=str(index)) from fault
         files = [folder / name for name in names]
     else:
-        files = [folder / SINGLE]
+        files = [folder / WEIGHTS_FILE]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         old = sorted(path.name for path in folder.glob("*.bin"))

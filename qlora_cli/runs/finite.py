@@ -13,7 +13,7 @@ from qlora_cli.runs.layout import RunFolder
 
 
 @contextmanager
-def last_checkpoint_named(run: RunFolder) -> Iterator[None]:
+def add_last_checkpoint_hint(run: RunFolder) -> Iterator[None]:
     """Adds the step and the path of the last checkpoint of `run` to a NotFinite, or its absence."""
     try:
         yield

@@ -14,7 +14,7 @@ from qlora_cli.files.dtype import file_dtype
 from qlora_cli.files.locate import find_base, read_config
 from qlora_cli.files.source import FolderSource
 from qlora_cli.memory.device import profile_of
-from qlora_cli.models.attach import attach, detach
+from qlora_cli.models.attach import attach_adapter, remove_adapter
 from qlora_cli.models.build import MakeSource, ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
@@ -76,7 +76,7 @@ def open_run(run: Run, device: torch.device, observer: Observer) -> LoadedModel:
         return _open(run.recipe, base, trained, device, observer)
     adapter = run.adapter_file
     loaded = _open(run.recipe, base, partial(_folder_source, base), device, observer)
-    attach(loaded, adapter)
+    attach_adapter(loaded, adapter)
     return _ready(loaded, base)
 
 
@@ -105,7 +105,7 @@ def _open_packed(
     recipe = _sixteen_bit(base, compute, "lora")
     loaded = _open(recipe, base, partial(_folder_source, weights), device, observer)
     # What training would begin with; nothing was trained here.
-    detach(loaded)
+    remove_adapter(loaded)
     return loaded
 
 

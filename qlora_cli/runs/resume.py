@@ -17,8 +17,14 @@ from torch import Tensor, nn
 
 from qlora_cli.errors import ModelError, NotFinite, QloraError
 from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors
-from qlora_cli.files.finite import on_host
-from qlora_cli.files.safetensors_io import Shape, is_finite, read_header, read_tensor, write_tensors
+from qlora_cli.files.finite import finite_cpu_copy
+from qlora_cli.files.safetensors_io import (
+    TensorSpec,
+    is_finite,
+    read_header,
+    read_tensor,
+    write_tensors,
+)
 from qlora_cli.runs.layout import RunFolder
 
 _TENSORS = "trained.safetensors"
@@ -96,8 +102,8 @@ def write_trained(tensors: Mapping[str, Tensor], file: Path) -> None:
 
     Raises NotFinite where one has a value that is NaN or infinite.
     """
-    shapes = {name: Shape(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_tensors(file, shapes, lambda name: on_host(name, tensors[name]), {"format": "pt"})
+    shapes = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_tensors(file, shapes, lambda name: finite_cpu_copy(name, tensors[name]), {"format": "pt"})
 
 
 @torch.no_grad()

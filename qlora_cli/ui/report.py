@@ -1,4 +1,7 @@
-"""`report.html`: a run on one page that needs nothing beside it, neither network nor scripts."""
+"""Write a run's report: one HTML page and one PNG image.
+
+The page is a single file. It contains its figures and needs no network and no scripts.
+"""
 
 from __future__ import annotations
 
@@ -12,44 +15,62 @@ from qlora_cli.errors import UsageError
 from qlora_cli.files.atomic import atomic_file, report_write_errors
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.ui import memory
+from qlora_cli.ui import memory, memory_facts
 from qlora_cli.ui.summary import settings, summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-_CURVES = (("loss", "Loss", "nats a token"), ("tokens_per_second", "Speed", "tokens/s"))
-"""Key in metrics.jsonl, title, label of the axis."""
+_METRICS = (("loss", "Loss", "nats per token"), ("tokens_per_second", "Speed", "tokens/s"))
+"""(key in metrics.jsonl, title of the figure, label of its axis)."""
 _PAGE_MARK = b'<meta name="generator" content="qlora">'
-"""As the template writes it."""
-_PICTURE_MARK = b"Software\0qlora"
-"""As `figures.as_png` writes it."""
+"""Bytes that identify a page of qlora; the template contains them."""
+_IMAGE_MARK = b"Software\0qlora"
+"""Bytes that identify an image of qlora; `figures.as_png` writes them."""
 _MARK_WITHIN = 4096
-"""Bytes from a file's beginning."""
+"""The marks are within this many bytes from the start of a file."""
 
 
-def check_free(run: Path, html: Path | None, png: Path | None) -> None:
-    """Raises UsageError where the page or the picture would overwrite a foreign file.
+def check_free(run: Path, html: Path | None, png: Path | None, *, force: bool = False) -> None:
+    """Raise UsageError if the page or the image would overwrite a file of the run or of the user.
 
-    A report that qlora wrote before may be overwritten, and the report in the folder `run`.
+    Allowed targets are the run's own `report.html` and `memory.png`, any new file outside the run's
+    folder, and an existing file there that qlora wrote as a report.
+
+    run: the run's folder.
+    html, png: the files to write; None for no file.
+    force: also allow existing files outside the run's folder that are not reports.
     """
     folder = RunFolder(run)
     for option, path, own, mark in (
         ("--html", html, folder.report, _PAGE_MARK),
-        ("--png", png, folder.memory_png, _PICTURE_MARK),
+        ("--png", png, folder.memory_png, _IMAGE_MARK),
     ):
-        if path is None or path.resolve() == own.resolve() or not os.path.lexists(path):
+        if path is None or path.resolve() == own.resolve():
             continue
-        if not _is_marked(path, mark):
+        if _is_inside(path, run):
             raise UsageError(
-                f"{path} exists and is no report that qlora wrote",
+                f"{path} is in the run's folder, and its files are not overwritten by a report",
+                where=option,
+                hint=f"name {own} or a file outside the folder",
+            )
+        if not force and os.path.lexists(path) and not _is_marked(path, mark):
+            raise UsageError(
+                f"{path} exists and is not a report written by qlora",
                 where=option,
                 hint="name another file, or overwrite this one with --force",
             )
 
 
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Return whether `path`, or the file that it links to, is in `folder`."""
+    entry = path.parent.resolve() / path.name
+    return any(place.is_relative_to(folder.resolve()) for place in (entry, path.resolve()))
+
+
 def _is_marked(path: Path, mark: bytes) -> bool:
+    """Return whether the file begins with a mark of qlora's own reports."""
     try:
         with path.open("rb") as stream:
             return path.is_file() and mark in stream.read(_MARK_WITHIN)
@@ -58,47 +79,47 @@ def _is_marked(path: Path, mark: bytes) -> bool:
 
 
 def write(result: ReportResult) -> None:
-    """The page and the picture where the result names a file for them, each whole or not at all.
+    """Write the page to `result.html` and the image to `result.png`, unless they are None.
 
-    Raises QloraError where one cannot be written.
+    Each file is written completely or not at all. Raises QloraError if one cannot be written.
     """
     if result.html is not None:
         _write(result.html, render(result).encode())
     if result.png is not None:
         from qlora_cli.ui import figures
 
-        _write(result.png, figures.as_png(figures.poster(result)))
+        _write(result.png, figures.as_png(figures.overview_figure(result)))
 
 
 def _write(path: Path, content: bytes) -> None:
     hint = "free disk space, or name a file in another folder"
-    with report_write_errors("the report", path, hint), atomic_file(path) as beside:
-        beside.write_bytes(content)
+    with report_write_errors("the report", path, hint), atomic_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def render(result: ReportResult) -> str:
-    """The page as text."""
-    # Both are imported here because a command without a page shall not wait for them.
+    """Return the HTML page of a run."""
+    # Imported here, so that commands that write no page do not wait for them.
     import jinja2
 
     from qlora_cli.ui import figures
 
-    sides, phases = memory.by_side(result.ledger), memory.by_phase(result.ledger)
+    ledger = result.ledger
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        saving=memory.saving(result.ledger),
-        notes=result.ledger.notes,
+        saving=memory_facts.saving(ledger),
+        notes=ledger.notes,
         summary=summary(result),
-        sides=memory.grid(sides),
-        sides_figure=_embedded(figures.stacked_bars(sides)),
-        over_time=list(_over_time(result)),
-        phases=memory.grid(phases),
-        phases_figure=_embedded(figures.stacked_bars(phases)),
-        instrument=result.ledger.instrument,
-        differences=memory.differences(result.ledger),
-        curves=list(_curves(result)),
+        methods=memory.method_grid(ledger),
+        methods_figure=_embed(figures.bar_figure(memory.peak_by_method(ledger))),
+        over_time=list(_figures_over_time(result)),
+        phases=memory.phase_grid(ledger),
+        phases_figure=_embed(figures.bar_figure(memory.peak_by_phase(ledger))),
+        instrument=ledger.instrument,
+        counter_differences=memory_facts.counter_differences(ledger),
+        metrics=list(_metric_figures(result)),
         choices=result.run.get("choices", ()),
         tensors=result.run.get("tensors", ()),
         settings=settings(result.run),
@@ -106,30 +127,37 @@ def render(result: ReportResult) -> str:
     )
 
 
-def _over_time(result: ReportResult) -> Iterator[dict[str, str]]:
-    """One step and the run; an older run has no timeline."""
+def _figures_over_time(result: ReportResult) -> Iterator[dict[str, str]]:
+    """Yield the figures of one step and of the run; none for a run without timeline.json."""
     from qlora_cli.ui import figures, timelines
 
-    if step := timelines.worst_step(result.timeline):
-        figure = figures.over_step(step, result.ledger.planned_peak_bytes)
-        about = f"the step with the highest peak, {timelines.name(step)}"
-        yield {"title": "Memory over one step", "about": about, "source": _embedded(figure)}
+    if step := timelines.peak_step(result.timeline):
+        figure = figures.step_figure(step, result.ledger.planned_peak_bytes)
+        caption = f"The step with the highest peak, {timelines.trace_name(step)}."
+        yield {"title": "Memory over one step", "caption": caption, "source": _embed(figure)}
     if result.timeline:
-        about = "what was tracked, each stretch as wide as the others; the gaps were not tracked"
-        source = _embedded(figures.over_run(result))
-        yield {"title": "Memory over the run", "about": about, "source": source}
+        caption = (
+            "Each tracked phase has the same width, whatever its duration; "
+            "hatched steps were not tracked."
+        )
+        source = _embed(figures.run_figure(result))
+        yield {"title": "Memory over the run", "caption": caption, "source": source}
 
 
-def _curves(result: ReportResult) -> Iterator[dict[str, str]]:
+def _metric_figures(result: ReportResult) -> Iterator[dict[str, str]]:
     from qlora_cli.ui import figures
 
     if result.metrics:
-        for key, title, label in _CURVES:
-            yield {"title": title, "source": _embedded(figures.curve(result.metrics, key, label))}
+        for key, title, label in _METRICS:
+            source = _embed(figures.metric_figure(result.metrics, key, label))
+            yield {"title": title, "source": source}
 
 
-def _embedded(figure: Figure) -> str:
-    """As an image of its own: identifiers inside one figure cannot meet those of another."""
+def _embed(figure: Figure) -> str:
+    """Return the figure as a data URL.
+
+    As an image of its own, because identifiers of two inline SVGs could collide.
+    """
     from qlora_cli.ui import figures
 
     svg = figures.as_svg(figure)

@@ -53,12 +53,22 @@ def test_a_report_removes_no_file_with_a_similar_name(copy: Path, tmp_path: Path
         assert (tmp_path / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("force", [(), ("--force",)], ids=["", "forced"])
 @pytest.mark.parametrize("option", ["--html", "--png"])
-def test_a_report_leaves_the_files_of_a_run(copy: Path, option: str) -> None:
+def test_a_report_leaves_the_files_of_a_run(
+    copy: Path, tmp_path: Path, option: str, force: tuple[str, ...]
+) -> None:
+    (tmp_path / "link").symlink_to(copy / "run.json")
+    (copy / "mine.html").symlink_to(tmp_path / "elsewhere")
+    names = ("run.json", "metrics.jsonl", "memory.json", "adapter/adapter_config.json")
+    inside = [copy / name for name in (*names, "mine.html", "new.html")]
     before = content(copy)
-    for name in ("run.json", "metrics.jsonl", "memory.json"):
-        assert qlora("report", copy, option, copy / name).code == 2
+    for path in (*inside, copy / ".." / "copy" / "run.json", tmp_path / "link"):
+        outcome = qlora("report", copy, option, path, *force)
+        assert outcome.code == 2
+        assert str(path) in outcome.err
     assert content(copy) == before
+    assert (copy / "mine.html").is_symlink()
 
 
 def test_a_report_replaces_the_pages_in_the_folder_of_the_run(copy: Path) -> None:
@@ -67,6 +77,7 @@ def test_a_report_replaces_the_pages_in_the_folder_of_the_run(copy: Path) -> Non
     pages = ("--html", copy / "report.html", "--png", copy / "memory.png")
     assert qlora("report", copy, *pages).code == 0
     assert b"older" not in (copy / "report.html").read_bytes() + (copy / "memory.png").read_bytes()
+    assert qlora("report", copy, *pages, "--force").code == 0
 
 
 # quickstart

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_cli.errors import ModelError
-from qlora_cli.files.safetensors_io import Shape, read_header, read_tensor, write_tensors
+from qlora_cli.files.safetensors_io import TensorSpec, read_header, read_tensor, write_tensors
 
 DTYPES = [
     torch.float64,
@@ -34,7 +34,7 @@ def tensor_of(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    shapes = {name: Shape(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    shapes = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_tensors(file, shapes, tensors.__getitem__, metadata or {})
 
 
@@ -91,7 +91,7 @@ def test_only_one_tensor_is_asked_for_at_a_time(tmp_path: Path) -> None:
         return torch.zeros(2)
 
     names = ["b", "a", "c"]
-    write_tensors(tmp_path / "x", {name: Shape(torch.float32, (2,)) for name in names}, make, {})
+    write_tensors(tmp_path / "x", {name: TensorSpec(torch.float32, (2,)) for name in names}, make, {})
     assert asked == names
     entries, _ = read_header(tmp_path / "x")
     assert sorted(entries, key=lambda name: entries[name].start) == names

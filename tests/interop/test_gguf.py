@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.errors import QloraError, UsageError, VerificationFailed
 from qlora_cli.events import Silent
-from qlora_cli.export.gguf import write as gguf_write
 from qlora_cli.export.gguf.model import ARCHITECTURES
+from qlora_cli.export.gguf.plan import GgufPlan
+from qlora_cli.export.gguf.read_back import verify_gguf
+from qlora_cli.export.gguf.write import export_gguf
+from qlora_cli.export.options import GgufEncoding
 from qlora_cli.models.registry import FAMILIES
 from qlora_cli.runs.layout import RunFolder
 from tests.helpers.cli_helpers import qlora
@@ -38,8 +41,8 @@ from tests.helpers.vocabularies import (
 )
 
 
-def write(folder: Path, encoding: gguf_write.GgufEncoding = "f16") -> Path:
-    return gguf_write.export_gguf(folder, encoding, Silent())
+def write(folder: Path, encoding: GgufEncoding = "f16") -> Path:
+    return export_gguf(folder, encoding, Silent())
 
 
 def field(file: Path, key: str) -> Any:
@@ -130,12 +133,12 @@ def test_biases_and_rows_that_fill_no_block_are_written(tmp_path: Path) -> None:
         tmp_path / "model", "llama", attention_bias=True, mlp_bias=True, intermediate_size=88
     )
     notes = Notes()
-    file = gguf_write.export_gguf(folder, "q8_0", notes)
+    file = export_gguf(folder, "q8_0", notes)
     found = {tensor.name: tensor.tensor_type for tensor in GGUFReader(file).tensors}
     assert found["blk.0.ffn_down.weight"] == GGMLQuantizationType.F16
     assert found["blk.0.ffn_up.weight"] == GGMLQuantizationType.Q8_0
     assert found["blk.0.attn_k.bias"] == GGMLQuantizationType.F32
-    assert any("2 tensors have rows that are no multiple of 32" in note for note in notes.told)
+    assert any("2 tensors are written in float16" in note for note in notes.told)
 
 
 def test_a_file_of_the_name_is_kept(tmp_path: Path) -> None:
@@ -188,12 +191,12 @@ def test_linear_frequencies_and_a_sliding_window_are_metadata(tmp_path: Path) ->
     rope = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
     folder = make_model(tmp_path / "model", "mistral", rope_parameters=rope, sliding_window=48)
     notes = Notes()
-    file = gguf_write.export_gguf(folder, "f16", notes)
+    file = export_gguf(folder, "f16", notes)
     assert field(file, "llama.rope.scaling.type") == "linear"
     assert field(file, "llama.rope.scaling.factor") == 4.0
     assert field(file, "llama.rope.freq_base") == 5000.0
     assert field(file, "llama.context_length") == 48
-    assert any("its context is 48 tokens" in note for note in notes.told)
+    assert any("the context is limited to 48 tokens" in note for note in notes.told)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,7 @@ def test_every_token_that_ends_an_answer_is_told(tmp_path: Path) -> None:
     settings = folder / "generation_config.json"
     settings.write_text(json.dumps({"eos_token_id": [2, 4, 3, 5]}))
     notes = Notes()
-    file = gguf_write.export_gguf(folder, "f16", notes)
+    file = export_gguf(folder, "f16", notes)
     assert field(file, "tokenizer.ggml.eot_token_id") == 4
     assert field(file, "tokenizer.ggml.eom_token_id") == 3
     assert any("tokens [5] end an answer too" in note for note in notes.told)
@@ -334,17 +337,17 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("encoding", ["f16", "q8_0"])
 @pytest.mark.parametrize("name", ["token_embd.weight", "blk.1.attn_q.weight", "output_norm.weight"])
 def test_one_flipped_bit_in_the_file_is_found(
-    encoding: gguf_write.GgufEncoding, name: str, tmp_path: Path
+    encoding: GgufEncoding, name: str, tmp_path: Path
 ) -> None:
     folder = make_model(tmp_path / "model", "llama")
-    file, plan = write(folder, encoding), gguf_write.GgufPlan(folder, encoding)
-    gguf_write.verify_gguf(file, plan, Silent())
+    file, plan = write(folder, encoding), GgufPlan(folder, encoding)
+    verify_gguf(file, plan, Silent())
     (tensor,) = (tensor for tensor in GGUFReader(file).tensors if tensor.name == name)
     content = bytearray(file.read_bytes())
     content[tensor.data_offset + tensor.n_bytes // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(VerificationFailed, match=name) as caught:
-        gguf_write.verify_gguf(file, plan, Silent())
+        verify_gguf(file, plan, Silent())
     assert caught.value.exit_code == 4
 
 
@@ -366,7 +369,7 @@ def test_a_changed_header_is_found(old: bytes, new: bytes, told: str, tmp_path: 
     assert old in content
     file.write_bytes(content.replace(old, new, 1))
     with pytest.raises(VerificationFailed, match=told):
-        gguf_write.verify_gguf(file, gguf_write.GgufPlan(folder, "f16"), Silent())
+        verify_gguf(file, GgufPlan(folder, "f16"), Silent())
 
 
 def test_a_file_that_was_cut_short_is_found(tmp_path: Path) -> None:
@@ -374,7 +377,7 @@ def test_a_file_that_was_cut_short_is_found(tmp_path: Path) -> None:
     file = write(folder)
     file.write_bytes(file.read_bytes()[:-4096])
     with pytest.raises(VerificationFailed, match="cannot be read"):
-        gguf_write.verify_gguf(file, gguf_write.GgufPlan(folder, "f16"), Silent())
+        verify_gguf(file, GgufPlan(folder, "f16"), Silent())
 
 
 def test_a_tensor_changed_after_writing_is_told_by_name(tmp_path: Path) -> None:
@@ -384,12 +387,12 @@ def test_a_tensor_changed_after_writing_is_told_by_name(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] += 0.5
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(VerificationFailed, match=r"blk\.0\.ffn_up\.weight differs"):
-        gguf_write.verify_gguf(file, gguf_write.GgufPlan(folder, "q8_0"), Silent())
+        verify_gguf(file, GgufPlan(folder, "q8_0"), Silent())
 
 
 @pytest.mark.parametrize(("encoding", "value"), [("f16", 1e5), ("q8_0", 1e8)])
 def test_a_value_beyond_float16_is_an_error_and_leaves_nothing(
-    encoding: gguf_write.GgufEncoding, value: float, tmp_path: Path
+    encoding: GgufEncoding, value: float, tmp_path: Path
 ) -> None:
     folder = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
     tensors = load_file(folder / "model.safetensors")
@@ -412,7 +415,7 @@ def test_merge_writes_the_merged_model(tmp_path: Path) -> None:
     outcome = qlora(*words)
     assert outcome.code == 0, outcome.err
     assert "model-Q8_0.gguf" in outcome.err
-    gguf_write.verify_gguf(out / "model-Q8_0.gguf", gguf_write.GgufPlan(out, "q8_0"), Silent())
+    verify_gguf(out / "model-Q8_0.gguf", GgufPlan(out, "q8_0"), Silent())
     outcome = qlora("verify", out, "--against", run.path)
     assert outcome.code == 0, outcome.err
 
@@ -428,7 +431,7 @@ def test_a_merge_that_lacks_its_file_is_given_one(
     outcome = qlora(*plain, "--gguf", "f16", "--json")
     assert outcome.code == 0, outcome.err
     assert (outcome.json["base"], outcome.json["tensors"]) == ("original", 21)
-    gguf_write.verify_gguf(out / "model-F16.gguf", gguf_write.GgufPlan(out, "f16"), Silent())
+    verify_gguf(out / "model-F16.gguf", GgufPlan(out, "f16"), Silent())
     assert {name: (out / name).read_bytes() for name in before} == before
     for other in (("--dtype", "bfloat16"), ("--base", "dequantized"), ("--weight", "0.5")):
         outcome = qlora(*plain, "--gguf", "q8_0", *other)

@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.events import Silent
-from qlora_cli.export.gguf import write as gguf_write
 from qlora_cli.export.gguf.model import ARCHITECTURES
+from qlora_cli.export.gguf.write import export_gguf
+from qlora_cli.export.options import GgufEncoding
 from tests.helpers.families import LLAMA3_ROPE_SCALING
 from tests.helpers.vocabularies import CUTS, TEXT, make_model, named, sentencepiece
 
@@ -41,9 +42,9 @@ def opened(file: Path) -> Any:
     )
 
 
-def distance(folder: Path, encoding: gguf_write.GgufEncoding) -> float:
+def distance(folder: Path, encoding: GgufEncoding) -> float:
     """The root mean square difference of the logits, as a share of the logits' own."""
-    file = gguf_write.export_gguf(folder, encoding, Silent())
+    file = export_gguf(folder, encoding, Silent())
     ids = [1, 80, 91, 7, 33, 250, 64, 12, 300, 5, 17, 200, 201, 44, 45, 46, 47, 81, 90, 3, 2, 9, 10]
     model = opened(file)
     model.eval(ids)
@@ -58,7 +59,7 @@ def distance(folder: Path, encoding: gguf_write.GgufEncoding) -> float:
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize(("encoding", "allowed"), [("f16", 2e-3), ("q8_0", 3e-2)])
 def test_the_model_answers_as_in_transformers(
-    family: str, encoding: gguf_write.GgufEncoding, allowed: float, tmp_path: Path
+    family: str, encoding: GgufEncoding, allowed: float, tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96}
     folder = make_model(tmp_path / "model", family, spread=0.1, **sizes)
@@ -88,7 +89,7 @@ def test_every_setting_of_llama_answers_as_in_transformers(
 def test_texts_are_split_as_the_tokenizer_splits_them(name: str, tmp_path: Path) -> None:
     tokenizer = sentencepiece() if name == "sentencepiece" else named(name)
     folder = make_model(tmp_path / "model", "llama", tokenizer)
-    model = opened(gguf_write.export_gguf(folder, "f16", Silent()))
+    model = opened(export_gguf(folder, "f16", Silent()))
     own: Any = AutoTokenizer.from_pretrained(folder)
     found = [model.tokenize(text.encode(), add_bos=True, special=True) for text in HARD]
     model.close()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from qlora_cli.adapters.lora import adapted_layers
 from qlora_cli.adapters.peft_file import open_adapter
 from qlora_cli.events import Silent
-from qlora_cli.models.attach import attach, save_adapter
+from qlora_cli.models.attach import attach_adapter, save_adapter
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.runs.open import open_run
 from qlora_cli.runs.run import Run
@@ -77,7 +77,7 @@ def test_a_fused_adapter_of_peft_is_one_part(tmp_path: Path) -> None:
         base, tmp_path / "theirs", r=4, target_modules=["c_attn"], fan_in_fan_out=True
     )
     loaded = build_base(recipe)
-    attach(loaded, open_adapter(tmp_path / "theirs"))
+    attach_adapter(loaded, open_adapter(tmp_path / "theirs"))
     assert set(map(tuple, loaded.adapted.values())) == {("qkv",)}
 
 
@@ -103,7 +103,7 @@ def round_trip(loaded: LoadedModel, recipe: Any, folder: Path) -> LoadedModel:
     model = load_into_peft(Path(recipe.model.name), folder / "ours")
     model.save_pretrained(folder / "theirs")
     back = build_base(recipe)
-    attach(back, open_adapter(folder / "theirs"))
+    attach_adapter(back, open_adapter(folder / "theirs"))
     return back
 
 

@@ -17,7 +17,7 @@ from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.peft_file import open_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Silent
-from qlora_cli.models.attach import attach
+from qlora_cli.models.attach import attach_adapter
 from qlora_cli.runs.open import open_for_adapters
 from qlora_cli.runs.run import adapter_at
 from tests.helpers.families import MODEL_TYPES
@@ -135,7 +135,7 @@ def test_we_load_pefts(family: str, name: str, tmp_path: Path) -> None:
     # Read back, because PEFT sorts patterns when it writes them, and the first that fits decides.
     wanted = their_logits(load_into_peft(base, tmp_path / "theirs"))
     loaded = build_base(recipe)
-    attach(loaded, open_adapter(tmp_path / "theirs"))
+    attach_adapter(loaded, open_adapter(tmp_path / "theirs"))
     loaded.model.eval()
     torch.testing.assert_close(logits(loaded, IDS), wanted, rtol=1e-4, atol=1e-3)
     in_file = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
@@ -152,7 +152,7 @@ def test_we_load_16_bit_factors(family: str, dtype: torch.dtype, tmp_path: Path)
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
     wanted = their_logits(load_into_peft(base, tmp_path / "theirs"))
     loaded = build_base(recipe)
-    attach(loaded, open_adapter(tmp_path / "theirs"))
+    attach_adapter(loaded, open_adapter(tmp_path / "theirs"))
     torch.testing.assert_close(logits(loaded, IDS), wanted, rtol=1e-4, atol=1e-3)
 
 
@@ -188,7 +188,7 @@ def test_what_was_trained_on_a_packed_base_answers_alike_on_the_plain_one(
     recipe = make_recipe(base, rows, base={"bits": bits}, adapter={"targets": ["q", "v", "up"]})
     run, trained = make_run(tmp_path / "run", recipe)
     ours = open_for_adapters(str(base), CPU, Silent()).loaded
-    attach(ours, adapter_at(run.path))
+    attach_adapter(ours, adapter_at(run.path))
     found = their_logits(load_into_peft(base, run.adapter))
     torch.testing.assert_close(found, logits(ours, IDS), rtol=1e-4, atol=1e-3)
     assert not torch.allclose(logits(trained, IDS), found, rtol=1e-2, atol=0.1), "bases differ"

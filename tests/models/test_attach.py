@@ -17,7 +17,7 @@ from qlora_cli.adapters.lora import adapted_layers
 from qlora_cli.adapters.peft_config import PeftConfig, shortest_names
 from qlora_cli.adapters.peft_file import open_adapter
 from qlora_cli.errors import InputError, ModelError, ProblemsError, QloraError
-from qlora_cli.models.attach import attach, detach, load_adapter, save_adapter
+from qlora_cli.models.attach import attach_adapter, load_adapter, remove_adapter, save_adapter
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe.schema import Recipe
 from tests.helpers.families import MODEL_TYPES
@@ -83,11 +83,11 @@ def test_attach_brings_another_adapter_and_detach_the_base(
     recipe, loaded = a_model(bases["gpt2"], targets=["q", "down"], rank=5)
     save_adapter(loaded, recipe, tmp_path / "adapter")
     _, other = a_model(bases["gpt2"], targets=["v", "up"])
-    attach(other, open_adapter(tmp_path / "adapter"))
+    attach_adapter(other, open_adapter(tmp_path / "adapter"))
     assert other.adapted == loaded.adapted
     assert torch.equal(logits(other, IDS), logits(loaded, IDS))
-    detach(other)
-    detach(loaded)
+    remove_adapter(other)
+    remove_adapter(loaded)
     assert not list(adapted_layers(other.model))
     assert torch.equal(logits(other, IDS), logits(loaded, IDS))
 

@@ -18,7 +18,7 @@ import torch
 
 from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.lora import LoraSettings
-from qlora_cli.adapters.peft_file import AdapterFile, AdapterLayer, Part, open_adapter
+from qlora_cli.adapters.peft_file import AdapterFile, AdapterLayer, LoraUpdate, open_adapter
 from qlora_cli.errors import UsageError
 from qlora_cli.nn.site import Site
 from qlora_cli.runs.run import Run
@@ -54,15 +54,15 @@ class _StackedLayer(AdapterLayer):
 
     layers: tuple[tuple[AdapterLayer, float], ...]
 
-    def read(self) -> list[Part]:
+    def read(self) -> list[LoraUpdate]:
         """Return one stacked product for each set of rows, with scaling 1, on the CPU."""
-        products: dict[str, list[Part]] = {role: [] for role in self.rows}
+        products: dict[str, list[LoraUpdate]] = {role: [] for role in self.rows}
         for layer, weight in self.layers:
             for role, part in zip(layer.rows, layer.read(), strict=True):
                 b = part.b.double() * (weight * part.scaling)
-                products[role].append(Part(part.rows, part.a.double(), b, 1.0))
+                products[role].append(LoraUpdate(part.rows, part.a.double(), b, 1.0))
         return [
-            Part(
+            LoraUpdate(
                 self.rows[role],
                 torch.cat([part.a for part in parts]),
                 torch.cat([part.b for part in parts], dim=1),

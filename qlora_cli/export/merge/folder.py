@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from qlora_cli.files.dtype import dtype_name
-from qlora_cli.files.safetensors_io import Shape
-from qlora_cli.files.source import INDEX, SINGLE
+from qlora_cli.files.safetensors_io import TensorSpec
+from qlora_cli.files.source import WEIGHTS_FILE, WEIGHTS_INDEX
 
 CONFIG = "config.json"
 
@@ -48,16 +48,16 @@ class Shard:
     """
 
     name: str
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, TensorSpec]
 
 
-def plan_shards(shapes: Mapping[str, Shape], max_bytes: int) -> list[Shard]:
+def plan_shards(shapes: Mapping[str, TensorSpec], max_bytes: int) -> list[Shard]:
     """Distribute tensors over files of at most `max_bytes` bytes, in the given order.
 
     A tensor larger than `max_bytes` gets a file of its own. A single file is named
     `model.safetensors`; several files are numbered as transformers numbers them.
     """
-    groups: list[dict[str, Shape]] = [{}]
+    groups: list[dict[str, TensorSpec]] = [{}]
     filled = 0
     for name, shape in shapes.items():
         if groups[-1] and filled + shape.num_bytes > max_bytes:
@@ -66,8 +66,8 @@ def plan_shards(shapes: Mapping[str, Shape], max_bytes: int) -> list[Shard]:
         groups[-1][name] = shape
         filled += shape.num_bytes
     if len(groups) == 1:
-        return [Shard(SINGLE, groups[0])]
-    stem, total = SINGLE.removesuffix(".safetensors"), len(groups)
+        return [Shard(WEIGHTS_FILE, groups[0])]
+    stem, total = WEIGHTS_FILE.removesuffix(".safetensors"), len(groups)
     return [
         Shard(f"{stem}-{number:05d}-of-{total:05d}.safetensors", group)
         for number, group in enumerate(groups, 1)
@@ -84,7 +84,7 @@ def write_index(folder: Path, shards: list[Shard]) -> None:
         "metadata": {"total_size": total},
         "weight_map": dict(sorted(file_of_tensor.items())),
     }
-    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / WEIGHTS_INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def merged_config(base: Path, dtype: torch.dtype) -> dict[str, Any]:

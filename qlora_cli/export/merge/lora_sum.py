@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qlora_cli.adapters.peft_file import Part
+from qlora_cli.adapters.peft_file import LoraUpdate
 
 CHUNK_ELEMENTS = 2**18
 """Elements summed at a time: 2 MiB in float64, which fits into a processor's cache."""
@@ -22,7 +22,7 @@ _RELATIVE_ERROR = 2.0**-44
 """Largest relative difference between two orders of a float64 sum, for ranks up to 256."""
 
 
-def merged_rows(weight: Tensor, parts: Sequence[Part]) -> Iterator[tuple[slice, Tensor]]:
+def merged_rows(weight: Tensor, parts: Sequence[LoraUpdate]) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, W + sum over the parts of scaling * B A in these rows), in float64.
 
     weight: W (out, in), any floating-point dtype.
@@ -44,7 +44,7 @@ def merged_rows(weight: Tensor, parts: Sequence[Part]) -> Iterator[tuple[slice, 
         yield rows, total
 
 
-def rounds_to(result: Tensor, weight: Tensor, parts: Sequence[Part]) -> bool:
+def rounds_to(result: Tensor, weight: Tensor, parts: Sequence[LoraUpdate]) -> bool:
     """Return whether `result` is a correct rounding of W + sum of scaling * B A.
 
     Each value may be the rounding of any number that a float64 sum in another order can give, that

@@ -43,7 +43,7 @@ from qlora_cli.files.atomic import (
     write_json,
 )
 from qlora_cli.files.dtype import dtype_name
-from qlora_cli.files.safetensors_io import Shape, read_header, write_tensors
+from qlora_cli.files.safetensors_io import TensorSpec, read_header, write_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
 """The default of transformers. Every file system and hub accepts files of this size."""
@@ -179,14 +179,14 @@ def _settings_in(partial: Path) -> dict[str, Any] | None:
     return None
 
 
-def _is_complete(file: Path, shapes: Mapping[str, Shape]) -> bool:
+def _is_complete(file: Path, shapes: Mapping[str, TensorSpec]) -> bool:
     if not file.is_file():
         return False
     try:
         entries, _ = read_header(file)
     except ModelError:
         return False
-    return {name: Shape(entry.dtype, entry.shape) for name, entry in entries.items()} == shapes
+    return {name: TensorSpec(entry.dtype, entry.shape) for name, entry in entries.items()} == shapes
 
 
 def _require_space(out: Path, base: Path, missing: list[Shard]) -> None:

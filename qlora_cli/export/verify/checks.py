@@ -22,7 +22,7 @@ from qlora_cli.export.merge.folder import CONFIG, copied_files, merged_config
 from qlora_cli.export.merge.merged_tensors import MergedTensors
 from qlora_cli.files.dtype import dtype_name
 from qlora_cli.files.safetensors_io import TensorEntry, read_tensor
-from qlora_cli.files.source import INDEX, SINGLE, read_folder
+from qlora_cli.files.source import WEIGHTS_FILE, WEIGHTS_INDEX, read_folder
 from qlora_cli.units import format_count
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "adapter_config.json")
@@ -50,14 +50,14 @@ def structure_faults(merged: Path, expected: MergedTensors) -> Iterator[str]:
 
 def _weight_file_faults(merged: Path, found: Mapping[str, TensorEntry]) -> Iterator[str]:
     """Files that transformers would load beside these tensors or instead of them."""
-    used = {SINGLE}
-    if not (merged / SINGLE).is_file():
-        used = {INDEX, *(entry.file.name for entry in found.values())}
-        told = json.loads((merged / INDEX).read_text())["weight_map"]
+    used = {WEIGHTS_FILE}
+    if not (merged / WEIGHTS_FILE).is_file():
+        used = {WEIGHTS_INDEX, *(entry.file.name for entry in found.values())}
+        told = json.loads((merged / WEIGHTS_INDEX).read_text())["weight_map"]
         for name in sorted(told.keys() | found.keys()):
             file = found[name].file.name if name in found else None
             if told.get(name) != file:
-                yield f"{INDEX}: {name} is said to lie in {told.get(name)}; it lies in {file}"
+                yield f"{WEIGHTS_INDEX}: {name} is said to lie in {told.get(name)}; it lies in {file}"
     for pattern in _WEIGHTS:
         for path in sorted(merged.glob(pattern)):
             if path.name not in used:
