@@ -37,6 +37,8 @@ from qlora_cli.plan.dry_run import with_blocks
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.backbone import hidden_states
+from qlora_cli.tasks.registry import task_of
+from qlora_cli.tasks.task import Task
 
 _META = torch.device("meta")
 _NUM_BLOCKS = 2
@@ -47,10 +49,10 @@ def dry_run_merge(recipe: Recipe, config: Any, profile: DeviceProfile) -> Phase:
 
     config: transformers' config of the base. profile: the device that merges, in a new process.
     """
-    dtype = file_dtype(config)
+    task, dtype = task_of(recipe), file_dtype(config)
     weight_format = weight_format_of(recipe, dtype)
     shorter = with_blocks(config, min(_NUM_BLOCKS, config.num_hidden_layers))
-    model, family = skeleton(shorter, weight_format.compute)
+    model, family = skeleton(shorter, weight_format.compute, task.model_class)
     sites = find_sites(model, family, shorter)
     memory_model = MemoryModel.of(profile)
     counter = memory_model.new_counter()
@@ -59,7 +61,7 @@ def dry_run_merge(recipe: Recipe, config: Any, profile: DeviceProfile) -> Phase:
         largest = max(sites, key=lambda site: site.in_features * site.out_features)
         _merge_one_tensor(largest, weight_format, dtype)
         if weight_format.bits < 16:
-            models = _compared_models(shorter, weight_format, sites, profile)
+            models = _compared_models(task, shorter, weight_format, sites, profile)
             for loaded, source_class in zip(models, (MetaSource, _MergedSource), strict=True):
                 _run(loaded, source_class(model, family, dtype), recipe.data.seq_len)
             with scope("temporary"):
@@ -94,15 +96,15 @@ class _MergedSource(MetaSource):
 
 
 def _compared_models(
-    config: Any, weight_format: WeightFormat, sites: list[Site], profile: DeviceProfile
+    task: Task, config: Any, weight_format: WeightFormat, sites: list[Site], profile: DeviceProfile
 ) -> list[LoadedModel]:
     """Return the trained model and the merged one on meta, as merging compares them."""
     compute = weight_format.compute
     with unallocated():
         return [
-            trained_on_meta(config, weight_format, sites, kernel_for(profile, compute)),
+            trained_on_meta(task, config, weight_format, sites, kernel_for(profile, compute)),
             merged_on_meta(
-                config, torch.float32, torch.float16, kernel_for(profile, torch.float32)
+                task, config, torch.float32, torch.float16, kernel_for(profile, torch.float32)
             ),
         ]
 

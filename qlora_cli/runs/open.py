@@ -21,6 +21,7 @@ from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run import Run
+from qlora_cli.tasks.registry import task_of
 
 _GENERATION = "generation_config.json"
 
@@ -130,7 +131,9 @@ def _open(
     config = read_config(base / "config.json")
     train = recipe.train.model_copy(update={"activation_checkpointing": False})
     quiet = recipe.model_copy(update={"train": train})
-    loaded = build(ModelRequest(quiet, config, source, device, profile_of(device), observer))
+    model_class = task_of(recipe).model_class
+    profile = profile_of(device)
+    loaded = build(ModelRequest(quiet, config, source, device, profile, observer, model_class))
     return _ready(loaded, base)
 
 

@@ -38,12 +38,14 @@ from qlora_cli.models.placement.streamed import StreamedPlacement
 from qlora_cli.nn.attention import Kernel, kernel_for
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
+from qlora_cli.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class ComparisonModel:
     """A model that can answer. is_resident: the whole model is in memory, not streamed."""
 
+    task: Task
     loaded: LoadedModel
     head: Head
     device: torch.device
@@ -51,7 +53,7 @@ class ComparisonModel:
 
     def compared_logits(self, rows: Sequence[Example]) -> ComparedLogits:
         """To these rows, each on its own."""
-        return compared_logits(self.loaded, self.head, rows, self.device)
+        return compared_logits(self.task, self.loaded, self.head, rows, self.device)
 
 
 def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> ComparisonModel:
@@ -60,18 +62,24 @@ def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> 
     may_hold: it is held where it fits; else it is streamed, as merging is bounded in memory.
     """
     kernel = kernel_for(profile_of(tensors.device), tensors.weight_format.compute)
-    loaded = trained_on_meta(
-        read_config(base / CONFIG), tensors.weight_format, tensors.sites, kernel
-    )
+    config = read_config(base / CONFIG)
+    loaded = trained_on_meta(tensors.task, config, tensors.weight_format, tensors.sites, kernel)
     if may_be_resident and fits(_held_bytes(tensors), tensors.device):
         DevicePlacement(tensors.device).place(loaded, tensors.source)
         if tensors.adapter is not None:
             attach_adapter(loaded, tensors.adapter)
         return _ready(
-            loaded, tensors.source, tensors.device, tensors.weight_format.storage, is_resident=True
+            tensors.task,
+            loaded,
+            tensors.source,
+            tensors.device,
+            tensors.weight_format.storage,
+            is_resident=True,
         )
     StreamedPlacement(tensors.device, tensors.adapter).place(loaded, tensors.source)
-    return _ready(loaded, tensors.source, tensors.device, tensors.weight_format.storage)
+    return _ready(
+        tensors.task, loaded, tensors.source, tensors.device, tensors.weight_format.storage
+    )
 
 
 def frozen_base_model(
@@ -91,26 +99,34 @@ def merged_model(
     underflow: Underflow | None = None,
 ) -> ComparisonModel:
     """The merged model, rounded as it will be written. underflow: counts what it loses by that."""
-    loaded = _transformers_own(base, compute, tensors.dtype, tensors.device)
+    loaded = _transformers_own(tensors.task, base, compute, tensors.dtype, tensors.device)
     StreamedPlacement(tensors.device).place(loaded, _Written(tensors, underflow))
-    return _ready(loaded, tensors.source, tensors.device, tensors.dtype)
+    return _ready(tensors.task, loaded, tensors.source, tensors.device, tensors.dtype)
 
 
 def folder_model(
-    merged: Path, dtype: torch.dtype, device: torch.device, compute: torch.dtype = torch.float32
+    task: Task,
+    merged: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    compute: torch.dtype = torch.float32,
 ) -> ComparisonModel:
     """The merged model as it lies in a folder. Raises ModelError where it is not one."""
-    loaded = _transformers_own(merged, compute, dtype, device)
+    loaded = _transformers_own(task, merged, compute, dtype, device)
     source = open_source(merged, loaded.family)
     StreamedPlacement(device).place(loaded, source)
-    return _ready(loaded, source, device, dtype)
+    return _ready(task, loaded, source, device, dtype)
 
 
 def trained_on_meta(
-    config: Any, weight_format: WeightFormat, sites: Sequence[Site], kernel: Kernel
+    task: Task,
+    config: Any,
+    weight_format: WeightFormat,
+    sites: Sequence[Site],
+    kernel: Kernel,
 ) -> LoadedModel:
     """On meta, to be filled."""
-    model, family = skeleton(config, weight_format.compute)
+    model, family = skeleton(config, weight_format.compute, task.model_class)
     loaded = LoadedModel(model, family, config, list(sites), {}, weight_format, kernel)
     convert.replace_linears(model, sites, weight_format)
     convert.replace_embeddings(model, family.embeddings, weight_format)
@@ -119,10 +135,10 @@ def trained_on_meta(
 
 
 def merged_on_meta(
-    config: Any, compute: torch.dtype, storage: torch.dtype, kernel: Kernel
+    task: Task, config: Any, compute: torch.dtype, storage: torch.dtype, kernel: Kernel
 ) -> LoadedModel:
     """On meta, to be filled; with the attention of training."""
-    model, family = skeleton(config, compute)
+    model, family = skeleton(config, compute, task.model_class)
     weight_format = WeightFormat(16, compute, storage)
     convert.replace_embeddings(model, family.embeddings, weight_format)
     convert.replace_head(model, family.head, weight_format)
@@ -130,10 +146,10 @@ def merged_on_meta(
 
 
 def _transformers_own(
-    folder: Path, compute: torch.dtype, storage: torch.dtype, device: torch.device
+    task: Task, folder: Path, compute: torch.dtype, storage: torch.dtype, device: torch.device
 ) -> LoadedModel:
     kernel = kernel_for(profile_of(device), compute)
-    loaded = merged_on_meta(read_config(folder / CONFIG), compute, storage, kernel)
+    loaded = merged_on_meta(task, read_config(folder / CONFIG), compute, storage, kernel)
     model, family = loaded.model, loaded.family
     model.set_attn_implementation("sdpa")
     if compute is torch.float16 and device.type == "cpu":
@@ -150,6 +166,7 @@ def _multiply_in_two_steps(linear: nn.Module) -> None:
 
 
 def _ready(
+    task: Task,
     loaded: LoadedModel,
     source: FolderSource,
     device: torch.device,
@@ -159,7 +176,9 @@ def _ready(
     loaded.model.eval()
     loaded.model.requires_grad_(False)
     path = loaded.family.token_embedding if is_tied(loaded) else loaded.family.head
-    return ComparisonModel(loaded, Head(source.entry(f"{path}.weight"), dtype), device, is_resident)
+    return ComparisonModel(
+        task, loaded, Head(source.entry(f"{path}.weight"), dtype), device, is_resident
+    )
 
 
 def _held_bytes(tensors: MergedTensors) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from qlora_cli.data.encode import Example
 from qlora_cli.files.safetensors_io import TensorEntry, read_tensor
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.tasks.causal import CAUSAL
+from qlora_cli.tasks.task import Task
 
 _CHUNK_ELEMENTS = 2**21
 """Logits made at once, and of the head read at once: 8 MiB in float32."""
@@ -99,10 +99,10 @@ class Comparison:
 
 @torch.no_grad()
 def compared_logits(
-    loaded: LoadedModel, head: Head, rows: Sequence[Example], device: torch.device
+    task: Task, loaded: LoadedModel, head: Head, rows: Sequence[Example], device: torch.device
 ) -> ComparedLogits:
     """All rows in one forward, each on its own. head: where the model's head lies."""
-    hidden, targets = CAUSAL.compared_states(loaded, CAUSAL.collate(rows), device)
+    hidden, targets = task.compared_states(loaded, task.collate(rows), device)
     return ComparedLogits(hidden, head, targets)
 
 

@@ -44,6 +44,8 @@ from qlora_cli.models.sites import find_sites
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.runs.run import Run
+from qlora_cli.tasks.registry import task_of
+from qlora_cli.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class MergedTensors:
     """The tensors of a merged checkpoint, computed one at a time.
 
     source: the base's files, or the trained weights of a full fine-tuning.
+    task: the training objective of the run.
     sites: every linear of the model.
     adapter: the adapter to merge; None for a full fine-tuning.
     weight_format: how training stored the base's linears.
@@ -61,6 +64,7 @@ class MergedTensors:
     """
 
     source: FolderSource
+    task: Task
     sites: Sequence[Site]
     adapter: AdapterFile | None
     weight_format: WeightFormat
@@ -210,7 +214,8 @@ def open_merged_tensors(
     folder = run.base_folder
     config = read_config(folder / "config.json")
     weight_format = weight_format_of(recipe, file_dtype(config))
-    model, family = skeleton(config, weight_format.compute)
+    task = task_of(recipe)
+    model, family = skeleton(config, weight_format.compute, task.model_class)
     sites = find_sites(model, family, config)
     adapter = None
     if recipe.adapter.method == "lora":
@@ -223,7 +228,7 @@ def open_merged_tensors(
         # Trained weights are stored in the compute dtype of the training.
         weight_format = replace(weight_format, storage=weight_format.compute)
     source = open_source(folder, family)
-    return MergedTensors(source, sites, adapter, weight_format, base, dtype, device)
+    return MergedTensors(source, task, sites, adapter, weight_format, base, dtype, device)
 
 
 def _refuse_adapters(run: Run, weight: float, others: Sequence[tuple[Path, float]]) -> None:

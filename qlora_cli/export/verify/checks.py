@@ -122,13 +122,13 @@ def config_faults(merged: Path, base: Path, dtype: torch.dtype) -> Iterator[str]
             yield f"{CONFIG}: {key} is {here}; it must be {there}"
 
 
-def loading_faults(merged: Path) -> Iterator[str]:
+def loading_faults(merged: Path, model_class: Any) -> Iterator[str]:
     """What transformers complains of when it loads the folder's tensors.
 
     It is given their names, shapes and dtypes alone, on meta: it would map the whole files, which a
     process with a limit on its memory may not.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     tensors = {
@@ -139,7 +139,7 @@ def loading_faults(merged: Path) -> Iterator[str]:
         disable_progress_bar()  # Nothing is read, so there is nothing to wait for.
         config = AutoConfig.from_pretrained(merged, trust_remote_code=False)
         with torch.device("meta"):
-            kind: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            kind: Any = type(model_class.from_config(config, trust_remote_code=False))
         _, info = kind.from_pretrained(
             None,
             config=config,

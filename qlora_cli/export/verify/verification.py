@@ -147,8 +147,9 @@ def _compare_answers(
     frozen = frozen_base_model(model, expected, base).compared_logits(rows)
     del model
     free_memory()
-    faults = list(loading_faults(merged))
-    found = folder_model(merged, expected.dtype, expected.device).compared_logits([*rows, spoken])
+    faults = list(loading_faults(merged, expected.task.model_class))
+    merged_folder = folder_model(expected.task, merged, expected.dtype, expected.device)
+    found = merged_folder.compared_logits([*rows, spoken])
     num = reference.targets.numel()
     comparison, greedy = compare(reference, found[:num]), count_agreeing_tokens(found[num:])
     faults += _answer_faults(expected, base, judged, reference, frozen, comparison)
@@ -183,7 +184,7 @@ def _answer_faults(
 
 
 def _overflow(merged: Path, expected: MergedTensors, rows: Sequence[Example]) -> Iterator[str]:
-    model = folder_model(merged, expected.dtype, expected.device, expected.dtype)
+    model = folder_model(expected.task, merged, expected.dtype, expected.device, expected.dtype)
     try:
         largest_activation(model, rows, expected.dtype)
     except VerificationFailed as fault:

@@ -26,6 +26,7 @@ from qlora_cli.export.verify.checks import loading_faults
 from qlora_cli.export.verify.verification import verify
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run
+from qlora_cli.tasks.causal import CAUSAL
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.runs import CPU, logits, make_base, make_recipe, make_rows, make_run
 
@@ -74,7 +75,12 @@ def test_a_folder_answers_as_transformers_answers_row_by_row(family: str, tmp_pa
     _, _, base = a_run(tmp_path, family)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     found = torch.cat(
-        [part for _, part in folder_model(base, torch.float16, CPU).compared_logits(ROWS).logits()],
+        [
+            part
+            for _, part in folder_model(CAUSAL, base, torch.float16, CPU)
+            .compared_logits(ROWS)
+            .logits()
+        ],
         1,
     )
     with torch.no_grad():
@@ -138,7 +144,7 @@ def test_verify_passes_and_fails_where_nothing_is_held(family: str, tmp_path: Pa
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
 def test_transformers_is_asked_about_every_tensor(family: str, tied: bool, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family, tied=tied)
-    assert list(loading_faults(base)) == []
+    assert list(loading_faults(base, CAUSAL.model_class)) == []
     file = base / "model.safetensors"
     tensors = load_file(file)
     name = next(
@@ -151,4 +157,4 @@ def test_transformers_is_asked_about_every_tensor(family: str, tied: bool, tmp_p
     ):
         rest = {other: tensor for other, tensor in tensors.items() if other != name}
         save_file({**rest, **spoilt}, file, metadata={"format": "pt"})
-        assert any(told in fault for fault in loading_faults(base)), told
+        assert any(told in fault for fault in loading_faults(base, CAUSAL.model_class)), told
