@@ -10,13 +10,15 @@ sequences change their order from epoch to epoch.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from qlora_cli.data.collate import Batch, BatchSize, collate, peak_batches
 from qlora_cli.data.encode import Example
 
 Sequences = list[list[int]]
 """Row numbers, by sequence."""
+Collate = Callable[[Sequence[Example]], Batch]
+"""A function that turns examples into one micro-batch: `collate`, or the `collate` of a task."""
 
 
 def pack(lengths: Sequence[int], seq_len: int) -> Sequences:
@@ -62,6 +64,7 @@ class BatchSchedule:
         micro_batch: int,
         grad_accum: int,
         seed: int,
+        collate: Collate = collate,
     ) -> None:
         self._examples = examples
         self._lengths = [len(example.ids) for example in examples]
@@ -71,6 +74,7 @@ class BatchSchedule:
         self._micro_batch = micro_batch
         self._per_step = micro_batch * grad_accum
         self._seed = seed
+        self._collate = collate
         self._kept: tuple[int, Sequences] = (0, self._order(0))
         self.num_sequences = len(self._kept[1])
         """Sequences in an epoch."""
@@ -79,7 +83,7 @@ class BatchSchedule:
 
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of an optimizer step, counted from 0 over all epochs."""
-        return [collate([self._examples[row] for row in rows]) for rows in self._rows(step)]
+        return [self._collate([self._examples[row] for row in rows]) for rows in self._rows(step)]
 
     def sizes(self, step: int) -> list[BatchSize]:
         """Of the micro-batches of `window(step)`."""
@@ -111,7 +115,12 @@ class BatchSchedule:
 
 
 def eval_batches(
-    examples: Sequence[Example], *, seq_len: int, packing: bool, micro_batch: int
+    examples: Sequence[Example],
+    *,
+    seq_len: int,
+    packing: bool,
+    micro_batch: int,
+    collate: Collate = collate,
 ) -> Iterator[Batch]:
     """Every row once, in order; with packing, as many to a sequence as follow and fit."""
     sequences: Sequences = []

@@ -139,6 +139,7 @@ def make_schedule(recipe: Recipe, examples: Sequence[Example]) -> BatchSchedule:
         micro_batch=recipe.train.micro_batch,
         grad_accum=recipe.train.grad_accum,
         seed=recipe.train.seed,
+        collate=task_of(recipe).collate,
     )
 
 
@@ -150,5 +151,6 @@ def held_out_batches(recipe: Recipe, examples: Sequence[Example]) -> list[Batch]
             seq_len=recipe.data.seq_len,
             packing=recipe.data.packing,
             micro_batch=recipe.train.micro_batch,
+            collate=task_of(recipe).collate,
         )
     )
