@@ -30,7 +30,8 @@ from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, w
 @click.option(
     "--force",
     is_flag=True,
-    help="Allow --html and --png to overwrite a file that is not a report.",
+    help="Allow --html and --png to overwrite a file that is not a report. The files of a run are "
+    "never overwritten.",
 )
 @json_option
 def report(
@@ -51,7 +52,7 @@ def report(
         from qlora_cli.ui import tables
 
     with job_observer() as observer:
-        page.check_free(run, html, png, force=force)
+        page.check_targets(run, html, png, force=force)
         if measure_before:
             from qlora_cli.jobs import full_finetune_baseline
 

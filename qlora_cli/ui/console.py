@@ -1,4 +1,4 @@
-"""The two consoles: results go to stdout, everything else to stderr."""
+"""The two consoles: results go to stdout, everything else goes to stderr."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import TextIO
 from rich.console import Console
 
 WIDTH_WITHOUT_TERMINAL = 100
-"""Columns, where the reader is a file or a pipe."""
+"""Columns if the output goes to a file or a pipe."""
 
 
 def results() -> Console:
-    """Stdout, as it is now: a test or a caller may have put another stream in its place."""
+    """Return a console for the current stdout, which tests and callers may have replaced."""
     return _console(sys.stdout)
 
 
 def messages() -> Console:
-    """Stderr, as it is now."""
+    """Return a console for the current stderr."""
     return _console(sys.stderr)
 
 
 def _console(stream: TextIO) -> Console:
     width = None if stream.isatty() else WIDTH_WITHOUT_TERMINAL
-    # Highlighting colours every number it finds; here colour means something or is absent.
+    # Highlighting would color every number. Here color always has a meaning.
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)

@@ -1,4 +1,4 @@
-"""An error on stderr: what is wrong, where, what to do. Printed once, in the error's own words."""
+"""Print an error on stderr: what is wrong, where, and what to do. Each error is printed once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rich.text import Text
 from qlora_cli.errors import Interrupted, ProblemsError, QloraError
 
 TRACEBACK_SWITCH = "QLORA_TRACEBACK"
-"""Environment variable that asks for the traceback of any error."""
+"""Environment variable that turns on the traceback of every error."""
 
 
 def show(error: QloraError, console: Console) -> None:
-    """Prints one of the project's own errors."""
+    """Print an error that qlora itself raised, with all its problems and hints."""
     if isinstance(error, Interrupted):
         _line(console, "stopped: ", "bold yellow", str(error.what))
     else:
@@ -28,9 +28,10 @@ def show(error: QloraError, console: Console) -> None:
 
 
 def show_unexpected(error: Exception, console: Console) -> None:
-    """Prints a fault of the program itself, and how to see where it happened."""
+    """Print an error that is a bug of qlora, and how to get its traceback."""
     _line(console, "unexpected error: ", "bold red", f"{type(error).__name__}: {error}")
-    _line(console, "  ", "", f"this is a fault of qlora; {TRACEBACK_SWITCH}=1 shows where", "dim")
+    hint = f"this is a bug in qlora; set {TRACEBACK_SWITCH}=1 to see where it happened"
+    _line(console, "  ", "", hint, "dim")
 
 
 def _line(console: Console, lead: str, style: str, text: str, text_style: str = "") -> None:

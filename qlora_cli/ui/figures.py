@@ -1,20 +1,21 @@
-"""Figures of the report, for the page as SVG text and for the folder as a PNG.
+"""The figures of a run's report, as SVG text for the HTML page and as PNG bytes.
 
-matplotlib is imported when a figure is drawn; without pyplot, so that no display is looked for.
+matplotlib is imported only when a figure is drawn. pyplot is not used, because it looks for a
+display.
 """
 
 from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.memory.ledger import CATEGORIES
 from qlora_cli.memory.timeline import PhaseTrace
-from qlora_cli.ui import memory, timelines
-from qlora_cli.ui.shades import HATCHES, SHADES
+from qlora_cli.ui import memory, memory_facts, timelines
+from qlora_cli.ui.categories import CATEGORY_STYLES
 from qlora_cli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -22,132 +23,147 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SMOOTHED_STEPS = 20
+"""Steps of the running mean in the figure of a metric."""
 _DOTS_PER_INCH = 160
 
 
-def stacked_bars(bars: Mapping[str, Mapping[str, int]]) -> Figure:
-    """One horizontal bar a name, its bytes by category, the sum at its end."""
+def bar_figure(bars: Mapping[str, Mapping[str, int]]) -> Figure:
+    """Draw one horizontal bar per name, stacked by category, with the total at its end.
+
+    bars: name -> bytes by category.
+    """
     figure = _figure(height=1.1 + 0.55 * len(bars))
-    _bars(figure.subplots(), bars)
-    _legend(
-        figure, [c for c in CATEGORIES if any(method_peak.get(c) for method_peak in bars.values())]
-    )
+    _draw_bars(figure.subplots(), bars)
+    _legend(figure, _categories_of(bars))
     return figure
 
 
-def over_step(stretch: PhaseTrace, planned_bytes: int) -> Figure:
-    """Memory over one step."""
+def step_figure(trace: PhaseTrace, planned_bytes: int) -> Figure:
+    """Draw memory over one step.
+
+    planned_bytes: the planned peak of the job, drawn as a line; 0 for none.
+    """
     figure = _figure(height=4.0)
-    timelines.draw_step(figure.subplots(), stretch, planned_bytes)
-    _legend(figure, timelines.shown_categories([stretch]))
+    timelines.draw_step(figure.subplots(), trace, planned_bytes)
+    _legend(figure, timelines.categories_of([trace]))
     return figure
 
 
-def over_run(result: ReportResult) -> Figure:
-    """Memory over the run's tracked stretches, of which there must be one."""
+def run_figure(result: ReportResult) -> Figure:
+    """Draw memory over the run. `result.timeline` must have at least one trace."""
     figure = _figure(height=4.0)
-    _run(figure.subplots(), result)
-    _legend(figure, timelines.shown_categories(result.timeline))
+    _draw_run(figure.subplots(), result)
+    _legend(figure, timelines.categories_of(result.timeline))
     return figure
 
 
-def poster(result: ReportResult) -> Figure:
-    """Before and after, one step and the run in one picture; an older run has the first only."""
-    step = timelines.worst_step(result.timeline)
+def overview_figure(result: ReportResult) -> Figure:
+    """Draw the peak of both methods, the step with the highest peak and the run in one figure.
+
+    A run without timeline.json gets the first part only.
+    """
+    step = timelines.peak_step(result.timeline)
     heights = [1.5, *([3.2] if step else []), *([3.2] if result.timeline else [])]
     figure = _figure(height=sum(heights) + 1.2)
     panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    sides = memory.by_side(result.ledger)
-    _title(panels[0], memory.saving(result.ledger))
-    _bars(panels[0], sides)
+    bars = memory.peak_by_method(result.ledger)
+    _title(panels[0], memory_facts.saving(result.ledger))
+    _draw_bars(panels[0], bars)
     if step:
-        _title(panels[1], f"The step with the highest peak: {timelines.name(step)}")
+        _title(panels[1], f"The step with the highest peak: {timelines.trace_name(step)}")
         timelines.draw_step(panels[1], step, result.ledger.planned_peak_bytes)
     if result.timeline:
         _title(panels[-1], "The run")
-        _run(panels[-1], result)
-    timed = timelines.shown_categories(result.timeline)
-    known = [
-        c
-        for c in CATEGORIES
-        if c in timed or any(method_peak.get(c) for method_peak in sides.values())
-    ]
-    _legend(figure, known)
+        _draw_run(panels[-1], result)
+    shown = {*_categories_of(bars), *timelines.categories_of(result.timeline)}
+    _legend(figure, shown)
     return figure
 
 
-def curve(metrics: Sequence[Mapping[str, Any]], key: str, label: str) -> Figure:
-    """One figure of each step's line: every value as a dot, the mean of the last 20 as a line."""
+def metric_figure(metrics: Sequence[Mapping[str, Any]], key: str, label: str) -> Figure:
+    """Draw one metric over the steps: values as dots, the mean of the last 20 steps as a line.
+
+    metrics: the lines of metrics.jsonl. key: the metric. label: of the vertical axis.
+    """
     steps = [line["step"] for line in metrics]
     values = [line[key] for line in metrics]
     figure = _figure(height=2.6)
     axes = figure.subplots()
     axes.plot(steps, values, ".", color="#9aa5b1", markersize=4)
-    axes.plot(steps, _smoothed(values), "-", color="#1b2a41", linewidth=1.6)
+    axes.plot(steps, _running_mean(values), "-", color="#1b2a41", linewidth=1.6)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(color="#e3e7ec", linewidth=0.6)
-    _frameless(axes)
+    _hide_frame(axes)
     return figure
 
 
 def as_svg(figure: Figure) -> str:
-    """Its text stays text, and the same run gives the same file."""
+    """Return the figure as SVG with text as text. The same run gives the same bytes."""
     from matplotlib import rc_context
 
     content = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "qlora", "font.family": "sans-serif"}):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(content, format="svg", metadata=nothing, dpi=_DOTS_PER_INCH)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(content, format="svg", metadata=no_metadata, dpi=_DOTS_PER_INCH)
     return content.getvalue()
 
 
 def as_png(figure: Figure) -> bytes:
-    """The same run gives the same file. `report.check_free` looks for the metadata."""
+    """Return the figure as PNG. The same run gives the same bytes.
+
+    `report.check_can_write` recognizes the file by its metadata.
+    """
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": "qlora"}, dpi=_DOTS_PER_INCH)
     return content.getvalue()
 
 
-def _run(axes: Axes, result: ReportResult) -> None:
+def _draw_run(axes: Axes, result: ReportResult) -> None:
     ledger = result.ledger
     has_counter = ledger.device.kind == "cuda"
     planned = ledger.planned_peak_bytes
     timelines.draw_run(axes, result.timeline, result.metrics, planned, has_counter)
 
 
-def _bars(axes: Axes, bars: Mapping[str, Mapping[str, int]]) -> None:
-    left = [0] * len(bars)
-    for index, category in enumerate(CATEGORIES):
+def _draw_bars(axes: Axes, bars: Mapping[str, Mapping[str, int]]) -> None:
+    ends = [0] * len(bars)
+    for category, style in CATEGORY_STYLES.items():
         sizes = [at_peak.get(category, 0) for at_peak in bars.values()]
         axes.barh(
             range(len(bars)),
             sizes,
-            left=left,
+            left=ends,
             height=0.6,
-            color=SHADES[index],
-            hatch=HATCHES[index],
+            color=style.color,
+            hatch=style.hatch,
             edgecolor="white",
             linewidth=0.6,
         )
-        left = [start + size for start, size in zip(left, sizes, strict=True)]
-    for row, total in enumerate(left):
+        ends = [start + size for start, size in zip(ends, sizes, strict=True)]
+    for row, total in enumerate(ends):
         axes.text(total, row, f" {format_bytes(total)}", va="center", ha="left", fontsize=9)
     names = [textwrap.fill(name, 16, break_on_hyphens=False) for name in bars]
     axes.set_yticks(range(len(bars)), names, fontsize=8.5)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(*left, 1) * 1.15)  # Room for the sums behind the bars.
+    axes.set_xlim(0, max(*ends, 1) * 1.15)  # Leaves space for the totals at the ends of the bars.
     axes.xaxis.set_visible(False)
-    _frameless(axes)
+    _hide_frame(axes)
     axes.spines["bottom"].set_visible(False)
 
 
-def _legend(figure: Figure, categories: Sequence[str]) -> None:
+def _categories_of(bars: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return [c for c in CATEGORIES if any(at_peak.get(c) for at_peak in bars.values())]
+
+
+def _legend(figure: Figure, categories: Iterable[str]) -> None:
     from matplotlib.patches import Patch
 
+    shown = set(categories)
     patches = [
-        Patch(facecolor=SHADES[index], hatch=HATCHES[index], edgecolor="white", label=name)
-        for index, name in ((CATEGORIES.index(c), memory.category_name(c)) for c in categories)
+        Patch(facecolor=style.color, hatch=style.hatch, edgecolor="white", label=style.label)
+        for category, style in CATEGORY_STYLES.items()
+        if category in shown
     ]
     figure.legend(
         handles=patches,
@@ -164,7 +180,7 @@ def _title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=10.5, fontweight="bold", pad=16)
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
+def _running_mean(values: Sequence[float]) -> list[float]:
     windows = (values[max(0, i + 1 - _SMOOTHED_STEPS) : i + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
@@ -175,6 +191,6 @@ def _figure(height: float) -> Figure:
     return Figure(figsize=(8.0, height), layout="constrained")
 
 
-def _frameless(axes: Axes) -> None:
-    for method_peak, spine in axes.spines.items():
-        spine.set_visible(method_peak in ("left", "bottom"))
+def _hide_frame(axes: Axes) -> None:
+    for position, spine in axes.spines.items():
+        spine.set_visible(position in ("left", "bottom"))

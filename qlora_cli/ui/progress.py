@@ -1,4 +1,4 @@
-"""A job's progress on stderr: a live line in a terminal, plain lines elsewhere."""
+"""Show a job's progress on stderr: a live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qlora_cli.events import Observer, StepEvent
 from qlora_cli.units import format_bytes, format_duration
 
 SECONDS_BETWEEN_LINES = 5.0
-"""Of plain output; the first and the last step are always written."""
+"""Minimum time between plain lines. The first and the last step are always printed."""
 
 
 @contextmanager
 def watching(console: Console) -> Iterator[Observer]:
-    """An observer that shows on `console` what a job tells while the block runs."""
+    """Yield an observer that shows on `console` the events of the job inside the block."""
     if not console.is_terminal:
         yield PlainLines(console)
         return
@@ -29,7 +29,7 @@ def watching(console: Console) -> Iterator[Observer]:
 
 
 def describe(event: StepEvent) -> str:
-    """`loss 1.234 | 2,413 tokens/s | memory 5.70 GiB, peak 6.12 GiB | 3 min 20 s left`."""
+    """Return `loss 1.234 | 2,413 tokens/s | memory 5.70 GiB, peak 6.12 GiB | 3 min 20 s left`."""
     return " | ".join(
         (
             f"loss {event.loss:.3f}",
@@ -41,74 +41,77 @@ def describe(event: StepEvent) -> str:
 
 
 class LiveLine:
-    """One line that is drawn over and over, and notes above it."""
+    """An observer that redraws one line in a terminal and prints notes above it."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[details]}"),
             console=console,
         )
         self._task: TaskID | None = None
 
     def note(self, text: str) -> None:
-        """Stays on the screen, above the line."""
+        """Print `text` above the line."""
         self.progress.console.print(Text(text), soft_wrap=True)
 
     def stage(self, name: str, total: int) -> None:
-        """The line starts anew."""
+        """Replace the line by one of a new stage with `total` units."""
         if self._task is not None:
             self.progress.remove_task(self._task)
-        self._task = self.progress.add_task(name, total=total, told="")
+        self._task = self.progress.add_task(name, total=total, details="")
 
     def advance(self, done: int) -> None:
-        """The bar moves to `done`."""
+        """Set the bar to `done` units."""
         if self._task is not None:
             self.progress.update(self._task, completed=done)
 
     def step(self, event: StepEvent) -> None:
-        """The bar moves and the figures change."""
+        """Set the bar to the step, and show its loss, speed and memory."""
         if self._task is None:
             self.stage("train", event.steps)
         assert self._task is not None
-        told = describe(event)
-        self.progress.update(self._task, completed=event.step, total=event.steps, told=told)
+        details = describe(event)
+        self.progress.update(self._task, completed=event.step, total=event.steps, details=details)
 
 
 class PlainLines:
-    """One line now and then, for logs."""
+    """An observer that prints a line every few seconds, for logs.
+
+    clock: returns seconds and never decreases.
+    """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
-        self._name = ""
+        self._stage = ""
         self._total = 0
-        self._written_at = 0.0
+        self._printed_at = 0.0
 
     def note(self, text: str) -> None:
-        """Always written."""
-        self._write(text)
+        """Print `text`."""
+        self._print(text)
 
     def stage(self, name: str, total: int) -> None:
-        """Says what begins and how much of it there is."""
-        self._name, self._total = name, total
-        self._write(f"{name}: {total:,} to do")
+        """Print the name of the new stage and its number of units."""
+        self._stage, self._total = name, total
+        self._print(f"{name}: 0 of {total:,}")
 
     def advance(self, done: int) -> None:
-        """Written when the last line is old enough; the end of a stage is not news."""
-        if done < self._total and self._due():
-            self._write(f"{self._name}: {done:,} of {self._total:,}")
+        """Print the progress if the last line is old enough and the stage is not complete."""
+        if done < self._total and self._is_due():
+            self._print(f"{self._stage}: {done:,} of {self._total:,}")
 
     def step(self, event: StepEvent) -> None:
-        """Written for the first step, the last one, and when the last line is old enough."""
-        if event.step in (1, event.steps) or self._due():
-            self._write(f"step {event.step:,} of {event.steps:,} | {describe(event)}")
+        """Print the first step, the last step and any step if the last line is old enough."""
+        if event.step in (1, event.steps) or self._is_due():
+            self._print(f"step {event.step:,} of {event.steps:,} | {describe(event)}")
 
-    def _due(self) -> bool:
-        return self._clock() - self._written_at >= SECONDS_BETWEEN_LINES
+    def _is_due(self) -> bool:
+        return self._clock() - self._printed_at >= SECONDS_BETWEEN_LINES
 
-    def _write(self, text: str) -> None:
-        self._written_at = self._clock()
+    def _print(self, text: str) -> None:
+        self._printed_at = self._clock()
         self._console.print(Text(text), soft_wrap=True)

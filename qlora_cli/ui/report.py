@@ -32,7 +32,7 @@ _MARK_WITHIN = 4096
 """The marks are within this many bytes from the start of a file."""
 
 
-def check_free(run: Path, html: Path | None, png: Path | None, *, force: bool = False) -> None:
+def check_targets(run: Path, html: Path | None, png: Path | None, *, force: bool = False) -> None:
     """Raise UsageError if the page or the image would overwrite a file of the run or of the user.
 
     Allowed targets are the run's own `report.html` and `memory.png`, any new file outside the run's

@@ -1,52 +1,55 @@
-"""A run in a few lines, for the terminal and for the page alike."""
+"""A summary of a run in a few lines, for the terminal and for the HTML report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qlora_cli.jobs.results import ReportResult
-from qlora_cli.ui import memory
+from qlora_cli.ui import memory_facts
 from qlora_cli.units import format_count
 
 
 def summary(result: ReportResult) -> dict[str, str]:
-    """What was run, on what, how far it came and how fast."""
-    told = settings(result.run)
+    """Return label -> text: the run, its device and base, peak memory, progress and speed."""
+    recipe = settings(result.run)
     facts = {
-        "run": told["output"],
+        "run": recipe["output"],
         "status": str(result.run["status"]),
-        "device": memory.device_line(result.ledger),
-        "base": f"{told['model.name']}, {told['base.bits']} bit",
+        "device": memory_facts.device_text(result.ledger),
+        "base": f"{recipe['model.name']}, {recipe['base.bits']} bit",
     }
-    if planned := memory.planned_against_measured(result.ledger):
-        facts["peak"] = planned
-    facts |= memory.proof(result.ledger)
+    if peak := memory_facts.planned_and_measured(result.ledger):
+        facts["peak memory"] = peak
+    facts |= memory_facts.reliability(result.ledger)
     return facts | (_progress(result.metrics) if result.metrics else {})
 
 
 def settings(run: Mapping[str, Any]) -> dict[str, str]:
-    """The resolved recipe in run.json as dotted keys with their values."""
-    return dict(_flat(run["recipe"], ""))
+    """Return the resolved recipe of run.json as dotted key -> value as text.
+
+    run: the content of run.json.
+    """
+    return dict(_flatten(run["recipe"], ""))
 
 
-def _progress(metrics: tuple[dict[str, Any], ...]) -> dict[str, str]:
+def _progress(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     first, last = metrics[0], metrics[-1]
     speeds = [line["tokens_per_second"] for line in metrics]
     joules = [line["joules"] for line in metrics if line.get("joules") is not None]
     facts = {
         "steps": format_count(last["step"]),
-        "loss": f"{first['loss']:.3f} at first, {last['loss']:.3f} at last",
+        "loss": f"{first['loss']:.3f} in the first step, {last['loss']:.3f} in the last",
         "tokens": format_count(sum(line["tokens"] for line in metrics)),
         "speed": f"{sum(speeds) / len(speeds):,.0f} tokens/s",
     }
     return facts | ({"energy": f"{sum(joules) / 3600:.1f} Wh"} if joules else {})
 
 
-def _flat(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+def _flatten(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for key, value in content.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             yield prefix + key, text

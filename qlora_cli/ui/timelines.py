@@ -1,7 +1,8 @@
-"""Memory over time, drawn: one step, and the whole run with its tracked stretches side by side.
+"""Drawings of memory over time: one step, and the complete run.
 
-A run of hours has seconds that were tracked; on one axis of time they could not be seen. So each
-stretch gets the same width, says how long it took, and what was not tracked is a hatched gap.
+Only a few seconds of a run of hours are tracked. On one time axis they would be invisible. In the
+figure of the run every trace therefore has the same width, with its duration below it, and the
+steps between two traces are a hatched gap.
 """
 
 from __future__ import annotations
@@ -14,30 +15,33 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.memory.ledger import CATEGORIES, STEP_PHASES
 from qlora_cli.memory.timeline import PhaseTrace
-from qlora_cli.ui.memory import category_name
-from qlora_cli.ui.shades import HATCHES, SHADES
+from qlora_cli.ui.categories import CATEGORY_STYLES
 from qlora_cli.units import GIB, KIB, MIB, format_bytes, format_duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_ROOM = 1.32
-"""Height of the axis, peaks being 1: for the words above them."""
-_GAP = 0.85
-"""Width of what was not tracked; a stretch is 1 wide."""
-_MOST_UPRIGHT = 13
-"""Parts of a run whose names fit side by side; those of more stand on end."""
-_WORD = 0.1
-"""Of the axes' width, for the longest word above it."""
-_INK = "#1b2a41"
-_PLAN = "#9c2f16"
-_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-"""Behind words, which lines and areas would cross."""
+_HEADROOM = 1.32
+"""Height of the vertical axis relative to the highest value; labels are in the space above."""
+_GAP_WIDTH = 0.85
+"""Width of a gap; the width of a trace is 1."""
+_MAX_HORIZONTAL_NAMES = 13
+"""Parts of a run whose names fit next to each other. With more parts, the names are vertical."""
+_LABEL_WIDTH = 0.1
+"""Width of the longest label of a mark, as a share of the axis."""
+_LINE_COLOR = "#1b2a41"
+_PLAN_COLOR = "#9c2f16"
+_LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+"""Background of labels that lines and areas would cross."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Steps that were not tracked. peaks: bytes by the card's counter after each, if it has one."""
+    """Consecutive steps that were not tracked.
+
+    first, last: numbers of the steps. seconds: their duration. peaks: the peak of each step in
+    bytes by the GPU's own counter; empty if the device has none.
+    """
 
     first: int
     last: int
@@ -45,110 +49,105 @@ class Gap:
     peaks: tuple[int, ...]
 
 
-def worst_step(stretches: Sequence[PhaseTrace]) -> PhaseTrace | None:
-    """The tracked step with the highest peak, the last of equals; None where none was tracked."""
-    steps = [stretch for stretch in stretches if stretch.phase in STEP_PHASES]
-    return max(reversed(steps), key=lambda stretch: stretch.peak_bytes, default=None)
+def peak_step(traces: Sequence[PhaseTrace]) -> PhaseTrace | None:
+    """Return the tracked step with the highest peak, the last one of equals; None if none is."""
+    steps = [trace for trace in traces if trace.phase in STEP_PHASES]
+    return max(reversed(steps), key=lambda trace: trace.peak_bytes, default=None)
 
 
-def name(stretch: PhaseTrace) -> str:
-    """`step 3`, `load`."""
-    if stretch.step is None:
-        return stretch.phase.replace("_", " ")
-    return f"step {stretch.step:,}"
+def trace_name(trace: PhaseTrace) -> str:
+    """Return `step 3` or, for a phase without a step number, the phase: `load`."""
+    if trace.step is None:
+        return trace.phase.replace("_", " ")
+    return f"step {trace.step:,}"
 
 
-def shown_categories(stretches: Sequence[PhaseTrace]) -> list[str]:
-    """Those that any stretch has, in the ledger's order."""
-    return [name for name in CATEGORIES if any(name in stretch.bytes for stretch in stretches)]
+def categories_of(traces: Sequence[PhaseTrace]) -> list[str]:
+    """Return the categories that occur in any trace, in the ledger's order."""
+    return [category for category in CATEGORIES if any(category in t.bytes for t in traces)]
 
 
-def draw_step(axes: Axes, stretch: PhaseTrace, planned_bytes: int) -> None:
-    """Bytes by category over one step; what it does stands above, each at its beginning."""
-    start, end = stretch.seconds[0], stretch.seconds[-1]
-    unit = _dress(axes, max(stretch.peak_bytes, planned_bytes))
+def draw_step(axes: Axes, trace: PhaseTrace, planned_bytes: int) -> None:
+    """Draw bytes by category over one step, with a label where each part of the step begins.
+
+    planned_bytes: planned peak of the job, drawn as a line; 0 for none.
+    """
+    start, end = trace.seconds[0], trace.seconds[-1]
+    unit = _set_up_axes(axes, max(trace.peak_bytes, planned_bytes))
     axes.set_xlim(0, max(end - start, 1e-6))
-    axes.set_xlabel("seconds since the step began (the host's clock, instrument on)")
-    _areas(axes, stretch, [moment - start for moment in stretch.seconds], unit)
-    _marks(axes, [(moment - start, name) for moment, name in stretch.marks], end - start)
-    at = stretch.totals.index(stretch.peak_bytes)
-    share = (stretch.seconds[at] - start) / max(end - start, 1e-6)
-    _peak(axes, stretch.seconds[at] - start, stretch.peak_bytes, unit, share)
-    _plan(axes, planned_bytes, unit)
+    axes.set_xlabel("seconds since the start of the step (CPU clock, with memory tracking on)")
+    _draw_areas(axes, trace, [moment - start for moment in trace.seconds], unit)
+    _draw_marks(axes, [(moment - start, name) for moment, name in trace.marks], end - start)
+    at = trace.totals.index(trace.peak_bytes)
+    share = (trace.seconds[at] - start) / max(end - start, 1e-6)
+    _draw_peak(axes, trace.seconds[at] - start, trace.peak_bytes, unit, share)
+    _draw_plan(axes, planned_bytes, unit)
 
 
 def draw_run(
     axes: Axes,
-    stretches: Sequence[PhaseTrace],
+    traces: Sequence[PhaseTrace],
     metrics: Sequence[Mapping[str, Any]],
     planned_bytes: int,
     has_counter: bool,
 ) -> None:
-    """The tracked stretches one behind the other, and the gaps between them.
+    """Draw the traces of a run in order, and the gaps between them.
 
-    has_counter: whether `peak_bytes` of metrics.jsonl is the card's counter.
+    metrics: lines of metrics.jsonl. planned_bytes: planned peak, drawn as a line; 0 for none.
+    has_counter: whether `peak_bytes` in metrics.jsonl comes from the GPU's own counter.
     """
-    parts = list(_parts(stretches, metrics, has_counter))
-    highest = max(stretch.peak_bytes for stretch in stretches)
+    parts = list(split_run(traces, metrics, has_counter))
     counted = max(
         (peak for part in parts if isinstance(part, Gap) for peak in part.peaks), default=0
     )
-    unit = _dress(axes, max(highest, planned_bytes, counted))
-    left, middles, names = 0.0, [], []
-    places: dict[int, tuple[float, float]] = {}
+    highest = max(trace.peak_bytes for trace in traces)
+    unit = _set_up_axes(axes, max(highest, planned_bytes, counted))
+    left, middles = 0.0, []
+    peaks: list[tuple[int, float]] = []
     for part in parts:
-        width = _GAP if isinstance(part, Gap) else 1.0
+        width = _GAP_WIDTH if isinstance(part, Gap) else 1.0
         middles.append(left + width / 2)
-        names.append(_name(part))
         if isinstance(part, Gap):
-            _gap(axes, part, left, unit)
+            _draw_gap(axes, part, left, unit)
         else:
             moments = [left + share for share in _shares(part)]
-            _areas(axes, part, moments, unit)
-            places[id(part)] = (moments[part.totals.index(part.peak_bytes)], part.peak_bytes)
-            axes.axvline(left, color=_INK, linewidth=0.5)
+            _draw_areas(axes, part, moments, unit)
+            axes.axvline(left, color=_LINE_COLOR, linewidth=0.5)
+            peaks.append((part.peak_bytes, moments[part.totals.index(part.peak_bytes)]))
         left += width
     axes.set_xlim(0, left)
-    _names(axes, middles, names)
+    _label_parts(axes, middles, [_part_label(part) for part in parts])
     if any(isinstance(part, Gap) for part in parts):
-        lines = "; lines: each step's peak by the card's own counter" if counted else ""
-        axes.set_xlabel(f"hatched: steps that were not tracked{lines}", fontsize=8)
-    at, peak = max(places.values(), key=lambda place: place[1])
-    _peak(axes, at, int(peak), unit, at / left)
-    _plan(axes, planned_bytes, unit)
+        line = "; line in a gap: each step's peak by the GPU's counter" if counted else ""
+        axes.set_xlabel(f"hatched: steps without memory tracking{line}", fontsize=8)
+    peak_bytes, at = max(peaks, key=lambda peak: peak[0])
+    _draw_peak(axes, at, peak_bytes, unit, at / left)
+    _draw_plan(axes, planned_bytes, unit)
 
 
-def _names(axes: Axes, middles: Sequence[float], names: Sequence[str]) -> None:
-    upright = len(names) <= _MOST_UPRIGHT
-    shown = names if upright else [name.replace("\n", " ") for name in names]
-    size = 7.5 if len(names) < 10 else 6.5
-    axes.set_xticks(middles, shown, fontsize=size, rotation=0 if upright else 90)
-    axes.tick_params(axis="x", length=0)
-
-
-def _parts(
-    stretches: Sequence[PhaseTrace], metrics: Sequence[Mapping[str, Any]], has_counter: bool
+def split_run(
+    traces: Sequence[PhaseTrace], metrics: Sequence[Mapping[str, Any]], has_counter: bool
 ) -> Iterator[PhaseTrace | Gap]:
-    """Stretches in order, and between them the steps that none of them shows.
+    """Yield the traces in order and, between them, a gap for the steps that no trace shows.
 
-    A process tracks its first steps; so what was not tracked before one that loads again was done
-    by the process before it.
+    A process tracks its first steps. Untracked steps before a trace that loads the base again were
+    therefore done by the previous process.
     """
-    tracked = {stretch.step for stretch in stretches}
+    tracked = {trace.step for trace in traces}
     waiting = [line for line in metrics if line["step"] not in tracked]
-    for index, stretch in enumerate(stretches):
-        numbers = (later.step for later in stretches[index:] if later.step is not None)
-        limit = next(numbers, None)
+    for index, trace in enumerate(traces):
+        next_steps = (later.step for later in traces[index:] if later.step is not None)
+        limit = next(next_steps, None)
         before = [line for line in waiting if limit is None or line["step"] < limit]
         if before:
-            yield _untracked(before, has_counter)
+            yield _gap(before, has_counter)
         waiting = waiting[len(before) :]
-        yield stretch
+        yield trace
     if waiting:
-        yield _untracked(waiting, has_counter)
+        yield _gap(waiting, has_counter)
 
 
-def _untracked(lines: Sequence[Mapping[str, Any]], has_counter: bool) -> Gap:
+def _gap(lines: Sequence[Mapping[str, Any]], has_counter: bool) -> Gap:
     return Gap(
         first=lines[0]["step"],
         last=lines[-1]["step"],
@@ -157,11 +156,19 @@ def _untracked(lines: Sequence[Mapping[str, Any]], has_counter: bool) -> Gap:
     )
 
 
-def _name(part: PhaseTrace | Gap) -> str:
+def _label_parts(axes: Axes, middles: Sequence[float], labels: Sequence[str]) -> None:
+    horizontal = len(labels) <= _MAX_HORIZONTAL_NAMES
+    shown = labels if horizontal else [label.replace("\n", " ") for label in labels]
+    size = 7.5 if len(labels) < 10 else 6.5
+    axes.set_xticks(middles, shown, fontsize=size, rotation=0 if horizontal else 90)
+    axes.tick_params(axis="x", length=0)
+
+
+def _part_label(part: PhaseTrace | Gap) -> str:
     if isinstance(part, PhaseTrace):
-        return f"{name(part)}\n{_duration(part.seconds[-1] - part.seconds[0])}"
-    alone = part.first == part.last
-    steps = f"step {part.first:,}" if alone else f"steps\n{part.first:,}-{part.last:,}"
+        return f"{trace_name(part)}\n{_duration(part.seconds[-1] - part.seconds[0])}"
+    single = part.first == part.last
+    steps = f"step {part.first:,}" if single else f"steps\n{part.first:,}-{part.last:,}"
     return f"{steps}\n{_duration(part.seconds)}"
 
 
@@ -169,112 +176,120 @@ def _duration(seconds: float) -> str:
     return format_duration(seconds) if seconds >= 0.1 else f"{seconds * 1000:.0f} ms"
 
 
-def _shares(stretch: PhaseTrace) -> list[float]:
-    """Each moment as a share of the stretch."""
-    start, length = stretch.seconds[0], stretch.seconds[-1] - stretch.seconds[0]
-    return [(moment - start) / length if length else 0.0 for moment in stretch.seconds]
+def _shares(trace: PhaseTrace) -> list[float]:
+    """Return each moment as a share of the trace's duration, from 0 to 1."""
+    start, length = trace.seconds[0], trace.seconds[-1] - trace.seconds[0]
+    return [(moment - start) / length if length else 0.0 for moment in trace.seconds]
 
 
-def _areas(axes: Axes, stretch: PhaseTrace, moments: Sequence[float], unit: int) -> None:
-    """One area a category, stacked in the ledger's order; what stays is at the bottom."""
+def _draw_areas(axes: Axes, trace: PhaseTrace, moments: Sequence[float], unit: int) -> None:
+    """Draw one area per category, stacked in the ledger's order."""
     bottom = [0.0] * len(moments)
-    for name in CATEGORIES:
-        if name not in stretch.bytes:
+    for category, style in CATEGORY_STYLES.items():
+        if category not in trace.bytes:
             continue
-        rows = zip(bottom, stretch.bytes[name], strict=True)
+        rows = zip(bottom, trace.bytes[category], strict=True)
         top = [below + size / unit for below, size in rows]
-        index = CATEGORIES.index(name)
         axes.fill_between(
             moments,
             bottom,
             top,
             step="post",
-            label=category_name(name),
-            facecolor=SHADES[index],
+            label=style.label,
+            facecolor=style.color,
             edgecolor="white",
-            hatch=HATCHES[index],
+            hatch=style.hatch,
             linewidth=0.0,
-            rasterized=True,  # Thousands of corners as paths would make a page of megabytes.
+            rasterized=True,  # As vector paths, thousands of corners would take megabytes.
         )
         bottom = top
-    axes.step(moments, bottom, where="post", color=_INK, linewidth=0.7, rasterized=True)
+    axes.step(moments, bottom, where="post", color=_LINE_COLOR, linewidth=0.7, rasterized=True)
 
 
-def _gap(axes: Axes, gap: Gap, left: float, unit: int) -> None:
-    axes.axvspan(left, left + _GAP, facecolor="#f4f5f7", edgecolor="#d5dae1", hatch="///", lw=0)
-    axes.axvline(left, color=_INK, linewidth=0.5)
+def _draw_gap(axes: Axes, gap: Gap, left: float, unit: int) -> None:
+    right = left + _GAP_WIDTH
+    axes.axvspan(left, right, facecolor="#f4f5f7", edgecolor="#d5dae1", hatch="///", lw=0)
+    axes.axvline(left, color=_LINE_COLOR, linewidth=0.5)
     if gap.peaks:
-        every = _GAP / len(gap.peaks)
-        at = [left + every * (step + 0.5) for step in range(len(gap.peaks))]
-        axes.plot(at, [peak / unit for peak in gap.peaks], "-", color=_INK, linewidth=1.4)
+        width = _GAP_WIDTH / len(gap.peaks)
+        at = [left + width * (step + 0.5) for step in range(len(gap.peaks))]
+        axes.plot(at, [peak / unit for peak in gap.peaks], "-", color=_LINE_COLOR, linewidth=1.4)
 
 
-def _marks(axes: Axes, marks: Sequence[tuple[float, str]], length: float) -> None:
-    """A line each with its word above; where words would meet, one line of text tells of all."""
-    across = axes.get_xaxis_transform()
+def _draw_marks(axes: Axes, marks: Sequence[tuple[float, str]], length: float) -> None:
+    """Draw a vertical line at each mark, labelled; one summary line if the labels do not fit."""
+    transform = axes.get_xaxis_transform()
     for moment, _ in marks:
-        axes.axvline(moment, color=_INK, linewidth=0.6, linestyle=(0, (3, 2)))
-    if not _words_fit(marks, length):
-        counted = Counter(word for _, word in marks)
-        told = ", ".join(f"{number} x {word}" for word, number in counted.items())
-        axes.text(0, 1.01, f"a line each: {told}", transform=across, fontsize=8, va="bottom")
+        axes.axvline(moment, color=_LINE_COLOR, linewidth=0.6, linestyle=(0, (3, 2)))
+    if not _labels_fit(marks, length):
+        counts = Counter(label for _, label in marks)
+        summary = ", ".join(f"{number} x {label}" for label, number in counts.items())
+        text = f"vertical lines: {summary}"
+        axes.text(0, 1.01, text, transform=transform, fontsize=8, va="bottom")
         return
-    for moment, word in marks:
-        method_peak = "right" if moment / length + _WORD > 1 else "left"
-        axes.text(moment, 1.01, word, transform=across, fontsize=8, ha=method_peak, va="bottom")
+    for moment, label in marks:
+        align = "right" if moment / length + _LABEL_WIDTH > 1 else "left"
+        axes.text(moment, 1.01, label, transform=transform, fontsize=8, ha=align, va="bottom")
 
 
-def _words_fit(marks: Sequence[tuple[float, str]], length: float) -> bool:
-    """Each needs `_WORD` behind it, and the last one before it where it is too near the end."""
+def _labels_fit(marks: Sequence[tuple[float, str]], length: float) -> bool:
+    """Return whether the labels have `_LABEL_WIDTH` each.
+
+    A label is to the right of its mark; the last one is to the left if it is too near the end.
+    """
     places = [moment / length for moment, _ in marks] if length else []
-    if places and places[-1] + _WORD > 1:
-        places[-1] -= _WORD
-    return all(b - a >= _WORD for a, b in pairwise(places)) if length else not marks
+    if places and places[-1] + _LABEL_WIDTH > 1:
+        places[-1] -= _LABEL_WIDTH
+    return all(b - a >= _LABEL_WIDTH for a, b in pairwise(places)) if length else not marks
 
 
-def _peak(axes: Axes, at: float, peak_bytes: int, unit: int, share: float) -> None:
-    """Where the highest moment is, and how high; the words lean away from the nearer edge."""
+def _draw_peak(axes: Axes, at: float, peak_bytes: int, unit: int, share: float) -> None:
+    """Label the highest point with its size, on the side away from the nearer edge.
+
+    at: horizontal position. share: the same as a share of the axis.
+    """
     low, high = axes.get_xlim()
-    aside = (high - low) * (0.03 if share < 0.5 else -0.03)
+    offset = (high - low) * (0.03 if share < 0.5 else -0.03)
     axes.annotate(
         f"peak {format_bytes(peak_bytes)}",
         (at, peak_bytes / unit),
-        (at + aside, axes.get_ylim()[1] * 0.94),
+        (at + offset, axes.get_ylim()[1] * 0.94),
         ha="left" if share < 0.5 else "right",
         va="center",
         fontsize=9,
         fontweight="bold",
-        bbox=_PAPER,
-        arrowprops={"arrowstyle": "-|>", "color": _INK, "linewidth": 0.9, "shrinkB": 1},
+        bbox=_LABEL_BOX,
+        arrowprops={"arrowstyle": "-|>", "color": _LINE_COLOR, "linewidth": 0.9, "shrinkB": 1},
     )
 
 
-def _plan(axes: Axes, planned_bytes: int, unit: int) -> None:
-    """The plan's peak as a line; its words stand in the margin, where nothing is drawn."""
+def _draw_plan(axes: Axes, planned_bytes: int, unit: int) -> None:
+    """Draw the planned peak as a line; its label is in the margin, where nothing is drawn."""
     if not planned_bytes:
         return
-    axes.axhline(planned_bytes / unit, color=_PLAN, linewidth=1.1, linestyle=(0, (6, 2, 1, 2)))
+    height, dashes = planned_bytes / unit, (0, (6, 2, 1, 2))
+    axes.axhline(height, color=_PLAN_COLOR, linewidth=1.1, linestyle=dashes)
     axes.text(
         1.008,
-        planned_bytes / unit,
+        height,
         f"planned\npeak\n{format_bytes(planned_bytes)}",
         transform=axes.get_yaxis_transform(),
         va="center",
         fontsize=8,
-        color=_PLAN,
+        color=_PLAN_COLOR,
     )
 
 
-def _dress(axes: Axes, highest: int) -> int:
-    """Axis of bytes from 0 in a unit that suits; returns the unit."""
+def _set_up_axes(axes: Axes, highest_bytes: int) -> int:
+    """Set up the vertical axis from 0 to above `highest_bytes`; return its unit in bytes."""
     unit, name = next(
-        ((size, name) for size, name in ((GIB, "GiB"), (MIB, "MiB")) if highest >= size),
+        ((size, name) for size, name in ((GIB, "GiB"), (MIB, "MiB")) if highest_bytes >= size),
         (KIB, "KiB"),
     )
-    axes.set_ylim(0, max(highest, 1) * _ROOM / unit)
+    axes.set_ylim(0, max(highest_bytes, 1) * _HEADROOM / unit)
     axes.set_ylabel(name)
     axes.grid(axis="y", color="#e3e7ec", linewidth=0.6)
     axes.set_axisbelow(True)
-    for method_peak in ("top", "right"):
-        axes.spines[method_peak].set_visible(False)
+    for position in ("top", "right"):
+        axes.spines[position].set_visible(False)
     return unit

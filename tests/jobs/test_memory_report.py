@@ -57,12 +57,12 @@ def copy_of(run: RunFolder, folder: Path) -> RunFolder:
 def test_the_timeline_reaches_each_phase_s_peak_and_numbers_its_steps(finished: RunFolder) -> None:
     result = report.run(finished.path)
     seen: dict[str, int] = {}
-    for stretch in result.timeline:
-        seen[stretch.phase] = max(stretch.peak_bytes, seen.get(stretch.phase, 0))
+    for trace in result.timeline:
+        seen[trace.phase] = max(trace.peak_bytes, seen.get(trace.phase, 0))
     assert seen == {phase.name: phase.peak_bytes for phase in result.ledger.phases}
-    steps = [stretch.step for stretch in result.timeline if stretch.phase == "step"]
+    steps = [trace.step for trace in result.timeline if trace.phase == "step"]
     assert steps[:2] == [2, 3]
-    step = timelines.worst_step(result.timeline)
+    step = timelines.peak_step(result.timeline)
     assert step is not None
     assert [word for _, word in step.marks] == ["forward", "backward"] * 2 + ["update"]
 
@@ -222,7 +222,7 @@ def test_what_cannot_fit_is_not_even_loaded(finished: RunFolder, tmp_path: Path)
     write_json(run.memory_json, replace(ledger, before=huge).to_dict())
     full_finetune_baseline.main(run.path, tmp_path / "answer.json")
     told = json.loads((tmp_path / "answer.json").read_text())
-    assert "it needs 909 TiB as planned" in told["does_not_fit"]
+    assert "the plan needs 909 TiB" in told["does_not_fit"]
 
 
 def test_a_fault_of_the_run_s_files_is_answered(finished: RunFolder, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Errors on stderr, in their own words."""
+"""Errors as they are printed on stderr."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ def shown(error: QloraError) -> str:
     return stream.getvalue()
 
 
-def test_an_error_says_what_where_and_what_to_do() -> None:
+def test_an_error_is_printed_with_its_place_and_hint() -> None:
     text = shown(QloraError("is damaged", where="model.safetensors", hint="download it again"))
     assert text == "error: model.safetensors: is damaged\n  download it again\n"
 
 
 def test_every_problem_is_shown_with_its_place_and_hint() -> None:
     problems = [Problem("a.yaml:1: train.lrr", "unknown setting", "did you mean train.lr?")]
-    problems.append(Problem("override x", "is no override"))
+    problems.append(Problem("override x", "is not an override"))
     text = shown(RecipeError("a.yaml has 2 problems", problems, hint="see qlora recipe schema"))
     assert text.splitlines() == [
         "error: a.yaml has 2 problems",
         "  a.yaml:1: train.lrr: unknown setting",
         "    did you mean train.lr?",
-        "  override x: is no override",
+        "  override x: is not an override",
         "  see qlora recipe schema",
     ]
 
@@ -39,15 +39,15 @@ def test_a_long_path_is_not_broken_over_lines() -> None:
     assert path in shown(QloraError("is missing", where=path))
 
 
-def test_brackets_are_text_and_no_markup() -> None:
+def test_brackets_are_not_read_as_markup() -> None:
     assert "[bold]x[/bold]" in shown(QloraError("[bold]x[/bold]"))
 
 
-def test_an_interrupted_job_is_no_error() -> None:
+def test_an_interrupted_job_is_not_printed_as_an_error() -> None:
     assert shown(Interrupted("a checkpoint was written")).startswith("stopped: ")
 
 
-def test_a_fault_of_the_program_says_how_to_see_more() -> None:
+def test_a_bug_of_the_program_is_printed_with_how_to_get_a_traceback() -> None:
     stream = io.StringIO()
     failures.show_unexpected(KeyError("x"), Console(file=stream, width=60))
     assert "KeyError: 'x'" in stream.getvalue()

@@ -1,4 +1,4 @@
-"""Progress on stderr: plain lines for logs, a live line for people."""
+"""Progress on stderr: plain lines in logs, a live line in a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def event(step: int, steps: int = 100) -> StepEvent:
 
 
 class Clock:
-    """A clock that goes when it is told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -31,12 +31,14 @@ def stream() -> io.StringIO:
     return io.StringIO()
 
 
-def test_a_step_tells_loss_speed_memory_and_time() -> None:
-    told = describe(event(1))
-    assert told == "loss 1.250 | 2,413 tokens/s | memory 5.00 GiB, peak 6.00 GiB | 3 min 20 s left"
+def test_a_step_is_described_by_loss_speed_memory_and_time() -> None:
+    text = describe(event(1))
+    assert text == "loss 1.250 | 2,413 tokens/s | memory 5.00 GiB, peak 6.00 GiB | 3 min 20 s left"
 
 
-def test_plain_lines_are_throttled_but_for_the_first_and_the_last(stream: io.StringIO) -> None:
+def test_plain_lines_are_throttled_except_for_the_first_and_the_last_step(
+    stream: io.StringIO,
+) -> None:
     clock = Clock()
     lines = PlainLines(Console(file=stream, width=200), clock)
     for step in range(1, 101):
@@ -48,7 +50,7 @@ def test_plain_lines_are_throttled_but_for_the_first_and_the_last(stream: io.Str
     assert len(written) == 3
 
 
-def test_plain_lines_tell_stages_and_notes_at_once(stream: io.StringIO) -> None:
+def test_plain_lines_print_stages_and_notes_immediately(stream: io.StringIO) -> None:
     clock = Clock()
     lines = PlainLines(Console(file=stream, width=200), clock)
     lines.stage("load", 291)
@@ -58,13 +60,13 @@ def test_plain_lines_tell_stages_and_notes_at_once(stream: io.StringIO) -> None:
     lines.advance(291)
     lines.note("base.compute_dtype = bfloat16: [because]")
     assert stream.getvalue().splitlines() == [
-        "load: 291 to do",
+        "load: 0 of 291",
         "load: 40 of 291",
         "base.compute_dtype = bfloat16: [because]",
     ]
 
 
-def test_no_control_codes_where_there_is_no_terminal(stream: io.StringIO) -> None:
+def test_no_control_codes_without_a_terminal(stream: io.StringIO) -> None:
     with watching(Console(file=stream)) as observer:
         assert isinstance(observer, PlainLines)
         observer.stage("train", 2)
@@ -76,7 +78,7 @@ def test_a_terminal_gets_a_live_line(stream: io.StringIO) -> None:
     console = Console(file=stream, force_terminal=True, width=160)
     with watching(console) as observer:
         assert isinstance(observer, LiveLine)
-        observer.advance(1)  # Before any stage: nothing to move.
+        observer.advance(1)  # Before any stage there is no bar; this must not fail.
         observer.stage("load", 10)
         observer.advance(10)
         observer.note("a note")

@@ -1,4 +1,4 @@
-"""The page of a run: complete, and with nothing beside it."""
+"""The HTML report of a run: complete, and in one file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import pytest
 
 from qlora_cli.errors import QloraError
 from qlora_cli.memory.ledger import InstrumentCost
-from qlora_cli.ui import report, shades
+from qlora_cli.ui import report
+from qlora_cli.ui.categories import CATEGORY_STYLES
 from qlora_cli.units import GIB, MIB
 from tests.helpers import results
 
 
 class Reader(HTMLParser):
-    """Notes what a page would load, and whether its elements are closed."""
+    """Collects what a page would load, and checks that its elements are closed."""
 
     VOID: ClassVar = {"meta", "img", "link", "br"}
 
@@ -44,7 +45,7 @@ def page() -> str:
     return report.render(results.REPORT)
 
 
-def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
+def test_the_page_loads_nothing_else(page: str) -> None:
     reader = Reader()
     reader.feed(page)
     assert reader.open == []
@@ -55,7 +56,7 @@ def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
     assert "url(" not in page
 
 
-def test_the_figures_load_nothing_either(page: str) -> None:
+def test_the_figures_load_nothing_else(page: str) -> None:
     for encoded in re.findall(r"base64,([\w+/=]+)", page):
         svg = base64.b64decode(encoded).decode()
         links = re.findall(r'(?:href|src)="([^"]*)"', svg)
@@ -63,27 +64,28 @@ def test_the_figures_load_nothing_either(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "expected",
     [
         "meta-llama/Llama-3.1-8B",
         "NVIDIA GeForce RTX 4090 (24.0 GiB)",
-        "less memory than full fine-tuning",
+        "less peak memory than full fine-tuning",
         "LoRA, 4-bit base (measured)",
         "units &amp; &lt;b&gt;",
         "<code>adapter.targets</code></td><td>q, v",
         "2.13.0",
         "reserved by torch",
-        "1.00 GiB more: freed blocks that torch keeps to use again, and fragmentation",
+        "1.00 GiB more: freed blocks that torch&#39;s caching allocator keeps, and fragmentation",
         "1.00 GiB more: the CUDA context",
         "100.0% of the peak, other 0 B",
-        "the step with the highest peak, step 30",
+        "The step with the highest peak, step 30.",
+        "live at the end</th>",
         "model.norm",
-        "1.934 at first",
+        "1.934 in the first step",
         "Wh",
     ],
 )
-def test_the_page_says(page: str, told: str) -> None:
-    assert told in page
+def test_the_page_contains(page: str, expected: str) -> None:
+    assert expected in page
 
 
 def test_the_same_run_gives_the_same_page(page: str) -> None:
@@ -96,7 +98,7 @@ def test_a_run_without_steps_has_a_page_without_curves() -> None:
     assert len(reader.loaded) == 4
 
 
-def test_a_run_of_an_older_version_has_a_page_without_a_timeline(tmp_path: Path) -> None:
+def test_a_run_without_a_timeline_has_a_page_without_its_figures(tmp_path: Path) -> None:
     older = replace(results.REPORT, timeline=(), png=tmp_path / "memory.png")
     reader = Reader()
     reader.feed(report.render(older))
@@ -105,48 +107,47 @@ def test_a_run_of_an_older_version_has_a_page_without_a_timeline(tmp_path: Path)
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_says_what_it_stands_on() -> None:
+def test_the_page_shows_how_reliable_its_figures_are() -> None:
     ledger = replace(
         results.LEDGER,
         before=replace(results.LEDGER.before, source="measured"),
         before_planned_bytes=100 * GIB,
         floor_bytes=5 * GIB,
         instrument_cost=InstrumentCost(50, 4, 2.0, 1.5, 3 * MIB),
-        notes=("The run was resumed after step 2 & went on.",),
+        notes=("The run was resumed after step 2 & finished.",),
     )
     page = report.render(replace(results.REPORT, ledger=ledger))
-    for told in (
-        "floor</th><td>5.00 GiB, peak 1.12x of it",
+    for expected in (
+        "lower bound</th><td>5.00 GiB (packed weights",
+        "the peak is 1.12x of it",
         "planned 100 GiB, measured 106 GiB (-5.7%)",
-        "on for 4 of 50 steps, then off; such a step took 2.0 s, without it as many tokens take "
-        "1.5 s; its records held 3.00 MiB on the host",
-        "resumed after step 2 &amp; went on",
+        "tracker on for 4 of 50 steps; 2.0 s per step with it, 1.5 s without it for as many "
+        "tokens; its records took 3.00 MiB of CPU memory",
+        "resumed after step 2 &amp; finished",
     ):
-        assert told in page
+        assert expected in page
 
 
-def test_neighbouring_shades_differ_in_lightness() -> None:
-    def lightness(colour: str) -> float:
-        red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+def test_neighbouring_colors_differ_in_lightness() -> None:
+    def lightness(color: str) -> float:
+        red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
-    values = [lightness(colour) for colour in shades.SHADES]
+    values = [lightness(style.color) for style in CATEGORY_STYLES.values()]
     assert all(abs(a - b) > 0.15 for a, b in pairwise(values))
 
 
-def test_a_page_that_cannot_be_written_is_an_error_with_its_path(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_an_error_naming_its_path(tmp_path: Path) -> None:
     with pytest.raises(QloraError) as caught:
         report.write(replace(results.REPORT, html=tmp_path / "nowhere" / "page.html"))
     assert "nowhere" in (caught.value.where or "")
 
 
-def test_page_and_picture_are_written_whole_and_the_same_each_time(
-    tmp_path: Path, page: str
-) -> None:
+def test_page_and_image_are_written_completely_and_reproducibly(tmp_path: Path, page: str) -> None:
     written = replace(results.REPORT, html=tmp_path / "page.html", png=tmp_path / "memory.png")
     report.write(written)
     assert {path.name for path in tmp_path.iterdir()} == {"page.html", "memory.png"}
     assert (tmp_path / "page.html").read_text() == page
-    picture = (tmp_path / "memory.png").read_bytes()
+    image = (tmp_path / "memory.png").read_bytes()
     report.write(replace(written, html=None))
-    assert (tmp_path / "memory.png").read_bytes() == picture
+    assert (tmp_path / "memory.png").read_bytes() == image

@@ -1,4 +1,4 @@
-"""Each result on a page of text: what it must say, and that it says it without colour."""
+"""Each result as text: it contains what it must, with and without color."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.console import Console, RenderableType
 
 from qlora_cli.jobs.results import Compared
 from qlora_cli.memory.ledger import CATEGORIES, Allocator
-from qlora_cli.ui import memory, planned, tables
+from qlora_cli.ui import memory, memory_facts, planned, tables
+from qlora_cli.ui.categories import CATEGORY_STYLES, category_label
 from qlora_cli.units import format_bytes
 from tests.helpers import results
 
@@ -24,7 +25,7 @@ def text_of(shown: RenderableType, width: int = 100) -> str:
 
 
 @pytest.mark.parametrize(
-    ("render", "result", "told"),
+    ("render", "result", "expected"),
     [
         (
             planned.plan,
@@ -34,69 +35,88 @@ def text_of(shown: RenderableType, width: int = 100) -> str:
         (tables.train, results.TRAIN, ["runs/x", "120", "1.234", "1.300", "2,413 tokens/s"]),
         (tables.report, results.REPORT, ["done", "50", "tokens/s", "Wh", "Llama-3.1-8B, 4 bit"]),
         (tables.merge, results.MERGE, ["runs/x/merged", "291", "16.0 GiB", "dequantized"]),
-        (tables.verify, results.VERIFY, ["passed", "0.012", "99.30%"]),
+        (
+            tables.verify,
+            results.VERIFY,
+            ["passed", "0.012", "top-1 agreement", "99.30%", "the first 61 of 64 tokens agree"],
+        ),
         (tables.evaluation, results.EVAL, ["1.2000", "3.32", "61.00%", "10,000"]),
         (tables.generation, results.GENERATE, [" world [x]", "run", "base", " bark"]),
-        (tables.data, results.DATA, ["100 (messages)", "60.0% trained on", "! 3 rows", "⟦ you⟧"]),
+        (
+            tables.data,
+            results.DATA,
+            ["100 (messages)", "60.0% of them trained", "! 3 rows", "⟦ you⟧"],
+        ),
         (tables.doctor, results.DOCTOR, ["ok", "limited", "more"]),
-        (tables.quickstart, results.QUICKSTART, ["2.100 before, 0.700 after", "Swan is cheap"]),
+        (
+            tables.quickstart,
+            results.QUICKSTART,
+            ["2.100 before training, 0.700 after", "Swan is cheap"],
+        ),
     ],
 )
-def test_a_result_says_what_it_must(
-    render: Callable[[object], RenderableType], result: object, told: list[str]
+def test_a_result_contains_its_figures(
+    render: Callable[[object], RenderableType], result: object, expected: list[str]
 ) -> None:
     text = text_of(render(result))
     assert "\x1b" not in text
-    for words in told:
+    for words in expected:
         assert words in text
 
 
-def test_the_rows_of_a_phase_are_its_categories_and_their_sum() -> None:
+def test_each_category_of_the_ledger_has_a_label_and_a_color() -> None:
+    assert tuple(CATEGORY_STYLES) == CATEGORIES
+    assert len({style.label for style in CATEGORY_STYLES.values()}) == len(CATEGORIES)
+    assert len({style.color for style in CATEGORY_STYLES.values()}) == len(CATEGORIES)
+
+
+def test_the_phase_table_shows_each_category_and_their_sum() -> None:
     text = text_of(memory.phase_table(results.LEDGER))
     for category, size in results.STEP.items():
-        (line,) = [row for row in text.splitlines() if memory.category_name(category) in row]
+        (line,) = [row for row in text.splitlines() if category_label(category) in row]
         assert line.count(format_bytes(size)) >= 2
     (peak,) = [row for row in text.splitlines() if row.strip().startswith("peak")]
     assert peak.count(format_bytes(sum(results.STEP.values()))) == 2
 
 
 def test_categories_without_bytes_are_left_out() -> None:
-    shown = memory.grid(memory.by_phase(results.LEDGER)).rows
+    shown = memory.phase_grid(results.LEDGER).rows
     used = {c for phase in results.LEDGER.phases for c, size in phase.at_peak.items() if size}
-    assert list(shown) == [memory.category_name(c) for c in CATEGORIES if c in used]
+    assert list(shown) == [category_label(c) for c in CATEGORIES if c in used]
 
 
-def test_before_and_after_say_where_their_figures_come_from() -> None:
-    text = text_of(memory.before_and_after(results.LEDGER))
+def test_the_method_table_shows_whether_figures_are_measured() -> None:
+    text = text_of(memory.method_table(results.LEDGER))
     assert "full fine-tuning (planned)" in text
     assert "LoRA, 4-bit base (measured)" in text
-    assert "less memory than full fine-tuning" in text
+    assert "less peak memory than full fine-tuning" in text
 
 
-def test_methods_side_by_side_show_how_many_times_smaller_they_are() -> None:
+def test_the_comparison_shows_the_ratio_to_full_fine_tuning() -> None:
     four = Compared("lora", 4, 10, {"base": 10}, 18.37)
-    text = text_of(memory.comparison([*results.PLAN.compare, four]))
+    text = text_of(memory.comparison_table([*results.PLAN.compare, four]))
     assert text.split("full / this")[1].split() == ["1.0x", "18.4x"]
 
 
-def test_counters_of_the_device_stand_apart_and_only_where_there_are_any() -> None:
+def test_counters_are_shown_only_if_the_device_has_them() -> None:
     assert "reserved by torch 7.00 GiB" in text_of(memory.phase_table(results.LEDGER))
-    bare = replace(results.LEDGER, allocator=Allocator())
-    assert "Counters" not in text_of(memory.phase_table(bare))
+    without = replace(results.LEDGER, allocator=Allocator())
+    assert "Counters" not in text_of(memory.phase_table(without))
+    assert memory_facts.counter_differences(without) == {}
 
 
-def test_a_plan_that_does_not_fit_says_so() -> None:
+def test_a_plan_that_does_not_fit_is_reported() -> None:
     assert "DOES NOT FIT" in text_of(planned.plan(replace(results.PLAN, fits=False)))
 
 
-def test_a_failed_proof_names_its_faults() -> None:
+def test_a_failed_verification_lists_its_faults() -> None:
     failed = replace(results.VERIFY, passed=False, faults=("model.norm.weight is missing",))
     text = text_of(tables.verify(failed))
     assert "FAILED" in text
     assert "model.norm.weight is missing" in text
 
 
-def test_a_proof_that_could_not_be_measured_shows_no_figures() -> None:
+def test_a_verification_without_a_comparison_shows_no_figures() -> None:
     nan = float("nan")
     failed = replace(
         results.VERIFY,
@@ -109,7 +129,7 @@ def test_a_proof_that_could_not_be_measured_shows_no_figures() -> None:
     assert "nan" not in text_of(tables.verify(failed))
 
 
-def test_generated_text_keeps_its_own_lines() -> None:
+def test_generated_text_is_not_rewrapped() -> None:
     long = " word" * 100
     text = f"{long}\n\n[red]x"
     shown = tables.generation(replace(results.GENERATE, text=text, answers={"base": text}))

@@ -1,4 +1,4 @@
-"""Memory over time as figures: what is drawn is what was recorded, and no words are cut off."""
+"""Figures of memory over time: they show what was recorded, and no label is cut off."""
 
 from __future__ import annotations
 
@@ -30,50 +30,50 @@ def lines(*steps: int) -> list[dict[str, Any]]:
 
 
 def shape(parts: Sequence[PhaseTrace | timelines.Gap]) -> list[Any]:
-    """Names of stretches, (first, last) of gaps."""
+    """Return the names of the traces and (first, last) of the gaps."""
     return [
-        (part.first, part.last) if isinstance(part, timelines.Gap) else timelines.name(part)
+        (part.first, part.last) if isinstance(part, timelines.Gap) else timelines.trace_name(part)
         for part in parts
     ]
 
 
-def test_what_was_not_tracked_is_a_gap_of_its_steps() -> None:
+def test_untracked_steps_are_a_gap() -> None:
     metrics = lines(*range(1, 51))
-    parts = list(timelines._parts(results.TIMELINE, metrics, has_counter=True))
+    parts = list(timelines.split_run(results.TIMELINE, metrics, has_counter=True))
     assert shape(parts) == ["load", "step 1", "step 2", (3, 29), "step 30", (31, 50)]
     gap = parts[3]
     assert isinstance(gap, timelines.Gap)
     assert gap.seconds == pytest.approx(27 * 2)
     assert gap.peaks == tuple(range(3, 30))
-    silent = list(timelines._parts(results.TIMELINE, metrics, has_counter=False))
-    assert all(part.peaks == () for part in silent if isinstance(part, timelines.Gap))
+    without_counter = list(timelines.split_run(results.TIMELINE, metrics, has_counter=False))
+    assert all(part.peaks == () for part in without_counter if isinstance(part, timelines.Gap))
 
 
-def test_steps_before_a_second_load_belong_to_the_process_before() -> None:
+def test_steps_before_a_second_load_belong_to_the_previous_process() -> None:
     again = (*results.TIMELINE[:3], LOAD, replace(STEP, step=7), replace(LOAD, phase="eval"))
-    parts = list(timelines._parts(again, lines(*range(1, 10)), has_counter=False))
-    told = ["load", "step 1", "step 2", (3, 6), "load", "step 7", (8, 9), "eval"]
-    assert shape(parts) == told
+    parts = list(timelines.split_run(again, lines(*range(1, 10)), has_counter=False))
+    expected = ["load", "step 1", "step 2", (3, 6), "load", "step 7", (8, 9), "eval"]
+    assert shape(parts) == expected
 
 
 def test_every_step_is_shown_once() -> None:
     for tracked in ((), (STEP,), results.TIMELINE):
-        parts = list(timelines._parts(tracked, lines(*range(1, 41)), has_counter=False))
+        parts = list(timelines.split_run(tracked, lines(*range(1, 41)), has_counter=False))
         gaps = [part for part in parts if isinstance(part, timelines.Gap)]
         hidden = [step for gap in gaps for step in range(gap.first, gap.last + 1)]
-        shown = [stretch.step for stretch in tracked if stretch.step]
+        shown = [trace.step for trace in tracked if trace.step]
         assert sorted(hidden + shown) == list(range(1, 41))
 
 
-def test_the_step_shown_is_the_worst_one_and_never_the_load() -> None:
+def test_the_step_with_the_highest_peak_is_shown_and_never_the_load() -> None:
     higher = replace(FIRST, bytes=FIRST.bytes | {"other": [1] * len(FIRST.seconds)})
-    assert timelines.worst_step((LOAD, higher, STEP)) is higher
-    assert timelines.worst_step((LOAD, FIRST, STEP, LARGEST)) is LARGEST
-    assert timelines.worst_step((LOAD,)) is None
+    assert timelines.peak_step((LOAD, higher, STEP)) is higher
+    assert timelines.peak_step((LOAD, FIRST, STEP, LARGEST)) is LARGEST
+    assert timelines.peak_step((LOAD,)) is None
 
 
 def many_batches() -> PhaseTrace:
-    """A step of sixteen micro-batches, whose words cannot all stand above it."""
+    """Return a step of sixteen micro-batches, whose labels do not fit above it."""
     end = STEP.seconds[-1] - STEP.seconds[0]
     words = [word for _ in range(16) for word in ("forward", "backward")] + ["update"]
     marks = [(STEP.seconds[0] + end * i / len(words), word) for i, word in enumerate(words)]
@@ -101,7 +101,7 @@ CASES: dict[str, ReportResult] = {
 
 
 def words_of(figure: Figure) -> Iterator[tuple[str, Bbox]]:
-    """Each text that is drawn and the pixels it takes."""
+    """Yield each label that is drawn and its box in pixels."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     shown: list[Text] = [*figure.legends[0].get_texts()]
@@ -117,8 +117,8 @@ def words_of(figure: Figure) -> Iterator[tuple[str, Bbox]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_words_are_cut_off_or_stand_in_one_another(case: str) -> None:
-    figure = figures.poster(CASES[case])
+def test_no_label_is_cut_off_or_overlaps_another(case: str) -> None:
+    figure = figures.overview_figure(CASES[case])
     boxes = list(words_of(figure))
     assert len(boxes) > 15
     for words, box in boxes:
@@ -131,7 +131,7 @@ def test_no_words_are_cut_off_or_stand_in_one_another(case: str) -> None:
 
 
 def heights(figure: Figure) -> list[float]:
-    """The top of the drawn areas."""
+    """Return the top of each drawn area."""
     return [
         float(path.vertices[:, 1].max())
         for collection in figure.axes[0].collections
@@ -139,7 +139,7 @@ def heights(figure: Figure) -> list[float]:
     ]
 
 
-def test_the_areas_reach_the_peak_and_the_line_is_the_plan() -> None:
-    figure = figures.over_step(LARGEST, 5 * GIB)
+def test_the_areas_reach_the_peak_and_the_line_is_at_the_planned_peak() -> None:
+    figure = figures.step_figure(LARGEST, 5 * GIB)
     assert max(heights(figure)) == pytest.approx(LARGEST.peak_bytes / GIB)
     assert 5.0 in {float(line.get_ydata()[0]) for line in figure.axes[0].lines}
