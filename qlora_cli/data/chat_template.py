@@ -29,7 +29,8 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_cli.data.align import Span, align, common_start, mark, split
-from qlora_cli.data.messages import Conversation, RowFault
+from qlora_cli.data.conversation import Conversation
+from qlora_cli.data.row_errors import RowError
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
@@ -69,21 +70,21 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._habits: dict[bool, TemplateDelimiters] = {}
 
-    def write(self, conversation: Conversation) -> RenderedChat:
-        """The whole chat and its trained spans. Raises RowFault where no mask can be proved."""
+    def render(self, conversation: Conversation) -> RenderedChat:
+        """The whole chat and its trained spans. Raises RowError where no mask can be proved."""
         try:
-            return self._write(conversation, conversation.messages)
-        except RowFault as fault:
+            return self._render(conversation, conversation.messages)
+        except RowError as fault:
             # transformers' convention is arguments as an object; some templates join texts.
             as_text = [_with_text_arguments(message) for message in conversation.messages]
             if as_text == conversation.messages:
                 raise
             try:
-                return self._write(conversation, as_text)
-            except RowFault:
+                return self._render(conversation, as_text)
+            except RowError:
                 raise fault from None
 
-    def _write(self, conversation: Conversation, messages: list[Message]) -> RenderedChat:
+    def _render(self, conversation: Conversation, messages: list[Message]) -> RenderedChat:
         tools = conversation.tools
         text = self._text(messages, tools)
         _check_nothing_left_out(text, messages)
@@ -102,7 +103,7 @@ class ChatTemplate:
                 )
             )
         except _TEMPLATE_FAULTS as error:
-            raise RowFault(f"the chat template refuses it: {error}") from error
+            raise RowError(f"the chat template refuses it: {error}") from error
 
     def _marked(
         self, text: str, messages: list[Message], tools: Tools, turns: list[int]
@@ -155,7 +156,7 @@ class ChatTemplate:
         ]
         try:
             pieces = split(self._text(marked, tools), list(marks.values()))
-        except RowFault:
+        except RowError:
             return None
         contents = [messages[turn]["content"] for turn in turns]
         found = align(text, pieces, contents) if pieces else None
@@ -201,7 +202,7 @@ class ChatTemplate:
         once = split(self._text(chat[:2], tools), [mark(0), mark(1)])
         twice = split(self._text(chat, tools), [mark(i) for i in range(4)])
         if once is None or twice is None:
-            raise RowFault("the chat template does not write a plain chat of user and assistant")
+            raise RowError("the chat template does not write a plain chat of user and assistant")
         headers = (once[1], twice[1], twice[3])
         leads = {header.rpartition(prompt)[2] for header in headers if prompt and prompt in header}
         closing = _closing(once[2], twice[2], self.tokenizer.eos_token)
@@ -241,14 +242,14 @@ def _check_nothing_left_out(text: str, messages: list[Message]) -> None:
         if message["role"] in ("tool", "assistant"):  # tools' answers are often written as JSON
             continue
         if _squeezed(message.get("content", "")) not in written:
-            raise RowFault(
+            raise RowError(
                 f"the chat template leaves out or rewrites message {number} ({message['role']})",
                 "put its text into the first user's message",
             )
 
 
 def _check_contains(span: str, message: Message, turn: int) -> None:
-    """Raises RowFault unless everything that the assistant said or called stands in its turn."""
+    """Raises RowError unless everything that the assistant said or called stands in its turn."""
     said = [message.get(key) for key in ("content", *_THINKING)]
     calls = [call["function"] for call in message.get("tool_calls", ())]
     wanted = [text for text in said if isinstance(text, str)] + [call["name"] for call in calls]
@@ -258,11 +259,11 @@ def _check_contains(span: str, message: Message, turn: int) -> None:
     for call in calls:
         as_python = repr(call["arguments"])
         if as_python in span and as_python != json.dumps(call["arguments"], ensure_ascii=False):
-            raise RowFault(f"the chat template writes message {turn + 1}'s arguments not as JSON")
+            raise RowError(f"the chat template writes message {turn + 1}'s arguments not as JSON")
 
 
-def _rewritten(turn: int) -> RowFault:
-    return RowFault(
+def _rewritten(turn: int) -> RowError:
+    return RowError(
         f"the chat template rewrites or leaves out what the assistant said in message {turn + 1}",
         "end the row with that turn, or leave out what the template drops (thinking, tool calls)",
     )

@@ -1,94 +1,112 @@
-"""Rows from a file or the hub, each with its place, and what format they are in.
+"""The data formats: which fields a row has and what they become.
 
-Every fault of a file is found in one reading and reported in one error.
+To add a format, add one entry to `FORMATS` and its name to `DataFormat` in recipe/schema.py. A
+format converts a row to one of three contents, which `data/encode.py` turns into token ids:
+a conversation, a prompt with its completion, or ready token ids.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from qlora_cli.data.messages import PRECEDENCE, REQUIRED, RowFault, check_fields
-from qlora_cli.data.readers import READERS, Item, read_hub
-from qlora_cli.errors import DataError, InputError, Problem
-from qlora_cli.files.locate import STARTER, STARTER_FOLDER
+from qlora_cli.data.conversation import Conversation, from_alpaca, from_messages, from_sharegpt
+from qlora_cli.data.row_errors import RowError, check_strings, missing_field, rows_error
+from qlora_cli.data.rows import Row
+from qlora_cli.errors import DataError, Problem
+from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
-from qlora_cli.units import format_count
 
-SHOWN_PROBLEMS = 10
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]%:+-]+))?")
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+"""Taori et al. 2023, `PROMPT_DICT` of stanford_alpaca's train.py, to the letter."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row as it was written. origin: `rows.jsonl:42`, the file and the line it begins on."""
+class PromptCompletion:
+    """A prompt, which the model reads, and a completion, on which it is trained."""
 
-    origin: str
-    fields: dict[str, Any]
+    prompt: str
+    completion: str
 
 
-def read_rows(where: str, limit: int | None = None) -> list[Row]:
-    """The rows of a JSONL, JSON, CSV, TSV or Parquet file, a hub dataset or `starter:train`.
+@dataclass(frozen=True)
+class TokenIds:
+    """Ready token ids and their labels, of the same length and not shifted."""
 
-    limit: read no further than that many rows. A hub dataset is `owner/name` or
-    `owner/name:split`; without a split it is `train`.
-    Raises InputError where there is no such file or dataset, DataError on broken rows (all of
-    them) and where there is no row at all.
+    ids: list[int]
+    labels: list[int]
+
+
+Content = Conversation | PromptCompletion | TokenIds
+"""What a row is converted to."""
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One data format.
+
+    name: its value of `data.format`. description: one sentence for the documentation.
+    required: fields that must be present and not null. optional: other fields that are read.
+    convert: function of a row's fields and of whether the tokenizer has a chat template; it checks
+    the values, raises RowError, and returns the row's content.
+    chat_template: whether rows are written by the tokenizer's chat template.
+    tokenized: False if rows are token ids already.
+    aliases: names that other tools use for a field -> the field's name; used in hints.
     """
-    name, items = _open(where)
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    for number, found in islice(items, limit):
-        origin = f"{name}:{number}"
-        if isinstance(found, RowFault):
-            problems.append(Problem(origin, str(found), found.hint))
-        else:
-            rows.append(Row(origin, found))
-    if problems:
-        raise rows_error(problems, len(rows) + len(problems))
-    if not rows:
-        raise DataError("no rows to train on", [Problem(name, "there is not one row in it")])
-    return rows
+
+    name: DataFormat
+    description: str
+    required: tuple[str, ...]
+    convert: Callable[[Fields, bool], Content]
+    optional: tuple[str, ...] = ()
+    chat_template: Literal["required", "if present", "never"] = "never"
+    tokenized: bool = True
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def fields_text(self) -> str:
+        """Return the fields as the documentation shows them; `?` marks an optional one."""
+        return f"{{{', '.join((*self.required, *(f'{name}?' for name in self.optional)))}}}"
+
+    def content(self, fields: Fields, has_chat_template: bool) -> Content:
+        """Return the content of a row. Raises RowError if its fields are not of this format.
+
+        has_chat_template: whether the base's tokenizer has a chat template.
+        """
+        for key in self.required:
+            if fields.get(key) is None:
+                raise missing_field(key, fields, self.aliases)
+        return self.convert(fields, has_chat_template)
+
+    def uses_chat_template(self, tokenizer: Any) -> bool:
+        """Return whether `tokenizer` (None if there is none) writes the rows as chats."""
+        return self.chat_template != "never" and bool(getattr(tokenizer, "chat_template", None))
 
 
-def detect_format(rows: list[Row], wanted: Literal["auto"] | DataFormat) -> DataFormat:
-    """The one format that the rows are in; `auto` goes by their fields, the most frequent wins.
+def detect_format(rows: Sequence[Row], wanted: Literal["auto"] | DataFormat) -> DataFormat:
+    """Return the format of the rows.
 
-    Raises DataError naming every row that is not in that format.
+    wanted: a format's name, which is returned; or `auto`: the format whose required fields most
+    rows have. Only field names are compared; `parse_rows` checks the rows.
+    Raises DataError if no row has the fields of any format.
     """
-    found = _most_frequent(rows) if wanted == "auto" else wanted
-    problems = []
-    for row in rows:
-        try:
-            check_fields(row.fields, found)
-        except RowFault as fault:
-            problems.append(Problem(row.origin, str(fault), fault.hint))
-    if problems:
-        raise rows_error(problems, len(rows), f"as {found} rows")
-    return found
-
-
-def rows_error(problems: list[Problem], num_rows: int, use: str = "") -> DataError:
-    """One error for many faulty rows: how many of how many, and the first of them."""
-    counts = f"{format_count(len(problems))} of {format_count(num_rows)}"
-    what = f"{counts} rows cannot be used{f' {use}' if use else ''}"
-    if len(problems) > SHOWN_PROBLEMS:
-        what += f"; the first {SHOWN_PROBLEMS}"
-    return DataError(f"{what}:", problems[:SHOWN_PROBLEMS])
-
-
-def _most_frequent(rows: list[Row]) -> DataFormat:
-    votes = Counter(_by_fields(row.fields) for row in rows)
-    del votes[None]
+    if wanted != "auto":
+        return wanted
+    votes = Counter(name for row in rows if (name := _by_fields(row.fields)))
     if votes:
-        return cast(DataFormat, votes.most_common(1)[0][0])
-    known = "; ".join(f"{name}: {', '.join(REQUIRED[name])}" for name in PRECEDENCE)
+        return votes.most_common(1)[0][0]
+    known = "; ".join(f"{name}: {', '.join(known.required)}" for name, known in FORMATS.items())
     first = rows[0]
     raise DataError(
         "the rows are in no known format",
@@ -97,46 +115,137 @@ def _most_frequent(rows: list[Row]) -> DataFormat:
     )
 
 
-def _by_fields(fields: dict[str, Any]) -> DataFormat | None:
-    for name in PRECEDENCE:
-        if all(fields.get(key) is not None for key in REQUIRED[name]):
+def parse_rows(
+    rows: Sequence[Row], format: DataFormat, *, has_chat_template: bool = False
+) -> list[Content]:
+    """Return the content of each row, in order.
+
+    has_chat_template: whether the base's tokenizer has a chat template.
+    Raises DataError listing every row whose fields or values are not of the format.
+    """
+    contents: list[Content] = []
+    problems: list[Problem] = []
+    for row in rows:
+        try:
+            contents.append(FORMATS[format].content(row.fields, has_chat_template))
+        except RowError as error:
+            problems.append(error.problem(row.origin))
+    if problems:
+        raise rows_error(problems, len(rows), f"as {format} rows")
+    return contents
+
+
+def _by_fields(fields: Fields) -> DataFormat | None:
+    for name, known in FORMATS.items():
+        if all(fields.get(key) is not None for key in known.required):
             return name
     return None
 
 
-def _open(where: str) -> tuple[str, Iterator[Item]]:
-    """The name that origins begin with, and the items; nothing is read yet."""
-    prefix = f"{STARTER}:"
-    if where.startswith(prefix):
-        path = STARTER_FOLDER / f"{where.removeprefix(prefix)}.jsonl"
-        if not path.is_file():
-            raise InputError(
-                f"no rows named {where!r}", hint="there are starter:train and starter:held_out"
-            )
-        return path.name, READERS[path.suffix](path)
-    path = Path(where).expanduser()
-    reader = READERS.get(path.suffix.lower())
-    hub = _HUB_ID.fullmatch(where)
-    if path.is_file() and reader is None:
-        raise InputError(
-            f"{path} is of no known kind", hint=f"a file's name ends in {', '.join(READERS)}"
-        )
-    if reader is not None and path.is_file():
-        return path.name, reader(path)
-    if hub and reader is None and not path.is_dir():
-        return where, read_hub(hub["name"], hub["split"] or "train")
-    raise InputError(_missing(path), hint=_nearby(path))
+def _text(fields: Fields, has_chat_template: bool) -> PromptCompletion:
+    check_strings(fields, "text")
+    if not fields["text"]:
+        raise RowError("'text' is empty")
+    return PromptCompletion("", fields["text"])
 
 
-def _missing(path: Path) -> str:
-    return f"{path} is a folder; name a file in it" if path.is_dir() else f"no file {path}"
+def _completion(fields: Fields, has_chat_template: bool) -> PromptCompletion:
+    check_strings(fields, "prompt", "completion")
+    return PromptCompletion(fields["prompt"], fields["completion"])
 
 
-def _nearby(path: Path) -> str:
-    folder = path if path.is_dir() else path.parent
-    if not folder.is_dir():
-        return f"{folder} is no folder either"
-    names = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS)
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:5]
-    found = ", ".join(str(folder / name) for name in near)
-    return f"in {folder} there is {found}" if near else f"{folder} holds no file with rows"
+def _alpaca(fields: Fields, has_chat_template: bool) -> Content:
+    check_strings(fields, "instruction", "output", "input", "system")
+    if fields.get("history"):
+        raise RowError("'history' is not supported", "write the chat as messages rows")
+    if has_chat_template:
+        return from_alpaca(fields)
+    for key in ("system", "tools"):
+        if fields.get(key):
+            raise RowError(f"{key!r} needs a chat template, and the base's tokenizer has none")
+    layout = ALPACA_WITH_INPUT if fields.get("input") else ALPACA
+    return PromptCompletion(layout.format_map(fields), fields["output"])
+
+
+def _tokens(fields: Fields, has_chat_template: bool) -> TokenIds:
+    ids, labels = fields["input_ids"], fields.get("labels")
+    for name, values, lowest in (("input_ids", ids, 0), ("labels", labels, IGNORE_INDEX)):
+        if values is not None:
+            _check_ids(name, values, lowest)
+    if labels is not None and len(labels) != len(ids):
+        raise RowError(f"{len(labels)} labels for {len(ids)} input_ids")
+    if 0 in (fields.get("attention_mask") or ()):
+        raise RowError("'attention_mask' hides tokens", "remove padding from the rows")
+    return TokenIds(list(ids), list(ids if labels is None else labels))
+
+
+def _check_ids(name: str, values: Any, lowest: int) -> None:
+    """Raise RowError unless `values` is a list of token ids; `lowest` may be IGNORE_INDEX."""
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise RowError(f"{name!r} must be a list of integers")
+    for value in values:
+        if lowest < value < 0 or value < lowest:
+            raise RowError(f"{value} in {name!r} is not a token id")
+
+
+_ALL = (
+    RowFormat(
+        "messages",
+        "A chat as a list of messages with `role` and `content`; the assistant's are trained.",
+        required=("messages",),
+        optional=("tools", "functions"),
+        convert=lambda fields, _: from_messages(fields),
+        chat_template="required",
+    ),
+    RowFormat(
+        "sharegpt",
+        "A chat as a list of turns with `from` and `value`; the assistant's are trained.",
+        required=("conversations",),
+        optional=("system", "tools"),
+        convert=lambda fields, _: from_sharegpt(fields),
+        chat_template="required",
+    ),
+    RowFormat(
+        "tokens",
+        "Ready token ids; a label of -100 marks a token that is not trained.",
+        required=("input_ids",),
+        optional=("labels", "attention_mask"),
+        convert=_tokens,
+        tokenized=False,
+    ),
+    RowFormat(
+        "completion",
+        "A prompt, which is not trained, and its completion, which is.",
+        required=("prompt", "completion"),
+        convert=_completion,
+        aliases={
+            "question": "prompt",
+            "input": "prompt",
+            "query": "prompt",
+            "answer": "completion",
+            "response": "completion",
+        },
+    ),
+    RowFormat(
+        "alpaca",
+        "An instruction and its output; a chat if the tokenizer has a chat template, else "
+        "Stanford Alpaca's prompt.",
+        required=("instruction", "output"),
+        optional=("input", "system", "tools"),
+        convert=_alpaca,
+        chat_template="if present",
+    ),
+    RowFormat(
+        "text",
+        "Plain text; every token is trained.",
+        required=("text",),
+        convert=_text,
+        aliases={"content": "text"},
+    ),
+)
+
+FORMATS: dict[DataFormat, RowFormat] = {known.name: known for known in _ALL}
+"""All formats by name, in the order in which `auto` tries them.
+
+`text` is last because published Alpaca rows have their rendered prompt as `text`, too.
+"""

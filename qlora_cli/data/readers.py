@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlora_cli.data.messages import RowFault
+from qlora_cli.data.row_errors import RowError
 from qlora_cli.errors import InputError
 
-Item = tuple[int, dict[str, Any] | RowFault]
+Item = tuple[int, dict[str, Any] | RowError]
 """A line or row number and what stands there, or what is wrong with it."""
 
 _LONGEST_CELL = 2**31 - 1
@@ -32,10 +32,10 @@ def _jsonl(path: Path) -> Iterator[Item]:
                 if text:
                     yield number, _object(json.loads(text, object_pairs_hook=_no_duplicates))
             except json.JSONDecodeError as error:
-                yield number, RowFault(f"broken JSON at column {error.colno}: {error.msg}")
+                yield number, RowError(f"broken JSON at column {error.colno}: {error.msg}")
             except UnicodeDecodeError as error:
                 yield number, _not_utf8(error)
-            except RowFault as fault:
+            except RowError as fault:
                 yield number, fault
 
 
@@ -63,14 +63,14 @@ def _json_values(text: str) -> Iterator[Item]:
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            yield error.lineno, RowFault(f"broken JSON at column {error.colno}: {error.msg}")
+            yield error.lineno, RowError(f"broken JSON at column {error.colno}: {error.msg}")
             return
-        except RowFault as fault:  # a key twice; where that object ends is not known
+        except RowError as fault:  # a key twice; where that object ends is not known
             yield line, fault
             return
         try:
             yield line, _object(value)
-        except RowFault as fault:
+        except RowError as fault:
             yield line, fault
         at = _skip_space(text, at)
         if listed and text.startswith(",", at):
@@ -80,7 +80,7 @@ def _json_values(text: str) -> Iterator[Item]:
     if listed and text[at:].rstrip() != "]":
         yield (
             text.count("\n", 0, at) + 1,
-            RowFault("broken JSON: the list does not end as it should"),
+            RowError("broken JSON: the list does not end as it should"),
         )
 
 
@@ -101,7 +101,7 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Item]:
             if not columns:
                 return
             if len(set(columns)) < len(columns):
-                yield 1, RowFault("two columns have the same name")
+                yield 1, RowError("two columns have the same name")
                 return
             begins = reader.line_num + 1
             for fields in reader:
@@ -110,12 +110,12 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Item]:
     except UnicodeDecodeError as error:
         yield begins, _not_utf8(error)
     except csv.Error as error:
-        yield begins, RowFault(f"broken CSV: {error}")
+        yield begins, RowError(f"broken CSV: {error}")
 
 
-def _cells(fields: dict[Any, Any], columns: list[str]) -> dict[str, Any] | RowFault:
+def _cells(fields: dict[Any, Any], columns: list[str]) -> dict[str, Any] | RowError:
     if None in fields or None in fields.values():
-        return RowFault(f"it has not as many cells as there are columns ({len(columns)})")
+        return RowError(f"it has not as many cells as there are columns ({len(columns)})")
     return fields
 
 
@@ -166,11 +166,11 @@ def _opened(path: Path) -> BinaryIO:
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise RowFault(f"a row is an object with fields, and this is {_kind(value)}")
+        raise RowError(f"a row is an object with fields, and this is {_kind(value)}")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise RowFault(r"it holds half a character (a lone \ud800-\udfff)") from error
+        raise RowError(r"it holds half a character (a lone \ud800-\udfff)") from error
     return value
 
 
@@ -183,12 +183,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RowFault(f"the key {twice!r} stands in it twice")
+        raise RowError(f"the key {twice!r} stands in it twice")
     return fields
 
 
-def _not_utf8(error: UnicodeDecodeError) -> RowFault:
-    return RowFault(f"not UTF-8 (byte 0x{error.object[error.start]:02x})", "save it as UTF-8")
+def _not_utf8(error: UnicodeDecodeError) -> RowError:
+    return RowError(f"not UTF-8 (byte 0x{error.object[error.start]:02x})", "save it as UTF-8")
 
 
 READERS: dict[str, Callable[[Path], Iterator[Item]]] = {

@@ -1,37 +1,45 @@
-"""`qlora data`: what the model will see of the rows, before anything is trained."""
+"""`qlora data`: how the model sees the rows, before anything is trained."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.checks import EncodedDataset, examine
-from qlora_cli.data.encode import Example, encode
-from qlora_cli.data.formats import detect_format, read_rows
+from qlora_cli.data.encode import Example
+from qlora_cli.data.load import LoadedRows, ModelLimits, load_examples
 from qlora_cli.data.packing import pack
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.jobs.results import DataResult, ShownRow
 from qlora_cli.nn.loss import IGNORE_INDEX
-from qlora_cli.recipe.schema import DataFormat, Recipe
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks.registry import task_of
 
 _CONTEXT = 8
-"""Tokens decoded in front of one, so that its text comes out with its spaces."""
+"""Tokens that are decoded before a token, so that its text has its spaces."""
 
 
 def run(recipe: Recipe, *, show: int) -> DataResult:
-    """Encode the recipe's rows and look at them; `show` rows come back token by token.
+    """Encode the recipe's rows and check them.
 
-    Of the base it loads the tokenizer, and the config where rows are ids. Raises InputError,
-    DataError or ModelError where training would.
+    show: number of rows that are returned token by token. Only the base's tokenizer and config are
+    loaded. Raises InputError, DataError or ModelError for the rows that training refuses, too.
     """
     data = recipe.data
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
-    found, examples = _encoded(data.train, recipe, tokenizer)
-    held_out = _encoded(data.eval, recipe, tokenizer)[1] if data.eval else []
+    limits = _model_limits(recipe, tokenizer)
+
+    def load(where: str) -> LoadedRows:
+        return load_examples(where, data, tokenizer, limits, encode=task_of(recipe).encode)
+
+    train = load(data.train)
+    examples = train.examples
+    held_out = load(data.eval).examples if data.eval else []
     lengths = [len(example.ids) for example in examples]
     num_sequences = len(pack(lengths, data.seq_len)) if data.packing else len(lengths)
-    patient = EncodedDataset(
-        examples, held_out, found, tokenizer, data.seq_len, data.packing, num_sequences
+    dataset = EncodedDataset(
+        examples, held_out, train.format, tokenizer, data.seq_len, data.packing, num_sequences
     )
     return DataResult(
         rows=len(examples),
@@ -39,23 +47,22 @@ def run(recipe: Recipe, *, show: int) -> DataResult:
         tokens=sum(lengths),
         trained_tokens=sum(example.num_targets for example in examples),
         longest_row=max(lengths),
-        format=found,
+        format=train.format,
         shown=tuple(_shown(example, tokenizer) for example in examples[:show]),
-        findings=examine(patient),
+        findings=examine(dataset),
     )
 
 
-def _encoded(where: str, recipe: Recipe, tokenizer: Any) -> tuple[DataFormat, list[Example]]:
-    rows = read_rows(where)
-    found = detect_format(rows, recipe.data.format)
-    vocab_size = None
-    if found == "tokens":  # no tokenizer has vouched for these ids
-        vocab_size = read_config(find_config(recipe.model.name, recipe.model.revision)).vocab_size
-    return found, encode(rows, found, tokenizer, recipe.data.seq_len, vocab_size=vocab_size)
+def _model_limits(recipe: Recipe, tokenizer: Any) -> ModelLimits:
+    """Return the base's limits. A folder that holds only a tokenizer has none."""
+    folder = Path(recipe.model.name).expanduser()
+    if tokenizer is not None and folder.is_dir() and not (folder / "config.json").is_file():
+        return ModelLimits()
+    return ModelLimits.of(read_config(find_config(recipe.model.name, recipe.model.revision)))
 
 
 def _shown(example: Example, tokenizer: Any) -> ShownRow:
-    """The first token is never predicted, so it is never trained."""
+    # The first token is never predicted, so it is never trained.
     trained = [i > 0 and label != IGNORE_INDEX for i, label in enumerate(example.labels)]
     texts = [str(token) for token in example.ids]
     if tokenizer is not None:
@@ -64,15 +71,15 @@ def _shown(example: Example, tokenizer: Any) -> ShownRow:
 
 
 def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
-    """Each token's part of the text; a character of several tokens stands at its last one."""
+    """Return the text of each token; a character of several tokens is in the last one's text."""
     texts = []
     begin = 0
-    for place in range(len(ids)):
-        before = tokenizer.decode(ids[begin:place])
-        text = tokenizer.decode(ids[begin : place + 1])
-        if text.endswith("\ufffd") and place + 1 < len(ids):
+    for index in range(len(ids)):
+        before = tokenizer.decode(ids[begin:index])
+        text = tokenizer.decode(ids[begin : index + 1])
+        if text.endswith("\ufffd") and index + 1 < len(ids):
             texts.append("")
             continue
         texts.append(text[len(before.rstrip("\ufffd")) :])
-        begin = max(begin, place + 1 - _CONTEXT)
+        begin = max(begin, index + 1 - _CONTEXT)
     return texts

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 
-from qlora_cli.data.encode import encode
-from qlora_cli.data.formats import detect_format, read_rows
+from qlora_cli.data.load import ModelLimits, load_examples
 from qlora_cli.data.packing import eval_batches
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.events import Observer
@@ -16,31 +16,44 @@ from qlora_cli.memory.device import inspect_device
 from qlora_cli.recipe.schema import Data
 from qlora_cli.runs.open import OpenedModel, open_any
 from qlora_cli.tasks.causal import CAUSAL
+from qlora_cli.tasks.registry import task_of
+
+_MAX_PERPLEXITY_LOSS = 700.0
+"""exp() of a larger loss overflows a Python float."""
 
 
 def run(where: str, *, data: str, observer: Observer) -> EvalResult:
-    """Scores a run's folder or a model on every row of `data`, once.
+    """Evaluate a run or a model on every row of `data`, once.
 
-    A run's own sequence length, packing and row format hold; for a plain model the row format is
-    read off the rows, and a row may be as long as the model's positions. Raises InputError.
+    where: a run's folder, a model's folder or a hub id. data: a data file or dataset.
+    A run's recipe gives the sequence length, packing and row format. For a plain model the format
+    is detected and a row may be as long as the model has positions.
+    Raises InputError if the model or the rows cannot be used.
     """
     device = torch.device(inspect_device().kind)
     opened = open_any(where, device, observer)
     settings = _settings(opened)
-    rows = read_rows(data)
-    row_format = detect_format(rows, settings.format)
+    task = task_of(opened.run.recipe) if opened.run is not None else CAUSAL
     tokenizer = load_tokenizer(str(opened.folder))
-    vocab_size = opened.loaded.config.vocab_size
-    examples = encode(rows, row_format, tokenizer, settings.seq_len, vocab_size=vocab_size)
+    limits = ModelLimits.of(opened.loaded.config)
+    rows = load_examples(data, settings, tokenizer, limits, encode=task.encode)
     batches = eval_batches(
-        examples, seq_len=settings.seq_len, packing=settings.packing, micro_batch=1
+        rows.examples,
+        seq_len=settings.seq_len,
+        packing=settings.packing,
+        micro_batch=1,
+        collate=task.collate,
     )
-    score = CAUSAL.evaluate(opened.loaded, batches, device)
-    return EvalResult(score.loss, math.exp(min(score.loss, 700.0)), score.num_targets, score.metrics["accuracy"])
+    score = task.evaluate(opened.loaded, batches, device)
+    perplexity = math.exp(min(score.loss, _MAX_PERPLEXITY_LOSS))
+    return EvalResult(score.loss, perplexity, score.num_targets, score.metrics["accuracy"])
 
 
 def _settings(opened: OpenedModel) -> Data:
+    """Return the data section of the run's recipe, or one for a plain model."""
     if opened.run is not None:
         return opened.run.recipe.data
-    positions = getattr(opened.loaded.config, "max_position_embeddings", None) or Data(train="").seq_len
-    return Data(train="", seq_len=max(8, positions), packing=False)
+    if ModelLimits.of(opened.loaded.config).positions is None:
+        return Data(train="", packing=False)
+    # The only limit of a plain model is its positions, which `load_examples` checks.
+    return Data(train="", packing=False, seq_len=sys.maxsize)

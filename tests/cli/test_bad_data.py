@@ -43,10 +43,10 @@ MASKED = {"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}
         ([{"a": 1}], ("no known format", "bad.jsonl:1", "rename the fields")),
         (
             [GOOD, {"text": "x" * 40}],
-            ("bad.jsonl:2", "41 tokens, and seq_len is 32", "data.seq_len=41"),
+            ("bad.jsonl:2", "41 tokens, but seq_len is 32", "data.seq_len=41"),
         ),
         ([MASKED, MASKED], ("2 of 2", "bad.jsonl:1", "bad.jsonl:2", "no token")),
-        ([ASKED], ("bad.jsonl:1", "no assistant's message to train on")),
+        ([ASKED], ("bad.jsonl:1", "no assistant message to train on")),
         ([{"input_ids": [5, 999]}], ("bad.jsonl:1", "999", "the vocabulary ends at")),
         ([{"input_ids": [5, 6], "labels": [5]}], ("bad.jsonl:1", "1 labels for 2 input_ids")),
     ],
@@ -62,6 +62,7 @@ def test_invalid_rows_are_refused_with_file_and_line(
 
 def test_rows_longer_than_the_positions_of_the_base_are_refused(job_recipe: Path) -> None:
     rows = write_rows(job_recipe.with_name("long.jsonl"), GOOD, {"text": "x" * 80})
-    outcome = qlora("train", job_recipe, f"data.train={rows}", "data.seq_len=128")
-    assert_refused(outcome, 2, "long.jsonl:2", "64 positions")
+    for command in ("train", "data"):
+        outcome = qlora(command, job_recipe, f"data.train={rows}", "data.seq_len=128")
+        assert_refused(outcome, 2, "long.jsonl:2", "64 positions")
     assert_folder_is_usable(job_recipe)

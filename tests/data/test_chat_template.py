@@ -1,6 +1,5 @@
 """Masks of chats: exactly what the assistant says and its end of turn, or a clear error."""
 
-
 import pytest
 
 from qlora_cli.data.align import align, common_start, mark, split
@@ -310,7 +309,9 @@ def test_real_chats_are_learnt_to_the_letter(qwen, file, format):
 def test_rows_that_break_the_templates_rules_are_named(mistral):
     """The toy file's 4th and 10th chats begin with the assistant."""
     tokenizer = use(mistral, next(path for path in TEMPLATES if path.stem == "chatml"))
-    rows = read_rows(str(SHARED_DATA / "instruct" / "openai_messages" / "toy_chat_fine_tuning.jsonl"))
+    rows = read_rows(
+        str(SHARED_DATA / "instruct" / "openai_messages" / "toy_chat_fine_tuning.jsonl")
+    )
     with pytest.raises(DataError, match="roles must alternate") as caught:
         encode(rows, "messages", tokenizer, 100_000)
     broken = [problem.where.partition(":")[2] for problem in caught.value.problems]

@@ -145,15 +145,15 @@ def test_all_rows_that_are_too_long_are_named_with_the_length_needed(stories):
         "rows.jsonl:50",
         "rows.jsonl:90",
     ]
-    assert f"data.seq_len={longest} would hold" in str(caught.value)
-    assert f"{longest} tokens, and seq_len is 64" in str(caught.value)
+    assert f"data.seq_len={longest} would fit" in str(caught.value)
+    assert f"{longest} tokens, but seq_len is 64" in str(caught.value)
 
 
 def test_a_row_with_nothing_to_learn_is_refused(stories):
     stories_without_eos = load_tokenizer(str(SHARED_DATA / "models" / "stories260K"))
     stories_without_eos.eos_token = None
     fields = {"prompt": "A day.", "completion": ""}
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: no token of it would be trained"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: no token of this row would be trained"):
         encoded("completion", stories_without_eos, **fields)
     assert encoded("completion", stories, **fields).num_targets == 1
 
@@ -177,10 +177,10 @@ def test_rows_of_ids_need_no_tokenizer():
     ("fields", "word"),
     [
         ({"input_ids": [0, 1, 3]}, "ends at 2"),
-        ({"input_ids": [0, -1]}, "no token's id"),
-        ({"input_ids": [0, 1], "labels": [0, -5]}, "no token's id"),
-        ({"input_ids": [0, 1], "labels": [0, IGNORE_INDEX]}, "no token of it"),
-        ({"input_ids": []}, "no token of it"),
+        ({"input_ids": [0, -1]}, "is not a token id"),
+        ({"input_ids": [0, 1], "labels": [0, -5]}, "is not a token id"),
+        ({"input_ids": [0, 1], "labels": [0, IGNORE_INDEX]}, "no token of this row"),
+        ({"input_ids": []}, "no token of this row"),
     ],
 )
 def test_ids_are_checked(fields, word):

@@ -1,11 +1,15 @@
 """Formats are detected by their fields, and rows of another format are named."""
 
+from typing import get_args
+
 import pytest
 
 from qlora_cli.data.formats import FORMATS, detect_format, parse_rows
 from qlora_cli.data.row_errors import SHOWN_PROBLEMS
 from qlora_cli.data.rows import Row, read_rows
 from qlora_cli.errors import DataError
+from qlora_cli.recipe.describe import settings
+from qlora_cli.recipe.schema import DataFormat
 from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
 
 INSTRUCT = SHARED_DATA / "instruct"
@@ -22,7 +26,7 @@ def test_unknown_fields_are_refused_with_what_to_rename():
         detect_format(found, "auto")
     assert "completion: prompt, completion" in str(caught.value)
     with pytest.raises(DataError, match="1,319 of 1,319 rows") as caught:
-        detect_format(found, "completion")
+        parse_rows(found, detect_format(found, "completion"))
     assert len(caught.value.problems) == SHOWN_PROBLEMS
     assert "rename 'question' to 'prompt'" in str(caught.value)
 
@@ -39,25 +43,26 @@ def test_every_format_is_known_by_its_fields():
         "messages": {"messages": chat},
         "tokens": {"input_ids": [1, 2]},
     }
-    assert set(examples) == set(REQUIRED)
+    assert set(examples) == set(FORMATS)
     for format, fields in examples.items():
         assert detect_format(rows(fields), "auto") == format
         assert detect_format(rows(fields), format) == format
+        assert len(parse_rows(rows(fields), format)) == 1
 
 
 FAULTS = [
     ("text", {"text": ""}, "empty"),
-    ("text", {"text": 3}, "must be a text"),
+    ("text", {"text": 3}, "must be a string"),
     ("text", {"text": None}, "null"),
     ("text", {"txt": "a"}, "rename 'txt'"),
     ("completion", {"prompt": "a"}, "no field 'completion'"),
-    ("completion", {"prompt": [], "completion": "b"}, "must be a text"),
+    ("completion", {"prompt": [], "completion": "b"}, "must be a string"),
     ("alpaca", {"instruction": "a", "input": 1, "output": "b"}, "'input'"),
     ("alpaca", {"instruction": "a", "output": "b", "history": [["q", "a"]]}, "'history'"),
-    ("tokens", {"input_ids": [1, "2"]}, "whole numbers"),
+    ("tokens", {"input_ids": [1, "2"]}, "list of integers"),
     ("tokens", {"input_ids": [1, 2], "labels": [1]}, "1 labels for 2"),
     ("tokens", {"input_ids": [1, 2], "attention_mask": [1, 0]}, "padding"),
-    ("sharegpt", {"conversations": []}, "not empty"),
+    ("sharegpt", {"conversations": []}, "non-empty"),
     ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]}, "'alien'"),
     ("sharegpt", {"conversations": [{"from": "human", "value": "a"}]}, "no assistant"),
     ("sharegpt", {"conversations": [{"from": "function_call", "value": "{"}]}, "broken JSON"),
@@ -80,12 +85,28 @@ FAULTS = [
 @pytest.mark.parametrize(("format", "fields", "word"), FAULTS)
 def test_faulty_rows_are_named(format, fields, word):
     with pytest.raises(DataError, match=r"rows\.jsonl:1") as caught:
-        detect_format(rows(fields), format)
+        parse_rows(rows(fields), detect_format(rows(fields), format))
     assert word in str(caught.value)
 
 
 def test_the_most_frequent_format_wins_and_the_others_are_faults():
     good = {"prompt": "a", "completion": "b"}
+    read = rows(good, {"text": "a"}, good)
     with pytest.raises(DataError, match="1 of 3 rows") as caught:
-        detect_format(rows(good, {"text": "a"}, good), "auto")
+        parse_rows(read, detect_format(read, "auto"))
     assert [problem.where for problem in caught.value.problems] == ["rows.jsonl:2"]
+
+
+def test_alpaca_rows_with_fields_of_a_chat_need_a_chat_template():
+    fields = {"instruction": "a", "output": "b", "system": "s"}
+    assert parse_rows(rows(fields), "alpaca", has_chat_template=True)
+    with pytest.raises(DataError, match="'system' needs a chat template"):
+        parse_rows(rows(fields), "alpaca")
+
+
+def test_the_schema_and_its_documentation_list_the_registered_formats():
+    assert set(get_args(DataFormat)) == set(FORMATS)
+    assert all(known.name == name for name, known in FORMATS.items())
+    meaning = next(one.meaning for one in settings() if one.key == "data.format")
+    for name, known in FORMATS.items():
+        assert f"{name}: {known.fields_text}" in meaning

@@ -1,0 +1,93 @@
+"""Every command reads rows by the same path and refuses the same rows."""
+
+import json
+
+import pytest
+
+from qlora_cli.data import conversation
+from qlora_cli.data.load import ModelLimits, load_examples
+from qlora_cli.data.tokenizer import load_tokenizer
+from qlora_cli.errors import DataError
+from qlora_cli.events import Silent
+from qlora_cli.files.locate import STARTER_FOLDER, read_config
+from qlora_cli.jobs import data as data_job
+from qlora_cli.jobs import evaluate
+from qlora_cli.jobs.prepare import prepare, read_examples
+from qlora_cli.memory.device import inspect_device
+from qlora_cli.recipe.schema import Data, Recipe
+
+LIMITS = ModelLimits.of(read_config(STARTER_FOLDER / "config.json"))
+
+
+def write_rows(folder, *rows):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def starter_recipe(where):
+    return Recipe.model_validate(
+        {"model": {"name": "starter"}, "data": {"train": where, "seq_len": 2 * LIMITS.positions}}
+    )
+
+
+def by_data_command(where):
+    return data_job.run(starter_recipe(where), show=0)
+
+
+def by_training(where):
+    return read_examples(prepare(starter_recipe(where), inspect_device()), where)
+
+
+def by_evaluation(where):
+    return evaluate.run("starter", data=where, observer=Silent())
+
+
+@pytest.mark.parametrize("command", [by_data_command, by_training, by_evaluation])
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"input_ids": [5] * (LIMITS.positions + 1)}, f"{LIMITS.positions:,} positions"),
+        ({"input_ids": [5, LIMITS.vocab_size]}, f"vocabulary ends at {LIMITS.vocab_size - 1}"),
+        ({"text": ""}, "'text' is empty"),
+    ],
+    ids=["positions", "vocabulary", "fields"],
+)
+def test_every_command_refuses_the_same_rows(tmp_path, command, row, fault):
+    good = {"input_ids": [5, 6]} if "input_ids" in row else {"text": "A day."}
+    where = write_rows(tmp_path, good, row)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2") as caught:
+        command(where)
+    assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize("command", [by_data_command, by_training, by_evaluation])
+def test_every_command_accepts_a_row_that_fills_the_positions(tmp_path, command):
+    assert command(write_rows(tmp_path, {"input_ids": [5] * LIMITS.positions}))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    where = write_rows(tmp_path, {"text": "A day."})
+    tokenizer = load_tokenizer("starter")
+    with pytest.raises(DataError, match="the vocabulary ends at 9"):
+        load_examples(where, Data(train=where), tokenizer, ModelLimits(vocab_size=10))
+
+
+def test_the_conversation_of_a_row_is_built_once(tmp_path, monkeypatch):
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+    where = write_rows(tmp_path, *[{"messages": chat}] * 3)
+    build, built = conversation._conversation, []
+    monkeypatch.setattr(
+        conversation, "_conversation", lambda *given: built.append(given) or build(*given)
+    )
+    tokenizer = load_tokenizer("starter")
+    assert len(load_examples(where, Data(train=where), tokenizer, LIMITS).examples) == 3
+    assert len(built) == 3
+
+
+def test_a_part_of_the_rows_can_be_selected(tmp_path):
+    where = write_rows(tmp_path, *({"text": f"Day {n}."} for n in range(5)), {"text": 3})
+    tokenizer = load_tokenizer("starter")
+    rows = load_examples(where, Data(train=where), tokenizer, LIMITS, select=slice(2))
+    assert [example.origin for example in rows.examples] == ["rows.jsonl:1", "rows.jsonl:2"]
+    assert rows.format == "text"
