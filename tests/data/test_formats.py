@@ -1,5 +1,6 @@
 """Formats are detected by their fields, and rows of another format are named."""
 
+import re
 from typing import get_args
 
 import pytest
@@ -104,9 +105,18 @@ def test_alpaca_rows_with_fields_of_a_chat_need_a_chat_template():
         parse_rows(rows(fields), "alpaca")
 
 
-def test_the_schema_and_its_documentation_list_the_registered_formats():
+def test_the_schema_lists_the_registered_formats():
     assert set(get_args(DataFormat)) == set(FORMATS)
     assert all(known.name == name for name, known in FORMATS.items())
-    meaning = next(one.meaning for one in settings() if one.key == "data.format")
+    meaning = next(setting.meaning for setting in settings() if setting.key == "data.format")
     for name, known in FORMATS.items():
         assert f"{name}: {known.fields_text}" in meaning
+
+
+def test_the_documentation_lists_the_registered_formats(root):
+    table = (root / "docs" / "data.md").read_text().partition("## Formats")[2].split("\n\n## ")[0]
+    lines = re.findall(r"^\| `(\w+)` \|(.*)$", table, re.MULTILINE)
+    assert sorted(name for name, _ in lines) == sorted(FORMATS)
+    for name, line in lines:
+        known = FORMATS[name]
+        assert all(f"`{field}`" in line for field in (*known.required, *known.optional)), name
