@@ -1,4 +1,4 @@
-"""Names of dtypes, and the dtype of a checkpoint."""
+"""Conversion between dtypes and their names, and the dtype of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import torch
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """`bfloat16` -> torch.bfloat16."""
+    """Return the dtype with this name: `bfloat16` -> torch.bfloat16."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> `bfloat16`."""
+    """Return the name of a dtype: torch.bfloat16 -> `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def file_dtype(config: Any) -> torch.dtype:
-    """Of a checkpoint's largest tensors, as its config says; float32 where it is silent."""
+    """Return the dtype of a checkpoint's weights according to its config, or float32 without one.
+
+    config: a transformers config object, not modified since it was read.
+    """
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -1,4 +1,4 @@
-"""Trained values that are NaN or infinite are never written."""
+"""The check that no trained tensor with NaN or infinite values is written to a file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ DIVERGENCE_HINT = (
 
 
 def finite_cpu_copy(name: str, tensor: Tensor) -> Tensor:
-    """The values of `tensor` on the host.
+    """Return a copy of `tensor` on the CPU, or `tensor` itself if it is there already.
 
-    name: of the tensor, for the error. Raises NotFinite where a value is NaN or infinite.
+    name: the tensor's name for the error message.
+
+    Raises NotFinite if a value is NaN or infinite. The check runs on the CPU, so that it takes no
+    GPU memory.
     """
     values = tensor.detach().cpu()
     if not is_finite(values):

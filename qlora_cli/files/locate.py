@@ -1,4 +1,4 @@
-"""Where a base lies: the embedded starter, a folder, or the hub's cache."""
+"""Finds a base model (the embedded starter, a folder, the hub's cache) and reads its config."""
 
 from __future__ import annotations
 
@@ -11,40 +11,48 @@ from typing import Any
 from qlora_cli.errors import ModelError
 
 STARTER = "starter"
-"""The name of the embedded base."""
+"""The value of `model.name` that selects the embedded base."""
 STARTER_FOLDER = Path(str(resources.files("qlora_cli.starter")))
 _CONFIG = "config.json"
-_SIZES = (
+_SIZE_KEYS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
 )
-_LEAST_ITEM_BYTES = 2
+_MIN_ITEM_BYTES = 2
 NO_CODE_HINT = (
     "qlora does not run code from a model folder; use a base of a family that transformers supports"
 )
-"""What follows from a folder that needs Python code of its own."""
-_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+"""Hint for a folder that needs Python code of its own."""
+_FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def find_base(name: str, revision: str | None) -> Path:
-    """The folder that holds the base's config, weights and tokenizer; fetched where it must be.
+    """Return the folder with the base's config, weights and tokenizer; download it if necessary.
 
-    Raises ModelError where there is no such folder and the hub does not give it.
+    name: "starter", a folder, or a hub id.
+    revision: of the hub's repository; None for its default.
+
+    Raises ModelError if there is no such folder and the hub does not provide it.
     """
     local = _local(name)
     if local is None:
-        return _from_hub(name, revision, _FILES)
+        return _from_hub(name, revision, _FILE_PATTERNS)
     if not (local / _CONFIG).is_file():
         raise ModelError(
             f"no {_CONFIG} in the folder {local}",
             where="model.name",
-            hint="name a folder that holds config.json and safetensors files",
+            hint="name a folder that contains config.json and safetensors files",
         )
     return local
 
 
 def find_config(name: str, revision: str | None) -> Path:
-    """The base's config.json alone, which is all that a plan reads. A .json file may be named."""
+    """Return the path of the base's config.json; download only this file if necessary.
+
+    name: as in `find_base`, or a .json file. A plan needs the config alone.
+
+    Raises ModelError if it cannot be found.
+    """
     path = Path(name)
     if path.suffix == ".json":
         if not path.is_file():
@@ -55,10 +63,12 @@ def find_config(name: str, revision: str | None) -> Path:
 
 
 def read_config(file: Path) -> Any:
-    """transformers' config object of a config.json.
+    """Return the transformers config object of a config.json.
 
-    Code that its auto_map names is not run. Raises ModelError on a config that describes no model
-    or that needs such code.
+    Code that `auto_map` names is never run.
+
+    Raises ModelError if the file is damaged, describes no model, describes a quantized model or
+    needs such code.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -72,12 +82,12 @@ def read_config(file: Path) -> Any:
         raise ModelError(f"not a model's config: {fault!r}", where=str(file)) from fault
     if "quantization_config" in content:
         raise ModelError(
-            "this base is quantized already",
+            "this base is already quantized",
             where=str(file),
-            hint="name the 16-bit model it was made from; qlora quantizes it as it loads",
+            hint="name the 16-bit model that it was quantized from; qlora quantizes while loading",
         )
     check_auto_map(content, file)
-    # Without it transformers has no code to load later, when it makes the model.
+    # Without auto_map, transformers cannot load such code when it builds the model.
     if content.pop("auto_map", None) and model_type not in CONFIG_MAPPING:
         raise ModelError(
             f"its config needs Python code of its own: transformers has no model type "
@@ -94,31 +104,33 @@ def read_config(file: Path) -> Any:
 
 
 def check_auto_map(content: dict[str, Any], file: Path) -> None:
-    """Raises ModelError where auto_map in a config of transformers has a wrong type.
+    """Raise ModelError if `auto_map` has a wrong type in a config of a model or a tokenizer.
 
-    content: of the config. file: where it was read. Old tokenizer configs have a list.
+    content: the parsed config.
+    file: where it was read, for the message.
     """
-    if "auto_map" in content and not isinstance(content["auto_map"], dict | list):
-        found = content["auto_map"]
-        raise ModelError(f"damaged: auto_map is {found!r}, not an object", where=str(file))
+    auto_map = content.get("auto_map", {})
+    if not isinstance(auto_map, dict | list):  # Old tokenizer configs contain a list.
+        raise ModelError(f"damaged: auto_map is {auto_map!r}, not an object", where=str(file))
 
 
 def _check_sizes(config: Any) -> None:
-    """Raises ValueError for what no model can have; transformers finds it when it computes."""
-    for key in _SIZES:
+    """Raise ValueError for sizes that no model can have; transformers would fail much later."""
+    for key in _SIZE_KEYS:
         size = getattr(config, key, None)
         if size is not None and size < 1:
             raise ValueError(f"{key} is {size}")
     heads = getattr(config, "num_attention_heads", None) or 1
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:
-        raise ValueError(f"{heads} heads cannot share {groups} of keys and values")
+        raise ValueError(f"{heads} heads cannot share {groups} key and value heads")
     dtype = getattr(config, "dtype", None)
-    if dtype is not None and dtype.itemsize < _LEAST_ITEM_BYTES:
-        raise ValueError(f"its weights are in {dtype}, and 16 or 32 bit are needed")
+    if dtype is not None and dtype.itemsize < _MIN_ITEM_BYTES:
+        raise ValueError(f"its weights are in {dtype}; 16 or 32 bits are required")
 
 
 def _local(name: str) -> Path | None:
+    """Return the local folder with this name, or None if there is none."""
     if name == STARTER:
         return STARTER_FOLDER
     path = Path(name).expanduser()
@@ -134,11 +146,13 @@ def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as fault:
-        raise ModelError(f"{name!r} is no folder and no hub id", where="model.name") from fault
+        raise ModelError(
+            f"{name!r} is neither a folder nor a hub id", where="model.name"
+        ) from fault
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
         summary = str(fault).strip().splitlines()[0]
         raise ModelError(
-            f"{name!r} is no folder here, and the hub does not give it: {summary}",
+            f"{name!r} is not a local folder, and the hub does not provide it: {summary}",
             where="model.name",
             hint="check the name and the network, log in for a gated model (`hf auth login`), or "
             "name a folder",
@@ -146,9 +160,12 @@ def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _nearby(name: str) -> str | None:
+    """Return a hint with folders of a similar name, or None if there are none."""
     parent = Path(name).expanduser().parent
     if not parent.is_dir():
-        return f"{parent} is no folder either"
+        return f"{parent} is not a folder either"
     names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    near = difflib.get_close_matches(Path(name).name, names, n=3)
-    return f"did you mean {', '.join(str(parent / found) for found in near)}?" if near else None
+    similar = difflib.get_close_matches(Path(name).name, names, n=3)
+    return (
+        f"did you mean {', '.join(str(parent / match) for match in similar)}?" if similar else None
+    )

@@ -1,9 +1,11 @@
-"""safetensors files, one tensor at a time, in both directions.
+"""Reads and writes safetensors files one tensor at a time.
 
-Why not the library's own reader: it maps whole files, and every page touched stays in the process's
-resident set, so that a job's host memory grows with the model. Here a tensor is read into a buffer
-of its own size and nothing else is held. Its writer wants all tensors at once; merging has one at a
-time. The format is eight bytes of header length, a JSON header and raw bytes.
+Why not the safetensors library: its reader maps the complete file into memory, and every page that
+was read counts as resident memory of the process, so that CPU memory grows with the model. This
+module reads a tensor into a buffer of its own size and keeps nothing else. The library's writer
+needs all tensors at once; a merge computes them one at a time.
+
+File format: the length of the header (8 bytes, little endian), a JSON header, the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from torch import Tensor
 from qlora_cli.errors import ModelError
 
 _LENGTH_BYTES = 8
-_CHUNK = 2**18
-_LARGEST_HEADER = 100 * 1024**2
+_CHUNK_ELEMENTS = 2**18
+_MAX_HEADER_BYTES = 100 * 1024**2
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,7 +41,10 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor in a file. start: first byte in the file."""
+    """The location and form of one tensor in a file.
+
+    start: position of the tensor's first byte in the file.
+    """
 
     file: Path
     dtype: torch.dtype
@@ -48,7 +53,7 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensor's values."""
+        """Return the size of the tensor's values in bytes."""
         num = self.dtype.itemsize
         for size in self.shape:
             num *= size
@@ -56,20 +61,25 @@ class TensorEntry:
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """(every tensor's entry, the file's metadata). Raises ModelError on a damaged file."""
+    """Return (name -> entry of each tensor, metadata) of a file.
+
+    Raises ModelError if the file cannot be read, is damaged or has another size than its header
+    says.
+    """
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-            if not 2 <= length <= min(_LARGEST_HEADER, file.stat().st_size - _LENGTH_BYTES):
-                raise ValueError(f"its header claims {length} bytes")
+            if not 2 <= length <= min(_MAX_HEADER_BYTES, file.stat().st_size - _LENGTH_BYTES):
+                raise ValueError(f"impossible header length of {length} bytes")
             header = json.loads(stream.read(length))
             metadata = header.pop("__metadata__", {})
             start = _LENGTH_BYTES + length
-            entries = {name: _entry(file, start, about) for name, about in header.items()}
+            entries = {name: _entry(file, start, fields) for name, fields in header.items()}
         ends = [entry.start + entry.num_bytes for entry in entries.values()]
         if max(ends, default=start) != file.stat().st_size:
             raise ValueError(
-                f"it ends at byte {file.stat().st_size}, not {max(ends, default=start)}"
+                f"it has {file.stat().st_size} bytes; its header describes "
+                f"{max(ends, default=start)}"
             )
     except OSError as fault:
         raise ModelError(f"cannot be read: {fault.strerror or fault}", where=str(file)) from fault
@@ -80,17 +90,18 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     return entries, metadata
 
 
-def _entry(file: Path, start: int, about: Mapping[str, Any]) -> TensorEntry:
-    first, end = about["data_offsets"]
-    shape = tuple(int(size) for size in about["shape"])
-    entry = TensorEntry(file, _DTYPES[str(about["dtype"])], shape, start + int(first))
+def _entry(file: Path, start: int, fields: Mapping[str, Any]) -> TensorEntry:
+    """Return the entry of one tensor from its fields in the header. Raises ValueError, KeyError."""
+    first, end = fields["data_offsets"]
+    shape = tuple(int(size) for size in fields["shape"])
+    entry = TensorEntry(file, _DTYPES[str(fields["dtype"])], shape, start + int(first))
     if entry.num_bytes != int(end) - int(first):
-        raise ValueError(f"a tensor of shape {shape} lies in {int(end) - int(first)} bytes")
+        raise ValueError(f"a tensor of shape {shape} has {int(end) - int(first)} bytes")
     return entry
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """The tensor on the host, in memory of its own size. Raises ModelError on a short file."""
+    """Read a tensor into CPU memory of its own size. Raises ModelError if the file is too short."""
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     if not entry.num_bytes:
         return tensor
@@ -107,63 +118,67 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value of `tensor` is NaN or infinite; integers never are."""
+    """Return whether no value of `tensor` is NaN or infinite. Always true for integers."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    # The extremes of a part are NaN where one of its values is, and ten times faster than isfinite.
-    extremes = (part.aminmax() for part in tensor.reshape(-1).split(_CHUNK))
-    return all(bool(least.isfinite() & most.isfinite()) for least, most in extremes)
+    # Minimum and maximum are NaN if any value is NaN, and ten times faster than isfinite().
+    extremes = (chunk.aminmax() for chunk in tensor.reshape(-1).split(_CHUNK_ELEMENTS))
+    return all(bool(low.isfinite() & high.isfinite()) for low, high in extremes)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor to be written will be."""
+    """The dtype and shape of a tensor that will be written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensor's values."""
+        """Return the size of the tensor's values in bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 def write_tensors(
     file: Path,
-    shapes: Mapping[str, TensorSpec],
-    make: Callable[[str], Tensor],
+    specs: Mapping[str, TensorSpec],
+    compute: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes `make(name)` for each name in turn, holding one tensor at a time.
+    """Write a safetensors file, with one tensor in memory at a time.
 
-    The file is written in place: the caller passes one that takes its name when it is whole, or
-    one in such a folder. Raises OSError as the disk does.
+    file: is written in place; pass the path from `atomic_file`, or a file in such a folder.
+    specs: name -> dtype and shape of each tensor, in the order in which they are written.
+    compute: returns the tensor with this name, on the CPU; called once per name, in order.
+    metadata: text stored in the header.
+
+    Raises OSError if the disk is full.
     """
     with file.open("wb") as stream:
-        stream.write(_header(shapes, metadata))
-        for name, shape in shapes.items():
-            _write_one(stream, name, shape, make(name))
+        stream.write(_header(specs, metadata))
+        for name, spec in specs.items():
+            _write_tensor(stream, name, spec, compute(name))
 
 
-def _header(shapes: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
-    for name, shape in shapes.items():
-        end = position + shape.num_bytes
+    for name, spec in specs.items():
+        end = position + spec.num_bytes
         header[name] = {
-            "dtype": _NAMES[shape.dtype],
-            "shape": list(shape.shape),
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
             "data_offsets": [position, end],
         }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Aligned, so that readers that map the file get aligned tensors.
+    # Padded to 8 bytes, so that readers that map the file get aligned tensors.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def _write_one(stream: BinaryIO, name: str, shape: TensorSpec, tensor: Tensor) -> None:
-    assert (tensor.dtype, tuple(tensor.shape)) == (shape.dtype, shape.shape), name
+def _write_tensor(stream: BinaryIO, name: str, spec: TensorSpec, tensor: Tensor) -> None:
+    assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), name
     flat = tensor.contiguous().reshape(-1)
     if flat.numel():
         stream.write(flat.view(torch.uint8).numpy().data)

@@ -1,8 +1,8 @@
-"""Where a base's tensors come from: safetensors files, or imagination for a plan.
+"""Sources of a base's tensors: a folder of safetensors files, or meta tensors for a dry run.
 
-Names here are the model's own parameter names (`model.layers.0.self_attn.q_proj.weight`). A file
-may leave out or add the backbone's prefix, as GPT-2's on the hub does; `FolderSource` finds the
-tensor and remembers its own name, which merging writes again.
+Tensors are requested by the model's parameter names (`model.layers.0.self_attn.q_proj.weight`). The
+names in a file may lack the prefix of the backbone, as in GPT-2's checkpoint on the hub;
+`FolderSource` maps between the two, because a merge writes the names of the file.
 """
 
 from __future__ import annotations
@@ -20,27 +20,32 @@ from qlora_cli.files.safetensors_io import TensorEntry, read_header, read_tensor
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-_END_BYTES = 4096
+_FINGERPRINT_BYTES = 4096
+"""Bytes at each end of a tensor that enter the fingerprint."""
 
 
 class TensorSource(Protocol):
-    """Tensors by name, read one at a time."""
+    """Named tensors that are read one at a time."""
 
     def names(self) -> Sequence[str]:
-        """Every tensor."""
+        """Return the parameter names of all tensors."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As it lies in the file."""
+        """Return the tensor's shape in the file."""
 
     def read(self, name: str) -> Tensor:
-        """On the host, or on meta where it is imagined."""
+        """Return the tensor in the file's orientation, on the CPU, or on meta in a dry run."""
 
 
 class FolderSource:
-    """A folder's safetensors, single or sharded, renamed to the model's parameters.
+    """The tensors of a folder's safetensors files under the model's parameter names.
 
-    prefix: the backbone's, with its dot. ignored: endings of tensors that are buffers. Raises
-    ModelError where files are missing or damaged.
+    folder: a single-file or sharded checkpoint.
+    prefix: the prefix of the backbone's parameters with its dot, "model.".
+    head: the path of the head, whose parameters have no prefix.
+    ignored: endings of the names of file tensors that are buffers and are not loaded.
+
+    Raises ModelError if files are missing or damaged.
     """
 
     def __init__(
@@ -57,53 +62,57 @@ class FolderSource:
         }
 
     def names(self) -> Sequence[str]:
-        """In the order of the files."""
+        """Return the parameter names in the order of the files."""
         return list(self._file_names)
 
     def file_name(self, name: str) -> str:
-        """The tensor's name in the checkpoint."""
+        """Return the tensor's name in the checkpoint."""
         return self._file_names[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As it lies in the file."""
+        """Return the tensor's shape in the file."""
         return self.entry(name).shape
 
     def entry(self, name: str) -> TensorEntry:
-        """Where it lies."""
+        """Return the tensor's location and form in the checkpoint."""
         return self.entries[self._file_names[name]]
 
     def read(self, name: str) -> Tensor:
-        """On the host, holding memory of its own size."""
+        """Read the tensor into CPU memory of its own size."""
         return read_tensor(self.entry(name))
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of what tells a checkpoint from another: each tensor's name, form and both ends.
+    """Return a SHA-256 that identifies a checkpoint's weights.
 
-    Not of every byte, which takes as long as loading. Raises ModelError.
+    Covers each tensor's name, dtype, shape, first and last bytes. Hashing every byte would take as
+    long as loading the model. Raises ModelError if files are missing or damaged.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, entry in sorted(read_folder(folder).items()):
-        found.update(f"{name} {entry.dtype} {entry.shape}".encode())
-        size = min(_END_BYTES, entry.num_bytes)
+        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        size = min(_FINGERPRINT_BYTES, entry.num_bytes)
         with entry.file.open("rb") as stream:
             for start in (entry.start, entry.start + entry.num_bytes - size):
                 stream.seek(start)
-                found.update(stream.read(size))
-    return found.hexdigest()
+                digest.update(stream.read(size))
+    return digest.hexdigest()
 
 
 def read_folder(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a checkpoint folder, ordered by file and place. Raises ModelError."""
+    """Return file name -> entry of each tensor of a checkpoint folder, in the order of the files.
+
+    Raises ModelError if files are missing or damaged.
+    """
     entries: dict[str, TensorEntry] = {}
     for file in _files(folder):
-        found, _ = read_header(file)
-        entries.update(sorted(found.items(), key=lambda item: item[1].start))
+        entries_of_file, _ = read_header(file)
+        entries.update(sorted(entries_of_file.items(), key=lambda item: item[1].start))
     return entries
 
 
 def _files(folder: Path) -> list[Path]:
-    """Where both are there, a single file goes before an index, as with transformers."""
+    """Return the weight files. A single file has precedence over an index, as in transformers."""
     index = folder / WEIGHTS_INDEX
     if index.is_file() and not (folder / WEIGHTS_FILE).is_file():
         try:
@@ -115,18 +124,20 @@ def _files(folder: Path) -> list[Path]:
         files = [folder / WEIGHTS_FILE]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        old = sorted(path.name for path in folder.glob("*.bin"))
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
         raise ModelError(
             f"missing {', '.join(missing)}",
             where=str(folder),
-            hint=f"it holds {old[0]}; pickled weights are not read, convert them to safetensors"
-            if old
-            else "fetch the whole folder again",
+            hint=f"it contains {pickled[0]}; pickled weights are not read, convert them to "
+            "safetensors"
+            if pickled
+            else "download the complete folder again",
         )
     return files
 
 
 def _model_name(name: str, prefix: str, head: str) -> str:
+    """Return the parameter name of a file tensor."""
     if name.startswith((prefix, head + ".")):
         return name
     return prefix + name
