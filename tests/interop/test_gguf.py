@@ -202,7 +202,7 @@ def test_linear_frequencies_and_a_sliding_window_are_metadata(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("family", "settings", "told"),
     [
-        ("gpt2", {}, "not for gpt2"),
+        ("gpt2", {}, "not gpt2"),
         ("llama", {"hidden_act": "gelu"}, "no gelu activation"),
         ("qwen2", {"rope_parameters": LLAMA3_ROPE_SCALING}, "'llama3' of qwen2"),
         (
@@ -272,7 +272,7 @@ def test_every_token_that_ends_an_answer_is_told(tmp_path: Path) -> None:
     file = export_gguf(folder, "f16", notes)
     assert field(file, "tokenizer.ggml.eot_token_id") == 4
     assert field(file, "tokenizer.ggml.eom_token_id") == 3
-    assert any("tokens [5] end an answer too" in note for note in notes.told)
+    assert any("tokens [5] also end a generation" in note for note in notes.told)
 
 
 def odd_tokenizers() -> dict[str, Any]:
@@ -290,12 +290,12 @@ def odd_tokenizers() -> dict[str, Any]:
     return {
         "normalizer": lower,
         "neither byte-level": prefixed,
-        "other tokens around": around,
-        "takes spaces": stripping,
+        "other tokens to a text": around,
+        "strips spaces": stripping,
         "no end-of-text": endless,
-        "cuts words": byte_level(split(r"\p{L}+|\s+|.")),
-        "cuts words ": byte_level(CUTS["llama-bpe"]),
-        "merges are not the order": sentencepiece(merges=[("t", "h"), ("h", "e")]),
+        "splits text into words": byte_level(split(r"\p{L}+|\s+|.")),
+        "splits text into words ": byte_level(CUTS["llama-bpe"]),
+        "merges are not in the order": sentencepiece(merges=[("t", "h"), ("h", "e")]),
         "changes texts": sentencepiece(prefix="_"),
     }
 
@@ -330,7 +330,7 @@ def test_no_merges_and_no_tokenizer_are_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     folder = make_base(tmp_path / "model", "llama")
     named("gpt-2").save_pretrained(folder)
-    with pytest.raises(UsageError, match="the embedding 259 rows"):
+    with pytest.raises(UsageError, match="the embedding has 259 rows"):
         write(folder)
 
 
@@ -444,7 +444,7 @@ def test_another_family_is_refused_before_anything_is_written(tmp_path: Path) ->
     outcome = qlora("merge", run.path, "--out", out, "--gguf", "f16")
     assert outcome.code == 2
     assert "--gguf" in outcome.err
-    assert "not for gpt2" in outcome.err
+    assert "not gpt2" in outcome.err
     assert not out.exists()
 
 

@@ -80,7 +80,7 @@ def _spoken(model: ComparisonModel, prompt: Sequence[int], num: int) -> list[int
 
 
 def _choice(model: ComparisonModel, hidden: Tensor) -> int:
-    """hidden (1, d)."""
+    """Hidden (1, d)."""
     head: Any = model.loaded.head.weight
     logits = [hidden.float() @ words.float().t() for words in head.split(_WORDS)]
     return int(torch.cat(logits, dim=1).argmax())

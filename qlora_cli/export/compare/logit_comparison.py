@@ -172,7 +172,7 @@ class RunningSoftmax:
         return shrunk, weights
 
     def normalizer(self) -> Tensor:
-        """log of the sum of exp(logit) over all words, (n,)."""
+        """Log of the sum of exp(logit) over all words, (n,)."""
         return self.largest + self.total.log()
 
 

@@ -1,15 +1,16 @@
-"""What a Llama-like model is in a GGUF file: its architecture's metadata, and each tensor's place.
+"""Describe a Llama-like model for a GGUF file: the architecture's metadata and all tensors.
 
-Names come from the `gguf` package's own tables. Two things are not a matter of names:
+Tensor names come from the tables of the `gguf` package. Two things need more than a new name:
 
-- llama.cpp's `llama` architecture, which is Mistral's too, turns neighbouring pairs of a head's
-  rows by the rotary angle; transformers turns row i together with row i + width / 2. So q's and
-  k's rows are laid in the other order, within each head. `qwen2` and `qwen3` keep transformers'.
-- llama3's scaling of the rotary frequencies is a tensor of one factor a frequency
-  (`rope_freqs.weight`), which only the `llama` architecture reads.
+- llama.cpp's `llama` architecture, which Mistral also uses, applies the rotary embedding to
+  neighbouring rows of a head (2 i and 2 i + 1). transformers applies it to row i and row
+  i + width / 2. So the rows of q and k are reordered within each head. `qwen2` and `qwen3` use
+  transformers' order.
+- The llama3 scaling of the rotary frequencies is stored as a tensor with one factor per frequency
+  (`rope_freqs.weight`). Only the `llama` architecture reads it.
 
-Vectors and norms are float32, as llama.cpp wants them; matrices are in the file's encoding, those
-whose rows are no multiple of its block in float16.
+Vectors and norms are written in float32, as llama.cpp requires. Matrices are written in the file's
+encoding. A matrix whose row length is not a multiple of the encoding's block is written in float16.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from gguf import (
 from torch import Tensor
 
 from qlora_cli.errors import QloraError
-from qlora_cli.export.gguf.tokenizer import unsupported
+from qlora_cli.export.gguf.unsupported import unsupported
 from qlora_cli.files.safetensors_io import TensorEntry, read_tensor
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.registry import family_of
@@ -50,10 +51,14 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the file. shape: (rows, width) or (width,), as transformers has it.
+    """One tensor of the GGUF file.
 
-    heads: whose rows are laid in llama.cpp's order; None where the order is kept. entry: where it
-    comes from. values: where it comes from no file.
+    name: its name in the GGUF file.
+    shape: (rows, width) or (width,), as in transformers.
+    encoding: its type in the GGUF file.
+    heads: number of heads whose rows are reordered for llama.cpp; None if the order is unchanged.
+    entry: the tensor of the merged folder that the values come from, or
+    values: computed values that are in no file of the folder.
     """
 
     name: str
@@ -65,19 +70,19 @@ class PlannedTensor:
 
     @property
     def num_bytes(self) -> int:
-        """In the file."""
+        """Size in the GGUF file."""
         per_block, block_bytes = GGML_QUANT_SIZES[self.encoding]
         return torch.Size(self.shape).numel() // per_block * block_bytes
 
     def read(self) -> Tensor:
-        """The source's values, in its dtype and order."""
+        """Return the source's values, in the source's dtype and row order."""
         if self.entry is None:
             assert self.values is not None
             return self.values
         return read_tensor(self.entry)
 
     def rows(self, num: int) -> Iterator[slice | Tensor]:
-        """The source's rows in the file's order, `num` at a time."""
+        """Yield indices of the source's rows in the order of the GGUF file, `num` at a time."""
         if self.heads is None:
             yield from (slice(start, start + num) for start in range(0, self.shape[0], num))
         else:
@@ -86,30 +91,40 @@ class PlannedTensor:
 
 
 def architecture(config: Any) -> MODEL_ARCH:
-    """llama.cpp's. Raises UsageError where it has none, or one that computes something else."""
+    """Return llama.cpp's architecture for a model.
+
+    config: the model's transformers config.
+
+    Raises UsageError if llama.cpp has no such architecture or computes it differently.
+    """
     arch = ARCHITECTURES.get(config.model_type)
     if arch is None:
         raise unsupported(
-            f"GGUF is written for {', '.join(ARCHITECTURES)}, not for {config.model_type}"
+            f"GGUF export supports {', '.join(ARCHITECTURES)}, not {config.model_type}"
         )
     if config.hidden_act != "silu":
         raise unsupported(f"llama.cpp has no {config.hidden_act} activation in {config.model_type}")
     kind = config.rope_parameters["rope_type"]
     if kind not in ("default", "linear") and (kind, arch) != ("llama3", MODEL_ARCH.LLAMA):
         raise unsupported(
-            f"rotary scaling {kind!r} of {config.model_type} is not written to GGUF yet"
+            f"writing rotary scaling {kind!r} of {config.model_type} to GGUF is not supported yet"
         )
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise unsupported("a partial rotary factor is not written to GGUF")
+        raise unsupported("writing a partial rotary factor to GGUF is not supported")
     if arch == MODEL_ARCH.QWEN2 and _head_dim(config) * _num_heads(config) != config.hidden_size:
-        raise unsupported("llama.cpp's qwen2 has heads of hidden_size / num_attention_heads only")
+        raise unsupported(
+            "llama.cpp's qwen2 requires a head size of hidden_size / num_attention_heads"
+        )
     if arch == MODEL_ARCH.QWEN3 and config.attention_bias:
-        raise unsupported("llama.cpp's qwen3 has no biases in its attention")
+        raise unsupported("llama.cpp's qwen3 has no biases in its attention layers")
     return arch
 
 
 def write_architecture(writer: GGUFWriter, config: Any) -> None:
-    """Adds the metadata that the model is built from."""
+    """Add the metadata that llama.cpp builds the model from.
+
+    config: the model's transformers config.
+    """
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
@@ -129,38 +144,49 @@ def write_architecture(writer: GGUFWriter, config: Any) -> None:
 
 
 def context_length(config: Any) -> int:
-    """Tokens. These architectures have no sliding window there, so a text may not outgrow it."""
-    longest = int(config.max_position_embeddings)
-    return min(longest, getattr(config, "sliding_window", None) or longest)
+    """Return the number of tokens that llama.cpp may use as context.
+
+    llama.cpp has no sliding window for these architectures. So if the model has one, the context is
+    limited to it: within the window, both models attend to the same tokens.
+    """
+    max_positions = int(config.max_position_embeddings)
+    return min(max_positions, getattr(config, "sliding_window", None) or max_positions)
 
 
 def plan_tensors(folder: Path, config: Any, encoding: GGMLQuantizationType) -> list[PlannedTensor]:
-    """Every tensor of the file, in the order of the model's own. Raises ModelError, UsageError."""
+    """Return every tensor of the GGUF file, in the order of the model's own tensors.
+
+    folder: the model's folder. config: its transformers config. encoding: encoding of the matrices.
+
+    Raises UsageError if llama.cpp does not support the model, ModelError if the folder is damaged.
+    """
     arch = architecture(config)
     source = open_source(folder, family_of(config))
     names = get_tensor_name_map(arch, config.num_hidden_layers)
     planned = list(_rope_factors(arch, config))
     for name in source.names():
-        told = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if told is None:
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise unsupported(f"{name} has no name in llama.cpp's {MODEL_ARCH_NAMES[arch]}")
         shape = source.shape(name)
-        own = _encoding(told, shape, encoding)
+        own = _encoding(gguf_name, shape, encoding)
         heads = _heads(name, config) if arch == MODEL_ARCH.LLAMA else None
-        planned.append(PlannedTensor(told, shape, own, heads, source.entry(name)))
+        planned.append(PlannedTensor(gguf_name, shape, own, heads, source.entry(name)))
     return planned
 
 
 def _encoding(
-    name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType
+    name: str, shape: tuple[int, ...], requested: GGMLQuantizationType
 ) -> GGMLQuantizationType:
+    """Return the type of one tensor. requested: the encoding of the file's matrices."""
     if len(shape) == 1 or name.endswith("_norm.weight"):
         return GGMLQuantizationType.F32
-    per_block, _ = GGML_QUANT_SIZES[wanted]
-    return GGMLQuantizationType.F16 if shape[-1] % per_block else wanted
+    per_block, _ = GGML_QUANT_SIZES[requested]
+    return GGMLQuantizationType.F16 if shape[-1] % per_block else requested
 
 
 def _heads(name: str, config: Any) -> int | None:
+    """Return the number of heads of a q or k projection's tensor, or None for any other tensor."""
     _, _, tail = name.rpartition(".self_attn.")
     linear = tail.partition(".")[0]
     heads = {"q_proj": _num_heads(config), "k_proj": int(config.num_key_value_heads)}
@@ -168,7 +194,11 @@ def _heads(name: str, config: Any) -> int | None:
 
 
 def _rope_factors(arch: MODEL_ARCH, config: Any) -> Iterator[PlannedTensor]:
-    """What llama.cpp divides each rotary frequency by, asked of transformers' own scaling."""
+    """Yield the tensor of llama3 rotary factors, if the model uses them.
+
+    llama.cpp divides each rotary frequency by its factor. The factors are computed from
+    transformers' own scaling.
+    """
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
         return
@@ -176,7 +206,10 @@ def _rope_factors(arch: MODEL_ARCH, config: Any) -> Iterator[PlannedTensor]:
 
     scaled, attention = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     if attention != 1.0:
-        raise QloraError(f"transformers scales attention by {attention} with llama3 frequencies")
+        raise QloraError(
+            f"transformers scales attention by {attention} for llama3 rotary frequencies, and "
+            "llama.cpp does not"
+        )
     width = _head_dim(config)
     plain = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     factors = (plain / scaled.double()).float()

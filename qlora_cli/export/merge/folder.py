@@ -98,7 +98,7 @@ def merged_config(base: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def copied_files(base: Path) -> list[Path]:
-    """Return the files that merging copies byte for byte, as paths relative to the base's folder."""
+    """Return the files that merging copies unchanged, as paths relative to the base's folder."""
     paths = {path for pattern in _COPIED_PATTERNS for path in base.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(base) for path in paths)
 
