@@ -1,4 +1,4 @@
-"""run.json: what a run is and why each automatic choice was made."""
+"""The content of `run.json`: recipe, choices and their reasons, versions, tensors, status."""
 
 from __future__ import annotations
 
@@ -20,12 +20,19 @@ _PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers", "accelerate",
 
 
 def describe_run(prepared: Prepared, recipe_path: Path | None, steps: int) -> dict[str, Any]:
-    """What is known before the base is loaded; status `running`."""
-    facts = prepared.profile
+    """Return the content of `run.json` before the base is loaded, with status `running`.
+
+    prepared: the recipe with its base, device and automatic choices.
+    recipe_path: the recipe's file, or None if there is none.
+    steps: number of optimizer steps of the complete run.
+
+    Raises ModelError if the base's files are damaged.
+    """
+    profile = prepared.profile
     return {
         "status": "running",
         "steps": steps,
-        "recipe": from_anywhere(prepared.recipe.model_dump(mode="json")),
+        "recipe": with_absolute_paths(prepared.recipe.model_dump(mode="json")),
         "recipe_file": str(recipe_path) if recipe_path else None,
         "base_folder": str(prepared.folder.resolve()),
         "base_fingerprint": fingerprint(prepared.folder),
@@ -35,27 +42,31 @@ def describe_run(prepared: Prepared, recipe_path: Path | None, steps: int) -> di
         ],
         "versions": versions(),
         "device": {
-            "kind": facts.kind,
-            "name": facts.name,
-            "capacity_bytes": facts.capacity_bytes,
-            "capability": facts.capability,
+            "kind": profile.kind,
+            "name": profile.name,
+            "capacity_bytes": profile.capacity_bytes,
+            "capability": profile.capability,
         },
     }
 
 
 def describe_tensors(loaded: LoadedModel) -> list[dict[str, Any]]:
-    """For each kind of tensor: how many, how it is held, and why."""
+    """Return for each kind of tensor its number, its storage format and the reason for it.
+
+    Tensors are of one kind if their paths differ only in the numbers of blocks.
+    """
     kinds: Counter[tuple[str, str, str]] = Counter()
     for path, module in loaded.model.named_modules():
         kind = ".".join("*" if part.isdigit() else part for part in path.split("."))
         kind = kind.removesuffix(".base")
         if isinstance(module, QuantLinear):
-            kinds[kind, *_held(module, path == loaded.family.head)] += 1
+            kinds[kind, *_linear_format(module, path == loaded.family.head)] += 1
         elif isinstance(module, FrozenEmbedding | HostEmbedding):
-            kinds[kind, *_table(module, module.weight is loaded.head.weight)] += 1
+            kinds[kind, *_table_format(module, module.weight is loaded.head.weight)] += 1
         elif "lora" not in kind and list(module.parameters(recurse=False)):
             parameter = next(module.parameters(recurse=False))
-            kinds[kind, _name(parameter), "a vector or trained in full; too small to pack"] += 1
+            reason = "a vector, or trained in full fine-tuning; not quantized"
+            kinds[kind, dtype_name(parameter.dtype), reason] += 1
     return [
         {"tensors": kind, "count": count, "held": weight_format, "reason": reason}
         for (kind, weight_format, reason), count in kinds.items()
@@ -63,23 +74,29 @@ def describe_tensors(loaded: LoadedModel) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a run's numbers depend on, where installed."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the installed packages that affect a run's results."""
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def set_status(run: RunFolder, status: str, **more: Any) -> None:
-    """Changes run.json's status: running | done | interrupted | failed."""
+    """Change the status in `run.json` and add the keys of `more`.
+
+    status: running, done, interrupted or failed.
+    """
     run.write(run.read() | {"status": status, **more})
 
 
-def from_anywhere(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with its files' absolute paths, so that the run can be judged from any folder."""
+def with_absolute_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe with absolute paths of data files, which are valid in any folder.
+
+    recipe: the dumped recipe. Values that name no existing file, such as hub ids, stay unchanged.
+    """
     data = {key: _absolute(recipe["data"][key]) for key in ("train", "eval")}
     return recipe | {"data": recipe["data"] | data}
 
@@ -89,27 +106,30 @@ def _absolute(where: str | None) -> str | None:
     return where if path is None or not path.exists() else str(path.absolute())
 
 
-def _table(table: FrozenEmbedding | HostEmbedding, is_head: bool) -> tuple[str, str]:
-    reason = "a table: rows are looked up, not multiplied; packing it costs accuracy"
-    weight_format = _name(table.weight)
+def _table_format(table: FrozenEmbedding | HostEmbedding, is_head: bool) -> tuple[str, str]:
+    """Return (storage format, reason) of an embedding table."""
+    reason = "a table: its rows are looked up, not multiplied; quantizing it reduces accuracy"
+    weight_format = dtype_name(table.weight.dtype)
     if isinstance(table, HostEmbedding):
-        return f"{weight_format} on the host", f"{reason}; only the rows looked up move to the card"
+        return (
+            f"{weight_format} in CPU memory",
+            f"{reason}; only the needed rows are copied to the GPU",
+        )
     if is_head and table.weight.device.type != "cpu":
-        reason += "; on the card, because it is the head too, which multiplies by all of it"
+        reason += (
+            "; on the GPU, because it is also the head, which multiplies by the complete table"
+        )
     return weight_format, reason
 
 
-def _held(layer: QuantLinear, is_head: bool) -> tuple[str, str]:
+def _linear_format(layer: QuantLinear, is_head: bool) -> tuple[str, str]:
+    """Return (storage format, reason) of a frozen linear layer."""
     weight_format = layer.weight_format
     if is_head:
-        return _name(layer.weight), "the head: its errors reach every logit directly"
+        return dtype_name(layer.weight.dtype), "the head: its errors affect every logit directly"
     if weight_format.bits == 4:
-        twice = " with double quantization" if weight_format.double_quant else ""
-        return f"{weight_format.quant_type}{twice}", "a linear of a block, frozen"
+        suffix = " with double quantization" if weight_format.double_quant else ""
+        return f"{weight_format.quant_type}{suffix}", "a frozen linear layer of a block"
     if weight_format.bits == 8:
-        return "int8", "a linear of a block, frozen"
-    return _name(layer.weight), "base.bits is 16"
-
-
-def _name(tensor: Any) -> str:
-    return dtype_name(tensor.dtype)
+        return "int8", "a frozen linear layer of a block"
+    return dtype_name(layer.weight.dtype), "base.bits is 16"

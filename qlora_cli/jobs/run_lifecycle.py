@@ -67,7 +67,7 @@ def _check_unchanged(earlier: Run, description: dict[str, Any]) -> None:
     """Raise UsageError if the recipe differs from the stored one, ModelError if the base does."""
     earlier.check_fingerprint(description["base_fingerprint"])
     # Older versions stored the paths of data files as they were written in the recipe.
-    stored = _flatten(record.from_anywhere(earlier.require("recipe")))
+    stored = _flatten(record.with_absolute_paths(earlier.require("recipe")))
     current = _flatten(description["recipe"])
     keys = sorted(stored.keys() | current.keys())
     changed = [key for key in keys if stored.get(key) != current.get(key)]

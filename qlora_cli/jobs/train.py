@@ -27,9 +27,8 @@ from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.runs.finite import add_last_checkpoint_hint
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.resume import load_checkpoint, write_trained
+from qlora_cli.runs.resume import add_last_checkpoint_hint, load_checkpoint, write_parameters
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.task import EvalScore
 from qlora_cli.train.loop import LAST_LOSSES, Progress, TrainingLoop
@@ -173,7 +172,7 @@ def _save(job: TrainingJob, state: State) -> None:
         atomic_folder(weights) as folder,
     ):
         shutil.copy(job.prepared.folder / "config.json", folder)
-        write_trained(state.trainable, folder / WEIGHTS_FILE)
+        write_parameters(state.trainable, folder / WEIGHTS_FILE)
 
 
 def _train_loss(run: RunFolder) -> float:

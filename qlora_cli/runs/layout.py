@@ -1,14 +1,14 @@
-"""The run's folder: every file name once, and what `run.json` holds.
+"""The files in a run's folder, and the operations on the folder itself.
 
 - run.json          resolved recipe, automatic choices with reasons, versions, device, status
 - adapter/          adapter_config.json + adapter_model.safetensors, in PEFT's format
-- weights/          the trained model of full fine-tuning, instead of adapter/
-- checkpoints/      step-000200/ ... whole or absent, never half
-- memory.json       the ledger
+- weights/          the trained model after full fine-tuning, instead of adapter/
+- checkpoints/      step-000200/ ...; each folder is complete or absent
+- memory.json       memory by phase and category
 - timeline.json     memory over time, of the phases that were tracked
-- metrics.jsonl     one line an optimizer step
-- report.html       self-contained
-- memory.png        its memory figures as one picture
+- metrics.jsonl     one line per optimizer step
+- report.html       self-contained report
+- memory.png        the memory figures of the report as one image
 """
 
 from __future__ import annotations
@@ -27,34 +27,37 @@ _STEP = re.compile(r"step-(\d{6,})")
 
 
 class RunFolder:
-    """Paths of a run, and the few operations that must not leave half a thing behind."""
+    """The paths of a run. Its methods read and write `run.json` and create or remove the folder.
+
+    Making a `RunFolder` does not access the disk. To read a run, use `Run`, which reads once.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def run_json(self) -> Path:
-        """What the run is."""
+        """The run's recipe, choices, versions, device and status."""
         return self.path / "run.json"
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter, in PEFT's format."""
+        """The folder of the trained adapter, in PEFT's format."""
         return self.path / "adapter"
 
     @property
     def weights(self) -> Path:
-        """The trained model of full fine-tuning."""
+        """The folder of the trained model after full fine-tuning."""
         return self.path / "weights"
 
     @property
     def checkpoints(self) -> Path:
-        """One folder a checkpoint."""
+        """The folder that contains one folder per checkpoint."""
         return self.path / "checkpoints"
 
     @property
     def memory_json(self) -> Path:
-        """The ledger."""
+        """The ledger: memory by phase and category."""
         return self.path / "memory.json"
 
     @property
@@ -64,21 +67,21 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON line an optimizer step."""
+        """One JSON line per optimizer step."""
         return self.path / "metrics.jsonl"
 
     @property
     def report(self) -> Path:
-        """The report, self-contained."""
+        """The self-contained report."""
         return self.path / "report.html"
 
     @property
     def memory_png(self) -> Path:
-        """The report's memory figures as one picture."""
+        """The memory figures of the report as one image."""
         return self.path / "memory.png"
 
     def create(self) -> None:
-        """Makes the folder for a new run. Raises UsageError where a run already lives in it."""
+        """Create the folder for a new run. Raises UsageError if it contains files."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UsageError(
                 f"{self.path} is in use",
@@ -92,46 +95,39 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def discard(self) -> None:
-        """Takes a run back of which no step was done, so that its folder is free again."""
+        """Remove the files of a run that has not completed a step; remove the folder if empty."""
         self.run_json.unlink(missing_ok=True)
         self.metrics.unlink(missing_ok=True)
-        with suppress(OSError):  # Whatever else lies in it is not ours to remove.
+        with suppress(OSError):  # The folder stays if it contains files of the user.
             self.path.rmdir()
 
     def read(self) -> dict[str, Any]:
-        """run.json's content. Raises UsageError where this is no run's folder."""
+        """Return the content of `run.json`. Raises UsageError if it is missing or damaged."""
         if not self.run_json.is_file():
             raise UsageError(
-                f"{self.path} is no run's folder",
-                hint="a run's folder holds run.json; `qlora train` makes one",
+                f"{self.path} is not a run's folder",
+                hint="a run's folder contains run.json; `qlora train` creates one",
             )
         try:
             content = json.loads(self.run_json.read_text())
         except ValueError as fault:
             raise UsageError(f"damaged: {fault}", where=str(self.run_json)) from fault
         if not isinstance(content, dict):
-            raise UsageError("damaged: it is no JSON object", where=str(self.run_json))
+            raise UsageError("damaged: it is not a JSON object", where=str(self.run_json))
         return content
 
-    def require(self, key: str) -> Any:
-        """What run.json tells of it. Raises UsageError where it does not."""
-        content = self.read()
-        if key not in content:
-            raise UsageError(f"damaged: it has no {key}", where=str(self.run_json))
-        return content[key]
-
     def write(self, content: Mapping[str, Any]) -> None:
-        """run.json, whole or as it was. Raises QloraError where the disk refuses."""
+        """Replace `run.json` atomically. Raises QloraError if it cannot be written."""
         with report_write_errors("run.json", self.run_json):
             write_json(self.run_json, content)
 
     def checkpoint(self, step: int) -> Path:
-        """The folder of one checkpoint."""
+        """Return the folder of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps that have a whole checkpoint, in order."""
+        """Return the steps that have a complete checkpoint, in ascending order."""
         if not self.checkpoints.is_dir():
             return []
-        found = (_STEP.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        matches = (_STEP.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in matches if match)

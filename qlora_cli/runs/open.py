@@ -1,4 +1,4 @@
-"""A trained run, or any model's folder, as a model ready to answer: eval mode, no gradients."""
+"""Opens a trained run or a model for inference: in eval mode, without gradients."""
 
 from __future__ import annotations
 
@@ -23,12 +23,17 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
 
-_GENERATION = "generation_config.json"
+_GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model, the folder of its config and tokenizer, and the one of its base's weights."""
+    """A loaded model and where it was read from.
+
+    folder: contains its config and tokenizer.
+    weights: contains the weights under the adapter.
+    run: the run that was opened, or None for a plain model.
+    """
 
     loaded: LoadedModel
     folder: Path
@@ -37,7 +42,12 @@ class OpenedModel:
 
 
 def open_any(where: str, device: torch.device, observer: Observer) -> OpenedModel:
-    """A run's folder, a model's folder, `starter` or a hub id. Raises InputError."""
+    """Open a run or a model as it is.
+
+    where: a run's folder, a model's folder, `starter` or a hub id.
+
+    Raises InputError if it cannot be found, is unfinished or is damaged.
+    """
     run = Run.find(where)
     if run is not None:
         return _opened(run, open_run(run, device, observer))
@@ -46,10 +56,10 @@ def open_any(where: str, device: torch.device, observer: Observer) -> OpenedMode
 
 
 def open_for_adapters(where: str, device: torch.device, observer: Observer) -> OpenedModel:
-    """The same, with linears that adapters can be put on. Raises InputError.
+    """Open a run or a model so that adapters can be attached to its linear layers.
 
-    A LoRA run is as `open_any` opens it. What has no packed base is held in 16 bit, as training
-    with base.bits=16 would hold it.
+    A LoRA run is opened as by `open_any`. Any other model gets a 16-bit base as in training with
+    base.bits=16. Arguments and errors are those of `open_any`.
     """
     run = Run.find(where)
     if run is None:
@@ -67,9 +77,10 @@ def _opened(run: Run, loaded: LoadedModel) -> OpenedModel:
 
 
 def open_run(run: Run, device: torch.device, observer: Observer) -> LoadedModel:
-    """The base as it was frozen in training and the adapter on it; or the model trained in full.
+    """Load the model that a run trained: base with adapter, or the model of full fine-tuning.
 
-    Raises UsageError where the run is not finished, ModelError where files are missing or damaged.
+    The base is quantized as it was in training. Raises UsageError if the run is not finished,
+    ModelError if files are missing or damaged.
     """
     base = run.base_folder
     if run.is_full_fine_tuning:
@@ -82,9 +93,10 @@ def open_run(run: Run, device: torch.device, observer: Observer) -> LoadedModel:
 
 
 def open_model(folder: Path, device: torch.device, observer: Observer) -> LoadedModel:
-    """A transformers folder as it is, without an adapter.
+    """Load a transformers folder without an adapter.
 
-    Computed in float32 on a CPU and in 16 bit on a card, the file's own where it is 16 bit.
+    The compute dtype is float32 on a CPU. On a GPU it is bfloat16, or float16 if the checkpoint is
+    in float16 or the GPU does not support bfloat16.
     """
     compute = _compute_on(device, folder)
     return open_plain(folder, partial(_folder_source, folder), compute, device, observer)
@@ -93,9 +105,11 @@ def open_model(folder: Path, device: torch.device, observer: Observer) -> Loaded
 def open_plain(
     base: Path, source: MakeSource, compute: str, device: torch.device, observer: Observer
 ) -> LoadedModel:
-    """A model without packed weights and without an adapter, computing in `compute`.
+    """Load a model without quantized weights and without an adapter.
 
-    base: the folder of its config. source: where its tensors come from.
+    base: the folder of its config.
+    source: opens the source of its tensors.
+    compute: name of the compute dtype.
     """
     return _open(_sixteen_bit(base, compute, "full"), base, source, device, observer)
 
@@ -103,14 +117,16 @@ def open_plain(
 def _open_packed(
     base: Path, weights: Path, compute: str, device: torch.device, observer: Observer
 ) -> LoadedModel:
+    """Load a model with a 16-bit base whose linear layers can have adapters, without an adapter."""
     recipe = _sixteen_bit(base, compute, "lora")
     loaded = _open(recipe, base, partial(_folder_source, weights), device, observer)
-    # What training would begin with; nothing was trained here.
+    # `build` adds the untrained adapter that training starts with.
     remove_adapter(loaded)
     return loaded
 
 
 def _sixteen_bit(base: Path, compute: str, method: str) -> Recipe:
+    """Return the recipe of a 16-bit base for a model that has no recipe."""
     return Recipe.model_validate(
         {
             "model": {"name": str(base)},
@@ -130,26 +146,27 @@ def _open(
 ) -> LoadedModel:
     config = read_config(base / "config.json")
     train = recipe.train.model_copy(update={"activation_checkpointing": False})
-    quiet = recipe.model_copy(update={"train": train})
+    inference = recipe.model_copy(update={"train": train})
     model_class = task_of(recipe).model_class
     profile = profile_of(device)
-    loaded = build(ModelRequest(quiet, config, source, device, profile, observer, model_class))
+    loaded = build(ModelRequest(inference, config, source, device, profile, observer, model_class))
     return _ready(loaded, base)
 
 
 def _ready(loaded: LoadedModel, folder: Path) -> LoadedModel:
+    """Set eval mode, the key-value cache and the generation settings in `folder`."""
     from transformers import GenerationConfig
 
     loaded.model.eval()
     loaded.model.requires_grad_(False)
     loaded.model.config.use_cache = True
-    if (folder / _GENERATION).is_file():
+    if (folder / _GENERATION_CONFIG).is_file():
         loaded.model.generation_config = GenerationConfig.from_pretrained(folder)
     return loaded
 
 
 def _compute_on(device: torch.device, folder: Path) -> str:
-    """Of a model that no recipe speaks of."""
+    """Return the name of the compute dtype for a model without a recipe (see `open_model`)."""
     if device.type == "cpu":
         return "float32"
     config = read_config(folder / "config.json")

@@ -1,13 +1,14 @@
-"""Checkpoints: everything that makes a resumed run bit-identical to an unbroken one.
+"""Writes and reads checkpoints. A resumed run is bit-identical to an uninterrupted one.
 
-A checkpoint holds the trained tensors, the optimizer's state, the loss scale, the random states
-and the step. The order of rows is a pure function of the step (`data/packing.py`), and so is the
-learning rate; neither is stored.
+A checkpoint contains the trained parameters, the optimizer's state, the loss scale, the states of
+the random generators and the step. The order of rows (`data/packing.py`) and the learning rate are
+functions of the step and are not stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -29,8 +30,8 @@ from qlora_cli.runs.layout import RunFolder
 
 _TENSORS = "trained.safetensors"
 _STATE = "state.pt"
-_DAMAGE = (ModelError, OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError)
-"""What torch.load and the readers raise on files that are missing, cut short or overwritten."""
+_READ_ERRORS = (ModelError, OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError)
+"""The exceptions of torch.load and our readers on missing, truncated or overwritten files."""
 
 
 class Checkpointed(Protocol):
@@ -50,25 +51,30 @@ def save_checkpoint(
     optimizer: Checkpointed,
     loss_scale: Mapping[str, float],
 ) -> Path:
-    """Writes step's checkpoint, whole or not at all.
+    """Write the checkpoint of a step atomically and return its folder.
 
-    Raises QloraError where the disk refuses, NotFinite where a parameter is NaN or infinite.
+    step: number of completed optimizer steps.
+    trainable: name -> trained parameter.
+    optimizer: the object whose state is stored with them.
+    loss_scale: the state of the loss scale.
+
+    Raises QloraError if it cannot be written, NotFinite if a parameter is NaN or infinite.
     """
     folder = run.checkpoint(step)
     try:
         with (
             report_write_errors("the checkpoint", folder, RESUME_HINT),
-            atomic_folder(folder) as beside,
+            atomic_folder(folder) as partial,
         ):
-            write_trained(trainable, beside / _TENSORS)
+            write_parameters(trainable, partial / _TENSORS)
             state = {
                 "step": step,
                 "optimizer": optimizer.state_dict(),
                 "loss_scale": dict(loss_scale),
                 "random": _random_states(),
             }
-            # Given a path, torch reports a full disk as a RuntimeError that does not say so.
-            with (beside / _STATE).open("wb") as stream:
+            # Given a path, torch.save reports a full disk as a RuntimeError without the reason.
+            with (partial / _STATE).open("wb") as stream:
                 torch.save(state, stream)
     except NotFinite as fault:
         raise NotFinite(f"after step {step}: {fault.what}", hint=fault.hint) from fault
@@ -78,45 +84,51 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: Checkpointed
 ) -> tuple[int, dict[str, float]]:
-    """Fills parameters, optimizer and random states; returns (step, loss scale's state).
+    """Restore parameters, optimizer and random generators; return (step, loss scale's state).
 
-    Raises ModelError on damaged files, QloraError where the checkpoint is of another model.
+    folder: the checkpoint's folder.
+    trainable, optimizer: are modified in place.
+
+    Raises ModelError if files are damaged, QloraError if the checkpoint belongs to another model.
     """
     try:
-        read_trained(folder / _TENSORS, trainable)
+        read_parameters(folder / _TENSORS, trainable)
         device = next(iter(trainable.values())).device
         state: dict[str, Any] = torch.load(folder / _STATE, map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         _restore_random_states(state["random"])
         return int(state["step"]), state["loss_scale"]
-    except _DAMAGE as fault:
+    except _READ_ERRORS as fault:
         raise ModelError(
             f"this checkpoint is damaged: {repr(fault)[:200]}",
             where=str(folder),
-            hint="remove its folder and --resume goes on from the one before it",
+            hint="remove its folder; --resume then uses the checkpoint before it",
         ) from fault
 
 
-def write_trained(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Named tensors in their own dtypes, one at a time through the host.
+def write_parameters(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write named tensors in their own dtypes, with one tensor at a time in CPU memory.
 
-    Raises NotFinite where one has a value that is NaN or infinite.
+    Raises NotFinite if a value is NaN or infinite, OSError if the disk is full.
     """
-    shapes = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_tensors(file, shapes, lambda name: finite_cpu_copy(name, tensors[name]), {"format": "pt"})
+    specs = {
+        name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
+    write_tensors(file, specs, lambda name: finite_cpu_copy(name, tensors[name]), {"format": "pt"})
 
 
 @torch.no_grad()
-def read_trained(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """The inverse of `write_trained`, into parameters that are there already.
+def read_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy the tensors of a file from `write_parameters` into existing parameters.
 
-    Raises ModelError on values that are not finite, which older versions wrote.
+    Raises QloraError if names or shapes differ from those of `parameters`, ModelError if a value is
+    not finite (older versions wrote such values).
     """
     entries, _ = read_header(file)
     stored = {name: entry.shape for name, entry in entries.items()}
     if stored != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
         raise QloraError(
-            "the tensors stored are not those that the recipe trains",
+            "the stored tensors are not those that the recipe trains",
             where=str(file),
             hint="the recipe or the base has changed since; start a new run",
         )
@@ -125,6 +137,19 @@ def read_trained(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
         if not is_finite(values):
             raise ModelError(f"{name} is not finite")
         parameter.copy_(values)
+
+
+@contextmanager
+def add_last_checkpoint_hint(run: RunFolder) -> Iterator[None]:
+    """Add the path of the run's last checkpoint to the hint of a NotFinite raised in the block."""
+    try:
+        yield
+    except NotFinite as fault:
+        steps = run.steps()
+        last = "there is no checkpoint"
+        if steps:
+            last = f"the last good checkpoint is of step {steps[-1]}: {run.checkpoint(steps[-1])}"
+        raise NotFinite(fault.what, where=fault.where, hint=f"{last}; {fault.hint}") from fault
 
 
 def _random_states() -> dict[str, Tensor]:

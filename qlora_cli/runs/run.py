@@ -80,7 +80,7 @@ class Run:
             raise ModelError(
                 f"the base that the run was trained on is not at {folder} any more",
                 where=str(self.folder.run_json),
-                hint="put it back, or write its new place into run.json as base_folder",
+                hint="move it back, or set base_folder in run.json to its new path",
             )
         if self.recipe.adapter.method == "lora":
             self.check_fingerprint(fingerprint(folder))
@@ -96,7 +96,8 @@ class Run:
                 f"the weights in {self.record['base_folder']} are not those that the run was "
                 "trained on",
                 where=str(self.folder.run_json),
-                hint="put those back; an adapter is worth nothing on another base",
+                hint="restore the original weights; an adapter works only on the base that it was "
+                "trained on",
             )
 
     @cached_property
@@ -108,8 +109,8 @@ class Run:
         """
         if self.is_full_fine_tuning:
             raise UsageError(
-                f"{self.path} was trained in full; it has no adapter",
-                hint="name it as the model itself: `qlora generate RUN`",
+                f"{self.path} is full fine-tuning; it has no adapter",
+                hint="use it as a model: `qlora generate RUN`",
             )
         return open_adapter(self._finished(self.folder.adapter))
 
@@ -130,9 +131,9 @@ class Run:
         """Return `folder`. Raises UsageError if training has not written it yet."""
         if not folder.is_dir():
             raise UsageError(
-                f"{self.path} holds no trained weights yet; its status is "
+                f"{self.path} has no trained weights yet; its status is "
                 f"{self.record.get('status')}",
-                hint="go on with `qlora train --resume`, then try again",
+                hint="finish it with `qlora train --resume`, then try again",
             )
         return folder
 

@@ -25,7 +25,7 @@ def test_a_folder_with_foreign_files_is_not_changed(job_recipe: Path) -> None:
     (run / "mine.txt").write_text("mine")
     assert_refused(qlora("train", job_recipe), 2, f"{run} is in use")
     assert file_contents(run) == {"mine.txt": b"mine"}
-    assert_refused(qlora("train", job_recipe, "--resume"), 2, f"{run} is no run's folder")
+    assert_refused(qlora("train", job_recipe, "--resume"), 2, f"{run} is not a run's folder")
 
 
 def test_an_output_that_cannot_be_a_folder_is_refused(job_recipe: Path) -> None:
@@ -40,11 +40,11 @@ def test_an_output_that_cannot_be_a_folder_is_refused(job_recipe: Path) -> None:
 
 def test_resuming_a_finished_run_changes_nothing(trained_recipe: Path) -> None:
     run = trained_recipe.parent / "run"
-    told = json.loads((run / "run.json").read_text())["result"]
+    result = json.loads((run / "run.json").read_text())["result"]
     memory = (run / "memory.json").read_bytes()
     outcome = qlora("train", trained_recipe, "--resume", "--json")
     assert outcome.code == 0, outcome.err
-    assert outcome.json["train_loss"] == told["train_loss"]
+    assert outcome.json["train_loss"] == result["train_loss"]
     assert (run / "memory.json").read_bytes() == memory
 
 
@@ -54,13 +54,13 @@ def test_commands_name_the_missing_folder_or_file(
     run = trained_recipe.parent / "run"
     assert_refused(qlora("merge", run, "--out", tiny_base), 2, f"{tiny_base} is in use")
     assert_refused(
-        qlora("merge", tmp_path, "--out", tmp_path / "m"), 2, f"{tmp_path} is no run's folder"
+        qlora("merge", tmp_path, "--out", tmp_path / "m"), 2, f"{tmp_path} is not a run's folder"
     )
     assert_refused(qlora("verify", tmp_path / "no", "--against", run), 2, tmp_path / "no")
     assert_refused(
-        qlora("verify", tiny_base, "--against", tmp_path), 2, f"{tmp_path} is no run's folder"
+        qlora("verify", tiny_base, "--against", tmp_path), 2, f"{tmp_path} is not a run's folder"
     )
-    assert_refused(qlora("report", tmp_path), 2, f"{tmp_path} is no run's folder")
+    assert_refused(qlora("report", tmp_path), 2, f"{tmp_path} is not a run's folder")
     assert_refused(qlora("eval", run, "--data", tmp_path / "no.jsonl"), 2, tmp_path / "no.jsonl")
     assert_refused(qlora("generate", tmp_path / "no", "--prompt", "x"), 2, tmp_path / "no")
     for arguments in (

@@ -17,7 +17,7 @@ from qlora_cli.export.merge.write import write_merged
 from qlora_cli.files.atomic import atomic_folder
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.open import open_any, open_model, open_run
-from qlora_cli.runs.resume import write_trained
+from qlora_cli.runs.resume import write_parameters
 from qlora_cli.runs.run import Run
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.runs import CPU, build_base, logits, make_base, make_recipe, make_rows, make_run
@@ -109,7 +109,7 @@ def test_a_run_trained_in_full_opens_its_own_weights(tmp_path: Path) -> None:
     run.create()
     run.write({"recipe": recipe.model_dump(mode="json"), "base_folder": str(base)})
     with atomic_folder(run.weights) as folder:
-        write_trained(trained.trainable(), folder / "model.safetensors")
+        write_parameters(trained.trainable(), folder / "model.safetensors")
     trained.model.eval()
     assert torch.equal(logits(open_run(Run(run.path), CPU, Silent()), IDS), logits(trained, IDS))
 

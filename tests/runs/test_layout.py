@@ -184,7 +184,7 @@ def test_a_run_that_did_nothing_can_be_discarded(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_and_what_is_a_damaged_one(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no run's folder"):
+    with pytest.raises(UsageError, match="is not a run's folder"):
         RunFolder(tmp_path).read()
     (tmp_path / "run.json").write_text('{"status": ')
     with pytest.raises(UsageError, match=r"run\.json: damaged"):

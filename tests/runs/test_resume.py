@@ -200,7 +200,7 @@ def test_a_run_that_tells_nothing_is_named(tmp_path: Path, bases: Path) -> None:
 
 
 def test_nothing_to_resume_is_a_clear_error(tmp_path: Path, bases: Path) -> None:
-    with pytest.raises(InputError, match="no run's folder"):
+    with pytest.raises(InputError, match="not a run's folder"):
         go(recipe_of(bases, tmp_path / "never"), resume=True)
 
 
@@ -256,7 +256,7 @@ def test_the_checkpoint_before_a_damaged_one_is_good(stopped: tuple[Recipe, RunF
     recipe, run = stopped
     newest = run.checkpoint(2)
     truncate(newest / "state.pt")
-    with pytest.raises(ModelError, match="remove its folder and --resume goes on"):
+    with pytest.raises(ModelError, match="remove its folder; --resume then uses the checkpoint before it"):
         go(recipe, resume=True)
     assert run.steps() == [1, 2], "nothing that was written is lost"
     shutil.rmtree(newest)

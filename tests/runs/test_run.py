@@ -115,7 +115,7 @@ def test_making_a_run_reads_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path / "nothing")
     assert run.path == tmp_path / "nothing"
     assert Run.find(tmp_path) is None
-    with pytest.raises(UsageError, match="no run's folder"):
+    with pytest.raises(UsageError, match="not a run's folder"):
         assert run.record
 
 

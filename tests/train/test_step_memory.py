@@ -21,7 +21,7 @@ from qlora_cli.models import convert
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
-from qlora_cli.nn.quant import code_of_scales
+from qlora_cli.nn.quant import scale_codebook
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks import causal
@@ -126,7 +126,7 @@ def test_the_record_says_where_a_table_lies_and_why(bases: Path) -> None:
     loaded = build_base(recipe_of(bases, "llama"))
     finite_cpu_copy(loaded)
     told = {one["tensors"]: one for one in describe_tensors(loaded)}["model.embed_tokens"]
-    assert told["held"] == "bfloat16 on the host"
+    assert told["held"] == "bfloat16 in CPU memory"
     assert "only the rows looked up move" in told["reason"]
 
 
@@ -146,7 +146,7 @@ def after_eval(state: State) -> tuple[int, int]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_nothing_outlives_eval(bases: Path, family: str) -> None:
-    code_of_scales(CPU)
+    scale_codebook(CPU)
     before, after = after_eval(load(recipe_of(bases, family)))
     assert after == before > 0
 

@@ -27,7 +27,7 @@ from qlora_cli.files.atomic import atomic_folder, make_partial_folder, partial_f
 from qlora_cli.jobs import merge as job
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.resume import write_trained
+from qlora_cli.runs.resume import write_parameters
 from qlora_cli.runs.run import Run
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.runs import CPU, build_base, make_base, make_recipe, make_rows, make_run
@@ -303,7 +303,7 @@ def test_leftovers_that_say_nothing_are_thrown_away(tmp_path: Path) -> None:
 def test_no_folder_can_be_made_in_a_file(tmp_path: Path) -> None:
     _, run, _ = a_run(tmp_path, "llama")
     out = run.run_json / "out"
-    with pytest.raises(UsageError, match="no folder can be made in"):
+    with pytest.raises(UsageError, match="cannot create a folder in"):
         job.run(run.path, out=out, dtype=None, base="auto", observer=Silent())
 
 
@@ -350,7 +350,7 @@ def test_full_fine_tuning_writes_the_trained_weights(tmp_path: Path) -> None:
         {"recipe": recipe.model_dump(mode="json"), "base_folder": str(base), "status": "done"}
     )
     with atomic_folder(run.weights) as folder:
-        write_trained(loaded.trainable(), folder / "model.safetensors")
+        write_parameters(loaded.trainable(), folder / "model.safetensors")
     result = job.run(run.path, out=tmp_path / "out", dtype=None, base="auto", observer=Silent())
     assert result.base == "original"
     found = read_all(tmp_path / "out")

@@ -318,5 +318,5 @@ def test_the_job_gives_figures_and_passes(world: World) -> None:
 def test_what_is_no_model_or_no_run_is_a_usage_error(world: World, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no model's folder"):
         job.run(tmp_path, against=world.run.path, observer=Silent())
-    with pytest.raises(UsageError, match="is no run's folder"):
+    with pytest.raises(UsageError, match="is not a run's folder"):
         job.run(world.merged, against=tmp_path, observer=Silent())
