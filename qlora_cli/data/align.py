@@ -1,4 +1,4 @@
-"""Texts laid against each other: where contents stand between pieces that are known."""
+"""Find texts inside a longer text that is built from known pieces and these texts, in turn."""
 
 from __future__ import annotations
 
@@ -9,55 +9,70 @@ Span = tuple[int, int]
 """[start, stop) in characters."""
 
 
-def common_start(one: str, other: str) -> str:
-    """The longest text that both begin with."""
+def common_prefix(first: str, second: str) -> str:
+    """Return the longest text that both arguments begin with."""
     length = 0
-    for a, b in zip(one, other, strict=False):
+    for a, b in zip(first, second, strict=False):
         if a != b:
             break
         length += 1
-    return one[:length]
+    return first[:length]
 
 
-def mark(number: int) -> str:
-    """Private-use characters, which no trimming touches, around the number of the message."""
+def marker(number: int) -> str:
+    """Return a text that does not occur elsewhere and that no template trims.
+
+    number: index of the message that the marker replaces. It is between two private-use characters.
+    """
     return f"\ue0a0{number}\ue0a1"
 
 
-def split(text: str, marks: Sequence[str]) -> list[str] | None:
-    """The pieces before, between and behind the marks; None unless each stands once, in order."""
+def split(text: str, markers: Sequence[str]) -> list[str] | None:
+    """Return the pieces before, between and after the markers.
+
+    Returns None unless each marker occurs exactly once and in this order.
+    """
     pieces = []
-    for mark in marks:
-        piece, found, text = text.partition(mark)
-        if not found or mark in text:
+    for item in markers:
+        piece, separator, text = text.partition(item)
+        if not separator or item in text:
             return None
         pieces.append(piece)
     return [*pieces, text]
 
 
 def align(text: str, pieces: list[str], contents: list[str]) -> list[Span] | None:
-    """Where each content stands, if text is pieces and contents in turn; else None.
+    """Return the span of each content if `text` is pieces and contents in turn, else None.
 
-    A template may trim a content or change white space in it, and nothing else.
+    pieces: one more than contents. The text may differ from this sequence in one way: a content
+    may be trimmed or have other white space, as some templates write it.
     """
     if not text.startswith(pieces[0]):
         return None
-    at = len(pieces[0])
+    start = len(pieces[0])
     spans: list[Span] = []
-    for content, behind in zip(contents, pieces[1:], strict=True):
-        stop = _match(text, at, content, behind, last=len(spans) + 1 == len(contents))
+    for content, next_piece in zip(contents, pieces[1:], strict=True):
+        is_last = len(spans) + 1 == len(contents)
+        stop = _match(text, start, content, next_piece, is_last)
         if stop is None:
             return None
-        spans.append((at, stop))
-        at = stop + len(behind)
+        spans.append((start, stop))
+        start = stop + len(next_piece)
     return spans
 
 
-def _match(text: str, at: int, content: str, behind: str, last: bool) -> int | None:
-    for written in (content, content.strip(), content.rstrip(), content.lstrip()):
-        stop = at + len(written)
-        if text.startswith(written + behind, at) and (not last or stop + len(behind) == len(text)):
+def _match(text: str, start: int, content: str, next_piece: str, is_last: bool) -> int | None:
+    """Return the end of `content` at `start`, followed by `next_piece`; None if it is not there.
+
+    is_last: whether the text must end after `next_piece`.
+    """
+    for variant in (content, content.strip(), content.rstrip(), content.lstrip()):
+        stop = start + len(variant)
+        if text.startswith(variant + next_piece, start) and (
+            not is_last or stop + len(next_piece) == len(text)
+        ):
             return stop
     words = r"\s+".join(map(re.escape, content.split()))
-    found = re.compile(rf"({words}){re.escape(behind)}{'$' if last else ''}").match(text, at)
-    return found.end(1) if found else None
+    pattern = rf"({words}){re.escape(next_piece)}{'$' if is_last else ''}"
+    match = re.compile(pattern).match(text, start)
+    return match.end(1) if match else None

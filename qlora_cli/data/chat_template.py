@@ -1,21 +1,22 @@
-"""Which characters of a chat the model has to learn: the assistants' turns, exactly.
+"""Find the characters of a rendered chat that are trained: exactly the assistant's turns.
 
-A chat template is a program, and it may do anything: trim, move the system text, leave thinking
-out, write its own last words. So nothing is assumed of it; each mask is proved on the row itself,
-by one of three ways, and a row where none holds is refused.
+A chat template is a program. It may trim texts, move the system message, leave out thinking, or
+write texts of its own. Nothing is assumed about it: the spans are verified on each row by one of
+three methods, and a row for which none works is refused.
 
-1. The template marks its turns with `{% generation %}`.
-2. The chat is written twice, the second time with a mark in place of each assistant's text. What
-   stands between the marks is the template's own; the first writing must then be those pieces and
-   the texts, in turn, to the last character. This holds for templates that write differently at a
-   chat's end, where comparing prefixes fails.
-3. The chat up to a turn, with the prompt for an answer, is a prefix of the whole, and so is the
-   chat with the turn: the turn is what lies between. This covers tool calls and thinking, which
-   the template writes in its own words; they must be found in it again.
+1. Generation tags. The template marks its turns with `{% generation %}`.
+2. Markers. The chat is rendered a second time with a marker in place of each assistant text. The
+   text between the markers is the template's own. The first rendering must consist of these pieces
+   and the assistant's texts in turn, to the last character. This also works for templates that
+   render the end of a chat differently, for which comparing prefixes fails.
+3. Prefixes. The chat up to a turn, rendered with the generation prompt, must be a prefix of the
+   complete chat, and so must the chat including the turn: the turn is the difference. This covers
+   tool calls and thinking, which the template renders in its own format; their parts must occur in
+   the turn.
 
-A turn begins where the prompt for an answer (`add_generation_prompt`) ends, because from there
-on the model writes, and ends with the template's end of a turn (`<|im_end|>`, `</s>`), which the
-model must learn in order to stop; white space behind that is not learnt.
+A turn begins after the generation prompt (`add_generation_prompt`), because the model writes from
+there on. It ends with the template's end of turn (`<|im_end|>`, `</s>`), which the model must learn
+in order to stop. White space after that is not trained.
 """
 
 from __future__ import annotations
@@ -28,23 +29,22 @@ from typing import Any, cast
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_cli.data.align import Span, align, common_start, mark, split
-from qlora_cli.data.conversation import Conversation
+from qlora_cli.data.align import Span, align, common_prefix, marker, split
+from qlora_cli.data.conversation import Conversation, Message
 from qlora_cli.data.row_errors import RowError
 
-Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARKER = re.compile(r"\s*(<[^<>\s]+>|\[/?\w+\])")
-# Foreign code: a template fails by its own word or by what it does to absent or other values.
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SPECIAL_TOKEN = re.compile(r"\s*(<[^<>\s]+>|\[/?\w+\])")
+# A template is foreign code: it raises its own errors, or fails on absent or unexpected values.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A chat as its template wrote it. spans: [start, stop) of what is trained, in characters."""
+    """A chat as one text. spans: [start, stop) of the trained characters, in ascending order."""
 
     text: str
     spans: tuple[Span, ...]
@@ -52,65 +52,76 @@ class RenderedChat:
 
 @dataclass(frozen=True)
 class TemplateDelimiters:
-    """What a template writes around an assistant's text.
+    """The texts that a template writes around an assistant message.
 
-    prompt: what add_generation_prompt appends. leads: what may stand between the prompt and the
-    text, longest first. closing: the end of a turn; empty where there is none.
+    prompt: the text that `add_generation_prompt` appends. leads: texts that may follow between the
+    prompt and the message, longest first. closing: the end of a turn; empty if there is none.
     """
 
     prompt: str
     leads: tuple[str, ...]
     closing: str
 
+    def turn_start(self, text: str, start: int) -> int:
+        """Return where a turn begins whose message begins at `start` of the rendered text."""
+        for lead in self.leads:
+            if text.endswith(self.prompt + lead, 0, start):
+                return start - len(lead)
+        return start
+
 
 class ChatTemplate:
-    """A tokenizer's own chat template."""
+    """The chat template of a tokenizer. tokenizer: a fast one with a chat template."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._habits: dict[bool, TemplateDelimiters] = {}
+        self._delimiters: dict[bool, TemplateDelimiters] = {}
 
     def render(self, conversation: Conversation) -> RenderedChat:
-        """The whole chat and its trained spans. Raises RowError where no mask can be proved."""
+        """Return the complete chat and its trained spans.
+
+        Raises RowError if the template fails or no method finds the assistant's turns.
+        """
         try:
             return self._render(conversation, conversation.messages)
-        except RowError as fault:
-            # transformers' convention is arguments as an object; some templates join texts.
-            as_text = [_with_text_arguments(message) for message in conversation.messages]
-            if as_text == conversation.messages:
+        except RowError as error:
+            # transformers passes tool arguments as an object, but some templates expect a string.
+            with_strings = [_with_string_arguments(m) for m in conversation.messages]
+            if with_strings == conversation.messages:
                 raise
             try:
-                return self._render(conversation, as_text)
+                return self._render(conversation, with_strings)
             except RowError:
-                raise fault from None
+                raise error from None
 
     def _render(self, conversation: Conversation, messages: list[Message]) -> RenderedChat:
         tools = conversation.tools
         text = self._text(messages, tools)
         _check_nothing_left_out(text, messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = self._marked(text, messages, tools, turns) or self._proved(
-            text, messages, tools, turns
-        )
+        spans = self._by_generation_tags(text, messages, tools, turns)
+        if not spans:
+            spans = self._by_markers_and_prefixes(text, messages, tools, turns)
         trained = (spans[i] for i in turns if conversation.trained[i])
         return RenderedChat(text, tuple(trained))
 
     def _text(self, messages: list[Message], tools: Tools, prompt: bool = False) -> str:
+        """Return the rendered messages; with the generation prompt if `prompt`."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages, tools=tools, tokenize=False, add_generation_prompt=prompt
                 )
             )
-        except _TEMPLATE_FAULTS as error:
-            raise RowError(f"the chat template refuses it: {error}") from error
+        except _TEMPLATE_ERRORS as error:
+            raise RowError(f"the chat template refuses this row: {error}") from error
 
-    def _marked(
+    def _by_generation_tags(
         self, text: str, messages: list[Message], tools: Tools, turns: list[int]
     ) -> dict[int, Span] | None:
-        """Way 1; None where the template marks nothing, or not each turn once."""
+        """Return the span of each turn by method 1; None if the template has no usable tags."""
         source = self.tokenizer.get_chat_template(tools=tools)
-        if not _GENERATION.search(source):
+        if not _GENERATION_TAG.search(source):
             return None
         rendered: Any = render_jinja_template(
             conversations=[messages],
@@ -119,56 +130,61 @@ class ChatTemplate:
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        marked = rendered[1][0]
-        if len(marked) != len(turns):
+        tagged = rendered[1][0]
+        if len(tagged) != len(turns):
             return None
-        closing = self._learn_habits(tools).closing
+        closing = self._find_delimiters(tools).closing
         spans = {}
-        for turn, (start, stop) in zip(turns, marked, strict=True):
+        for turn, (start, stop) in zip(turns, tagged, strict=True):
             _check_contains(text[start:stop], messages[turn], turn)
-            closed = bool(closing) and text[start:stop].rstrip().endswith(closing.strip())
-            spans[turn] = (start, stop if closed else self._close(text, stop, closing))
+            is_closed = bool(closing) and text[start:stop].rstrip().endswith(closing.strip())
+            spans[turn] = (start, stop if is_closed else self._turn_stop(text, stop, closing))
         return spans
 
-    def _proved(
+    def _by_markers_and_prefixes(
         self, text: str, messages: list[Message], tools: Tools, turns: list[int]
     ) -> dict[int, Span]:
-        """Ways 2 and 3: as many turns as possible by marks, the others by prefixes."""
+        """Return the span of each turn: of as many as possible by method 2, the rest by 3."""
         plain = [turn for turn in turns if set(messages[turn]) <= {"role", "content", "name"}]
-        # Templates that treat thinking apart do so in the last turn.
-        for by_marks in (plain, plain[:-1], []):
-            found = self._by_marks(text, messages, tools, by_marks)
-            if found is not None:
+        # Templates that treat thinking specially do so in the last turn.
+        for chosen in (plain, plain[:-1], []):
+            spans = self._by_markers(text, messages, tools, chosen)
+            if spans is not None:
                 break
-        assert found is not None
-        rest = (turn for turn in turns if turn not in found)
-        return found | {turn: self._by_prefix(text, messages, tools, turn) for turn in rest}
+        assert spans is not None
+        rest = (turn for turn in turns if turn not in spans)
+        return spans | {turn: self._by_prefix(text, messages, tools, turn) for turn in rest}
 
-    def _by_marks(
+    def _by_markers(
         self, text: str, messages: list[Message], tools: Tools, turns: list[int]
     ) -> dict[int, Span] | None:
+        """Return the span of each of `turns` by method 2; None if the texts do not align."""
         if not turns:
             return {}
-        marks = {turn: mark(turn) for turn in turns}
+        markers = {turn: marker(turn) for turn in turns}
         marked = [
-            {**message, "content": marks[i]} if i in marks else message
+            {**message, "content": markers[i]} if i in markers else message
             for i, message in enumerate(messages)
         ]
         try:
-            pieces = split(self._text(marked, tools), list(marks.values()))
+            pieces = split(self._text(marked, tools), list(markers.values()))
         except RowError:
             return None
         contents = [messages[turn]["content"] for turn in turns]
-        found = align(text, pieces, contents) if pieces else None
-        if found is None:
+        spans = align(text, pieces, contents) if pieces else None
+        if spans is None:
             return None
-        habits = self._learn_habits(tools)
+        delimiters = self._find_delimiters(tools)
         return {
-            turn: (_begin(text, start, habits), self._close(text, stop, habits.closing))
-            for turn, (start, stop) in zip(turns, found, strict=True)
+            turn: (
+                delimiters.turn_start(text, start),
+                self._turn_stop(text, stop, delimiters.closing),
+            )
+            for turn, (start, stop) in zip(turns, spans, strict=True)
         }
 
     def _by_prefix(self, text: str, messages: list[Message], tools: Tools, turn: int) -> Span:
+        """Return the span of one turn by method 3. Raises RowError if it is not found."""
         if turn == 0:
             raise _rewritten(turn)
         before = self._text(messages[:turn], tools, prompt=True)
@@ -179,97 +195,98 @@ class ChatTemplate:
         _check_contains(text[len(before) : stop], messages[turn], turn)
         return len(before), stop
 
-    def _close(self, text: str, stop: int, closing: str) -> int:
+    def _turn_stop(self, text: str, stop: int, closing: str) -> int:
+        """Return the end of a turn whose message ends at `stop`, with its closing or EOS token."""
         if closing and text.startswith(closing, stop):
             return stop + len(closing)
         eos = self.tokenizer.eos_token
-        behind = re.compile(r"\s*" + re.escape(eos)).match(text, stop) if eos else None
-        return behind.end() if behind else stop
+        match = re.compile(r"\s*" + re.escape(eos)).match(text, stop) if eos else None
+        return match.end() if match else stop
 
-    def _learn_habits(self, tools: Tools) -> TemplateDelimiters:
-        """Found on two small chats; tools may choose another template."""
-        known = self._habits.get(tools is not None)
-        if known is None:
-            known = self._habits[tools is not None] = self._probe(tools)
-        return known
+    def _find_delimiters(self, tools: Tools) -> TemplateDelimiters:
+        """Return the template's delimiters; a tokenizer may have another template for tools."""
+        delimiters = self._delimiters.get(tools is not None)
+        if delimiters is None:
+            delimiters = self._delimiters[tools is not None] = self._probe(tools)
+        return delimiters
 
     def _probe(self, tools: Tools) -> TemplateDelimiters:
-        chat = [
-            {"role": role, "content": mark(i)} for i, role in enumerate(("user", "assistant") * 2)
-        ]
-        asked, prompted = self._text(chat[:1], tools), self._text(chat[:1], tools, prompt=True)
-        prompt = prompted[len(common_start(asked, prompted)) :]
-        once = split(self._text(chat[:2], tools), [mark(0), mark(1)])
-        twice = split(self._text(chat, tools), [mark(i) for i in range(4)])
-        if once is None or twice is None:
-            raise RowError("the chat template does not write a plain chat of user and assistant")
-        headers = (once[1], twice[1], twice[3])
+        """Find the delimiters by rendering chats of one and of two exchanges of markers."""
+        roles = ("user", "assistant") * 2
+        chat = [{"role": role, "content": marker(i)} for i, role in enumerate(roles)]
+        question = self._text(chat[:1], tools)
+        with_prompt = self._text(chat[:1], tools, prompt=True)
+        prompt = with_prompt[len(common_prefix(question, with_prompt)) :]
+        one = split(self._text(chat[:2], tools), [marker(0), marker(1)])
+        two = split(self._text(chat, tools), [marker(i) for i in range(4)])
+        if one is None or two is None:
+            raise RowError("the chat template does not render a plain chat of user and assistant")
+        headers = (one[1], two[1], two[3])
         leads = {header.rpartition(prompt)[2] for header in headers if prompt and prompt in header}
-        closing = _closing(once[2], twice[2], self.tokenizer.eos_token)
+        closing = _closing(one[2], two[2], self.tokenizer.eos_token)
         return TemplateDelimiters(prompt, tuple(sorted(leads, key=len, reverse=True)), closing)
 
 
-def _begin(text: str, start: int, habits: TemplateDelimiters) -> int:
-    for lead in habits.leads:
-        if text.endswith(habits.prompt + lead, 0, start):
-            return start - len(lead)
-    return start
-
-
 def _closing(at_end: str, before_user: str, eos: str | None) -> str:
-    """What ends a turn, from what stands behind it at a chat's end and before the next user.
+    """Return the text that ends a turn.
 
-    A template that writes more at the end of a chat (an eos, the next prompt) shares with the
-    other case the closing and perhaps the beginning of a header; then the eos decides, or else
-    the first `<...>` or `[...]`.
+    at_end: text after the last assistant message of a chat. before_user: text between an assistant
+    message and the next user message. A template that writes more at the end of a chat (an EOS
+    token, the next prompt) has the closing and possibly the start of a header in common with
+    `before_user`; then the EOS token decides, else the first `<...>` or `[...]`.
     """
-    common = common_start(at_end, before_user)
+    common = common_prefix(at_end, before_user)
     if common == at_end:
         return at_end.rstrip()
     if eos and eos in common:
         return common[: common.index(eos) + len(eos)]
-    marker = _MARKER.match(common)
-    return marker[0] if marker else ""
+    match = _SPECIAL_TOKEN.match(common)
+    return match[0] if match else ""
 
 
-def _squeezed(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
 def _check_nothing_left_out(text: str, messages: list[Message]) -> None:
-    written = _squeezed(text)
+    """Raise RowError unless the text contains every user and system message."""
+    rendered = _without_spaces(text)
     for number, message in enumerate(messages, 1):
-        if message["role"] in ("tool", "assistant"):  # tools' answers are often written as JSON
+        # Tool results are often rendered as JSON; assistant messages are checked by their spans.
+        if message["role"] in ("tool", "assistant"):
             continue
-        if _squeezed(message.get("content", "")) not in written:
+        if _without_spaces(message.get("content", "")) not in rendered:
             raise RowError(
                 f"the chat template leaves out or rewrites message {number} ({message['role']})",
-                "put its text into the first user's message",
+                "move its text into the first user message",
             )
 
 
 def _check_contains(span: str, message: Message, turn: int) -> None:
-    """Raises RowError unless everything that the assistant said or called stands in its turn."""
-    said = [message.get(key) for key in ("content", *_THINKING)]
+    """Raise RowError unless the span contains the message's text, thinking and tool calls."""
+    texts = [message.get(key) for key in ("content", *_THINKING)]
     calls = [call["function"] for call in message.get("tool_calls", ())]
-    wanted = [text for text in said if isinstance(text, str)] + [call["name"] for call in calls]
-    written = _squeezed(span)
-    if any(_squeezed(text) not in written for text in wanted):
+    expected = [text for text in texts if isinstance(text, str)] + [call["name"] for call in calls]
+    rendered = _without_spaces(span)
+    if any(_without_spaces(text) not in rendered for text in expected):
         raise _rewritten(turn)
     for call in calls:
         as_python = repr(call["arguments"])
         if as_python in span and as_python != json.dumps(call["arguments"], ensure_ascii=False):
-            raise RowError(f"the chat template writes message {turn + 1}'s arguments not as JSON")
+            raise RowError(
+                f"the chat template does not write the arguments of message {turn + 1} as JSON"
+            )
 
 
 def _rewritten(turn: int) -> RowError:
     return RowError(
-        f"the chat template rewrites or leaves out what the assistant said in message {turn + 1}",
-        "end the row with that turn, or leave out what the template drops (thinking, tool calls)",
+        f"the chat template rewrites or leaves out message {turn + 1} (assistant)",
+        "end the row with that message, or remove what the template drops (thinking, tool calls)",
     )
 
 
-def _with_text_arguments(message: Message) -> Message:
+def _with_string_arguments(message: Message) -> Message:
+    """Return the message with the arguments of its tool calls as JSON strings."""
     if "tool_calls" not in message:
         return message
     calls = []

@@ -1,4 +1,7 @@
-"""What is odd about rows that can be trained on: one sentence each, never an error."""
+"""Findings about rows that can be trained on but may not be what the user intends.
+
+Each check in `CHECKS` yields one sentence per finding. A finding is never an error.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_cli.data.encode import Example
+from qlora_cli.data.formats import FORMATS, RowFormat
 from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
 from qlora_cli.units import format_count
 
-_NEAR = 0.95
+_NEARLY_FULL = 0.95
+"""Share of seq_len above which a row nearly fills it."""
 _LONG = 10
-_LOOSE = 0.9
+"""Multiple of the median length above which a row is reported as long."""
+_TOO_LARGE = 0.9
+"""Share of seq_len that the longest row should reach if rows are not packed."""
 _NAMED = 3
+"""Maximum number of rows that a finding names."""
 
 
 @dataclass(frozen=True)
 class EncodedDataset:
-    """Encoded rows and how they will be laid out. num_sequences: of one epoch."""
+    """Encoded rows and how they are arranged.
+
+    held_out: rows of the evaluation set; empty if there is none. tokenizer: the base's; None if it
+    has none. num_sequences: number of sequences in an epoch.
+    """
 
     examples: Sequence[Example]
     held_out: Sequence[Example]
@@ -30,34 +42,40 @@ class EncodedDataset:
     packing: bool
     num_sequences: int
 
+    @property
+    def row_format(self) -> RowFormat:
+        """Return the format's entry in the registry."""
+        return FORMATS[self.format]
 
-def examine(patient: EncodedDataset) -> tuple[str, ...]:
-    """Everything worth knowing before training on these rows."""
-    return tuple(finding for look in _LOOKS for finding in look(patient))
+
+def examine(dataset: EncodedDataset) -> tuple[str, ...]:
+    """Return the findings of all checks, one sentence each."""
+    return tuple(finding for check in CHECKS for finding in check(dataset))
 
 
-def _double_bos(patient: EncodedDataset) -> Iterator[str]:
-    bos = getattr(patient.tokenizer, "bos_token_id", None)
-    twice = [row for row in patient.examples if bos is not None and row.ids[:2] == [bos, bos]]
+def _double_bos(dataset: EncodedDataset) -> Iterator[str]:
+    bos = getattr(dataset.tokenizer, "bos_token_id", None)
+    twice = [row for row in dataset.examples if bos is not None and row.ids[:2] == [bos, bos]]
     if twice:
         yield (
-            f"{_rows(twice)} begin with {patient.tokenizer.bos_token} twice; the texts hold one, "
-            "the chat template another"
+            f"{_rows(twice)} begin with {dataset.tokenizer.bos_token} twice: the texts contain one "
+            "and the chat template adds another"
         )
 
 
-def _no_end(patient: EncodedDataset) -> Iterator[str]:
-    tokenizer = patient.tokenizer
+def _no_end(dataset: EncodedDataset) -> Iterator[str]:
+    tokenizer, row_format = dataset.tokenizer, dataset.row_format
     if tokenizer is None:
         return
-    if tokenizer.eos_token_id is None and patient.format in ("text", "completion"):
+    adds_end = row_format.tokenized and not row_format.uses_chat_template(tokenizer)
+    if tokenizer.eos_token_id is None and adds_end:
         yield "the tokenizer has no end token, so the model does not learn where to stop"
         return
     ends = {*tokenizer.get_added_vocab().values(), tokenizer.eos_token_id}
-    open_ended = [row for row in patient.examples if _last_target(row) not in ends]
+    open_ended = [row for row in dataset.examples if _last_target(row) not in ends]
     if open_ended:
         yield (
-            f"in {_rows(open_ended)} the last trained token is no special token: the chat "
+            f"in {_rows(open_ended)} the last trained token is not a special token: the chat "
             "template ends its turns with plain text or not at all, so the model may not stop"
         )
 
@@ -66,92 +84,98 @@ def _last_target(row: Example) -> int:
     return next(label for label in reversed(row.labels) if label != IGNORE_INDEX)
 
 
-def _outside_template(patient: EncodedDataset) -> Iterator[str]:
-    if getattr(patient.tokenizer, "chat_template", None) and patient.format == "completion":
+def _outside_template(dataset: EncodedDataset) -> Iterator[str]:
+    if getattr(dataset.tokenizer, "chat_template", None) and dataset.format == "completion":
         yield (
-            "the tokenizer has a chat template and the rows are plain prompts and completions: "
-            "the model will answer so outside a chat; write messages rows to train it inside one"
+            "the tokenizer has a chat template, but the rows are plain prompts and completions: "
+            "the model learns these answers outside a chat; write messages rows to train chats"
         )
 
 
-def _dated(patient: EncodedDataset) -> Iterator[str]:
-    chat = patient.format in ("messages", "sharegpt", "alpaca")
-    template = getattr(patient.tokenizer, "chat_template", None)
-    if chat and template and "strftime_now" in str(template):
-        yield "the chat template writes today's date into every row; another day gives other rows"
+def _dated(dataset: EncodedDataset) -> Iterator[str]:
+    template = getattr(dataset.tokenizer, "chat_template", None)
+    if dataset.row_format.uses_chat_template(dataset.tokenizer) and "strftime_now" in str(template):
+        yield (
+            "the chat template writes today's date into every row, so the rows differ on another "
+            "day"
+        )
 
 
-def _unknown_tokens(patient: EncodedDataset) -> Iterator[str]:
-    tokenizer = patient.tokenizer
+def _unknown_tokens(dataset: EncodedDataset) -> Iterator[str]:
+    tokenizer = dataset.tokenizer
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return
-    number = sum(row.ids.count(unknown) for row in patient.examples)
+    number = sum(row.ids.count(unknown) for row in dataset.examples)
     if number:
         yield f"{format_count(number)} tokens are unknown to the tokenizer ({tokenizer.unk_token})"
 
 
-def _duplicates(patient: EncodedDataset) -> Iterator[str]:
+def _duplicates(dataset: EncodedDataset) -> Iterator[str]:
     first: dict[tuple[int, ...], str] = {}
-    again = [
-        f"{row.origin} is {before}"
-        for row in patient.examples
-        if (before := first.setdefault(tuple(row.ids), row.origin)) != row.origin
+    repeated = [
+        f"{row.origin} is equal to {earlier}"
+        for row in dataset.examples
+        if (earlier := first.setdefault(tuple(row.ids), row.origin)) != row.origin
     ]
-    if again:
-        yield f"{_count(len(again), 'row')} of the same tokens as an earlier one ({_some(again)})"
+    if repeated:
+        count = _count(len(repeated), "row")
+        yield f"{count} with the same tokens as an earlier row ({_first_names(repeated)})"
 
 
-def _held_out_in_train(patient: EncodedDataset) -> Iterator[str]:
-    train = {tuple(row.ids) for row in patient.examples}
-    both = [row for row in patient.held_out if tuple(row.ids) in train]
-    if both:
-        yield f"{_rows(both)} of data.eval stand in data.train too: the eval loss flatters"
-
-
-def _lengths(patient: EncodedDataset) -> Iterator[str]:
-    lengths = [len(row.ids) for row in patient.examples]
-    median = statistics.median(lengths)
-    long = [row for row in patient.examples if len(row.ids) > _LONG * median]
-    if long:
-        yield f"{_rows(long)} are more than {_LONG} times as long as the median ({median:g} tokens)"
-    near = [row for row in patient.examples if len(row.ids) > _NEAR * patient.seq_len]
-    if near:
-        yield f"{_rows(near)} nearly fill data.seq_len={patient.seq_len}"
-    if not patient.packing and max(lengths) < _LOOSE * patient.seq_len:
+def _held_out_in_train(dataset: EncodedDataset) -> Iterator[str]:
+    train = {tuple(row.ids) for row in dataset.examples}
+    shared = [row for row in dataset.held_out if tuple(row.ids) in train]
+    if shared:
         yield (
-            f"the longest row has {format_count(max(lengths))} tokens: without packing, "
-            f"data.seq_len={max(lengths)} is enough and plans for less memory"
+            f"{_rows(shared)} of data.eval are also in data.train, so the eval loss is too "
+            "optimistic"
         )
 
 
-def _few_targets(patient: EncodedDataset) -> Iterator[str]:
-    empty = [row for row in patient.examples if row.num_targets == 1]
-    if empty and patient.format != "tokens":
-        yield f"{_rows(empty)} train one token only: the answer is empty but for its end"
+def _lengths(dataset: EncodedDataset) -> Iterator[str]:
+    lengths = [len(row.ids) for row in dataset.examples]
+    median = statistics.median(lengths)
+    long = [row for row in dataset.examples if len(row.ids) > _LONG * median]
+    if long:
+        yield f"{_rows(long)} are more than {_LONG} times as long as the median ({median:g} tokens)"
+    nearly_full = [row for row in dataset.examples if len(row.ids) > _NEARLY_FULL * dataset.seq_len]
+    if nearly_full:
+        yield f"{_rows(nearly_full)} nearly fill data.seq_len={dataset.seq_len}"
+    if not dataset.packing and max(lengths) < _TOO_LARGE * dataset.seq_len:
+        yield (
+            f"the longest row has {format_count(max(lengths))} tokens: without packing, "
+            f"data.seq_len={max(lengths)} is enough, and the plan needs less memory"
+        )
 
 
-def _efficiency(patient: EncodedDataset) -> Iterator[str]:
-    if patient.packing:
-        tokens = sum(len(row.ids) for row in patient.examples)
-        share = tokens / (patient.num_sequences * patient.seq_len)
-        sequences = _count(patient.num_sequences, "sequence")
-        yield f"packing fills {sequences} of {patient.seq_len} tokens to {share:.1%}"
+def _few_targets(dataset: EncodedDataset) -> Iterator[str]:
+    empty = [row for row in dataset.examples if row.num_targets == 1]
+    if empty and dataset.row_format.tokenized:
+        yield f"{_rows(empty)} train one token only: the answer is empty except for its end token"
+
+
+def _packing_efficiency(dataset: EncodedDataset) -> Iterator[str]:
+    if dataset.packing:
+        tokens = sum(len(row.ids) for row in dataset.examples)
+        share = tokens / (dataset.num_sequences * dataset.seq_len)
+        sequences = _count(dataset.num_sequences, "sequence")
+        yield f"packing fills {sequences} of {dataset.seq_len} tokens to {share:.1%}"
 
 
 def _rows(rows: Sequence[Example]) -> str:
-    return f"{_count(len(rows), 'row')} ({_some([row.origin for row in rows])})"
+    return f"{_count(len(rows), 'row')} ({_first_names([row.origin for row in rows])})"
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
-def _count(number: int, what: str) -> str:
-    return f"{format_count(number)} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{format_count(number)} {noun}{'' if number == 1 else 's'}"
 
 
-_LOOKS: tuple[Callable[[EncodedDataset], Iterator[str]], ...] = (
+CHECKS: tuple[Callable[[EncodedDataset], Iterator[str]], ...] = (
     _double_bos,
     _no_end,
     _outside_template,
@@ -161,5 +185,6 @@ _LOOKS: tuple[Callable[[EncodedDataset], Iterator[str]], ...] = (
     _held_out_in_train,
     _few_targets,
     _lengths,
-    _efficiency,
+    _packing_efficiency,
 )
+"""All checks, in the order in which their findings are reported."""

@@ -1,8 +1,8 @@
-"""Rows as tensors, without padding.
+"""Concatenate rows into batches, without padding.
 
-All rows of a micro-batch, packed or not, lie one behind the other in a single sequence. Attention
-is told where each begins (`segments`), positions start again with each, and the last token of a
-row predicts nothing, so no row sees or trains its neighbour.
+All rows of a micro-batch, packed or not, are concatenated to one sequence. `segments` gives the
+length of each row, so that attention stays inside a row; positions start at 0 in each row; and the
+last token of a row predicts nothing. So no row attends to another or is trained on its tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from qlora_cli.nn.loss import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class BatchSize:
-    """What the memory of a micro-batch depends on; it grows with each of these.
+    """The sizes that the memory of a micro-batch depends on. It grows with each of them.
 
-    tokens: of all rows. targets: the trained ones. longest: tokens of the longest row.
+    tokens: number of tokens of all rows. targets: number of trained tokens. rows: number of rows.
+    longest: number of tokens of the longest row.
     """
 
     tokens: int
@@ -31,13 +32,16 @@ class BatchSize:
     longest: int
 
     @classmethod
-    def bound(cls, sizes: Sequence[BatchSize]) -> BatchSize:
-        """The size that none of these exceeds in anything."""
+    def upper_bound(cls, sizes: Sequence[BatchSize]) -> BatchSize:
+        """Return the maximum of each field over all sizes."""
         return cls(*map(max, zip(*map(astuple, sizes), strict=True)))
 
 
 def peak_batches(sizes: Sequence[BatchSize]) -> set[int]:
-    """Which of these micro-batches memory peaks at: most tokens, most targets or most rows."""
+    """Return the indices of the micro-batches at which memory peaks.
+
+    These are the ones with the most tokens, the most targets and the most rows.
+    """
     orders = (
         attrgetter("tokens", "targets", "rows"),
         attrgetter("targets", "tokens", "rows"),
@@ -49,11 +53,12 @@ def peak_batches(sizes: Sequence[BatchSize]) -> set[int]:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of T tokens, on the host.
+    """A micro-batch of T tokens, on the CPU.
 
-    input_ids, position_ids: (1, T) int64; positions begin at 0 in each row.
-    labels: (T,) int64, the token after each position; -100 where that is not trained, and at each
-    row's end. segments: the rows' lengths, which add up to T. num_targets: labels but -100.
+    input_ids, position_ids: (1, T) int64; positions start at 0 in each row.
+    labels: (T,) int64, the token after each position; IGNORE_INDEX if that token is not trained,
+    and at the last position of each row. segments: length of each row; their sum is T.
+    num_targets: number of labels that are not IGNORE_INDEX.
     """
 
     input_ids: Tensor
@@ -64,17 +69,17 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Of all rows."""
+        """Return the number of tokens of all rows."""
         return self.labels.numel()
 
     @property
     def size(self) -> BatchSize:
-        """What its memory depends on."""
+        """Return the sizes that the memory of this batch depends on."""
         return BatchSize(self.num_tokens, self.num_targets, len(self.segments), max(self.segments))
 
 
 def collate(rows: Sequence[Example]) -> Batch:
-    """The rows one behind the other, in order."""
+    """Return one batch of the rows, concatenated in order, on the CPU."""
     ids: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
@@ -95,9 +100,10 @@ def collate(rows: Sequence[Example]) -> Batch:
 def largest_batch(
     seq_len: int, micro_batch: int, vocab_size: int = 1, device: str | torch.device = "cpu"
 ) -> Batch:
-    """The largest micro-batch that a recipe allows: full sequences with every token trained.
+    """Return the largest micro-batch that a recipe allows: full sequences, every token trained.
 
-    Each sequence is one row. vocab_size: ids stay below it. device: `meta` for a plan.
+    seq_len: tokens per sequence; each sequence is one row. micro_batch: number of sequences.
+    vocab_size: token ids are smaller than it. device: `meta` in a dry run.
     """
     targets = micro_batch * (seq_len - 1)
     size = BatchSize(micro_batch * seq_len, targets, micro_batch, seq_len)
@@ -107,20 +113,22 @@ def largest_batch(
 def synthetic_batch(
     size: BatchSize, vocab_size: int = 1, device: str | torch.device = "cpu"
 ) -> Batch:
-    """A micro-batch of this size, of no text: one row is the longest, the others share the rest.
+    """Return a micro-batch of a given size whose tokens are not from any text.
 
-    It has more tokens than asked for where the rows are too many, as a bound's may be.
+    One row has `size.longest` tokens and the others share the rest equally, with at least one
+    token each. So the batch has more than `size.tokens` tokens if the size is an upper bound with
+    many rows. vocab_size: token ids are smaller than it. device: `meta` in a dry run.
     """
     others = size.rows - 1
-    left = max(size.tokens - size.longest, others)
-    segments = (size.longest, *(left // others + (n < left % others) for n in range(others)))
+    rest = max(size.tokens - size.longest, others)
+    segments = (size.longest, *(rest // others + (n < rest % others) for n in range(others)))
     positions = torch.cat([torch.arange(length) for length in segments])
     ids = positions % vocab_size
     is_end = torch.zeros_like(ids)
     is_end[torch.tensor(segments).cumsum(0) - 1] = 1
-    # At a row's end only where there is no other place.
-    places = is_end.argsort(stable=True)[: size.targets]
+    # The last position of a row gets a target only if no other position is left.
+    targets = is_end.argsort(stable=True)[: size.targets]
     labels = torch.full_like(ids, IGNORE_INDEX)
-    labels[places] = ids.roll(-1)[places]
+    labels[targets] = ids.roll(-1)[targets]
     ids, positions, labels = (tensor.to(device) for tensor in (ids, positions, labels))
-    return Batch(ids[None], positions[None], labels, segments, places.numel())
+    return Batch(ids[None], positions[None], labels, segments, targets.numel())

@@ -1,10 +1,10 @@
-"""Which rows share a sequence, and the order of a whole training.
+"""Decide which rows share a sequence and in which order all sequences are trained.
 
-Best fit decreasing: rows from the longest to the shortest, each into the fullest sequence that it
-still fits in. It never needs more than 11/9 of the fewest sequences possible, plus one (Johnson
-1974), and on text it is within a percent. How many sequences come out depends on the lengths
-alone, so every epoch has the same number of steps, while rows of equal length change places and
-sequences change their order from epoch to epoch.
+Packing is best fit decreasing: rows from the longest to the shortest, each into the fullest
+sequence that it still fits in. It needs at most 11/9 of the minimum number of sequences, plus one
+(Johnson 1974); on text it is within a percent. The number of sequences depends only on the lengths,
+so every epoch has the same number of steps, although rows of equal length are exchanged and
+sequences are shuffled in each epoch.
 """
 
 from __future__ import annotations
@@ -16,43 +16,49 @@ from qlora_cli.data.collate import Batch, BatchSize, collate, peak_batches
 from qlora_cli.data.encode import Example
 
 Sequences = list[list[int]]
-"""Row numbers, by sequence."""
+"""Row numbers of each sequence."""
 Collate = Callable[[Sequence[Example]], Batch]
-"""A function that turns examples into one micro-batch: `collate`, or the `collate` of a task."""
+"""Function that builds one micro-batch of examples: `collate`, or the `collate` of a task."""
 
 
 def pack(lengths: Sequence[int], seq_len: int) -> Sequences:
-    """Every row once, whole, in sequences of at most seq_len tokens; ties go by row number.
+    """Return sequences of at most `seq_len` tokens that contain every row once, undivided.
 
-    Raises ValueError on a row longer than seq_len.
+    lengths: number of tokens of each row. Rows of equal length are placed by row number.
+    Raises ValueError if a row is longer than seq_len.
     """
     if lengths and max(lengths) > seq_len:
         raise ValueError(f"a row of {max(lengths)} tokens in sequences of {seq_len}")
     sequences: Sequences = []
-    by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
-    rooms = 0  # bit r is set where a sequence has room for exactly r more tokens
+    by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    spaces = 0  # bit n is set if a sequence has space for exactly n more tokens
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         length = lengths[row]
-        fitting = rooms >> length
+        fitting = spaces >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            sequence = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
+            space = length + (fitting & -fitting).bit_length() - 1
+            sequence = by_space[space].pop()
+            if not by_space[space]:
+                spaces ^= 1 << space
         else:
-            room, sequence = seq_len, len(sequences)
+            space, sequence = seq_len, len(sequences)
             sequences.append([])
         sequences[sequence].append(row)
-        by_room[room - length].append(sequence)
-        rooms |= 1 << (room - length)
+        by_space[space - length].append(sequence)
+        spaces |= 1 << (space - length)
     return sequences
 
 
 class BatchSchedule:
-    """The whole order of training: a pure function of the arguments and the optimizer's step.
+    """The order of training: which micro-batches each optimizer step accumulates.
 
-    So a resumed run needs the number of its step and nothing else. A window is what one step
-    accumulates; it does not span epochs, and an epoch's last window may be smaller.
+    It is a pure function of the arguments and the number of the optimizer step, so a resumed run
+    needs only that number. A step does not span epochs; the last step of an epoch may have fewer
+    micro-batches.
+
+    examples: all rows. seq_len: maximum number of tokens in a sequence. packing: whether several
+    rows share a sequence. micro_batch: sequences per micro-batch. grad_accum: micro-batches per
+    step. seed: of the shuffling. collate: the function of the task that builds a micro-batch.
     """
 
     def __init__(
@@ -75,18 +81,21 @@ class BatchSchedule:
         self._per_step = micro_batch * grad_accum
         self._seed = seed
         self._collate = collate
-        self._kept: tuple[int, Sequences] = (0, self._order(0))
-        self.num_sequences = len(self._kept[1])
-        """Sequences in an epoch."""
+        self._current: tuple[int, Sequences] = (0, self._order(0))
+        self.num_sequences = len(self._current[1])
+        """Number of sequences in an epoch."""
         self.steps_per_epoch = -(-self.num_sequences // self._per_step)
-        """Optimizer steps in an epoch; its last partial window is one of them."""
+        """Number of optimizer steps in an epoch, including a last step with fewer micro-batches."""
 
     def step_batches(self, step: int) -> list[Batch]:
-        """The micro-batches of an optimizer step, counted from 0 over all epochs."""
+        """Return the micro-batches of an optimizer step, on the CPU.
+
+        step: counted from 0 over all epochs.
+        """
         return [self._collate([self._examples[row] for row in rows]) for rows in self._rows(step)]
 
     def sizes(self, step: int) -> list[BatchSize]:
-        """Of the micro-batches of `window(step)`."""
+        """Return the sizes of the micro-batches of an optimizer step."""
         return [self._size(rows) for rows in self._rows(step)]
 
     def _size(self, rows: Sequence[int]) -> BatchSize:
@@ -95,15 +104,17 @@ class BatchSchedule:
         return BatchSize(sum(lengths), targets, len(rows), max(lengths))
 
     def _rows(self, step: int) -> Iterator[list[int]]:
+        """Yield the row numbers of each micro-batch of a step."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        if self._kept[0] != epoch:
-            self._kept = (epoch, self._order(epoch))
+        if self._current[0] != epoch:
+            self._current = (epoch, self._order(epoch))
         first = index * self._per_step
-        chosen = self._kept[1][first : first + self._per_step]
+        chosen = self._current[1][first : first + self._per_step]
         return _micro_batches(chosen, self._micro_batch)
 
     def _order(self, epoch: int) -> Sequences:
-        # A text as seed is hashed by SHA-512, the same on every machine and Python.
+        """Return the sequences of an epoch in the order in which they are trained."""
+        # A string as seed is hashed by SHA-512: the same on every machine and Python version.
         rng = random.Random(f"{self._seed}/{epoch}")
         rows = list(range(len(self._lengths)))
         rng.shuffle(rows)
@@ -122,28 +133,32 @@ def eval_batches(
     micro_batch: int,
     collate: Collate = collate,
 ) -> Iterator[Batch]:
-    """Every row once, in order; with packing, as many to a sequence as follow and fit."""
+    """Yield the batches of an evaluation set, on the CPU: every row once, in order.
+
+    With packing, a sequence of at most `seq_len` tokens contains as many consecutive rows as fit.
+    micro_batch: sequences per batch. collate: the function of the task that builds a batch.
+    """
     sequences: Sequences = []
-    room = 0
+    space = 0
     for row, example in enumerate(examples):
-        if packing and sequences and len(example.ids) <= room:
+        if packing and sequences and len(example.ids) <= space:
             sequences[-1].append(row)
         else:
             sequences.append([row])
-            room = seq_len
-        room -= len(example.ids)
+            space = seq_len
+        space -= len(example.ids)
     for rows in _micro_batches(sequences, micro_batch):
         yield collate([examples[row] for row in rows])
 
 
-def peak_steps(windows: BatchSchedule, steps: range) -> set[int]:
-    """Those of the steps in which memory peaks."""
-    sizes = [(step, size) for step in steps for size in windows.sizes(step)]
-    found = peak_batches([size for _, size in sizes]) if sizes else set()
-    return {sizes[number][0] for number in found}
+def peak_steps(schedule: BatchSchedule, steps: range) -> set[int]:
+    """Return the steps that contain a micro-batch at which memory peaks."""
+    sizes = [(step, size) for step in steps for size in schedule.sizes(step)]
+    peaks = peak_batches([size for _, size in sizes]) if sizes else set()
+    return {sizes[index][0] for index in peaks}
 
 
 def _micro_batches(sequences: Sequences, micro_batch: int) -> Iterator[list[int]]:
-    """Row numbers."""
+    """Yield the row numbers of each micro-batch."""
     for first in range(0, len(sequences), micro_batch):
         yield [row for sequence in sequences[first : first + micro_batch] for row in sequence]

@@ -78,13 +78,13 @@ class TrainingJob:
         steps = [self.schedule.sizes(step) for step in range(self.steps)]
         first = [sizes[0] for sizes in steps]
         later = [size for sizes in steps for size in sizes[1:]]
-        return [self._batch(BatchSize.bound(sizes)) for sizes in (first, later) if sizes]
+        return [self._batch(BatchSize.upper_bound(sizes)) for sizes in (first, later) if sizes]
 
     @property
     def largest_eval_batches(self) -> list[Batch]:
         """Return one batch at least as large as any of `held_out`; empty if there are none."""
         sizes = [batch.size for batch in self.held_out]
-        return [self._batch(BatchSize.bound(sizes))] if sizes else []
+        return [self._batch(BatchSize.upper_bound(sizes))] if sizes else []
 
     def _batch(self, size: BatchSize) -> Batch:
         return synthetic_batch(size, self.prepared.config.vocab_size)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_cli.data.align import align, common_start, mark, split
+from qlora_cli.data.align import align, common_prefix, marker, split
 from qlora_cli.data.encode import encode
 from qlora_cli.data.rows import Row, read_rows
 from qlora_cli.data.tokenizer import load_tokenizer
@@ -237,14 +237,14 @@ def test_thinking_is_learnt_where_it_stands_and_refused_where_it_is_dropped(qwen
     last = encoded(qwen, [*CHAT[:3], THOUGHT])
     expected = [ANSWERS[0] + "<|im_end|>", THOUGHT["content"] + "<|im_end|>"]
     assert trained_texts(last, qwen) == expected
-    with pytest.raises(DataError, match="in message 2"):
+    with pytest.raises(DataError, match=r"rewrites or leaves out message 2 \(assistant\)"):
         encoded(qwen, [CHAT[0], THOUGHT, *CHAT[2:]])
 
 
 @needs_shared_data
 def test_thinking_that_the_template_always_drops_is_refused(mistral):
     path = next(path for path in TEMPLATES if path.stem == "llama-cpp-deepseek-r1")
-    with pytest.raises(DataError, match="what the assistant said in message 2"):
+    with pytest.raises(DataError, match=r"rewrites or leaves out message 2 \(assistant\)"):
         encoded(use(mistral, path), [CHAT[0], THOUGHT])
 
 
@@ -331,9 +331,9 @@ def test_no_template_is_invented(mistral):
 
 
 def test_texts_are_laid_against_each_other():
-    assert common_start("abc", "abd") == "ab"
-    assert split(f"a{mark(1)}b{mark(3)}c", [mark(1), mark(3)]) == ["a", "b", "c"]
-    assert split(f"a{mark(1)}b{mark(1)}", [mark(1)]) is None
+    assert common_prefix("abc", "abd") == "ab"
+    assert split(f"a{marker(1)}b{marker(3)}c", [marker(1), marker(3)]) == ["a", "b", "c"]
+    assert split(f"a{marker(1)}b{marker(1)}", [marker(1)]) is None
     assert align("<one two>", ["<", ">"], [" one  two "]) == [(1, 8)]
     assert align("<one two>", ["<", ">"], ["one"]) is None
     assert align("<one>!", ["<", ">"], ["one"]) is None

@@ -1,13 +1,11 @@
-"""`qlora data`: what is shown is what is trained, and each finding is found."""
+"""`qlora data` shows the tokens that are trained and refuses rows that cannot be used."""
 
 import json
 
 import pytest
 
-from qlora_cli.data.checks import EncodedDataset, examine
-from qlora_cli.data.encode import Example
 from qlora_cli.data.tokenizer import load_tokenizer
-from qlora_cli.errors import DataError, ModelError
+from qlora_cli.errors import DataError
 from qlora_cli.jobs.data import run
 from qlora_cli.recipe.schema import Recipe
 from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
@@ -17,19 +15,6 @@ def recipe(train, model="starter", **data):
     return Recipe.model_validate(
         {"model": {"name": str(model)}, "data": {"train": str(train), **data}}
     )
-
-
-def patient(rows, tokenizer=None, **changed):
-    settings = {
-        "examples": [Example(ids, list(ids), f"rows.jsonl:{n}") for n, ids in enumerate(rows, 1)],
-        "held_out": [],
-        "format": "text",
-        "tokenizer": tokenizer,
-        "seq_len": 100,
-        "packing": False,
-        "num_sequences": len(rows),
-    }
-    return EncodedDataset(**{**settings, **changed})
 
 
 def test_the_starter():
@@ -80,80 +65,3 @@ def test_faulty_rows_fail(tmp_path):
     rows.write_text('{"text": "a"}\n{"text": 3}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl:2"):
         run(recipe(rows), show=1)
-
-
-class FewTokens:
-    """A tokenizer as the doctor sees one."""
-
-    bos_token, bos_token_id = "<s>", 1
-    eos_token_id = 2
-    unk_token, unk_token_id = "<unk>", 3
-    chat_template = "{{ strftime_now('%d') }}"
-
-    def get_added_vocab(self):
-        return {"<s>": 1, "</s>": 2}
-
-
-FINDINGS = [
-    (patient([[1, 1, 5, 2]], FewTokens()), "begin with <s> twice"),
-    (patient([[1, 5, 6]], FewTokens()), "the last trained token is no special token"),
-    (patient([[1, 3, 2]], FewTokens()), "1 tokens are unknown"),
-    (patient([[1, 5, 2]], FewTokens(), format="messages"), "today's date"),
-    (patient([[1, 5, 2]], FewTokens(), format="completion"), "has a chat template"),
-    (patient([[1, 5, 2], [1, 6, 2], [1, 5, 2]]), "rows.jsonl:3 is rows.jsonl:1"),
-    (patient([[1, 5, 2]], held_out=[Example([1, 5, 2], [1, 5, 2], "eval:7")]), "(eval:7)"),
-    (patient([[1, 2], [1, 5, 2]]), "train one token only"),
-    (patient([[*range(21)], *([n, n] for n in range(20, 26))]), "10 times as long as the median"),
-    (patient([[*range(97)]]), "nearly fill data.seq_len=100"),
-    (patient([[*range(50)]]), "data.seq_len=50 is enough"),
-    (patient([[*range(50)]] * 2, packing=True, num_sequences=1), "to 100.0%"),
-]
-
-
-@pytest.mark.parametrize(("seen", "said"), FINDINGS, ids=[said for _, said in FINDINGS])
-def test_each_finding_is_found(seen, said):
-    assert any(said in finding for finding in examine(seen))
-
-
-def test_sound_rows_have_no_findings():
-    sound = patient([[1, *range(n, n + 92), 2] for n in (4, 5, 6)], FewTokens(), format="text")
-    assert examine(sound) == ()
-
-
-def test_no_end_token_is_a_finding():
-    tokenizer = FewTokens()
-    tokenizer.eos_token_id = None
-    assert any("no end token" in finding for finding in examine(patient([[1, 5, 6]], tokenizer)))
-
-
-@needs_shared_data
-def test_a_folder_without_a_tokenizer_gives_none():
-    assert load_tokenizer(str(SHARED_DATA / "models" / "gpt_nano_sort")) is None
-
-
-@needs_shared_data
-@pytest.mark.parametrize("content", ["{broken", "[]", '{"model": 3}', "{}"])
-def test_a_damaged_tokenizer_is_named(tmp_path, content):
-    config = (SHARED_DATA / "models" / "stories260K" / "tokenizer_config.json").read_bytes()
-    (tmp_path / "tokenizer_config.json").write_bytes(config)
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ModelError, match=r"tokenizer\.json: damaged"):
-        load_tokenizer(str(tmp_path))
-
-
-@needs_shared_data
-@pytest.mark.parametrize("part", ["model", "pre_tokenizer"])
-def test_a_tokenizer_that_the_rust_library_refuses_is_a_model_error(tmp_path, part):
-    content = json.loads((SHARED_DATA / "models" / "stories260K" / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, part: {"type": "Unknown"}}))
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        load_tokenizer(str(tmp_path))
-
-
-def test_a_folder_with_half_a_tokenizer_is_refused(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
-    )
-    with pytest.raises(ModelError, match="tokenizer"):
-        load_tokenizer(str(tmp_path))

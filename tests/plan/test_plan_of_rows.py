@@ -22,8 +22,8 @@ from qlora_cli.data.collate import BatchSize, peak_batches, synthetic_batch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.packing import BatchSchedule, peak_steps
 from qlora_cli.events import Silent
-from qlora_cli.files.safetensors_io import Shape, write_tensors
-from qlora_cli.files.source import SINGLE
+from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
+from qlora_cli.files.source import WEIGHTS_FILE
 from qlora_cli.jobs import train
 from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.memory.ledger import Ledger
@@ -54,8 +54,8 @@ def trained(
     base = folder / "base"
     WIDE.config().save_pretrained(base)
     source = MadeSource(*skeleton(WIDE.config(), FILE_DTYPE), touched=True)
-    shapes = {name: Shape(FILE_DTYPE, source.shape(name)) for name in source.names()}
-    write_tensors(base / SINGLE, shapes, source.read, {"format": "pt"})
+    shapes = {name: TensorSpec(FILE_DTYPE, source.shape(name)) for name in source.names()}
+    write_tensors(base / WEIGHTS_FILE, shapes, source.read, {"format": "pt"})
     data = {
         "train": str(write_rows(folder / "rows.jsonl", rows)),
         "eval": str(write_rows(folder / "held_out.jsonl", held_out)) if held_out else None,
@@ -133,7 +133,7 @@ def test_no_batch_of_any_epoch_exceeds_the_bound(
 ) -> None:
     windows = windows_of(rows, packing=packing)
     steps = range(epochs * windows.steps_per_epoch)
-    bound = BatchSize.bound([size for step in steps for size in windows.sizes(step)])
+    bound = BatchSize.upper_bound([size for step in steps for size in windows.sizes(step)])
     worst = synthetic_batch(bound)
     for batch in itertools.chain.from_iterable(map(windows.step_batches, steps)):
         pairs = zip(astuple(batch.size), astuple(worst.size), strict=True)
@@ -148,8 +148,8 @@ def test_peaks_are_where_the_most_tokens_targets_and_rows_are(
     windows = windows_of(rows, packing=packing)
     steps = range(2 * windows.steps_per_epoch)
     found = [size for step in peak_steps(windows, steps) for size in windows.sizes(step)]
-    bound = BatchSize.bound([size for step in steps for size in windows.sizes(step)])
-    seen = BatchSize.bound(found)
+    bound = BatchSize.upper_bound([size for step in steps for size in windows.sizes(step)])
+    seen = BatchSize.upper_bound(found)
     assert (seen.tokens, seen.targets, seen.rows) == (bound.tokens, bound.targets, bound.rows)
     assert not peak_steps(windows, range(5, 5))
 
