@@ -133,11 +133,8 @@ def _linears_of_a_block(config: Any, model_class: Any) -> list[str]:
     try:
         with torch.device("meta"):
             model = model_class.from_config(config, trust_remote_code=False)
-    except (
-        ValueError,
-        TypeError,
-        ImportError,
-    ):  # The Auto class does not support the config, or needs more packages.
+    except (ValueError, TypeError, ImportError):
+        # The Auto class does not support the config, or needs further packages.
         return []
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     blocks = next((blocks for blocks in lists if len(blocks)), None)

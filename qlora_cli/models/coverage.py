@@ -90,14 +90,15 @@ def check_embedding(module: nn.Module, path: str) -> None:
 def check_norm(module: nn.Module, path: str) -> None:
     """Raise ModelError unless `module` computes weight * x / sqrt(mean(x^2) + epsilon)."""
     _check(module, path, _NORM, parameters={"weight"})
-    if not isinstance(getattr(module, "variance_epsilon", None), float):
-        raise _refusal(module, path, ["no attribute variance_epsilon"])
-    size = module.weight.shape[0]
+    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or not isinstance(epsilon, float):
+        raise _refusal(module, path, ["no weight or no variance_epsilon"])
+    size = weight.shape[0]
     weight = nn.Parameter(_values(size).abs() + 0.5, requires_grad=False)
     x = _values(3, size)
     with torch.no_grad():
         expected = torch.func.functional_call(module, {"weight": weight}, (x,))
-        computed = RmsNorm(weight, module.variance_epsilon)(x)
+        computed = RmsNorm(weight, epsilon)(x)
     _check_equal(module, path, computed, expected)
 
 
@@ -139,7 +140,7 @@ def _values(*shape: int) -> Tensor:
 
 
 def _is_stateless(module: nn.Module) -> bool:
-    """Return whether a child is an activation or a disabled dropout: no tensors, nothing dropped."""
+    """Return whether a child has no tensors and drops nothing (activation, unused dropout)."""
     has_tensors = any(True for _ in (*module.parameters(), *module.buffers()))
     return not has_tensors and getattr(module, "p", 0.0) == 0.0
 

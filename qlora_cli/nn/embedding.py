@@ -1,8 +1,8 @@
-"""Token and position tables that stay 16 bit in storage and hand out rows in the compute dtype.
+"""Token and position tables in 16-bit storage that return rows in the compute dtype.
 
-A table is looked up and never multiplied, so it need not lie where the job computes: of the 1 GB
-of an 8B model's token table a step of 2,048 tokens needs 16 MB. `HostEmbedding` moves no more.
-A position table stays on the card: a full sequence looks up every row of it.
+A table is looked up and never multiplied, so it can be stored in host memory: a step of 2,048
+tokens needs 16 MB of the 1 GB of an 8B model's token table, and `HostEmbedding` moves only these
+rows to the GPU. A position table stays on the GPU, because a full sequence looks up all its rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qlora_cli.memory.scopes import counts_host_memory, host_memory
 
 
 class FrozenEmbedding(nn.Module):
-    """weight (entries, hidden), frozen. Only the rows looked up are ever cast."""
+    """A frozen table, weight (entries, hidden). Only the rows that are looked up are cast."""
 
     def __init__(self, weight: Tensor, compute: torch.dtype) -> None:
         super().__init__()
@@ -23,15 +23,15 @@ class FrozenEmbedding(nn.Module):
         self.compute = compute
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (...,) int64 -> (..., hidden) in the compute dtype."""
+        """Map ids (...,) int64 to rows (..., hidden) in the compute dtype."""
         return functional.embedding(ids, self.weight).to(self.compute)
 
 
 class HostEmbedding(nn.Module):
-    """weight (entries, hidden) in the host's memory; rows come out on `device`.
+    """A frozen table, weight (entries, hidden), in host memory. The rows are on `device`.
 
-    The weight is no parameter: transformers takes a model to be where its first parameter is, and
-    whoever moves or shards parameters must leave this one alone.
+    The weight is not a parameter: transformers reads a model's device from its first parameter, and
+    code that moves or shards parameters must not change this one.
     """
 
     weight: Tensor
@@ -43,20 +43,21 @@ class HostEmbedding(nn.Module):
         self.device = device
 
     def put(self, weight: Tensor) -> None:
-        """Takes the table, which is on the host."""
+        """Store a table that is in host memory."""
         self.weight = weight.to(self.weight.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (...,) int64, best on the host -> (..., hidden) in the compute dtype on the device.
+        """Map ids (...,) int64 to rows (..., hidden) in the compute dtype, on the device.
 
-        Ids on the card are waited for. The rows are cast after they have moved.
+        ids should be on the CPU; ids on the GPU cause a synchronization. The rows are cast after
+        they have moved.
         """
         with host_memory():
             rows = self._gather(ids.to(self.weight.device))
         return upload(rows, self.device).to(self.compute)
 
     def _gather(self, ids: Tensor) -> Tensor:
-        """Into pinned memory, from which a card copies while the host goes on."""
+        """Return the rows in pinned memory, which a GPU copies asynchronously."""
         rows = torch.empty(
             (ids.numel(), self.weight.shape[1]),
             dtype=self.weight.dtype,
@@ -68,12 +69,12 @@ class HostEmbedding(nn.Module):
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """Whether a job on `device` has memory beside the host's: on a card, or in the plan for one."""
+    """Return whether `device` has memory of its own: a GPU, or meta in a dry run for a GPU."""
     return not counts_host_memory() if device.type == "meta" else device.type != "cpu"
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device; a plan counts the copy that a card would hold."""
+    """Copy a tensor from the CPU to `device`. A dry run for a GPU counts the copy."""
     if device.type == "meta" and has_own_memory(device):
         return torch.empty_like(tensor)
     return tensor.to(device, non_blocking=True)

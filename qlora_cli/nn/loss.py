@@ -1,9 +1,9 @@
-"""Cross entropy over the vocabulary in chunks of tokens, never a tokens x vocabulary tensor.
+"""Cross entropy over the vocabulary in chunks of tokens, without a tokens x vocabulary tensor.
 
-For 2048 tokens of a 128k vocabulary the usual float32 logits take 3 GB; this takes the logits of
-one chunk. The gradient of the hidden states is computed in the same pass, because the logits are
-there. torch's own `linear_cross_entropy` returns a bfloat16 loss and copies the head to float32 on
-CPU.
+For 2048 tokens of a 128k vocabulary the usual float32 logits take 3 GB; this needs the logits of
+one chunk. The forward pass also computes the gradient of the hidden states, because the logits
+exist then. torch's own `linear_cross_entropy` returns a bfloat16 loss and copies the head to
+float32 on a CPU.
 
 Letters: n positions, m of them with a target, d hidden size, V vocabulary.
 """
@@ -19,31 +19,31 @@ from torch import Tensor
 from qlora_cli.memory.scopes import scope
 
 IGNORE_INDEX = -100
-"""A label that is not trained on."""
-_WORDS = 8192
-"""Rows of the head whose gradient is added to at once."""
+"""The label of a token that does not contribute to the loss."""
+_HEAD_ROWS = 8192
+"""Rows of the head whose gradient is updated at once."""
 CHUNK_ELEMENTS = 2**25
-"""Logits of one chunk: 128 MiB in float32. Half of it saves 96 MiB and reads the head twice."""
+"""Logits of one chunk: 128 MiB in float32. Half of that saves 96 MiB and reads the head twice."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """scale * sum of -log softmax(h W^T)[target]; gradients of h, and of W where it is trained."""
+    """scale * sum of -log softmax(h W^T)[target]; gradients of h, and of W if it is trained."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor, scale: float
     ) -> Tensor:
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
         with scope("loss"):
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-            grad_head = torch.zeros_like(head) if wants_head else None
+            grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+            grad_head = torch.zeros_like(head) if needs_head else None
             weight = head.to(hidden.dtype)
             for at, rows, logits in _chunks(hidden, weight, positions):
                 chosen = targets[at][:, None]
                 losses, probabilities = _losses(logits, chosen)
                 total += losses.sum()
-                if not (wants_hidden or wants_head):
+                if not (needs_hidden or needs_head):
                     continue
                 # d loss / d logits = softmax - one_hot, scaled before it is rounded to 16 bit.
                 probabilities.scatter_add_(
@@ -62,28 +62,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
-        scaled = (None if own is None else own.mul_(grad.to(own.dtype)) for own in grads)
+        scaled = (None if saved is None else saved.mul_(grad.to(saved.dtype)) for saved in grads)
         return (*scaled, None, None, None)
 
 
 def _add_product(grad_head: Tensor, grad_logits: Tensor, rows: Tensor) -> None:
     """grad_head (V, d) += grad_logits (c, V)^T rows (c, d).
 
-    Some words at a time: in bfloat16 a CPU's kernel copies what it adds to.
+    In pieces of _HEAD_ROWS, because a CPU's bfloat16 kernel copies the tensor that it adds to.
     """
-    pieces = zip(grad_head.split(_WORDS), grad_logits.split(_WORDS, dim=1), strict=True)
-    for own, of_words in pieces:
-        own.addmm_(of_words.t(), rows)
+    pieces = zip(grad_head.split(_HEAD_ROWS), grad_logits.split(_HEAD_ROWS, dim=1), strict=True)
+    for grad_piece, logits_piece in pieces:
+        grad_piece.addmm_(logits_piece.t(), rows)
 
 
 def chunked_cross_entropy(
     hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor, scale: float
 ) -> Tensor:
-    """scale * sum over targets of the cross entropy, float32, a scalar.
+    """Return scale * sum of the cross entropies of all targets, a float32 scalar.
 
-    hidden (n, d); head (V, d); positions (m,) int64, which rows of hidden have a target; targets
-    (m,) int64. Backward may be called once. scale includes a loss scale where fp16 needs one, so
-    that it is applied before gradients are rounded to 16 bit.
+    hidden: (n, d). head: (V, d). positions: (m,) int64, the rows of `hidden` that have a target.
+    targets: (m,) int64. scale: includes the loss scale of float16 training, so that it is applied
+    before gradients are rounded to 16 bit. `backward` can be called once.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head, positions, targets, scale)
     return loss
@@ -93,23 +93,26 @@ def chunked_cross_entropy(
 def score(
     hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(sum of the cross entropy, targets that were the most likely token), both scalars."""
+    """Return (sum of the cross entropies, number of targets that are the top-1 token), scalars.
+
+    The arguments are those of `chunked_cross_entropy`.
+    """
     with scope("loss"):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        right = torch.zeros((), dtype=torch.long, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         for at, _, logits in _chunks(hidden, head.to(hidden.dtype), positions):
             chosen = targets[at][:, None]
-            right += (logits.argmax(dim=1, keepdim=True) == chosen).sum()
+            correct += (logits.argmax(dim=1, keepdim=True) == chosen).sum()
             total += _losses(logits, chosen)[0].sum()
-            # Before the next chunk's logits are made, not when the name is bound anew.
+            # Free them before the next chunk's logits are computed.
             del logits
-        return total, right
+        return total, correct
 
 
 def _chunks(
     hidden: Tensor, weight: Tensor, positions: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(which targets, their hidden states (c, d), their float32 logits (c, V)) chunk by chunk."""
+    """Yield (slice of the targets, their hidden states (c, d), float32 logits (c, V)) per chunk."""
     size = max(1, CHUNK_ELEMENTS // weight.shape[0])
     for start in range(0, positions.shape[0], size):
         at = slice(start, start + size)
@@ -118,8 +121,8 @@ def _chunks(
 
 
 def _losses(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(losses (c, 1), softmax (c, V)); overwrites the logits, which are not needed again."""
+    """Return (losses (c, 1), softmax (c, V)). Overwrites the logits."""
     logits.sub_(logits.amax(dim=1, keepdim=True))
-    of_chosen = logits.gather(1, chosen)
+    target_logits = logits.gather(1, chosen)
     norm = logits.exp_().sum(dim=1, keepdim=True)
-    return norm.log() - of_chosen, logits.div_(norm)
+    return norm.log() - target_logits, logits.div_(norm)

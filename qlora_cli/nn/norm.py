@@ -1,8 +1,8 @@
-"""RMSNorm that keeps its input as it came and one factor a row (Zhang and Sennrich 2019).
+"""RMSNorm that saves its input in its own dtype and one factor per row (Zhang and Sennrich 2019).
 
-transformers' own, composed of plain operations, keeps a float32 copy of its input for backward:
-4 bytes a value where the input has 2. Values are the same to the last bit; the gradient differs
-from the composed one by the order in which float32 numbers are added.
+transformers' RMSNorm is composed of plain operations and saves a float32 copy of its input for the
+backward pass: 4 bytes per value if the input has 2. The output here is equal to the last bit. The
+gradient differs only by the order in which float32 numbers are added.
 
 Shapes: x (..., d), weight (d,), factor (..., 1).
 """
@@ -24,34 +24,34 @@ class RmsNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., d) -> (..., d) in its dtype; differentiable in x only."""
+        """Map x (..., d) to (..., d) in the dtype of x; differentiable in x only."""
         y: Tensor = _RmsNorm.apply(x, self.weight, self.epsilon)
         return y
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Sums and factors are float32 at least; rounded to 16 bit where transformers rounds."""
+    """Sums and factors are float32 at least. It rounds to 16 bit at the places of transformers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = x.to(_accumulated_in(x), copy=True)
-        factor = wide.square_().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
-        del wide
+        accumulator = x.to(_accumulation_dtype(x), copy=True)
+        factor = accumulator.square_().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
+        del accumulator
         ctx.save_for_backward(x, factor, weight)
         return torch.mul(x, factor, out=torch.empty_like(x)).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """With g = weight * grad and r the factor: r g - r^3 x mean(g x)."""
+        """Return r g - r^3 x mean(g x) with g = weight * grad and the factor r."""
         x, factor, weight = ctx.saved_tensors
-        wide = _accumulated_in(x)
+        dtype = _accumulation_dtype(x)
         weighted = grad * weight
-        along = torch.mul(weighted, x, out=torch.empty_like(x, dtype=wide))
-        along = along.mean(dim=-1, keepdim=True).mul_(factor.pow(3))
+        projection = torch.mul(weighted, x, out=torch.empty_like(x, dtype=dtype))
+        projection = projection.mean(dim=-1, keepdim=True).mul_(factor.pow(3))
         grad_x = weighted * factor
         del weighted
-        return grad_x.sub_(x * along).to(x.dtype), None, None
+        return grad_x.sub_(x * projection).to(x.dtype), None, None
 
 
-def _accumulated_in(x: Tensor) -> torch.dtype:
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,13 +1,17 @@
-"""A linear layer over a packed, frozen weight: 4 bit (NF4, FP4), 8 bit (LLM.int8()) or 16 bit.
+"""A linear layer with a packed, frozen weight: 4 bit (NF4, FP4), 8 bit (LLM.int8()) or 16 bit.
 
-Why not bitsandbytes' modules: they cannot be built on imagined tensors, their int8 product keeps
-its input where checkpointing cannot drop it, and on some CPUs an eval() forward repacks
-Linear4bit's weight in place so that LoRA's gradients silently become None. Its functional
-operations are exact and are what this file is built on; dequantize and matmul stay visible to the
-memory tracker.
+This file uses the functional operations of bitsandbytes, which are exact, and not its modules. The
+modules cannot be built on meta tensors. Their int8 product saves its input where activation
+checkpointing cannot free it. On some CPUs a forward pass in eval mode repacks Linear4bit's weight
+in place, and then LoRA's gradients silently become None. With functional operations, dequantization
+and matrix product are separate operations that the memory tracker observes.
 
-Packed weights are parameters, not buffers, because distributed engines shard parameters. Nothing
-here is kept on an autograd context: backward asks the layer for its weight again.
+Packed weights are parameters, not buffers, because distributed engines shard parameters. No weight
+is saved on an autograd context: the backward pass dequantizes it again.
+
+The block sizes of 4-bit weights are BLOCK_SIZE_4BIT and BLOCK_SIZE_SCALES below. Nothing else in
+the package depends on them. A run does not store them, so merge a run with the sizes of its
+training.
 
 Shapes: x (tokens, in), y (tokens, out), weight (out, in). Sources: Dettmers et al. 2022
 (LLM.int8(), equations 3 to 8), 2023 (QLoRA, equations 4 to 6).
@@ -29,16 +33,21 @@ from qlora_cli.memory.scopes import attribute, scope
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes.functional as bnb_functional  # noqa: E402
 
-BLOCK_4BIT = 64
-"""Weights that share a scale (QLoRA's default)."""
-BLOCK_SCALES = 256
-"""Scales that share a scale of their own, with double quantization."""
-OUTLIER_SHARE = 8
-"""Beyond in / 8 outlier columns the whole product is done in the compute dtype. LLM.int8() finds
-about 0.1 % of columns; the cap makes the memory of the outlier part bounded and so plannable."""
+BLOCK_SIZE_4BIT = 64
+"""NF4 and FP4: number of consecutive weights that share one scale (QLoRA's default is 64)."""
+BLOCK_SIZE_SCALES = 256
+"""Double quantization: number of scales that share one scale of their own."""
+OUTLIER_DIVISOR = 8
+"""LLM.int8(): with more than in / 8 outlier columns, the complete product is computed in the
+compute dtype. About 0.1 % of the columns are outliers; the limit bounds the memory of the outlier
+part, so that it can be planned."""
 PACK_ELEMENTS = 2**20
-"""Weights packed at once, a multiple of every block. On a CPU bitsandbytes holds up to 28 bytes for
-each while it works; on a whole gate projection of an 8B model that would be 1.5 GiB."""
+"""Number of weights that are packed at once, a multiple of every block size. On a CPU bitsandbytes
+needs up to 28 temporary bytes per weight, which is 1.5 GiB for a gate projection of an 8B model."""
+PIECES_ON_META = 2
+"""Number of pieces that a dry run packs: every further piece needs the same memory."""
+
+assert PACK_ELEMENTS % (BLOCK_SIZE_4BIT * BLOCK_SIZE_SCALES) == 0
 
 _T = TypeVar("_T")
 _TINY = torch.finfo(torch.float32).tiny
@@ -47,9 +56,11 @@ _ops = torch.ops.bitsandbytes
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a base weight is held and what it computes in.
+    """The storage format and the compute dtype of a base weight.
 
-    storage: of 16-bit weights. threshold: LLM.int8()'s outlier threshold, 0 for none.
+    bits: 4, 8 or 16. compute: dtype of activations and of the dequantized weight. storage: dtype of
+    16-bit weights. quant_type: nf4 or fp4, for 4 bits. double_quant: quantize the scales, too, for
+    4 bits. threshold: LLM.int8()'s outlier threshold for 8 bits, 0 for none.
     """
 
     bits: int
@@ -60,14 +71,15 @@ class WeightFormat:
     threshold: float = 6.0
 
     def plain(self) -> WeightFormat:
-        """The same, unquantized: for heads and for what must not be packed."""
+        """Return the 16-bit format with the same dtypes, for a weight that is not quantized."""
         return WeightFormat(16, self.compute, self.storage)
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T + b with W packed and frozen. Made empty; `pack` fills it.
+    """y = x W^T + b with W packed and frozen.
 
-    category: of the ledger, where its weight is counted.
+    A new layer has a weight on meta; `pack` replaces it. category: the category of the memory
+    ledger that counts the weight.
     """
 
     scale: nn.Parameter | None
@@ -98,9 +110,9 @@ class QuantLinear(nn.Module):
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
-        """Takes a full weight (out, in) on the device it shall live on; keeps no copy of it.
+        """Quantize a weight (out, in) and store the result on the weight's device.
 
-        Raises AssertionError on a wrong shape.
+        The layer keeps no reference to the given tensor, except in the 16-bit format.
         """
         assert weight.shape == (self.out_features, self.in_features), weight.shape
         with scope("temporary"):
@@ -116,23 +128,23 @@ class QuantLinear(nn.Module):
     def _pack_4bit(self, weight: Tensor) -> None:
         flat, device = weight.reshape(-1), weight.device
         packed = torch.empty(-(-flat.numel() // 2), 1, dtype=torch.uint8, device=device)
-        scale = torch.empty(-(-flat.numel() // BLOCK_4BIT), device=device)
-        for start in _enough(range(0, flat.numel(), PACK_ELEMENTS), flat):
+        scale = torch.empty(-(-flat.numel() // BLOCK_SIZE_4BIT), device=device)
+        for start in _pieces(range(0, flat.numel(), PACK_ELEMENTS), flat):
             codes, scales = _ops.quantize_4bit(
                 flat[start : start + PACK_ELEMENTS],
-                BLOCK_4BIT,
+                BLOCK_SIZE_4BIT,
                 self.weight_format.quant_type,
                 torch.uint8,
             )
             packed[start // 2 :][: codes.shape[0]] = codes
-            scale[start // BLOCK_4BIT :][: scales.shape[0]] = scales
+            scale[start // BLOCK_SIZE_4BIT :][: scales.shape[0]] = scales
         self.weight = _frozen(packed)
         if not self.weight_format.double_quant:
             self.scale = _frozen(scale)
             return
         offset = scale.mean()
         codes, scale_of_scale = _ops.quantize_blockwise(
-            scale - offset, code_of_scales(scale.device), BLOCK_SCALES
+            scale - offset, scale_codebook(scale.device), BLOCK_SIZE_SCALES
         )
         self.scale = _frozen(codes)
         self.scale_of_scale = _frozen(scale_of_scale)
@@ -143,20 +155,20 @@ class QuantLinear(nn.Module):
         scale = torch.empty(self.out_features, device=weight.device)
         num_rows = max(1, PACK_ELEMENTS // self.in_features)
         pieces = zip(*(t.split(num_rows) for t in (weight, packed, scale)), strict=True)
-        for rows, codes, own in _enough(list(pieces), weight):
-            # An all-zero row has scale 0 and would divide by it.
-            own.copy_(rows.abs().amax(dim=1).float() / 127).clamp_min_(_TINY)
-            codes.copy_(torch.div(rows, own[:, None]).round_())
+        for rows, codes, row_scale in _pieces(list(pieces), weight):
+            # The scale of an all-zero row is 0, and the row is divided by it.
+            row_scale.copy_(rows.abs().amax(dim=1).float() / 127).clamp_min_(_TINY)
+            codes.copy_(torch.div(rows, row_scale[:, None]).round_())
         self.weight, self.scale = _frozen(packed), _frozen(scale)
 
     def constants(self) -> Iterator[nn.Parameter]:
-        """The scales of a packed weight."""
+        """Yield the quantization constants of a packed weight: its scales."""
         for constant in (self.scale, self.scale_of_scale, self.offset_of_scale):
             if constant is not None:
                 yield constant
 
     def dequantize(self) -> Tensor:
-        """The frozen values (out, in) in the compute dtype: what the adapter is trained on."""
+        """Return the weight (out, in) that the layer computes with, in the compute dtype."""
         with scope("temporary"):
             if self.weight_format.bits == 16:
                 return self.weight.to(self.weight_format.compute)
@@ -166,7 +178,7 @@ class QuantLinear(nn.Module):
             return _ops.dequantize_4bit(  # type: ignore[no-any-return]
                 self.weight,
                 self._block_scales(),
-                BLOCK_4BIT,
+                BLOCK_SIZE_4BIT,
                 self.weight_format.quant_type,
                 [self.out_features, self.in_features],
                 self.weight_format.compute,
@@ -179,21 +191,21 @@ class QuantLinear(nn.Module):
         scale: Tensor = _ops.dequantize_blockwise(
             self.scale,
             self.scale_of_scale,
-            code_of_scales(self.scale.device),
-            BLOCK_SCALES,
+            scale_codebook(self.scale.device),
+            BLOCK_SIZE_SCALES,
             torch.float32,
         )
         assert self.offset_of_scale is not None
         return scale.add_(self.offset_of_scale)
 
     def _scaled(self, columns: Tensor) -> Tensor:
-        """int8 columns (out, n) as compute dtype; multiplied in float32, rounded once."""
+        """Return int8 columns (out, n) in the compute dtype: scaled in float32, rounded once."""
         assert self.scale is not None
         out = torch.empty(columns.shape, dtype=self.weight_format.compute, device=columns.device)
         return torch.mul(columns, self.scale[:, None], out=out)
 
     def product(self, x: Tensor) -> Tensor:
-        """x W^T + b, outside autograd."""
+        """Return x W^T + b without recording a graph. x: (tokens, in)."""
         if self.weight_format.bits == 8:
             y = self._product_8bit(x)
             return y if self.bias is None else y.add_(self.bias)
@@ -205,11 +217,11 @@ class QuantLinear(nn.Module):
         with scope("temporary"):
             magnitudes = x.abs()
             columns = _outlier_columns(magnitudes, self.weight_format.threshold)
-        if columns.numel() > self.in_features // OUTLIER_SHARE:
+        if columns.numel() > self.in_features // OUTLIER_DIVISOR:
             del magnitudes
             return x @ self.dequantize().t()
         with scope("temporary"):
-            # Outliers are set to zero in what is made of x anyway, not in a copy of x.
+            # Outliers are set to zero in tensors that are computed from x, not in a copy of x.
             row_scale = magnitudes.index_fill_(1, columns, 0).amax(dim=1, keepdim=True).float()
             del magnitudes
             row_scale = row_scale.clamp_min_(_TINY).div_(127)
@@ -225,17 +237,17 @@ class QuantLinear(nn.Module):
         return y
 
     def grad_input(self, grad: Tensor) -> Tensor:
-        """Gradient (tokens, in) of the input from that of the output (tokens, out)."""
+        """Return the gradient of the input (tokens, in). grad: (tokens, out), of the output."""
         return grad @ self.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out); differentiable in x only."""
+        """Map x (..., in) to (..., out); differentiable in x only."""
         y: Tensor = _FrozenProduct.apply(x.reshape(-1, self.in_features), self)
         return y.view(*x.shape[:-1], self.out_features)
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """A product whose weight needs no gradient: nothing is saved for backward."""
+    """A product whose weight needs no gradient. It saves nothing for the backward pass."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, layer: QuantLinear) -> Tensor:
@@ -247,41 +259,41 @@ class _FrozenProduct(torch.autograd.Function):
         return ctx.layer.grad_input(grad), None  # type: ignore[attr-defined]
 
 
-_codes: dict[torch.device, Tensor] = {}
+_codebooks: dict[torch.device, Tensor] = {}
 
 
-def forget_codes(device: torch.device) -> None:
-    """So that a plan counts them each time, as a fresh process does."""
-    _codes.pop(device, None)
+def clear_scale_codebook(device: torch.device) -> None:
+    """Remove the codebook of `device`, so that its memory is counted again, as in a new process."""
+    _codebooks.pop(device, None)
 
 
-def code_of_scales(device: torch.device) -> Tensor:
-    """The 256 values that quantized scales stand for, one copy a device.
+def scale_codebook(device: torch.device) -> Tensor:
+    """Return the 256 values of the 8-bit codes of quantized scales, one tensor per device.
 
-    Kept here and not in bitsandbytes' own cache, which a plan on `meta` would poison.
+    The cache is here and not in bitsandbytes, whose cache a dry run would fill with meta tensors.
     """
-    if device not in _codes:
+    if device not in _codebooks:
         with scope("quant_constants"):
-            _codes[device] = bnb_functional.create_dynamic_map().to(device)
-    return _codes[device]
+            _codebooks[device] = bnb_functional.create_dynamic_map().to(device)
+    return _codebooks[device]
 
 
 def _outlier_columns(magnitudes: Tensor, threshold: float) -> Tensor:
-    """Indices of the columns of |x| with a value beyond the threshold.
+    """Return the indices of the columns of |x| with a value above the threshold.
 
-    On imagined tensors: the most columns for which the mixed product is still used, its bound.
+    On meta tensors: as many columns as the mixed product allows at most, an upper bound.
     """
     if threshold == 0:
         return torch.empty(0, dtype=torch.long, device=magnitudes.device)
-    beyond = (magnitudes > threshold).any(dim=0)
+    is_outlier = (magnitudes > threshold).any(dim=0)
     if magnitudes.is_meta:
-        return torch.empty(beyond.shape[0] // OUTLIER_SHARE, dtype=torch.long, device="meta")
-    return beyond.nonzero().flatten()
+        return torch.empty(is_outlier.shape[0] // OUTLIER_DIVISOR, dtype=torch.long, device="meta")
+    return is_outlier.nonzero().flatten()
 
 
-def _enough(pieces: Sequence[_T], weight: Tensor) -> Sequence[_T]:
-    """All pieces; of an imagined weight the first two, because the others take what these take."""
-    return pieces[:2] if weight.is_meta else pieces
+def _pieces(pieces: Sequence[_T], weight: Tensor) -> Sequence[_T]:
+    """Return all pieces, or the first PIECES_ON_META of a weight on meta."""
+    return pieces[:PIECES_ON_META] if weight.is_meta else pieces
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

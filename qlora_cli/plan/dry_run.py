@@ -29,7 +29,7 @@ from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.tracker import StorageTracker, track_gradients
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.family import Family
-from qlora_cli.nn.quant import forget_codes
+from qlora_cli.nn.quant import clear_scale_codebook
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.plan.recording import NUM_RECORDED_BLOCKS, NotAlike, Recording
 from qlora_cli.plan.replay import MemoryPlan, RecordedJob, replay
@@ -121,7 +121,7 @@ class _DryRun:
             total = _sums(dict(model.named_parameters()), family, nn.Parameter.numel)
             return MetaSource(model, family, dtype)
 
-        forget_codes(meta)
+        clear_scale_codebook(meta)
         with tracker:
             recording.begin_phase()
             state = build_state(ModelRequest(self.recipe, config, make_source, meta, self.profile))
@@ -181,7 +181,8 @@ def _reporting_forward(
     forward: Callable[..., Any], path: str, recording: Recording
 ) -> Callable[..., Any]:
     def reporting_forward(*args: Any, **kwargs: Any) -> Any:
-        # The block stays active until the next one runs, because it frees the previous one's output.
+        # The block stays active until the next one runs, because it frees the previous one's
+        # output.
         recording.enter_module(path)
         output = forward(*args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output

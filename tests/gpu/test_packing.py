@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_cli.nn.quant import BLOCK_4BIT, BLOCK_SCALES, QuantLinear, code_of_scales
+from qlora_cli.nn.quant import BLOCK_SIZE_4BIT, BLOCK_SIZE_SCALES, QuantLinear, scale_codebook
 from tests.helpers.quantized import draw, packed
 from tests.helpers.runs import CPU
 
@@ -38,7 +38,7 @@ def nibbles(layer: QuantLinear) -> Tensor:
 
 def ranks(quant_type: str) -> Tensor:
     """Where each code's value stands among all; codes of the same value stand together."""
-    layer = packed(torch.ones(1, BLOCK_4BIT), quant_type=quant_type, double_quant=False)
+    layer = packed(torch.ones(1, BLOCK_SIZE_4BIT), quant_type=quant_type, double_quant=False)
     codes = torch.arange(16, dtype=torch.uint8).repeat(2)
     layer.weight.data = (codes[0::2] << 4 | codes[1::2]).repeat(2)[:, None]
     values = layer.dequantize()[0, :16]
@@ -108,7 +108,7 @@ def test_4_bit_values_are_within_one_code_step(
     card: torch.device, quant_type: str, double_quant: bool
 ) -> None:
     host, there = pair(draw(*SHAPE), card, 4, quant_type=quant_type, double_quant=double_quant)
-    values = packed(draw(1, BLOCK_4BIT), quant_type=quant_type, double_quant=False)
+    values = packed(draw(1, BLOCK_SIZE_4BIT), quant_type=quant_type, double_quant=False)
     steps = torch.unique(values.dequantize() / values.scale).diff()
     scale = packed(draw(*SHAPE), quant_type=quant_type, double_quant=False).scale
     assert scale is not None
@@ -116,9 +116,9 @@ def test_4_bit_values_are_within_one_code_step(
     if double_quant:
         # And one step of the scale's own code, times the largest value, which is 1.
         assert host.scale_of_scale is not None
-        step = code_of_scales(CPU).diff().max()
-        bound = bound + step * host.scale_of_scale.repeat_interleave(BLOCK_SCALES)[: bound.numel()]
-    apart = (host.dequantize() - there.dequantize()).abs().view(-1, BLOCK_4BIT).amax(dim=1)
+        step = scale_codebook(CPU).diff().max()
+        bound = bound + step * host.scale_of_scale.repeat_interleave(BLOCK_SIZE_SCALES)[: bound.numel()]
+    apart = (host.dequantize() - there.dequantize()).abs().view(-1, BLOCK_SIZE_4BIT).amax(dim=1)
     assert (apart <= bound * (1 + ULPS)).all()
 
 

@@ -12,7 +12,7 @@ from plan_measure import Run, facts_of, planned
 from qlora_cli.device import DeviceProfile
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.models.build import ModelRequest
-from qlora_cli.nn.quant import forget_codes
+from qlora_cli.nn.quant import clear_scale_codebook
 from qlora_cli.train.state import build_state
 from qlora_cli.units import GIB
 from tests.helpers.runs import CPU
@@ -52,7 +52,7 @@ class Shuffled(MadeSource):
 def loaded(case: Case, seed: int) -> tuple[int, list[str]]:
     """(peak bytes of the real job's loading, the names in the order in which they were read)."""
     run, instrument = Run.of(case, FACTS), Instrument(CPU, FACTS)
-    forget_codes(run.device)  # A job makes them once; so does each of these.
+    clear_scale_codebook(run.device)  # A job makes them once; so does each of these.
     sources: list[Shuffled] = []
 
     def source(model: object, family: object) -> Shuffled:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.data.collate import collate
 from qlora_cli.data.encode import Example
+from qlora_cli.errors import ModelError
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn import attention
 from qlora_cli.tasks.backbone import hidden_states
@@ -164,6 +165,41 @@ def test_a_cache_and_several_new_tokens_at_once() -> None:
     seen = torch.ones(3, 10, dtype=torch.bool).tril(diagonal=7)
     wanted = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1) @ values
     torch.testing.assert_close(out, wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("softcap", 30.0),
+        ("s_aux", torch.zeros(4)),
+        ("position_bias", torch.zeros(1, 4, 3, 3)),
+        ("is_causal", False),
+        ("attention_mask", torch.ones(1, 1, 3, 3)),
+        ("dropout", 0.1),
+        ("an_argument_of_the_future", 1),
+    ],
+)
+def test_an_argument_that_is_not_handled_is_refused(name: str, value: Any) -> None:
+    query = torch.zeros(1, 4, 3, 8)
+    arguments = {"attention_mask": None, name: value}
+    with pytest.raises(ModelError, match=f"Module calls the attention with {name}"):
+        attention.attend(torch.nn.Module(), query, query, query, **arguments)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "is_causal", *attention.UNUSED_ARGUMENTS])
+def test_none_and_harmless_arguments_are_accepted(name: str) -> None:
+    query = torch.randn(1, 4, 3, 8)
+    value = torch.arange(3) if name in attention.UNUSED_ARGUMENTS else None
+    out, _ = attention.attend(torch.nn.Module(), query, query, query, None, **{name: value})
+    assert torch.equal(out, attention.attend(torch.nn.Module(), query, query, query, None)[0])
+
+
+def test_attention_that_is_not_causal_is_refused() -> None:
+    module = torch.nn.Module()
+    module.is_causal = False  # type: ignore[assignment]
+    query = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(ModelError, match="is_causal"):
+        attention.attend(module, query, query, query, None)
 
 
 def test_no_mask_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

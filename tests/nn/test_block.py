@@ -192,7 +192,9 @@ def test_mlp_s_gradient_by_differences(names: Projections, activation: str) -> N
 
 def test_a_wrong_mlp_gradient_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = mlps(*KINDS[0])
-    monkeypatch.setattr(mlp_file, "_grad_gate_and_up", lambda _, grad, gate, up: (grad, up.detach()))
+    monkeypatch.setattr(
+        mlp_file, "_grad_gate_and_up", lambda _, grad, gate, up: (grad, up.detach())
+    )
     x = draw(3, HIDDEN, dtype=torch.float64).requires_grad_()
     with pytest.raises(GradcheckError):
         torch.autograd.gradcheck(

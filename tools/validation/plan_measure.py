@@ -21,7 +21,7 @@ from qlora_cli.errors import QloraError
 from qlora_cli.memory.device import inspect_device, profile_of
 from qlora_cli.memory.host import host_capacity_bytes
 from qlora_cli.models.build import ModelRequest
-from qlora_cli.nn.quant import code_of_scales
+from qlora_cli.nn.quant import scale_codebook
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.resolve import resolve
@@ -105,7 +105,7 @@ def seen_by_profiler(case: Case, facts: DeviceProfile) -> dict[str, int]:
     """Peak bytes of each phase on the CPU, as torch's profiler sees them."""
     judge, run = Judge(), Run.of(case, facts)
     # Made once a process and kept; a plan counts this kilobyte where it is first made.
-    code_of_scales(run.device)
+    scale_codebook(run.device)
     run.go(judge.phase)
     return judge.peaks
 
