@@ -1,4 +1,4 @@
-"""What works on this machine: tried, not guessed. No network is asked."""
+"""`qlora doctor`: try out what works on this machine. Does not use the network."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from qlora_cli.units import GIB, format_bytes
 
 _LIBRARIES = ("torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "datasets")
 _SMALL_DISK = 20 * GIB
-"""Less than this holds no 8B base with its merged copy."""
+"""With less free space, the merged copy of an 8B base does not fit."""
 
 
 def run() -> DoctorResult:
-    """Tries the device, its memory, the quantizers on it, and looks at disk and versions."""
+    """Check the device, its memory, quantization on it, the disk and the library versions."""
     return DoctorResult(checks=tuple(_checks()))
 
 
 def _checks() -> Iterator[Check]:
-    facts = inspect_device()
-    device = torch.device(facts.kind)
+    kind = inspect_device().kind
+    device = torch.device(kind)
     yield _device()
     yield _memory()
     yield _attempt("4 bit (NF4)", lambda: _quantize(4, device))
     yield _attempt("8 bit (LLM.int8())", lambda: _quantize(8, device))
-    yield _paged_optimizers(facts.kind)
+    yield _paged_optimizers(kind)
     yield _disk()
     yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")
     for library in _LIBRARIES:
@@ -40,40 +40,43 @@ def _checks() -> Iterator[Check]:
 
 
 def _device() -> Check:
-    facts = inspect_device()
-    if facts.capability is not None:
-        capability = "{}.{}".format(*facts.capability)
-        detail = f"{facts.name}, compute capability {capability}, CUDA {torch.version.cuda}"
-        if facts.capability >= (8, 0):
+    profile = inspect_device()
+    if profile.capability is not None:
+        capability = "{}.{}".format(*profile.capability)
+        detail = f"{profile.name}, compute capability {capability}, CUDA {torch.version.cuda}"
+        if profile.capability >= (8, 0):
             return Check("device", "ok", detail)
-        return Check("device", "limited", detail, "no bfloat16 units: float16 is used")
+        return Check("device", "limited", detail, "this GPU has no bfloat16 units; float16 is used")
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         hint = "install a CUDA build of torch: https://pytorch.org/get-started"
-        return Check("device", "missing", "there is a card, and torch is a CPU build", hint)
-    detail = f"{facts.name}, {torch.get_num_threads()} threads; no CUDA card"
-    return Check("device", "limited", detail, "small models train; an 8B base needs a card")
+        return Check("device", "missing", "there is an NVIDIA GPU, but torch is a CPU build", hint)
+    detail = f"{profile.name}, {torch.get_num_threads()} threads; no CUDA GPU"
+    return Check("device", "limited", detail, "small models can be trained; an 8B base needs a GPU")
 
 
 def _memory() -> Check:
-    facts = inspect_device()
-    detail = format_bytes(facts.capacity_bytes)
-    if facts.kind == "cuda":
+    profile = inspect_device()
+    detail = format_bytes(profile.capacity_bytes)
+    if profile.kind == "cuda":
         free, _ = torch.cuda.mem_get_info()
         detail = f"{format_bytes(free)} of {detail} free"
     return Check("memory", "ok", detail)
 
 
-def _attempt(name: str, try_it: Callable[[], float]) -> Check:
+def _attempt(name: str, measure_error: Callable[[], float]) -> Check:
+    """Check that a quantizer runs. measure_error: uses it and returns its relative error."""
     try:
-        error = try_it()
-    except Exception as failure:  # Whatever a driver or a library does here is the finding.
+        error = measure_error()
+    except Exception as failure:  # Any error of a driver or a library is a result of this check.
         reason = str(failure).strip().splitlines() or [type(failure).__name__]
         return Check(name, "missing", reason[0], "base.bits=16 works without it")
-    return Check(name, "ok", f"works; the product with a Gaussian matrix is {error:.1%} off")
+    return Check(
+        name, "ok", f"works; {error:.1%} relative error of a matrix product with Gaussian weights"
+    )
 
 
 def _quantize(bits: Bits, device: torch.device) -> float:
-    """Packs a Gaussian weight, multiplies and differentiates; the product's relative error."""
+    """Quantize a Gaussian weight, run forward and backward; return the output's relative error."""
     from qlora_cli.nn.quant import QuantLinear, WeightFormat
 
     weight, x = torch.randn(64, 64, device=device), torch.randn(32, 64, device=device)
@@ -87,9 +90,9 @@ def _quantize(bits: Bits, device: torch.device) -> float:
 
 def _paged_optimizers(kind: str) -> Check:
     if kind == "cuda":
-        return Check("paged AdamW", "ok", "there is a CUDA card")
-    hint = "train.optimizer=adamw and adamw8bit work everywhere"
-    return Check("paged AdamW", "limited", "its states move between a card and the host", hint)
+        return Check("paged AdamW", "ok", "there is a CUDA GPU")
+    hint = "train.optimizer=adamw and adamw8bit work on every device"
+    return Check("paged AdamW", "limited", "needs a CUDA GPU", hint)
 
 
 def _disk() -> Check:
@@ -97,7 +100,7 @@ def _disk() -> Check:
     detail = f"{format_bytes(free)} free in this folder"
     if free >= _SMALL_DISK:
         return Check("disk", "ok", detail)
-    return Check("disk", "limited", detail, "a merged 8B model takes 15 GiB")
+    return Check("disk", "limited", detail, "a merged 8B model needs 15 GiB")
 
 
 def _version(library: str) -> Check:

@@ -1,4 +1,4 @@
-"""`qlora generate` and `qlora chat`: ask a run or a model, with one adapter of several on it."""
+"""`qlora generate` and `qlora chat`: generate text with a run or a model and its adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qlora_cli.runs.open import OpenedModel, open_any, open_for_adapters
 from qlora_cli.runs.run import Run
 
 CHAT_TOKENS = 512
-"""The most tokens of one answer in a chat."""
+"""Maximum number of tokens of one answer in a chat."""
 NO_ADAPTERS: Mapping[str, Path] = MappingProxyType({})
 
 
@@ -38,12 +38,15 @@ def run(
     uses: Sequence[str] = (),
     merged: bool = False,
 ) -> GenerateResult:
-    """Goes on from a prompt, as it stands. temperature 0 takes the likeliest token each time.
+    """Continue a prompt with each of several adapters.
 
-    adapters: name -> folder or run, on the base of `where`. uses: names that answer, each in turn
-    and with the same draws; none means every adapter. merged: they answer from within the weights.
-    Raises InputError where there is no such model, adapter or name, no tokenizer, or the prompt is
-    too long.
+    where: a run's folder, a model folder, a Hub id or `starter`. prompt: used as it is, without a
+    chat template. temperature: 0 for greedy decoding. seed: the same for each adapter.
+    adapters: name -> folder of an adapter or a run, for the base of `where`. uses: names of the
+    adapters to generate with, in this order; empty for all. merged: merge each adapter into the
+    weights before it generates.
+    Raises InputError if the model, an adapter, a name or the tokenizer does not exist, or if the
+    prompt is empty or too long.
     """
     generator = open_generator(where, observer, adapters, merged=merged)
     for name in uses:
@@ -65,16 +68,17 @@ def open_chat(
     use: str | None = None,
     merged: bool = False,
 ) -> Chat:
-    """A conversation that begins; `use` answers, or the first adapter.
+    """Open a run or a model and return an empty conversation with it.
 
-    Raises ModelError where the tokenizer has no chat template, UsageError for an unknown name.
+    use: name of the adapter to start with; None for the first one. The other arguments are those of
+    `run`. Raises ModelError if the tokenizer has no chat template, UsageError if `use` is unknown.
     """
     generator = open_generator(where, observer, adapters, merged=merged)
     if not generator.tokenizer.chat_template:
         raise ModelError(
-            "its tokenizer has no chat template",
+            "the tokenizer has no chat template",
             where=where,
-            hint="use `qlora generate`, or train on rows of a model that has one",
+            hint="use `qlora generate`, or a model whose tokenizer has one",
         )
     generator.switch.use(use or next(iter(generator.switch.adapters), BASE))
     return Chat(generator)
@@ -82,7 +86,7 @@ def open_chat(
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """A model, the adapters it may answer with, and its tokenizer."""
+    """A model with its tokenizer and a switch between its adapters, to generate text."""
 
     opened: OpenedModel
     switch: AdapterSwitch
@@ -91,35 +95,41 @@ class TextGenerator:
 
     @torch.no_grad()
     def continue_from(self, ids: list[int], max_new_tokens: int, temperature: float) -> str:
-        """The text behind `ids`, up to an end token. Raises UsageError where no room is left."""
-        room = self._room(ids, max_new_tokens)
+        """Return the text that the model generates after `ids`, up to an end token.
+
+        ids: token ids of the prompt. temperature: 0 for greedy decoding. Generates fewer than
+        `max_new_tokens` tokens if the model's context ends before. Raises UsageError if the prompt
+        is empty or fills the context.
+        """
+        num_tokens = self._max_new_tokens(ids, max_new_tokens)
         model = self.opened.loaded.model
         tokens = torch.tensor([ids], device=self.device)
-        draws = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
-        # The model's own sampling settings would otherwise speak into a greedy answer.
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+        # None replaces the sampling settings in the model's generation_config.json.
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         output = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=room,
-            pad_token_id=self._padding(),
-            **(draws or greedy),
+            max_new_tokens=num_tokens,
+            pad_token_id=self._pad_token_id(),
+            **(sampling or greedy),
         )
         text: str = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
         return text
 
-    def _room(self, ids: list[int], wanted: int) -> int:
+    def _max_new_tokens(self, ids: list[int], requested: int) -> int:
+        """Return how many tokens fit the model's context after `ids`, at most `requested`."""
         if not ids:
-            raise UsageError("the prompt is empty", hint="give it at least one word")
+            raise UsageError("the prompt is empty", hint="write at least one word")
         limit: int | None = getattr(self.opened.loaded.config, "max_position_embeddings", None)
         if limit is None:
-            return wanted
+            return requested
         if len(ids) >= limit:
-            raise UsageError(f"the prompt has {len(ids)} tokens; the model takes {limit}")
-        return min(wanted, limit - len(ids))
+            raise UsageError(f"the prompt has {len(ids)} tokens; the model's context has {limit}")
+        return min(requested, limit - len(ids))
 
-    def _padding(self) -> int:
-        """One row is never padded, but transformers asks which token would do it."""
+    def _pad_token_id(self) -> int:
+        """Return a token id for padding. One row is never padded, but transformers requires it."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
@@ -133,47 +143,51 @@ def open_generator(
     *,
     merged: bool = False,
 ) -> TextGenerator:
-    """Opens a run's folder or a model, and adapters on it. Raises ModelError without a tokenizer.
+    """Open a run or a model with its tokenizer, and load adapters for it.
 
-    A run answers with its own adapter until the switch is used.
+    The arguments are those of `run`. A run's own adapter is active until the switch selects
+    another one. Raises ModelError if there is no tokenizer, UsageError if `merged` is set and there
+    is no adapter.
     """
     runs = {name: Run.find(folder) for name, folder in adapters.items()}
-    found = {
+    files = {
         name: run.adapter_file if run is not None else open_adapter(adapters[name].expanduser())
         for name, run in runs.items()
     }
     device = torch.device(inspect_device().kind)
-    open_it = open_for_adapters if adapters or merged else open_any
-    opened = open_it(where, device, observer)
+    open_model = open_for_adapters if adapters or merged else open_any
+    opened = open_model(where, device, observer)
     tokenizer = load_tokenizer(str(opened.folder))
     if tokenizer is None:
-        raise ModelError("it has no tokenizer, so it cannot read text", where=str(opened.folder))
+        raise ModelError(
+            "the model has no tokenizer, so it cannot generate text", where=str(opened.folder)
+        )
     source = open_source(opened.weights, opened.loaded.family)
     switch = AdapterSwitch(opened.loaded, source, merged=merged)
-    for name, adapter in found.items():
+    for name, adapter in files.items():
         switch.add(name, adapter)
-        _note_its_base(name, runs[name], opened.folder, observer)
+        _note_other_base(name, runs[name], opened.folder, observer)
     if merged and not switch.adapters:
         raise UsageError("there is no adapter to merge", where="--merged")
     return TextGenerator(opened, switch, tokenizer, device)
 
 
-def _note_its_base(name: str, run: Run | None, base: Path, observer: Observer) -> None:
-    """Says so where a run's adapter was trained on another base than the one it answers on."""
-    own = run.require("base_folder") if run is not None else None
-    if own is not None and Path(own) != base.resolve():
-        observer.note(f"adapter {name} was trained on {own} and answers here on {base}")
+def _note_other_base(name: str, run: Run | None, base: Path, observer: Observer) -> None:
+    """Report an adapter of a run that was trained on another base than `base`."""
+    trained_on = run.require("base_folder") if run is not None else None
+    if trained_on is not None and Path(trained_on) != base.resolve():
+        observer.note(f"adapter {name} was trained on {trained_on} and is used here on {base}")
 
 
 @dataclass
 class Chat:
-    """A conversation: what was said so far goes into each answer."""
+    """A conversation. Each answer is generated from all messages so far."""
 
     generator: TextGenerator
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def say(self, text: str) -> str:
-        """The answer to `text`."""
+        """Add a message of the user and return the answer, which is added as well."""
         self.messages.append({"role": "user", "content": text})
         ids = self.generator.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_dict=False
@@ -183,10 +197,14 @@ class Chat:
         return answer
 
     def use(self, name: str) -> None:
-        """Another adapter answers from here on; what was said stays said. Raises QloraError."""
+        """Answer with another adapter from now on; the messages stay.
+
+        name: an adapter, or `base` for none. Raises UsageError if it is unknown, QloraError if
+        it cannot be merged into the weights.
+        """
         self.generator.switch.use(name)
 
     @property
     def answering(self) -> str:
-        """The adapter's name, or `base`."""
+        """Name of the adapter that answers, or `base`."""
         return self.generator.switch.current

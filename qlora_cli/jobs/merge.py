@@ -1,4 +1,4 @@
-"""`qlora merge`: from a run to a merged checkpoint."""
+"""`qlora merge`: write a merged checkpoint of a run, and optionally a GGUF file of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qlora_cli.export.options import AUTO_BASE, DEFAULT_DTYPE
 from qlora_cli.files.dtype import dtype_name, torch_dtype
 from qlora_cli.jobs.results import MergeResult
 from qlora_cli.memory.device import inspect_device
-from qlora_cli.memory.host import give_back_freed
+from qlora_cli.memory.host import return_freed_memory
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run import Run
 
@@ -36,38 +36,45 @@ def run(
     others: Sequence[tuple[Path, float]] = (),
     gguf: str | None = None,
 ) -> MergeResult:
-    """Writes the merged model of a run.
+    """Write the merged model of a run.
 
-    dtype: None for float16, or bfloat16 where that does not hold the model. base: original |
-    dequantized | auto. weight: of the run's adapter. others: runs or adapters in PEFT's format to
-    add to it, and their weights. gguf: f16 | q8_0, to write such a file of it too, also where `out`
-    is the same merge without one.
+    run: the run's folder. out: folder to write; it must be new or empty, except that a GGUF file is
+        added to a folder that has the same merge without one.
+    dtype: name of the output dtype; None for float16, or bfloat16 if the model does not fit the
+        range of float16.
+    base: "original", "dequantized" or "auto".
+    weight: factor of the run's adapter. others: (run or adapter folder, factor) of further adapters
+        to add.
+    gguf: "f16" or "q8_0" to write a GGUF file as well; None for none.
 
-    Raises UsageError where `out` is in use, the run has no such base, an adapter is of another base
-    or llama.cpp has no such model; QloraError where the disk is full; VerificationFailed where the
-    dtype asked for does not hold the model or the GGUF file is not read back as it should be.
+    Raises UsageError if `out` is in use, the run does not have that base, an adapter was trained on
+    another base, or llama.cpp does not support the model. Raises QloraError if the disk is full.
+    Raises VerificationFailed if the model does not fit the requested dtype, or if reading the GGUF
+    file gives other values than were written.
     """
-    in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if in_use and gguf is None:
-        raise _in_use(out)
-    _check_place(out)
+    is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if is_used and gguf is None:
+        raise _in_use_error(out)
+    _check_writable(out)
     source = Run(run)
     _check_base(source.recipe, base)
-    give_back_freed()
+    return_freed_memory()
     device = torch.device(inspect_device().kind)
-    wanted = torch_dtype(dtype or DEFAULT_DTYPE)
-    tensors = open_merged_tensors(source, "original", wanted, device, weight, others)
-    merged = _merged_before(out, tensors, base, dtype) if in_use else None
+    torch_type = torch_dtype(dtype or DEFAULT_DTYPE)
+    tensors = open_merged_tensors(source, "original", torch_type, device, weight, others)
+    merged = _existing_merge(out, tensors, base, dtype) if is_used else None
     if gguf is not None:
-        more_bytes = 0 if merged else _num_bytes(tensors)
-        _exporter().check_exportable(source.base_folder, gguf, out, more_bytes)
-    reason = "merged before"
+        merge_bytes = 0 if merged else _num_bytes(tensors)
+        _gguf_writer().check_exportable(source.base_folder, gguf, out, merge_bytes)
+    reason = "as in the existing merge"
     if merged is None:
-        decision = choose_settings(source, tensors, base, dtype, observer)
-        merged, reason = decision.tensors, decision.dtype_reason
-        write_merged(merged, source.base_folder, out, _about(source.recipe, decision), observer)
+        settings = choose_settings(source, tensors, base, dtype, observer)
+        merged, reason = settings.tensors, settings.dtype_reason
+        write_merged(
+            merged, source.base_folder, out, _manifest_details(source.recipe, settings), observer
+        )
     if gguf is not None:
-        observer.note(f"GGUF file: {_exporter().export_gguf(out, gguf, observer)}")
+        observer.note(f"GGUF file: {_gguf_writer().export_gguf(out, gguf, observer)}")
     return MergeResult(
         out=out,
         dtype=dtype_name(merged.dtype),
@@ -78,30 +85,30 @@ def run(
     )
 
 
-def _in_use(out: Path) -> UsageError:
+def _in_use_error(out: Path) -> UsageError:
     return UsageError(f"{out} is in use", where="--out", hint="name another folder")
 
 
-def _check_place(out: Path) -> None:
-    """Before anything is judged: can a folder be made there?"""
-    there = next(parent for parent in out.absolute().parents if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+def _check_writable(out: Path) -> None:
+    """Raise UsageError if the folder `out` cannot be created, before a long computation begins."""
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(
-            f"no folder can be made in {there}", where="--out", hint="name another folder"
+            f"cannot create a folder in {parent}", where="--out", hint="name another folder"
         )
 
 
-def _merged_before(
+def _existing_merge(
     out: Path, tensors: MergedTensors, base: str, dtype: str | None
 ) -> MergedTensors:
-    """The same merge, which lacks its GGUF file. Raises UsageError where `out` is another one."""
+    """Return the merge in `out`, to add a GGUF file. Raises UsageError if it is a different one."""
     merged = find_equal_merge(out, tensors)
     if (
         merged is None
         or base not in (AUTO_BASE, merged.base)
         or dtype not in (None, dtype_name(merged.dtype))
     ):
-        raise _in_use(out)
+        raise _in_use_error(out)
     return merged
 
 
@@ -109,11 +116,11 @@ def _num_bytes(tensors: MergedTensors) -> int:
     return sum(shape.num_bytes for shape in tensors.shapes().values())
 
 
-def _exporter() -> ModuleType:
-    """What writes GGUF files. Raises UsageError where the package that it needs is absent."""
+def _gguf_writer() -> ModuleType:
+    """Return the module that writes GGUF files. Raises UsageError without the gguf package."""
     if find_spec("gguf") is None:
         raise UsageError(
-            "GGUF files need the gguf package, which is not installed",
+            "writing GGUF files needs the gguf package, which is not installed",
             where="--gguf",
             hint="pip install 'qlora-cli[gguf]'",
         )
@@ -123,19 +130,20 @@ def _exporter() -> ModuleType:
 
 
 def _check_base(recipe: Recipe, base: str) -> None:
+    """Raise UsageError if the run does not have this base."""
     if base == "dequantized" and recipe.base.bits == 16:
         raise UsageError(
-            "this run's base was not quantized, so there is no dequantized one",
+            "the base of this run is not quantized, so there is no dequantized base",
             where="--base",
-            hint="leave --base out or use original",
+            hint="omit --base, or use --base original",
         )
 
 
-def _about(recipe: Recipe, decision: MergeSettings) -> dict[str, Any]:
-    """What merge.json says besides the settings that decide the bytes."""
+def _manifest_details(recipe: Recipe, settings: MergeSettings) -> dict[str, Any]:
+    """Return the entries of merge.json that describe the merge and do not affect its tensors."""
     return {
         "base_model": recipe.model.name,
         "revision": recipe.model.revision,
         "method": recipe.adapter.method,
-        **decision.to_dict(),
+        **settings.to_dict(),
     }

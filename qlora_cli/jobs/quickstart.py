@@ -1,6 +1,7 @@
-"""`qlora quickstart`: the whole way on the embedded base, offline.
+"""`qlora quickstart`: every job once on the embedded base, offline.
 
-Plan, train, report, merge, verify, and the same prompts before and after.
+Plans, trains, merges and verifies, and generates text for the same prompts before and after
+training.
 """
 
 from __future__ import annotations
@@ -27,45 +28,45 @@ HELD_OUT = "starter:held_out"
 NUM_SAMPLES = 2
 SAMPLE_TOKENS = 60
 _RUN, _MERGED = "run", "merged"
-_MADE = ".qlora-quickstart.json"
-"""The quickstart's mark in its folder: which files in it a quickstart made."""
+_FILE_LIST = ".qlora-quickstart.json"
+"""File in the quickstart's folder that lists the files which the quickstart created."""
 
 
 def run(*, out: Path, observer: Observer, force: bool = False) -> QuickstartResult:
-    """Runs every job in `out`; what an earlier quickstart left there is replaced.
+    """Run every job in the folder `out` and replace the files of an earlier quickstart.
 
-    force: replace the folders `run` and `merged` also where they hold other files. Raises
-    UsageError where `out` holds other files and `force` is not set.
+    force: replace the folders `run` and `merged` even if they contain other files. Raises
+    UsageError if `out` contains other files and `force` is not set.
     """
     if force:
-        _remove(out)
+        _remove_folders(out)
     else:
-        _clear(out)
+        _remove_earlier_files(out)
     with report_write_errors("the quickstart's folder", out, hint="name another folder with --out"):
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / _MADE, {"files": []})
+        write_json(out / _FILE_LIST, {"files": []})
     try:
-        return _work(out, observer)
+        return _run_jobs(out, observer)
     finally:
-        # Without the list a later quickstart refuses the folder, which loses nothing.
+        # Without the list, a later quickstart refuses the folder. No file is lost.
         with suppress(OSError):
-            write_json(out / _MADE, {"files": sorted(_made_now(out))})
+            write_json(out / _FILE_LIST, {"files": sorted(_own_files(out))})
 
 
-def _work(out: Path, observer: Observer) -> QuickstartResult:
+def _run_jobs(out: Path, observer: Observer) -> QuickstartResult:
     recipe = load_recipe(find_recipe(RECIPE), [f"output={out / _RUN}"])
     planned = plan.run(recipe, device_profile=None, fit=False, compare=True)
     before = _samples(STARTER, observer)
     loss_before = evaluate.run(STARTER, data=HELD_OUT, observer=observer).loss
     trained = train.run(recipe, recipe_path=None, resume=False, observer=observer)
     assert trained.eval_loss is not None
-    made = merge.run(trained.run, out=out / _MERGED, dtype=None, base="auto", observer=observer)
-    verified = verify.run(made.out, against=trained.run, observer=observer)
-    after = _samples(str(made.out), observer)
+    merged = merge.run(trained.run, out=out / _MERGED, dtype=None, base="auto", observer=observer)
+    verified = verify.run(merged.out, against=trained.run, observer=observer)
+    after = _samples(str(merged.out), observer)
     return QuickstartResult(
         plan=planned,
         train=trained,
-        merge=made,
+        merge=merged,
         verify=verified,
         loss_before=loss_before,
         loss_after=trained.eval_loss,
@@ -74,7 +75,7 @@ def _work(out: Path, observer: Observer) -> QuickstartResult:
 
 
 def _samples(where: str, observer: Observer) -> dict[str, str]:
-    """Held-out prompts and what the model makes of them."""
+    """Return held-out prompt -> text that the model generates for it, greedily."""
     generator = generate.open_generator(where, observer)
     prompts = [row.fields["prompt"] for row in read_rows(HELD_OUT, limit=NUM_SAMPLES)]
     return {
@@ -85,25 +86,25 @@ def _samples(where: str, observer: Observer) -> dict[str, str]:
     }
 
 
-def _clear(out: Path) -> None:
-    """Removes an earlier quickstart. Raises UsageError where `out` holds any other file."""
-    made, found = _made_before(out), _files(out)
-    foreign = sorted(found - made)
+def _remove_earlier_files(out: Path) -> None:
+    """Remove the files of an earlier quickstart. Raises UsageError if `out` has any other file."""
+    own, present = _listed_files(out), _files(out)
+    foreign = sorted(present - own)
     if foreign:
         raise UsageError(
-            f"{out} holds {foreign[0]}, which is not the file of a finished quickstart",
+            f"{out} contains {foreign[0]}, which no finished quickstart created",
             where="--out",
-            hint=f"name another folder, or replace {out / _RUN} and {out / _MERGED} with --force",
+            hint=f"name another folder, or use --force to replace {out / _RUN} and {out / _MERGED}",
         )
-    for name in found & made:
+    for name in present & own:
         (out / name).unlink()
     for folder in _folders(out):
-        for place, _, _ in os.walk(folder, topdown=False):
-            Path(place).rmdir()
+        for subfolder, _, _ in os.walk(folder, topdown=False):
+            Path(subfolder).rmdir()
 
 
-def _remove(out: Path) -> None:
-    """Removes the folders that a quickstart makes, whatever lies in them."""
+def _remove_folders(out: Path) -> None:
+    """Remove the folders that a quickstart creates, with everything in them."""
     for path in _folders(out):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -112,30 +113,30 @@ def _remove(out: Path) -> None:
 
 
 def _folders(out: Path) -> list[Path]:
-    """Where a quickstart writes: the run, the merged model, and a merge that was stopped."""
+    """Return the folders of a quickstart: the run, the merged model, and incomplete merges."""
     return [out / _RUN, out / _MERGED, *partial_folders(out / _MERGED)]
 
 
 def _files(out: Path) -> set[str]:
-    """All that lies in `out` and is no folder, as paths within it. A link is no folder."""
-    found = set()
-    for place, folders, files in os.walk(out):
-        links = [name for name in folders if Path(place, name).is_symlink()]
-        found |= {Path(place, name).relative_to(out).as_posix() for name in (*files, *links)}
-    return found
+    """Return all files below `out` as relative paths. A link to a folder counts as a file."""
+    paths = set()
+    for parent, folders, files in os.walk(out):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        paths |= {Path(parent, name).relative_to(out).as_posix() for name in (*files, *links)}
+    return paths
 
 
-def _made_now(out: Path) -> set[str]:
-    """What lies in the quickstart's folders, and the report, which is written after the jobs."""
-    module_scope = tuple(f"{path.relative_to(out).as_posix()}/" for path in _folders(out))
+def _own_files(out: Path) -> set[str]:
+    """Return the files in the quickstart's folders, and the report, which is written later."""
+    prefixes = tuple(f"{path.relative_to(out).as_posix()}/" for path in _folders(out))
     run = RunFolder(Path(_RUN))
     pages = {run.report.as_posix(), run.memory_png.as_posix()}
-    return pages | {name for name in _files(out) if name.startswith(module_scope)}
+    return pages | {name for name in _files(out) if name.startswith(prefixes)}
 
 
-def _made_before(out: Path) -> set[str]:
-    """What an earlier quickstart listed, with the list itself; empty where there is none."""
+def _listed_files(out: Path) -> set[str]:
+    """Return the files that an earlier quickstart listed, and the list; empty without a list."""
     try:
-        return {_MADE, *json.loads((out / _MADE).read_text())["files"]}
+        return {_FILE_LIST, *json.loads((out / _FILE_LIST).read_text())["files"]}
     except (OSError, *PARSE_ERRORS):
         return set()

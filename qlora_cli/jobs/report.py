@@ -1,4 +1,4 @@
-"""`qlora report`: a run's record, ledger and metrics, read back."""
+"""`qlora report`: read a run's record, memory ledger, timeline and metrics."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from qlora_cli.runs.run import Run
 
 _T = TypeVar("_T")
 _METRICS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_bytes"}
-_REMOVE = "take the line out; the rest of the report does not need it"
+"""Keys that every line of metrics.jsonl must have."""
+_REMOVE_LINE = "delete this line; the report can be made without it"
 
 
 def run(run: Path, *, html: Path | None = None, png: Path | None = None) -> ReportResult:
-    """What a run left behind. html, png: where the caller writes the page and the picture.
+    """Return everything that a report shows of a run.
 
-    Raises UsageError where the run has no ledger yet or one of its files is damaged.
+    run: the run's folder. html, png: where the caller will write the page and the image; they are
+    only passed on to the result. Raises UsageError if the run has no ledger yet or one of its files
+    is damaged.
     """
     source = Run(run)
-    source.require("recipe")  # Which the page shows.
+    source.require("recipe")  # The page shows it.
     ledger = ledger_of(source)
     return ReportResult(
         run=source.record,
@@ -44,29 +47,29 @@ def ledger_of(run: Run) -> Ledger:
     if ledger is None:
         raise UsageError(
             f"{run.path} has no memory.json yet; its status is {run.record.get('status')}",
-            hint="a run writes it with each checkpoint; go on with `qlora train --resume`",
+            hint="a run writes it with each checkpoint; resume it with `qlora train --resume`",
         )
     return ledger
 
 
 def read_ledger(run: RunFolder) -> Ledger | None:
-    """memory.json; None where the run has none yet. Raises UsageError on a damaged one."""
+    """Return the content of memory.json, or None if there is none. Raises UsageError if damaged."""
     return _read(run.memory_json, Ledger.from_dict)
 
 
 def read_timeline(run: RunFolder) -> tuple[PhaseTrace, ...]:
-    """timeline.json; empty where the run has none. Raises UsageError on a damaged one."""
+    """Return the traces of timeline.json, empty if there is none. Raises UsageError if damaged."""
     return _read(run.timeline_json, read_traces) or ()
 
 
-def _read(file: Path, make: Callable[[dict[str, Any]], _T]) -> _T | None:
-    return read_json(file, make) if file.is_file() else None
+def _read(file: Path, parse: Callable[[dict[str, Any]], _T]) -> _T | None:
+    return read_json(file, parse) if file.is_file() else None
 
 
 def _metrics(file: Path) -> tuple[dict[str, Any], ...]:
     if not file.is_file():
         return ()
-    # What stands behind the last line's end was being written when the process died.
+    # Text after the last newline is an incomplete line: the process stopped while it wrote it.
     *lines, _ = file.read_text().split("\n")
     return tuple(_metric(line, f"{file}:{number}") for number, line in enumerate(lines, 1))
 
@@ -75,8 +78,8 @@ def _metric(line: str, where: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(line)
         missing = sorted(_METRICS - content.keys())
-    except PARSE_ERRORS as fault:
-        raise UsageError(f"damaged: {fault}", where=where, hint=_REMOVE) from fault
+    except PARSE_ERRORS as error:
+        raise UsageError(f"damaged: {error}", where=where, hint=_REMOVE_LINE) from error
     if missing:
-        raise UsageError(f"damaged: no {', '.join(missing)}", where=where, hint=_REMOVE)
+        raise UsageError(f"damaged: {', '.join(missing)} missing", where=where, hint=_REMOVE_LINE)
     return content

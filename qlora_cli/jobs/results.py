@@ -1,4 +1,8 @@
-"""What each job returns: the JSON objects of the contract, as types. No torch here."""
+"""The result of each job, as dataclasses. `to_dict` is the JSON object that `--json` prints.
+
+The names of the fields are keys of these objects, which other programs read. This module imports no
+torch, because `ui/` imports it.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,10 @@ from qlora_cli.plan.results import Advice, Line
 
 
 class Result:
-    """A job's outcome; `to_dict` is the object that `--json` prints."""
+    """Base class of the results. `to_dict` returns the object that `--json` prints."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only: paths become text, ledgers their own object."""
+        """Return the fields as JSON values: paths become text, ledgers and results objects."""
         assert hasattr(self, "__dataclass_fields__")
         content = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: _plain(value) for name, value in content.items()}
@@ -23,9 +27,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Compared:
-    """One method's worst instant on the same data and batch.
+    """The peak memory of one method, on the same data and batch size.
 
-    method: full | lora. ratio: full fine-tuning's peak to this one.
+    method: name of the adapter method, or "full". bits: bits of the base weights. at_peak: category
+    -> bytes. ratio: the peak of full fine-tuning divided by this peak.
     """
 
     method: str
@@ -37,7 +42,12 @@ class Compared:
 
 @dataclass(frozen=True)
 class PlanResult(Result):
-    """`qlora plan`. usable_bytes: of the device. notes: what is a model, what a bound."""
+    """Result of `qlora plan`.
+
+    usable_bytes: memory of the device that the job may use. floor_bytes: lower bound of the job's
+    memory. arithmetic: the same by the LoRA paper's formulas. seconds: time that planning took.
+    notes: how the figures were obtained, one sentence each.
+    """
 
     device: dict[str, Any]
     ledger: Ledger
@@ -56,7 +66,10 @@ class PlanResult(Result):
 
 @dataclass(frozen=True)
 class TrainResult(Result):
-    """`qlora train`. train_loss: mean of the last steps; eval_loss: None without held-out rows."""
+    """Result of `qlora train`.
+
+    train_loss: mean loss of the last steps. eval_loss: loss on the held-out set; None without one.
+    """
 
     run: Path
     steps: int
@@ -68,7 +81,10 @@ class TrainResult(Result):
 
 @dataclass(frozen=True)
 class MergeResult(Result):
-    """`qlora merge`. base: original | dequantized. dtype_reason: why this dtype, in words."""
+    """Result of `qlora merge`.
+
+    base: "original" or "dequantized". bytes: size of the tensors. dtype_reason: why this dtype.
+    """
 
     out: Path
     dtype: str
@@ -80,10 +96,12 @@ class MergeResult(Result):
 
 @dataclass(frozen=True)
 class VerifyResult(Result):
-    """`qlora verify`. faults: what differs, in words, one line each.
+    """Result of `qlora verify`.
 
-    greedy_agreement: of the trained model's `greedy_tokens` greedy tokens, how many the merged one
-    says too, up to the first difference; None where the two could not be asked.
+    faults: every difference that is not allowed, one line each. greedy_tokens: number of tokens
+    that the trained model generated greedily. greedy_agreement: number of leading ones that the
+    merged model generates too; both are None if the models could not be compared, and then the
+    other figures are NaN.
     """
 
     passed: bool
@@ -97,7 +115,11 @@ class VerifyResult(Result):
 
 @dataclass(frozen=True)
 class EvalResult(Result):
-    """`qlora eval`. loss: mean nats a trained token; accuracy: share of them predicted first."""
+    """Result of `qlora eval`.
+
+    loss: mean nats per trained token. tokens: number of trained tokens. accuracy: share of trained
+    tokens that are the model's top-1 prediction.
+    """
 
     loss: float
     perplexity: float
@@ -107,9 +129,10 @@ class EvalResult(Result):
 
 @dataclass(frozen=True)
 class GenerateResult(Result):
-    """`qlora generate`. answers: who answered -> the text, in turn; text: the first of them.
+    """Result of `qlora generate`.
 
-    Who is an adapter's name, `run` for a run's own adapter, `base` for a model without one.
+    answers: name of an adapter -> generated text, in the order of generation; `run` is a run's own
+    adapter, `base` is the model without an adapter. text: the first of these texts.
     """
 
     prompt: str
@@ -119,9 +142,10 @@ class GenerateResult(Result):
 
 @dataclass(frozen=True)
 class ReportResult(Result):
-    """`qlora report`. run: the content of run.json; metrics: the lines of metrics.jsonl.
+    """Result of `qlora report`.
 
-    timeline: for the figures; the object that is printed leaves it to timeline.json.
+    run: the content of run.json. metrics: the lines of metrics.jsonl. timeline: memory over time,
+    for the figures. html, png: files to write; None for none.
     """
 
     run: dict[str, Any]
@@ -132,13 +156,16 @@ class ReportResult(Result):
     png: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the timeline's thousands of figures."""
+        """Return the JSON object, without the timeline, which is in timeline.json."""
         return {name: value for name, value in super().to_dict().items() if name != "timeline"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of `qlora doctor`. state: ok | limited | missing."""
+    """One line of `qlora doctor`.
+
+    state: "ok", "limited" or "missing". hint: what to do; None if nothing is to be done.
+    """
 
     name: str
     state: str
@@ -148,14 +175,17 @@ class Check:
 
 @dataclass(frozen=True)
 class DoctorResult(Result):
-    """What works on this machine and what does not."""
+    """Result of `qlora doctor`: what works on this machine and what does not."""
 
     checks: tuple[Check, ...]
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row as the model will see it. tokens: (text of the token, is it trained on)."""
+    """A row as the model sees it.
+
+    origin: file and line. tokens: (text of the token, whether it is trained).
+    """
 
     origin: str
     tokens: tuple[tuple[str, bool], ...]
@@ -177,7 +207,10 @@ class DataResult(Result):
 
 @dataclass(frozen=True)
 class QuickstartResult(Result):
-    """`qlora quickstart`: each stage's own result, and samples of the same prompts."""
+    """Result of `qlora quickstart`: the result of each job, and generated samples.
+
+    loss_before, loss_after: loss on the held-out set before and after training.
+    """
 
     plan: PlanResult
     train: TrainResult
@@ -186,7 +219,7 @@ class QuickstartResult(Result):
     loss_before: float
     loss_after: float
     samples: tuple[tuple[str, str, str], ...] = field(default=())
-    """(prompt, text before training, text after)."""
+    """(prompt, text generated before training, text generated after training)."""
 
 
 def _plain(value: Any) -> Any:

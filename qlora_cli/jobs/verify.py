@@ -1,4 +1,4 @@
-"""`qlora verify`: is the merged model the one that was trained?"""
+"""`qlora verify`: check that a merged model computes what the trained model computes."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from qlora_cli.events import Observer
 from qlora_cli.export.verify.verification import verify
 from qlora_cli.jobs.results import VerifyResult
 from qlora_cli.memory.device import inspect_device
-from qlora_cli.memory.host import give_back_freed
+from qlora_cli.memory.host import return_freed_memory
 from qlora_cli.runs.run import Run
 
 
 def run(merged: Path, *, against: Path, observer: Observer) -> VerifyResult:
-    """Compares a merged folder with its run; figures are NaN where it could not be asked.
+    """Compare a merged model with its run.
 
-    Raises InputError where one of the two is not there or not finished.
+    merged: folder of the merged model. against: the run's folder. The figures of the result are NaN
+    if the two models could not be compared. Raises InputError if one of the folders is missing or
+    incomplete.
     """
-    give_back_freed()
+    return_freed_memory()
     device = torch.device(inspect_device().kind)
-    verdict = verify(merged, Run(against), device, observer)
-    told, greedy = verdict.comparison, verdict.greedy
+    verification = verify(merged, Run(against), device, observer)
+    comparison, greedy = verification.comparison, verification.greedy
     return VerifyResult(
-        passed=verdict.passed,
-        max_logit_difference=told.max_logit_difference if told else math.nan,
-        mean_kl=told.mean_kl if told else math.nan,
-        top1_agreement=told.top1_agreement if told else math.nan,
-        faults=verdict.faults,
-        greedy_agreement=greedy.agree if greedy else None,
+        passed=verification.passed,
+        max_logit_difference=comparison.max_logit_difference if comparison else math.nan,
+        mean_kl=comparison.mean_kl if comparison else math.nan,
+        top1_agreement=comparison.top1_agreement if comparison else math.nan,
+        faults=verification.faults,
+        greedy_agreement=greedy.num_agreeing if greedy else None,
         greedy_tokens=greedy.num_tokens if greedy else None,
     )

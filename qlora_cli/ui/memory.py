@@ -2,8 +2,8 @@
 
 Each table is built once, as a `Grid` of text, by `phase_grid`, `method_grid` or `comparison_grid`.
 The terminal prints a grid with rich, and the HTML report renders the same grid. A new row or column
-is therefore added in these functions only. The rows are the ledger's categories; their labels are in
-`ui/categories.py`.
+is therefore added in these functions only. The rows are the categories of the ledger; their labels
+are in `ui/categories.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`--adapter`: several adapters on one base, and which of them answers."""
+"""`--adapter` and `--use`: several adapters on one base."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STARTER = Path(qlora_cli.starter.__file__).parent
 
 @pytest.fixture(scope="module")
 def loud(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's adapter as another program would write it, and grown until nobody overhears it."""
+    """Return the run's adapter in PEFT's format with B times 300, so that its effect is large."""
     folder = tmp_path_factory.mktemp("loud") / "adapter"
     shutil.copytree(run / "adapter", folder)
     file = folder / "adapter_model.safetensors"
@@ -35,20 +35,20 @@ def text_of(*arguments: str | Path) -> str:
     return str(outcome.json["text"])
 
 
-def test_every_adapter_answers_in_turn(run: Path, loud: Path) -> None:
+def test_every_adapter_generates_in_turn(run: Path, loud: Path) -> None:
     arguments = ("--adapter", f"loud={loud}", "--adapter", f"again={run}", *PROMPT)
     outcome = qlora("generate", run, *arguments, "--json")
     assert outcome.code == 0, outcome.err
-    told = outcome.json
-    assert list(told["answers"]) == ["run", "loud", "again"]
-    assert told["text"] == told["answers"]["run"] == text_of(run)
-    assert told["answers"]["again"] == told["answers"]["run"] != told["answers"]["loud"]
-    read = qlora("generate", run, *arguments).out
-    assert "loud:\n" in read
-    assert told["answers"]["loud"].strip() in read
+    result = outcome.json
+    assert list(result["answers"]) == ["run", "loud", "again"]
+    assert result["text"] == result["answers"]["run"] == text_of(run)
+    assert result["answers"]["again"] == result["answers"]["run"] != result["answers"]["loud"]
+    printed = qlora("generate", run, *arguments).out
+    assert "loud:\n" in printed
+    assert result["answers"]["loud"].strip() in printed
 
 
-def test_use_names_who_answers(run: Path, loud: Path) -> None:
+def test_use_selects_the_adapters(run: Path, loud: Path) -> None:
     arguments = ("--adapter", f"loud={loud}", *PROMPT)
     outcome = qlora("generate", run, *arguments, "--use", "loud", "--use", "base", "--json")
     assert outcome.code == 0, outcome.err
@@ -57,20 +57,20 @@ def test_use_names_who_answers(run: Path, loud: Path) -> None:
     assert "note" not in outcome.err
 
 
-def test_draws_are_the_same_for_each(run: Path) -> None:
+def test_each_adapter_samples_with_the_same_seed(run: Path) -> None:
     arguments = ("--adapter", f"again={run}", "--temperature", "1.5", *PROMPT)
     answers = qlora("generate", run, *arguments, "--json").json["answers"]
     assert answers["again"] == answers["run"]
 
 
 def test_without_an_adapter_the_model_is_the_base() -> None:
-    told = qlora("generate", "starter", *PROMPT, "--json").json
-    assert told["answers"] == {"base": told["text"]}
-    assert qlora("generate", "starter", *PROMPT, "--use", "base", "--json").json == told
+    result = qlora("generate", "starter", *PROMPT, "--json").json
+    assert result["answers"] == {"base": result["text"]}
+    assert qlora("generate", "starter", *PROMPT, "--use", "base", "--json").json == result
 
 
-def test_merged_answers_are_the_unmerged_ones(loud: Path, run: Path) -> None:
-    """Far enough from a tie, the roundings of the merge to 16 bit do not show in the text."""
+def test_merged_adapters_generate_the_same_text(loud: Path, run: Path) -> None:
+    """The adapter is large enough that rounding to 16 bit does not change the greedy tokens."""
     arguments = ("--adapter", f"loud={loud}", "--adapter", f"run2={run}", "--use", "loud")
     arguments += ("--use", "run2", "--use", "base", *PROMPT)
     plain = qlora("generate", "starter", *arguments, "--json")
@@ -83,11 +83,11 @@ def test_an_adapter_on_another_base_than_its_own_is_noted(run: Path, tmp_path: P
     copy = shutil.copytree(STARTER, tmp_path / "copy")
     outcome = qlora("generate", copy, "--adapter", f"far={run}", *PROMPT)
     assert outcome.code == 0, outcome.err
-    assert f"answers here on {copy}" in " ".join(outcome.err.split())
+    assert f"is used here on {copy}" in " ".join(outcome.err.split())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--adapter", "loud"), "'loud' is not NAME=DIR"),
         (("--adapter", "=x"), "'=x' is not NAME=DIR"),
@@ -100,22 +100,22 @@ def test_an_adapter_on_another_base_than_its_own_is_noted(run: Path, tmp_path: P
     ],
     ids=str,
 )
-def test_what_cannot_be_obeyed_is_refused(
-    arguments: tuple[str, ...], told: str, run: Path, loud: Path
+def test_invalid_adapter_options_are_refused(
+    arguments: tuple[str, ...], message: str, run: Path, loud: Path
 ) -> None:
     filled = [word.format(loud=loud) for word in arguments]
     outcome = qlora("generate", run, *filled, *PROMPT)
     assert outcome.code == 2
-    assert told in outcome.err
+    assert message in outcome.err
 
 
-def test_nothing_to_merge_is_refused() -> None:
+def test_merged_without_an_adapter_is_refused() -> None:
     outcome = qlora("generate", "starter", "--merged", *PROMPT)
     assert outcome.code == 2
     assert "there is no adapter to merge" in outcome.err
 
 
-def test_chat_switches_on_a_line(run: Path, loud: Path) -> None:
+def test_chat_switches_the_adapter_on_a_use_line(run: Path, loud: Path) -> None:
     lines = "Hello\n/use loud\nHello\n/use lout\n/use\n/use base\nHello\n\n"
     outcome = qlora("chat", run, "--adapter", f"loud={loud}", "--use", "run", stdin=lines)
     assert outcome.code == 0, outcome.err
@@ -126,7 +126,7 @@ def test_chat_switches_on_a_line(run: Path, loud: Path) -> None:
     assert outcome.err.rstrip().splitlines()[-2].endswith("base answers")
 
 
-def test_chat_answers_from_within_the_weights(run: Path, loud: Path) -> None:
+def test_chat_with_merged_adapters_gives_the_same_answers(run: Path, loud: Path) -> None:
     arguments = ("--adapter", f"loud={loud}", "--adapter", f"run2={run}")
     lines = "Hello\n/use run2\nHello\n/use base\nHello\n\n"
     merged = qlora("chat", "starter", *arguments, "--merged", stdin=lines)

@@ -1,4 +1,4 @@
-"""Commands remove and overwrite only what qlora itself wrote."""
+"""Commands remove and overwrite only files that qlora wrote itself."""
 
 from __future__ import annotations
 
@@ -12,12 +12,8 @@ import pytest
 from qlora_cli.errors import QloraError
 from qlora_cli.files.atomic import partial_folders
 from qlora_cli.jobs import quickstart
-from tests.helpers.cli_helpers import qlora
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+from tests.helpers.cli_checks import file_contents
+from tests.helpers.cli_helpers import Outcome, qlora
 
 
 # report
@@ -25,6 +21,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def copy(run: Path, tmp_path: Path) -> Path:
+    """Return a copy of the run's folder."""
     return shutil.copytree(run, tmp_path / "copy")
 
 
@@ -55,23 +52,23 @@ def test_a_report_removes_no_file_with_a_similar_name(copy: Path, tmp_path: Path
 
 @pytest.mark.parametrize("force", [(), ("--force",)], ids=["", "forced"])
 @pytest.mark.parametrize("option", ["--html", "--png"])
-def test_a_report_leaves_the_files_of_a_run(
+def test_a_report_overwrites_no_other_file_of_a_run(
     copy: Path, tmp_path: Path, option: str, force: tuple[str, ...]
 ) -> None:
     (tmp_path / "link").symlink_to(copy / "run.json")
     (copy / "mine.html").symlink_to(tmp_path / "elsewhere")
     names = ("run.json", "metrics.jsonl", "memory.json", "adapter/adapter_config.json")
     inside = [copy / name for name in (*names, "mine.html", "new.html")]
-    before = content(copy)
+    before = file_contents(copy)
     for path in (*inside, copy / ".." / "copy" / "run.json", tmp_path / "link"):
         outcome = qlora("report", copy, option, path, *force)
         assert outcome.code == 2
         assert str(path) in outcome.err
-    assert content(copy) == before
+    assert file_contents(copy) == before
     assert (copy / "mine.html").is_symlink()
 
 
-def test_a_report_replaces_the_pages_in_the_folder_of_the_run(copy: Path) -> None:
+def test_a_report_replaces_the_report_in_the_folder_of_the_run(copy: Path) -> None:
     for name in ("report.html", "memory.png"):
         (copy / name).write_text("of an older version")
     pages = ("--html", copy / "report.html", "--png", copy / "memory.png")
@@ -83,29 +80,25 @@ def test_a_report_replaces_the_pages_in_the_folder_of_the_run(copy: Path) -> Non
 # quickstart
 
 
-def made(out: Path, stop: bool = False) -> None:
-    """Writes what stands for a quickstart's files."""
-    for name in ("run/run.json", "run/adapter/a", "merged/model.safetensors"):
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text("made")
-    if stop:
-        raise KeyboardInterrupt
-
-
 @pytest.fixture
-def go(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`qlora quickstart` that writes small files and stops."""
+def fake_jobs(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Replace the jobs of the quickstart: they write three small files and raise an error."""
 
-    def run(out: Path, *words: str, stop: bool = False) -> Any:
-        def work(out: Path, _: Any) -> None:
-            made(out, stop)
-            raise QloraError("the work is done")
+    def replace(error: BaseException) -> None:
+        def write_files(out: Path, _: Any) -> None:
+            for name in ("run/run.json", "run/adapter/a", "merged/model.safetensors"):
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                (out / name).write_text("written by the quickstart")
+            raise error
 
-        monkeypatch.setattr(quickstart, "_work", work, raising=False)
-        monkeypatch.setattr(quickstart, "load_recipe", lambda *_: work(out, None))
-        return qlora("quickstart", "--out", out, *words)
+        monkeypatch.setattr(quickstart, "_run_jobs", write_files)
 
-    return run
+    replace(QloraError("the jobs are done"))
+    return replace
+
+
+def run_quickstart(out: Path) -> Outcome:
+    return qlora("quickstart", "--out", out)
 
 
 @pytest.mark.parametrize(
@@ -119,53 +112,56 @@ def go(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         ("notes.txt",),
     ],
 )
-def test_a_quickstart_leaves_foreign_files(
-    go: Callable[..., Any], tmp_path: Path, names: tuple[str, ...]
+def test_a_quickstart_keeps_foreign_files(
+    fake_jobs: object, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     for name in names:
         (tmp_path / "q" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "q" / name).write_text("mine")
-    before = content(tmp_path / "q")
-    outcome = go(tmp_path / "q")
+    before = file_contents(tmp_path / "q")
+    outcome = run_quickstart(tmp_path / "q")
     assert outcome.code == 2
     assert "--force" in outcome.err
-    assert content(tmp_path / "q") == before
+    assert file_contents(tmp_path / "q") == before
 
 
 @pytest.mark.parametrize("stop", [False, True])
-def test_a_quickstart_replaces_what_an_earlier_one_left(
-    go: Callable[..., Any], tmp_path: Path, stop: bool
+def test_a_quickstart_replaces_the_files_of_an_earlier_one(
+    fake_jobs: Callable[[BaseException], None], tmp_path: Path, stop: bool
 ) -> None:
     out = tmp_path / "q"
-    go(out, stop=stop)
+    if stop:
+        fake_jobs(KeyboardInterrupt())
+    run_quickstart(out)
     (out / "run" / "report.html").write_text("written after the job")
-    outcome = go(out)
-    assert "the work is done" in outcome.err
+    fake_jobs(QloraError("the jobs are done"))
+    outcome = run_quickstart(out)
+    assert "the jobs are done" in outcome.err
     assert not (out / "run" / "report.html").exists()
     (out / "merged" / "notes.txt").write_text("mine")
-    before = content(out)
-    outcome = go(out)
+    before = file_contents(out)
+    outcome = run_quickstart(out)
     assert (outcome.code, "notes.txt" in outcome.err) == (2, True)
-    assert content(out) == before
+    assert file_contents(out) == before
 
 
 def test_a_forced_quickstart_replaces_its_two_folders_only(
-    go: Callable[..., Any], tmp_path: Path
+    fake_jobs: object, tmp_path: Path
 ) -> None:
     out = tmp_path / "q"
     (out / "run").mkdir(parents=True)
     for name in ("run/run.json", "run/x", "merged", "notes.txt"):
         (out / name).write_text("mine")
-    go(out, "--force")
+    qlora("quickstart", "--out", out, "--force")
     assert (out / "notes.txt").read_text() == "mine"
-    assert (out / "run" / "run.json").read_text() == "made"
+    assert (out / "run" / "run.json").read_text() == "written by the quickstart"
     assert not (out / "run" / "x").exists()
 
 
 # merge
 
 
-def test_a_merge_leaves_folders_with_similar_names(run: Path, tmp_path: Path) -> None:
+def test_a_merge_keeps_folders_with_similar_names(run: Path, tmp_path: Path) -> None:
     for name in (".nb.partial", ".nb.old", ".nb.0123456789abcdef.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "merge.json").write_text("mine")
@@ -175,7 +171,7 @@ def test_a_merge_leaves_folders_with_similar_names(run: Path, tmp_path: Path) ->
     assert all(path.read_text() == "mine" for path in tmp_path.glob(".nb.*/merge.json"))
 
 
-def test_a_file_that_is_put_into_out_while_merging_stays(
+def test_a_merge_keeps_a_file_that_appears_in_out_meanwhile(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_cli.export.merge import write
@@ -191,10 +187,10 @@ def test_a_file_that_is_put_into_out_while_merging_stays(
         patch.setattr(write, "carry", carry)
         outcome = qlora("merge", run, "--out", out)
     assert outcome.code == 2
-    (beside,) = partial_folders(out)
-    assert str(beside) in outcome.err
-    assert content(out) == {"notes.txt": b"mine"}
+    (partial,) = partial_folders(out)
+    assert str(partial) in outcome.err
+    assert file_contents(out) == {"notes.txt": b"mine"}
     shutil.rmtree(out)
     assert qlora("merge", run, "--out", out).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert not [name for name in content(out) if "partial" in name]
+    assert not [name for name in file_contents(out) if "partial" in name]
