@@ -1,4 +1,4 @@
-"""`qlora merge` with several adapters, and what `qlora verify` then says."""
+"""`qlora merge` with several adapters and with a GGUF file, and `qlora verify` after it."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ def test_two_halves_of_an_adapter_are_the_adapter(run: Path, tmp_path: Path) -> 
     assert outcome.code == 0, outcome.err
     assert outcome.json["dtype"] == "float16"
     assert outcome.json["dtype_reason"] == "the default; the model fits its range"
-    told = json.loads((out / "merge.json").read_text())["settings"]["adapters"]
-    assert [one["weight"] for one in told] == [0.5, 0.5]
+    adapters = json.loads((out / "merge.json").read_text())["settings"]["adapters"]
+    assert [adapter["weight"] for adapter in adapters] == [0.5, 0.5]
     outcome = qlora("verify", out, "--against", run, "--json")
     assert (outcome.code, outcome.json["faults"]) == (0, []), outcome.err
     assert 0 <= outcome.json["greedy_agreement"] <= outcome.json["greedy_tokens"] <= 64
 
 
 @pytest.mark.parametrize("word", ["nan", "much", "inf"])
-def test_what_is_no_weight_is_a_usage_error(word: str, run: Path, tmp_path: Path) -> None:
+def test_an_invalid_weight_is_a_usage_error(word: str, run: Path, tmp_path: Path) -> None:
     for option, value in (("--with", f"{run}={word}"), ("--weight", word)):
         outcome = qlora("merge", run, "--out", tmp_path / "out", option, value)
         assert outcome.code == 2
         assert option in outcome.err
 
 
-def test_what_is_no_adapter_is_a_usage_error(run: Path, tmp_path: Path) -> None:
+def test_a_missing_adapter_is_a_usage_error(run: Path, tmp_path: Path) -> None:
     outcome = qlora("merge", run, "--out", tmp_path / "out", "--with", tmp_path / "gone")
     assert outcome.code == 2
     assert "adapter_config.json" in outcome.err
 
 
-def test_a_gguf_file_is_written_beside_the_checkpoint(run: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_is_written_next_to_the_checkpoint(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     outcome = qlora("merge", run, "--out", out, "--gguf", "f16", "--json")
     assert outcome.code == 0, outcome.err
@@ -46,7 +46,7 @@ def test_a_gguf_file_is_written_beside_the_checkpoint(run: Path, tmp_path: Path)
     assert qlora("verify", out, "--against", run, "--json").code == 0
 
 
-def test_an_encoding_that_is_none_is_a_usage_error(run: Path, tmp_path: Path) -> None:
+def test_an_unknown_encoding_is_a_usage_error(run: Path, tmp_path: Path) -> None:
     outcome = qlora("merge", run, "--out", tmp_path / "merged", "--gguf", "q4")
     assert outcome.code == 2
     assert "--gguf" in outcome.err

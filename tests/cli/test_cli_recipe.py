@@ -11,7 +11,7 @@ from qlora_cli.recipe.shipped import shipped_recipes
 from tests.helpers.cli_helpers import qlora
 
 
-def test_list_names_every_shipped_recipe_and_says_what_it_is_for() -> None:
+def test_list_names_every_shipped_recipe_with_its_purpose() -> None:
     lines = qlora("recipe", "list").out.splitlines()
     assert [line.split()[0] for line in lines] == list(shipped_recipes())
     assert all(len(line.split()) > 3 for line in lines)
@@ -21,7 +21,7 @@ def test_show_prints_the_file_as_it_is(recipe: Path) -> None:
     assert qlora("recipe", "show", recipe).out == recipe.read_text()
 
 
-def test_copy_takes_a_recipe_along(
+def test_copy_writes_the_same_file(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The command line itself: help, versions, exit codes, streams."""
+"""The command line itself: help, version, exit codes, output streams, fast start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ from qlora_cli.errors import (
 )
 from tests.helpers.cli_helpers import qlora
 
-SLOW = ("torch", "bitsandbytes", "transformers", "datasets", "accelerate", "matplotlib", "pandas")
+SLOW_LIBRARIES = (
+    "torch",
+    "bitsandbytes",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "matplotlib",
+    "pandas",
+)
 LIST_IMPORTS = """
 import json, sys
 sys.argv = ["qlora", *{arguments}]
@@ -36,7 +44,7 @@ print(json.dumps(sorted(sys.modules)), file=sys.stderr)
 
 
 def modules_after(*arguments: str) -> set[str]:
-    """The modules that a fresh interpreter has loaded after a command line."""
+    """Return the names of the modules that a new interpreter has loaded after a command."""
     code = LIST_IMPORTS.format(arguments=list(arguments))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(json.loads(done.stderr.splitlines()[-1]))
@@ -53,8 +61,8 @@ def modules_after(*arguments: str) -> set[str]:
         ("plan", "no-such-recipe", "--vram", "24GiB"),
     ],
 )
-def test_what_needs_no_model_imports_nothing_slow(arguments: tuple[str, ...]) -> None:
-    assert modules_after(*arguments).isdisjoint(SLOW)
+def test_commands_that_need_no_model_import_no_slow_library(arguments: tuple[str, ...]) -> None:
+    assert modules_after(*arguments).isdisjoint(SLOW_LIBRARIES)
 
 
 def test_help_names_every_command_and_the_exit_codes() -> None:
@@ -64,15 +72,15 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
     assert "130 interrupted" in " ".join(outcome.out.split())
 
 
-def test_no_line_of_the_list_of_commands_is_cut_short() -> None:
+def test_the_list_of_commands_has_complete_lines() -> None:
     assert "..." not in qlora("--help").out.partition("Commands:")[2]
 
 
-def test_the_version_is_that_of_the_code() -> None:
+def test_the_printed_version_is_the_version_of_the_package() -> None:
     try:
         metadata.version("qlora-cli")
     except metadata.PackageNotFoundError:
-        pytest.skip("runs from a checkout that is not installed")
+        pytest.skip("the package is not installed")
     assert qlora("--version").out == f"qlora {qlora_cli.__version__}\n"
 
 
@@ -97,7 +105,7 @@ def test_python_dash_m_is_the_same_program() -> None:
         ("report", "no-such-run"),
     ],
 )
-def test_a_wrong_command_line_exits_2_and_says_so_on_stderr(arguments: tuple[str, ...]) -> None:
+def test_a_wrong_command_line_exits_2_with_an_error_on_stderr(arguments: tuple[str, ...]) -> None:
     outcome = qlora(*arguments)
     assert outcome.code == 2
     assert outcome.out == ""
@@ -106,15 +114,15 @@ def test_a_wrong_command_line_exits_2_and_says_so_on_stderr(arguments: tuple[str
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
-    """A command `fail` that raises what is put into the list."""
-    faults: list[BaseException] = []
+    """Add a command `fail`, which raises the first error of the returned list."""
+    errors: list[BaseException] = []
 
     @click.command()
     def fail() -> None:
-        raise faults[0]
+        raise errors[0]
 
     monkeypatch.setitem(main.qlora.commands, "fail", fail)
-    return faults
+    return errors
 
 
 @pytest.mark.parametrize(
@@ -141,12 +149,12 @@ def test_each_error_has_its_exit_code(
     assert "Traceback" not in outcome.err
 
 
-def test_an_error_is_told_once(failing: list[BaseException]) -> None:
+def test_an_error_is_printed_once(failing: list[BaseException]) -> None:
     failing.append(QloraError("the disk is full", where="runs/x", hint="make room"))
     assert qlora("fail").err == "error: runs/x: the disk is full\n  make room\n"
 
 
-def test_an_unexpected_error_shows_its_traceback_when_asked(
+def test_an_unexpected_error_prints_its_traceback_if_requested(
     failing: list[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing.append(RuntimeError("boom"))

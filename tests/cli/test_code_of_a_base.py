@@ -1,4 +1,4 @@
-"""Python files in a model folder are never run, whatever stdin answers."""
+"""Python files in a model folder are never run, even if stdin answers yes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError
+from tests.helpers.cli_checks import assert_refused
 from tests.helpers.cli_helpers import Outcome, qlora
 from tests.helpers.runs import make_base, make_rows
 
@@ -22,7 +23,7 @@ AUTO_MAP = {
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A folder with a Python file that leaves a trace in `sentinel` when it is run."""
+    """Return a model folder with a Python file that creates the file `sentinel` if it is run."""
     folder = make_base(tmp_path / "base", "llama")
     (folder / "own.py").write_text(
         f"from pathlib import Path\nPath({str(tmp_path / 'sentinel')!r}).touch()\n"
@@ -33,12 +34,12 @@ def base(tmp_path: Path) -> Path:
 
 
 def change(file: Path, **values: Any) -> None:
-    """Sets keys of a JSON file."""
+    """Set keys of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def answered_yes(base: Path, command: str) -> Outcome:
-    """The command on this base with `y` on stdin; the base's Python file must not have run."""
+    """Run a command on this base with `y` on stdin; assert that its Python file was not run."""
     folder = base.parent
     recipe = folder / "job.yaml"
     recipe.write_text(
@@ -52,18 +53,12 @@ def answered_yes(base: Path, command: str) -> Outcome:
     return outcome
 
 
-def refused(outcome: Outcome, *words: str) -> None:
-    assert outcome.code == 2, outcome.err
-    assert outcome.err.count("error: ") == 1, outcome.err
-    for word in words:
-        assert word in outcome.err, outcome.err
-
-
 def test_a_tokenizer_that_needs_code_is_refused(base: Path) -> None:
     (base / "config.json").unlink()
     change(base / "tokenizer_config.json", auto_map=AUTO_MAP, tokenizer_class="OwnTokenizer")
-    refused(
+    assert_refused(
         answered_yes(base, "data"),
+        2,
         str(base),
         "its tokenizer needs Python code of its own",
         "does not run code from a model folder",
@@ -72,7 +67,7 @@ def test_a_tokenizer_that_needs_code_is_refused(base: Path) -> None:
 
 
 def test_a_tokenizer_that_loads_without_its_code_works(base: Path) -> None:
-    """Its class is one of transformers' own."""
+    """Its class is part of transformers."""
     change(base / "tokenizer_config.json", auto_map=AUTO_MAP)
     for command in ("data", "train"):
         outcome = answered_yes(base, command)
@@ -82,8 +77,9 @@ def test_a_tokenizer_that_loads_without_its_code_works(base: Path) -> None:
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_a_config_that_needs_code_is_refused(base: Path, command: str) -> None:
     change(base / "config.json", auto_map=AUTO_MAP, model_type="own")
-    refused(
+    assert_refused(
         answered_yes(base, command),
+        2,
         "config.json",
         "its config needs Python code of its own",
         "does not run code from a model folder",
@@ -102,20 +98,20 @@ def test_a_config_of_a_known_family_works_without_its_code(base: Path) -> None:
 
 
 def test_a_known_type_without_a_causal_model_runs_no_code(base: Path) -> None:
-    """Of a family that is not supported, the model is made to list its linears."""
+    """To list the linear layers of an unsupported family, its model is created."""
     content = {"model_type": "t5", "auto_map": AUTO_MAP}
     (base / "config.json").write_text(json.dumps(content))
-    refused(answered_yes(base, "train"), "t5")
+    assert_refused(answered_yes(base, "train"), 2, "t5")
 
 
 @pytest.mark.parametrize("value", ["x", 5, None])
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
-def test_an_auto_map_of_a_wrong_type_is_named(base: Path, file: str, value: Any) -> None:
+def test_an_auto_map_of_a_wrong_type_is_refused(base: Path, file: str, value: Any) -> None:
     change(base / file, auto_map=value)
-    refused(answered_yes(base, "train"), file, "damaged", "auto_map")
+    assert_refused(answered_yes(base, "train"), 2, file, "damaged", "auto_map")
 
 
-def test_a_value_of_a_wrong_type_in_a_tokenizer_config_is_no_traceback(base: Path) -> None:
+def test_a_value_of_a_wrong_type_in_a_tokenizer_config_is_refused(base: Path) -> None:
     change(base / "tokenizer_config.json", tokenizer_class=5)
     with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
         load_tokenizer(str(base))

@@ -19,7 +19,10 @@ FILES = ("adapter/adapter_model.safetensors", "checkpoints/step-000001/trained.s
 
 @contextmanager
 def full_disk(part: str) -> Iterator[None]:
-    """Files whose path matches the pattern `part` are written to a device that is full."""
+    """Make writing fail with "no space left" inside the block.
+
+    part: pattern of the paths that this affects; they are written to `/dev/full` instead.
+    """
     device = Path("/dev/full")
     if not device.exists():
         pytest.skip("this system has no /dev/full")

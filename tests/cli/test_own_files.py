@@ -15,7 +15,6 @@ from qlora_cli.jobs import quickstart
 from tests.helpers.cli_checks import file_contents
 from tests.helpers.cli_helpers import Outcome, qlora
 
-
 # report
 
 

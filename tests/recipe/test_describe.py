@@ -1,4 +1,4 @@
-"""The schema in words comes from the schema."""
+"""The described settings agree with the schema."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from qlora_cli.recipe.document import read_value
 from qlora_cli.recipe.schema import Recipe
 
 
-def test_every_setting_has_a_meaning_and_says_what_it_accepts() -> None:
+def test_every_setting_has_a_meaning_and_accepted_values() -> None:
     for setting in settings():
         assert setting.meaning, setting.key
         assert setting.accepts, setting.key
 
 
-def test_the_keys_are_those_of_the_settings() -> None:
+def test_the_keys_are_the_keys_of_the_settings() -> None:
     assert set(keys()) == {setting.key for setting in settings()}
     assert all(field_at(key) is not None for key in keys())
 
 
 @pytest.mark.parametrize("key", ["train", "nothing", "train.nothing", "nothing.lr", ""])
-def test_what_is_no_setting_has_no_field(key: str) -> None:
+def test_a_key_that_is_not_a_setting_has_no_field(key: str) -> None:
     assert field_at(key) is None
 
 
-def test_defaults_are_written_as_yaml_reads_them() -> None:
+def test_defaults_are_valid_yaml() -> None:
     recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"train": "y"}}).model_dump()
     for setting in settings():
         if setting.default is not None:
@@ -35,7 +35,7 @@ def test_defaults_are_written_as_yaml_reads_them() -> None:
             assert read_value(setting.default) == value, setting.key
 
 
-def test_the_json_schema_carries_the_meanings() -> None:
+def test_the_json_schema_contains_the_meanings() -> None:
     content = json_schema()
     described = {**content["$defs"], "Recipe": content}
     lr = described["Train"]["properties"]["lr"]

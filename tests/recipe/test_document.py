@@ -1,4 +1,4 @@
-"""YAML as a recipe reads it: version 1.2's scalars, and lines."""
+"""Reading YAML: the scalars of YAML 1.2, line numbers, duplicate keys, refused documents."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ from qlora_cli.recipe.document import DocumentError, read_document, read_value
         ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
     ],
 )
-def test_a_scalar_is_what_yaml_1_2_says(text: str, value: Any) -> None:
-    read = read_value(text)
-    assert read == value
-    assert type(read) is type(value)
+def test_a_scalar_is_read_as_yaml_1_2(text: str, value: Any) -> None:
+    result = read_value(text)
+    assert result == value
+    assert type(result) is type(value)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
-def test_every_number_that_python_writes_is_read_back(number: float) -> None:
+def test_every_float_that_python_writes_is_read_back(number: float) -> None:
     assert math.isclose(read_value(repr(number)), number, rel_tol=0, abs_tol=0)
 
 
-def test_lines_are_those_of_the_keys() -> None:
+def test_lines_are_the_lines_of_the_keys() -> None:
     document = read_document("# header\nmodel:\n  name: x\n\ntrain: {lr: 1,\n  seed: 2}\n")
     assert document.lines["model",] == 2
     assert document.lines["model", "name"] == 3
@@ -59,7 +59,7 @@ def test_lines_are_those_of_the_keys() -> None:
     assert document.lines["train", "seed"] == 6
 
 
-def test_a_key_written_twice_is_told_with_its_second_line() -> None:
+def test_a_duplicate_key_is_reported_with_its_second_line() -> None:
     document = read_document("train:\n  lr: 1\n  lr: 2\n")
     assert document.duplicates == [(("train", "lr"), 3)]
 
@@ -76,7 +76,7 @@ def test_a_key_written_twice_is_told_with_its_second_line() -> None:
         ("a: \x00", None),
     ],
 )
-def test_what_is_no_document_is_refused_with_its_line(text: str, line: int | None) -> None:
+def test_an_invalid_document_is_refused_with_its_line(text: str, line: int | None) -> None:
     with pytest.raises(DocumentError) as caught:
         read_document(text)
     assert caught.value.line == line

@@ -1,4 +1,4 @@
-"""Recipes: every problem at once, where it was written, in plain words."""
+"""Loading a recipe: values, defaults, and every problem at once with its place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GOOD = "model: {name: starter}\ndata: {train: rows.jsonl}\n"
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a recipe file."""
+    """Return a function that writes a recipe file."""
 
     def to_file(text: str) -> Path:
         path = tmp_path / "mine.yaml"
@@ -35,26 +35,26 @@ def problems(path: Path, *overrides: str) -> list[Problem]:
     return list(caught.value.problems)
 
 
-def only(path: Path, *overrides: str) -> Problem:
+def only_problem(path: Path, *overrides: str) -> Problem:
     (problem,) = problems(path, *overrides)
     return problem
 
 
-def test_the_least_recipe_has_the_defaults(write: Write) -> None:
+def test_a_minimal_recipe_has_the_defaults(write: Write) -> None:
     recipe = load_recipe(write(GOOD))
     assert (recipe.base.bits, recipe.adapter.targets, recipe.train.lr) == (4, ["q", "v"], 2e-4)
 
 
-def test_the_output_takes_the_name_of_the_file(write: Write) -> None:
+def test_the_output_contains_the_name_of_the_file(write: Write) -> None:
     assert load_recipe(write(GOOD)).output == "runs/mine"
 
 
-def test_numbers_are_read_as_yaml_1_2_and_whole_ones_pass_for_floats(write: Write) -> None:
+def test_numbers_are_read_as_yaml_1_2_and_integers_are_valid_floats(write: Write) -> None:
     recipe = load_recipe(write(GOOD + "train: {lr: 2e-4, max_grad_norm: 1, warmup: 0}\n"))
     assert (recipe.train.lr, recipe.train.max_grad_norm, recipe.train.warmup) == (2e-4, 1.0, 0.0)
 
 
-def test_an_empty_section_says_nothing(write: Write) -> None:
+def test_an_empty_section_is_a_missing_section(write: Write) -> None:
     assert load_recipe(write(GOOD + "train:\n")).train == load_recipe(write(GOOD)).train
 
 
@@ -86,13 +86,13 @@ def test_the_last_override_wins_over_earlier_ones_and_the_file(write: Write) -> 
     assert load_recipe(path, ["train.lr=2", "train.lr=3"]).train.lr == 3.0
 
 
-def test_an_empty_override_takes_a_setting_back(write: Write) -> None:
+def test_an_empty_override_resets_a_setting(write: Write) -> None:
     path = write(GOOD + "train: {epochs: 3}\n")
-    assert "leave one out" in only(path, "train.steps=5").what
+    assert "leave one out" in only_problem(path, "train.steps=5").what
     assert load_recipe(path, ["train.steps=5", "train.epochs="]).train.steps == 5
 
 
-def test_all_problems_are_told_at_once_and_where(write: Write) -> None:
+def test_all_problems_are_reported_at_once_with_their_places(write: Write) -> None:
     path = write(
         "model: {nme: x}\n"
         "base: {bits: 8, quant_type: nf4}\n"
@@ -122,23 +122,23 @@ def test_all_problems_are_told_at_once_and_where(write: Write) -> None:
     }
 
 
-def test_problems_hidden_behind_others_are_told_too(write: Write) -> None:
+def test_a_relation_is_checked_in_a_section_with_other_problems(write: Write) -> None:
     path = write(
         "model: {}\ndata: {train: x, bogus: 1}\ntrain: {epochs: 1, steps: 1, lrr: 1}\n"
         "adapter: {method: full}\n"
     )
-    told = " ".join(problem.what for problem in problems(path))
-    assert "steps and epochs" in told
+    text = " ".join(problem.what for problem in problems(path))
+    assert "steps and epochs" in text
 
 
-def test_a_relation_between_sections_shows_behind_an_unknown_key(write: Write) -> None:
-    told = [p.what for p in problems(write(GOOD + "adapter: {method: full}\nx: 1\n"))]
-    assert any("base.bits=16" in what for what in told)
+def test_a_relation_between_sections_is_checked_despite_an_unknown_key(write: Write) -> None:
+    found = problems(write(GOOD + "adapter: {method: full}\nx: 1\n"))
+    assert any("base.bits=16" in problem.what for problem in found)
 
 
-def test_a_relation_is_not_judged_by_defaults_that_the_user_did_not_mean(write: Write) -> None:
+def test_a_relation_is_not_checked_with_a_default_in_place_of_a_wrong_value(write: Write) -> None:
     path = write(GOOD + "base: {bits: sixteen}\nadapter: {method: full}\n")
-    assert only(path).where == f"{path}:3: base.bits"
+    assert only_problem(path).where == f"{path}:3: base.bits"
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_a_relation_is_not_judged_by_defaults_that_the_user_did_not_mean(write: 
         ),
     ],
 )
-def test_a_wrong_value_is_told_in_plain_words(
+def test_a_wrong_value_is_reported_with_the_accepted_values(
     write: Write, line: str, what: str, hint: str | None
 ) -> None:
     key = line.partition(":")[0]
     rest = "" if key == "data" else "data: {train: rows.jsonl}\n"
-    problem = only(write(f"model: {{name: starter}}\n{rest}{line}\n"))
+    problem = only_problem(write(f"model: {{name: starter}}\n{rest}{line}\n"))
     assert (problem.what, problem.hint) == (what, hint)
     assert "Input should" not in str(problem)
     assert "http" not in str(problem)
@@ -190,10 +190,10 @@ def test_a_wrong_value_is_told_in_plain_words(
         ("train.lr.x=1", "did you mean train.lr?"),
     ],
 )
-def test_an_unknown_setting_is_told_with_the_nearest(
+def test_an_unknown_setting_is_reported_with_the_most_similar_one(
     write: Write, override: str, hint: str
 ) -> None:
-    problem = only(write(GOOD), override)
+    problem = only_problem(write(GOOD), override)
     assert problem.where == f"override {override}"
     assert (problem.hint or "").startswith(hint)
 
@@ -206,8 +206,8 @@ def test_an_unknown_setting_is_told_with_the_nearest(
         ("data.seq_len=[1", "the value is not valid YAML"),
     ],
 )
-def test_an_override_that_says_nothing_is_refused(write: Write, override: str, what: str) -> None:
-    assert only(write(GOOD), override).what.startswith(what)
+def test_an_invalid_override_is_refused(write: Write, override: str, what: str) -> None:
+    assert only_problem(write(GOOD), override).what.startswith(what)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_dotted_key_in_a_file_is_one_problem(
     write: Write, text: str, line: int, key: str, hint: str
 ) -> None:
     path = write(text)
-    problem = only(path)
+    problem = only_problem(path)
     assert problem.where == f"{path}:{line}: {key}"
     assert problem.what == "a dotted key is not allowed in a recipe file"
     assert problem.hint == hint
@@ -251,7 +251,7 @@ def test_an_unknown_key_with_dots_is_an_unknown_setting(
     write: Write, line: str, key: str | None
 ) -> None:
     path = write(GOOD + line + "\n")
-    problem = only(path)
+    problem = only_problem(path)
     assert problem.where == f"{path}:3" + (f": {key}" if key else "")
     assert problem.what == "unknown setting"
 
@@ -268,51 +268,51 @@ def test_a_dotted_key_hides_no_other_problem(write: Write) -> None:
 
 
 @pytest.mark.timeout(20)
-def test_the_search_for_faults_ends_where_a_fault_stays(
+def test_the_search_for_errors_ends_if_an_error_cannot_be_removed(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load, "_remove_error", lambda *_: set())
-    assert only(write(GOOD + "x: 1\n")).what == "unknown setting"
+    assert only_problem(write(GOOD + "x: 1\n")).what == "unknown setting"
 
 
-def test_a_placeholder_that_stands_for_nothing_is_refused(write: Write) -> None:
-    assert "{nme} is an unknown placeholder" in only(write(GOOD), "output=runs/{nme}").what
+def test_an_unknown_placeholder_is_refused(write: Write) -> None:
+    assert "{nme} is an unknown placeholder" in only_problem(write(GOOD), "output=runs/{nme}").what
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n", "3\n"])
-def test_a_file_without_settings_is_no_recipe(write: Write, text: str) -> None:
-    assert "no settings" in only(write(text)).what
+def test_a_file_without_settings_is_refused(write: Write, text: str) -> None:
+    assert "no settings" in only_problem(write(text)).what
 
 
-def test_an_empty_file_lacks_what_must_be_given(write: Write) -> None:
+def test_an_empty_file_lacks_the_required_settings(write: Write) -> None:
     assert [p.what for p in problems(write(""))] == ["is missing", "is missing"]
 
 
-def test_broken_yaml_is_told_with_its_line(write: Write) -> None:
+def test_invalid_yaml_is_reported_with_its_line(write: Write) -> None:
     path = write("model: {name: x\ndata: [\n")
-    assert only(path).where.startswith(f"{path}:")
+    assert only_problem(path).where.startswith(f"{path}:")
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="not UTF-8"):
         load_recipe(path)
 
 
-def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a folder"):
         load_recipe(tmp_path)
 
 
-def test_a_missing_file_is_told_with_what_is_near(write: Write) -> None:
+def test_a_missing_file_is_reported_with_a_similar_one(write: Write) -> None:
     path = write(GOOD)
     with pytest.raises(UsageError) as caught:
         load_recipe(path.with_name("mien.yaml"))
     assert str(path) in (caught.value.hint or "")
 
 
-def test_a_missing_file_without_neighbours_names_the_shipped_recipes(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_the_shipped_recipes(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe(tmp_path / "qqqqqqqq")
     assert all(name in (caught.value.hint or "") for name in shipped_recipes())
