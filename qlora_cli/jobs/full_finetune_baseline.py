@@ -1,8 +1,8 @@
-"""`qlora report --measure-before`: full fine-tuning measured on a run's own data.
+"""`qlora report --measure-before`: measures full fine-tuning on a run's own data.
 
-The steps at which the run's memory peaks are gone with every weight trained, in a process of their
-own (`python -m qlora_cli.jobs.full_finetune_baseline RUN ANSWER`): it begins with nothing in memory, and whatever
-becomes of it, the run's files are as they were.
+The run's steps with the highest memory are trained again with full fine-tuning. This happens in a
+new process (`python -m qlora_cli.jobs.full_finetune_baseline RUN RESULT_FILE`), which starts with
+empty memory and does not change the run's files, whether it succeeds or fails.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ _NOT_MEASURED = "Full fine-tuning was not measured: "
 
 
 def measure(run: Path, *, observer: Observer) -> None:
-    """Puts the measured side into the run's memory.json, and the planned peak beside it.
+    """Measure full fine-tuning and write the result into the run's memory.json.
 
-    Where full fine-tuning does not fit, its side stays as it was and a note says why. Raises
-    UsageError where the run has no ledger or is full fine-tuning itself, QloraError where the
-    steps fail for another reason.
+    The planned peak is kept next to the measured one. If full fine-tuning does not fit, its planned
+    peak stays and a note with the reason is added. Raises UsageError if the run has no ledger or is
+    full fine-tuning itself, and QloraError if the steps fail for another reason.
     """
     source = Run(run)
     ledger = report.ledger_of(source)
     if ledger.after.method == "full":
         raise UsageError(f"{run} is full fine-tuning itself; there is nothing to compare it with")
-    observer.note("measuring steps of full fine-tuning in a fresh process")
-    answer = _in_fresh_process(run)
-    if "failed" in answer:
-        kind = UsageError if answer["exit_code"] == InputError.exit_code else QloraError
-        raise kind(answer["failed"])
+    observer.note("measuring steps of full fine-tuning in a new process")
+    result = _run_in_new_process(run)
+    if "failed" in result:
+        error_class = UsageError if result["exit_code"] == InputError.exit_code else QloraError
+        raise error_class(result["failed"])
     notes = tuple(note for note in ledger.notes if not note.startswith(_NOT_MEASURED))
-    if "does_not_fit" in answer:
-        told = f"{_NOT_MEASURED}{answer['does_not_fit']}."
-        observer.note(told)
-        ledger = replace(ledger, notes=(*notes, told))
+    if "does_not_fit" in result:
+        note = f"{_NOT_MEASURED}{result['does_not_fit']}."
+        observer.note(note)
+        ledger = replace(ledger, notes=(*notes, note))
     else:
-        phases = tuple(Phase(**phase) for phase in answer["phases"])
+        phases = tuple(Phase(**phase) for phase in result["phases"])
         measured = method_peak(full_fine_tuning(source.recipe), phases, "measured")
         planned = _planned_bytes(ledger)
         ledger = replace(ledger, before=measured, before_planned_bytes=planned, notes=notes)
@@ -72,64 +72,73 @@ def _planned_bytes(ledger: Ledger) -> int:
     return ledger.before_planned_bytes or ledger.before.peak_bytes
 
 
-def _in_fresh_process(run: Path) -> dict[str, Any]:
-    """`phases`, or `does_not_fit` with the reason, or `failed` with it and an `exit_code`."""
+def _run_in_new_process(run: Path) -> dict[str, Any]:
+    """Measure in a new process and return its result.
+
+    The result has the key `phases`, or `does_not_fit` with the reason, or `failed` with the reason
+    and `exit_code`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "answer.json")
+        file = Path(folder, "result.json")
         command = [sys.executable, "-m", __name__, str(run), str(file)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if file.is_file():
-            answer: dict[str, Any] = json.loads(file.read_text())
-            return answer
+            result: dict[str, Any] = json.loads(file.read_text())
+            return result
     if done.returncode < 0:
-        killed = f"its process was ended by signal {-done.returncode}, as the system does when "
-        return {"does_not_fit": f"{killed}memory runs out"}
-    last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-    return {"failed": f"full fine-tuning could not be measured: {last}", "exit_code": 1}
+        reason = f"its process was ended by signal {-done.returncode}, probably for lack of memory"
+        return {"does_not_fit": reason}
+    last_line = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return {"failed": f"full fine-tuning could not be measured: {last_line}", "exit_code": 1}
 
 
-def main(run: Path, answer: Path) -> None:
-    """In the fresh process: measures and writes the answer; foreign errors end it."""
+def main(run: Path, result_file: Path) -> None:
+    """Measure and write the result file; the entry point of the new process.
+
+    Errors other than QloraError and out of memory end the process.
+    """
     try:
-        content: dict[str, Any] = {"phases": [asdict(phase) for phase in _phases(run)]}
-    except (DoesNotFit, RuntimeError) as fault:
-        if isinstance(fault, RuntimeError) and not _out_of_memory(fault):
+        content: dict[str, Any] = {"phases": [asdict(phase) for phase in _measure_phases(run)]}
+    except (DoesNotFit, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
-        content = {"does_not_fit": str(fault).splitlines()[0]}
-    except QloraError as fault:
-        content = {"failed": str(fault), "exit_code": fault.exit_code}
-    write_json(answer, content)
+        content = {"does_not_fit": str(error).splitlines()[0]}
+    except QloraError as error:
+        content = {"failed": str(error), "exit_code": error.exit_code}
+    write_json(result_file, content)
 
 
-def _out_of_memory(fault: RuntimeError) -> bool:
-    """torch has a class for a full card, and only words for a full host."""
-    return isinstance(fault, torch.OutOfMemoryError) or "can't allocate memory" in str(fault)
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether the GPU or the CPU is out of memory; for the CPU torch has only a message."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _phases(run: Path) -> tuple[Phase, ...]:
-    """Loads, and goes the run's own steps at which memory peaks.
+def _measure_phases(run: Path) -> tuple[Phase, ...]:
+    """Load the model, train the run's steps with the highest memory and return the phases.
 
-    Raises DoesNotFit before anything is loaded where the plan needs more than is free.
+    Raises DoesNotFit, before anything is loaded, if the plan needs more than the free memory.
     """
     source = Run(run)
-    ledger, facts = report.ledger_of(source), inspect_device()
-    if ledger.device != Device(facts.kind, facts.name, facts.capacity_bytes):
-        raise UsageError(f"the run was made on {ledger.device.name}, and this is {facts.name}")
+    ledger, profile = report.ledger_of(source), inspect_device()
+    if ledger.device != Device(profile.kind, profile.name, profile.capacity_bytes):
+        raise UsageError(
+            f"the run was trained on {ledger.device.name}, but this machine has {profile.name}"
+        )
     recipe = full_fine_tuning(source.recipe)
-    job = read_job(prepare(recipe, facts))
-    device = setup_device(facts, recipe.train.seed)
+    job = read_job(prepare(recipe, profile))
+    device = setup_device(profile, recipe.train.seed)
     free = available_bytes(device)
     if _planned_bytes(ledger) > free:
         raise DoesNotFit(
-            f"it needs {format_bytes(_planned_bytes(ledger))} as planned, and {format_bytes(free)} "
-            f"of {facts.name} are free"
+            f"the plan needs {format_bytes(_planned_bytes(ledger))}, and {profile.name} has "
+            f"{format_bytes(free)} free"
         )
-    instrument = Instrument(device, facts)
+    instrument = Instrument(device, profile)
     state = train.load(job.prepared, device, instrument, Silent())
     steps = sorted(peak_steps(job.schedule, range(job.steps)))
     first, later = STEP_PHASES
     with track_gradients(state.trainable.values(), instrument.tracker):
-        # Adam's states are there in later steps only, so the first one is gone once more.
+        # Adam's states exist only in later steps, so the first measured step is repeated as one.
         for name, step in ((first, steps[0]), *((later, step) for step in steps)):
             with instrument.phase(name):
                 train_step(state, job.schedule.step_batches(step), recipe.train.lr)

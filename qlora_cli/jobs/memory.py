@@ -1,7 +1,7 @@
-"""What a training job leaves about its memory: memory.json and timeline.json.
+"""Writes a training job's memory files, memory.json and timeline.json.
 
-Both are written at each checkpoint and at the end, so that a run that was stopped can be reported,
-and a process that resumes it takes over what the earlier one measured.
+Both are written at each checkpoint and at the end. So a stopped run can be reported, and a process
+that resumes the run continues with the measurements of the earlier one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qlora_cli.memory.ledger import (
     larger_of_each,
     peak_phase,
 )
-from qlora_cli.memory.timeline import PhaseTrace
+from qlora_cli.memory.timeline import PhaseTrace, timeline_content
 from qlora_cli.plan.dry_run import method_peak
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.methods import full_fine_tuning
@@ -34,7 +34,11 @@ from qlora_cli.train.loop import Progress
 
 @dataclass(frozen=True)
 class Earlier:
-    """What another process measured of the same run. step: after which this process goes on."""
+    """The measurements of an earlier process of the same run.
+
+    step: the optimizer step after which this process resumes. damage: the error if the earlier
+    files are damaged; then `ledger` and `traces` are empty.
+    """
 
     step: int
     ledger: Ledger | None = None
@@ -43,85 +47,96 @@ class Earlier:
 
     @classmethod
     def of(cls, run: RunFolder, step: int) -> Earlier:
-        """A damaged file is left out, and said to be: a report is no reason not to train."""
+        """Read the earlier measurements of a run.
+
+        A damaged file does not stop training; it is left out and reported in the ledger's notes.
+        """
         try:
             return cls(step, read_ledger(run), read_timeline(run))
-        except UsageError as fault:
-            return cls(step, damage=str(fault).splitlines()[0])
+        except UsageError as error:
+            return cls(step, damage=str(error).splitlines()[0])
 
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """One process's view of a job's memory. earlier: None in a run's first process."""
+    """The memory measurements of one process of a job.
+
+    plan: the plan of this job. baseline_plan: the plan of full fine-tuning on the same batches.
+    earlier: the measurements of an earlier process; None in the first process of a run.
+    """
 
     job: TrainingJob
-    planned: MemoryPlan
-    before: MemoryPlan
+    plan: MemoryPlan
+    baseline_plan: MemoryPlan
     instrument: Instrument
     earlier: Earlier | None
 
     def write(self, progress: Progress) -> Ledger:
-        """Writes both files, each whole. Raises QloraError where the disk refuses."""
+        """Write both files and return the ledger. Raises QloraError if writing fails."""
         run, ledger = self.job.run, self._ledger(progress)
-        known = self.earlier.traces if self.earlier else ()
-        traces = [s.to_dict() for s in (*known, *self.instrument.timeline.traces)]
+        earlier_traces = self.earlier.traces if self.earlier else ()
+        timeline = timeline_content([*earlier_traces, *self.instrument.timeline.traces])
         with report_write_errors("the memory report", run.memory_json, hint=RESUME_HINT):
-            write_json(run.timeline_json, {"stretches": traces})
+            write_json(run.timeline_json, timeline)
             write_json(run.memory_json, ledger.to_dict())
         return ledger
 
     def _ledger(self, progress: Progress) -> Ledger:
-        recipe, facts = self.job.prepared.recipe, self.job.prepared.profile
-        device = Device(facts.kind, facts.name, facts.capacity_bytes)
-        known = self._known(device)
+        recipe, profile = self.job.prepared.recipe, self.job.prepared.profile
+        device = Device(profile.kind, profile.name, profile.capacity_bytes)
+        known = self._earlier_ledger(device)
         phases = self.instrument.phases
         if known is not None:
             phases = larger_of_each(known.phases, phases)
-        stepped = _has_step(phases)
-        before, before_planned_bytes = self._before(known)
+        has_step = _has_step(phases)
+        before, before_planned_bytes = self._baseline(known)
         allocator = self.instrument.allocator()
         return Ledger(
             device=device,
             phases=phases,
             before=before,
             after=method_peak(recipe, phases, "measured")
-            if stepped
-            else method_peak(recipe, self.planned.phases, "planned"),
-            planned_peak_bytes=self.planned.peak_bytes,
-            measured_peak_bytes=peak_phase(phases).peak_bytes if stepped else 0,
+            if has_step
+            else method_peak(recipe, self.plan.phases, "planned"),
+            planned_peak_bytes=self.plan.peak_bytes,
+            measured_peak_bytes=peak_phase(phases).peak_bytes if has_step else 0,
             allocator=allocator if known is None else allocator.larger_of_each(known.allocator),
             instrument=self.instrument.describe(),
             before_planned_bytes=before_planned_bytes,
-            floor_bytes=self.planned.floor_bytes,
+            floor_bytes=self.plan.floor_bytes,
             instrument_cost=_cost(progress, self.instrument),
-            notes=tuple(self._notes(known, stepped)),
+            notes=tuple(self._notes(known, has_step)),
         )
 
-    def _known(self, device: Device) -> Ledger | None:
-        """What an earlier process measured, if on the same device."""
+    def _earlier_ledger(self, device: Device) -> Ledger | None:
+        """Return the ledger of an earlier process if it ran on the same device."""
         ledger = self.earlier.ledger if self.earlier else None
         return ledger if ledger is not None and ledger.device == device else None
 
-    def _before(self, known: Ledger | None) -> tuple[MethodPeak, int]:
-        """(full fine-tuning, its planned peak where it was measured in the meantime)."""
+    def _baseline(self, known: Ledger | None) -> tuple[MethodPeak, int]:
+        """Return the peak of full fine-tuning, and its planned peak if the first was measured.
+
+        The second value is 0 if full fine-tuning was not measured.
+        """
         if known is not None and known.before.source == "measured":
-            return known.before, self.before.peak_bytes
+            return known.before, self.baseline_plan.peak_bytes
         return method_peak(
-            full_fine_tuning(self.job.prepared.recipe), self.before.phases, "planned"
+            full_fine_tuning(self.job.prepared.recipe), self.baseline_plan.phases, "planned"
         ), 0
 
-    def _notes(self, known: Ledger | None, stepped: bool) -> list[str]:
+    def _notes(self, known: Ledger | None, has_step: bool) -> list[str]:
+        """Return the ledger's notes. known: the ledger of an earlier process on this device."""
         notes = []
         if self.earlier is not None:
-            taken = (
-                "phases show the worse of this process and of those before it"
+            scope = (
+                "each phase shows the highest peak of all processes of the run"
                 if known is not None
-                else "what earlier processes measured is not known"
+                else "the measurements of earlier processes are not available"
             )
-            notes.append(f"The run was resumed after step {self.earlier.step}; {taken}.")
+            notes.append(f"The run was resumed after step {self.earlier.step}; {scope}.")
             if self.earlier.damage:
-                notes.append(f"Left out: {self.earlier.damage}.")
-        if not stepped:
+                notes.append(f"A file of an earlier process was ignored: {self.earlier.damage}.")
+        if not has_step:
             notes.append("No training step was measured; `after` is the plan.")
         return notes
 
@@ -131,6 +146,7 @@ def _has_step(phases: tuple[Phase, ...]) -> bool:
 
 
 def _cost(progress: Progress, instrument: Instrument) -> InstrumentCost:
+    """Return the cost of measuring; plain steps are scaled to the tokens of a tracked step."""
     tracked, plain = progress.tracked, progress.plain
     tokens = tracked.tokens / tracked.steps if tracked.steps else 0.0
     return InstrumentCost(

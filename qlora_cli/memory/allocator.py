@@ -1,10 +1,11 @@
 """A model of torch's CUDA caching allocator: blocks, segments, rounding, splitting, the limit.
 
-Why it is needed: "allocated" counts whole blocks, and a large block is not split where less than
-1 MiB would be left; "reserved" counts segments, which a sequence of sizes can tear to pieces. A sum
-of tensors is up to 3 % below the one and says nothing of the other, so that it promises sequences
-5 to 18 % longer than a card can take. Replaying the real allocator's events gives its figures
-exactly (tools/validation/plan_vs_run.py).
+A sum of tensor sizes is not enough to plan a GPU job. "allocated" counts complete blocks, and a
+large block is not split if less than 1 MiB would remain. "reserved" counts segments, which a
+sequence of allocations can fragment. A sum of tensors is up to 3 % below "allocated" and does not
+determine "reserved", so it would promise sequences that are 5 to 18 % longer than the GPU can hold.
+Replaying the real allocator's events with this model gives the real allocator's figures exactly
+(tools/validation/plan_vs_run.py).
 
 Source: c10/cuda/CUDACachingAllocator.cpp, without expandable segments, one stream.
 """
@@ -20,23 +21,24 @@ from qlora_cli.units import MIB
 GRANULARITY = 512
 """Sizes are rounded up to a multiple of this."""
 _SMALL = MIB
-"""Up to here a request is served from the pool of small blocks."""
+"""Largest request, in bytes, that is served from the pool of small blocks."""
 _SMALL_SEGMENT = 2 * MIB
 _LARGE_SEGMENT = 20 * MIB
-"""A segment for requests below `_OWN_SEGMENT`; larger ones get their own, rounded to 2 MiB."""
+"""Segment size for requests below `_OWN_SEGMENT`. A larger request gets a segment of its own size,
+rounded up to 2 MiB."""
 _OWN_SEGMENT = 10 * MIB
 _ROUND_SEGMENT = 2 * MIB
-_KEPT_WHOLE = MIB
-"""A large block is split only where more than this is left over."""
+_MIN_REMAINDER = MIB
+"""A large block is split only if more than this remains."""
 
 
 class OutOfMemory(Exception):
-    """The limit is reached, and giving back unused segments did not help."""
+    """Raised if the limit is reached although all unused segments were returned to the device."""
 
 
 @dataclass(eq=False, slots=True)
 class _Block:
-    """A piece of a segment. before, after: its neighbours in the segment."""
+    """A part of a segment. before, after: the adjacent blocks of the same segment."""
 
     address: int
     size: int
@@ -47,7 +49,10 @@ class _Block:
 
 
 class CachingAllocator:
-    """Hands out blocks by key. limit: of reserved bytes; None for no limit."""
+    """Assigns blocks to storages by key.
+
+    limit: highest number of reserved bytes; None for no limit.
+    """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
@@ -58,23 +63,26 @@ class CachingAllocator:
         self._next_address = 0
 
     def allocate(self, key: Hashable, num_bytes: int) -> int:
-        """Bytes of the block that the request gets. Raises OutOfMemory."""
+        """Return the size in bytes of the block that the request receives.
+
+        Raises OutOfMemory if a new segment would exceed the limit.
+        """
         if not num_bytes:
             return 0
         size = -(-num_bytes // GRANULARITY) * GRANULARITY
         small = size <= _SMALL
         block = self._find(size, small) or self._new_segment(size, small)
-        left = block.size - size
-        if left >= GRANULARITY if small else left > _KEPT_WHOLE:
+        remainder = block.size - size
+        if remainder >= GRANULARITY if small else remainder > _MIN_REMAINDER:
             self._split(block, size)
         block.free = False
         self._blocks[key] = block
         return block.size
 
     def free(self, key: Hashable) -> None:
-        """The block is joined with its free neighbours and kept for later requests."""
+        """Join the block with its free neighbours and keep it for later requests."""
         block = self._blocks.pop(key, None)
-        if block is None:  # Nothing was asked for.
+        if block is None:  # The storage was empty.
             return
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free:
@@ -84,19 +92,22 @@ class CachingAllocator:
         insort(self._pools[block.small], (block.size, block.address, block))
 
     def release_cache(self) -> None:
-        """Whole free segments go back to the device: `torch.cuda.empty_cache`."""
+        """Return segments without a used block to the device, as `torch.cuda.empty_cache` does."""
         for small, pool in self._pools.items():
-            whole = [item for item in pool if item[2].before is None and item[2].after is None]
-            self.reserved_bytes -= sum(size for size, _, _ in whole)
-            gone = {id(block) for _, _, block in whole}
-            self._pools[small] = [item for item in pool if id(item[2]) not in gone]
+            unused = [item for item in pool if item[2].before is None and item[2].after is None]
+            self.reserved_bytes -= sum(size for size, _, _ in unused)
+            removed = {id(block) for _, _, block in unused}
+            self._pools[small] = [item for item in pool if id(item[2]) not in removed]
 
     def reset_peak(self) -> None:
-        """The peak counts from now."""
+        """Start a new peak at the bytes that are reserved now."""
         self.peak_reserved_bytes = self.reserved_bytes
 
     def _find(self, size: int, small: bool) -> _Block | None:
-        """The smallest free block that is large enough; of equal ones the lowest address."""
+        """Return the smallest free block that is large enough, or None.
+
+        Of several blocks of that size it is the one with the lowest address.
+        """
         pool = self._pools[small]
         index = bisect_left(pool, (size, -1))
         return pool.pop(index)[2] if index < len(pool) else None
@@ -135,9 +146,9 @@ def _segment_bytes(size: int, small: bool) -> int:
     return -(-size // _ROUND_SEGMENT) * _ROUND_SEGMENT
 
 
-def _joined(one: _Block, other: _Block) -> _Block:
-    """Two neighbours as one block."""
-    first, second = (one, other) if one.address < other.address else (other, one)
+def _joined(block: _Block, neighbour: _Block) -> _Block:
+    """Return two adjacent blocks as one."""
+    first, second = sorted((block, neighbour), key=lambda part: part.address)
     first.size += second.size
     first.after = second.after
     if second.after is not None:

@@ -1,8 +1,8 @@
 """Counts living bytes by category and stores each phase's peak.
 
 The events come from the tracker of a real job or from the planner's recording. With a model of the
-CUDA caching allocator (`allocator.py`) a storage costs the whole block that the allocator assigns to
-it, as in torch's `memory_allocated`. Without one it costs its own bytes.
+CUDA caching allocator (`allocator.py`) a storage costs the whole block that the allocator assigns
+to it, as in torch's `memory_allocated`. Without one it costs its own bytes.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ class Counter:
         self._update_timeline()
 
     def recategorize(self, key: Hashable, category: str) -> None:
-        """Count a living storage under `category` from now on; an earlier peak keeps the old one."""
+        """Count a living storage under `category` from now on.
+
+        A peak that was reached before keeps the old category.
+        """
         self._save_composition()
         num_bytes, old_category = self._storages[key]
         self._storages[key] = (num_bytes, category)

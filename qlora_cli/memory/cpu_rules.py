@@ -1,8 +1,9 @@
-"""What CPU kernels allocate inside themselves, where no dispatch mode can see it.
+"""Rules for the memory that CPU kernels allocate inside themselves.
 
-Found with torch's profiler, which sees every allocation, and checked against it (tests/plan). On
-CUDA element-wise kernels cast in registers and need none of these. A rule is left out where its
-bytes are bounded by a constant (a thread's buffers in attention, a few hundred KiB).
+A dispatch mode cannot observe this memory. The rules were derived from the records of torch's
+profiler, which contain every allocation, and are checked against it in tests/plan. CUDA's
+element-wise kernels cast in registers and need none of them. There is no rule for memory that a
+constant bounds, such as a thread's buffers in attention (a few hundred KiB).
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from torch import Tensor
 
 from qlora_cli.memory.tracker import KernelRules, TemporaryRule
 
-_HELD_BY_QUANTIZATION = {
+_QUANTIZATION_BYTES = {
     ("nf4", 4): 9.5,
     ("nf4", 2): 13.5,
     ("fp4", 4): 23.5,
     ("fp4", 2): 27.5,
 }
-"""(quant_type, bytes of a weight) -> bytes that bitsandbytes' quantize_4bit holds inside for each
-weight, beside its output."""
+"""(quant_type, bytes of one value) -> bytes of temporary memory that bitsandbytes' quantize_4bit
+needs per value, in addition to its output."""
 
 
 def _mixed_dtypes(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Sequence[int]:
-    """An element-wise operation casts whole operands and its output to the common dtype."""
+    """Return the bytes of the casts of an element-wise operation with mixed dtypes.
+
+    The kernel casts complete operands and its output to the common dtype.
+    """
     operands = [arg for arg in args[:2] if isinstance(arg, Tensor) and arg.dim() > 0]
     if len(operands) < 2:
         return ()
@@ -42,7 +46,7 @@ def _cast(operands: Sequence[Tensor], output: Tensor, common: torch.dtype) -> It
 
 def _quantize_4bit(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Sequence[int]:
     weight, quant_type = args[0], args[2]
-    return (int(weight.numel() * _HELD_BY_QUANTIZATION[quant_type, weight.element_size()]),)
+    return (int(weight.numel() * _QUANTIZATION_BYTES[quant_type, weight.element_size()]),)
 
 
 _ON_CPU: Mapping[str, TemporaryRule] = {
@@ -54,6 +58,6 @@ _ON_CPU: Mapping[str, TemporaryRule] = {
     **{f"aten::{name}_.Tensor": _mixed_dtypes for name in ("add", "sub", "mul", "div")},
     "bitsandbytes::quantize_4bit": _quantize_4bit,
 }
-"""By the operation's name, so that bitsandbytes need not be imported to state a rule."""
+"""Operation name -> rule. With names, bitsandbytes need not be imported here."""
 
 CPU_RULES = KernelRules(_ON_CPU)

@@ -1,8 +1,9 @@
-"""What CUDA kernels allocate inside themselves, where no dispatch mode can see it.
+"""Rules for the memory that CUDA kernels allocate inside themselves.
 
-Read in the sources of PyTorch and FlashAttention and checked against the real caching allocator
-(tools/validation/plan_vs_run.py). All of it goes through torch's allocator; what libraries take from the
-driver themselves does not and is no part of a plan.
+A dispatch mode cannot observe this memory. The rules were derived from the sources of PyTorch and
+FlashAttention and are checked against the real caching allocator (tools/validation/plan_vs_run.py).
+They cover memory from torch's allocator. Memory that libraries take from the driver directly is not
+part of a plan.
 
 Letters: H heads, G key/value heads, D head size, T tokens of all rows, R rows.
 """
@@ -19,11 +20,11 @@ from qlora_cli.memory.tracker import KernelRules
 from qlora_cli.units import MIB
 
 _WORKSPACE = 2 * 4 * MIB + 8 * 16 * 1024
-"""cuBLAS' default `CUBLAS_WORKSPACE_CONFIG`, :4096:2:16:8, in bytes."""
+"""Bytes of cuBLAS' default `CUBLAS_WORKSPACE_CONFIG`, :4096:2:16:8."""
 _WORKSPACE_HOPPER = 32 * MIB
 _HOPPER = (9, 0)
 _NORM_CHUNK = 65536
-"""Elements that one block of `_foreach_norm` adds up."""
+"""Elements that one thread block of `_foreach_norm` sums."""
 
 
 def cuda_rules(profile: DeviceProfile) -> KernelRules:
@@ -39,7 +40,11 @@ def cuda_rules(profile: DeviceProfile) -> KernelRules:
 
 
 def _flash_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Sequence[int]:
-    """softmax_d (H, T') and dq in float32, T' = T + 128 R; dk, dv for all heads where grouped."""
+    """Return the temporaries of FlashAttention's backward pass, in bytes.
+
+    They are softmax_d (H, T') and dq (T', H, D), both float32, with T' = T + 128 R. With grouped
+    heads (G < H), dk and dv are allocated for all H heads.
+    """
     query, key, offsets = args[1], args[2], args[6]
     tokens, heads, size = query.shape
     padded = tokens + 128 * (offsets.shape[0] - 1)
@@ -55,7 +60,10 @@ def _rounded_head(size: int) -> int:
 
 
 def _foreach_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Sequence[int]:
-    """One partial sum a chunk, for as many chunks as the largest tensor has, of each tensor."""
+    """Return the bytes of the partial sums of `_foreach_norm`.
+
+    Every tensor gets one float32 per chunk, for as many chunks as the largest tensor has.
+    """
     tensors: Sequence[Tensor] = args[0]
     chunks = max(-(-tensor.numel() // _NORM_CHUNK) for tensor in tensors)
     return (len(tensors) * chunks * 4,)

@@ -1,4 +1,4 @@
-"""The device the job runs on: what it is, what its own counters say. Reads, never decides."""
+"""Reads the properties and the memory counters of the device that the job runs on."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ def profile_of(device: torch.device) -> DeviceProfile:
 
 
 def reset_peak(device: torch.device) -> None:
-    """The allocator's peaks count from now; nothing to do on a CPU."""
+    """Start new peaks of the caching allocator's counters. Does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def read_allocator(device: torch.device) -> Allocator:
-    """The caching allocator's peaks and the driver's figure now, in bytes; zeros on a CPU."""
+    """Return the caching allocator's peaks since `reset_peak` and the driver's used memory.
+
+    All are in bytes; on a CPU all are zero.
+    """
     if device.type != "cuda":
         return Allocator()
     free, total = torch.cuda.mem_get_info(device)
@@ -54,7 +57,10 @@ def read_allocator(device: torch.device) -> Allocator:
 
 
 def live_and_peak(device: torch.device) -> tuple[int, int]:
-    """Bytes in use now and at most: of the card, or of this process on a CPU (its resident set)."""
+    """Return (bytes in use now, peak bytes).
+
+    On a GPU these are the caching allocator's counters, on a CPU the process' resident memory.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

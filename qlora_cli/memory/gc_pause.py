@@ -1,4 +1,4 @@
-"""Python's own collector, which looks through all objects to free cycles among them."""
+"""A pause of Python's garbage collection, which scans all objects to free reference cycles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """It does not run inside; behind it, it is as it was."""
+    """Disable garbage collection inside the block, and restore its earlier setting afterwards."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,7 @@
-"""How much memory is left, for a model that may be held where it fits and streamed where not."""
+"""Free memory of the CPU and the GPU.
+
+It decides whether a model is loaded completely or streamed one module at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,21 @@ from pathlib import Path
 import torch
 
 _SHARE = 0.8
-"""Of what is left: the rest is for activations and for other programs."""
+"""Share of the free memory that a model may use. The rest is for activations and other programs."""
 _LIMITS = {resource.RLIMIT_AS: "VmSize", resource.RLIMIT_DATA: "VmData"}
-"""The operating system's limits on a process, and what of it counts towards each."""
+"""Limit of the operating system on a process -> the entry of /proc/self/status that it limits."""
 _GROUP = Path("/sys/fs/cgroup")
 """The control group of this process; in a container its root, with the container's limit."""
 _M_MMAP_THRESHOLD = -3
 _OWN_PAGES_BYTES = 2**20
 
 
-def give_back_freed() -> None:
-    """From now on the process returns every tensor's memory to the system when the tensor dies.
+def return_freed_memory() -> None:
+    """Make the process return the memory of every freed tensor to the system at once.
 
-    glibc keeps freed blocks of up to 32 MiB, once it has seen such, in a heap that only shrinks
-    from its end; tensors that come and go in all sizes leave it full of holes. Measured on merging
-    1.5 GB with `--base auto`: 1268 MiB resident at most without this, 733 MiB with it.
+    By default glibc keeps freed blocks of up to 32 MiB in a heap that only shrinks at its end.
+    Tensors of many sizes fragment this heap. Measured while merging 1.5 GB with `--base auto`: peak
+    resident memory was 1268 MiB without this setting and 733 MiB with it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -46,8 +49,8 @@ def host_capacity_bytes() -> int:
 def available_bytes(device: torch.device) -> int:
     """Return the bytes that this process can still allocate on `device`.
 
-    On a GPU: what the driver reports as free. On the CPU: the smallest of what is left of the
-    machine's memory, of the container's limit and of the process' own limits (`ulimit -v`, `-d`).
+    On a GPU: the memory that the driver reports as free. On the CPU: the smallest remainder of the
+    machine's memory, the container's limit and the process' own limits (`ulimit -v`, `-d`).
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -78,7 +81,7 @@ def _container_usage() -> int:
 
 
 def _kibibytes(file: Path) -> dict[str, int]:
-    """The kernel's `Name:  1234 kB` lines, in bytes."""
+    """Return the values of the kernel's `Name:  1234 kB` lines, in bytes."""
     words = [line.split() for line in file.read_text().splitlines()]
     return {
         line[0].removesuffix(":"): int(line[1]) * 1024

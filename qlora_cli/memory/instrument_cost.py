@@ -1,4 +1,4 @@
-"""How many bytes the instrument's own records take on the host."""
+"""The host memory that the instrument's own records use."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from weakref import ReferenceType
 
 _LEAVES = (int, float, str)
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque, array, ReferenceType, CellType)
-_ROOM = __name__.rpartition(".")[0]
+_PACKAGE = __name__.rpartition(".")[0]
 
 
 def record_bytes(*roots: Any) -> int:
-    """Of these objects and all records that they are made of, each counted once.
+    """Return the size in bytes of these objects and all records they refer to, each counted once.
 
-    Records are numbers, text, containers, closures and objects of this room. What they watch
-    (tensors, modules, the device) is not followed and not counted.
+    Records are numbers, text, containers, closures and objects of classes of `qlora_cli.memory`.
+    Other objects that they refer to (tensors, modules, the device) are not counted.
     """
-    seen: dict[int, Any] = {}
+    counted: dict[int, Any] = {}
     waiting = list(roots)
     while waiting:
-        one = waiting.pop()
-        if id(one) not in seen and _is_record(one):
-            seen[id(one)] = one
-            waiting += _held_by(one)
-    return sum(map(sys.getsizeof, seen.values()))
+        value = waiting.pop()
+        if id(value) not in counted and _is_record(value):
+            counted[id(value)] = value
+            waiting += _references(value)
+    return sum(map(sys.getsizeof, counted.values()))
 
 
-def _is_record(one: Any) -> bool:
-    if isinstance(one, type):
+def _is_record(value: Any) -> bool:
+    if isinstance(value, type):
         return False
-    return isinstance(one, (*_LEAVES, *_CONTAINERS, FunctionType)) or (
-        type(one).__module__.startswith(_ROOM)
+    return isinstance(value, (*_LEAVES, *_CONTAINERS, FunctionType)) or (
+        type(value).__module__.startswith(_PACKAGE)
     )
 
 
-def _held_by(one: Any) -> list[Any]:
-    if isinstance(one, FunctionType):
-        return list(one.__closure__ or ())  # Its globals are the program, not a record.
-    return [] if isinstance(one, _LEAVES) else gc.get_referents(one)
+def _references(value: Any) -> list[Any]:
+    if isinstance(value, FunctionType):
+        return list(value.__closure__ or ())  # The globals of a function belong to the program.
+    return [] if isinstance(value, _LEAVES) else gc.get_referents(value)

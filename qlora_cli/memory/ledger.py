@@ -1,8 +1,9 @@
 """The ledger: how a job's memory is distributed over categories, as pure data.
 
-`Ledger.to_dict` is the content of `memory.json` and part of `qlora plan --json`. The categories of a
-phase (`at_peak`) always add up to its `peak_bytes`. A `Phase` whose categories do not add up raises
-AssertionError when it is created, because a table with missing bytes would mislead the reader.
+`Ledger.to_dict` is the content of `memory.json` and part of `qlora plan --json`. The categories of
+a phase (`at_peak`) always add up to its `peak_bytes`. A `Phase` whose categories do not add up
+raises AssertionError when it is created, because a table with missing bytes would mislead the
+reader.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What single operations do to storages, as the tracker has to know it.
+"""Properties of single operations that the tracker needs and that their outputs do not show.
 
-Apart from what they return: which tensor an output was made of, which operations only write into
-what is there, and which addition the autograd engine does in place when no tracker listens.
+These are: the input from which an output was computed, the operations that only write into an
+existing tensor, and the addition that the autograd engine performs in place if no tracker is
+active.
 """
 
 from __future__ import annotations
@@ -21,44 +22,49 @@ _WRITES_ONLY = frozenset(
         *("exp_", "rsqrt_", "round_", "clamp_min_", "index_fill_.int_Scalar", "copy_"),
     )
 )
-"""What these do to an imagined tensor is nothing; torch takes half a millisecond to find out."""
+"""In-place operations. They have no effect on a meta tensor, but running one on meta takes torch
+half a millisecond, so the tracker skips them."""
 _WRITES_OUT = frozenset({"aten::mul.out", "aten::div.out", "aten::silu_backward.grad_input"})
-"""The same, for operations that are told where to write."""
+"""The same for operations with an output argument."""
 
 
 def written_into(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What an operation on imagined tensors writes into, where that is all that it does.
+    """Return the meta tensor that an operation writes into if it does nothing else.
 
-    name: with its overload, `aten::add_.Tensor`. None where it has to be run.
+    name: operation with its overload, such as `aten::add_.Tensor`. Returns None if the operation
+    has to be run.
     """
-    into = args[0] if name in _WRITES_ONLY else None
+    target = args[0] if name in _WRITES_ONLY else None
     if name in _WRITES_OUT:
-        into = next(kwargs[key] for key in ("out", "grad_input") if key in kwargs)
-    return into if isinstance(into, Tensor) and into.is_meta and into.numel() else None
+        target = next(kwargs[key] for key in ("out", "grad_input") if key in kwargs)
+    return target if isinstance(target, Tensor) and target.is_meta and target.numel() else None
 
 
 def origins(args: tuple[Any, ...], num_outputs: int) -> Sequence[Tensor | None]:
-    """For each output the tensor it was made of: its fellow in a list, or the first one."""
+    """Return for each output the input tensor from which it was computed, None if unknown.
+
+    For an operation on a list it is the tensor at the same index, otherwise the first argument.
+    """
     first = args[0] if args else None
     if isinstance(first, list | tuple):
-        fellows = [item if isinstance(item, Tensor) else None for item in first]
-        return fellows if len(fellows) == num_outputs else [None] * num_outputs
+        inputs = [item if isinstance(item, Tensor) else None for item in first]
+        return inputs if len(inputs) == num_outputs else [None] * num_outputs
     return [first if isinstance(first, Tensor) else None] * num_outputs
 
 
 def accumulates_in_place(args: tuple[Any, ...]) -> bool:
-    """Whether this addition is the autograd engine's own, which runs in place without a mode.
+    """Return whether autograd would do this addition in place if no dispatch mode were active.
 
-    The engine adds two gradients of one tensor into the first when it holds the last reference to
-    it, but never while a dispatch mode listens; counted as it stands, it would cost a tensor that
-    the real job never allocates.
+    The engine adds two gradients of one tensor into the first one if it has the last reference to
+    it, but never while a dispatch mode is active. Without this correction, the tracker would count
+    a tensor that the real job does not allocate.
     """
     if len(args) != 2 or not all(isinstance(arg, Tensor) for arg in args):
         return False
-    into, other = args
-    if into.shape != other.shape or into.dtype != other.dtype or into.requires_grad:
+    target, addend = args
+    if target.shape != addend.shape or target.dtype != addend.dtype or target.requires_grad:
         return False
-    uses: int = torch._C._storage_Use_Count(into.untyped_storage()._cdata)
+    uses: int = torch._C._storage_Use_Count(target.untyped_storage()._cdata)
     return _called_by_engine() and uses <= 2
 
 

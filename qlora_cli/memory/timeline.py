@@ -3,8 +3,8 @@
 A step creates thousands of storages, and a figure shows hundreds of moments. So each trace is
 thinned while it is recorded: every interval of changes becomes one moment, the one with the most
 bytes, and neighbouring moments are merged in pairs as soon as there are too many. The peak of a
-trace is therefore always among its moments. Times are taken on the CPU: for a GPU they are the times
-at which work was submitted.
+trace is therefore always among its moments. Times are taken on the CPU: for a GPU they are the
+times at which work was submitted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class PhaseTrace:
     """The memory of one tracked phase over time.
 
     phase: name of the phase. step: optimizer step, counted from 1; None if the phase is not a step.
-    seconds: time of each moment since the job began, rising. bytes: category -> living bytes at each
-    moment. marks: (seconds, name of the part of the step that began then).
+    seconds: time of each moment since the job began, rising. bytes: category -> living bytes at
+    each moment. marks: (seconds, name of the part of the step that began then).
     """
 
     phase: str
@@ -40,7 +40,9 @@ class PhaseTrace:
         unknown = set(self.bytes) - set(CATEGORIES)
         assert not unknown, f"{self.phase}: unknown categories {sorted(unknown)}"
         uneven = [name for name, row in self.bytes.items() if len(row) != len(self.seconds)]
-        assert not uneven, f"{self.phase}: number of values differs from number of moments: {uneven}"
+        assert not uneven, (
+            f"{self.phase}: number of values differs from number of moments: {uneven}"
+        )
 
     @property
     def totals(self) -> list[int]:

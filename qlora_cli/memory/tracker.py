@@ -40,8 +40,8 @@ class KernelRules:
     """The memory that the kernels of one device allocate inside themselves.
 
     temporaries: operation name -> rule for temporaries that are freed when the operation returns.
-    workspace_bytes: workspace of cuBLAS. Two threads multiply matrices, the caller's and autograd's;
-    each of them allocates one workspace at its first matrix product and keeps it.
+    workspace_bytes: workspace of cuBLAS. Two threads multiply matrices, the caller's and
+    autograd's; each of them allocates one workspace at its first matrix product and keeps it.
     """
 
     temporaries: Mapping[str, TemporaryRule] = field(default_factory=dict)
@@ -67,7 +67,8 @@ class StorageTracker(TorchDispatchMode):
     rules: memory inside kernels. device_type: track only storages on this device type (`cuda`,
     `cpu`, or `meta` for a dry run); None tracks all. counts_host_memory: in a dry run all tensors
     are on meta; this flag states whether tensors created under `scopes.host_memory` count (true for
-    a CPU, false for a GPU). Use `tag` to count storages that existed before the tracker was entered.
+    a CPU, false for a GPU). Use `tag` to count storages that existed before the tracker was
+    entered.
     """
 
     def __init__(
@@ -187,9 +188,7 @@ class StorageTracker(TorchDispatchMode):
         tracked = _TrackedStorage(key, storage.nbytes(), category)
         self._living[address] = tracked
         if key is not None:
-            self.listener.allocate(
-                key, tracked.num_bytes, category, source.key if source else None
-            )
+            self.listener.allocate(key, tracked.num_bytes, category, source.key if source else None)
 
         def on_death(_: Any) -> None:
             # A newer storage may already use the address. Remove only the entry of this storage.

@@ -1,75 +1,79 @@
-"""Single changes to a recipe that make a job fit a device, each of them planned."""
+"""Searches for changes of a recipe that make a job fit a device. Every change is planned."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_cli.device import DeviceProfile
-from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.results import Advice
 from qlora_cli.recipe.schema import Recipe
 
-Planned = Callable[[Recipe], MemoryPlan]
-"""From a resolved recipe to its plan."""
-
 _SEQUENCE_UNIT = 64
 """Sequence lengths are searched in multiples of this."""
-_MOST_SEQUENCES = 256
-"""Where the search for a micro-batch ends, if the recipe's own is not larger."""
-_STRAIGHT = 6
-"""Plans after which a search stops to trust the line through the last two."""
-_LONGEST = 2**17
-"""Where the config names no number of positions."""
+_MAX_MICRO_BATCH = 256
+"""Upper end of the search for a micro-batch, unless the recipe's own is larger."""
+_EXTRAPOLATED_PLANS = 6
+"""Number of plans after which a search stops extrapolating and uses bisection."""
+_MAX_SEQ_LEN = 2**17
+"""Upper end of the search for a sequence length if the config has no number of positions."""
 
 
-def changes_that_fit(recipe: Recipe, planned: Planned, facts: DeviceProfile) -> tuple[Advice, ...]:
-    """Changes that save memory: those that make the job fit first, of these the mildest first.
+def changes_that_fit(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
+    """Return single changes of a resolved recipe that save memory.
 
-    Where the frozen weights alone are too many, only what makes them fewer is planned.
+    Changes after which the job fits come first; among these, the change with the highest remaining
+    peak comes first, because it costs least. If the frozen weights alone exceed the device's
+    memory, only changes of the weights are planned.
     """
-    now, hopeless = planned(recipe).peak_bytes, _hopeless(recipe, planned, facts)
-    changes = _smaller_weights(recipe) if hopeless else _changes(recipe, facts.kind == "cuda")
-    advice = [_advice(text, planned(changed), now, facts) for text, changed in changes]
-    sizes = () if hopeless else _sizes(recipe, recipe.data.seq_len, recipe.train.micro_batch)
+    peak_bytes = planner.plan(recipe).peak_bytes
+    weights_fit = _weights_fit(recipe, planner)
+    on_gpu = planner.profile.kind == "cuda"
+    changes = _changes(recipe, on_gpu) if weights_fit else _smaller_weights(recipe)
+    advice = [_advice(text, changed, peak_bytes, planner) for text, changed in changes]
+    sizes = (
+        _sizes(recipe, recipe.data.seq_len, recipe.train.micro_batch, recipe) if weights_fit else ()
+    )
     for size in sizes:
-        found = size.largest(planned, facts)
-        if found is not None and found[0] < size.top:
-            advice.append(_advice(f"{size.key}={found[0]}", found[1], now, facts))
-    saving = [one for one in advice if one.saves_bytes > 0]
-    return tuple(sorted(saving, key=lambda one: (not one.fits, -one.peak_bytes)))
+        best = size.largest(planner)
+        if best is not None and best < size.upper:
+            advice.append(_advice(size.override(best), size.changed(best), peak_bytes, planner))
+    saving = [item for item in advice if item.saves_bytes > 0]
+    return tuple(sorted(saving, key=lambda item: (not item.fits, -item.peak_bytes)))
 
 
-def largest(
-    recipe: Recipe, config: Any, planned: Planned, facts: DeviceProfile
-) -> tuple[Advice, ...]:
-    """The longest sequence at micro-batch 1, the largest micro-batch at the recipe's length."""
-    if _hopeless(recipe, planned, facts):
+def largest_sizes(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
+    """Return the longest sequence and the largest micro-batch with which the job fits.
+
+    The sequence length is searched at micro-batch 1, the micro-batch at the recipe's sequence
+    length. The result is empty if the frozen weights alone exceed the device's memory.
+    """
+    if not _weights_fit(recipe, planner):
         return ()
-    now = planned(recipe).peak_bytes
-    longest = int(getattr(config, "max_position_embeddings", None) or _LONGEST)
-    most = max(_MOST_SEQUENCES, recipe.train.micro_batch)
-    alone = _with(recipe, "train", micro_batch=1)
-    length, _ = _sizes(alone, longest, most)
-    _, sequences = _sizes(recipe, longest, most)
+    peak_bytes = planner.plan(recipe).peak_bytes
+    max_seq_len = int(getattr(planner.config, "max_position_embeddings", None) or _MAX_SEQ_LEN)
+    max_micro_batch = max(_MAX_MICRO_BATCH, recipe.train.micro_batch)
+    one_row = _with(recipe, "train", micro_batch=1)
+    length, micro_batch = _sizes(recipe, max_seq_len, max_micro_batch, one_row)
     also = "" if recipe.train.micro_batch == 1 else " train.micro_batch=1"
     advice = []
-    for size, more in ((length, also), (sequences, "")):
-        found = size.largest(planned, facts)
-        if found is not None:
-            advice.append(_advice(f"{size.key}={found[0]}{more}", found[1], now, facts))
+    for size, suffix in ((length, also), (micro_batch, "")):
+        best = size.largest(planner)
+        if best is not None:
+            change = f"{size.override(best)}{suffix}"
+            advice.append(_advice(change, size.changed(best), peak_bytes, planner))
     return tuple(advice)
 
 
-def _hopeless(recipe: Recipe, planned: Planned, facts: DeviceProfile) -> bool:
-    """Whether the frozen weights alone are more than the device has, whatever the batch."""
-    return planned(recipe).frozen_bytes > facts.usable_bytes
+def _weights_fit(recipe: Recipe, planner: Planner) -> bool:
+    """Return whether the frozen weights alone fit the device; no batch can change that."""
+    return planner.plan(recipe).frozen_bytes <= planner.profile.usable_bytes
 
 
-def _changes(recipe: Recipe, on_card: bool) -> Iterator[tuple[str, Recipe]]:
-    """Settings that cost speed or a little quality, and save memory."""
+def _changes(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
+    """Yield (override, changed recipe) for settings that save memory and cost speed or quality."""
     if not recipe.train.activation_checkpointing:
         changed = _with(recipe, "train", activation_checkpointing=True)
         yield "train.activation_checkpointing=true", changed
@@ -79,7 +83,7 @@ def _changes(recipe: Recipe, on_card: bool) -> Iterator[tuple[str, Recipe]]:
         yield "adapter.method=lora", _with(recipe, "adapter", method="lora")
         return
     if recipe.train.optimizer == "adamw" and recipe.adapter.dtype == "float32":
-        for optimizer in ("adamw8bit", *(["paged_adamw8bit"] if on_card else [])):
+        for optimizer in ("adamw8bit", *(["paged_adamw8bit"] if on_gpu else [])):
             yield f"train.optimizer={optimizer}", _with(recipe, "train", optimizer=optimizer)
     yield from _smaller_weights(recipe)
     if recipe.adapter.rank > 8:
@@ -89,7 +93,7 @@ def _changes(recipe: Recipe, on_card: bool) -> Iterator[tuple[str, Recipe]]:
 
 
 def _smaller_weights(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Formats of the frozen weights that take less."""
+    """Yield (override, changed recipe) for smaller formats of the frozen weights."""
     for bits in (8, 4):
         if recipe.base.bits > bits:
             yield f"base.bits={bits}", _with(recipe, "base", bits=bits)
@@ -99,67 +103,78 @@ def _smaller_weights(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 @dataclass(frozen=True)
 class _Size:
-    """A number of the recipe that can be larger or smaller: from `unit` to `top`."""
+    """A number in the recipe that can be searched, from `unit` to `upper` in steps of `unit`."""
 
     section: str
     name: str
     recipe: Recipe
-    top: int
+    upper: int
     unit: int
 
-    @property
-    def key(self) -> str:
-        """As on the command line."""
-        return f"{self.section}.{self.name}"
+    def override(self, value: int) -> str:
+        """Return the override of the command line that sets this value."""
+        return f"{self.section}.{self.name}={value}"
 
-    def largest(self, planned: Planned, facts: DeviceProfile) -> tuple[int, MemoryPlan] | None:
-        """(largest multiple of the unit that fits, its plan); None where none does.
+    def changed(self, value: int) -> Recipe:
+        """Return the recipe with this value."""
+        return _with(self.recipe, self.section, **{self.name: value})
 
-        Memory grows almost in a straight line with a size, so the line through the last two plans
-        is followed for some plans; what is left is halved.
+    def largest(self, planner: Planner) -> int | None:
+        """Return the largest multiple of the unit with which the job fits, or None.
+
+        Memory grows almost linearly with a size. So the search extrapolates from the last two plans
+        for a few plans, and then bisects the remaining range.
         """
-        low, high, best = 0, self.top // self.unit + 1, None
-        known: dict[int, int] = {}
-        guess = max(1, min(getattr(getattr(self.recipe, self.section), self.name), self.top))
+        limit = planner.profile.usable_bytes
+        low, high, best = 0, self.upper // self.unit + 1, None
+        planned_bytes: dict[int, int] = {}
+        guess = max(1, min(getattr(getattr(self.recipe, self.section), self.name), self.upper))
         guess = max(1, guess // self.unit)
         while high - low > 1:
-            size = guess * self.unit
-            imagined = planned(_with(self.recipe, self.section, **{self.name: size}))
-            known[guess] = imagined.reserved_bytes or imagined.peak_bytes
-            if imagined.fits(facts.usable_bytes):
-                low, best = guess, (size, imagined)
+            value = guess * self.unit
+            plan = planner.plan(self.changed(value))
+            planned_bytes[guess] = plan.reserved_bytes or plan.peak_bytes
+            if planner.fits(plan):
+                low, best = guess, value
             else:
                 high = guess
-            guess = _next(known, low, high, facts.usable_bytes)
+            guess = _next_guess(planned_bytes, low, high, limit)
         return best
 
 
-def _next(known: Mapping[int, int], low: int, high: int, limit: int) -> int:
-    """Where to look between `low` and `high`, both left out."""
+def _next_guess(planned_bytes: Mapping[int, int], low: int, high: int, limit: int) -> int:
+    """Return the next multiple to plan, between `low` and `high` and excluding both.
+
+    planned_bytes: multiple -> planned bytes, in the order of planning. limit: bytes that fit.
+    """
     middle = (low + high) // 2
-    if len(known) == 1:  # Not far, as a plan of many more tokens takes longer.
+    if len(planned_bytes) == 1:  # A small change, because plans of many more tokens take longer.
         return min(2 * low, high - 1) if low else middle
-    if len(known) > _STRAIGHT:
+    if len(planned_bytes) > _EXTRAPOLATED_PLANS:
         return middle
-    (one, at_one), (two, at_two) = list(known.items())[-2:]
-    if at_one == at_two:
+    (x1, y1), (x2, y2) = list(planned_bytes.items())[-2:]
+    if y1 == y2:
         return middle
-    reached = two + math.floor((limit - at_two) * (two - one) / (at_two - at_one))
-    return min(max(reached, low + 1), high - 1)
+    crossing = x2 + math.floor((limit - y2) * (x2 - x1) / (y2 - y1))
+    return min(max(crossing, low + 1), high - 1)
 
 
-def _sizes(recipe: Recipe, longest: int, most: int) -> tuple[_Size, _Size]:
-    """Length and number of the sequences."""
-    length = _Size("data", "seq_len", recipe, longest, _SEQUENCE_UNIT)
-    return length, _Size("train", "micro_batch", recipe, most, 1)
-
-
-def _advice(change: str, imagined: MemoryPlan, now: int, facts: DeviceProfile) -> Advice:
-    return Advice(
-        change, now - imagined.peak_bytes, imagined.peak_bytes, imagined.fits(facts.usable_bytes)
+def _sizes(
+    recipe: Recipe, max_seq_len: int, max_micro_batch: int, length_recipe: Recipe
+) -> tuple[_Size, _Size]:
+    """Return the sequence length, searched in `length_recipe`, and the micro-batch in `recipe`."""
+    return (
+        _Size("data", "seq_len", length_recipe, max_seq_len, _SEQUENCE_UNIT),
+        _Size("train", "micro_batch", recipe, max_micro_batch, 1),
     )
 
 
+def _advice(change: str, changed: Recipe, peak_bytes: int, planner: Planner) -> Advice:
+    """Return the advice for a change. peak_bytes: planned peak of the unchanged recipe."""
+    plan = planner.plan(changed)
+    return Advice(change, peak_bytes - plan.peak_bytes, plan.peak_bytes, planner.fits(plan))
+
+
 def _with(recipe: Recipe, section: str, **changes: Any) -> Recipe:
-    part = getattr(recipe, section).model_copy(update=changes)
-    return recipe.model_copy(update={section: part})
+    changed_section = getattr(recipe, section).model_copy(update=changes)
+    return recipe.model_copy(update={section: changed_section})

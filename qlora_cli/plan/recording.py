@@ -3,9 +3,9 @@
 The transformer blocks of a model are alike. A dry run therefore runs only `NUM_RECORDED_BLOCKS` of
 them, and `repeat` extends the recording: the events of one middle block are copied for every block
 that was left out, and each copy has storages of its own. `repeat` first checks that this is valid:
-the middle block and its neighbour must have the same events with the same sizes, and the events must
-refer to each other's storages in the same way. Otherwise it raises NotAlike, and the planner runs
-all blocks.
+the middle block and its neighbour must have the same events with the same sizes, and the events
+must refer to each other's storages in the same way. Otherwise it raises NotAlike, and the planner
+runs all blocks.
 
 Which block an event belongs to: the block that is active (`enter_module`), else the block of the
 storage that the event is about, else the block of the previous event. Consecutive events of one
@@ -35,12 +35,12 @@ class StorageId(NamedTuple):
     """A storage, identified by the position of its allocation in the recording.
 
     block: index of the block that allocated it; None outside of the blocks. segment: number of the
-    segment among the segments of that block. index: of the event in that segment.
+    segment among the segments of that block. event: number of the event in that segment.
     """
 
     block: int | None
     segment: int
-    index: int
+    event: int
 
 
 class Event(NamedTuple):
@@ -180,9 +180,7 @@ def repeat(segments: list[BlockSegment], num_blocks: int) -> list[BlockSegment]:
             extended.append(_moved(segment, num_added))
             continue
         neighbour = neighbours[segment.number]
-        copies = [
-            _copy(segment, neighbour, shift, num_added) for shift in range(num_added + 1)
-        ]
+        copies = [_copy(segment, neighbour, shift, num_added) for shift in range(num_added + 1)]
         extended += copies if _is_ascending(segments, index) else reversed(copies)
     return extended
 

@@ -20,7 +20,7 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.ui import report as page
 from qlora_cli.ui import timelines
-from tests.helpers.interrupted import go
+from tests.helpers.interrupted import train_run
 from tests.helpers.runs import make_base, make_recipe, make_rows
 
 STEPS = 6
@@ -41,7 +41,7 @@ def recipe_of(base: Path, output: Path, **sections: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return go(recipe_of(base, tmp_path_factory.mktemp("finished") / "run"))
+    return train_run(recipe_of(base, tmp_path_factory.mktemp("finished") / "run"))
 
 
 def copy_of(run: RunFolder, folder: Path) -> RunFolder:
@@ -85,12 +85,12 @@ def test_an_interrupted_run_can_be_reported_and_keeps_its_phases_when_resumed(
 ) -> None:
     recipe = recipe_of(base, tmp_path / "run")
     with pytest.raises(Interrupted):
-        go(recipe, stop_after=STEPS - 1)
+        train_run(recipe, stop_after=STEPS - 1)
     run = RunFolder(tmp_path / "run")
     stopped = report.run(run.path)
     full_finetune_baseline = [phase.name for phase in stopped.ledger.phases]
     assert full_finetune_baseline == ["load", "first_step", "step", "checkpoint"]
-    go(recipe, resume=True)
+    train_run(recipe, resume=True)
     whole = report.run(run.path)
     assert [phase.name for phase in whole.ledger.phases] == [*full_finetune_baseline, "eval"]
     for earlier, now in zip(stopped.ledger.phases, whole.ledger.phases, strict=False):
@@ -104,11 +104,11 @@ def test_a_run_resumed_after_its_last_step_keeps_what_was_measured(
     base: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_of(base, tmp_path / "run")
-    run = go(recipe)
+    run = train_run(recipe)
     measured = report.run(run.path).ledger
     about = run.read()
     run.write(about | {"status": "failed"})
-    go(recipe, resume=True)
+    train_run(recipe, resume=True)
     again = report.run(run.path).ledger
     assert again.after == measured.after
     assert again.measured_peak_bytes == measured.measured_peak_bytes
@@ -118,7 +118,7 @@ def test_a_run_resumed_after_its_last_step_keeps_what_was_measured(
 def one_step(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, bytes]:
     """A run whose only step is behind it, and its memory.json."""
     recipe = recipe_of(base, tmp_path_factory.mktemp("one") / "run", train={"steps": 1})
-    return recipe, go(recipe).memory_json.read_bytes()
+    return recipe, train_run(recipe).memory_json.read_bytes()
 
 
 @pytest.mark.parametrize("left", ["nothing", "damage", "another device's"])
@@ -134,7 +134,7 @@ def test_without_what_was_measured_a_resumed_report_says_that_it_shows_the_plan(
         run.memory_json.unlink()
     else:
         run.memory_json.write_text("{" if left == "damage" else json.dumps(content))
-    go(recipe, resume=True)
+    train_run(recipe, resume=True)
     result = report.run(run.path)
     assert {phase.name for phase in result.ledger.phases} == {"load", "eval"}
     assert result.ledger.after.source == "planned"

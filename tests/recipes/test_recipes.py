@@ -11,7 +11,7 @@ import pytest
 
 from qlora_cli.cli.plan import planned_gpu
 from qlora_cli.files.locate import read_config
-from qlora_cli.jobs import plan as planning
+from qlora_cli.plan.planner import plan_largest_batches
 from qlora_cli.recipe.document import read_document
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.resolve import resolve
@@ -93,7 +93,7 @@ def test_its_header_has_the_planned_memory_of_the_complete_base(name: str, share
     assert figures, text
     recipe, _ = resolve(load_recipe(name), profile)
     base = read_config(shared / "data" / "configs" / f"{config}.json")
-    memory = planning.plan(recipe, base, profile)
+    memory = plan_largest_batches(recipe, base, profile)
     planned = [memory.peak_bytes, memory.reserved_bytes or 0]
     assert [*figures.groups()] == [vram, *(f"{size / GIB:.2f}" for size in planned)]
     assert memory.fits(profile.usable_bytes)

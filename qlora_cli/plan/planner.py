@@ -1,0 +1,60 @@
+"""Plans recipes on the largest batches that they allow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_cli.data.collate import largest_batch
+from qlora_cli.device import DeviceProfile
+from qlora_cli.errors import Problem, RecipeError
+from qlora_cli.plan.dry_run import dry_run
+from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.recipe.schema import Recipe
+
+_MAX_TOKENS = 2**24
+"""Largest number of tokens in a micro-batch that is planned."""
+
+
+class Planner:
+    """Plans recipes for one base and one device. Each recipe is planned once.
+
+    config: transformers' config of the base. profile: the target device.
+    """
+
+    def __init__(self, config: Any, profile: DeviceProfile) -> None:
+        self.config = config
+        self.profile = profile
+        self._plans: dict[str, MemoryPlan] = {}
+
+    def plan(self, recipe: Recipe) -> MemoryPlan:
+        """Return the plan of a resolved recipe. Raises the errors of `plan_largest_batches`."""
+        key = recipe.model_dump_json()
+        if key not in self._plans:
+            self._plans[key] = plan_largest_batches(recipe, self.config, self.profile)
+        return self._plans[key]
+
+    def fits(self, plan: MemoryPlan) -> bool:
+        """Return whether a planned job fits the device."""
+        return plan.fits(self.profile.usable_bytes)
+
+
+def plan_largest_batches(recipe: Recipe, config: Any, profile: DeviceProfile) -> MemoryPlan:
+    """Plan a resolved recipe on the largest batches that it allows; no data file is read.
+
+    Raises RecipeError if a micro-batch has more tokens than can be planned, and the errors of
+    `dry_run`.
+    """
+    tokens = recipe.data.seq_len * recipe.train.micro_batch
+    if tokens > _MAX_TOKENS:
+        raise RecipeError(
+            "the micro-batch is too large to plan",
+            [
+                Problem(
+                    "data.seq_len",
+                    f"data.seq_len x train.micro_batch is {tokens:,} tokens; "
+                    f"at most {_MAX_TOKENS:,} can be planned",
+                )
+            ],
+        )
+    batch = largest_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
+    return dry_run(recipe, config, profile, [batch] * min(2, recipe.train.grad_accum), [batch])
