@@ -1,12 +1,14 @@
-"""The models whose answers are compared: trained, without its adapter, and merged.
+"""Build the models that are compared: the trained model, its frozen base, and the merged model.
 
-All are made on meta and answer one after the other, streamed (`stream.py`), so none is ever held.
-In a proof the trained one alone is held where it fits, because its greedy tokens come one by one.
+All are built on meta and run one after the other, streamed (`models/placement/streamed.py`): each
+module's tensors are in memory only while it computes. Only verification keeps the trained model
+resident, if it fits into memory, because it generates tokens one by one.
 
-The trained model computes as it was trained, with our linears and attention. A merged one is
-transformers' own, with its own attention, as other programs will run it; in float32, so that what
-is compared is the weights' rounding and not the arithmetic's. Only its tables keep the dtype of the
-file and are cast row by row.
+The trained model computes as it was trained, with this package's linears and attention. The merged
+model is transformers' own, with its own attention, because other programs will run it that way. It
+computes in float32, so that a comparison shows the rounding of the weights and not the rounding of
+the arithmetic. Only its embeddings and head keep the dtype of the file; their rows are cast when
+they are used.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.data.encode import Example
-from qlora_cli.export.compare.logit_comparison import ComparedLogits, Head, compared_logits
+from qlora_cli.export.compare.logit_comparison import ComparedLogits, Head, compute_logits
 from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.merge.merged_tensors import MergedTensors
 from qlora_cli.export.merge.underflow import Underflow
@@ -43,7 +45,14 @@ from qlora_cli.tasks.task import Task
 
 @dataclass(frozen=True)
 class ComparisonModel:
-    """A model that can answer. is_resident: the whole model is in memory, not streamed."""
+    """A model on the device that runs it, in evaluation mode.
+
+    task: selects the compared positions.
+    loaded: the model.
+    head: the place of the head's weight in a file.
+    device: runs the model.
+    is_resident: True if the complete model is in memory, False if it is streamed.
+    """
 
     task: Task
     loaded: LoadedModel
@@ -52,43 +61,46 @@ class ComparisonModel:
     is_resident: bool = False
 
     def compared_logits(self, rows: Sequence[Example]) -> ComparedLogits:
-        """To these rows, each on its own."""
-        return compared_logits(self.task, self.loaded, self.head, rows, self.device)
+        """Return the predictions on these rows, which do not attend to each other."""
+        return compute_logits(self.task, self.loaded, self.head, rows, self.device)
 
 
 def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> ComparisonModel:
-    """The model that training ended with; without an adapter in `tensors`, its frozen base.
+    """Return the trained model: the adapter on the packed base.
 
-    may_hold: it is held where it fits; else it is streamed, as merging is bounded in memory.
+    tensors: the merge of the run; without an adapter, the frozen base is returned.
+    base: the base's folder, for its config.
+    may_be_resident: True to keep the model in memory if it fits; False to stream it always, because
+        merging must stay within a bound of memory.
     """
     kernel = kernel_for(profile_of(tensors.device), tensors.weight_format.compute)
     config = read_config(base / CONFIG)
     loaded = trained_on_meta(tensors.task, config, tensors.weight_format, tensors.sites, kernel)
-    if may_be_resident and fits(_held_bytes(tensors), tensors.device):
+    if may_be_resident and fits(_resident_bytes(tensors), tensors.device):
         DevicePlacement(tensors.device).place(loaded, tensors.source)
         if tensors.adapter is not None:
             attach_adapter(loaded, tensors.adapter)
-        return _ready(
-            tensors.task,
-            loaded,
-            tensors.source,
-            tensors.device,
-            tensors.weight_format.storage,
-            is_resident=True,
-        )
-    StreamedPlacement(tensors.device, tensors.adapter).place(loaded, tensors.source)
-    return _ready(
-        tensors.task, loaded, tensors.source, tensors.device, tensors.weight_format.storage
+        is_resident = True
+    else:
+        StreamedPlacement(tensors.device, tensors.adapter).place(loaded, tensors.source)
+        is_resident = False
+    storage = tensors.weight_format.storage
+    return _comparison_model(
+        tensors.task, loaded, tensors.source, tensors.device, storage, is_resident
     )
 
 
 def frozen_base_model(
-    comparison_model: ComparisonModel, tensors: MergedTensors, base: Path
+    trained: ComparisonModel, tensors: MergedTensors, base: Path
 ) -> ComparisonModel:
-    """The frozen base of a trained model, which gives its adapter away where it is held."""
-    if comparison_model.is_resident:
-        remove_adapter(comparison_model.loaded)
-        return comparison_model
+    """Return the packed base without the adapter.
+
+    trained: the trained model. If it is resident, its adapter is removed and the same model is
+    returned. tensors, base: as in `trained_model`.
+    """
+    if trained.is_resident:
+        remove_adapter(trained.loaded)
+        return trained
     return trained_model(replace(tensors, adapter=None), base, may_be_resident=False)
 
 
@@ -98,10 +110,16 @@ def merged_model(
     compute: torch.dtype = torch.float32,
     underflow: Underflow | None = None,
 ) -> ComparisonModel:
-    """The merged model, rounded as it will be written. underflow: counts what it loses by that."""
-    loaded = _transformers_own(tensors.task, base, compute, tensors.dtype, tensors.device)
-    StreamedPlacement(tensors.device).place(loaded, _Written(tensors, underflow))
-    return _ready(tensors.task, loaded, tensors.source, tensors.device, tensors.dtype)
+    """Return the merged model with its weights rounded as they will be written.
+
+    tensors: the merge.
+    base: the base's folder, for its config.
+    compute: dtype that the model computes in.
+    underflow: counts the values that become 0 when they are rounded.
+    """
+    loaded = _transformers_model(tensors.task, base, compute, tensors.dtype, tensors.device)
+    StreamedPlacement(tensors.device).place(loaded, _MergedSource(tensors, underflow))
+    return _comparison_model(tensors.task, loaded, tensors.source, tensors.device, tensors.dtype)
 
 
 def folder_model(
@@ -111,11 +129,17 @@ def folder_model(
     device: torch.device,
     compute: torch.dtype = torch.float32,
 ) -> ComparisonModel:
-    """The merged model as it lies in a folder. Raises ModelError where it is not one."""
-    loaded = _transformers_own(task, merged, compute, dtype, device)
+    """Return the merged model of a folder.
+
+    merged: the folder. dtype: dtype of its weights. device: runs the model. compute: dtype that the
+    model computes in.
+
+    Raises ModelError if the folder is not a complete model.
+    """
+    loaded = _transformers_model(task, merged, compute, dtype, device)
     source = open_source(merged, loaded.family)
     StreamedPlacement(device).place(loaded, source)
-    return _ready(task, loaded, source, device, dtype)
+    return _comparison_model(task, loaded, source, device, dtype)
 
 
 def trained_on_meta(
@@ -125,7 +149,10 @@ def trained_on_meta(
     sites: Sequence[Site],
     kernel: Kernel,
 ) -> LoadedModel:
-    """On meta, to be filled."""
+    """Return the trained model on meta, without an adapter, ready to receive its weights.
+
+    weight_format: how training stored the base's linears. sites: these linears. kernel: attention.
+    """
     model, family = skeleton(config, weight_format.compute, task.model_class)
     loaded = LoadedModel(model, family, config, list(sites), {}, weight_format, kernel)
     convert.replace_linears(model, sites, weight_format)
@@ -137,7 +164,11 @@ def trained_on_meta(
 def merged_on_meta(
     task: Task, config: Any, compute: torch.dtype, storage: torch.dtype, kernel: Kernel
 ) -> LoadedModel:
-    """On meta, to be filled; with the attention of training."""
+    """Return the merged model on meta, ready to receive its weights.
+
+    compute: dtype that the model computes in. storage: dtype of embeddings and head. kernel: the
+    attention of training; transformers' own attention is not set here.
+    """
     model, family = skeleton(config, compute, task.model_class)
     weight_format = WeightFormat(16, compute, storage)
     convert.replace_embeddings(model, family.embeddings, weight_format)
@@ -145,7 +176,7 @@ def merged_on_meta(
     return LoadedModel(model, family, config, [], {}, weight_format, kernel)
 
 
-def _transformers_own(
+def _transformers_model(
     task: Task, folder: Path, compute: torch.dtype, storage: torch.dtype, device: torch.device
 ) -> LoadedModel:
     kernel = kernel_for(profile_of(device), compute)
@@ -159,13 +190,16 @@ def _transformers_own(
 
 
 def _multiply_in_two_steps(linear: nn.Module) -> None:
-    """A float16 product as cards make it: summed in float32, then rounded (see `float16.py`)."""
+    """Compute the float16 product of a linear as a GPU does (see `dtype_range.py`).
+
+    The product is accumulated in float32 and then rounded to float16.
+    """
     linear.to(torch.float32)
     linear.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
     linear.register_forward_hook(lambda _, __, output: output.half())
 
 
-def _ready(
+def _comparison_model(
     task: Task,
     loaded: LoadedModel,
     source: FolderSource,
@@ -181,8 +215,12 @@ def _ready(
     )
 
 
-def _held_bytes(tensors: MergedTensors) -> int:
-    """Of the trained model, and of its largest tensor once more while it is packed."""
+def _resident_bytes(tensors: MergedTensors) -> int:
+    """Return the memory of the resident trained model while it is loaded.
+
+    This is the size of the model plus its largest tensor in float32, which exists while it is
+    packed.
+    """
     packed = {f"{site.path}.weight" for site in tensors.sites}
     total = largest = 0
     for name in tensors.source.names():
@@ -198,8 +236,8 @@ def _held_bytes(tensors: MergedTensors) -> int:
 
 
 @dataclass(frozen=True)
-class _Written:
-    """Merged tensors as the source that a model is streamed from."""
+class _MergedSource:
+    """The source of a streamed model whose tensors are computed by merging."""
 
     tensors: MergedTensors
     underflow: Underflow | None

@@ -1,14 +1,16 @@
-"""64 greedy tokens: what the trained model would say, and how far the merged one says the same.
+"""Compare greedy generation: on how many of its first tokens the merged model agrees.
 
-The trained model's tokens are asked of the merged one all at once: behind each of them it must
-choose the next one. Up to the first difference this is what it would say itself, and no longer does
-a token more need another pass over a model that is streamed.
+The trained model generates up to `NUM_TOKENS` tokens greedily after a prompt. The merged model
+then processes the prompt and all these tokens in one forward pass. At each position its most likely
+token is compared with the next generated one. Up to the first difference this equals what the
+merged model would generate itself. So the merged model, which is streamed, needs one pass only.
 
-A trained model that is held speaks with a cache of keys and values. One that is streamed cannot,
-because each token would be a pass over the whole checkpoint. There a draft is put before it, the
-row's own continuation: one pass gives its choice behind every position, all of it that the draft
-had right is its own speech, and so is the first choice that differs; the choices are the next
-draft. After `_PASSES` passes at least so many tokens are certain, and only these are compared.
+A resident trained model generates token by token with a key-value cache. A streamed one would need
+a pass over the complete checkpoint for each token, so it verifies a draft instead. The first draft
+is the continuation in the row itself. One pass gives the model's most likely token at every
+position. All tokens of the draft up to the first difference are what the model would generate, and
+so is its own token at the first difference. The model's tokens are the next draft. After `_PASSES`
+passes at least `_PASSES` tokens are certain, and only the certain ones are compared.
 """
 
 from __future__ import annotations
@@ -27,82 +29,90 @@ from qlora_cli.nn.loss import IGNORE_INDEX
 
 NUM_TOKENS = 64
 _PASSES = 3
-"""On a CPU a pass packs the whole base again, at some 15 million weights a second and core."""
-_WORDS = 2**14
-"""Of the head, in float32 at once."""
+"""On a CPU a pass packs the complete base again, at some 15 million weights per second and core."""
+_HEAD_ROWS = 2**14
+"""Rows of the head in float32 at a time."""
 
 
 @dataclass(frozen=True)
 class GreedyAgreement:
-    """Of `num_tokens` greedy tokens of the trained model the merged one says the first `agree`."""
+    """The first `num_agreeing` of `num_tokens` greedy tokens are the same in both models."""
 
-    agree: int
+    num_agreeing: int
     num_tokens: int
 
 
-def greedy_continuation(model: ComparisonModel, rows: Sequence[Example]) -> Example:
-    """A row that is the beginning of the first of `rows` and what the model says behind it.
+def greedy_continuation(trained: ComparisonModel, rows: Sequence[Example]) -> Example:
+    """Return a row that consists of a prompt and the trained model's greedy continuation.
 
-    The beginning: up to its first trained token, or its first half where there is none before.
+    The labels of the continuation are its tokens; the prompt has no labels. The prompt is the first
+    row up to its first trained token, or the first half of that row if it begins with one.
+
+    trained: the trained model. rows: rows with labels; only the first is used.
     """
     row = rows[0]
-    first = next(at for at, label in enumerate(row.labels) if label != IGNORE_INDEX)
+    first = next(index for index, label in enumerate(row.labels) if label != IGNORE_INDEX)
     prompt = row.ids[: first if first > 1 else max(1, len(row.ids) // 2)]
-    limit = getattr(model.loaded.config, "max_position_embeddings", None)
+    limit = getattr(trained.loaded.config, "max_position_embeddings", None)
     num = NUM_TOKENS if limit is None else max(0, min(NUM_TOKENS, limit - len(prompt)))
+    if trained.is_resident:
+        return _labelled(prompt, _generate(trained, prompt, num))
     draft = row.ids[len(prompt) :][:num]
-    told = _spoken(model, prompt, num) if model.is_resident else _drafted(model, prompt, draft, num)
-    return _row(prompt, told)
+    return _labelled(prompt, _verify_drafts(trained, prompt, draft, num))
 
 
-def count_agreeing_tokens(compared_logits: ComparedLogits) -> GreedyAgreement:
-    """How far the merged model goes the same way. answers: its own to what was spoken."""
-    same = (compared_logits.top1_tokens() == compared_logits.targets).tolist()
-    return GreedyAgreement(_leading(same), len(same))
+def count_agreeing_tokens(merged: ComparedLogits) -> GreedyAgreement:
+    """Return on how many leading tokens of the greedy continuation the merged model agrees.
+
+    merged: the merged model's predictions on the row that `greedy_continuation` returned.
+    """
+    is_same = (merged.top1_tokens() == merged.targets).tolist()
+    return GreedyAgreement(_num_leading(is_same), len(is_same))
 
 
-def _row(prompt: Sequence[int], told: Sequence[int]) -> Example:
-    return Example([*prompt, *told], [IGNORE_INDEX] * len(prompt) + [*told], "greedy tokens")
+def _labelled(prompt: Sequence[int], continuation: Sequence[int]) -> Example:
+    labels = [IGNORE_INDEX] * len(prompt) + [*continuation]
+    return Example([*prompt, *continuation], labels, "greedy tokens")
 
 
 @torch.no_grad()
-def _spoken(model: ComparisonModel, prompt: Sequence[int], num: int) -> list[int]:
-    """Token by token, with a cache."""
-    backbone = model.loaded.model.get_submodule(model.loaded.family.backbone)
-    given, cache, told = list(prompt), None, []
+def _generate(trained: ComparisonModel, prompt: Sequence[int], num: int) -> list[int]:
+    """Generate `num` tokens greedily, one by one, with a key-value cache."""
+    backbone = trained.loaded.model.get_submodule(trained.loaded.family.backbone)
+    inputs, cache, generated = list(prompt), None, []
     for _ in range(num):
-        ids = torch.tensor([given], device=model.device)
-        said = backbone(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = said.past_key_values
-        given = [_choice(model, said.last_hidden_state[0, -1:])]
-        told += given
-    return told
+        ids = torch.tensor([inputs], device=trained.device)
+        output = backbone(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        inputs = [_top1_token(trained, output.last_hidden_state[0, -1:])]
+        generated += inputs
+    return generated
 
 
-def _choice(model: ComparisonModel, hidden: Tensor) -> int:
-    """Hidden (1, d)."""
-    head: Any = model.loaded.head.weight
-    logits = [hidden.float() @ words.float().t() for words in head.split(_WORDS)]
+def _top1_token(trained: ComparisonModel, hidden: Tensor) -> int:
+    """Return the most likely token. hidden: (1, d), the final hidden state at one position."""
+    head: Any = trained.loaded.head.weight
+    logits = [hidden.float() @ rows.float().t() for rows in head.split(_HEAD_ROWS)]
     return int(torch.cat(logits, dim=1).argmax())
 
 
-def _drafted(
-    model: ComparisonModel, prompt: Sequence[int], draft: Sequence[int], num: int
+def _verify_drafts(
+    trained: ComparisonModel, prompt: Sequence[int], draft: Sequence[int], num: int
 ) -> Sequence[int]:
-    """Draft by draft, a pass each."""
-    # The row may be shorter than what is asked for; then any tokens do.
-    told = [*draft, *[prompt[-1]] * num][:num]
-    certain = 0
+    """Return the greedy tokens, at most `num`, that are certain after `_PASSES` passes."""
+    # The row may be shorter than the continuation; any tokens can complete the draft.
+    tokens = [*draft, *[prompt[-1]] * num][:num]
+    num_certain = 0
     for _ in range(_PASSES):
-        choices = model.compared_logits([_row(prompt, told)]).top1_tokens().tolist()
-        same = [choice == token for choice, token in zip(choices, told, strict=True)]
-        certain = min(num, _leading(same) + 1)
-        told = choices
-        if certain == num:
+        top1 = trained.compared_logits([_labelled(prompt, tokens)]).top1_tokens().tolist()
+        is_same = [choice == token for choice, token in zip(top1, tokens, strict=True)]
+        num_certain = min(num, _num_leading(is_same) + 1)
+        tokens = top1
+        if num_certain == num:
             break
-    return told[:certain]
+    return tokens[:num_certain]
 
 
-def _leading(same: Sequence[bool]) -> int:
-    """How many are true before the first that is not."""
-    return next((at for at, one in enumerate(same) if not one), len(same))
+def _num_leading(is_same: Sequence[bool]) -> int:
+    """Return the number of True values before the first False."""
+    return next((index for index, same in enumerate(is_same) if not same), len(is_same))

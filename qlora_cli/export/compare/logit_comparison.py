@@ -1,10 +1,10 @@
-"""How far one model's answers are from another's, on the same rows.
+"""Compare the logits of two models on the same rows.
 
-Of each model the last hidden states are kept, and where its head lies, so that two models need
-never be in memory together. Logits come for some words of the vocabulary at a time: neither a
-positions x vocabulary tensor is made nor a whole head read.
+For each model only the final hidden states at the compared positions are kept, and the place of its
+head in a file. So two models need not be in memory together. Logits are computed for a chunk of the
+vocabulary at a time: neither a tensor of positions x vocabulary nor a complete head is in memory.
 
-Letters: n positions compared, d hidden size, V vocabulary, c words at a time.
+Letters: n compared positions, d hidden size, V vocabulary size, c vocabulary entries in a chunk.
 """
 
 from __future__ import annotations
@@ -23,67 +23,79 @@ from qlora_cli.models.model import LoadedModel
 from qlora_cli.tasks.task import Task
 
 _CHUNK_ELEMENTS = 2**21
-"""Logits made at once, and of the head read at once: 8 MiB in float32."""
+"""Number of logits, and of elements of the head, in memory at a time: 8 MiB in float32."""
 COMPARISON_BYTES = 12 * 4 * _CHUNK_ELEMENTS
-"""What a comparison holds of the device at most."""
+"""Device memory that a comparison needs at most."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """A head's weight (V, d) as it lies in a file. dtype: what the model holds it in."""
+    """The weight (V, d) of a model's head, in a file.
+
+    entry: the tensor in the file. dtype: the dtype that the model casts it to.
+    """
 
     entry: TensorEntry
     dtype: torch.dtype
 
-    def __len__(self) -> int:
+    @property
+    def vocab_size(self) -> int:
+        """V."""
         return self.entry.shape[0]
 
-    def words(self, words: slice) -> Tensor:
-        """Their rows (c, d), in float32."""
+    def rows(self, vocabulary: slice) -> Tensor:
+        """Return the rows (c, d) of a chunk of the vocabulary, rounded to `dtype`, in float32."""
         width = self.entry.shape[1]
-        start = self.entry.start + words.start * width * self.entry.dtype.itemsize
-        shape = (words.stop - words.start, width)
+        start = self.entry.start + vocabulary.start * width * self.entry.dtype.itemsize
+        shape = (vocabulary.stop - vocabulary.start, width)
         return read_tensor(replace(self.entry, shape=shape, start=start)).to(self.dtype).float()
 
 
 @dataclass(frozen=True)
 class ComparedLogits:
-    """What a model says at every position with a trained token behind it.
+    """What a model predicts at n positions, stored as hidden states.
 
-    hidden (n, d); targets (n,) int64, the tokens that follow; both on the model's device.
+    hidden_states: (n, d), the input of the head at each position, on the model's device.
+    head: the head.
+    targets: (n,) int64, the target of each position, on the same device.
     """
 
-    hidden: Tensor
+    hidden_states: Tensor
     head: Head
     targets: Tensor
 
     def __getitem__(self, positions: slice) -> ComparedLogits:
-        """Those at some of the positions."""
-        return replace(self, hidden=self.hidden[positions], targets=self.targets[positions])
+        """Return the predictions at some of the positions."""
+        return replace(
+            self,
+            hidden_states=self.hidden_states[positions],
+            targets=self.targets[positions],
+        )
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """(words, their logits (n, c) at every position in float32), in order."""
-        hidden = self.hidden.float()
+        """Yield (chunk of the vocabulary, its logits (n, c) in float32), in order."""
+        hidden = self.hidden_states.float()
         step = max(1, _CHUNK_ELEMENTS // max(hidden.shape))
-        for start in range(0, len(self.head), step):
-            words = slice(start, min(start + step, len(self.head)))
-            yield words, hidden @ self.head.words(words).to(hidden.device).t()
+        for start in range(0, self.head.vocab_size, step):
+            vocabulary = slice(start, min(start + step, self.head.vocab_size))
+            yield vocabulary, hidden @ self.head.rows(vocabulary).to(hidden.device).t()
 
     def top1_tokens(self) -> Tensor:
-        """(n,): the most likely token behind each position."""
-        seen = RunningSoftmax.nothing(self.targets)
-        for words, logits in self.logits():
-            seen.add(words, logits)
-        return seen.best
+        """Return the most likely token at each position, (n,) int64."""
+        softmax = RunningSoftmax.empty(self.targets)
+        for vocabulary, logits in self.logits():
+            softmax.update(vocabulary, logits)
+        return softmax.top1
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A candidate against a reference, over n positions.
+    """How far a candidate model is from a reference model. The field names are keys of merge.json.
 
-    max_logit_difference: the largest |difference| of any logit. mean_kl: KL(reference ||
-    candidate) in nats. top1_agreement: share of positions with the same most likely token. loss:
-    the candidate's mean nats on the tokens that follow.
+    max_logit_difference: largest absolute difference of any logit.
+    mean_kl: mean KL(reference || candidate) over the positions, in nats.
+    top1_agreement: share of positions at which both models have the same most likely token.
+    loss: the candidate's mean cross entropy, in nats.
     """
 
     max_logit_difference: float
@@ -93,91 +105,105 @@ class Comparison:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """exp(loss); infinite if that exceeds a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @torch.no_grad()
-def compared_logits(
+def compute_logits(
     task: Task, loaded: LoadedModel, head: Head, rows: Sequence[Example], device: torch.device
 ) -> ComparedLogits:
-    """All rows in one forward, each on its own. head: where the model's head lies."""
+    """Run all rows in one forward pass, isolated from each other, and return the predictions.
+
+    task: selects the compared positions. head: the head of `loaded`. device: runs the model.
+    """
     hidden, targets = task.compared_states(loaded, task.collate(rows), device)
     return ComparedLogits(hidden, head, targets)
 
 
 @torch.no_grad()
 def compare(reference: ComparedLogits, candidate: ComparedLogits) -> Comparison:
-    """Raises AssertionError where they did not answer the same rows over the same vocabulary."""
+    """Compare a candidate with a reference.
+
+    With p and q as their logits, P as softmax(p), and Z_p and Z_q as the normalizers sum(exp),
+    KL(reference || candidate) = sum over the vocabulary of P (p - q) - log Z_p + log Z_q.
+
+    Both must have the same targets and vocabulary size, else AssertionError is raised.
+    """
     assert torch.equal(reference.targets, candidate.targets)
-    assert len(reference.head) == len(candidate.head)
-    ours, theirs = (
-        RunningSoftmax.nothing(reference.targets),
-        RunningSoftmax.nothing(candidate.targets),
-    )
-    # The sum over words of exp(our logit) (our logit - their logit), which with the two
-    # normalizers is the divergence; scaled down as `RunningSoftmax.total` is.
-    excess = torch.zeros_like(ours.total)
-    most = torch.zeros((), device=excess.device)
-    for (words, p), (_, q) in zip(reference.logits(), candidate.logits(), strict=True):
+    assert reference.head.vocab_size == candidate.head.vocab_size
+    p_softmax = RunningSoftmax.empty(reference.targets)
+    q_softmax = RunningSoftmax.empty(candidate.targets)
+    # The sum of exp(p) (p - q), divided by exp(largest p) as `RunningSoftmax.total` is.
+    weighted_difference = torch.zeros_like(p_softmax.total)
+    max_difference = torch.zeros((), device=weighted_difference.device)
+    for (vocabulary, p), (_, q) in zip(reference.logits(), candidate.logits(), strict=True):
         difference = p - q
-        # Not max(): a NaN must not be passed over.
-        most = torch.maximum(most, difference.abs().max())
-        shrunk, weights = ours.add(words, p)
-        theirs.add(words, q)
-        excess = excess * shrunk + (weights * difference.double()).sum(dim=1)
-    divergence = excess / ours.total - ours.normalizer() + theirs.normalizer()
-    same = (ours.best == theirs.best).double()
-    loss = theirs.normalizer() - theirs.of_target
-    figures = (divergence, same, loss)
-    return Comparison(float(most), *(float(figure.mean()) for figure in figures))
+        # torch.maximum() propagates NaN, Python's max() does not.
+        max_difference = torch.maximum(max_difference, difference.abs().max())
+        rescale, weights = p_softmax.update(vocabulary, p)
+        q_softmax.update(vocabulary, q)
+        weighted_difference = weighted_difference * rescale + (weights * difference.double()).sum(1)
+    divergence = weighted_difference / p_softmax.total
+    divergence = divergence - p_softmax.log_normalizer() + q_softmax.log_normalizer()
+    is_same = (p_softmax.top1 == q_softmax.top1).double()
+    loss = q_softmax.log_normalizer() - q_softmax.target_logit
+    means = (float(values.mean()) for values in (divergence, is_same, loss))
+    return Comparison(float(max_difference), *means)
 
 
 @dataclass
 class RunningSoftmax:
-    """A softmax over the words seen so far, at each of n positions, in float64.
+    """A softmax that is computed one chunk of the vocabulary at a time, at each of n positions.
 
-    largest: logit so far. total: sum of exp(logit - largest). best: the largest one's word.
-    of_target: the logit of the token that follows.
+    All tensors have the shape (n,). targets and top1 are int64, the others float64.
+    largest: largest logit so far. total: sum of exp(logit - largest) so far.
+    top1: the token of the largest logit. target_logit: logit of the target.
     """
 
     targets: Tensor
     largest: Tensor
     total: Tensor
-    best: Tensor
-    of_target: Tensor
+    top1: Tensor
+    target_logit: Tensor
 
     @classmethod
-    def nothing(cls, targets: Tensor) -> RunningSoftmax:
-        """Before the first word."""
-        none = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
-        return cls(targets, none - math.inf, none, torch.zeros_like(targets), none - math.inf)
+    def empty(cls, targets: Tensor) -> RunningSoftmax:
+        """Return the state before the first chunk. targets: (n,) int64."""
+        zeros = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
+        return cls(targets, zeros - math.inf, zeros, torch.zeros_like(targets), zeros - math.inf)
 
-    def add(self, words: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes in the next words' logits (n, c).
+    def update(self, vocabulary: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the logits (n, c) of the next chunk.
 
-        Returns what earlier sums shrink by (n,), and these words' share of the new one (n, c).
+        vocabulary: the chunk's token ids.
+
+        Returns (rescale, weights). rescale (n,) is the factor by which sums over earlier chunks
+        must be multiplied, because `largest` has changed; weights (n, c) is exp(logit - largest).
         """
         logits = logits.double()
-        top, where = logits.max(dim=1)
-        self.best = torch.where(top > self.largest, where + words.start, self.best)
-        largest = torch.maximum(self.largest, top)
-        shrunk = (self.largest - largest).exp()
+        chunk_largest, index = logits.max(dim=1)
+        self.top1 = torch.where(chunk_largest > self.largest, index + vocabulary.start, self.top1)
+        largest = torch.maximum(self.largest, chunk_largest)
+        rescale = (self.largest - largest).exp()
         weights = (logits - largest[:, None]).exp()
-        self.largest, self.total = largest, self.total * shrunk + weights.sum(dim=1)
-        place = self.targets - words.start
-        inside = (place >= 0) & (place < logits.shape[1])
-        own = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
-        self.of_target = torch.where(inside, own, self.of_target)
-        return shrunk, weights
+        self.largest, self.total = largest, self.total * rescale + weights.sum(dim=1)
+        column = self.targets - vocabulary.start
+        is_inside = (column >= 0) & (column < logits.shape[1])
+        own = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+        self.target_logit = torch.where(is_inside, own, self.target_logit)
+        return rescale, weights
 
-    def normalizer(self) -> Tensor:
-        """Log of the sum of exp(logit) over all words, (n,)."""
+    def log_normalizer(self) -> Tensor:
+        """Return log of the sum of exp(logit) over the vocabulary, (n,)."""
         return self.largest + self.total.log()
 
 
 def free_memory() -> None:
-    """After dropping a model: its modules refer to each other, so only the collector frees them."""
+    """Free a model after its last reference is gone.
+
+    The modules of a model refer to each other, so only the garbage collector frees them.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -60,7 +60,9 @@ def test_streamed_and_held_are_the_same(
     monkeypatch.setattr(comparison_models, "fits", lambda *_: False)
     streamed = trained_model(tensors, base, may_be_resident=True)
     assert (resident.is_resident, streamed.is_resident) == (True, False)
-    assert torch.equal(resident.compared_logits(ROWS).hidden, streamed.compared_logits(ROWS).hidden)
+    assert torch.equal(
+        resident.compared_logits(ROWS).hidden_states, streamed.compared_logits(ROWS).hidden_states
+    )
     # Nothing stays behind a pass, and a second one is as the first.
     assert all(parameter.is_meta for parameter in streamed.loaded.model.parameters())
     assert (
@@ -111,10 +113,10 @@ def test_agreement_counts_up_to_the_first_difference(tmp_path: Path) -> None:
     model = trained_model(tensors, base, may_be_resident=True)
     spoken = greedy_continuation(model, ROWS)
     found = count_agreeing_tokens(model.compared_logits([spoken]))
-    assert (found.agree, found.num_tokens) == (NUM_TOKENS, NUM_TOKENS)
+    assert (found.num_agreeing, found.num_tokens) == (NUM_TOKENS, NUM_TOKENS)
     at = len(spoken.ids) - NUM_TOKENS + 20
     spoken.ids[at] = spoken.labels[at] = (spoken.ids[at] + 1) % 200
-    assert count_agreeing_tokens(model.compared_logits([spoken])).agree == 20
+    assert count_agreeing_tokens(model.compared_logits([spoken])).num_agreeing == 20
 
 
 @pytest.mark.usefixtures("streamed")

@@ -162,7 +162,7 @@ def test_figures_of_a_comparison_are_those_of_the_formula(
     head = Head(read_header(tmp_path / "head.safetensors")[0]["head.weight"], torch.float32)
     ours = ComparedLogits(hidden, head, targets)
     theirs = ComparedLogits(hidden + 0.1 * torch.randn(7, 4), head, targets)
-    p, q = (one.hidden @ words["head.weight"].t() for one in (ours, theirs))
+    p, q = (one.hidden_states @ words["head.weight"].t() for one in (ours, theirs))
     most, (p, q) = float((p - q).abs().max()), (one.double().log_softmax(1) for one in (p, q))
     # In one piece, and two words at a time.
     for elements in (logit_comparison._CHUNK_ELEMENTS, 14):
