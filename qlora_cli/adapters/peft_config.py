@@ -1,8 +1,10 @@
-"""PEFT's adapter format: its file names, its keys and the settings of `adapter_config.json`.
+"""PEFT's adapter format: file names, tensor names and the settings of `adapter_config.json`.
 
-Only what decides the adapter's product is a field here. Everything else that PEFT can write either
-changes nothing for a finished LoRA adapter (`_INERT`) or is a feature that this package does not
-have, and then the adapter is refused: loading it without would answer differently in silence.
+`PeftConfig` has a field for each setting that affects the output of a LoRA adapter. Any other
+setting that PEFT writes either has no effect on a finished adapter (`_INERT`) or belongs to a
+feature that this package does not have. An adapter with such a feature is refused, because without
+it the model would silently give other results.
+
 Source: peft 0.21.2, `tuners/lora/config.py`, `check_target_module_exists`, `get_pattern_key`.
 """
 
@@ -22,9 +24,9 @@ from qlora_cli.errors import ModelError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Ways to start A and B that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ change it."""
+_TENSOR_NAME = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+_NEUTRAL_INITS = (True, False, "gaussian", "eva", "orthogonal")
+"""Initializations of A and B that do not change the base; PiSSA, OLoRA, CorDA and LoftQ do."""
 _INERT = {
     "auto_mapping",
     "peft_version",
@@ -37,11 +39,11 @@ _INERT = {
     "qalora_group_size",
     "ensure_weight_tying",
 }
-"""Keys without effect on an adapter whose other settings are supported."""
+"""Keys that have no effect on an adapter whose other settings are supported."""
 
 
 class PeftConfig(BaseModel):
-    """`adapter_config.json`, as far as it decides the product. Field names are PEFT's."""
+    """The settings of `adapter_config.json` that affect the output. Field names are PEFT's."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -66,43 +68,48 @@ class PeftConfig(BaseModel):
     layers_pattern: str | list[str] | None = None
 
     def rank(self, path: str) -> int:
-        """Rows of the layer's A."""
+        """Return the rank of the layer at `path`: the number of rows of A."""
         return self.rank_pattern.get(_pattern_of(self.rank_pattern, path), self.r)
 
     def alpha(self, path: str) -> float:
-        """The layer's alpha."""
+        """Return the alpha of the layer at `path`."""
         return self.alpha_pattern.get(_pattern_of(self.alpha_pattern, path), self.lora_alpha)
 
     def scaling(self, path: str) -> float:
-        """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) with rslora."""
+        """Return the factor of B A at `path`: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         rank = self.rank(path)
         return self.alpha(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, path: str) -> bool:
-        """Whether PEFT would adapt the linear at this path."""
-        if self.exclude_modules and _names(self.exclude_modules, path):
+        """Return whether PEFT adapts the linear layer at `path`."""
+        if self.exclude_modules and _matches(self.exclude_modules, path):
             return False
         if isinstance(self.target_modules, str):
-            everything = self.target_modules.lower() == "all-linear"
-            return everything or _names(self.target_modules, path)
-        # Where the list names the whole path, PEFT does not ask for the layer's number.
-        named = _names(self.target_modules, path)
-        return path in self.target_modules or (named and self._transforms(path))
+            is_all = self.target_modules.lower() == "all-linear"
+            return is_all or _matches(self.target_modules, path)
+        # PEFT does not check the block's number if the list contains the complete path.
+        matches = _matches(self.target_modules, path)
+        return path in self.target_modules or (matches and self._is_in_adapted_block(path))
 
-    def _transforms(self, path: str) -> bool:
+    def _is_in_adapted_block(self, path: str) -> bool:
+        """Return whether `layers_to_transform` includes the block of `path`."""
         if self.layers_to_transform in (None, []):
             return True
-        wanted = self.layers_to_transform
-        index = _layer_index(path, self.layers_pattern)
-        return index == wanted if isinstance(wanted, int) else index in (wanted or ())
+        adapted = self.layers_to_transform
+        index = _block_index(path, self.layers_pattern)
+        return index == adapted if isinstance(adapted, int) else index in (adapted or ())
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
-    """The adapter's settings. Raises ModelError where they are damaged or not supported."""
+    """Read the settings of the adapter in `folder`.
+
+    Raises ModelError if they are missing, damaged or use a feature that is not supported.
+    """
     file = folder / CONFIG
     if not file.is_file():
         raise ModelError(
-            f"no {CONFIG} in {folder}", hint="an adapter's folder holds it beside its weights"
+            f"no {CONFIG} in {folder}",
+            hint="an adapter's folder contains this file and the weights",
         )
     try:
         content = json.loads(file.read_bytes())
@@ -122,29 +129,32 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
 
 def _refuse_features(content: Mapping[str, Any], file: Path) -> None:
-    """Before the settings themselves are looked at: another method's have other names."""
+    """Raise ModelError if the adapter uses an unsupported feature.
+
+    Call it before parsing the settings: another adapter method has settings of other names.
+    """
     kind = content.get("peft_type", "LORA")
     features = dict(_features(content)) if kind == "LORA" else {"peft_type": kind}
     if features:
-        told = ", ".join(f"{key}: {json.dumps(value)}" for key, value in sorted(features.items()))
+        text = ", ".join(f"{key}: {json.dumps(value)}" for key, value in sorted(features.items()))
         raise ModelError(
-            f"the adapter uses what is not supported: {told}",
+            f"the adapter uses settings that are not supported: {text}",
             where=str(file),
-            hint="supported is LoRA on linear layers of a causal language model, with alpha / rank "
-            "or rsLoRA scaling and rank and alpha patterns",
+            hint="supported: LoRA on linear layers of a causal language model, with alpha / rank "
+            "or rsLoRA scaling, rank patterns and alpha patterns",
         )
 
 
 def _features(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings that change the product in a way that this package does not have."""
+    """Yield (key, value) of each setting that belongs to an unsupported feature."""
     allowed: dict[str, tuple[Any, ...]] = {
         "task_type": (None, "CAUSAL_LM"),
         "bias": ("none",),
         "modules_to_save": (None, []),
-        "init_lora_weights": (None, *_PLAIN_STARTS),
+        "init_lora_weights": (None, *_NEUTRAL_INITS),
     }
     if isinstance(content.get("target_modules"), str):
-        # PEFT does not say what it would mean, and refuses it.
+        # PEFT does not define this combination and refuses it.
         allowed["layers_to_transform"] = (None,)
     for key, value in content.items():
         if key in allowed and value not in allowed[key]:
@@ -154,6 +164,7 @@ def _features(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _expressions(config: PeftConfig) -> list[str]:
+    """Return the settings that are regular expressions, except rank and alpha patterns."""
     single = [config.target_modules, config.exclude_modules, config.layers_pattern]
     several = config.layers_pattern if isinstance(config.layers_pattern, list) else []
     return [text for text in [*single, *several] if isinstance(text, str)]
@@ -163,51 +174,64 @@ def _check_expression(pattern: str, file: Path) -> None:
     try:
         re.compile(pattern)
     except re.error as fault:
-        raise ModelError(f"{pattern!r} is no regular expression", where=str(file)) from fault
+        raise ModelError(f"{pattern!r} is not a regular expression", where=str(file)) from fault
 
 
-def key_of(path: str, factor: str) -> str:
-    """The tensor's name in the file: `base_model.model.<path>.lora_A.weight`."""
+def tensor_name(path: str, factor: str) -> str:
+    """Return the name of a tensor in the file: `base_model.model.<path>.lora_A.weight`.
+
+    path: the linear layer. factor: `A` or `B`.
+    """
     return f"{_PREFIX}{path}.lora_{factor}.weight"
 
 
-def path_of(key: str) -> tuple[str, str] | None:
-    """(path, `A` or `B`) of a tensor's name; None where it is no LoRA factor of a linear."""
-    match = _KEY.fullmatch(key)
+def parse_tensor_name(name: str) -> tuple[str, str] | None:
+    """Return (path of the linear layer, `A` or `B`), or None if `name` has another form."""
+    match = _TENSOR_NAME.fullmatch(name)
     return (match["path"], match["factor"]) if match else None
 
 
-def shortest_names(chosen: Collection[str], modules: Iterable[str]) -> list[str]:
-    """Endings that PEFT resolves to exactly `chosen` among all of a model's modules.
+def shortest_endings(chosen: Collection[str], modules: Iterable[str]) -> list[str]:
+    """Return the shortest endings of paths that PEFT resolves to exactly the `chosen` modules.
 
-    `q_proj` where every q_proj is chosen; a longer ending, at last the whole path, where not.
+    The ending is `q_proj` if every q_proj of the model is chosen. Otherwise it is longer; the
+    longest one is the complete path.
+
+    chosen: paths of the adapted modules. modules: paths of all modules of the model.
     """
     wanted = set(chosen)
-    meant: dict[str, set[str]] = {}
+    paths_by_ending: dict[str, set[str]] = {}
     for module in modules:
         for ending in _endings(module):
-            meant.setdefault(ending, set()).add(module)
-    return sorted({next(e for e in _endings(path) if meant[e] <= wanted) for path in chosen})
+            paths_by_ending.setdefault(ending, set()).add(module)
+    return sorted(
+        {next(e for e in _endings(path) if paths_by_ending[e] <= wanted) for path in chosen}
+    )
 
 
 def _endings(path: str) -> list[str]:
+    """Return the endings of a dotted path, the shortest first."""
     parts = path.split(".")
     return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
 
 
-def _names(wanted: str | list[str], path: str) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in wanted)
+def _matches(modules: str | list[str], path: str) -> bool:
+    """Return whether a regular expression or a list of endings matches `path`."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in modules)
 
 
 def _pattern_of(patterns: Mapping[str, object], path: str) -> str:
-    """The first pattern that means the path; the path itself where none does."""
+    """Return the first pattern that matches `path`, or `path` itself if none does."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), path)
 
 
-def _layer_index(path: str, pattern: str | list[str] | None) -> int | None:
-    """The block's number in a path: of the first list that `pattern` names, or of any list."""
+def _block_index(path: str, pattern: str | list[str] | None) -> int | None:
+    """Return the number of the block in `path`, or None if there is none.
+
+    pattern: names of the list of blocks; without it, the first number in the path is used.
+    """
     names = [pattern] if isinstance(pattern, str) else pattern
     for name in names if names and pattern else [r"[^.]*"]:
         match = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path)

@@ -1,14 +1,14 @@
-"""Several adapters on one base: which of them answers changes without loading the base again.
+"""Several adapters on one base, of which one is active. Switching does not load the base again.
 
-Each adapter is kept as its layers over the base's own linears (`LoraLinear`), so that it costs its
-A and B and no more, and adapters may differ in rank, targets and scaling. To switch is to put
-other layers in these places; no weight moves.
+Each adapter is stored as its layers (`LoraLinear`) around the linear layers of the base. It takes
+the memory of its A and B only, and adapters may differ in rank, targets and scaling. Switching
+replaces these layers in the model; no weight is copied.
 
-Merged, an adapter is added into the weights of a 16-bit base and the layers are left out, so that
-answering costs what it costs without an adapter (LoRA, section 4.1). Taking it out again must give
-the base's bytes. W + BA - BA is not W in 16 bit, so W is read from the checkpoint again. The other
-way, a copy of what is changed, takes 2 bytes for each weight of an adapted linear, on the device,
-where memory is the scarce thing; the file is there anyway, and only a switch waits for it.
+With `merged`, the active adapter is added to the weights of a 16-bit base and its layers are
+removed, so that inference is as fast as without an adapter (LoRA, section 4.1). Removing it must
+restore the base's weights bit for bit. In 16 bit, W + BA - BA is not W, so W is read from the
+checkpoint again. The alternative, a copy of the changed weights, would take 2 bytes of GPU memory
+per weight of an adapted layer; the file exists in any case, and only a switch has to wait for it.
 """
 
 from __future__ import annotations
@@ -28,29 +28,34 @@ from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.recipe.suggest import nearest_word
 
 BASE = "base"
-"""Name of the base without an adapter."""
+"""The name that selects the base without an adapter."""
 OWN = "run"
-"""Name of the adapter that a run brings with it."""
+"""The name of the opened run's own adapter."""
 
 
 class AdapterSwitch:
-    """The adapters of one model by name, of which at most one is in place.
+    """The adapters of one model by name, of which at most one is active.
 
-    built: a model for answering. source: where its weights were read from. merged: an adapter in
-    place is added into the weights. Raises UsageError where the base cannot be merged into.
+    loaded: a model for inference. If it has an adapter, that becomes the adapter `run` and is
+        active.
+    source: the source of the base's weights.
+    merged: add the active adapter to the weights instead of computing it separately.
+
+    Raises UsageError if `merged` is set and the base is quantized.
     """
 
     def __init__(self, loaded: LoadedModel, source: FolderSource, *, merged: bool = False) -> None:
         if merged and loaded.weight_format.bits != 16:
             raise UsageError(
-                f"an adapter cannot be added into the weights of a {loaded.weight_format.bits}-bit base",
+                "an adapter cannot be added to the weights of a "
+                f"{loaded.weight_format.bits}-bit base",
                 where="--merged",
-                hint="leave it out, or name the 16-bit model with the run as --adapter NAME=RUN",
+                hint="omit it, or open the 16-bit model with the run as --adapter NAME=RUN",
             )
-        self._built = loaded
+        self._loaded = loaded
         self._source = source
         self._stamps = {entry.file: _stamp(entry.file) for entry in source.entries.values()}
-        self._merges = merged
+        self._is_merged = merged
         self._changed: dict[str, QuantLinear] = {}
         self._layers: dict[str, dict[str, LoraLinear]] = {BASE: {}}
         self.current = BASE
@@ -61,50 +66,51 @@ class AdapterSwitch:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters, in the order in which they came."""
+        """Return the names of the adapters in the order in which they were added."""
         return tuple(name for name in self._layers if name != BASE)
 
     def add(self, name: str, adapter: AdapterFile) -> None:
-        """Loads an adapter beside the others; what answers stays.
+        """Load an adapter in addition to the others. The active adapter does not change.
 
-        Raises UsageError where the name is taken, ProblemsError where the adapter does not fit.
+        Raises UsageError if the name is taken, ProblemsError if the adapter does not fit the base.
         """
         if name in (BASE, OWN) or name in self._layers:
             raise UsageError(
                 f"the name {name!r} is taken",
                 where="--adapter",
-                hint=f"{BASE} is the base alone, {OWN} the adapter that a run brings with it",
+                hint=f"{BASE} is the base without an adapter, {OWN} the adapter of the opened run",
             )
-        self._layers[name] = adapter_layers_for(self._built, adapter)
+        self._layers[name] = adapter_layers_for(self._loaded, adapter)
 
     def check(self, name: str) -> None:
-        """Raises UsageError where there is no adapter of that name."""
+        """Raise UsageError if there is no adapter with this name."""
         if name not in self._layers:
-            loaded = f"there are {', '.join(self._layers)}"
+            names = f"there are {', '.join(self._layers)}"
             raise UsageError(
                 f"there is no adapter {name!r}",
-                hint=nearest_word(name, list(self._layers)) or loaded,
+                hint=nearest_word(name, list(self._layers)) or names,
             )
 
     def use(self, name: str) -> None:
-        """Puts this adapter in place of the one before; `base` for none.
+        """Make this adapter active; `base` for none.
 
-        Raises UsageError where there is none of that name and QloraError where merging overflows,
-        which leaves the base alone in place; ModelError where the base's file is not what it was,
-        and then the model must be opened anew.
+        Raises UsageError if there is no adapter with this name, QloraError if a merged weight
+        overflows (the base is then active), ModelError if the base's file has changed since loading
+        (the model must then be opened again).
         """
         self.check(name)
         self._restore()
-        set_adapter_layers(self._built, {})
+        set_adapter_layers(self._loaded, {})
         self.current = BASE
-        if self._merges:
+        if self._is_merged:
             self._merge(name)
         else:
-            set_adapter_layers(self._built, self._layers[name])
+            set_adapter_layers(self._loaded, self._layers[name])
         self.current = name
 
     @torch.no_grad()
     def _merge(self, name: str) -> None:
+        """Add an adapter to the weights of the base. Raises QloraError if a weight overflows."""
         for path, layer in self._layers[name].items():
             weight = layer.base.weight
             merged = (weight.float() + layer.delta()).to(weight.dtype)
@@ -112,14 +118,14 @@ class AdapterSwitch:
                 self._restore()
                 raise QloraError(
                     f"{path}: with the adapter {name!r} it has values beyond {weight.dtype}",
-                    hint="leave out --merged",
+                    hint="omit --merged",
                 )
             self._changed[path] = layer.base
             layer.base.pack(merged)
 
     def _restore(self) -> None:
-        """Each changed weight as it was loaded, bit for bit: read and packed in the same way."""
-        sites = {site.path: site for site in self._built.sites}
+        """Read each changed weight again, so that it is bit for bit as it was loaded."""
+        sites = {site.path: site for site in self._loaded.sites}
         for path, linear in list(self._changed.items()):
             weight = self._read_again(f"{path}.weight").to(linear.weight.device)
             linear.pack(sites[path].from_file(weight))
@@ -130,14 +136,17 @@ class AdapterSwitch:
         try:
             if _stamp(file) == self._stamps[file]:
                 return self._source.read(name)
-            fault = "it was written anew since it was loaded"
-        except OSError as refused:
-            fault = refused.strerror or str(refused)
+            reason = "it has changed since it was loaded"
+        except OSError as error:
+            reason = error.strerror or str(error)
         raise ModelError(
-            f"the base cannot be read again: {fault}", where=str(file), hint="open the model anew"
+            f"the base cannot be read again: {reason}",
+            where=str(file),
+            hint="open the model again",
         )
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    about = file.stat()
-    return about.st_size, about.st_mtime_ns
+    """Return size and modification time of a file, which change if it is written again."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns

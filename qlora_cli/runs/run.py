@@ -109,7 +109,7 @@ class Run:
         """
         if self.is_full_fine_tuning:
             raise UsageError(
-                f"{self.path} is full fine-tuning; it has no adapter",
+                f"{self.path} is a full fine-tuning; it has no adapter",
                 hint="use it as a model: `qlora generate RUN`",
             )
         return open_adapter(self._finished(self.folder.adapter))

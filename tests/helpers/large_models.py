@@ -12,16 +12,18 @@ from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.export.merge.folder import plan_shards, write_index
 from qlora_cli.files.atomic import write_json
-from qlora_cli.files.safetensors_io import Shape, write_tensors
+from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 
-WIDTH, INNER, LAYERS, WORDS = 2048, 5632, 5, 32000
-LARGEST_BYTES = WORDS * WIDTH * 2
+WIDTH, INNER, LAYERS, VOCAB = 2048, 5632, 5, 32000
+LARGEST_BYTES = VOCAB * WIDTH * 2
+"""Size of the largest tensor, in bfloat16."""
 SHARD_BYTES = 400_000_000
 
 
 def block_shapes(layer: int) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of each tensor of a block."""
     path = f"model.layers.{layer}"
     attention = {f"{path}.self_attn.{role}_proj.weight": (WIDTH, WIDTH) for role in "qkvo"}
     return attention | {
@@ -34,10 +36,10 @@ def block_shapes(layer: int) -> dict[str, tuple[int, ...]]:
 
 
 def make_large_base(folder: Path, num_layers: int = LAYERS) -> Path:
-    """In bfloat16, in several files, written one tensor at a time."""
+    """Write a Llama model in bfloat16 as several files, one tensor at a time."""
     folder.mkdir()
     config = LlamaConfig(
-        vocab_size=WORDS,
+        vocab_size=VOCAB,
         hidden_size=WIDTH,
         intermediate_size=INNER,
         num_hidden_layers=num_layers,
@@ -45,11 +47,11 @@ def make_large_base(folder: Path, num_layers: int = LAYERS) -> Path:
         dtype=torch.bfloat16,
     )
     config.save_pretrained(folder)
-    shapes = {"model.embed_tokens.weight": (WORDS, WIDTH), "model.norm.weight": (WIDTH,)}
+    shapes = {"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
     for layer in range(num_layers):
         shapes |= block_shapes(layer)
-    shapes["lm_head.weight"] = (WORDS, WIDTH)
-    planned = {name: Shape(torch.bfloat16, shape) for name, shape in shapes.items()}
+    shapes["lm_head.weight"] = (VOCAB, WIDTH)
+    planned = {name: TensorSpec(torch.bfloat16, shape) for name, shape in shapes.items()}
     noise = (0.02 * torch.randn(INNER * WIDTH)).bfloat16()
 
     def make(name: str) -> Tensor:
@@ -64,7 +66,7 @@ def make_large_base(folder: Path, num_layers: int = LAYERS) -> Path:
 
 
 def make_large_run(path: Path, base: Path, num_layers: int = LAYERS) -> RunFolder:
-    """A run with an adapter on every linear, as PEFT would write it."""
+    """Write a run with an adapter on every linear, in PEFT's format."""
     recipe = Recipe.model_validate(
         {
             "model": {"name": str(base)},
@@ -80,14 +82,15 @@ def make_large_run(path: Path, base: Path, num_layers: int = LAYERS) -> RunFolde
     roles = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = PeftConfig(r=16, lora_alpha=32.0, target_modules=roles)
     write_json(run.adapter / peft_config.CONFIG, config.model_dump(mode="json"))
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, TensorSpec] = {}
     for layer in range(num_layers):
         for name, shape in block_shapes(layer).items():
             if len(shape) == 2:
                 path_of = name.removesuffix(".weight")
                 out_features, in_features = shape
-                shapes[peft_config.key_of(path_of, "A")] = Shape(torch.float32, (16, in_features))
-                shapes[peft_config.key_of(path_of, "B")] = Shape(torch.float32, (out_features, 16))
+                for letter, size in (("A", (16, in_features)), ("B", (out_features, 16))):
+                    key = peft_config.tensor_name(path_of, letter)
+                    shapes[key] = TensorSpec(torch.float32, size)
     write_tensors(
         run.adapter / peft_config.WEIGHTS,
         shapes,
@@ -98,4 +101,5 @@ def make_large_run(path: Path, base: Path, num_layers: int = LAYERS) -> RunFolde
 
 
 def make_large(folder: Path, num_layers: int) -> RunFolder:
+    """Write a model and a run on it; return the run."""
     return make_large_run(folder / "run", make_large_base(folder / "base", num_layers), num_layers)

@@ -25,8 +25,8 @@ from tests.helpers.peft_helpers import (
     IDS,
     frozen_16_bit,
     load_into_peft,
-    their_logits,
-    theirs,
+    peft_logits,
+    transformers_model,
     write_peft_adapter,
 )
 from tests.helpers.runs import CPU, build_base, logits, make_base, make_recipe, make_rows, make_run
@@ -133,7 +133,7 @@ def test_we_load_pefts(family: str, name: str, tmp_path: Path) -> None:
     base, recipe = frozen_16_bit(tmp_path, family)
     write_peft_adapter(base, tmp_path / "theirs", **settings)
     # Read back, because PEFT sorts patterns when it writes them, and the first that fits decides.
-    wanted = their_logits(load_into_peft(base, tmp_path / "theirs"))
+    wanted = peft_logits(load_into_peft(base, tmp_path / "theirs"))
     loaded = build_base(recipe)
     attach_adapter(loaded, open_adapter(tmp_path / "theirs"))
     loaded.model.eval()
@@ -150,7 +150,7 @@ def test_we_load_16_bit_factors(family: str, dtype: torch.dtype, tmp_path: Path)
     write_peft_adapter(base, tmp_path / "theirs", **settings)
     file = tmp_path / "theirs" / "adapter_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
-    wanted = their_logits(load_into_peft(base, tmp_path / "theirs"))
+    wanted = peft_logits(load_into_peft(base, tmp_path / "theirs"))
     loaded = build_base(recipe)
     attach_adapter(loaded, open_adapter(tmp_path / "theirs"))
     torch.testing.assert_close(logits(loaded, IDS), wanted, rtol=1e-4, atol=1e-3)
@@ -173,7 +173,7 @@ def test_peft_loads_our_exact_paths(family: str, rslora: bool, tmp_path: Path) -
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     patterned = {"rank_pattern", "alpha_pattern"} if family == "gpt2" else set()
     assert {key for key in ("rank_pattern", "alpha_pattern") if config[key]} == patterned
-    found = their_logits(load_into_peft(base, run.adapter))
+    found = peft_logits(load_into_peft(base, run.adapter))
     torch.testing.assert_close(found, logits(loaded, IDS), rtol=1e-4, atol=1e-3)
 
 
@@ -189,7 +189,7 @@ def test_what_was_trained_on_a_packed_base_answers_alike_on_the_plain_one(
     run, trained = make_run(tmp_path / "run", recipe)
     ours = open_for_adapters(str(base), CPU, Silent()).loaded
     attach_adapter(ours, adapter_at(run.path))
-    found = their_logits(load_into_peft(base, run.adapter))
+    found = peft_logits(load_into_peft(base, run.adapter))
     torch.testing.assert_close(found, logits(ours, IDS), rtol=1e-4, atol=1e-3)
     assert not torch.allclose(logits(trained, IDS), found, rtol=1e-2, atol=0.1), "bases differ"
 
@@ -218,7 +218,7 @@ def test_what_peft_writes_with_an_option_we_have_not_is_refused(
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], **REFUSED[option]}
     write_peft_adapter(base, tmp_path / "theirs", **settings)
     name = option.split()[0]
-    with pytest.raises(ModelError, match=f"uses what is not supported: {name}"):
+    with pytest.raises(ModelError, match=f"uses settings that are not supported: {name}"):
         open_adapter(tmp_path / "theirs")
 
 
@@ -233,16 +233,18 @@ OTHER_METHODS: dict[str, Any] = {
 @pytest.mark.parametrize("method", OTHER_METHODS)
 def test_other_methods_are_refused(method: str, tmp_path: Path) -> None:
     base, _ = frozen_16_bit(tmp_path, "llama")
-    get_peft_model(theirs(base), OTHER_METHODS[method]()).save_pretrained(tmp_path / "theirs")
+    get_peft_model(transformers_model(base), OTHER_METHODS[method]()).save_pretrained(
+        tmp_path / "theirs"
+    )
     with pytest.raises(ModelError, match=f'not supported: peft_type: "{method}"'):
         open_adapter(tmp_path / "theirs")
 
 
 def test_weights_beside_the_factors_are_refused(tmp_path: Path) -> None:
     base, _ = frozen_16_bit(tmp_path, "llama")
-    model = get_peft_model(theirs(base), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(transformers_model(base), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
-    with pytest.raises(ModelError, match=r"lm_head\.weight is no LoRA factor"):
+    with pytest.raises(ModelError, match=r"lm_head\.weight is not a LoRA factor"):
         open_adapter(tmp_path / "theirs")
 
 

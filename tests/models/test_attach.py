@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_cli.adapters.lora import adapted_layers
-from qlora_cli.adapters.peft_config import PeftConfig, shortest_names
+from qlora_cli.adapters.peft_config import PeftConfig, shortest_endings
 from qlora_cli.adapters.peft_file import open_adapter
 from qlora_cli.errors import InputError, ModelError, ProblemsError, QloraError
 from qlora_cli.models.attach import attach_adapter, load_adapter, remove_adapter, save_adapter
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe.schema import Recipe
 from tests.helpers.families import MODEL_TYPES
-from tests.helpers.runs import build_base, logits, make_base, make_recipe, stir
+from tests.helpers.runs import build_base, logits, make_base, make_recipe, randomize_b
 
 IDS = torch.tensor([[5, 80, 91, 7]])
 BLOCKS = [f"model.layers.{n}.self_attn.{role}_proj" for n in range(12) for role in "qkvo"]
@@ -37,7 +37,7 @@ def a_model(base: Path, **adapter: Any) -> tuple[Recipe, LoadedModel]:
     """With a stirred adapter."""
     recipe = make_recipe(base, base / "rows.jsonl", adapter=adapter)
     loaded = build_base(recipe)
-    stir(loaded)
+    randomize_b(loaded)
     loaded.model.eval()
     return recipe, loaded
 
@@ -95,7 +95,7 @@ def test_attach_brings_another_adapter_and_detach_the_base(
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"rank": 4}, "rank is 3 in the adapter and 4 by the recipe"),
+        ({"rank": 4}, "rank is 3 in the adapter and 4 in the recipe"),
         ({"alpha": 7.0}, "scaling is 2.0 in the adapter and 2.33"),
         ({"dtype": "float16"}, "dtype is torch.float32 in the adapter and torch.float16"),
         ({"targets": ["q"]}, "the adapter and the recipe adapt other layers"),
@@ -116,7 +116,7 @@ def test_other_parts_of_a_fused_layer_are_refused(bases: dict[str, Path], tmp_pa
     recipe, loaded = a_model(bases["gpt2"], targets=["q", "v"])
     save_adapter(loaded, recipe, tmp_path / "adapter")
     _, other = a_model(bases["gpt2"], targets=["q", "k"])
-    with pytest.raises(ModelError, match=r"parts is \['q', 'v'\] in the adapter and \['q', 'k'\]"):
+    with pytest.raises(ModelError, match=r"roles is \['q', 'v'\] in the adapter and \['q', 'k'\]"):
         load_adapter(other, tmp_path / "adapter")
 
 
@@ -125,7 +125,7 @@ def test_another_base_is_refused_by_all_its_layers(bases: dict[str, Path], tmp_p
     save_adapter(loaded, recipe, tmp_path / "adapter")
     wide = make_base(tmp_path / "wide", "llama", hidden_size=80)
     with pytest.raises(
-        ProblemsError, match=r"made for a weight \(64, 64\), the base has \(64, 80\)"
+        ProblemsError, match=r"for a weight of shape \(64, 64\); the base has \(64, 80\)"
     ):
         load_adapter(a_model(wide, targets=["q"])[1], tmp_path / "adapter")
     with pytest.raises(ProblemsError, match="the base has no such linear"):
@@ -138,7 +138,7 @@ def test_a_full_disk_keeps_the_older_adapter(
     recipe, loaded = a_model(bases["llama"], targets=["q"])
     save_adapter(loaded, recipe, tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
-    stir(loaded, seed=9)
+    randomize_b(loaded, seed=9)
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -195,7 +195,9 @@ def check(folder: Path, base: Path) -> None:
 @pytest.mark.parametrize("keys", UNSUPPORTED, ids=str)
 def test_a_feature_that_is_not_supported_is_named(written: Path, keys: dict[str, Any]) -> None:
     edit(written, **keys)
-    with pytest.raises(ModelError, match="uses what is not supported: " + next(iter(keys))):
+    with pytest.raises(
+        ModelError, match="uses settings that are not supported: " + next(iter(keys))
+    ):
         open_adapter(written)
 
 
@@ -215,9 +217,9 @@ def test_settings_without_effect_are_passed_over(written: Path, bases: dict[str,
         ),
         (
             lambda t: {k.replace(".weight", ".default.weight"): v for k, v in t.items()},
-            "lora_A.default.weight is no LoRA factor",
+            "lora_A.default.weight is not a LoRA factor",
         ),
-        (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, "is no LoRA"),
+        (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, "is not a LoRA"),
         (lambda t: {k: v for k, v in t.items() if k != f"{Q0}.lora_B.weight"}, "has lora_A alone"),
         (lambda t: {k: v for k, v in t.items() if not k.startswith(Q0)}, "it has no weights"),
         (
@@ -226,7 +228,7 @@ def test_settings_without_effect_are_passed_over(written: Path, bases: dict[str,
         ),
         (lambda t: t | {f"{Q0}.lora_A.weight": torch.zeros(5, 64)}, "rank 3 means A"),
         (lambda t: t | {f"{Q0}.lora_A.weight": torch.zeros(3, 64, 1)}, "rank 3 means A"),
-        (lambda t: t | {f"{Q0}.lora_A.weight": torch.zeros(3, 60)}, "made for a weight"),
+        (lambda t: t | {f"{Q0}.lora_A.weight": torch.zeros(3, 60)}, "for a weight of shape"),
         (lambda t: t | {f"{Q0}.lora_A.weight": torch.zeros(3, 64).half()}, "A is torch.float16"),
         (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "A is torch.int8"),
     ],
@@ -248,11 +250,11 @@ def test_wrong_tensors_are_named(
         ({"r": 0}, "r: Input should be greater than or equal to 1"),
         ({"lora_alpha": "much"}, "lora_alpha: Input should be a valid number"),
         ({"target_modules": None}, "target_modules: "),
-        ({"target_modules": "(q_proj"}, "is no regular expression"),
-        ({"rank_pattern": {"[": 3}}, "is no regular expression"),
-        ({"layers_pattern": ["h", "("]}, "is no regular expression"),
-        ({"lora_alpha": 60.0}, "scales it by 20 at rank 3, and its weights were written for 2 at"),
-        ({"use_rslora": True}, "and its weights were written for"),
+        ({"target_modules": "(q_proj"}, "is not a regular expression"),
+        ({"rank_pattern": {"[": 3}}, "is not a regular expression"),
+        ({"layers_pattern": ["h", "("]}, "is not a regular expression"),
+        ({"lora_alpha": 60.0}, "scales it by 20 at rank 3, but its weights were written for 2 at"),
+        ({"use_rslora": True}, "but its weights were written for"),
     ],
     ids=str,
 )
@@ -303,7 +305,7 @@ def test_values_outside_the_blocks_are_refused(bases: dict[str, Path], tmp_path:
 )
 def test_names_are_as_short_as_they_can_be(chosen: list[str], names: list[str]) -> None:
     others = ["model", "model.layers.1", "head.q_proj"] if len(chosen) < 3 else ["model"]
-    assert shortest_names(chosen, [*BLOCKS, *others]) == names
+    assert shortest_endings(chosen, [*BLOCKS, *others]) == names
 
 
 def test_names_mean_exactly_what_was_chosen() -> None:
@@ -311,5 +313,5 @@ def test_names_mean_exactly_what_was_chosen() -> None:
     for _ in range(50):
         picks = torch.rand(len(BLOCKS), generator=generator) < torch.rand(1, generator=generator)
         chosen = {path for path, pick in zip(BLOCKS, picks.tolist(), strict=True) if pick}
-        config = PeftConfig(r=1, lora_alpha=1.0, target_modules=shortest_names(chosen, BLOCKS))
+        config = PeftConfig(r=1, lora_alpha=1.0, target_modules=shortest_endings(chosen, BLOCKS))
         assert {path for path in BLOCKS if config.targets(path)} == chosen
