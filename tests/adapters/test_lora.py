@@ -1,4 +1,4 @@
-"""LoRA's own product against plain modules, what it trains, and what it must never touch."""
+"""LoRA's product equals that of plain modules; only A and B train and the base never changes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,20 @@ from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.train.optimizer import make_optimizer
 from tests.helpers.families import MODEL_TYPES
-from tests.helpers.runs import CPU, build_base, logits, make_base, make_recipe, make_rows, stir
+from tests.helpers.runs import (
+    CPU,
+    build_base,
+    logits,
+    make_base,
+    make_recipe,
+    make_rows,
+    randomize_b,
+)
 
 IDS = torch.arange(5, 29)[None]
 PLAIN = {"q": slice(0, 48)}
 FUSED = {"q": slice(0, 16), "v": slice(32, 48)}
-"""Of a fused q/k/v of 48 rows: k in the middle is not adapted."""
+"""Slices of a fused q/k/v projection with 48 rows: k in the middle has no adapter."""
 
 
 def adapted(
@@ -40,7 +48,7 @@ def adapted(
     dropout: float = 0.0,
     rslora: bool = False,
 ) -> LoraLinear:
-    """An adapted linear (48, 64) with values in A and B."""
+    """Return an adapted linear (48, 64) with values in A and B."""
     generator = torch.Generator().manual_seed(1)
     base = QuantLinear(64, 48, False, WeightFormat(bits, compute, compute))
     base.pack(torch.randn(48, 64, generator=generator).to(compute if bits == 16 else torch.float32))
@@ -52,7 +60,7 @@ def adapted(
 
 
 def composed(layer: LoraLinear, x: Tensor, dropped: Tensor) -> Tensor:
-    """The same of plain differentiable operations, each role's rows put beside the others'."""
+    """Return the output of the layer, computed with plain differentiable operations."""
     y = x @ layer.base.dequantize().t()
     for role, rows in layer.lora_slices.items():
         part = dropped @ layer.lora_a[role].t() @ layer.lora_b[role].t()
@@ -66,8 +74,8 @@ def gradients(y: Tensor, layer: LoraLinear, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((y * weights).sum() + y.square().sum(), inputs))
 
 
-def kept(x: Tensor, dropout: float) -> Tensor:
-    """The mask that the next call of a layer with dropout will make."""
+def keep_mask(x: Tensor, dropout: float) -> Tensor:
+    """Return the mask of kept values that the next call of a layer with dropout uses."""
     generator = torch.Generator().manual_seed(draw_seed())
     return ~torch.empty(x.shape, dtype=torch.bool).bernoulli_(dropout, generator=generator)
 
@@ -75,7 +83,7 @@ def kept(x: Tensor, dropout: float) -> Tensor:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("parts", [PLAIN, FUSED], ids=["plain", "fused"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_gradients_are_those_of_plain_modules_in_float64(
+def test_gradients_equal_plain_modules_in_float64(
     parts: Mapping[str, slice], dropout: float, rslora: bool
 ) -> None:
     layer = adapted(parts, bits=16, dropout=dropout, rslora=rslora)
@@ -84,7 +92,7 @@ def test_gradients_are_those_of_plain_modules_in_float64(
     ours = layer(x)
     torch.manual_seed(11)
     flat = x.reshape(-1, 64)
-    dropped = flat * kept(flat, dropout) / (1 - dropout) if dropout else flat
+    dropped = flat * keep_mask(flat, dropout) / (1 - dropout) if dropout else flat
     wanted = composed(layer, flat, dropped).view(3, 5, 48)
     torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
     for own, other in zip(gradients(ours, layer, x), gradients(wanted, layer, x), strict=True):
@@ -97,21 +105,21 @@ def test_gradients_on_a_packed_base(bits: int) -> None:
     x = torch.randn(7, 64, requires_grad=True)
     ours, wanted = layer(x), composed(layer, x, x)
     if bits == 8:
-        # 8 bit rounds its input: the same output, so that the same gradient goes in.
+        # 8 bit rounds its input; with equal outputs both get the same gradient.
         wanted = wanted + (ours - wanted).detach()
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
     for own, other in zip(gradients(ours, layer, x), gradients(wanted, layer, x), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
 
 
-def test_gradcheck_by_differences() -> None:
+def test_lora_passes_gradcheck() -> None:
     layer = adapted(FUSED, bits=16)
     x = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
     factors = [*layer.lora_a.values(), *layer.lora_b.values()]
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *factors), fast_mode=True)
 
 
-def test_the_comparison_would_see_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck_detects_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = adapted(PLAIN, bits=16)
     x = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
     monkeypatch.setattr(
@@ -121,7 +129,7 @@ def test_the_comparison_would_see_a_wrong_gradient(monkeypatch: pytest.MonkeyPat
         torch.autograd.gradcheck(layer, (x,), fast_mode=True)
 
 
-def test_dropout_drops_its_share_anew_each_time_and_only_in_training() -> None:
+def test_dropout_draws_a_new_mask_in_each_call_and_only_in_training() -> None:
     layer = adapted(PLAIN, bits=16, dropout=0.3)
     layer.base.weight.data.zero_()
     eye = torch.eye(64, dtype=torch.float64)
@@ -129,7 +137,7 @@ def test_dropout_drops_its_share_anew_each_time_and_only_in_training() -> None:
     outputs = [layer(eye) for _ in range(40)]
     assert not torch.equal(outputs[0], outputs[1])
     zero = torch.stack([(one == 0).all(dim=1) for one in outputs]).double()
-    # Row i of A^T B^T is there or not with entry i of the unit vector: 2560 draws.
+    # Row i of A^T B^T is zero if entry i of the unit vector is dropped: 2560 draws.
     assert zero.mean().item() == pytest.approx(0.3, abs=0.03)
     layer.eval()
     torch.testing.assert_close(layer(eye), layer.delta().t().double(), rtol=1e-5, atol=1e-5)
@@ -138,7 +146,7 @@ def test_dropout_drops_its_share_anew_each_time_and_only_in_training() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_only_x_and_x_a_are_kept_for_backward(dropout: float) -> None:
+def test_only_x_and_x_a_are_saved_for_backward(dropout: float) -> None:
     layer = adapted(FUSED, dropout=dropout)
     x = torch.randn(9, 64, dtype=torch.float64, requires_grad=True)
     shapes: list[tuple[int, ...]] = []
@@ -160,7 +168,7 @@ def test_delta_is_scaling_b_a() -> None:
         for role, rows in FUSED.items():
             wanted = scaling * layer.lora_b[role] @ layer.lora_a[role]
             torch.testing.assert_close(delta[rows], wanted.detach(), rtol=1e-6, atol=1e-6)
-        assert not delta[16:32].any(), "k is not adapted"
+        assert not delta[16:32].any(), "k has no adapter"
 
 
 def test_float16_adapters_are_the_float32_ones_rounded() -> None:
@@ -190,7 +198,7 @@ def test_a_seed_gives_a_and_a_is_gaussian() -> None:
     assert torch.equal(*drawn)
     assert not layer.lora_b["q"].any()
     assert drawn[0].std() == pytest.approx(1024**-0.5, rel=0.02)
-    # A Gaussian's fourth moment is three times its variance squared; a uniform's is 1.8 times.
+    # The fourth moment is 3 times the squared variance (Gaussian) or 1.8 times (uniform).
     assert (drawn[0] ** 4).mean() / drawn[0].var() ** 2 == pytest.approx(3.0, rel=0.05)
 
 
@@ -200,7 +208,7 @@ def example(start: int, length: int = 14) -> Example:
 
 
 def frozen_hash(loaded: LoadedModel) -> str:
-    """Of every byte that is not trained, buffers too."""
+    """Return a hash of every byte that is not trained, buffers included."""
     digest = hashlib.sha256()
     tensors = [*loaded.model.named_parameters(), *loaded.model.named_buffers()]
     for name, tensor in tensors:
@@ -224,7 +232,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(
     bases: dict[str, Path], family: str, bits: int
 ) -> None:
-    """B = 0 means base; only A and B have gradients; steps leave every byte of the base alone."""
+    """With B = 0 the model equals the base. Only A and B train; steps change no other byte."""
     recipe = make_recipe(
         bases[family], bases[family].parent / "rows.jsonl", base={"bits": bits}, train={"lr": 1e-2}
     )
@@ -251,21 +259,19 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(
         optimizer.step()
         optimizer.zero_grad()
     assert frozen_hash(loaded) == before
-    assert not torch.equal(logits(loaded, IDS), with_adapter), "three steps must change something"
+    assert not torch.equal(logits(loaded, IDS), with_adapter), "three steps must change the output"
     next(p for p in loaded.model.parameters() if not p.requires_grad).data.flatten()[0] += 1
-    assert frozen_hash(loaded) != before, "the hash must see a single byte"
+    assert frozen_hash(loaded) != before, "the hash must detect a single byte"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_eval_between_steps_leaves_gradients_as_they_were(
-    bases: dict[str, Path], family: str
-) -> None:
-    """The eval trap on a whole model, in bfloat16, where bitsandbytes' own layer falls into it."""
+def test_gradients_are_unchanged_after_an_evaluation(bases: dict[str, Path], family: str) -> None:
+    """In bfloat16, in which bitsandbytes' own layer repacks its weight in eval mode."""
     recipe = make_recipe(
         bases[family], bases[family].parent / "rows.jsonl", base={"compute_dtype": "bfloat16"}
     )
     loaded = build_base(recipe)
-    stir(loaded)
+    randomize_b(loaded)
 
     def step() -> dict[str, Tensor]:
         loaded.model.train()
@@ -309,7 +315,7 @@ def test_targets_by_role_and_by_path(
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_all_targets_every_linear_of_the_blocks(bases: dict[str, Path], family: str) -> None:
+def test_target_all_adapts_every_linear_of_the_blocks(bases: dict[str, Path], family: str) -> None:
     loaded = build_base(make_recipe(bases[family], bases[family].parent / "rows.jsonl"))
     left = [
         path
@@ -342,7 +348,7 @@ def test_fused_gpt2_adapts_q_and_v_and_not_k(bases: dict[str, Path]) -> None:
         bases["gpt2"], bases["gpt2"].parent / "rows.jsonl", adapter={"targets": ["q", "v"]}
     )
     loaded = build_base(recipe)
-    stir(loaded)
+    randomize_b(loaded)
     for _, layer in adapted_layers(loaded.model):
         delta = layer.delta()
         assert [bool(part.any()) for part in delta.split(64)] == [True, False, True]

@@ -175,15 +175,15 @@ def test_a_merge_keeps_a_file_that_appears_in_out_meanwhile(
 ) -> None:
     from qlora_cli.export.merge import write
 
-    out, real = tmp_path / "out", write.carry
+    out, real = tmp_path / "out", write.copy_files
 
-    def carry(*arguments: Any) -> None:
+    def copy_files(*arguments: Any) -> None:
         real(*arguments)
         out.mkdir()
         (out / "notes.txt").write_text("mine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(write, "carry", carry)
+        patch.setattr(write, "copy_files", copy_files)
         outcome = qlora("merge", run, "--out", out)
     assert outcome.code == 2
     (partial,) = partial_folders(out)

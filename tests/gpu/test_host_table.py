@@ -14,7 +14,7 @@ from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.causal import CAUSAL
-from tests.helpers.runs import build_base, make_base, make_recipe, make_rows, stir
+from tests.helpers.runs import build_base, make_base, make_recipe, make_rows, randomize_b
 
 pytestmark = pytest.mark.gpu
 BATCH = largest_batch(48, 2, 250)
@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_the_same_bits(
 ) -> None:
     pair = both(recipe_of(tmp_path, family, compute), card, monkeypatch)
     for loaded in pair:
-        stir(loaded)
+        randomize_b(loaded)
     own, other = (loss_and_gradients(loaded, BATCH, card) for loaded in pair)
     assert len(own) == len(other) > 1
     assert all(torch.equal(*two) for two in zip(own, other, strict=True))

@@ -8,7 +8,7 @@ import torch
 from qlora_cli.nn import loss
 from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
 from tests.helpers.quantized import draw
-from tests.helpers.reference_loss import plain, targets_of
+from tests.helpers.reference_loss import reference_cross_entropy, targets_of
 from tests.helpers.runs import CPU
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +36,7 @@ def test_loss_and_gradient_are_plain(
     ours = chunked_cross_entropy(there, head.to(card), *where, 1 / 200)
     ours.backward()
     reference = hidden.float().detach().requires_grad_()
-    wanted = plain(reference, head.float(), labels, 1 / 200)
+    wanted = reference_cross_entropy(reference, head.float(), labels, 1 / 200)
     wanted.backward()
     eps = torch.finfo(dtype).eps
     # As on the host: logits and their gradients are rounded; float32 sums in another order.
@@ -54,7 +54,7 @@ def test_a_trained_head_gets_its_gradient(card: torch.device) -> None:
     there, of_host = head.to(card).detach().requires_grad_(), head.clone().requires_grad_()
     where = [t.to(card) for t in targets_of(labels)]
     chunked_cross_entropy(hidden.to(card), there, *where, 1.0).backward()
-    plain(hidden, of_host, labels, 1.0).backward()
+    reference_cross_entropy(hidden, of_host, labels, 1.0).backward()
     assert there.grad is not None
     torch.testing.assert_close(there.grad.to(CPU), of_host.grad, rtol=1e-4, atol=1e-5)
 

@@ -117,7 +117,9 @@ def test_4_bit_values_are_within_one_code_step(
         # And one step of the scale's own code, times the largest value, which is 1.
         assert host.scale_of_scale is not None
         step = scale_codebook(CPU).diff().max()
-        bound = bound + step * host.scale_of_scale.repeat_interleave(BLOCK_SIZE_SCALES)[: bound.numel()]
+        bound = (
+            bound + step * host.scale_of_scale.repeat_interleave(BLOCK_SIZE_SCALES)[: bound.numel()]
+        )
     apart = (host.dequantize() - there.dequantize()).abs().view(-1, BLOCK_SIZE_4BIT).amax(dim=1)
     assert (apart <= bound * (1 + ULPS)).all()
 

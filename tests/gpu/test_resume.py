@@ -21,7 +21,7 @@ from qlora_cli.errors import Interrupted
 from qlora_cli.nn.loss import chunked_cross_entropy
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.backbone import hidden_states
-from tests.helpers.interrupted import go
+from tests.helpers.interrupted import train_run
 from tests.helpers.resumed_runs import CASES, assert_same_run, losses, recipe_of
 from tests.helpers.runs import build_base, make_base, make_recipe, make_rows
 
@@ -53,18 +53,18 @@ def long_recipe(long_rows: Path, output: Path) -> Recipe:
 
 def resumed(recipe: Recipe) -> Any:
     with pytest.raises(Interrupted):
-        go(recipe, stop_after=2)
+        train_run(recipe, stop_after=2)
     torch.manual_seed(999)
-    return go(recipe, resume=True)
+    return train_run(recipe, resume=True)
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
-@pytest.mark.parametrize("case", ["adamw", "adamw8bit", "gpt2, rows alone"])
+@pytest.mark.parametrize("case", ["adamw", "adamw8bit", "gpt2, without packing"])
 def test_rows_within_a_tile_are_bit_for_bit(
     card: torch.device, tmp_path: Path, bases: Path, case: str, compute: str
 ) -> None:
     settings = CASES[case] | {"base": {"compute_dtype": compute}}
-    unbroken = go(recipe_of(bases, tmp_path / "unbroken", **settings))
+    unbroken = train_run(recipe_of(bases, tmp_path / "unbroken", **settings))
     assert_same_run(unbroken, resumed(recipe_of(bases, tmp_path / "broken", **settings)))
 
 
@@ -80,7 +80,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_long_rows_are_bit_for_bit_where_torch_is_told_to_be(
     card: torch.device, tmp_path: Path, long_rows: Path
 ) -> None:
-    unbroken = go(long_recipe(long_rows, tmp_path / "unbroken"))
+    unbroken = train_run(long_recipe(long_rows, tmp_path / "unbroken"))
     assert_same_run(unbroken, resumed(long_recipe(long_rows, tmp_path / "broken")))
 
 
@@ -91,7 +91,7 @@ def test_the_first_loss_of_long_rows_is_the_same_bits_always(
     record_property: Callable[[str, object], None],
 ) -> None:
     """Forward depends on no order. Whether this card's backward did is in the record."""
-    one, other = (losses(go(long_recipe(long_rows, tmp_path / name))) for name in "ab")
+    one, other = (losses(train_run(long_recipe(long_rows, tmp_path / name))) for name in "ab")
     record_property("long_rows_bit_for_bit", one == other)
     assert one[0][:2] == other[0][:2]
     for mine, theirs in zip(one, other, strict=True):

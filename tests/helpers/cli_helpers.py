@@ -1,4 +1,4 @@
-"""`qlora` in this process, with what it wrote."""
+"""Run the `qlora` command in this process and capture its output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_cli.cli import main
 
 @dataclass(frozen=True)
 class Outcome:
-    """Exit code, stdout, stderr."""
+    """Exit code, stdout and stderr of a command."""
 
     code: int
     out: str
@@ -24,18 +24,18 @@ class Outcome:
 
     @property
     def json(self) -> Any:
-        """Stdout as the one JSON object that it must be."""
+        """Stdout, parsed as one JSON object."""
         return json.loads(self.out)
 
 
 def qlora(*arguments: str | Path, stdin: str = "") -> Outcome:
-    """Runs a command line; nothing of it escapes to the test's own streams."""
+    """Run a command line. Its output is captured and does not reach the test's own streams."""
     out, err = io.StringIO(), io.StringIO()
-    words = [str(argument) for argument in arguments]
+    command = [str(argument) for argument in arguments]
     with (
         redirect_stdout(out),
         redirect_stderr(err),
         mock.patch.object(sys, "stdin", io.StringIO(stdin)),
     ):
-        code = main.run(words)
+        code = main.run(command)
     return Outcome(code, out.getvalue(), err.getvalue())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from qlora_cli.models.registry import FAMILIES
@@ -41,3 +42,18 @@ def small_config(model_type: str, **settings: Any) -> PretrainedConfig:
     sizes = {name: size for name, size in _SIZES.items() if hasattr(default, name)}
     unset = {name: size for name, size in sizes.items() if aliases.get(name, name) not in settings}
     return AutoConfig.for_model(model_type, **{**unset, **settings})
+
+
+def ties_embeddings(model_type: str) -> bool:
+    """Return whether models of this type share the weights of embedding and head by default."""
+    return bool(AutoConfig.for_model(model_type).tie_word_embeddings)
+
+
+def as_in_file(model_type: str, weight: Tensor) -> Tensor:
+    """Return the weight (out, in) of a linear as this model type's checkpoint files store it.
+
+    The linears of a supported family are all stored as (out, in), or all as (in, out).
+    """
+    (family,) = (family for family in FAMILIES if model_type in family.model_types)
+    (transposed,) = {linear.transposed for linear in family.linears}
+    return weight.t() if transposed else weight

@@ -1,4 +1,4 @@
-"""Training that is stopped with Ctrl-C after a step, as a terminal would."""
+"""Train a recipe, and interrupt the training after a step as Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlora_cli.runs.layout import RunFolder
 
 
 class Stopper(Silent):
-    """Presses Ctrl-C when a step is done."""
+    """An observer that sends SIGINT to this process after a step."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -23,8 +23,12 @@ class Stopper(Silent):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def go(recipe: Recipe, *, resume: bool = False, stop_after: int | None = None) -> RunFolder:
-    """Trains; raises Interrupted where it is stopped."""
+def train_run(recipe: Recipe, *, resume: bool = False, stop_after: int | None = None) -> RunFolder:
+    """Train the recipe and return its run.
+
+    stop_after: step after which the training is interrupted, which raises Interrupted; None to
+    train to the end.
+    """
     observer = Silent() if stop_after is None else Stopper(stop_after)
     train.run(recipe, recipe_path=None, resume=resume, observer=observer)
     return RunFolder(Path(recipe.output))

@@ -9,11 +9,16 @@ from qlora_cli.nn.loss import IGNORE_INDEX
 
 
 def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (positions of the labels that are not ignored, these labels)."""
     positions = (labels != IGNORE_INDEX).nonzero().flatten()
     return positions, labels[positions]
 
 
-def plain(hidden: Tensor, head: Tensor, labels: Tensor, scale: float) -> Tensor:
+def reference_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, scale: float) -> Tensor:
+    """Return the summed cross entropy of all labels that are not ignored, times `scale`.
+
+    hidden: (n, d). head: (V, d). labels: (n,).
+    """
     logits = (hidden @ head.t()).float()
     return scale * functional.cross_entropy(
         logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"

@@ -1,4 +1,4 @@
-"""One made-up result of each job, for tests of what is shown of them."""
+"""An invented result of each job, for tests of how results are shown."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from qlora_cli.memory.timeline import PhaseTrace, Timeline
 from qlora_cli.plan.results import Advice, Line
 from qlora_cli.units import GIB, MIB
 
-HELD = {"base": 3500 * MIB, "quant_constants": 110 * MIB, "embeddings": 1002 * MIB}
-STEP = {**HELD, "adapter": 26 * MIB, "gradients": 26 * MIB, "optimizer": 52 * MIB}
+AFTER_LOAD = {"base": 3500 * MIB, "quant_constants": 110 * MIB, "embeddings": 1002 * MIB}
+STEP = {**AFTER_LOAD, "adapter": 26 * MIB, "gradients": 26 * MIB, "optimizer": 52 * MIB}
 STEP |= {"activations": 700 * MIB, "loss": 300 * MIB}
 FULL = {"adapter": 16 * GIB, "gradients": 30 * GIB, "optimizer": 60 * GIB}
 
 
 def _phase(name: str, at_peak: dict[str, int]) -> Phase:
-    return Phase(name, sum(at_peak.values()), sum(HELD.values()), at_peak)
+    return Phase(name, sum(at_peak.values()), sum(AFTER_LOAD.values()), at_peak)
 
 
 LEDGER = Ledger(
     device=Device("cuda", "NVIDIA GeForce RTX 4090", 24 * GIB),
-    phases=(_phase("load", HELD), _phase("first_step", STEP), _phase("step", STEP)),
+    phases=(_phase("load", AFTER_LOAD), _phase("first_step", STEP), _phase("step", STEP)),
     before=MethodPeak("full", "planned", sum(FULL.values()), FULL),
     after=MethodPeak("lora", "measured", sum(STEP.values()), STEP, bits=4),
     planned_peak_bytes=5 * GIB,
@@ -49,12 +49,15 @@ LEDGER = Ledger(
 
 
 def _timeline() -> tuple[PhaseTrace, ...]:
-    """Load and three steps of two micro-batches each: what stays, and activations that swell."""
+    """Return traces of the load and of three steps with two micro-batches each.
+
+    Activations grow in each forward pass and shrink in each backward pass.
+    """
     clock = itertools.count()
     timeline = Timeline(lambda: next(clock) / 100)
     timeline.begin("load")
     for share in range(1, 50):
-        timeline.update({name: size * share // 49 for name, size in HELD.items()})
+        timeline.update({name: size * share // 49 for name, size in AFTER_LOAD.items()})
     timeline.end()
     for step in (1, 2, 30):
         timeline.begin("first_step" if step == 1 else "step")
@@ -87,7 +90,7 @@ PLAN = PlanResult(
     seconds=1.5,
 )
 TRAIN = TrainResult(Path("runs/x"), 120, 1.234, 1.3, 2413.0, LEDGER)
-MERGE = MergeResult(Path("runs/x/merged"), "float16", "dequantized", 291, 16 * GIB, "asked for")
+MERGE = MergeResult(Path("runs/x/merged"), "float16", "dequantized", 291, 16 * GIB, "requested")
 VERIFY = VerifyResult(True, 0.012, 1e-5, 0.993, (), 61, 64)
 EVAL = EvalResult(1.2, 3.32, 10_000, 0.61)
 GENERATE = GenerateResult("Hello", " world [x]", {"run": " world [x]", "base": " bark"})

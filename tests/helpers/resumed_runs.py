@@ -13,10 +13,16 @@ from qlora_cli.runs.layout import RunFolder
 from tests.helpers.runs import make_recipe
 
 STEPS = 5
+"""Optimizer steps of a run."""
 
 
 def recipe_of(bases: Path, output: Path, family: str = "llama", **sections: Any) -> Recipe:
-    """Dropout, so that random states matter; two rows a sequence, so that packing does."""
+    """Return the recipe of a run of `STEPS` steps.
+
+    It has dropout, so that the random states matter, and two rows per sequence, so that packing
+    matters. bases: folder with a model named like `family` and `rows.jsonl`. sections: settings
+    that differ.
+    """
     sections = {"adapter": {"dropout": 0.2}, **sections}
     settings = {"steps": STEPS, "grad_accum": 2, "lr": 1e-2, "warmup": 0.2}
     sections["train"] = {**settings, **sections.get("train", {})}
@@ -25,37 +31,44 @@ def recipe_of(bases: Path, output: Path, family: str = "llama", **sections: Any)
 
 
 def losses(run: RunFolder) -> list[tuple[int, float, float, float]]:
+    """Return (step, loss, learning rate, gradient norm) of each line of metrics.jsonl."""
     lines = map(json.loads, run.metrics.read_text().splitlines())
     return [(line["step"], line["loss"], line["lr"], line["grad_norm"]) for line in lines]
 
 
-def assert_same_run(one: RunFolder, other: RunFolder) -> None:
-    """Adapter bytes, every line's figures, optimizer states, loss scale and random states."""
-    assert losses(one) == losses(other)
-    assert [line[0] for line in losses(one)] == list(range(1, STEPS + 1))
+def assert_same_run(run: RunFolder, reference: RunFolder) -> None:
+    """Assert that two runs are equal bit for bit.
+
+    Compares the adapter's files, the metrics of every step, and the last checkpoint: optimizer
+    states, loss scale and random states.
+    """
+    assert losses(run) == losses(reference)
+    assert [line[0] for line in losses(run)] == list(range(1, STEPS + 1))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (one.adapter / name).read_bytes() == (other.adapter / name).read_bytes()
+        assert (run.adapter / name).read_bytes() == (reference.adapter / name).read_bytes()
     states = [
-        torch.load(run.checkpoint(STEPS) / "state.pt", weights_only=True) for run in (one, other)
+        torch.load(folder.checkpoint(STEPS) / "state.pt", weights_only=True)
+        for folder in (run, reference)
     ]
-    compare(*states)
+    assert_equal(*states)
 
 
-def compare(one: Any, other: Any, path: str = "state") -> None:
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype, path
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            compare(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), path
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            compare(*pair, f"{path}.{index}")
+def assert_equal(value: Any, expected: Any, path: str = "state") -> None:
+    """Assert that two nested values are equal, tensors in dtype and in every bit."""
+    assert type(value) is type(expected), path
+    if isinstance(value, torch.Tensor):
+        assert value.dtype == expected.dtype, path
+        assert torch.equal(value, expected), path
+    elif isinstance(value, dict):
+        assert value.keys() == expected.keys(), path
+        for key in value:
+            assert_equal(value[key], expected[key], f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        assert len(value) == len(expected), path
+        for index, pair in enumerate(zip(value, expected, strict=True)):
+            assert_equal(*pair, f"{path}.{index}")
     else:
-        assert one == other, path
+        assert value == expected, path
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -68,6 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
         "base": {"compute_dtype": "float16"},
         "adapter": {"dropout": 0.2, "dtype": "float16"},
     },
-    "gpt2, rows alone": {"family": "gpt2", "data": {"packing": False}},
+    "gpt2, without packing": {"family": "gpt2", "data": {"packing": False}},
     "full": {"base": {"bits": 16}, "adapter": {"method": "full"}},
 }
+"""Name of a case -> what differs from the default recipe."""

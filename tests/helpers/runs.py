@@ -1,4 +1,4 @@
-"""Small real models of every family and finished runs on them, made on the spot."""
+"""Create small models of every family with random weights, and finished runs on them."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ def make_base(
     spread: float = 0.3,
     **settings: Any,
 ) -> Path:
-    """A model with random weights of every kind, its tokenizer, a template, generation settings.
+    """Write a model with its tokenizer, chat template and generation settings.
 
-    spread: of the weights; large enough that the model has opinions.
+    All weights are random, biases and norms too. dtype: of the file. tied: whether embedding and
+    head share their weight. shard: size of one file. spread: standard deviation of the weights;
+    large enough that the next-token probabilities are far from uniform. settings: of the config.
     """
     config = small_config(
         family,
@@ -65,13 +67,13 @@ def make_base(
             parameter.copy_(centre + spread * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     make_tokenizer().save_pretrained(folder)
-    settings_of_answers = {"do_sample": True, "top_k": 7, "eos_token_id": 2, "pad_token_id": 0}
-    GenerationConfig(**settings_of_answers).save_pretrained(folder)
+    generation = {"do_sample": True, "top_k": 7, "eos_token_id": 2, "pad_token_id": 0}
+    GenerationConfig(**generation).save_pretrained(folder)
     return folder
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, in the form that every family's tokenizer class takes."""
+    """Return a tokenizer with one token per byte, which works for every family."""
     vocabulary = {token: number for number, token in enumerate(_TOKENS)}
     inner = Tokenizer(models.BPE(vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,7 +90,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_rows(file: Path, num: int = 12, length: int = 12) -> Path:
-    """Rows of `{"text"}`, letters in an order that a formula gives."""
+    """Write rows of `{"text"}`; each has `length` letters, computed by a formula."""
     rows = [
         "".join(chr(97 + (7 * row + 3 * step * step + step) % 26) for step in range(length))
         for row in range(num)
@@ -98,7 +100,7 @@ def make_rows(file: Path, num: int = 12, length: int = 12) -> Path:
 
 
 def make_recipe(model: Path, rows: Path, **sections: Mapping[str, Any]) -> Recipe:
-    """A resolved recipe; sections: what differs, `adapter={"rank": 3}`."""
+    """Return a resolved recipe. sections: settings that differ, such as `adapter={"rank": 3}`."""
     content = {
         "model": {"name": str(model)},
         "base": {"bits": 4, "compute_dtype": "float32"},
@@ -113,7 +115,7 @@ def make_recipe(model: Path, rows: Path, **sections: Mapping[str, Any]) -> Recip
 
 
 def build_base(recipe: Recipe, device: torch.device = CPU) -> LoadedModel:
-    """The model that a recipe asks for, as training makes it."""
+    """Build the model of a recipe as training does."""
     folder = Path(recipe.model.name)
     config = read_config(folder / "config.json")
     source = partial(_source, folder)
@@ -124,8 +126,8 @@ def _source(folder: Path, _: Any, family: Family) -> FolderSource:
     return open_source(folder, family)
 
 
-def stir(loaded: LoadedModel, spread: float = 0.02, seed: int = 3) -> None:
-    """Gives B values, as training would."""
+def randomize_b(loaded: LoadedModel, spread: float = 0.02, seed: int = 3) -> None:
+    """Set B of every adapted layer to random values, which a new adapter has as zeros."""
     generator = torch.Generator().manual_seed(seed)
     for _, layer in adapted_layers(loaded.model):
         for parameter in layer.lora_b.values():
@@ -137,9 +139,12 @@ def stir(loaded: LoadedModel, spread: float = 0.02, seed: int = 3) -> None:
 def make_run(
     path: Path, recipe: Recipe, *, spread: float = 0.02, seed: int = 3
 ) -> tuple[RunFolder, LoadedModel]:
-    """A finished run with a stirred adapter, and the model as it was trained."""
+    """Write a finished run whose adapter has random values.
+
+    Returns the run and the model with that adapter.
+    """
     loaded = build_base(recipe)
-    stir(loaded, spread, seed)
+    randomize_b(loaded, spread, seed)
     run = RunFolder(path)
     run.create()
     run.write(
@@ -155,7 +160,7 @@ def make_run(
 
 
 def logits(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Of every position: (1, T) -> (T, V) in float32."""
+    """Return the logits (T, V) of every position in float32. ids: (1, T)."""
     backbone = loaded.model.get_submodule(loaded.family.backbone)
     with torch.no_grad():
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]

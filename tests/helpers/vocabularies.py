@@ -1,4 +1,4 @@
-"""Small tokenizers with merges, of the kinds that llama.cpp knows, and models that have them."""
+"""Small tokenizers with merges, of the kinds that llama.cpp supports, and models with them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _QWEN2 = _LLAMA3.replace("{1,3}", "")
 
 
 def split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Words by a pattern, then bytes."""
+    """Return a pre-tokenizer that splits text into words by a pattern, then into bytes."""
     parts = [
         pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -45,7 +45,7 @@ def split(pattern: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(parts)
 
 
-CUTS: Mapping[str, pre_tokenizers.PreTokenizer] = {
+PRE_TOKENIZERS: Mapping[str, pre_tokenizers.PreTokenizer] = {
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
     "smollm": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -53,15 +53,19 @@ CUTS: Mapping[str, pre_tokenizers.PreTokenizer] = {
     "llama-bpe": split(_LLAMA3),
     "qwen2": split(_QWEN2),
 }
-"""llama.cpp's name -> the pre-tokenizer, as the tokenizer.json of such models has it."""
+"""llama.cpp's name of a pre-tokenizer -> the pre-tokenizer in the tokenizer.json of such models."""
 
 
 def byte_level(
-    cuts: pre_tokenizers.PreTokenizer, *, whole_words: bool = False, **special: str
+    pre_tokenizer: pre_tokenizers.PreTokenizer, *, whole_words: bool = False, **special: str
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, trained on the text. special: `bos_token` and so on, more or other."""
+    """Return a byte-level BPE tokenizer that is trained on `TEXT`.
+
+    whole_words: use a word that is in the vocabulary as it is, without applying merges. special:
+    special tokens that differ, such as `bos_token`.
+    """
     inner = Tokenizer(models.BPE(ignore_merges=whole_words))
-    inner.pre_tokenizer = cuts
+    inner.pre_tokenizer = pre_tokenizer
     inner.decoder = decoders.ByteLevel()
     inner.train_from_iterator(
         TEXT,
@@ -75,27 +79,30 @@ def byte_level(
     return _finished(inner, **special)
 
 
-def named(name: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that cuts words as llama.cpp's `name` does."""
-    return byte_level(CUTS[name], whole_words=name == "llama-bpe")
+def byte_level_of(name: str) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer with the pre-tokenizer that llama.cpp calls `name`."""
+    return byte_level(PRE_TOKENIZERS[name], whole_words=name == "llama-bpe")
 
 
 def sentencepiece(
     *, merges: list[tuple[str, str]] | None = None, prefix: str = "▁"
 ) -> PreTrainedTokenizerFast:
-    """A BPE with byte fallback, as Llama 2's tokenizer.json. merges: other than the right ones."""
-    joined = ["th", "he", "▁t", "the", "▁the", "in", "ing", "▁thing"]
+    """Return a BPE tokenizer with byte fallback, like Llama 2's tokenizer.json.
+
+    merges: replaces the merges that belong to the vocabulary. prefix: inserted before the text.
+    """
+    longer = ["th", "he", "▁t", "the", "▁the", "in", "ing", "▁thing"]
     letters = ["▁", *"abcdefghijklmnopqrstuvwxyzT.,'0123456789"]
     hexes = [f"<0x{number:02X}>" for number in range(256)]
-    ids = {token: number for number, token in enumerate([*_SPECIAL, *hexes, *letters, *joined])}
-    right = [
+    ids = {token: number for number, token in enumerate([*_SPECIAL, *hexes, *letters, *longer])}
+    matching = [
         (token[:cut], token[cut:])
-        for token in joined
+        for token in longer
         for cut in range(1, len(token))
         if token[:cut] in ids and token[cut:] in ids
     ]
-    wanted = right if merges is None else merges
-    inner = Tokenizer(models.BPE(ids, wanted, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    used = matching if merges is None else merges
+    inner = Tokenizer(models.BPE(ids, used, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     inner.normalizer = normalizers.Sequence(
         [normalizers.Prepend(prefix), normalizers.Replace(" ", "▁")]
     )
@@ -109,7 +116,7 @@ def _finished(inner: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     inner.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
     )
-    # Known to the tokenizer as special tokens; the trainer knew them only as words of their own.
+    # The trainer only reserves these words. This call makes them special tokens.
     inner.add_special_tokens(_SPECIAL)
     roles = {"bos_token": "<s>", "eos_token": "</s>", **special}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **roles)
@@ -117,10 +124,10 @@ def _finished(inner: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(
+def make_model_with_tokenizer(
     folder: Path, family: str, tokenizer: PreTrainedTokenizerFast | None = None, **settings: Any
 ) -> Path:
-    """A model as `make_base` makes it, with this tokenizer instead of one without merges."""
+    """Write a model like `make_base`, but with a tokenizer that has merges (default: gpt-2's)."""
     base = make_base(folder, family, **settings)
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(11)
@@ -131,5 +138,5 @@ def make_model(
     model.save_pretrained(base)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (base / name).unlink(missing_ok=True)
-    (tokenizer or named("gpt-2")).save_pretrained(base)
+    (tokenizer or byte_level_of("gpt-2")).save_pretrained(base)
     return base

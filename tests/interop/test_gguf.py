@@ -30,12 +30,12 @@ from tests.helpers.cli_helpers import qlora
 from tests.helpers.families import LLAMA3_ROPE_SCALING
 from tests.helpers.runs import make_base, make_recipe, make_rows, make_run
 from tests.helpers.vocabularies import (
-    CUTS,
     NUM_TOKENS,
+    PRE_TOKENIZERS,
     TEXT,
     byte_level,
-    make_model,
-    named,
+    byte_level_of,
+    make_model_with_tokenizer,
     sentencepiece,
     split,
 )
@@ -75,22 +75,24 @@ def test_a_new_model_type_is_written_or_known_not_to_be() -> None:
 def test_transformers_reads_the_same_values(family: str, tied: bool, tmp_path: Path) -> None:
     # transformers' reader takes 128 for Qwen3's heads, whatever the file says.
     sizes = {"head_dim": 128} if family == "qwen3" else {}
-    folder = make_model(tmp_path / "model", family, tied=tied, **sizes)
+    folder = make_model_with_tokenizer(tmp_path / "model", family, tied=tied, **sizes)
     file = write(folder)
     reader: Any = AutoModelForCausalLM
-    theirs = reader.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    transformers_model = reader.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     ours = reader.from_pretrained(folder, dtype=torch.float32)
-    found, wanted = theirs.state_dict(), ours.state_dict()
+    found, wanted = transformers_model.state_dict(), ours.state_dict()
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
     for key in ("rms_norm_eps", "num_key_value_heads", "hidden_size", "intermediate_size"):
-        assert getattr(theirs.config, key) == pytest.approx(getattr(ours.config, key)), key
-    assert theirs.config.rope_parameters["rope_theta"] == 10000.0
+        assert getattr(transformers_model.config, key) == pytest.approx(
+            getattr(ours.config, key)
+        ), key
+    assert transformers_model.config.rope_parameters["rope_theta"] == 10000.0
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_rows_of_q_and_k_lie_as_llama_cpp_turns_them(family: str, tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", family)
+    folder = make_model_with_tokenizer(tmp_path / "model", family)
     found = {tensor.name: tensor.data for tensor in GGUFReader(write(folder)).tensors}
     source = weights(folder)
     for linear, heads in (("q", 4), ("k", 2), ("v", 0)):
@@ -103,7 +105,7 @@ def test_rows_of_q_and_k_lie_as_llama_cpp_turns_them(family: str, tmp_path: Path
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_q8_0_lies_within_half_a_step(family: str, tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", family)
+    folder = make_model_with_tokenizer(tmp_path / "model", family)
     source = weights(folder)
     found = {tensor.name: tensor for tensor in GGUFReader(write(folder, "q8_0")).tensors}
     names = {
@@ -129,7 +131,7 @@ def test_q8_0_lies_within_half_a_step(family: str, tmp_path: Path) -> None:
 
 
 def test_biases_and_rows_that_fill_no_block_are_written(tmp_path: Path) -> None:
-    folder = make_model(
+    folder = make_model_with_tokenizer(
         tmp_path / "model", "llama", attention_bias=True, mlp_bias=True, intermediate_size=88
     )
     notes = Notes()
@@ -142,7 +144,7 @@ def test_biases_and_rows_that_fill_no_block_are_written(tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_name_is_kept(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", "llama")
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama")
     file = write(folder)
     then = file.stat().st_mtime_ns
     assert write(folder) == file
@@ -158,7 +160,7 @@ def test_a_file_of_the_name_is_kept(tmp_path: Path) -> None:
 
 
 def test_sharded_bfloat16_is_read_and_rounded(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama", dtype=torch.bfloat16)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="100KB")
@@ -168,7 +170,9 @@ def test_sharded_bfloat16_is_read_and_rounded(tmp_path: Path) -> None:
 
 
 def test_llama3_frequencies_are_divided_by_the_documented_factors(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", "llama", rope_parameters=LLAMA3_ROPE_SCALING)
+    folder = make_model_with_tokenizer(
+        tmp_path / "model", "llama", rope_parameters=LLAMA3_ROPE_SCALING
+    )
     file = write(folder)
     (found,) = (t for t in GGUFReader(file).tensors if t.name == "rope_freqs.weight")
     wanted = []
@@ -189,7 +193,9 @@ def test_llama3_frequencies_are_divided_by_the_documented_factors(tmp_path: Path
 
 def test_linear_frequencies_and_a_sliding_window_are_metadata(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
-    folder = make_model(tmp_path / "model", "mistral", rope_parameters=rope, sliding_window=48)
+    folder = make_model_with_tokenizer(
+        tmp_path / "model", "mistral", rope_parameters=rope, sliding_window=48
+    )
     notes = Notes()
     file = export_gguf(folder, "f16", notes)
     assert field(file, "llama.rope.scaling.type") == "linear"
@@ -217,16 +223,16 @@ def test_linear_frequencies_and_a_sliding_window_are_metadata(tmp_path: Path) ->
 def test_what_llama_cpp_cannot_be_told_is_refused(
     family: str, settings: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
-    folder = make_model(tmp_path / "model", family, **settings)
+    folder = make_model_with_tokenizer(tmp_path / "model", family, **settings)
     with pytest.raises(UsageError, match=told):
         write(folder)
     assert list(folder.glob("*.gguf")) == []
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_a_byte_level_tokenizer_is_carried(name: str, tmp_path: Path) -> None:
-    tokenizer = named(name)
-    folder = make_model(tmp_path / "model", "llama", tokenizer)
+    tokenizer = byte_level_of(name)
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama", tokenizer)
     file = write(folder)
     assert field(file, "tokenizer.ggml.model") == "gpt2"
     assert field(file, "tokenizer.ggml.pre") == name
@@ -249,7 +255,7 @@ def test_a_byte_level_tokenizer_is_carried(name: str, tmp_path: Path) -> None:
 
 def test_a_sentencepiece_tokenizer_is_carried(tmp_path: Path) -> None:
     tokenizer = sentencepiece()
-    folder = make_model(tmp_path / "model", "llama", tokenizer)
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama", tokenizer)
     file = write(folder)
     assert field(file, "tokenizer.ggml.model") == "llama"
     assert field(file, "tokenizer.ggml.add_space_prefix") is True
@@ -265,7 +271,7 @@ def test_a_sentencepiece_tokenizer_is_carried(tmp_path: Path) -> None:
 
 
 def test_every_token_that_ends_an_answer_is_told(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", "llama")
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama")
     settings = folder / "generation_config.json"
     settings.write_text(json.dumps({"eos_token_id": [2, 4, 3, 5]}))
     notes = Notes()
@@ -276,16 +282,16 @@ def test_every_token_that_ends_an_answer_is_told(tmp_path: Path) -> None:
 
 
 def odd_tokenizers() -> dict[str, Any]:
-    lower, prefixed, around = named("gpt-2"), named("gpt-2"), named("gpt-2")
+    lower, prefixed, around = byte_level_of("gpt-2"), byte_level_of("gpt-2"), byte_level_of("gpt-2")
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     prefixed.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     pair = around.backend_tokenizer.post_processor
     around.backend_tokenizer.post_processor = type(pair)(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 3)]
     )
-    stripping = named("gpt-2")
+    stripping = byte_level_of("gpt-2")
     stripping.add_special_tokens({"mask_token": _stripping()})
-    endless = named("gpt-2")
+    endless = byte_level_of("gpt-2")
     endless.eos_token = None
     return {
         "normalizer": lower,
@@ -294,7 +300,7 @@ def odd_tokenizers() -> dict[str, Any]:
         "strips spaces": stripping,
         "no end-of-text": endless,
         "splits text into words": byte_level(split(r"\p{L}+|\s+|.")),
-        "splits text into words ": byte_level(CUTS["llama-bpe"]),
+        "splits text into words ": byte_level(PRE_TOKENIZERS["llama-bpe"]),
         "merges are not in the order": sentencepiece(merges=[("t", "h"), ("h", "e")]),
         "changes texts": sentencepiece(prefix="_"),
     }
@@ -312,7 +318,7 @@ def _stripping() -> Any:
 def test_a_tokenizer_that_cannot_be_carried_is_refused(
     told: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    folder = make_model(tmp_path / "model", "llama", tokenizer)
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama", tokenizer)
     with pytest.raises(UsageError, match=told.strip()):
         write(folder)
 
@@ -329,7 +335,7 @@ def test_no_merges_and_no_tokenizer_are_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     folder = make_base(tmp_path / "model", "llama")
-    named("gpt-2").save_pretrained(folder)
+    byte_level_of("gpt-2").save_pretrained(folder)
     with pytest.raises(UsageError, match="the embedding has 259 rows"):
         write(folder)
 
@@ -339,7 +345,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
 def test_one_flipped_bit_in_the_file_is_found(
     encoding: GgufEncoding, name: str, tmp_path: Path
 ) -> None:
-    folder = make_model(tmp_path / "model", "llama")
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama")
     file, plan = write(folder, encoding), GgufPlan(folder, encoding)
     verify_gguf(file, plan, Silent())
     (tensor,) = (tensor for tensor in GGUFReader(file).tensors if tensor.name == name)
@@ -363,7 +369,7 @@ def test_one_flipped_bit_in_the_file_is_found(
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_changed_header_is_found(old: bytes, new: bytes, told: str, tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", "llama")
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama")
     file = write(folder)
     content = file.read_bytes()
     assert old in content
@@ -373,7 +379,7 @@ def test_a_changed_header_is_found(old: bytes, new: bytes, told: str, tmp_path: 
 
 
 def test_a_file_that_was_cut_short_is_found(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", "llama")
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama")
     file = write(folder)
     file.write_bytes(file.read_bytes()[:-4096])
     with pytest.raises(VerificationFailed, match="cannot be read"):
@@ -381,7 +387,7 @@ def test_a_file_that_was_cut_short_is_found(tmp_path: Path) -> None:
 
 
 def test_a_tensor_changed_after_writing_is_told_by_name(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", "llama")
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama")
     file = write(folder, "q8_0")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] += 0.5
@@ -394,7 +400,7 @@ def test_a_tensor_changed_after_writing_is_told_by_name(tmp_path: Path) -> None:
 def test_a_value_beyond_float16_is_an_error_and_leaves_nothing(
     encoding: GgufEncoding, value: float, tmp_path: Path
 ) -> None:
-    folder = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama", dtype=torch.bfloat16)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -404,7 +410,7 @@ def test_a_value_beyond_float16_is_an_error_and_leaves_nothing(
 
 
 def finished_run(folder: Path, family: str) -> RunFolder:
-    base = make_model(folder / "base", family)
+    base = make_model_with_tokenizer(folder / "base", family)
     run, _ = make_run(folder / "run", make_recipe(base, make_rows(folder / "rows.jsonl")))
     return run
 

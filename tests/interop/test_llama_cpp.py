@@ -19,7 +19,13 @@ from qlora_cli.export.gguf.model import ARCHITECTURES
 from qlora_cli.export.gguf.write import export_gguf
 from qlora_cli.export.options import GgufEncoding
 from tests.helpers.families import LLAMA3_ROPE_SCALING
-from tests.helpers.vocabularies import CUTS, TEXT, make_model, named, sentencepiece
+from tests.helpers.vocabularies import (
+    PRE_TOKENIZERS,
+    TEXT,
+    byte_level_of,
+    make_model_with_tokenizer,
+    sentencepiece,
+)
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -50,9 +56,9 @@ def distance(folder: Path, encoding: GgufEncoding) -> float:
     model.eval(ids)
     found = torch.tensor(np.array(model.scores[: len(ids)]))
     model.close()
-    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    transformers_model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        wanted = theirs(torch.tensor([ids])).logits[0]
+        wanted = transformers_model(torch.tensor([ids])).logits[0]
     return float((found - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt())
 
 
@@ -62,7 +68,7 @@ def test_the_model_answers_as_in_transformers(
     family: str, encoding: GgufEncoding, allowed: float, tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96}
-    folder = make_model(tmp_path / "model", family, spread=0.1, **sizes)
+    folder = make_model_with_tokenizer(tmp_path / "model", family, spread=0.1, **sizes)
     assert distance(folder, encoding) < allowed
 
 
@@ -81,14 +87,14 @@ def test_the_model_answers_as_in_transformers(
 def test_every_setting_of_llama_answers_as_in_transformers(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    folder = make_model(tmp_path / "model", "llama", spread=0.1, **settings)
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama", spread=0.1, **settings)
     assert distance(folder, "f16") < 2e-3
 
 
-@pytest.mark.parametrize("name", [*CUTS, "sentencepiece"])
+@pytest.mark.parametrize("name", [*PRE_TOKENIZERS, "sentencepiece"])
 def test_texts_are_split_as_the_tokenizer_splits_them(name: str, tmp_path: Path) -> None:
-    tokenizer = sentencepiece() if name == "sentencepiece" else named(name)
-    folder = make_model(tmp_path / "model", "llama", tokenizer)
+    tokenizer = sentencepiece() if name == "sentencepiece" else byte_level_of(name)
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama", tokenizer)
     model = opened(export_gguf(folder, "f16", Silent()))
     own: Any = AutoTokenizer.from_pretrained(folder)
     found = [model.tokenize(text.encode(), add_bos=True, special=True) for text in HARD]

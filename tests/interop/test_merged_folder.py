@@ -25,7 +25,7 @@ from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.runs.run import Run
 from tests.helpers.runs import CPU, make_recipe, make_rows, make_run
-from tests.helpers.vocabularies import make_model, named
+from tests.helpers.vocabularies import byte_level_of, make_model_with_tokenizer
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -49,7 +49,7 @@ DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 def merge(
     folder: Path, family: str, dtype: torch.dtype = torch.float16, max_shard_bytes: int = 60_000
 ) -> Path:
-    base = make_model(folder / "base", family, named("gpt-2"))
+    base = make_model_with_tokenizer(folder / "base", family, byte_level_of("gpt-2"))
     run, _ = make_run(folder / "run", make_recipe(base, make_rows(folder / "rows.jsonl")))
     tensors = open_merged_tensors(Run(run.path), "original", dtype, CPU)
     write_merged(tensors, base, folder / "out", {}, Silent(), max_shard_bytes)
@@ -96,7 +96,7 @@ def test_the_index_names_every_tensor_once_and_converters_know_them(
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_the_tokenizer_is_found_by_the_converters_reader(family: str, tmp_path: Path) -> None:
     folder = merge(tmp_path, family)
-    own = named("gpt-2")
+    own = byte_level_of("gpt-2")
     reader = SpecialVocab(folder, load_merges=True)
     definition = json.loads(own.backend_tokenizer.to_str())
     assert reader.merges == [" ".join(pair) for pair in definition["model"]["merges"]]
@@ -121,4 +121,4 @@ def test_transformers_loads_all_of_it_without_a_word(
     assert {kind: list(keys) for kind, keys in info.items() if keys} == {}
     assert model.dtype == torch.float16
     assert model.generation_config.top_k == settings.top_k == 7
-    assert tokenizer.encode("a") == named("gpt-2").encode("a")
+    assert tokenizer.encode("a") == byte_level_of("gpt-2").encode("a")

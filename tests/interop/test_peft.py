@@ -17,16 +17,16 @@ from qlora_cli.models.attach import attach_adapter, save_adapter
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.runs.open import open_run
 from qlora_cli.runs.run import Run
-from tests.helpers.families import MODEL_TYPES
+from tests.helpers.families import MODEL_TYPES, as_in_file
 from tests.helpers.peft_helpers import (
     IDS,
     frozen_16_bit,
     load_into_peft,
-    their_logits,
-    theirs,
+    peft_logits,
+    transformers_model,
     write_peft_adapter,
 )
-from tests.helpers.runs import CPU, build_base, logits, make_run, stir
+from tests.helpers.runs import CPU, build_base, logits, make_run, randomize_b
 
 # PEFT 0.21 asks transformers 5.23 by a name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -55,8 +55,8 @@ def test_peft_loads_ours(family: str, rslora: bool, targets: Any, tmp_path: Path
     model = load_into_peft(base, run.adapter)
     assert_same_keys(model, run.adapter)
     ours = logits(loaded, IDS)
-    torch.testing.assert_close(their_logits(model), ours, rtol=1e-4, atol=1e-3)
-    assert not torch.allclose(their_logits(theirs(base)), ours, rtol=1e-2, atol=0.1)
+    torch.testing.assert_close(peft_logits(model), ours, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(peft_logits(transformers_model(base)), ours, rtol=1e-2, atol=0.1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -64,9 +64,9 @@ def test_peft_merges_ours_to_the_same_weights(family: str, tmp_path: Path) -> No
     base, recipe = frozen_16_bit(tmp_path, family)
     run, loaded = make_run(tmp_path / "run", recipe)
     merged = load_into_peft(base, run.adapter).merge_and_unload().state_dict()
-    original = theirs(base).state_dict()
+    original = transformers_model(base).state_dict()
     for path, layer in adapted_layers(loaded.model):
-        delta = layer.delta().t() if family == "gpt2" else layer.delta()
+        delta = as_in_file(family, layer.delta())
         found = merged[f"{path}.weight"] - original[f"{path}.weight"]
         torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-6)
 
@@ -86,12 +86,12 @@ def test_a_run_may_hold_an_adapter_that_peft_wrote(family: str, tmp_path: Path) 
     """PEFT loads ours, goes on with it and saves it again: the run answers like PEFT."""
     base, recipe = frozen_16_bit(tmp_path, family, targets=["q", "v"])
     run, _ = make_run(tmp_path / "run", recipe)
-    model = PeftModel.from_pretrained(theirs(base), run.adapter, is_trainable=True)
+    model = PeftModel.from_pretrained(transformers_model(base), run.adapter, is_trainable=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter += 0.01
-    wanted = their_logits(model)
+    wanted = peft_logits(model)
     model.save_pretrained(run.adapter)
     loaded = open_run(Run(run.path), CPU, Silent())
     torch.testing.assert_close(logits(loaded, IDS), wanted, rtol=1e-4, atol=1e-3)
@@ -112,7 +112,7 @@ def round_trip(loaded: LoadedModel, recipe: Any, folder: Path) -> LoadedModel:
 def test_there_and_back_is_exact(family: str, dtype: str, tmp_path: Path) -> None:
     _, recipe = frozen_16_bit(tmp_path, family, dtype=dtype)
     loaded = build_base(recipe)
-    stir(loaded)
+    randomize_b(loaded)
     back = round_trip(loaded, recipe, tmp_path)
     ours, found = dict(adapted_layers(loaded.model)), dict(adapted_layers(back.model))
     assert ours.keys() == found.keys()

@@ -26,7 +26,7 @@ IDS = torch.tensor([[5, 80, 91, 7, 33, 250, 64, 12]])
 PRETRAINED = ("stories260K", "gpt_nano_sort", "books-gpt2")
 
 
-def theirs(folder: Path) -> Any:
+def transformers_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -51,7 +51,7 @@ def test_a_model_answers_as_transformers_own(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", family, dtype=dtype)
-    loaded, reference = open_model(base, CPU, Silent()), theirs(base)
+    loaded, reference = open_model(base, CPU, Silent()), transformers_model(base)
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_a_model_answers_as_transformers_own(
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_a_pretrained_model_writes_the_same_text(name: str, shared: Path) -> None:
     folder = shared / "data" / "models" / name
-    loaded, reference = open_model(folder, CPU, Silent()), theirs(folder)
+    loaded, reference = open_model(folder, CPU, Silent()), transformers_model(folder)
     ids = torch.tensor([[1, 2, 0, 1, 2, 1]])
     num = 5 if name == "gpt_nano_sort" else 60
     assert go_on(loaded.model, ids, num) == go_on(reference, ids, num)
@@ -90,7 +90,7 @@ def test_a_merged_run_writes_the_runs_text(family: str, tmp_path: Path) -> None:
     tensors = open_merged_tensors(Run(run.path), "dequantized", torch.float32, CPU)
     write_merged(tensors, base, tmp_path / "out", {}, Silent())
     opened = open_run(Run(run.path), CPU, Silent())
-    assert go_on(theirs(tmp_path / "out"), IDS, 20) == go_on(opened.model, IDS, 20)
+    assert go_on(transformers_model(tmp_path / "out"), IDS, 20) == go_on(opened.model, IDS, 20)
 
 
 def test_a_run_trained_in_full_opens_its_own_weights(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Loading streams: beside what stays, the host never holds more than a tensor or two.
+"""Loading needs host memory for the packed weights and one or two tensors of the checkpoint.
 
-Measured on a base of 1.5 GB made on the spot, in a process of its own, after its imports.
+The base of 1.5 GB is created by the test. Loading is measured in a separate process, after imports.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def load(name, bits, compute):
     device = torch.device("cpu")
     return build_state(ModelRequest(recipe, config, source, device, profile_of(device)))
 
-Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: imports are done
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, after the imports
 before = memory()
 began = time.monotonic()
 if sys.argv[2] == "whole":
@@ -61,8 +61,8 @@ gc.collect()
 ctypes.CDLL("libc.so.6").malloc_trim(0)
 after = memory()["VmRSS"]
 model = state if sys.argv[2] == "whole" else state.loaded.model
-held = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
-print(json.dumps({"before": before["VmRSS"], "peak": peak, "after": after, "held": held,
+weights = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
+print(json.dumps({"before": before["VmRSS"], "peak": peak, "after": after, "weights": weights,
                   "seconds": seconds}))
 """
 
@@ -87,17 +87,17 @@ def measure(base: Path, how: str) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", ["4", "8"])
-def test_loading_holds_a_tensor_and_not_a_model(base: Path, bits: str) -> None:
+def test_loading_needs_a_tensor_and_not_a_model(base: Path, bits: str) -> None:
     found = measure(base, bits)
-    beside = found["peak"] - found["after"]
-    assert beside <= 2 * LARGEST_BYTES + GIB / 2, f"{beside / MIB:.0f} MiB"
-    # What stays is what was packed, not a copy that nobody let go.
-    assert found["after"] - found["before"] <= found["held"] + GIB / 4
-    assert found["held"] < 0.5 * 1.5e9 if bits == "4" else found["held"] < 1.0e9
+    extra_bytes = found["peak"] - found["after"]
+    assert extra_bytes <= 2 * LARGEST_BYTES + GIB / 2, f"{extra_bytes / MIB:.0f} MiB"
+    # Only the packed weights stay in memory.
+    assert found["after"] - found["before"] <= found["weights"] + GIB / 4
+    assert found["weights"] < 0.5 * 1.5e9 if bits == "4" else found["weights"] < 1.0e9
 
 
 @pytest.mark.slow
-def test_this_measure_would_see_a_whole_copy(base: Path) -> None:
-    """A loader that holds the model twice for a moment, as a naive one does."""
+def test_the_measurement_detects_a_complete_copy(base: Path) -> None:
+    """A naive loader stores the model twice for a moment."""
     found = measure(base, "whole")
     assert found["peak"] - found["after"] > 2 * LARGEST_BYTES + GIB / 2

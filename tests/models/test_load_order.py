@@ -1,4 +1,4 @@
-"""A base is loaded in the model's own order, whatever the file's, so its plan is exact."""
+"""A base is loaded in the model's order and not in the file's, so its plan is exact."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from qlora_cli.train.state import build_state
 from qlora_cli.units import GIB
 from tests.helpers.runs import CPU
 
-FACTS = facts_of("cpu")
-CARD = DeviceProfile("cuda", "a card", 24 * GIB, (8, 9), 128)
+PROFILE = facts_of("cpu")
+GPU = DeviceProfile("cuda", "a GPU", 24 * GIB, (8, 9), 128)
 CASES = [
     Case(family, shape, tuple(text.split()), vocab_size, tied)
     for family, shape, vocab_size, tied, text in (
@@ -33,7 +33,7 @@ CASES = [
 
 
 class Shuffled(MadeSource):
-    """A checkpoint with its tensors in another order; remembers in which they were read."""
+    """A checkpoint with its tensors in a random order; records the order in which they are read."""
 
     def __init__(self, model: object, family: object, seed: int) -> None:
         super().__init__(model, family, touched=True)  # type: ignore[arg-type]
@@ -50,9 +50,9 @@ class Shuffled(MadeSource):
 
 
 def loaded(case: Case, seed: int) -> tuple[int, list[str]]:
-    """(peak bytes of the real job's loading, the names in the order in which they were read)."""
-    run, instrument = Run.of(case, FACTS), Instrument(CPU, FACTS)
-    clear_scale_codebook(run.device)  # A job makes them once; so does each of these.
+    """Return (peak bytes of loading in a real job, the names in the order of reading)."""
+    run, instrument = Run.of(case, PROFILE), Instrument(CPU, PROFILE)
+    clear_scale_codebook(run.device)  # So that every call allocates the codebook, as a job does.
     sources: list[Shuffled] = []
 
     def source(model: object, family: object) -> Shuffled:
@@ -60,13 +60,13 @@ def loaded(case: Case, seed: int) -> tuple[int, list[str]]:
         return sources[0]
 
     with instrument.phase("load"):
-        build_state(ModelRequest(run.recipe, run.config, source, run.device, FACTS))
+        build_state(ModelRequest(run.recipe, run.config, source, run.device, PROFILE))
     return instrument.phases[0].peak_bytes, sources[0].read_names
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_the_order_of_a_file_changes_nothing(case: Case) -> None:
-    plan = next(phase for phase in planned(case, FACTS).phases if phase.name == "load")
+def test_the_order_of_a_file_has_no_effect(case: Case) -> None:
+    plan = next(phase for phase in planned(case, PROFILE).phases if phase.name == "load")
     for seed in range(3):
         peak, names = loaded(case, seed)
         assert peak == plan.peak_bytes
@@ -85,15 +85,15 @@ def test_tables_come_first_and_blocks_in_order() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_a_card_never_holds_a_head_twice(bits: int) -> None:
-    """The file is in float16, the head is held in bfloat16: it is cast on the host."""
+def test_a_gpu_never_stores_a_head_twice(bits: int) -> None:
+    """The file is in float16 and the head is stored in bfloat16: it is cast on the CPU."""
     case = Case(
         "llama",
         "tiny",
         (f"base.bits={bits}", "base.compute_dtype=bfloat16", "data.seq_len=64"),
         32000,
     )
-    load, *_ = planned(case, CARD).phases
+    load, *_ = planned(case, GPU).phases
     assert load.name == "load"
     head_bytes = 2 * 32000 * 192
     assert load.at_peak["head"] >= head_bytes  # The allocator rounds up.
@@ -101,12 +101,12 @@ def test_a_card_never_holds_a_head_twice(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_a_card_is_given_turned_weights(bits: int) -> None:
-    """GPT-2's file holds (in, out); a card that had to turn it would hold it twice."""
+def test_weights_are_transposed_before_they_are_copied_to_a_gpu(bits: int) -> None:
+    """GPT-2's file stores (in, out); transposing on the GPU would need the weight twice."""
     peaks = {}
     for family in ("gpt2", "llama"):
         case = Case(family, "tiny", (f"base.bits={bits}", "data.seq_len=64"), 259, tied=True)
-        load, *_ = planned(case, CARD).phases
+        load, *_ = planned(case, GPU).phases
         peaks[family] = load.at_peak.get("temporary", 0)
     # GPT-2's largest matrix is 192 x 768, Llama's 192 x 512.
     assert peaks["gpt2"] <= 1.6 * peaks["llama"]

@@ -1,4 +1,4 @@
-"""Rows in one sequence never see each other, and each is transformers' own attention."""
+"""Rows in one sequence do not attend to each other, and the result equals transformers' own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from qlora_cli.nn import attention
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.causal import CAUSAL
 from tests.helpers.families import MODEL_TYPES
-from tests.helpers.runs import CPU, build_base, logits, make_base, make_recipe, make_rows, stir
+from tests.helpers.runs import (
+    CPU,
+    build_base,
+    logits,
+    make_base,
+    make_recipe,
+    make_rows,
+    randomize_b,
+)
 
 WINDOW = 5
 
@@ -29,7 +37,7 @@ def row(start: int, length: int) -> Example:
 
 
 def make(folder: Path, family: str, **settings: Any) -> tuple[Path, LoadedModel]:
-    """A 16-bit base, so that transformers' own model has the same weights; B stirred."""
+    """Return (folder, model in training mode) of a base in 16 bit, which transformers can load."""
     if family == "mistral":
         settings = {"sliding_window": WINDOW, **settings}
     base = make_base(folder / "base", family, spread=0.15, **settings)
@@ -49,13 +57,13 @@ def loss_and_gradients(loaded: LoadedModel, rows: list[Example]) -> tuple[float,
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_packed_rows_are_each_row_alone(tmp_path: Path, family: str) -> None:
-    """Loss and gradients of rows in one sequence are the sums over the rows alone."""
+def test_packed_rows_equal_separate_rows(tmp_path: Path, family: str) -> None:
+    """Loss and gradients of rows in one sequence are the sums over the separate rows."""
     _, loaded = make(tmp_path, family)
-    stir(loaded)
+    randomize_b(loaded)
     rows = [row(1, 9), row(90, 4), row(40, 17)]
     together, found = loss_and_gradients(loaded, rows)
-    alone = [loss_and_gradients(loaded, [one]) for one in rows]
+    alone = [loss_and_gradients(loaded, [single]) for single in rows]
     assert together == pytest.approx(sum(loss for loss, _ in alone), rel=1e-6)
     for name, gradient in found.items():
         wanted = torch.stack([gradients[name] for _, gradients in alone]).sum(dim=0)
@@ -66,9 +74,9 @@ def test_packed_rows_are_each_row_alone(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_a_row_does_not_depend_on_its_neighbours(tmp_path: Path, family: str) -> None:
-    """Other neighbours of the same length: the same shapes, and so the very same bits."""
+    """Different neighbours of the same length give equal bits, because the shapes are equal."""
     _, loaded = make(tmp_path, family)
-    stir(loaded)
+    randomize_b(loaded)
     mine = row(40, 13)
     with torch.no_grad():
         one = hidden_states(loaded, collate([row(1, 9), mine, row(2, 6)]), CPU)[9:22]
@@ -77,7 +85,7 @@ def test_a_row_does_not_depend_on_its_neighbours(tmp_path: Path, family: str) ->
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_the_gradient_of_a_row_reaches_no_neighbour(tmp_path: Path, family: str) -> None:
+def test_a_row_gives_its_neighbours_no_gradient(tmp_path: Path, family: str) -> None:
     _, loaded = make(tmp_path, family)
     table = loaded.model.get_submodule(loaded.family.token_embedding).weight
     table.requires_grad_()
@@ -92,10 +100,10 @@ def test_the_gradient_of_a_row_reaches_no_neighbour(tmp_path: Path, family: str)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_these_tests_would_see_a_leak(
+def test_these_tests_detect_a_leak(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without spans every row sees all before it, as packing without care does."""
+    """Without spans every row attends to all rows before it."""
     _, loaded = make(tmp_path, family)
     mine = row(40, 13)
 
@@ -110,8 +118,8 @@ def test_these_tests_would_see_a_leak(
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_logits_are_transformers_own(tmp_path: Path, family: str) -> None:
-    """Its eager attention, with grouped heads and, in Mistral, a sliding window."""
+def test_logits_equal_transformers(tmp_path: Path, family: str) -> None:
+    """Compare with eager attention: grouped heads, and a sliding window in Mistral."""
     base, loaded = make(tmp_path, family)
     theirs = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, attn_implementation="eager"
@@ -124,7 +132,7 @@ def test_logits_are_transformers_own(tmp_path: Path, family: str) -> None:
         assert theirs.config.sliding_window == WINDOW
 
 
-def test_the_sliding_window_matters(tmp_path: Path) -> None:
+def test_the_sliding_window_has_an_effect(tmp_path: Path) -> None:
     _, narrow = make(tmp_path / "narrow", "mistral")
     _, wide = make(tmp_path / "wide", "mistral", sliding_window=None)
     ids = torch.tensor([row(3, 24).ids])
@@ -134,10 +142,10 @@ def test_the_sliding_window_matters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_generation_with_a_cache_is_the_forward_pass(tmp_path: Path, family: str) -> None:
-    """Tokens one by one, each attending to the cache, are what whole passes predict."""
+def test_generation_with_a_cache_equals_the_forward_pass(tmp_path: Path, family: str) -> None:
+    """Tokens generated one by one with a cache equal the predictions of complete forward passes."""
     _, loaded = make(tmp_path, family)
-    stir(loaded)
+    randomize_b(loaded)
     loaded.model.eval()
     loaded.model.config.use_cache = True
     prompt = torch.tensor([row(3, 7).ids])
@@ -155,7 +163,7 @@ def test_generation_with_a_cache_is_the_forward_pass(tmp_path: Path, family: str
 
 
 def test_a_cache_and_several_new_tokens_at_once() -> None:
-    """T of S keys: query i sees the first S - T + i + 1 keys."""
+    """With T queries and S keys, query i attends to the first S - T + i + 1 keys."""
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(1, 4, 3, 8, generator=generator)
     key, value = (torch.randn(1, 2, 10, 8, generator=generator) for _ in range(2))
@@ -203,7 +211,7 @@ def test_attention_that_is_not_causal_is_refused() -> None:
 
 
 def test_no_mask_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers hands a mask to attentions that it does not know as maskless."""
+    """transformers builds no mask for an attention that is registered without a mask function."""
     _, loaded = make(tmp_path, "llama")
     masks = []
     real = attention.attend

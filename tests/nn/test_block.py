@@ -1,4 +1,4 @@
-"""A block's own norm and MLP are transformers', values and gradients, and keep less of them."""
+"""The norm and MLP of a block equal transformers' in values and gradients, and save less memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.causal import CAUSAL
 from tests.helpers.families import MODEL_TYPES
-from tests.helpers.runs import CPU, build_base, make_base, make_recipe, make_rows, stir
+from tests.helpers.runs import CPU, build_base, make_base, make_recipe, make_rows, randomize_b
 
 HIDDEN, WIDTH, TOKENS, RANK = 64, 96, 11, 3
 GATED, PLAIN = Projections("gate", "up", "down"), Projections(None, "up", "down")
@@ -42,7 +42,7 @@ def grads(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def norms(dtype: torch.dtype) -> tuple[nn.Module, RmsNorm]:
-    """(transformers', ours) with the same weight."""
+    """Return (transformers' norm, ours) with the same weight."""
     theirs = LlamaRMSNorm(HIDDEN, eps=1e-5).to(dtype)
     theirs.weight.data.copy_(1 + 0.3 * draw(HIDDEN))
     theirs.requires_grad_(False)
@@ -51,7 +51,7 @@ def norms(dtype: torch.dtype) -> tuple[nn.Module, RmsNorm]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spread", [1e-4, 1.0, 100.0])
-def test_norm_has_the_bits_of_transformers_and_its_gradient(
+def test_norm_equals_transformers_bit_for_bit_and_in_gradient(
     dtype: torch.dtype, spread: float
 ) -> None:
     theirs, ours = norms(dtype)
@@ -60,18 +60,18 @@ def test_norm_has_the_bits_of_transformers_and_its_gradient(
     assert torch.equal(wanted, found)
     (own,), (other,) = grads(found, [x]), grads(wanted, [x])
     assert own.dtype == dtype
-    # Two sums of d float32 products in another order; behind it one rounding to dtype.
+    # Two sums of d float32 products are added in another order, then rounded to dtype once.
     eps = max(torch.finfo(dtype).eps, 1e-6)
     torch.testing.assert_close(own, other, rtol=2 * eps, atol=2 * eps * other.abs().max().item())
 
 
-def test_norm_s_gradient_by_differences() -> None:
+def test_norm_passes_gradcheck() -> None:
     _, ours = norms(torch.float64)
     x = draw(3, HIDDEN, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(ours, (x,))
 
 
-def test_a_wrong_norm_gradient_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck_detects_a_wrong_norm_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = norms(torch.float64)
     x = draw(3, HIDDEN, dtype=torch.float64).requires_grad_()
     monkeypatch.setattr("qlora_cli.nn.norm.Tensor.pow", lambda self, _: self, raising=False)
@@ -82,7 +82,7 @@ def test_a_wrong_norm_gradient_would_be_seen(monkeypatch: pytest.MonkeyPatch) ->
 def linear(
     inputs: int, outputs: int, seed: int, bits: int, dtype: torch.dtype, dropout: float | None
 ) -> LoraLinear | QuantLinear:
-    """Packed; adapted where a dropout is given."""
+    """Return a packed linear, with an adapter if a dropout is given."""
     base = QuantLinear(inputs, outputs, bias=True, weight_format=WeightFormat(bits, dtype, dtype))
     weight = draw(outputs, inputs, seed=seed) / inputs**0.5
     base.pack(weight.to(dtype) if bits == 16 else weight)
@@ -98,7 +98,7 @@ def linear(
 
 
 class Composed(nn.Module):
-    """transformers' MLPs, both kinds, of the same linears."""
+    """transformers' MLP, with and without a gate, over the given linears."""
 
     def __init__(self, names: Projections, activation: str, layers: dict[str, Any]) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def mlps(
     adapted: str = "gate up down",
     dropout: float = 0.0,
 ) -> tuple[Composed, Mlp]:
-    """(composed, ours) over the same linears."""
+    """Return (composed MLP, ours) over the same linears."""
     layers = {}
     for seed, name in enumerate(name for name in ("gate", "up", "down") if getattr(names, name)):
         inputs, outputs = (WIDTH, HIDDEN) if name == "down" else (HIDDEN, WIDTH)
@@ -138,7 +138,7 @@ KINDS = [(GATED, "silu"), (GATED, "gelu"), (PLAIN, "gelu_new"), (PLAIN, "gelu_py
 
 @pytest.fixture(params=[1, 40 * WIDTH])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row at a time, and all of them."""
+    """Compute gradients one row at a time, and all rows at once."""
     monkeypatch.setattr(mlp_file, "CHUNK_ELEMENTS", request.param)
 
 
@@ -146,14 +146,14 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("adapted", ["gate up down", "gate", "down", ""])
 @pytest.mark.parametrize(("names", "activation"), KINDS)
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_mlp_is_transformers_mlp(
+def test_mlp_equals_transformers(
     names: Projections, activation: str, adapted: str, bits: int
 ) -> None:
     theirs, ours = mlps(names, activation, bits=bits, dtype=torch.float32, adapted=adapted)
     x = draw(2, TOKENS, HIDDEN).requires_grad_()
     inputs = [x, *(p for p in ours.parameters() if p.requires_grad)]
     wanted, found = theirs(x), ours(x)
-    # The same kernels, but for gelu_new, which transformers composes in Python.
+    # The kernels are the same, except for gelu_new, which transformers composes in Python.
     scale = 1e-6 if activation == "gelu_new" else 0
     torch.testing.assert_close(found, wanted, rtol=0, atol=scale * wanted.abs().max().item())
     for own, other in zip(grads(found, inputs), grads(wanted, inputs), strict=True):
@@ -163,7 +163,7 @@ def test_mlp_is_transformers_mlp(
 
 
 @pytest.mark.parametrize(("names", "activation"), [KINDS[0], KINDS[2]])
-def test_dropout_of_the_adapters_is_the_same(names: Projections, activation: str) -> None:
+def test_dropout_of_the_adapters_equals_composed(names: Projections, activation: str) -> None:
     theirs, ours = mlps(names, activation, dropout=0.4)
     x = draw(TOKENS, HIDDEN, dtype=torch.float64).requires_grad_()
     inputs = [x, *(p for p in ours.parameters() if p.requires_grad)]
@@ -174,23 +174,23 @@ def test_dropout_of_the_adapters_is_the_same(names: Projections, activation: str
         found.append([y, *grads(y, inputs)])
     for own, other in zip(*found, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
-    assert not torch.equal(ours(x), ours(x)), "dropout must be at work"
+    assert not torch.equal(ours(x), ours(x)), "dropout must have an effect"
 
 
 @pytest.mark.parametrize(("names", "activation"), KINDS)
-def test_mlp_s_gradient_by_differences(names: Projections, activation: str) -> None:
+def test_mlp_passes_gradcheck(names: Projections, activation: str) -> None:
     _, ours = mlps(names, activation)
     x = draw(3, HIDDEN, dtype=torch.float64).requires_grad_()
     trained = [p for p in ours.parameters() if p.requires_grad]
 
-    # gradcheck goes back several times; a checkpoint makes what is overwritten anew.
+    # gradcheck runs several backward passes; a checkpoint recomputes the overwritten tensors.
     def fresh(x: Tensor, *_: Tensor) -> Any:
         return checkpoint(ours, x, use_reentrant=False)
 
     assert torch.autograd.gradcheck(fresh, (x, *trained), fast_mode=True)
 
 
-def test_a_wrong_mlp_gradient_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck_detects_a_wrong_mlp_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = mlps(*KINDS[0])
     monkeypatch.setattr(
         mlp_file, "_grad_gate_and_up", lambda _, grad, gate, up: (grad, up.detach())
@@ -202,7 +202,7 @@ def test_a_wrong_mlp_gradient_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> 
         )
 
 
-def test_going_back_twice_is_an_error_and_no_wrong_gradient() -> None:
+def test_a_second_backward_pass_raises_an_error() -> None:
     _, ours = mlps(*KINDS[0])
     x = draw(3, HIDDEN, dtype=torch.float64).requires_grad_()
     y = ours(x).sum()
@@ -222,7 +222,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(bases: Path, family: str, **sections: Any) -> LoadedModel:
     loaded = build_base(make_recipe(bases / family, bases / "rows.jsonl", **sections))
-    stir(loaded)
+    randomize_b(loaded)
     loaded.model.train()
     return loaded
 
@@ -233,7 +233,7 @@ def with_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def step_of(loaded: LoadedModel) -> dict[str, Tensor]:
-    """The loss and every gradient of one batch."""
+    """Return the loss and every gradient of one batch."""
     torch.manual_seed(5)
     loss = CAUSAL.loss(loaded, largest_batch(24, 2, 250), CPU, 1 / 46)
     loss.backward()
@@ -245,7 +245,7 @@ def step_of(loaded: LoadedModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("dropout", "checkpointing", "bits"), [(0.0, True, 4), (0.3, True, 8), (0.3, False, 16)]
 )
-def test_a_step_is_that_of_transformers_modules(
+def test_a_step_equals_that_of_transformers_modules(
     bases: Path,
     monkeypatch: pytest.MonkeyPatch,
     family: str,
@@ -267,20 +267,20 @@ def test_a_step_is_that_of_transformers_modules(
     wanted = step_of(theirs)
     assert found.keys() == wanted.keys() == {"loss", *ours.trainable()}
     for name, own in found.items():
-        # 8 bit turns differences of 1e-7 into a step of 1/127 here and there.
+        # 8 bit amplifies some differences of 1e-7 to a step of 1/127.
         scale = 1e-5 if bits == 4 or bits == 16 else 1e-2
         atol = scale * wanted[name].abs().max().item()
         torch.testing.assert_close(own, wanted[name], rtol=scale, atol=atol)
 
 
 def test_full_fine_tuning_trains_transformers_own_modules(bases: Path) -> None:
-    """What the savings are measured against stays what everybody runs."""
+    """The baseline of comparisons uses no module of this package."""
     loaded = make(bases, "llama", adapter={"method": "full"}, base={"bits": 16})
     assert not any(isinstance(module, Mlp | RmsNorm) for module in loaded.model.modules())
 
 
-def test_every_norm_of_the_model_is_ours(bases: Path) -> None:
-    """The spec names them all: a forgotten one would keep its float32 copies in silence."""
+def test_every_norm_is_replaced(bases: Path) -> None:
+    """A norm that a family forgets would save its float32 copies without any error."""
     for family in MODEL_TYPES:
         left = [
             m for m in make(bases, family).model.modules() if type(m).__name__.endswith("RMSNorm")
@@ -288,7 +288,7 @@ def test_every_norm_of_the_model_is_ours(bases: Path) -> None:
         assert not left, family
 
 
-def test_an_activation_without_a_gradient_here_keeps_its_mlp(tmp_path: Path, bases: Path) -> None:
+def test_an_mlp_with_an_unknown_activation_is_not_replaced(tmp_path: Path, bases: Path) -> None:
     base = make_base(tmp_path / "relu", "llama", hidden_act="relu")
     loaded = build_base(make_recipe(base, bases / "rows.jsonl"))
     assert not any(isinstance(module, Mlp) for module in loaded.model.modules())
@@ -296,7 +296,7 @@ def test_an_activation_without_a_gradient_here_keeps_its_mlp(tmp_path: Path, bas
 
 
 def saved_bytes(loaded: LoadedModel) -> int:
-    """Kept by one forward for its backward, parameters and buffers apart."""
+    """Return the bytes that a forward pass saves, without parameters and buffers."""
     apart = chain(loaded.model.parameters(), loaded.model.buffers())
     known = {tensor.untyped_storage().data_ptr() for tensor in apart}
     found: dict[int, int] = {}
@@ -315,7 +315,7 @@ def saved_bytes(loaded: LoadedModel) -> int:
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_third_less_is_kept_for_backward(
+def test_a_third_less_is_saved_for_backward(
     bases: Path, monkeypatch: pytest.MonkeyPatch, family: str, dropout: float
 ) -> None:
     sections = {
@@ -329,7 +329,7 @@ def test_a_third_less_is_kept_for_backward(
     assert ours <= 0.7 * theirs
 
 
-def test_dropout_keeps_nothing_for_backward(bases: Path) -> None:
+def test_dropout_saves_nothing_for_backward(bases: Path) -> None:
     sections = {"train": {"activation_checkpointing": False}}
     without, dropped = (
         saved_bytes(make(bases, "llama", adapter={"dropout": dropout}, **sections))

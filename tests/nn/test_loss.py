@@ -1,4 +1,4 @@
-"""The chunked loss is torch's cross entropy, its gradients too, wherever the chunks end."""
+"""The chunked loss and its gradients equal torch's cross entropy for every chunk size."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from qlora_cli.nn import loss
 from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
-from tests.helpers.reference_loss import plain, targets_of
+from tests.helpers.reference_loss import reference_cross_entropy, targets_of
 
 TOKENS, HIDDEN, WORDS = 23, 16, 50
 
 
 def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden (n, d), head (V, d), labels (n,) a third of which is ignored)."""
+    """Return (hidden (n, d), head (V, d), labels (n,)); a third of the labels is ignored."""
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype)
     head = torch.randn(WORDS, HIDDEN, generator=generator).to(dtype)
@@ -25,20 +25,20 @@ def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(params=[1, 2, 5, 7, 15, 16, 1000])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Targets in a chunk; 15 of them there are: ends that fall on, before and behind the last."""
+    """Return the number of targets per chunk; of 15 targets the last chunk is full or partial."""
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", request.param * WORDS)
     return int(request.param)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["head trained", "head frozen"])
 @pytest.mark.parametrize("scale", [1.0, 1 / 15, 300.0])
-def test_loss_and_gradients_are_torch_s(chunk: int, trained: bool, scale: float) -> None:
+def test_loss_and_gradients_equal_torch(chunk: int, trained: bool, scale: float) -> None:
     hidden, head, labels = draw()
     hidden.requires_grad_()
     head.requires_grad_(trained)
     inputs = (hidden, head) if trained else (hidden,)
     ours = chunked_cross_entropy(hidden, head, *targets_of(labels), scale)
-    wanted = plain(hidden, head, labels, scale)
+    wanted = reference_cross_entropy(hidden, head, labels, scale)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-6)
     found, other = (torch.autograd.grad(one, inputs) for one in (ours, wanted))
@@ -47,11 +47,11 @@ def test_loss_and_gradients_are_torch_s(chunk: int, trained: bool, scale: float)
 
 
 def test_a_later_factor_scales_the_gradients() -> None:
-    """Whoever multiplies the loss, as a gradient penalty would, must find it in the gradient."""
+    """A factor that is multiplied with the loss must also scale the gradients."""
     hidden, head, labels = draw()
     hidden.requires_grad_()
     ours = 3 * chunked_cross_entropy(hidden, head, *targets_of(labels), 0.5)
-    wanted = plain(hidden, head, labels, 1.5)
+    wanted = reference_cross_entropy(hidden, head, labels, 1.5)
     torch.testing.assert_close(
         *(torch.autograd.grad(one, hidden)[0] for one in (ours, wanted)), rtol=1e-5, atol=1e-6
     )
@@ -83,7 +83,7 @@ def test_16_bit_hidden_states_lose_only_their_own_rounding(dtype: torch.dtype) -
     hidden, head, labels = draw(dtype)
     hidden.requires_grad_()
     ours = chunked_cross_entropy(hidden, head, *targets_of(labels), 1.0)
-    wanted = plain(hidden.float(), head.float(), labels, 1.0)
+    wanted = reference_cross_entropy(hidden.float(), head.float(), labels, 1.0)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(ours, wanted, rtol=4 * eps, atol=0)
     own, reference = (torch.autograd.grad(one, hidden)[0].float() for one in (ours, wanted))
@@ -91,34 +91,38 @@ def test_16_bit_hidden_states_lose_only_their_own_rounding(dtype: torch.dtype) -
 
 
 def test_huge_logits_stay_finite() -> None:
-    """softmax of 1e4 overflows unless the largest logit is taken off first."""
+    """softmax of 1e4 overflows unless the largest logit is subtracted first."""
     hidden, head, labels = draw()
     hidden = (1e4 * hidden).requires_grad_()
     ours = chunked_cross_entropy(hidden, head, *targets_of(labels), 1.0)
     ours.backward()
-    torch.testing.assert_close(ours, plain(hidden, head, labels, 1.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        ours, reference_cross_entropy(hidden, head, labels, 1.0), rtol=1e-5, atol=0
+    )
     assert hidden.grad is not None
     assert torch.isfinite(hidden.grad).all()
 
 
-def test_a_nan_is_not_swallowed() -> None:
+def test_a_nan_reaches_the_loss() -> None:
     hidden, head, labels = draw()
     hidden[1] = float("nan")
     assert chunked_cross_entropy(hidden, head, *targets_of(labels), 1.0).isnan()
 
 
-def test_score_counts_what_is_predicted_first(chunk: int) -> None:
+def test_score_counts_top_1_predictions(chunk: int) -> None:
     hidden, head, labels = draw()
     best = (hidden @ head.t()).argmax(dim=1)
     labels[[1, 4, 22]] = best[[1, 4, 22]]
     total, right = score(hidden, head, *targets_of(labels))
     kept = labels != IGNORE_INDEX
     assert right.item() == (best[kept] == labels[kept]).sum().item() >= 3
-    torch.testing.assert_close(total, plain(hidden, head, labels, 1.0), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        total, reference_cross_entropy(hidden, head, labels, 1.0), rtol=1e-6, atol=1e-5
+    )
 
 
-def test_no_tensor_of_tokens_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the chunks are for: the peak is one chunk's, not all targets'."""
+def test_no_tensor_of_tokens_by_vocabulary_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak memory is that of one chunk and not that of all targets."""
     from qlora_cli.memory.counter import Counter
     from qlora_cli.memory.tracker import KernelRules, StorageTracker
 
@@ -132,5 +136,5 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPat
                 hidden.requires_grad_(), head, *targets_of(labels), 1.0
             ).backward()
         peaks[num] = counter.high_bytes
-    # 13 targets fewer at once, each with its float32 logits and what becomes of them.
+    # 13 fewer targets at once, each with its float32 logits and their temporaries.
     assert peaks[1000] - peaks[2] >= 13 * WORDS * 4

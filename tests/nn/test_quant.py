@@ -1,4 +1,4 @@
-"""The packed linear is bitsandbytes' arithmetic, bit for bit, and its gradients survive eval()."""
+"""The packed linear equals bitsandbytes bit for bit, and its gradients survive eval()."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.helpers.quantized import draw, packed
 from tests.helpers.runs import build_base, logits, make_base, make_recipe, make_rows
 
 SIZES = [(64, 64), (128, 172), (172, 128), (30, 18), (43, 172)]
-"""(out, in): whole blocks, blocks across rows, a last block cut short, an odd number of rows."""
+"""(out, in): full blocks, blocks across rows, a partial last block, an odd number of rows."""
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("file_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_4_bit_is_bitsandbytes_bit_for_bit(
+def test_4_bit_equals_bitsandbytes_bit_for_bit(
     size: tuple[int, int], double_quant: bool, quant_type: str, file_dtype: torch.dtype
 ) -> None:
     weight = draw(*size, dtype=file_dtype)
@@ -49,7 +49,7 @@ def test_packing_in_pieces_changes_nothing(bits: int, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_transposed_weight_is_packed_as_it_is_read(bits: int) -> None:
-    """GPT-2's file holds (in, out); a view of it must not be packed in the file's order."""
+    """GPT-2's file stores (in, out); a view of it must not be packed in the file's order."""
     weight = draw(64, 96)
     assert torch.equal(
         packed(weight.t(), bits).dequantize(), packed(weight.t().contiguous(), bits).dequantize()
@@ -58,9 +58,7 @@ def test_a_transposed_weight_is_packed_as_it_is_read(bits: int) -> None:
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_product_and_gradient_are_of_the_dequantized_weight(
-    bits: int, compute: torch.dtype
-) -> None:
+def test_product_and_gradient_use_the_dequantized_weight(bits: int, compute: torch.dtype) -> None:
     layer = packed(draw(48, 172), bits, compute)
     x = draw(9, 172, seed=1, dtype=compute).requires_grad_()
     grad = draw(9, 48, seed=2, dtype=compute)
@@ -71,7 +69,7 @@ def test_product_and_gradient_are_of_the_dequantized_weight(
     assert x.grad is not None
     assert torch.equal(x.grad, grad @ weight)
     if bits == 8:
-        # 8 bit rounds the input too: by up to half a step, 0.29 in the mean square.
+        # 8 bit also rounds the input, by up to half a step (0.29 steps root mean square).
         step = x.detach().float().abs().amax(dim=1, keepdim=True) / 127
         bound = 6 * step * 0.29 * weight.float().norm(dim=1)
         assert (
@@ -82,13 +80,13 @@ def test_product_and_gradient_are_of_the_dequantized_weight(
         assert torch.equal(y, x @ weight.t())
 
 
-def test_16_bit_is_the_file_s_own_weight() -> None:
+def test_16_bit_keeps_the_weight_of_the_file() -> None:
     weight = draw(40, 24, dtype=torch.float16)
     assert torch.equal(packed(weight, 16).dequantize(), weight.float())
 
 
 def int8_reference(layer: QuantLinear, x: Tensor) -> Tensor:
-    """LLM.int8()'s equations 3 to 8, in float64 and without any shortcut."""
+    """Return LLM.int8()'s equations 3 to 8, computed in float64."""
     assert layer.scale is not None
     outliers = (x.abs() > layer.weight_format.threshold).any(dim=0)
     weight = layer.weight.double() * layer.scale.double()[:, None]
@@ -98,30 +96,30 @@ def int8_reference(layer: QuantLinear, x: Tensor) -> Tensor:
     return (codes * scale) @ weight.t() + (x.double() * outliers) @ weight.t()
 
 
-def test_8_bit_is_llm_int8() -> None:
+def test_8_bit_equals_llm_int8() -> None:
     weight, x = draw(48, 172), draw(16, 172, seed=1)
     x[3, 7], x[5, 90] = 9.0, -30.0
     layer = packed(weight, 8)
     difference = (layer.product(x) - int8_reference(layer, x)).abs().max()
-    # A value on the edge between two codes may round either way: one step of one input.
+    # A value in the middle between two codes may round either way: one step of one input.
     assert difference < 1e-4
 
 
-def test_8_bit_codes_and_scales_are_bitsandbytes_own() -> None:
+def test_8_bit_codes_and_scales_equal_bitsandbytes() -> None:
     weight = draw(48, 172, dtype=torch.float16)
     layer = packed(weight, 8)
     codes, largest, _ = reference.int8_vectorwise_quant(weight.clone(), threshold=0.0)
     assert layer.scale is not None
     torch.testing.assert_close(layer.scale.detach() * 127, largest)
-    # They multiply by 127 / largest, we divide by largest / 127: a value in the middle between two
-    # codes may go to either.
-    apart = (layer.weight.int() - codes.int()).abs()
-    assert apart.max() <= 1
+    # bitsandbytes multiplies by 127 / largest, this package divides by largest / 127: a value in
+    # the middle between two codes may round either way.
+    difference = (layer.weight.int() - codes.int()).abs()
+    assert difference.max() <= 1
     assert apart.float().mean() < 1e-3
 
 
-def test_8_bit_agrees_with_bitsandbytes_own_mixed_product() -> None:
-    """Not with its Linear8bitLt: that one does not quantize its input on a CPU."""
+def test_8_bit_agrees_with_the_mixed_product_of_bitsandbytes() -> None:
+    """Linear8bitLt is no reference, because it does not quantize its input on a CPU."""
     weight, x = draw(48, 192, dtype=torch.float16), draw(16, 192, seed=1, dtype=torch.float16)
     x[3, 7], x[5, 90] = 9.0, -30.0
     layer = packed(weight, 8, torch.float16)
@@ -133,22 +131,22 @@ def test_8_bit_agrees_with_bitsandbytes_own_mixed_product() -> None:
         x, codes, layer.weight.detach(), largest, layer.scale.detach() * 127, columns
     )
     difference = layer.product(x).float() - wanted.float()
-    # Rounding to float16 at different places, and inputs in the middle between two codes.
+    # It rounds to float16 at other places, and inputs may be in the middle between two codes.
     assert difference.norm() / wanted.float().norm() < 2e-3
 
 
 def test_outlier_columns_are_exact() -> None:
-    """Inputs that are nothing but outliers give the product with the frozen weight itself."""
+    """Inputs that are all outliers are multiplied by the dequantized weight."""
     layer = packed(draw(48, 172), 8)
     x = torch.zeros(4, 172)
     x[:, [3, 100]] = torch.tensor([[50.0, -7.5], [8.0, 9.0], [-1e4, 6.5], [7.0, 7.0]])
     wanted = x @ layer.dequantize().t()
     torch.testing.assert_close(layer.product(x), wanted, rtol=1e-6, atol=1e-6)
     without = packed(draw(48, 172), 8, threshold=0.0)
-    assert (without.product(x) - wanted).abs().max() > 1e-3, "the test must see what outliers cost"
+    assert (without.product(x) - wanted).abs().max() > 1e-3, "without outliers there is an error"
 
 
-def test_many_outlier_columns_fall_back_to_the_whole_product() -> None:
+def test_many_outlier_columns_use_the_dequantized_weight() -> None:
     layer = packed(draw(48, 172), 8)
     x = 100 * draw(6, 172, seed=1)
     assert torch.equal(layer.product(x), x @ layer.dequantize().t())
@@ -183,7 +181,7 @@ def test_an_all_zero_weight_is_finite() -> None:
 def test_every_family_computes_in_every_dtype(
     tmp_path: Path, family: str, bits: int, compute: str
 ) -> None:
-    """Families with biases too: a float32 bias in a 16-bit product is an error of torch's."""
+    """Also families with biases: torch refuses a float32 bias in a 16-bit product."""
     base = make_base(tmp_path / "base", family, spread=0.1)
     rows = make_rows(tmp_path / "rows.jsonl")
     loaded = build_base(make_recipe(base, rows, base={"bits": bits, "compute_dtype": compute}))
@@ -191,8 +189,8 @@ def test_every_family_computes_in_every_dtype(
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_eval_and_back_leaves_gradients_as_they_were(bits: int) -> None:
-    """The eval trap: on some CPUs bitsandbytes' own layer repacks its weight in eval()."""
+def test_gradients_are_unchanged_after_eval_mode(bits: int) -> None:
+    """On some CPUs bitsandbytes' own layer repacks its weight in eval mode."""
     layer = packed(draw(64, 64, dtype=torch.bfloat16), bits, torch.bfloat16)
     bytes_before = layer.weight.detach().clone()
 
@@ -209,8 +207,8 @@ def test_eval_and_back_leaves_gradients_as_they_were(bits: int) -> None:
     assert torch.equal(layer.weight, bytes_before)
 
 
-def test_nothing_is_kept_for_backward() -> None:
-    """A frozen product needs no input in backward; keeping it would undo checkpointing."""
+def test_nothing_is_saved_for_backward() -> None:
+    """A frozen product needs no input in its backward pass; saving it would defeat checkpoints."""
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -230,6 +228,6 @@ def test_packed_weights_are_frozen_parameters() -> None:
     assert set(parameters) == {"weight", "scale", "scale_of_scale", "offset_of_scale"}
     assert not any(parameter.requires_grad for parameter in parameters.values())
     assert not dict(layer.named_buffers())
-    # 4.127 bits a weight (QLoRA, section 3), seen from afar: 4096 weights have few scales.
+    # About 4.127 bits per weight (QLoRA, section 3): 4096 weights have few scales.
     twin = copy.deepcopy(layer)
     assert torch.equal(twin.dequantize(), layer.dequantize())

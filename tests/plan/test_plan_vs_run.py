@@ -17,8 +17,8 @@ import plan_table
 import pytest
 import torch
 from plan_cases import Case, cpu_grid, cuda_grid
-from plan_measure import PHASES, Run, facts_of, planned, seen_by_profiler
-from profiler_peak import Judge
+from plan_measure import PHASES, Run, facts_of, measure_with_profiler, planned
+from profiler_peak import PeakProfiler
 from torch import Tensor
 
 from qlora_cli.memory import cpu_rules, profile
@@ -86,7 +86,7 @@ def tracked(case: Case) -> dict[str, Phase]:
 def judged(case: Case) -> dict[str, int]:
     """As the profiler sees it."""
     gc.collect()
-    return seen_by_profiler(case, FACTS)
+    return measure_with_profiler(case, FACTS)
 
 
 @pytest.mark.parametrize("case", GRID, ids=lambda case: case.name.replace(" ", "-"))
@@ -181,7 +181,7 @@ def row(error: float, reserved: float | None = None, load: float = 0.0) -> dict[
 def kernel_bytes(run: Callable[[], Any]) -> tuple[int, int]:
     """(peak inside, what stays) of one call, as the profiler sees it."""
     run()
-    judge = Judge()
+    judge = PeakProfiler()
     with judge.phase("kernel"):
         kept = run()
     del kept

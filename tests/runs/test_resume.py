@@ -23,7 +23,7 @@ from qlora_cli.runs.resume import load_checkpoint, save_checkpoint
 from qlora_cli.runs.run import Run
 from qlora_cli.train.adamw import AdamW
 from qlora_cli.train.loss_scale import LossScale
-from tests.helpers.interrupted import go
+from tests.helpers.interrupted import train_run
 from tests.helpers.resumed_runs import CASES, STEPS, assert_same_run, losses, recipe_of
 from tests.helpers.runs import make_base, make_rows
 
@@ -43,12 +43,12 @@ def test_a_run_stopped_and_resumed_is_the_unbroken_one(
     tmp_path: Path, bases: Path, case: str
 ) -> None:
     settings = CASES[case]
-    unbroken = go(recipe_of(bases, tmp_path / "unbroken", **settings))
+    unbroken = train_run(recipe_of(bases, tmp_path / "unbroken", **settings))
     broken = recipe_of(bases, tmp_path / "broken", **settings)
     with pytest.raises(Interrupted):
-        go(broken, stop_after=2)
+        train_run(broken, stop_after=2)
     torch.manual_seed(999)
-    resumed = go(broken, resume=True)
+    resumed = train_run(broken, resume=True)
     if case == "full":
         names = [file.name for file in sorted(unbroken.weights.iterdir())]
         assert names
@@ -68,7 +68,7 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last(
     tmp_path: Path, bases: Path
 ) -> None:
     """Steps done after the last checkpoint are done again; their metrics are not there twice."""
-    unbroken = go(recipe_of(bases, tmp_path / "unbroken", train={"checkpoint_every": 2}))
+    unbroken = train_run(recipe_of(bases, tmp_path / "unbroken", train={"checkpoint_every": 2}))
     recipe = recipe_of(bases, tmp_path / "killed", train={"checkpoint_every": 2})
 
     class Killed(Silent):
@@ -81,7 +81,7 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last(
     run = RunFolder(tmp_path / "killed")
     assert run.steps() == [2]
     assert len(losses(run)) == 4
-    go(recipe, resume=True)
+    train_run(recipe, resume=True)
     assert_same_run(unbroken, run)
     assert run.steps() == [2, 4, 5]
 
@@ -89,23 +89,23 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last(
 def test_this_test_would_see_a_forgotten_random_state(
     tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unbroken = go(recipe_of(bases, tmp_path / "unbroken"))
+    unbroken = train_run(recipe_of(bases, tmp_path / "unbroken"))
     broken = recipe_of(bases, tmp_path / "broken")
     with pytest.raises(Interrupted):
-        go(broken, stop_after=2)
+        train_run(broken, stop_after=2)
     monkeypatch.setattr("qlora_cli.runs.resume._restore_random_states", lambda states: None)
-    assert losses(unbroken) != losses(go(broken, resume=True))
+    assert losses(unbroken) != losses(train_run(broken, resume=True))
 
 
 def test_this_test_would_see_a_forgotten_optimizer_state(
     tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unbroken = go(recipe_of(bases, tmp_path / "unbroken"))
+    unbroken = train_run(recipe_of(bases, tmp_path / "unbroken"))
     broken = recipe_of(bases, tmp_path / "broken")
     with pytest.raises(Interrupted):
-        go(broken, stop_after=2)
+        train_run(broken, stop_after=2)
     monkeypatch.setattr(AdamW, "load_state_dict", lambda *_: None)
-    assert losses(unbroken) != losses(go(broken, resume=True))
+    assert losses(unbroken) != losses(train_run(broken, resume=True))
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def stopped(tmp_path: Path, bases: Path) -> tuple[Recipe, RunFolder]:
     """Checkpoints after steps 1 and 2 of 5."""
     recipe = recipe_of(bases, tmp_path / "run", train={"checkpoint_every": 1})
     with pytest.raises(Interrupted) as caught:
-        go(recipe, stop_after=2)
+        train_run(recipe, stop_after=2)
     assert caught.value.exit_code == 130
     return recipe, RunFolder(tmp_path / "run")
 
@@ -123,7 +123,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_so(stopped: tuple[Recipe, RunFolder
     assert run.read()["status"] == "interrupted"
     assert run.steps() == [1, 2]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    go(recipe, resume=True)
+    train_run(recipe, resume=True)
     assert run.read()["status"] == "done"
 
 
@@ -131,7 +131,7 @@ def test_a_changed_recipe_is_refused(stopped: tuple[Recipe, RunFolder], bases: P
     recipe, run = stopped
     faster = recipe.train.model_copy(update={"lr": 1e-3, "seed": 9})
     with pytest.raises(UsageError) as caught:
-        go(recipe.model_copy(update={"train": faster}), resume=True)
+        train_run(recipe.model_copy(update={"train": faster}), resume=True)
     assert "train.lr was 0.01, is 0.001" in str(caught.value)
     assert "train.seed was 0, is 9" in str(caught.value)
     assert caught.value.exit_code == 2
@@ -145,13 +145,13 @@ def test_a_changed_base_is_refused(tmp_path: Path, bases: Path) -> None:
     recipe = recipe_of(bases, tmp_path / "run", train={"steps": 2})
     recipe = recipe.model_copy(update={"model": Model(name=str(mine))})
     run = RunFolder(tmp_path / "run")
-    go(recipe)
+    train_run(recipe)
     assert Run(run.path).base_folder == mine
     (file,) = mine.glob("*.safetensors")
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1.5
     save_file(tensors, file, metadata={"format": "pt"})
-    for asked in (lambda: Run(run.path).base_folder, lambda: go(recipe, resume=True)):
+    for asked in (lambda: Run(run.path).base_folder, lambda: train_run(recipe, resume=True)):
         with pytest.raises(ModelError, match="are not those that the run was trained on"):
             asked()
 
@@ -162,7 +162,7 @@ def test_a_run_is_judged_on_its_rows_from_any_folder(
     make_rows(tmp_path / "rows.jsonl")
     monkeypatch.chdir(tmp_path)
     data = {"train": "rows.jsonl", "eval": "rows.jsonl"}
-    go(recipe_of(bases, Path("run"), data=data, train={"steps": 1}))
+    train_run(recipe_of(bases, Path("run"), data=data, train={"steps": 1}))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = RunFolder(tmp_path / "run")
@@ -181,14 +181,14 @@ def test_a_run_of_an_older_version_goes_on(
     data = {"train": "rows.jsonl", "eval": None}
     recipe = recipe_of(bases, Path("run"), data=data, train={"checkpoint_every": 1})
     with pytest.raises(Interrupted):
-        go(recipe, stop_after=2)
+        train_run(recipe, stop_after=2)
     run = RunFolder(Path("run"))
     about = run.read()
     assert about["recipe"]["data"]["train"] == str(tmp_path / "rows.jsonl")
     del about["base_fingerprint"]
     about["recipe"]["data"]["train"] = "rows.jsonl"
     run.write(about)
-    go(recipe, resume=True)
+    train_run(recipe, resume=True)
     assert run.read()["status"] == "done"
 
 
@@ -196,19 +196,19 @@ def test_a_run_that_tells_nothing_is_named(tmp_path: Path, bases: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(UsageError, match="damaged"):
-        go(recipe_of(bases, tmp_path / "run"), resume=True)
+        train_run(recipe_of(bases, tmp_path / "run"), resume=True)
 
 
 def test_nothing_to_resume_is_a_clear_error(tmp_path: Path, bases: Path) -> None:
     with pytest.raises(InputError, match="not a run's folder"):
-        go(recipe_of(bases, tmp_path / "never"), resume=True)
+        train_run(recipe_of(bases, tmp_path / "never"), resume=True)
 
 
 def test_a_second_run_into_a_used_folder_is_refused(stopped: tuple[Recipe, RunFolder]) -> None:
     recipe, run = stopped
     before = run.run_json.read_bytes()
     with pytest.raises(UsageError, match="in use"):
-        go(recipe)
+        train_run(recipe)
     assert run.run_json.read_bytes() == before
 
 
@@ -257,10 +257,10 @@ def test_the_checkpoint_before_a_damaged_one_is_good(stopped: tuple[Recipe, RunF
     newest = run.checkpoint(2)
     truncate(newest / "state.pt")
     with pytest.raises(ModelError, match="remove its folder; --resume then uses the checkpoint before it"):
-        go(recipe, resume=True)
+        train_run(recipe, resume=True)
     assert run.steps() == [1, 2], "nothing that was written is lost"
     shutil.rmtree(newest)
-    go(recipe, resume=True)
+    train_run(recipe, resume=True)
     assert [line[0] for line in losses(run)] == list(range(1, STEPS + 1))
 
 
@@ -271,7 +271,7 @@ def test_a_half_written_checkpoint_is_no_checkpoint(stopped: tuple[Recipe, RunFo
     shutil.copytree(run.checkpoint(2), half, dirs_exist_ok=True)
     truncate(half / "state.pt")
     assert run.steps() == [1, 2]
-    go(recipe, resume=True)
+    train_run(recipe, resume=True)
     assert run.steps() == [1, 2, 3, 4, 5]
     assert not half.exists()
 

@@ -22,7 +22,7 @@ from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Bits, Optimizer
 from qlora_cli.runs.layout import RunFolder
 from tests.helpers.families import MODEL_TYPES
-from tests.helpers.results import HELD, LEDGER, STEP
+from tests.helpers.results import AFTER_LOAD, LEDGER, STEP
 
 PEAK = sum(STEP.values())
 SEEN = {"allocated": PEAK, "reserved": PEAK + 1000}
@@ -30,12 +30,12 @@ RESULT = {"steps": 3}
 
 
 def phase(name: str, at_peak: dict[str, int]) -> Phase:
-    return Phase(name, sum(at_peak.values()), sum(HELD.values()), at_peak)
+    return Phase(name, sum(at_peak.values()), sum(AFTER_LOAD.values()), at_peak)
 
 
 SOUND = replace(
     LEDGER,
-    phases=(phase("load", HELD), phase("first_step", STEP), phase("eval", HELD)),
+    phases=(phase("load", AFTER_LOAD), phase("first_step", STEP), phase("eval", AFTER_LOAD)),
     allocator=Allocator(*SEEN.values(), 0),
     planned_peak_bytes=PEAK,
     measured_peak_bytes=PEAK,

@@ -22,13 +22,13 @@ from qlora_cli.train.loss_scale import LossScale
 from qlora_cli.train.step import train_step
 from tests.helpers.cli_helpers import Outcome, qlora
 from tests.helpers.runs import make_base, make_recipe, make_rows
-from tests.helpers.training import HALF, ROWS, make_state, poison
+from tests.helpers.training import FLOAT16, ROWS, make_nonfinite, make_state
 
 STEPS = 6
 HALVES: dict[str, dict[str, dict[str, Any]]] = {
     "float16 compute": {"base": {"compute_dtype": "float16"}},
     "float16 adapter": {"adapter": {"dtype": "float16"}},
-    "both": HALF,
+    "both": FLOAT16,
 }
 FULL = {"method": "full"}
 
@@ -188,8 +188,8 @@ def test_a_checkpoint_of_an_older_version_that_is_not_finite_is_refused(
 
 
 def test_a_loss_that_is_not_finite_is_no_overflow(tmp_path: Path) -> None:
-    state = make_state(tmp_path, **HALF)
-    poison(state, float("inf"))
+    state = make_state(tmp_path, **FLOAT16)
+    make_nonfinite(state, float("inf"))
     before = state.loss_scale.value
     with pytest.raises(QloraError, match="step 1: the loss is nan"):
         train_step(state, [collate(ROWS[:1])], 1e-3)
@@ -212,7 +212,7 @@ def test_overflows_behind_a_finite_loss_are_skipped_and_counted(
 ) -> None:
     monkeypatch.setattr(LossScale, "FIRST", 2.0**40)
     monkeypatch.setattr(train, "_evaluate", lambda *_: None)
-    outcome = job(tmp_path, base, 1e-4, 1, **HALF)
+    outcome = job(tmp_path, base, 1e-4, 1, **FLOAT16)
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("float16 gradients overflowed") >= 3
     run = RunFolder(tmp_path / "run")

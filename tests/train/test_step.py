@@ -19,7 +19,7 @@ from qlora_cli.train.state import State
 from qlora_cli.train.step import train_step
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.runs import CPU
-from tests.helpers.training import HALF, LENGTHS, ROWS, make_state, poison
+from tests.helpers.training import FLOAT16, LENGTHS, ROWS, make_nonfinite, make_state
 
 
 def loss_and_gradients(
@@ -161,7 +161,7 @@ def test_steps_learn(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_job(tmp_path: Path, value: float) -> None:
     state = make_state(tmp_path)
-    poison(state, value)
+    make_nonfinite(state, value)
     before = {name: p.detach().clone() for name, p in state.trainable.items()}
     with pytest.raises(QloraError, match=r"step 1: the loss is .*not finite") as caught:
         train_step(state, [collate(ROWS)], 1e-3)
@@ -190,7 +190,7 @@ def test_a_nan_in_the_second_batch_of_a_window_is_seen(tmp_path: Path) -> None:
 
 def test_float16_trains_under_a_loss_scale(tmp_path: Path) -> None:
     exact = make_state(tmp_path)
-    half = make_state(tmp_path, **HALF)
+    half = make_state(tmp_path, **FLOAT16)
     assert half.loss_scale.needed
     assert not exact.loss_scale.needed
     # These weights are wild; a scale that does not overflow, so that both do the same steps.
@@ -207,7 +207,7 @@ def test_float16_gradients_are_the_float32_ones(
 ) -> None:
     """The scale is in the gradients while they are float16, and out of them at the optimizer."""
     exact = loss_and_gradients(make_state(tmp_path), [collate(ROWS)], monkeypatch)
-    state = make_state(tmp_path, **HALF)
+    state = make_state(tmp_path, **FLOAT16)
     state.loss_scale.value = 2.0**8
     half = loss_and_gradients(state, [collate(ROWS)], monkeypatch)
     assert half[0] == pytest.approx(exact[0], rel=1e-2)
@@ -216,7 +216,7 @@ def test_float16_gradients_are_the_float32_ones(
 
 
 def test_an_overflow_is_skipped_and_the_scale_halved(tmp_path: Path) -> None:
-    state = make_state(tmp_path, **HALF)
+    state = make_state(tmp_path, **FLOAT16)
     state.loss_scale.value = 2.0**40
     before = {name: p.detach().clone() for name, p in state.trainable.items()}
     outcome = train_step(state, [collate(ROWS)], 1e-3)
@@ -235,7 +235,7 @@ def test_an_overflow_is_skipped_and_the_scale_halved(tmp_path: Path) -> None:
 
 def test_float16_gives_up_where_no_scale_helps(tmp_path: Path) -> None:
     """The loss is finite and a gradient never is."""
-    state = make_state(tmp_path, **HALF)
+    state = make_state(tmp_path, **FLOAT16)
     parameter = next(iter(state.trainable.values()))
     parameter.register_hook(lambda grad: torch.full_like(grad, float("nan")))
     for _ in range(int(math.log2(LossScale.FIRST / LossScale.LEAST))):

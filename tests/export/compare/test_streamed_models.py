@@ -22,7 +22,7 @@ from qlora_cli.export.compare.greedy_agreement import (
 from qlora_cli.export.compare.logit_comparison import compare
 from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
-from qlora_cli.export.verify.checks import loading_faults
+from qlora_cli.export.verify.file_checks import loading_faults
 from qlora_cli.export.verify.verification import verify
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run

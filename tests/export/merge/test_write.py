@@ -29,7 +29,7 @@ from qlora_cli.models.model import LoadedModel
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.resume import write_parameters
 from qlora_cli.runs.run import Run
-from tests.helpers.families import MODEL_TYPES
+from tests.helpers.families import MODEL_TYPES, as_in_file
 from tests.helpers.runs import CPU, build_base, make_base, make_recipe, make_rows, make_run
 
 torch.set_num_threads(1)
@@ -57,11 +57,6 @@ def read_all(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def in_file_shape(family: str, weight: Tensor) -> Tensor:
-    """(out, in) as the family's files hold it."""
-    return weight.t() if family == "gpt2" else weight
-
-
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("targets", ["all", ["q", "v"]], ids=["all", "qv"])
@@ -78,8 +73,8 @@ def test_merged_is_the_base_plus_the_scaled_product(
         tensors = tensors_of(run, kind)
         for path, layer in layers.items():
             own = original[f"{path}.weight"].float()
-            weight = own if kind == "original" else in_file_shape(family, layer.base.dequantize())
-            expected = weight.float() + in_file_shape(family, layer.delta())
+            weight = own if kind == "original" else as_in_file(family, layer.base.dequantize())
+            expected = weight.float() + as_in_file(family, layer.delta())
             made = tensors.compute(f"{path}.weight")
             # Half a unit in the last place of float16, and float32's own error.
             assert (made.float() - expected).abs().le(expected.abs() * 2.0**-11 + 1e-6).all()
@@ -106,7 +101,7 @@ def test_only_what_was_quantized_is_dequantized(family: str, tmp_path: Path) -> 
             assert torch.equal(made, own), name
         elif name not in tensors.adapted_names():
             weight_format: Any = loaded.model.get_submodule(name.removesuffix(".weight"))
-            assert torch.equal(made, in_file_shape(family, weight_format.dequantize()).half()), name
+            assert torch.equal(made, as_in_file(family, weight_format.dequantize()).half()), name
 
 
 def test_what_is_written_in_another_dtype_is_cast_once(tmp_path: Path) -> None:
