@@ -1,7 +1,8 @@
-"""Files and datasets as numbered rows: one reader for each kind, which never stops at a bad row.
+"""Read files and datasets as numbered rows: one reader per file type.
 
-A row's number is the line that it begins on, because that is what an editor can jump to; Parquet
-and the hub count rows from 1. A fault of the text ends only a file whose rest cannot be read.
+A reader does not stop at a broken row: it yields a RowError in its place and continues if the rest
+of the file can be read. The number of a row is the line that it begins on, to which an editor can
+jump. Rows of Parquet files and hub datasets are counted from 1.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from qlora_cli.data.row_errors import RowError
 from qlora_cli.errors import InputError
 
 Item = tuple[int, dict[str, Any] | RowError]
-"""A line or row number and what stands there, or what is wrong with it."""
+"""The line or row number, and the row's fields or its error."""
 
-_LONGEST_CELL = 2**31 - 1
+_MAX_CELL_LENGTH = 2**31 - 1
 
 
 def _jsonl(path: Path) -> Iterator[Item]:
-    """Split at newlines only: U+2028 and its like may stand inside a JSON text."""
+    """Yield the rows of a file with one JSON object per line."""
+    # Bytes are split at newlines only; U+2028 and similar may occur inside JSON strings.
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -40,7 +42,7 @@ def _jsonl(path: Path) -> Iterator[Item]:
 
 
 def _json(path: Path) -> Iterator[Item]:
-    """A list of objects, or objects one behind the other; each counts by the line it begins on."""
+    """Yield the rows of a JSON file: a list of objects, or objects one after another."""
     with _opened(path) as file:
         content = file.read()
     try:
@@ -52,20 +54,20 @@ def _json(path: Path) -> Iterator[Item]:
 
 
 def _json_values(text: str) -> Iterator[Item]:
-    """One by one, because a list that is decoded at once does not say where its rows stand."""
+    """Yield the rows of a JSON text, decoded one by one to get the line of each."""
     decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates)
     at = _skip_space(text, 0)
-    listed = text.startswith("[", at)
-    at = _skip_space(text, at + 1) if listed else at
-    line, seen = 1, 0
-    while at < len(text) and not (listed and text[at] == "]"):
-        line, seen = line + text.count("\n", seen, at), at
+    is_list = text.startswith("[", at)
+    at = _skip_space(text, at + 1) if is_list else at
+    line, counted = 1, 0
+    while at < len(text) and not (is_list and text[at] == "]"):
+        line, counted = line + text.count("\n", counted, at), at
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             yield error.lineno, RowError(f"broken JSON at column {error.colno}: {error.msg}")
             return
-        except RowError as fault:  # a key twice; where that object ends is not known
+        except RowError as fault:  # duplicate key; the end of the object is unknown
             yield line, fault
             return
         try:
@@ -73,27 +75,29 @@ def _json_values(text: str) -> Iterator[Item]:
         except RowError as fault:
             yield line, fault
         at = _skip_space(text, at)
-        if listed and text.startswith(",", at):
+        if is_list and text.startswith(",", at):
             at = _skip_space(text, at + 1)
-        elif listed and not text.startswith("]", at):
+        elif is_list and not text.startswith("]", at):
             break
-    if listed and text[at:].rstrip() != "]":
+    if is_list and text[at:].rstrip() != "]":
         yield (
             text.count("\n", 0, at) + 1,
-            RowError("broken JSON: the list does not end as it should"),
+            RowError("broken JSON: the list does not end with ]"),
         )
 
 
 def _skip_space(text: str, at: int) -> int:
+    """Return the index of the first character from `at` on that is not white space."""
     space = re.compile(r"\s*").match(text, at)
     assert space is not None
     return space.end()
 
 
 def _csv(path: Path, delimiter: str = ",") -> Iterator[Item]:
-    # The module's own limit of 128 KiB a cell is shorter than many a document.
-    csv.field_size_limit(_LONGEST_CELL)
-    begins = 1
+    """Yield the rows of a CSV file with a header line."""
+    # The csv module's default limit of 128 KiB per cell is too small for documents.
+    csv.field_size_limit(_MAX_CELL_LENGTH)
+    row_line = 1
     try:
         with _readable(path).open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -103,19 +107,19 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Item]:
             if len(set(columns)) < len(columns):
                 yield 1, RowError("two columns have the same name")
                 return
-            begins = reader.line_num + 1
+            row_line = reader.line_num + 1
             for fields in reader:
-                yield begins, _cells(fields, columns)
-                begins = reader.line_num + 1
+                yield row_line, _cells(fields, columns)
+                row_line = reader.line_num + 1
     except UnicodeDecodeError as error:
-        yield begins, _not_utf8(error)
+        yield row_line, _not_utf8(error)
     except csv.Error as error:
-        yield begins, RowError(f"broken CSV: {error}")
+        yield row_line, RowError(f"broken CSV: {error}")
 
 
 def _cells(fields: dict[Any, Any], columns: list[str]) -> dict[str, Any] | RowError:
     if None in fields or None in fields.values():
-        return RowError(f"it has not as many cells as there are columns ({len(columns)})")
+        return RowError(f"the number of cells differs from the number of columns ({len(columns)})")
     return fields
 
 
@@ -137,7 +141,10 @@ def _parquet(path: Path) -> Iterator[Item]:
 
 
 def read_hub(name: str, split: str) -> Iterator[Item]:
-    """The rows of a dataset's split. Raises InputError where the hub does not give it."""
+    """Yield the rows of a split of a hub dataset.
+
+    name: `owner/name`. Raises InputError if the dataset or split cannot be loaded.
+    """
     import datasets
 
     try:
@@ -146,13 +153,15 @@ def read_hub(name: str, split: str) -> Iterator[Item]:
     except (datasets.exceptions.DatasetsError, OSError, ValueError, ImportError) as error:
         summary = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{name!r} is no file here, and the hub does not give its split {split!r}: {summary}",
+            f"{name!r} is not a local file, and its split {split!r} cannot be loaded from the hub: "
+            f"{summary}",
             hint="check the name, the split (owner/name:split) and the network; log in for a "
             "gated dataset (`hf auth login`)",
         ) from error
 
 
 def _readable(path: Path) -> Path:
+    """Return the path. Raises InputError if the file cannot be opened."""
     _opened(path).close()
     return path
 
@@ -165,25 +174,28 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _object(value: Any) -> dict[str, Any]:
+    """Return a decoded row. Raises RowError if it is not an object of valid Unicode."""
     if not isinstance(value, dict):
-        raise RowError(f"a row is an object with fields, and this is {_kind(value)}")
+        raise RowError(f"a row must be an object with fields, not {_kind(value)}")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise RowError(r"it holds half a character (a lone \ud800-\udfff)") from error
+        raise RowError(r"it contains half a character (a lone \ud800-\udfff)") from error
     return value
 
 
 def _kind(value: Any) -> str:
-    kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    kinds = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs as a dict. Raises RowError if a key occurs twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RowError(f"the key {twice!r} stands in it twice")
+        counts = Counter(key for key, _ in pairs)
+        duplicate = next(key for key, count in counts.items() if count > 1)
+        raise RowError(f"the key {duplicate!r} occurs twice")
     return fields
 
 
@@ -199,4 +211,4 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
     ".tsv": _tsv,
     ".parquet": _parquet,
 }
-"""By the ending of a file's name. Each raises InputError on a file that cannot be opened."""
+"""Suffix of a file's name -> reader. Each raises InputError if the file cannot be opened."""

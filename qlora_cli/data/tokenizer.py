@@ -1,4 +1,4 @@
-"""The base's tokenizer, loaded in one place."""
+"""Load a base's tokenizer; nothing else in the package does."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ _FILES = (
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer of a folder, a hub id or `starter`; None of a folder that holds none.
+    """Return the tokenizer of a base, or None for a folder without tokenizer files.
 
-    Code that its auto_map names is not run. Raises ModelError where the tokenizer needs such code,
-    is damaged, empty, not a fast one, or not to be had.
+    name: a folder, a hub id or `starter`. revision: of a hub id. Python code that the tokenizer's
+    `auto_map` names is never run.
+    Raises ModelError if the tokenizer needs such code, is damaged, empty or slow, or cannot be
+    downloaded.
     """
     folder = STARTER_FOLDER if name == STARTER else Path(name).expanduser()
     local = folder.is_dir()
     if local and not any((folder / file).is_file() for file in _FILES):
-        # transformers would make an empty tokenizer out of config.json alone, in silence.
+        # From config.json alone, transformers would create an empty tokenizer without an error.
         return None
     if local:
         _check_json(folder)
     tokenizer = _load(str(folder) if local else name, None if local else revision)
     if not tokenizer.is_fast:
         raise ModelError(
-            "its tokenizer is a slow one, which does not say where its tokens stand",
+            "its tokenizer is a slow one, which reports no character offsets of its tokens",
             where=name,
-            hint="it needs a tokenizer.json; transformers makes one with save_pretrained",
+            hint="a tokenizer.json is needed; transformers writes one with save_pretrained",
         )
     if len(tokenizer) < 2:
         raise ModelError("its tokenizer is empty", where=name, hint="its files are incomplete")
@@ -52,15 +54,15 @@ def _load(source: str, revision: str | None) -> Any:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise _unloadable(source, error) from error
     except Exception as error:
-        # The Rust library raises a bare Exception for a file that it cannot make sense of, so
-        # that nothing narrower can be caught; anything else goes its way.
+        # The Rust library raises a bare Exception for an invalid file, so no narrower class can be
+        # caught. Every other exception is raised again.
         if type(error) is not Exception:
             raise
         raise _unloadable(source, error) from error
 
 
 def _unloadable(source: str, error: Exception) -> ModelError:
-    # The argument's name is in transformers' error where the folder has code and needs it.
+    # transformers' error contains the argument's name if the folder needs its own code.
     if "trust_remote_code" in str(error):
         return ModelError(
             "its tokenizer needs Python code of its own",
@@ -76,7 +78,10 @@ def _unloadable(source: str, error: Exception) -> ModelError:
 
 
 def _check_json(folder: Path) -> None:
-    """The Rust library's complaint about a broken file does not name the file."""
+    """Raise ModelError naming the file if a tokenizer file is damaged.
+
+    The Rust library's own error does not name the file.
+    """
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         if not path.is_file():
             continue
@@ -84,9 +89,9 @@ def _check_json(folder: Path) -> None:
             content = json.loads(path.read_bytes())
         except (ValueError, OSError) as error:
             raise ModelError(f"damaged: {error}", where=str(path)) from error
-        whole = isinstance(content, dict) and (
+        is_tokenizer = isinstance(content, dict) and (
             path.name != "tokenizer.json" or isinstance(content.get("model"), dict)
         )
-        if not whole:
-            raise ModelError("damaged: it describes no tokenizer", where=str(path))
+        if not is_tokenizer:
+            raise ModelError("damaged: it does not describe a tokenizer", where=str(path))
         check_auto_map(content, path)

@@ -1,8 +1,7 @@
-"""Masks of chats: exactly what the assistant says and its end of turn, or a clear error."""
+"""Masks of chats: exactly the assistant's texts and their end of turn, or a clear error."""
 
 import pytest
 
-from qlora_cli.data.align import align, common_prefix, marker, split
 from qlora_cli.data.encode import encode
 from qlora_cli.data.rows import Row, read_rows
 from qlora_cli.data.tokenizer import load_tokenizer
@@ -45,7 +44,7 @@ CALLING = [
     {"role": "assistant", "content": "Yes, 31 degrees."},
 ]
 
-# What ends an assistant's turn, by the template's file; the markers are made special tokens.
+# Name of a template's file -> end of an assistant's turn. The markers become special tokens.
 CLOSINGS = {
     "alpaca": "</s>",
     "amberchat": "",
@@ -116,7 +115,7 @@ def qwen():
 
 
 def use(tokenizer, path, *, flat=True):
-    """The collection's templates are meant to be read without their indentation."""
+    """Set the tokenizer's template; those of one collection are used without their indentation."""
     source = path.read_text()
     if flat and path.parent.name == "chujiezheng":
         source = source.replace("    ", "").replace("\n", "")
@@ -131,7 +130,7 @@ def encoded(tokenizer, messages, **fields):
 
 
 def trained_texts(example, tokenizer):
-    """The text of each run of trained tokens."""
+    """Return the text of each run of trained tokens."""
     runs, inside = [], False
     for label in example.labels:
         if label != IGNORE_INDEX and not inside:
@@ -143,7 +142,7 @@ def trained_texts(example, tokenizer):
 
 
 def same_text(trained, answer, path):
-    """Equal but for outer white space, and for inner where the template itself changes it."""
+    """Compare without outer white space, and without inner if the template changes it."""
     if path.stem == "falcon-instruct":
         return trained.split() == answer.split()
     return trained.strip() == answer.strip()
@@ -174,8 +173,8 @@ def test_masks_are_exactly_the_assistants_turns(mistral, path, system, flat):
         begin = BEGIN.get(path.stem, "")
         assert text.startswith(begin)
         assert text.endswith(closing)
-        said = text.removesuffix(closing).removeprefix(begin)
-        assert same_text(said, answer, path)
+        trained = text.removesuffix(closing).removeprefix(begin)
+        assert same_text(trained, answer, path)
     assert example.ids[:2] != [tokenizer.bos_token_id] * 2
 
 
@@ -201,7 +200,7 @@ def test_a_row_is_what_the_template_writes(mistral, path):
         ("mistralai-Mistral-Nemo-Instruct-2407", '"arguments": {"city": "Rome"}'),
     ],
 )
-def test_tool_calls_are_learnt_as_json(mistral, name, called):
+def test_tool_calls_are_trained_as_json(mistral, name, called):
     path = next(path for path in TEMPLATES if path.stem == name)
     tokenizer = use(mistral, path)
     found = trained_texts(encoded(tokenizer, CALLING, tools=[TOOL]), tokenizer)
@@ -232,7 +231,7 @@ THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt is 3."}
 
 
 @needs_shared_data
-def test_thinking_is_learnt_where_it_stands_and_refused_where_it_is_dropped(qwen):
+def test_thinking_is_trained_if_rendered_and_refused_if_dropped(qwen):
     qwen.chat_template = THINKS
     last = encoded(qwen, [*CHAT[:3], THOUGHT])
     expected = [ANSWERS[0] + "<|im_end|>", THOUGHT["content"] + "<|im_end|>"]
@@ -275,7 +274,7 @@ def test_marks_around_the_wrong_text_are_refused(qwen):
 
 
 @needs_shared_data
-def test_turns_of_weight_0_are_read_and_not_learnt(qwen):
+def test_turns_of_weight_0_are_not_trained(qwen):
     qwen.chat_template = THINKS
     chat = [*CHAT[:1], {**CHAT[1], "weight": 0}, *CHAT[2:]]
     assert trained_texts(encoded(qwen, chat), qwen) == [ANSWERS[1] + "<|im_end|>"]
@@ -290,7 +289,7 @@ def test_turns_of_weight_0_are_read_and_not_learnt(qwen):
         ("llamafactory/v1_sft_demo.jsonl", "messages"),
     ],
 )
-def test_real_chats_are_learnt_to_the_letter(qwen, file, format):
+def test_exactly_the_answers_of_real_chats_are_trained(qwen, file, format):
     qwen.chat_template = THINKS
     rows = read_rows(str(SHARED_DATA / "instruct" / file), limit=200)
     key, role, text = {
@@ -299,10 +298,10 @@ def test_real_chats_are_learnt_to_the_letter(qwen, file, format):
     }[format]
     for row, example in zip(rows, encode(rows, format, qwen, 100_000), strict=True):
         turns = [turn for turn in row.fields[key] if turn[role] in ("assistant", "gpt")]
-        said = [
+        answers = [
             turn[text] if isinstance(turn[text], str) else turn[text][0]["value"] for turn in turns
         ]
-        assert trained_texts(example, qwen) == [answer + "<|im_end|>" for answer in said]
+        assert trained_texts(example, qwen) == [answer + "<|im_end|>" for answer in answers]
 
 
 @needs_shared_data
@@ -323,17 +322,8 @@ def test_rows_that_break_the_templates_rules_are_named(mistral):
 
 
 @needs_shared_data
-def test_no_template_is_invented(mistral):
+def test_chats_without_a_chat_template_are_refused(mistral):
     mistral.chat_template = None
     with pytest.raises(ModelError, match="has none") as caught:
         encoded(mistral, CHAT)
     assert "chat_template.jinja" in str(caught.value)
-
-
-def test_texts_are_laid_against_each_other():
-    assert common_prefix("abc", "abd") == "ab"
-    assert split(f"a{marker(1)}b{marker(3)}c", [marker(1), marker(3)]) == ["a", "b", "c"]
-    assert split(f"a{marker(1)}b{marker(1)}", [marker(1)]) is None
-    assert align("<one two>", ["<", ">"], [" one  two "]) == [(1, 8)]
-    assert align("<one two>", ["<", ">"], ["one"]) is None
-    assert align("<one>!", ["<", ">"], ["one"]) is None

@@ -1,4 +1,4 @@
-"""Rows that are no chats: one BOS at most, one trained eos, the completion trained and no more."""
+"""Rows other than chats: at most one BOS, one trained EOS, only the completion is trained."""
 
 from functools import cache
 
@@ -38,14 +38,14 @@ def encoded(format, tokenizer, seq_len=10_000, **fields):
 
 
 def split(example):
-    """The ids that are only read, and those that are learnt."""
+    """Return the token ids that are not trained, and those that are."""
     pairs = list(zip(example.ids, example.labels, strict=True))
     assert all(label in (token, IGNORE_INDEX) for token, label in pairs)
-    read = [token for token, label in pairs if label == IGNORE_INDEX]
-    return read, [token for token, label in pairs if label != IGNORE_INDEX]
+    context = [token for token, label in pairs if label == IGNORE_INDEX]
+    return context, [token for token, label in pairs if label != IGNORE_INDEX]
 
 
-def test_text_is_all_learnt_with_one_eos(tokenizer):
+def test_all_tokens_of_text_are_trained_with_one_eos(tokenizer):
     example = encoded("text", tokenizer, text="A day, é 🙂.\n\nAnother day.")
     own = tokenizer("A day, é 🙂.\n\nAnother day.")["input_ids"]
     assert example.ids == [*own, tokenizer.eos_token_id]
@@ -53,24 +53,24 @@ def test_text_is_all_learnt_with_one_eos(tokenizer):
     assert example.labels[-1] == tokenizer.eos_token_id
 
 
-def test_bos_and_eos_stand_once_when_the_text_brings_them(stories):
+def test_bos_and_eos_occur_once_if_the_text_contains_them(stories):
     example = encoded("text", stories, text="<s>A day.</s>")
     assert example.ids == encoded("text", stories, text="A day.").ids
     assert example.ids.count(stories.bos_token_id) == example.ids.count(stories.eos_token_id) == 1
 
 
-def test_completion_is_learnt_and_the_prompt_is_not(tokenizer):
+def test_the_completion_is_trained_and_the_prompt_is_not(tokenizer):
     prompt, completion = "Once upon a time", " there was a 🙂 dog.\n"
-    read, learnt = split(encoded("completion", tokenizer, prompt=prompt, completion=completion))
-    assert tokenizer.decode(read, skip_special_tokens=True).strip() == prompt
-    assert learnt[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(learnt[:-1]).strip() == completion.strip()
+    context, trained = split(encoded("completion", tokenizer, prompt=prompt, completion=completion))
+    assert tokenizer.decode(context, skip_special_tokens=True).strip() == prompt
+    assert trained[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(trained[:-1]).strip() == completion.strip()
 
 
-def test_the_whole_is_tokenized_as_one_text(tokenizer):
+def test_prompt_and_completion_are_tokenized_as_one_text(tokenizer):
     example = encoded("completion", tokenizer, prompt="It is unbeliev", completion="able.")
     assert example.ids == [*tokenizer("It is unbelievable.")["input_ids"], tokenizer.eos_token_id]
-    # Whatever token holds a character of the completion is learnt, also across the boundary.
+    # Every token with a character of the completion is trained, also across the boundary.
     assert "able." in tokenizer.decode(split(example)[1])
 
 
@@ -81,14 +81,14 @@ WORDS = st.text(
 
 @settings(deadline=None, max_examples=60)
 @given(prompt=WORDS, completion=WORDS)
-def test_no_character_of_the_completion_is_left_out(prompt, completion):
+def test_every_character_of_the_completion_is_trained(prompt, completion):
     tokenizer = load_tokenizer_once("tokenizers/gpt2")
     example = encoded("completion", tokenizer, prompt=prompt, completion=completion + "!")
-    learnt = split(example)[1][:-1]
-    text = tokenizer.decode(learnt, skip_special_tokens=False)
-    # A token across the boundary may bring the prompt's end along, and nothing is missing behind.
+    trained = split(example)[1][:-1]
+    text = tokenizer.decode(trained, skip_special_tokens=False)
+    # A token across the boundary may contain the prompt's end; the completion is complete.
     assert text.endswith(completion + "!") or "\ufffd" in text
-    assert sum(label != IGNORE_INDEX for label in example.labels) == len(learnt) + 1
+    assert sum(label != IGNORE_INDEX for label in example.labels) == len(trained) + 1
 
 
 @cache
@@ -98,10 +98,10 @@ def load_tokenizer_once(name):
 
 def test_alpaca_without_a_template_is_stanfords_prompt(tokenizer):
     fields = {"instruction": "Name a colour.", "input": "", "output": "Red."}
-    read, learnt = split(encoded("alpaca", tokenizer, **fields))
-    prompt = tokenizer.decode(read, skip_special_tokens=True)
+    context, trained = split(encoded("alpaca", tokenizer, **fields))
+    prompt = tokenizer.decode(context, skip_special_tokens=True)
     assert prompt.strip() == ALPACA.format(instruction="Name a colour.")
-    assert tokenizer.decode(learnt[:-1]).strip() == "Red."
+    assert tokenizer.decode(trained[:-1]).strip() == "Red."
     with_input = encoded("alpaca", tokenizer, instruction="Add.", input="2 + 2", output="4")
     assert "### Input:\n2 + 2\n\n### Response:" in tokenizer.decode(with_input.ids)
 
@@ -118,9 +118,9 @@ def test_the_starters_rows_fit_its_tokenizer():
     tokenizer = load_tokenizer("starter")
     rows = read_rows("starter:held_out", limit=20)
     for row, example in zip(rows, encode(rows, "completion", tokenizer, 256), strict=True):
-        learnt = split(example)[1]
-        assert tokenizer.decode(learnt[:-1]).strip() == row.fields["completion"].strip()
-        assert learnt[-1] == tokenizer.eos_token_id
+        trained = split(example)[1]
+        assert tokenizer.decode(trained[:-1]).strip() == row.fields["completion"].strip()
+        assert trained[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_all_rows_that_are_too_long_are_named_with_the_length_needed(stories):
     assert f"{longest} tokens, but seq_len is 64" in str(caught.value)
 
 
-def test_a_row_with_nothing_to_learn_is_refused(stories):
+def test_a_row_without_a_trained_token_is_refused(stories):
     stories_without_eos = load_tokenizer(str(SHARED_DATA / "models" / "stories260K"))
     stories_without_eos.eos_token = None
     fields = {"prompt": "A day.", "completion": ""}

@@ -1,4 +1,4 @@
-"""Every row once, whole, never too much in a sequence, and the same again from the step alone."""
+"""Packing, the schedule of training and batches: every row once, and the same order for a step."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ LENGTHS = st.lists(st.integers(2, 32), min_size=1, max_size=60)
 
 
 def examples(lengths):
-    """Rows whose ids tell which row they are of."""
+    """Rows whose token ids contain the number of their row."""
     return [
         Example(
             [row * 100 + i for i in range(length)], [row * 100 + i for i in range(length)], str(row)
@@ -27,7 +27,7 @@ def rows_of(batch):
     return [part[0].item() // 100 for part in batch.input_ids[0].split(batch.segments)]
 
 
-def windows(lengths, **changed):
+def schedule_of(lengths, **changed):
     settings = {"seq_len": 32, "packing": True, "micro_batch": 2, "grad_accum": 3, "seed": 5}
     return BatchSchedule(examples(lengths), **{**settings, **changed})
 
@@ -40,9 +40,9 @@ def test_packing_keeps_every_row_once_and_never_exceeds_seq_len(lengths):
 
 
 @given(LENGTHS)
-def test_packing_is_within_its_proved_bound(lengths):
+def test_packing_is_within_its_bound(lengths):
     fewest = -(-sum(lengths) // 32)
-    # Any packing whose sequences are but for one more than half full is within twice the volume.
+    # If all sequences but one are more than half full, there are at most twice the minimum.
     assert len(pack(lengths, 32)) <= max(1, 2 * fewest)
 
 
@@ -53,7 +53,7 @@ def test_the_number_of_sequences_depends_on_lengths_alone(lengths, random):
     assert len(pack(shuffled, 32)) == len(pack(lengths, 32))
 
 
-def test_packing_fills_what_can_be_filled():
+def test_packing_finds_the_fewest_sequences_of_small_cases():
     assert len(pack([3, 5, 2, 6, 4, 4], 8)) == 3
     assert pack([8, 8], 8) == [[0], [1]]
     with pytest.raises(ValueError, match="9 tokens"):
@@ -61,36 +61,41 @@ def test_packing_fills_what_can_be_filled():
 
 
 @given(LENGTHS, st.booleans(), st.integers(1, 3), st.integers(1, 3))
-def test_an_epoch_holds_every_row_once(lengths, packing, micro_batch, grad_accum):
-    order = windows(lengths, packing=packing, micro_batch=micro_batch, grad_accum=grad_accum)
+def test_an_epoch_contains_every_row_once(lengths, packing, micro_batch, grad_accum):
+    schedule = schedule_of(lengths, packing=packing, micro_batch=micro_batch, grad_accum=grad_accum)
     for epoch in range(2):
-        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
-        batches = [batch for step in steps for batch in order.step_batches(step)]
+        steps = range(epoch * schedule.steps_per_epoch, (epoch + 1) * schedule.steps_per_epoch)
+        batches = [batch for step in steps for batch in schedule.step_batches(step)]
         assert sorted(row for batch in batches for row in rows_of(batch)) == list(
             range(len(lengths))
         )
         assert all(sum(batch.segments) <= micro_batch * 32 for batch in batches)
 
 
-def test_windows_are_a_pure_function_of_the_step():
+def test_batches_are_a_pure_function_of_the_step():
     lengths = [2 + row * 7 % 31 for row in range(50)]
-    one, other = windows(lengths), windows(lengths)
-    steps = list(range(3 * one.steps_per_epoch))
-    forwards = [[rows_of(batch) for batch in one.step_batches(step)] for step in steps]
-    backwards = [[rows_of(batch) for batch in other.step_batches(step)] for step in reversed(steps)]
+    schedule, same = schedule_of(lengths), schedule_of(lengths)
+    steps = list(range(3 * schedule.steps_per_epoch))
+    forwards = [[rows_of(batch) for batch in schedule.step_batches(step)] for step in steps]
+    backwards = [[rows_of(batch) for batch in same.step_batches(step)] for step in reversed(steps)]
     assert forwards == backwards[::-1]
-    assert forwards[0] != [[*rows_of(batch)] for batch in windows(lengths, seed=6).step_batches(0)]
-    assert forwards[: one.steps_per_epoch] != forwards[one.steps_per_epoch :][: one.steps_per_epoch]
+    assert forwards[0] != [
+        [*rows_of(batch)] for batch in schedule_of(lengths, seed=6).step_batches(0)
+    ]
+    assert (
+        forwards[: schedule.steps_per_epoch]
+        != forwards[schedule.steps_per_epoch :][: schedule.steps_per_epoch]
+    )
 
 
-def test_the_last_window_may_be_smaller():
-    order = windows([30] * 7, packing=False)
-    assert order.steps_per_epoch == 2
-    assert [len(batch.segments) for batch in order.step_batches(1)] == [1]
+def test_the_last_step_of_an_epoch_may_have_fewer_rows():
+    schedule = schedule_of([30] * 7, packing=False)
+    assert schedule.steps_per_epoch == 2
+    assert [len(batch.segments) for batch in schedule.step_batches(1)] == [1]
 
 
 @given(LENGTHS, st.booleans())
-def test_eval_batches_hold_every_row_in_order(lengths, packing):
+def test_eval_batches_contain_every_row_in_order(lengths, packing):
     batches = list(eval_batches(examples(lengths), seq_len=32, packing=packing, micro_batch=2))
     assert [row for batch in batches for row in rows_of(batch)] == list(range(len(lengths)))
     assert all(sum(batch.segments) <= 2 * 32 for batch in batches)
@@ -107,7 +112,7 @@ def test_labels_are_shifted_and_end_with_their_row():
 
 
 @given(LENGTHS)
-def test_no_label_is_a_neighbours_token(lengths):
+def test_no_label_is_a_token_of_another_row(lengths):
     batch = collate(examples(lengths))
     assert sum(batch.segments) == batch.input_ids.shape[1] == batch.labels.shape[0]
     ids, labels = batch.input_ids[0].split(batch.segments), batch.labels.split(batch.segments)
@@ -117,12 +122,12 @@ def test_no_label_is_a_neighbours_token(lengths):
     assert batch.num_targets == int((batch.labels != IGNORE_INDEX).sum())
 
 
-def test_the_worst_batch_has_the_form_of_a_real_one():
-    worst = largest_batch(8, 3, vocab_size=5)
+def test_the_largest_batch_is_like_a_batch_of_rows():
+    largest = largest_batch(8, 3, vocab_size=5)
     real = collate([Example([i % 5 for i in range(8)], [i % 5 for i in range(8)], "a")] * 3)
     for name in ("input_ids", "position_ids", "labels"):
-        assert torch.equal(getattr(worst, name), getattr(real, name))
-    assert (worst.segments, worst.num_targets) == (real.segments, real.num_targets)
-    imagined = largest_batch(8, 3, vocab_size=5, device="meta")
-    assert imagined.labels.device.type == imagined.input_ids.device.type == "meta"
-    assert imagined.labels.dtype == imagined.input_ids.dtype == torch.int64
+        assert torch.equal(getattr(largest, name), getattr(real, name))
+    assert (largest.segments, largest.num_targets) == (real.segments, real.num_targets)
+    planned = largest_batch(8, 3, vocab_size=5, device="meta")
+    assert planned.labels.device.type == planned.input_ids.device.type == "meta"
+    assert planned.labels.dtype == planned.input_ids.dtype == torch.int64

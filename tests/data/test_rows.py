@@ -37,7 +37,7 @@ def test_real_files_are_read_and_recognized(file, number, format):
     assert len(parse_rows(found, format, has_chat_template=True)) == number
 
 
-def test_the_starter_brings_its_rows():
+def test_the_starter_contains_rows():
     assert detect_format(read_rows("starter:train", limit=5), "auto") == "completion"
     assert read_rows("starter:held_out", limit=1)
     with pytest.raises(InputError, match="starter:other"):
@@ -64,10 +64,10 @@ def test_every_broken_line_is_named(tmp_path):
     ]
     with pytest.raises(DataError, match="5 of 6 rows") as caught:
         read_rows(write_file(tmp_path, "rows.jsonl", b"\n".join(lines)))
-    said = {problem.where: problem.what for problem in caught.value.problems}
-    assert list(said) == [f"rows.jsonl:{line}" for line in range(2, 7)]
+    messages = {problem.where: problem.what for problem in caught.value.problems}
+    assert list(messages) == [f"rows.jsonl:{line}" for line in range(2, 7)]
     for line, word in ((2, "broken JSON"), (3, "a list"), (4, "twice"), (5, "UTF-8"), (6, "half")):
-        assert word in said[f"rows.jsonl:{line}"]
+        assert word in messages[f"rows.jsonl:{line}"]
 
 
 def test_a_json_list_keeps_the_lines_that_rows_begin_on(tmp_path):
@@ -95,7 +95,7 @@ def test_a_json_list_that_ends_too_early_is_refused(tmp_path, rest):
         read_rows(write_file(tmp_path, "rows.json", '[{"text": "a"}' + rest))
 
 
-def test_csv_rows_begin_where_their_first_line_stands(tmp_path):
+def test_csv_rows_are_numbered_by_their_first_line(tmp_path):
     text = '\ufeffprompt,completion\r\na,"two\r\nlines"\r\nb,c\r\n'
     found = read_rows(write_file(tmp_path, "rows.csv", text))
     assert [(row.origin, row.fields["completion"]) for row in found] == [
@@ -106,7 +106,7 @@ def test_csv_rows_begin_where_their_first_line_stands(tmp_path):
 
 
 def test_csv_rows_with_missing_cells_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"rows\.csv:3.*as many cells"):
+    with pytest.raises(DataError, match=r"rows\.csv:3.*number of cells"):
         read_rows(write_file(tmp_path, "rows.csv", "prompt,completion\na,b\nc\n"))
 
 
@@ -143,7 +143,7 @@ def test_hub_datasets(monkeypatch):
         read_rows("some/absent")
 
 
-def test_missing_and_unknown_files_say_what_is_there(tmp_path):
+def test_errors_of_missing_and_unknown_files_list_similar_ones(tmp_path):
     write_file(tmp_path, "train.jsonl", "{}")
     with pytest.raises(InputError, match=r"train\.jsonl"):
         read_rows(str(tmp_path / "trian.jsonl"))

@@ -24,9 +24,9 @@ def test_the_starter():
     assert result.sequences < result.rows
     assert [row.origin for row in result.shown] == ["train.jsonl:1", "train.jsonl:2"]
     shown = result.shown[0].tokens
-    learnt = "".join(text for text, trained in shown if trained)
-    assert learnt.startswith(("The", "There", "You", "Open"))
-    assert learnt.endswith("<|im_end|>")
+    trained_text = "".join(text for text, trained in shown if trained)
+    assert trained_text.startswith(("The", "There", "You", "Open"))
+    assert trained_text.endswith("<|im_end|>")
     assert not any("held-out" in finding or "data.eval" in finding for finding in result.findings)
     assert any("packing fills" in finding for finding in result.findings)
     json.dumps(result.to_dict())
