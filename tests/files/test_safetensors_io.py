@@ -1,4 +1,4 @@
-"""safetensors one tensor at a time: what we write the library reads, and the other way round."""
+"""The safetensors library reads the files that we write, and we read those that it writes."""
 
 from __future__ import annotations
 
@@ -34,13 +34,15 @@ def tensor_of(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    shapes = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_tensors(file, shapes, tensors.__getitem__, metadata or {})
+    specs = {
+        name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
+    write_tensors(file, specs, tensors.__getitem__, metadata or {})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 4), (5, 1, 2)], ids=str)
-def test_every_dtype_and_shape_goes_both_ways(
+def test_every_dtype_and_shape_is_written_and_read(
     dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path
 ) -> None:
     own = {"a": tensor_of(dtype, shape), "b": tensor_of(torch.float32, (7,))}
@@ -64,12 +66,12 @@ def test_every_dtype_and_shape_goes_both_ways(
         max_size=5,
     )
 )
-def test_the_library_reads_what_we_write(
+def test_the_library_reads_our_files(
     tmp_path_factory: pytest.TempPathFactory,
-    about: dict[str, tuple[torch.dtype, list[int]]],
+    contents: dict[str, tuple[torch.dtype, list[int]]],
 ) -> None:
     file = tmp_path_factory.mktemp("file") / "x.safetensors"
-    tensors = {name: tensor_of(dtype, tuple(shape)) for name, (dtype, shape) in about.items()}
+    tensors = {name: tensor_of(dtype, tuple(shape)) for name, (dtype, shape) in contents.items()}
     write(file, tensors, {"words": "a\n"})
     with safe_open(file, "pt") as found:
         assert set(found.keys()) == tensors.keys()
@@ -77,22 +79,24 @@ def test_the_library_reads_what_we_write(
         assert all(torch.equal(found.get_tensor(name), tensors[name]) for name in tensors)
 
 
-def test_a_tensor_that_is_a_view_is_written_as_it_looks(tmp_path: Path) -> None:
-    turned = torch.arange(6).view(2, 3).t()
-    write(tmp_path / "x", {"a": turned})
-    assert torch.equal(load_file(tmp_path / "x")["a"], turned)
+def test_the_values_of_a_transposed_view_are_written(tmp_path: Path) -> None:
+    transposed = torch.arange(6).view(2, 3).t()
+    write(tmp_path / "x", {"a": transposed})
+    assert torch.equal(load_file(tmp_path / "x")["a"], transposed)
 
 
-def test_only_one_tensor_is_asked_for_at_a_time(tmp_path: Path) -> None:
-    asked: list[str] = []
+def test_tensors_are_computed_one_at_a_time_in_order(tmp_path: Path) -> None:
+    computed: list[str] = []
 
-    def make(name: str) -> Tensor:
-        asked.append(name)
+    def compute(name: str) -> Tensor:
+        computed.append(name)
         return torch.zeros(2)
 
     names = ["b", "a", "c"]
-    write_tensors(tmp_path / "x", {name: TensorSpec(torch.float32, (2,)) for name in names}, make, {})
-    assert asked == names
+    write_tensors(
+        tmp_path / "x", {name: TensorSpec(torch.float32, (2,)) for name in names}, compute, {}
+    )
+    assert computed == names
     entries, _ = read_header(tmp_path / "x")
     assert sorted(entries, key=lambda name: entries[name].start) == names
 
@@ -114,20 +118,20 @@ def damaged(content: bytes) -> list[tuple[str, bytes]]:
     ]
 
 
-WHOLE = (
+VALID = (
     (64).to_bytes(8, "little")
     + b'{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}'.ljust(64)
     + bytes(24)
 )
 
 
-def test_the_example_is_whole(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(WHOLE)
+def test_the_example_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(VALID)
     entries, _ = read_header(tmp_path / "x")
     assert torch.equal(read_tensor(entries["a"]), torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize(("how", "content"), damaged(WHOLE), ids=lambda item: str(item)[:20])
+@pytest.mark.parametrize(("how", "content"), damaged(VALID), ids=lambda item: str(item)[:20])
 def test_a_damaged_file_is_named(how: str, content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
@@ -137,8 +141,8 @@ def test_a_damaged_file_is_named(how: str, content: bytes, tmp_path: Path) -> No
 
 def test_a_file_that_shrank_since_its_header_was_read_is_named(tmp_path: Path) -> None:
     file = tmp_path / "x"
-    file.write_bytes(WHOLE)
+    file.write_bytes(VALID)
     entries, _ = read_header(file)
-    file.write_bytes(WHOLE[:-4])
+    file.write_bytes(VALID[:-4])
     with pytest.raises(ModelError, match="shorter than its header says"):
         read_tensor(entries["a"])

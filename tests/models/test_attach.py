@@ -1,4 +1,4 @@
-"""Adapters in a folder: written and read exactly, and a clear error for each way to be wrong."""
+"""Adapters are written and read exactly; each kind of wrong or damaged file has a clear error."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: make_base(folder / family, family) for family in MODEL_TYPES}
 
 
-def a_model(base: Path, **adapter: Any) -> tuple[Recipe, LoadedModel]:
-    """With a stirred adapter."""
+def model_with_adapter(base: Path, **adapter: Any) -> tuple[Recipe, LoadedModel]:
+    """Return (recipe, model with random values in B)."""
     recipe = make_recipe(base, base / "rows.jsonl", adapter=adapter)
     loaded = build_base(recipe)
     randomize_b(loaded)
@@ -45,10 +45,10 @@ def a_model(base: Path, **adapter: Any) -> tuple[Recipe, LoadedModel]:
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("targets", ["all", ["q", "v"], ["k", "up"]], ids=str)
-def test_what_is_written_is_read_exactly(
+def test_a_written_adapter_is_read_exactly(
     bases: dict[str, Path], family: str, dtype: str, targets: Any, tmp_path: Path
 ) -> None:
-    recipe, loaded = a_model(bases[family], dtype=dtype, targets=targets, rslora=True)
+    recipe, loaded = model_with_adapter(bases[family], dtype=dtype, targets=targets, rslora=True)
     save_adapter(loaded, recipe, tmp_path / "adapter")
     again = build_base(recipe)
     before = again.trainable()
@@ -56,13 +56,13 @@ def test_what_is_written_is_read_exactly(
     trained = loaded.trainable()
     assert again.trainable().keys() == trained.keys() == before.keys()
     for name, parameter in again.trainable().items():
-        assert parameter is before[name], "an optimizer holds it"
+        assert parameter is before[name], "an optimizer refers to it"
         assert parameter.dtype == trained[name].dtype
         assert torch.equal(parameter, trained[name])
 
 
 def test_a_fused_adapter_has_blocks_and_zeros(bases: dict[str, Path], tmp_path: Path) -> None:
-    recipe, loaded = a_model(bases["gpt2"], targets=["q", "v"])
+    recipe, loaded = model_with_adapter(bases["gpt2"], targets=["q", "v"])
     save_adapter(loaded, recipe, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 2 * recipe.adapter.rank
@@ -77,12 +77,10 @@ def test_a_fused_adapter_has_blocks_and_zeros(bases: dict[str, Path], tmp_path: 
     assert not b[2 * width :, :rank].any()
 
 
-def test_attach_brings_another_adapter_and_detach_the_base(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
-    recipe, loaded = a_model(bases["gpt2"], targets=["q", "down"], rank=5)
+def test_an_adapter_can_be_replaced_and_removed(bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe, loaded = model_with_adapter(bases["gpt2"], targets=["q", "down"], rank=5)
     save_adapter(loaded, recipe, tmp_path / "adapter")
-    _, other = a_model(bases["gpt2"], targets=["v", "up"])
+    _, other = model_with_adapter(bases["gpt2"], targets=["v", "up"])
     attach_adapter(other, open_adapter(tmp_path / "adapter"))
     assert other.adapted == loaded.adapted
     assert torch.equal(logits(other, IDS), logits(loaded, IDS))
@@ -93,7 +91,7 @@ def test_attach_brings_another_adapter_and_detach_the_base(
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"rank": 4}, "rank is 3 in the adapter and 4 in the recipe"),
         ({"alpha": 7.0}, "scaling is 2.0 in the adapter and 2.33"),
@@ -103,39 +101,39 @@ def test_attach_brings_another_adapter_and_detach_the_base(
     ids=str,
 )
 def test_another_recipe_is_refused(
-    bases: dict[str, Path], changed: dict[str, Any], told: str, tmp_path: Path
+    bases: dict[str, Path], changed: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    recipe, loaded = a_model(bases["llama"], targets=["q", "v"])
+    recipe, loaded = model_with_adapter(bases["llama"], targets=["q", "v"])
     save_adapter(loaded, recipe, tmp_path / "adapter")
-    _, other = a_model(bases["llama"], **({"targets": ["q", "v"]} | changed))
-    with pytest.raises(ModelError, match=told):
+    _, other = model_with_adapter(bases["llama"], **({"targets": ["q", "v"]} | changed))
+    with pytest.raises(ModelError, match=message):
         load_adapter(other, tmp_path / "adapter")
 
 
-def test_other_parts_of_a_fused_layer_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    recipe, loaded = a_model(bases["gpt2"], targets=["q", "v"])
+def test_other_roles_of_a_fused_layer_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe, loaded = model_with_adapter(bases["gpt2"], targets=["q", "v"])
     save_adapter(loaded, recipe, tmp_path / "adapter")
-    _, other = a_model(bases["gpt2"], targets=["q", "k"])
+    _, other = model_with_adapter(bases["gpt2"], targets=["q", "k"])
     with pytest.raises(ModelError, match=r"roles is \['q', 'v'\] in the adapter and \['q', 'k'\]"):
         load_adapter(other, tmp_path / "adapter")
 
 
-def test_another_base_is_refused_by_all_its_layers(bases: dict[str, Path], tmp_path: Path) -> None:
-    recipe, loaded = a_model(bases["llama"], targets=["q"])
+def test_an_adapter_of_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe, loaded = model_with_adapter(bases["llama"], targets=["q"])
     save_adapter(loaded, recipe, tmp_path / "adapter")
     wide = make_base(tmp_path / "wide", "llama", hidden_size=80)
     with pytest.raises(
         ProblemsError, match=r"for a weight of shape \(64, 64\); the base has \(64, 80\)"
     ):
-        load_adapter(a_model(wide, targets=["q"])[1], tmp_path / "adapter")
+        load_adapter(model_with_adapter(wide, targets=["q"])[1], tmp_path / "adapter")
     with pytest.raises(ProblemsError, match="the base has no such linear"):
-        load_adapter(a_model(bases["gpt2"], targets=["q"])[1], tmp_path / "adapter")
+        load_adapter(model_with_adapter(bases["gpt2"], targets=["q"])[1], tmp_path / "adapter")
 
 
 def test_a_full_disk_keeps_the_older_adapter(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, loaded = a_model(bases["llama"], targets=["q"])
+    recipe, loaded = model_with_adapter(bases["llama"], targets=["q"])
     save_adapter(loaded, recipe, tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
     randomize_b(loaded, seed=9)
@@ -181,8 +179,8 @@ def edit(folder: Path, **keys: Any) -> None:
 
 @pytest.fixture
 def written(bases: dict[str, Path], tmp_path: Path) -> Path:
-    """An adapter on q and v of two layers, rank 3, to spoil."""
-    recipe, loaded = a_model(bases["llama"], targets=["q", "v"])
+    """Return the folder of an adapter on q and v of two blocks, rank 3, which tests may damage."""
+    recipe, loaded = model_with_adapter(bases["llama"], targets=["q", "v"])
     save_adapter(loaded, recipe, tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -201,14 +199,14 @@ def test_a_feature_that_is_not_supported_is_named(written: Path, keys: dict[str,
         open_adapter(written)
 
 
-def test_settings_without_effect_are_passed_over(written: Path, bases: dict[str, Path]) -> None:
+def test_settings_without_effect_are_ignored(written: Path, bases: dict[str, Path]) -> None:
     edit(written, peft_version="9.9", auto_mapping={"a": 1}, megatron_core="megatron.core")
     edit(written, use_dora=False, something_new=None, another=[], init_lora_weights="gaussian")
     check(written, bases["llama"])
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda _: {}, "an empty adapter: a file of .* bytes without a tensor"),
         (
@@ -237,15 +235,15 @@ def test_wrong_tensors_are_named(
     written: Path,
     bases: dict[str, Path],
     change: Callable[[Tensors], Tensors],
-    told: str,
+    message: str,
 ) -> None:
     rewrite(written, change)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         check(written, bases["llama"])
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         ({"r": 0}, "r: Input should be greater than or equal to 1"),
         ({"lora_alpha": "much"}, "lora_alpha: Input should be a valid number"),
@@ -258,9 +256,9 @@ def test_wrong_tensors_are_named(
     ],
     ids=str,
 )
-def test_a_wrong_config_is_named(written: Path, keys: dict[str, Any], told: str) -> None:
+def test_a_wrong_config_is_named(written: Path, keys: dict[str, Any], message: str) -> None:
     edit(written, **keys)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         open_adapter(written)
 
 
@@ -281,7 +279,7 @@ def test_missing_files_and_broken_json_are_named(written: Path) -> None:
 
 
 def test_values_outside_the_blocks_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    recipe, loaded = a_model(bases["gpt2"], targets=["q", "v"])
+    recipe, loaded = model_with_adapter(bases["gpt2"], targets=["q", "v"])
     save_adapter(loaded, recipe, tmp_path / "adapter")
     content = bytearray((tmp_path / "adapter" / "adapter_model.safetensors").read_bytes())
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -303,12 +301,12 @@ def test_values_outside_the_blocks_are_refused(bases: dict[str, Path], tmp_path:
         (["model.layers.1.self_attn.q_proj", "head.q_proj"], ["1.self_attn.q_proj", "head.q_proj"]),
     ],
 )
-def test_names_are_as_short_as_they_can_be(chosen: list[str], names: list[str]) -> None:
+def test_endings_are_as_short_as_possible(chosen: list[str], names: list[str]) -> None:
     others = ["model", "model.layers.1", "head.q_proj"] if len(chosen) < 3 else ["model"]
     assert shortest_endings(chosen, [*BLOCKS, *others]) == names
 
 
-def test_names_mean_exactly_what_was_chosen() -> None:
+def test_endings_match_exactly_the_chosen_modules() -> None:
     generator = torch.Generator().manual_seed(1)
     for _ in range(50):
         picks = torch.rand(len(BLOCKS), generator=generator) < torch.rand(1, generator=generator)

@@ -1,4 +1,4 @@
-"""Several adapters on one base: each answers as it would alone, and the base comes back whole."""
+"""Several adapters on one base: each gives the same logits as alone; the base is restored."""
 
 from __future__ import annotations
 
@@ -40,17 +40,16 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "narrow": {"rank": 7, "alpha": 3.0, "targets": ["v"], "rslora": True},
     "half": {"rank": 2, "targets": ["q", "down"], "dtype": "float16", "dropout": 0.5},
 }
-"""Unlike in rank, targets, scaling and dtype; of one linear, one adapter has parts and another
-none."""
+"""Adapters that differ in rank, targets, scaling and dtype, also on the same linear layer."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def a_recipe(base: Path, bits: int = 16, **adapter: Any) -> Recipe:
+def recipe_for(base: Path, bits: int = 16, **adapter: Any) -> Recipe:
     return make_recipe(base, base / "rows.jsonl", base={"bits": bits}, adapter=adapter)
 
 
-def fresh(recipe: Recipe) -> LoadedModel:
-    """The base as the recipe holds it, answering, without an adapter."""
+def base_model(recipe: Recipe) -> LoadedModel:
+    """Return the base of a recipe for inference, without an adapter."""
     loaded = build_base(recipe)
     loaded.model.eval().requires_grad_(False)
     remove_adapter(loaded)
@@ -58,16 +57,16 @@ def fresh(recipe: Recipe) -> LoadedModel:
 
 
 def adapters_on(base: Path, folder: Path) -> dict[str, AdapterFile]:
-    """The three, stirred each in its own way, from their folders."""
+    """Write the adapters of `ADAPTERS` with different random values and open them."""
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
-        recipe = a_recipe(base, **settings)
+        recipe = recipe_for(base, **settings)
         loaded = build_base(recipe)
         randomize_b(loaded, seed=seed, spread=0.1)
         save_adapter(loaded, recipe, folder / name)
     return {name: open_adapter(folder / name) for name in ADAPTERS}
 
 
-def a_switch(
+def switch_with(
     loaded: LoadedModel, base: Path, adapters: dict[str, AdapterFile], merged: bool
 ) -> AdapterSwitch:
     switch = AdapterSwitch(loaded, open_source(base, loaded.family), merged=merged)
@@ -77,7 +76,7 @@ def a_switch(
 
 
 def weights(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Every parameter but the adapters', by its name in the base."""
+    """Return name in the base -> value of each parameter that is not an adapter's."""
     return {
         name.replace(".base.", "."): value.detach().clone()
         for name, value in loaded.model.named_parameters()
@@ -99,17 +98,19 @@ def assert_same_bytes(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> No
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("bits", [4, 16])
-def test_each_adapter_answers_as_it_does_alone(family: str, bits: int, tmp_path: Path) -> None:
+def test_each_adapter_gives_the_logits_that_it_gives_alone(
+    family: str, bits: int, tmp_path: Path
+) -> None:
     base = make_base(tmp_path / "base", family)
     adapters = adapters_on(base, tmp_path)
-    loaded = fresh(a_recipe(base, bits))
+    loaded = base_model(recipe_for(base, bits))
     alone = {BASE: logits(loaded, IDS)}
     for name, adapter in adapters.items():
-        one = fresh(a_recipe(base, bits))
-        attach_adapter(one, adapter)
-        alone[name] = logits(one, IDS)
+        model = base_model(recipe_for(base, bits))
+        attach_adapter(model, adapter)
+        alone[name] = logits(model, IDS)
     before = weights(loaded)
-    switch = a_switch(loaded, base, adapters, merged=False)
+    switch = switch_with(loaded, base, adapters, merged=False)
     for name in ("wide", "narrow", BASE, "half", "wide", BASE, "narrow"):
         switch.use(name)
         assert switch.current == name
@@ -118,10 +119,10 @@ def test_each_adapter_answers_as_it_does_alone(family: str, bits: int, tmp_path:
     assert len({tuple(found.flatten().tolist()) for found in alone.values()}) == len(alone)
 
 
-def test_switching_moves_no_weight(tmp_path: Path) -> None:
+def test_switching_copies_no_weight(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
-    loaded = fresh(a_recipe(base, bits=4))
-    switch = a_switch(loaded, base, adapters_on(base, tmp_path), merged=False)
+    loaded = base_model(recipe_for(base, bits=4))
+    switch = switch_with(loaded, base, adapters_on(base, tmp_path), merged=False)
     places = {site.path: loaded.model.get_submodule(site.path).weight for site in loaded.sites}
     switch.use("wide")
     for path, weight in places.items():
@@ -133,29 +134,31 @@ def test_switching_moves_no_weight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_was_merged_comes_out_bit_for_bit(family: str, dtype: str, tmp_path: Path) -> None:
-    """From one adapter to another and to the base; a float32 file is held in 16 bit."""
+def test_removing_a_merged_adapter_restores_the_base_bit_for_bit(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    """Also when switching between adapters, and for a float32 file whose weights are in 16 bit."""
     base = make_base(tmp_path / "base", family, dtype=DTYPES[dtype])
-    loaded = fresh(a_recipe(base))
+    loaded = base_model(recipe_for(base))
     before = weights(loaded)
-    switch = a_switch(loaded, base, adapters_on(base, tmp_path), merged=True)
+    switch = switch_with(loaded, base, adapters_on(base, tmp_path), merged=True)
     merged = {}
     for name in ("wide", "narrow", BASE, "half", "narrow", "wide", BASE):
         switch.use(name)
         now = weights(loaded)
         assert_same_bytes(now, merged.setdefault(name, now))
-        assert not list(adapted_layers(loaded.model)), "no product beside the base's own is left"
+        assert not list(adapted_layers(loaded.model)), "no adapter layer remains"
     assert_same_bytes(merged[BASE], before)
     for name, adapter in ((name, open_adapter(tmp_path / name)) for name in ADAPTERS):
         changed = {key for key in before if not torch.equal(merged[name][key], before[key])}
         assert changed == {f"{path}.weight" for path in adapter.layers}
 
 
-def test_to_subtract_what_was_added_would_not_do(tmp_path: Path) -> None:
-    """Why the weights are read again: in 16 bit, W + BA - BA is not W."""
+def test_subtracting_a_merged_adapter_does_not_restore_the_base(tmp_path: Path) -> None:
+    """The reason for reading the weights again: in 16 bit, W + BA - BA is not W."""
     base = make_base(tmp_path / "base", "llama")
-    loaded = fresh(a_recipe(base))
-    switch = a_switch(loaded, base, adapters_on(base, tmp_path), merged=False)
+    loaded = base_model(recipe_for(base))
+    switch = switch_with(loaded, base, adapters_on(base, tmp_path), merged=False)
     switch.use("wide")
     _, layer = next(adapted_layers(loaded.model))
     weight, delta = layer.base.weight, layer.delta()
@@ -164,8 +167,8 @@ def test_to_subtract_what_was_added_would_not_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_merged_in_memory_is_what_merge_writes(family: str, tmp_path: Path) -> None:
-    """But for sums that lie between two roundings, which float32 and float64 may part."""
+def test_merging_in_memory_gives_the_weights_that_merge_writes(family: str, tmp_path: Path) -> None:
+    """Except for sums close to the middle of two values, which float32 and float64 round apart."""
     base = make_base(tmp_path / "base", family)
     rows = make_rows(tmp_path / "rows.jsonl")
     recipe = make_recipe(base, rows, base={"bits": 16}, adapter={"targets": "all"})
@@ -184,9 +187,9 @@ def test_merged_in_memory_is_what_merge_writes(family: str, tmp_path: Path) -> N
     )
 
 
-def test_a_run_brings_its_own_adapter(tmp_path: Path) -> None:
+def test_the_adapter_of_an_opened_run_is_active(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
-    run, trained = make_run(tmp_path / "run", a_recipe(base, bits=4, rank=5))
+    run, trained = make_run(tmp_path / "run", recipe_for(base, bits=4, rank=5))
     opened = open_for_adapters(str(run.path), CPU, Silent())
     switch = AdapterSwitch(opened.loaded, open_source(opened.weights, opened.loaded.family))
     assert (switch.current, switch.adapters) == (OWN, (OWN,))
@@ -197,8 +200,10 @@ def test_a_run_brings_its_own_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_model_and_a_run_trained_in_full_take_adapters(family: str, tmp_path: Path) -> None:
-    """A plain model's linears are packed in 16 bit first; so are those of full fine-tuning."""
+def test_adapters_can_be_added_to_a_model_and_to_a_full_fine_tuning(
+    family: str, tmp_path: Path
+) -> None:
+    """The linear layers of both get a 16-bit base first."""
     base = make_base(tmp_path / "base", family)
     adapters = adapters_on(base, tmp_path)
     full = RunFolder(tmp_path / "full")
@@ -212,11 +217,11 @@ def test_a_model_and_a_run_trained_in_full_take_adapters(family: str, tmp_path: 
         }
     )
     make_base(full.weights, family)
-    wanted = fresh(a_recipe(base))
+    wanted = base_model(recipe_for(base))
     attach_adapter(wanted, adapters["wide"])
     for where in (base, full.path):
         opened = open_for_adapters(str(where), CPU, Silent())
-        switch = a_switch(opened.loaded, opened.weights, adapters, merged=False)
+        switch = switch_with(opened.loaded, opened.weights, adapters, merged=False)
         assert not list(adapted_layers(opened.loaded.model))
         switch.use("wide")
         assert torch.equal(logits(opened.loaded, IDS), logits(wanted, IDS))
@@ -228,7 +233,7 @@ Fault = Callable[[AdapterSwitch, dict[str, AdapterFile]], object]
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         (lambda switch, _: switch.use("wode"), "there is no adapter 'wode'\n  did you mean wide?"),
         (lambda switch, _: switch.use("?"), "there are base, wide, narrow, half"),
@@ -237,16 +242,18 @@ Fault = Callable[[AdapterSwitch, dict[str, AdapterFile]], object]
         (lambda switch, found: switch.add("run", found["half"]), "the name 'run' is taken"),
     ],
 )
-def test_a_wrong_name_is_told_and_changes_nothing(fault: Fault, told: str, tmp_path: Path) -> None:
+def test_a_wrong_name_is_refused_and_changes_nothing(
+    fault: Fault, message: str, tmp_path: Path
+) -> None:
     base = make_base(tmp_path / "base", "llama")
     adapters = adapters_on(base, tmp_path)
-    loaded = fresh(a_recipe(base))
-    switch = a_switch(loaded, base, adapters, merged=False)
+    loaded = base_model(recipe_for(base))
+    switch = switch_with(loaded, base, adapters, merged=False)
     switch.use("half")
     before = logits(loaded, IDS)
     with pytest.raises(UsageError) as caught:
         fault(switch, adapters)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert switch.current == "half"
     assert torch.equal(logits(loaded, IDS), before)
 
@@ -255,40 +262,40 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
     other = make_base(tmp_path / "other", "llama", hidden_size=80)
     adapters = adapters_on(other, tmp_path)
-    loaded = fresh(a_recipe(base))
+    loaded = base_model(recipe_for(base))
     with pytest.raises(ProblemsError, match="does not belong to this base"):
-        a_switch(loaded, base, adapters, merged=False)
+        switch_with(loaded, base, adapters, merged=False)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_packed_base_cannot_be_merged_into(bits: int, tmp_path: Path) -> None:
+def test_merging_into_a_quantized_base_is_refused(bits: int, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
-    loaded = fresh(a_recipe(base, bits))
+    loaded = base_model(recipe_for(base, bits))
     with pytest.raises(UsageError, match=f"the weights of a {bits}-bit base"):
-        a_switch(loaded, base, {}, merged=True)
+        switch_with(loaded, base, {}, merged=True)
 
 
-def test_an_overflow_is_told_and_the_base_is_whole(tmp_path: Path) -> None:
+def test_an_overflow_is_reported_and_the_base_is_restored(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
-    recipe = a_recipe(base, targets="all")
+    recipe = recipe_for(base, targets="all")
     loaded = build_base(recipe)
     randomize_b(loaded, spread=0.02)
     last = list(adapted_layers(loaded.model))[-1][1]
     next(iter(last.lora_b.values())).data.fill_(1e7)
     save_adapter(loaded, recipe, tmp_path / "loud")
-    found = fresh(recipe)
+    found = base_model(recipe)
     before = weights(found)
-    switch = a_switch(found, base, {"loud": open_adapter(tmp_path / "loud")}, merged=True)
+    switch = switch_with(found, base, {"loud": open_adapter(tmp_path / "loud")}, merged=True)
     with pytest.raises(QloraError, match=r"'loud' it has values beyond torch\.float16"):
         switch.use("loud")
     assert switch.current == BASE
     assert_same_bytes(weights(found), before)
 
 
-def test_a_base_that_is_no_more_what_it_was_is_told(tmp_path: Path) -> None:
+def test_a_base_file_that_has_changed_is_reported(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
-    loaded = fresh(a_recipe(base))
-    switch = a_switch(loaded, base, adapters_on(base, tmp_path), merged=True)
+    loaded = base_model(recipe_for(base))
+    switch = switch_with(loaded, base, adapters_on(base, tmp_path), merged=True)
     switch.use("wide")
     file = base / "model.safetensors"
     file.rename(base / "elsewhere")
@@ -299,4 +306,4 @@ def test_a_base_that_is_no_more_what_it_was_is_told(tmp_path: Path) -> None:
         switch.use(BASE)
     (base / "elsewhere").replace(file)
     switch.use(BASE)
-    assert_same_bytes(weights(loaded), weights(fresh(a_recipe(base))))
+    assert_same_bytes(weights(loaded), weights(base_model(recipe_for(base))))

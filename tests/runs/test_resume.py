@@ -1,4 +1,4 @@
-"""A resumed run is the unbroken one, bit for bit; what cannot be resumed says so."""
+"""A resumed run equals an uninterrupted one bit for bit; what cannot be resumed is refused."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_stopped_and_resumed_is_the_unbroken_one(
-    tmp_path: Path, bases: Path, case: str
-) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, bases: Path, case: str) -> None:
     settings = CASES[case]
-    unbroken = train_run(recipe_of(bases, tmp_path / "unbroken", **settings))
-    broken = recipe_of(bases, tmp_path / "broken", **settings)
+    uninterrupted = train_run(recipe_of(bases, tmp_path / "uninterrupted", **settings))
+    stopped_recipe = recipe_of(bases, tmp_path / "stopped_recipe", **settings)
     with pytest.raises(Interrupted):
-        train_run(broken, stop_after=2)
+        train_run(stopped_recipe, stop_after=2)
     torch.manual_seed(999)
-    resumed = train_run(broken, resume=True)
+    resumed = train_run(stopped_recipe, resume=True)
     if case == "full":
-        names = [file.name for file in sorted(unbroken.weights.iterdir())]
+        names = [file.name for file in sorted(uninterrupted.weights.iterdir())]
         assert names
         for name in names:
-            assert (unbroken.weights / name).read_bytes() == (resumed.weights / name).read_bytes()
-        assert losses(unbroken) == losses(resumed)
+            assert (uninterrupted.weights / name).read_bytes() == (
+                resumed.weights / name
+            ).read_bytes()
+        assert losses(uninterrupted) == losses(resumed)
     else:
-        assert_same_run(unbroken, resumed)
+        assert_same_run(uninterrupted, resumed)
     if case == "adamw8bit":
         state = torch.load(resumed.checkpoint(STEPS) / "state.pt", weights_only=True)
         leaves = torch.utils._pytree.tree_leaves(state["optimizer"]["state"])
@@ -64,11 +64,11 @@ def test_a_run_stopped_and_resumed_is_the_unbroken_one(
         assert torch.uint8 in dtypes, "this case is about 8-bit states"
 
 
-def test_a_run_killed_between_checkpoints_goes_on_from_the_last(
-    tmp_path: Path, bases: Path
-) -> None:
-    """Steps done after the last checkpoint are done again; their metrics are not there twice."""
-    unbroken = train_run(recipe_of(bases, tmp_path / "unbroken", train={"checkpoint_every": 2}))
+def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path, bases: Path) -> None:
+    """Steps after the last checkpoint are repeated; their metrics are not stored twice."""
+    uninterrupted = train_run(
+        recipe_of(bases, tmp_path / "uninterrupted", train={"checkpoint_every": 2})
+    )
     recipe = recipe_of(bases, tmp_path / "killed", train={"checkpoint_every": 2})
 
     class Killed(Silent):
@@ -82,35 +82,35 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last(
     assert run.steps() == [2]
     assert len(losses(run)) == 4
     train_run(recipe, resume=True)
-    assert_same_run(unbroken, run)
+    assert_same_run(uninterrupted, run)
     assert run.steps() == [2, 4, 5]
 
 
-def test_this_test_would_see_a_forgotten_random_state(
+def test_a_missing_random_state_would_be_noticed(
     tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unbroken = train_run(recipe_of(bases, tmp_path / "unbroken"))
-    broken = recipe_of(bases, tmp_path / "broken")
+    uninterrupted = train_run(recipe_of(bases, tmp_path / "uninterrupted"))
+    stopped_recipe = recipe_of(bases, tmp_path / "stopped_recipe")
     with pytest.raises(Interrupted):
-        train_run(broken, stop_after=2)
+        train_run(stopped_recipe, stop_after=2)
     monkeypatch.setattr("qlora_cli.runs.resume._restore_random_states", lambda states: None)
-    assert losses(unbroken) != losses(train_run(broken, resume=True))
+    assert losses(uninterrupted) != losses(train_run(stopped_recipe, resume=True))
 
 
-def test_this_test_would_see_a_forgotten_optimizer_state(
+def test_a_missing_optimizer_state_would_be_noticed(
     tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unbroken = train_run(recipe_of(bases, tmp_path / "unbroken"))
-    broken = recipe_of(bases, tmp_path / "broken")
+    uninterrupted = train_run(recipe_of(bases, tmp_path / "uninterrupted"))
+    stopped_recipe = recipe_of(bases, tmp_path / "stopped_recipe")
     with pytest.raises(Interrupted):
-        train_run(broken, stop_after=2)
+        train_run(stopped_recipe, stop_after=2)
     monkeypatch.setattr(AdamW, "load_state_dict", lambda *_: None)
-    assert losses(unbroken) != losses(train_run(broken, resume=True))
+    assert losses(uninterrupted) != losses(train_run(stopped_recipe, resume=True))
 
 
 @pytest.fixture
 def stopped(tmp_path: Path, bases: Path) -> tuple[Recipe, RunFolder]:
-    """Checkpoints after steps 1 and 2 of 5."""
+    """Return a run that was stopped after step 2 of 5, with checkpoints after steps 1 and 2."""
     recipe = recipe_of(bases, tmp_path / "run", train={"checkpoint_every": 1})
     with pytest.raises(Interrupted) as caught:
         train_run(recipe, stop_after=2)
@@ -118,7 +118,7 @@ def stopped(tmp_path: Path, bases: Path) -> tuple[Recipe, RunFolder]:
     return recipe, RunFolder(tmp_path / "run")
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_so(stopped: tuple[Recipe, RunFolder]) -> None:
+def test_ctrl_c_writes_a_checkpoint_and_the_status(stopped: tuple[Recipe, RunFolder]) -> None:
     recipe, run = stopped
     assert run.read()["status"] == "interrupted"
     assert run.steps() == [1, 2]
@@ -140,7 +140,7 @@ def test_a_changed_recipe_is_refused(stopped: tuple[Recipe, RunFolder], bases: P
 
 
 def test_a_changed_base_is_refused(tmp_path: Path, bases: Path) -> None:
-    """By resuming, and by whatever puts the adapter on it."""
+    """By resuming, and by every command that needs the base."""
     mine = Path(shutil.copytree(bases / "llama", tmp_path / "base"))
     recipe = recipe_of(bases, tmp_path / "run", train={"steps": 2})
     recipe = recipe.model_copy(update={"model": Model(name=str(mine))})
@@ -151,12 +151,12 @@ def test_a_changed_base_is_refused(tmp_path: Path, bases: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1.5
     save_file(tensors, file, metadata={"format": "pt"})
-    for asked in (lambda: Run(run.path).base_folder, lambda: train_run(recipe, resume=True)):
+    for action in (lambda: Run(run.path).base_folder, lambda: train_run(recipe, resume=True)):
         with pytest.raises(ModelError, match="are not those that the run was trained on"):
-            asked()
+            action()
 
 
-def test_a_run_is_judged_on_its_rows_from_any_folder(
+def test_a_run_finds_its_rows_from_any_folder(
     tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_rows(tmp_path / "rows.jsonl")
@@ -167,15 +167,15 @@ def test_a_run_is_judged_on_its_rows_from_any_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = RunFolder(tmp_path / "run")
     base = Run(run.path).base_folder
-    judged = eval_rows(Run(run.path).recipe, base, read_config(base / "config.json"))
-    assert judged.is_task_data
-    assert not judged.notes
+    rows = eval_rows(Run(run.path).recipe, base, read_config(base / "config.json"))
+    assert rows.is_task_data
+    assert not rows.notes
 
 
-def test_a_run_of_an_older_version_goes_on(
+def test_a_run_of_an_older_version_can_be_resumed(
     tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its run.json tells of its files as they were named, and nothing of the base's weights."""
+    """Its run.json has the data paths as the recipe had them, and no fingerprint of the base."""
     make_rows(tmp_path / "rows.jsonl", num=17)
     monkeypatch.chdir(tmp_path)
     data = {"train": "rows.jsonl", "eval": None}
@@ -183,23 +183,23 @@ def test_a_run_of_an_older_version_goes_on(
     with pytest.raises(Interrupted):
         train_run(recipe, stop_after=2)
     run = RunFolder(Path("run"))
-    about = run.read()
-    assert about["recipe"]["data"]["train"] == str(tmp_path / "rows.jsonl")
-    del about["base_fingerprint"]
-    about["recipe"]["data"]["train"] = "rows.jsonl"
-    run.write(about)
+    content = run.read()
+    assert content["recipe"]["data"]["train"] == str(tmp_path / "rows.jsonl")
+    del content["base_fingerprint"]
+    content["recipe"]["data"]["train"] = "rows.jsonl"
+    run.write(content)
     train_run(recipe, resume=True)
     assert run.read()["status"] == "done"
 
 
-def test_a_run_that_tells_nothing_is_named(tmp_path: Path, bases: Path) -> None:
+def test_an_empty_run_json_is_refused(tmp_path: Path, bases: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(UsageError, match="damaged"):
         train_run(recipe_of(bases, tmp_path / "run"), resume=True)
 
 
-def test_nothing_to_resume_is_a_clear_error(tmp_path: Path, bases: Path) -> None:
+def test_resuming_a_missing_run_is_refused(tmp_path: Path, bases: Path) -> None:
     with pytest.raises(InputError, match="not a run's folder"):
         train_run(recipe_of(bases, tmp_path / "never"), resume=True)
 
@@ -252,11 +252,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, good_checkpoint: Path, da
     assert str(folder) in str(caught.value)
 
 
-def test_the_checkpoint_before_a_damaged_one_is_good(stopped: tuple[Recipe, RunFolder]) -> None:
+def test_the_checkpoint_before_a_damaged_one_can_be_used(stopped: tuple[Recipe, RunFolder]) -> None:
     recipe, run = stopped
     newest = run.checkpoint(2)
     truncate(newest / "state.pt")
-    with pytest.raises(ModelError, match="remove its folder; --resume then uses the checkpoint before it"):
+    with pytest.raises(
+        ModelError, match="remove its folder; --resume then uses the checkpoint before it"
+    ):
         train_run(recipe, resume=True)
     assert run.steps() == [1, 2], "nothing that was written is lost"
     shutil.rmtree(newest)
@@ -264,19 +266,19 @@ def test_the_checkpoint_before_a_damaged_one_is_good(stopped: tuple[Recipe, RunF
     assert [line[0] for line in losses(run)] == list(range(1, STEPS + 1))
 
 
-def test_a_half_written_checkpoint_is_no_checkpoint(stopped: tuple[Recipe, RunFolder]) -> None:
-    """A process killed while writing step 3 leaves a folder beside, which is never read."""
+def test_an_unfinished_checkpoint_is_ignored(stopped: tuple[Recipe, RunFolder]) -> None:
+    """A process killed while writing step 3 leaves an unfinished folder, which is never read."""
     recipe, run = stopped
-    half = make_partial_folder(run.checkpoint(3))
-    shutil.copytree(run.checkpoint(2), half, dirs_exist_ok=True)
-    truncate(half / "state.pt")
+    partial = make_partial_folder(run.checkpoint(3))
+    shutil.copytree(run.checkpoint(2), partial, dirs_exist_ok=True)
+    truncate(partial / "state.pt")
     assert run.steps() == [1, 2]
     train_run(recipe, resume=True)
     assert run.steps() == [1, 2, 3, 4, 5]
-    assert not half.exists()
+    assert not partial.exists()
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_whole(
+def test_a_full_disk_keeps_the_older_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(tmp_path)
@@ -303,7 +305,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(
 def test_a_checkpoint_of_another_model_is_refused(
     tmp_path: Path, other: dict[str, torch.Tensor]
 ) -> None:
-    """A tensor of one value would spread over a whole parameter, and nobody would know."""
+    """Without the check, a tensor of one value would be broadcast over a parameter."""
     run = RunFolder(tmp_path)
     stored = {name: torch.nn.Parameter(tensor) for name, tensor in other.items()}
     optimizer = torch.optim.SGD(stored.values(), lr=0.1)
