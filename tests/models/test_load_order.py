@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from plan_cases import Case, MadeSource
-from plan_measure import Run, facts_of, planned
+from plan_cases import Case, SyntheticSource
+from plan_measure import Run, profile_of_kind, planned
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.memory.instrument import Instrument
@@ -17,7 +17,7 @@ from qlora_cli.train.state import build_state
 from qlora_cli.units import GIB
 from tests.helpers.runs import CPU
 
-PROFILE = facts_of("cpu")
+PROFILE = profile_of_kind("cpu")
 GPU = DeviceProfile("cuda", "a GPU", 24 * GIB, (8, 9), 128)
 CASES = [
     Case(family, shape, tuple(text.split()), vocab_size, tied)
@@ -32,11 +32,11 @@ CASES = [
 ]
 
 
-class Shuffled(MadeSource):
+class Shuffled(SyntheticSource):
     """A checkpoint with its tensors in a random order; records the order in which they are read."""
 
     def __init__(self, model: object, family: object, seed: int) -> None:
-        super().__init__(model, family, touched=True)  # type: ignore[arg-type]
+        super().__init__(model, family, with_values=True)  # type: ignore[arg-type]
         self.seed = seed
         self.read_names: list[str] = []
 

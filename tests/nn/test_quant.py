@@ -115,7 +115,7 @@ def test_8_bit_codes_and_scales_equal_bitsandbytes() -> None:
     # the middle between two codes may round either way.
     difference = (layer.weight.int() - codes.int()).abs()
     assert difference.max() <= 1
-    assert apart.float().mean() < 1e-3
+    assert difference.float().mean() < 1e-3
 
 
 def test_8_bit_agrees_with_the_mixed_product_of_bitsandbytes() -> None:
@@ -209,17 +209,17 @@ def test_gradients_are_unchanged_after_eval_mode(bits: int) -> None:
 
 def test_nothing_is_saved_for_backward() -> None:
     """A frozen product needs no input in its backward pass; saving it would defeat checkpoints."""
-    kept: list[Tensor] = []
+    saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     for bits in (4, 8, 16):
         x = draw(7, 64).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             packed(draw(64, 64), bits)(x)
-    assert not kept
+    assert not saved
 
 
 def test_packed_weights_are_frozen_parameters() -> None:
