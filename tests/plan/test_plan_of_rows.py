@@ -16,7 +16,7 @@ import plan_table
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_cases import FILE_DTYPE, Case, MadeSource
+from plan_cases import FILE_DTYPE, Case, SyntheticSource
 
 from qlora_cli.data.collate import BatchSize, peak_batches, synthetic_batch
 from qlora_cli.data.encode import Example
@@ -53,7 +53,7 @@ def trained(
     """What a real run on these rows measured, and what was planned for it."""
     base = folder / "base"
     WIDE.config().save_pretrained(base)
-    source = MadeSource(*skeleton(WIDE.config(), FILE_DTYPE), touched=True)
+    source = SyntheticSource(*skeleton(WIDE.config(), FILE_DTYPE), with_values=True)
     shapes = {name: TensorSpec(FILE_DTYPE, source.shape(name)) for name in source.names()}
     write_tensors(base / WEIGHTS_FILE, shapes, source.read, {"format": "pt"})
     data = {

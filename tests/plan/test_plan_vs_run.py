@@ -17,7 +17,7 @@ import plan_table
 import pytest
 import torch
 from plan_cases import Case, cpu_grid, cuda_grid
-from plan_measure import PHASES, Run, facts_of, measure_with_profiler, planned
+from plan_measure import PHASES, Run, measure_with_profiler, plan_case, profile_of_kind
 from profiler_peak import PeakProfiler
 from torch import Tensor
 
@@ -60,12 +60,12 @@ GRID = [
     )
 ]
 """The longest vocabulary needs two chunks of the loss."""
-FACTS = facts_of("cpu")
+FACTS = profile_of_kind("cpu")
 
 
 def phases_of(case: Case) -> dict[str, Phase]:
     """Saving a checkpoint makes nothing; tests/numerics has its phase."""
-    phases = planned(case, FACTS).phases
+    phases = plan_case(case, FACTS).phases
     return {phase.name: phase for phase in phases if phase.name in PHASES}
 
 
@@ -162,8 +162,8 @@ def test_the_order_and_the_bounds_of_a_table() -> None:
     good, over, under = (row(error) for error in (0.0, 0.031, -0.011))
     card, load = row(0.0, reserved=-0.051), row(0.001, load=-0.02)
     rows = [good, load, under, over, card]
-    assert plan_table.worst_first(rows) == [card, over, under, load, good]
-    assert plan_table.failures(plan_table.worst_first(rows)) == [
+    assert plan_table.largest_error_first(rows) == [card, over, under, load, good]
+    assert plan_table.failures(plan_table.largest_error_first(rows)) == [
         "case 0.0: reserved -5.10%",
         "case 0.031: worst instant +3.10%, step +3.10%",
         "case -0.011: worst instant -1.10%, step -1.10%",

@@ -1,4 +1,4 @@
-"""tools/gpu_check tries its roads without a card, and keeps what was measured when a part dies."""
+"""tools/gpu_check runs without a GPU with `--tiny`, and keeps results if a later check fails."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from pathlib import Path
 import bench_train
 import gpu_check
 import pytest
-from gpu_check import Part, Report
+from gpu_check import Check, Report
 
 
 @pytest.mark.parametrize("tiny", [True, False])
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_every_part_is_a_tool_that_is_there(kind: str, tiny: bool, root: Path) -> None:
-    parts = gpu_check.parts(kind, tiny)
-    assert len({part.name for part in parts}) == len(parts)
-    for part in parts:
-        assert part.words[0] == "-m" or (root / part.words[0]).is_file()
-        assert "{out}" in " ".join(part.words)
+def test_every_check_runs_an_existing_tool(kind: str, tiny: bool, root: Path) -> None:
+    checks = gpu_check.checks(kind, tiny)
+    assert len({check.name for check in checks}) == len(checks)
+    for check in checks:
+        assert check.words[0] == "-m" or (root / check.words[0]).is_file()
+        assert "{out}" in " ".join(check.words)
 
 
-def test_the_order_and_the_time_of_a_real_run() -> None:
-    parts = gpu_check.parts("cuda", tiny=False)
-    names = [part.name for part in parts]
+def test_the_order_of_a_real_run() -> None:
+    names = [check.name for check in gpu_check.checks("cuda", tiny=False)]
     assert names[:5] == ["environment", "tests", "plan", "plan_of_real_shapes", "cuda_smoke"]
     assert names[5:] == ["inference", "training_starter", "training_1B", "training_8B"]
 
@@ -32,41 +31,41 @@ def test_the_speed_of_a_tiny_shape(tmp_path: Path) -> None:
     words = ["--shape", "tiny", "--device", "cpu", "--seq-len", "64", "--rounds", "2"]
     out = tmp_path / "speed.json"
     bench_train.main([*words, "--steps", "1", "--alone", "--out", str(out)])
-    told = json.loads(out.read_text())
-    assert told["ours"]["tokens_per_second"]["num"] == 2
-    first, last = told["ours"]["losses_first_and_last"]
+    content = json.loads(out.read_text())
+    assert content["ours"]["tokens_per_second"]["num"] == 2
+    first, last = content["ours"]["losses_first_and_last"]
     assert last < first
-    assert told["peft"] == "not asked for"
+    assert content["peft"] == "not asked for"
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-def test_the_other_side_trains_too(tmp_path: Path) -> None:
+def test_peft_trains_too(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     words = ["--shape", "tiny", "--device", "cpu", "--seq-len", "32", "--rounds", "2"]
     out = tmp_path / "speed.json"
     bench_train.main([*words, "--steps", "1", "--out", str(out)])
-    told = json.loads(out.read_text())
-    first, last = told["peft"]["losses_first_and_last"]
+    content = json.loads(out.read_text())
+    first, last = content["peft"]["losses_first_and_last"]
     assert last < first
-    assert told["ours_is_so_many_times_as_fast"]["num"] == 2
+    assert content["ours_is_so_many_times_as_fast"]["num"] == 2
 
 
 @pytest.mark.slow
-def test_environment_and_tests_without_a_card(
+def test_environment_and_tests_without_a_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "gpu.json"
     assert gpu_check.main(["--tiny", "--only", "tests", "--out", str(out)]) == 0
-    told = json.loads(out.read_text())
-    assert told["failed"] == []
-    assert told["parts"]["environment"]["figures"]["versions"]["bitsandbytes"]
-    found = told["parts"]["tests"]["figures"]
+    content = json.loads(out.read_text())
+    assert content["failed"] == []
+    assert content["parts"]["environment"]["figures"]["versions"]["bitsandbytes"]
+    found = content["parts"]["tests"]["figures"]
     assert found["tests"] > 100
     assert found["failures"] == found["errors"] == 0
     assert "tests: exit code 0" in capsys.readouterr().err
 
 
-def test_what_was_measured_outlives_a_part_that_dies(tmp_path: Path) -> None:
+def test_results_are_kept_if_a_later_check_fails(tmp_path: Path) -> None:
     report = Report(tmp_path / "gpu.json", {"parts": {}})
     writes = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"speed\": 7}')"
     dies = f"{writes}; sys.exit('out of memory')"
@@ -78,24 +77,24 @@ def test_what_was_measured_outlives_a_part_that_dies(tmp_path: Path) -> None:
         ("hangs", hangs, 3),
         ("half", half, 60),
     ):
-        part = Part(name, ("-c", script, "{out}"), limit)
-        report.add(name, gpu_check.run(part, limit))
-        told = json.loads((tmp_path / "gpu.json").read_text())["parts"]
-        assert told["environment"]["figures"] == {"speed": 7}
-    assert told["environment"]["exit_code"] == 0
-    assert told["dies"]["exit_code"] == 1
-    assert told["dies"]["figures"] == {"speed": 7}
-    assert "out of memory" in told["dies"]["output"]
-    assert told["hangs"]["exit_code"] is None
-    assert told["hangs"]["output"].startswith("began")
-    assert told["half"]["figures"] is None
-    assert "JSONDecodeError" in told["half"]["output"]
+        check = Check(name, ("-c", script, "{out}"), limit)
+        report.add(name, gpu_check.run(check, limit))
+        content = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+        assert content["environment"]["figures"] == {"speed": 7}
+    assert content["environment"]["exit_code"] == 0
+    assert content["dies"]["exit_code"] == 1
+    assert content["dies"]["figures"] == {"speed": 7}
+    assert "out of memory" in content["dies"]["output"]
+    assert content["hangs"]["exit_code"] is None
+    assert content["hangs"]["output"].startswith("began")
+    assert content["half"]["figures"] is None
+    assert "JSONDecodeError" in content["half"]["output"]
     assert report.content["failed"] == ["dies", "hangs"]
 
 
-def test_no_folder_of_this_machine_is_told(root: Path) -> None:
-    says = "import sys, pathlib; print(sys.prefix); print(pathlib.Path.cwd()); print(sys.argv[1])"
-    found = gpu_check.run(Part("says", ("-c", says, "{out}"), 60), 60)
+def test_the_report_contains_no_folder_of_this_machine(root: Path) -> None:
+    script = "import sys, pathlib; print(sys.prefix); print(pathlib.Path.cwd()); print(sys.argv[1])"
+    found = gpu_check.run(Check("paths", ("-c", script, "{out}"), 60), 60)
     assert found["output"].split() == ["PYTHON", ".", "FOLDER/figures"]
 
 
@@ -106,7 +105,7 @@ def test_figures_of_tests_are_read(tmp_path: Path) -> None:
         '<testcase classname="tests.gpu" name="a"><properties>'
         '<property name="share" value="0.001"/></properties></testcase>'
         '<testcase classname="tests.gpu" name="b"><failure message="assert 1 == 2"/></testcase>'
-        '<testcase classname="tests.gpu" name="c"><skipped message="no card"/></testcase>'
+        '<testcase classname="tests.gpu" name="c"><skipped message="no GPU"/></testcase>'
         "</testsuite></testsuites>"
     )
     assert gpu_check.read_tests(file) == {
@@ -119,11 +118,11 @@ def test_figures_of_tests_are_read(tmp_path: Path) -> None:
     }
 
 
-def test_without_a_card_nothing_is_claimed(
+def test_without_a_gpu_only_the_environment_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     facts = {"exit_code": 0, "seconds": 0.1, "figures": {"device": {"kind": "cpu"}}}
     monkeypatch.setattr(gpu_check, "run", lambda *_: facts)
     assert gpu_check.main(["--out", str(tmp_path / "gpu.json")]) == 1
-    assert "no CUDA card" in capsys.readouterr().err
+    assert "no CUDA GPU" in capsys.readouterr().err
     assert list(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == ["environment"]

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from bench_inference import spread, where
-from plan_cases import Case, window_of
-from plan_measure import Run, facts_of
+from plan_cases import Case, step_batches_of
+from plan_measure import Run, profile_of_kind
 
 from qlora_cli.events import Silent
 from qlora_cli.files.atomic import write_json
@@ -91,9 +91,9 @@ class MethodPeak:
 
 def ours(case: Case, kind: str) -> Callable[[], float]:
     """The job's own state and step on the largest batch."""
-    run = Run.of(case, facts_of(kind))
+    run = Run.of(case, profile_of_kind(kind))
     state = run.load()
-    window = window_of(run.recipe, run.config)
+    window = step_batches_of(run.recipe, run.config)
     return lambda: train_step(state, window, run.recipe.train.lr).loss
 
 

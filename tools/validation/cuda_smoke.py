@@ -1,19 +1,21 @@
-"""Runs `qlora train` on CUDA to its end, in all settings, and checks what its ledger holds.
+"""Run `qlora train` on CUDA to its end, in all settings, and check its ledger.
 
     python tools/validation/cuda_smoke.py [--out FILE.json] [--only REGEX] [--jobs 2]
 
-Small models of every family with all bits, optimizers and methods for three steps, and an 8B model
-for two (the first has no optimizer's states yet, and a plan is of the worst). Its checkpoint takes
-no disk: the file is a hole, which is read tensor by tensor, so that weights are made on the spot.
-Each job is the command itself in a process of its own. A witness in that process reads the caching
-allocator's peaks each time before they are reset; it shares nothing with the job's instrument.
+Small models of every family run with all bits, optimizers and methods for three steps. An 8B model
+runs for two steps, because the optimizer's states exist only from the second step on. Its
+checkpoint is a sparse file of zeros that takes no disk space. Each job is the command itself in a
+process of its own. A peak recorder in that process reads the caching allocator's peaks each time
+before they are reset. It is independent of the job's instrument.
 
-It proves that the road ends, that the run's folder is whole, that the ledger's figures are the
-allocator's own, byte for byte, that the plan was within its bounds and that at least 99 % of each
-peak is attributed. It needs no card: under a stand-in that only counts (the real allocator and the
-real host code of torch and bitsandbytes, empty kernels) all of this is as true. What it shows there
-is nothing of speed or of numbers: a loss is read as zero, kernels that a real card would choose
-instead are not run, and 8 bit goes without outlier columns, because finding them needs a kernel.
+Each job is checked for five things: it ends without an error, the run's folder is complete, the
+ledger's figures equal the allocator's byte for byte, the plan is within its bounds, and at least
+99 % of each peak is attributed to a category.
+
+No GPU is needed if the checks run on a fake GPU: the real allocator and the real CPU code of torch
+and bitsandbytes, with empty kernels. A fake GPU gives no speed and no values: the loss is read as
+zero, kernels that only a real GPU selects do not run, and 8 bit runs without outlier columns,
+because finding them needs a kernel.
 """
 
 from __future__ import annotations
@@ -36,21 +38,21 @@ from typing import Any
 
 import torch
 from gpu_facts import is_fake_gpu
-from plan_cases import FILE_DTYPE, Case, MadeSource
+from plan_cases import FILE_DTYPE, Case, SyntheticSource
 from plan_measure import describe_machine
 from plan_table import OVER, UNDER
 
 from qlora_cli.cli import main as command
-from qlora_cli.files.safetensors_io import Shape, write_tensors
-from qlora_cli.files.source import SINGLE
+from qlora_cli.files import finite
+from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
+from qlora_cli.files.source import WEIGHTS_FILE
 from qlora_cli.memory.ledger import Ledger, peak_phase
 from qlora_cli.models.build import skeleton
-from qlora_cli.runs import finite
 from qlora_cli.runs.layout import RunFolder
 
 _NOT_FINITE = "not finite"
 ATTRIBUTED = 0.99
-"""Of each phase's peak, to a category that is not `other`."""
+"""Share of each phase's peak that must be in categories other than `other`."""
 _ALL = "adapter.targets=all"
 _INT8 = "base.bits=8" + (" base.outlier_threshold=0" if is_fake_gpu() else "")
 _SETTINGS = (
@@ -74,55 +76,60 @@ _SETTINGS = (
     ("gpt2", _INT8),
     ("gpt2", "base.bits=16 adapter.method=full"),
 )
-"""Family and overrides, of the small shape."""
+"""(family, overrides) of the jobs with a small model."""
 
 
 @dataclass(frozen=True)
-class Road:
-    """One job. hollow: its checkpoint is a hole of zeros."""
+class SmokeCase:
+    """One job. is_sparse: whether its checkpoint is a sparse file of zeros."""
 
     case: Case
     steps: int = 3
-    hollow: bool = False
+    is_sparse: bool = False
 
-    def words(self, place: Path) -> list[str]:
-        """Of `qlora train`, after its base and its rows were written to this folder."""
+    def write(self, folder: Path) -> list[str]:
+        """Write base, rows and recipe to `folder` and return the arguments of `qlora`."""
         tokens = self.case.recipe().data.seq_len
-        base = self._write_base(place / "base")
-        rows = write_rows(place / "rows.jsonl", tokens, self.case.config().vocab_size)
+        base = self._write_base(folder / "base")
+        rows = write_rows(folder / "rows.jsonl", tokens, self.case.config().vocab_size)
         recipe = {
             "model": {"name": str(base)},
             "data": {"train": str(rows), "eval": str(rows), "seq_len": tokens},
             "train": {"steps": self.steps, "grad_accum": 2},
-            "output": str(place / "run"),
+            "output": str(folder / "run"),
         }
         # JSON is YAML.
-        (place / "recipe.yaml").write_text(json.dumps(recipe))
-        return ["train", str(place / "recipe.yaml"), *self.case.changes, "--json"]
+        (folder / "recipe.yaml").write_text(json.dumps(recipe))
+        return ["train", str(folder / "recipe.yaml"), *self.case.changes, "--json"]
 
     def _write_base(self, folder: Path) -> Path:
         self.case.config().save_pretrained(folder)
-        source = MadeSource(*skeleton(self.case.config(), FILE_DTYPE), touched=not self.hollow)
-        file = folder / SINGLE
-        if self.hollow:
-            write_hollow(file, source)
+        source = SyntheticSource(
+            *skeleton(self.case.config(), FILE_DTYPE), with_values=not self.is_sparse
+        )
+        file = folder / WEIGHTS_FILE
+        if self.is_sparse:
+            write_sparse(file, source)
         else:
-            shapes = {name: Shape(FILE_DTYPE, source.shape(name)) for name in source.names()}
+            shapes = {name: TensorSpec(FILE_DTYPE, source.shape(name)) for name in source.names()}
             write_tensors(file, shapes, source.read, {"format": "pt"})
         return folder
 
 
-def roads() -> list[Road]:
-    """Small ones in all settings, then 8B."""
+def smoke_cases() -> list[SmokeCase]:
+    """Return the jobs: small models in all settings, then an 8B model."""
     small = (
-        Road(Case(family, "small", ("data.seq_len=256", *text.split()), 32000))
+        SmokeCase(Case(family, "small", ("data.seq_len=256", *text.split()), 32000))
         for family, text in _SETTINGS
     )
-    return [*small, Road(Case("llama", "8B", ("data.seq_len=2048", _ALL)), steps=2, hollow=True)]
+    return [
+        *small,
+        SmokeCase(Case("llama", "8B", ("data.seq_len=2048", _ALL)), steps=2, is_sparse=True),
+    ]
 
 
-def write_hollow(file: Path, source: MadeSource) -> None:
-    """A safetensors file of zeros that takes no disk: a header and a hole."""
+def write_sparse(file: Path, source: SyntheticSource) -> None:
+    """Write a safetensors file of zeros that takes no disk space: a header and a sparse rest."""
     header: dict[str, Any] = {}
     end = 0
     for name in source.names():
@@ -136,7 +143,7 @@ def write_hollow(file: Path, source: MadeSource) -> None:
 
 
 def write_rows(file: Path, tokens: int, vocab_size: int) -> Path:
-    """Rows of token ids, the longest of them `tokens` long; no tokenizer is needed."""
+    """Write rows of token ids, the longest with `tokens` tokens; no tokenizer is needed."""
     rows = []
     for number in range(1, 13):
         ids = [(7 * place * number + place) % vocab_size for place in range(tokens * number // 12)]
@@ -145,39 +152,46 @@ def write_rows(file: Path, tokens: int, vocab_size: int) -> Path:
     return file
 
 
-def go(road: Road) -> dict[str, Any]:
-    """One job in a process of its own, and what is wrong with it."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        words = road.words(place)
+def run_job(job: SmokeCase) -> dict[str, Any]:
+    """Run one job in a process of its own and return its row of the report."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        words = job.write(folder)
         began = time.perf_counter()
-        line = [sys.executable, __file__, "--witness", str(place / "seen.json"), *words]
-        done = _run(line)
+        command_line = [
+            *(sys.executable, __file__, "--record-peaks", str(folder / "peaks.json")),
+            *words,
+        ]
+        done = _run(command_line)
         while is_fake_gpu() and _NOT_FINITE in done.stderr:
-            # A stand-in copies nothing back: what lay in the host's memory is read as the loss,
-            # or as the gradients' norm, and now and then it is no number.
-            shutil.rmtree(place / "run", ignore_errors=True)
-            done = _run(line)
+            # A fake GPU copies nothing back. The previous content of CPU memory is read as the loss
+            # or as the gradient norm, and sometimes it is not a finite number.
+            shutil.rmtree(folder / "run", ignore_errors=True)
+            done = _run(command_line)
         row: dict[str, Any] = {
-            "case": road.case.name,
-            "steps": road.steps,
+            "case": job.case.name,
+            "steps": job.steps,
             "seconds": round(time.perf_counter() - began, 1),
             "exit_code": done.returncode,
         }
         if done.returncode != 0:
             return row | {"faults": [f"exit code {done.returncode}"], "output": done.stderr[-2000:]}
-        seen = json.loads((place / "seen.json").read_text())
-        return row | judge(RunFolder(place / "run"), json.loads(done.stdout), seen, road.steps)
+        peaks = json.loads((folder / "peaks.json").read_text())
+        return row | check_run(RunFolder(folder / "run"), json.loads(done.stdout), peaks, job.steps)
 
 
 def _run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
-def judge(
-    run: RunFolder, result: dict[str, Any], seen: dict[str, int], steps: int
+def check_run(
+    run: RunFolder, result: dict[str, Any], peaks: dict[str, int], steps: int
 ) -> dict[str, Any]:
-    """The ledger's figures beside the witness's, and every fault of the run."""
+    """Compare the ledger of a finished run with the recorded peaks and list all faults.
+
+    result: what `qlora train --json` printed. peaks: the allocator's peaks of the process. steps:
+    the number of steps that the recipe sets.
+    """
     ledger = Ledger.from_dict(json.loads(run.memory_json.read_text()))
     allocator = {"allocated": ledger.allocator.allocated, "reserved": ledger.allocator.reserved}
     phases = {
@@ -188,66 +202,66 @@ def judge(
         for phase in ledger.phases
     }
     error = ledger.planned_peak_bytes / ledger.measured_peak_bytes - 1
-    lines = len(run.metrics.read_text().splitlines())
+    status, lines = run.read()["status"], len(run.metrics.read_text().splitlines())
     checks = {
-        f"run.json says {run.read()['status']}": run.read()["status"] == "done",
+        f"the status in run.json is {status}": status == "done",
         f"{lines} lines of metrics, {result['steps']} steps": lines == result["steps"] == steps,
-        f"phases {', '.join(phases)}": {"load", "first_step", "eval"} <= set(phases),
-        f"the ledger is of a {ledger.device.kind}": ledger.device.kind == "cuda",
-        f"the ledger has {allocator}, the allocator {seen}": allocator == seen,
-        "the worst phase is not the allocator's peak": peak_phase(ledger.phases).peak_bytes
+        f"the phases are {', '.join(phases)}": {"load", "first_step", "eval"} <= set(phases),
+        f"the ledger's device is {ledger.device.kind}": ledger.device.kind == "cuda",
+        f"the ledger has {allocator}, the allocator {peaks}": allocator == peaks,
+        "the highest phase is not the allocator's peak": peak_phase(ledger.phases).peak_bytes
         == ledger.measured_peak_bytes
-        == seen["allocated"],
-        f"the plan is off by {error:+.2%}": UNDER <= error <= OVER,
-        "something is not attributed": all(p["attributed"] >= ATTRIBUTED for p in phases.values()),
+        == peaks["allocated"],
+        f"the error of the plan is {error:+.2%}": UNDER <= error <= OVER,
+        "too few bytes are attributed": all(p["attributed"] >= ATTRIBUTED for p in phases.values()),
         "no report": run.report.is_file(),
         "no trained weights": run.adapter.is_dir() or run.weights.is_dir(),
     }
     return {
-        "faults": [what for what, holds in checks.items() if not holds],
+        "faults": [fault for fault, passed in checks.items() if not passed],
         "planned_bytes": ledger.planned_peak_bytes,
         "error": error,
         "ledger": allocator,
-        "witness": seen,
+        "recorded": peaks,
         "phases": phases,
     }
 
 
-def witness(file: Path, words: Sequence[str]) -> int:
-    """The command, with the allocator's peaks of the whole process written to `file`."""
-    reset, seen = torch.cuda.reset_peak_memory_stats, {"allocated": 0, "reserved": 0}
+def record_peaks(file: Path, words: Sequence[str]) -> int:
+    """Run the command `qlora` and write the allocator's peaks of the whole process to `file`."""
+    reset, peaks = torch.cuda.reset_peak_memory_stats, {"allocated": 0, "reserved": 0}
 
-    def look() -> None:
-        seen["allocated"] = max(seen["allocated"], torch.cuda.max_memory_allocated())
-        seen["reserved"] = max(seen["reserved"], torch.cuda.max_memory_reserved())
+    def read() -> None:
+        peaks["allocated"] = max(peaks["allocated"], torch.cuda.max_memory_allocated())
+        peaks["reserved"] = max(peaks["reserved"], torch.cuda.max_memory_reserved())
 
-    def look_and_reset(*arguments: Any) -> None:
-        look()
+    def read_and_reset(*arguments: Any) -> None:
+        read()
         reset(*arguments)
 
-    torch.cuda.reset_peak_memory_stats = look_and_reset  # type: ignore[assignment]
+    torch.cuda.reset_peak_memory_stats = read_and_reset  # type: ignore[assignment]
     if is_fake_gpu():
-        # What is copied to the host there is whatever lay in its memory, often no number.
+        # A copy from a fake GPU has arbitrary content, often no finite number.
         finite.is_finite = lambda _: True
     code = command.run(list(words))
-    look()
-    file.write_text(json.dumps(seen))
+    read()
+    file.write_text(json.dumps(peaks))
     return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Goes all roads; 0 where none has a fault."""
-    told = sys.argv[1:] if arguments is None else list(arguments)
-    if told[:1] == ["--witness"]:
-        return witness(Path(told[1]), told[2:])
-    options = _parser().parse_args(told)
+    """Run all jobs; return 0 if none has a fault."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["--record-peaks"]:
+        return record_peaks(Path(words[1]), words[2:])
+    options = _parser().parse_args(words)
     if not torch.cuda.is_available():
-        print("no CUDA card here", file=sys.stderr)
+        print("no CUDA GPU found", file=sys.stderr)
         return 1
-    chosen = [road for road in roads() if re.search(options.only, road.case.name)]
-    rows = list(_go_all(chosen, options.jobs))
+    chosen = [job for job in smoke_cases() if re.search(options.only, job.case.name)]
+    rows = list(_run_all(chosen, options.jobs))
     report = {
-        "command": shlex.join(["python", "tools/validation/cuda_smoke.py", *told]),
+        "command": shlex.join(["python", "tools/validation/cuda_smoke.py", *words]),
         **describe_machine("cuda"),
         "rows": rows,
     }
@@ -258,20 +272,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(row["faults"] for row in rows) else 0
 
 
-def _go_all(chosen: Sequence[Road], jobs: int) -> Iterator[dict[str, Any]]:
+def _run_all(chosen: Sequence[SmokeCase], jobs: int) -> Iterator[dict[str, Any]]:
     with ThreadPoolExecutor(jobs) as pool:
-        for number, row in enumerate(pool.map(go, chosen), 1):
+        for number, row in enumerate(pool.map(run_job, chosen), 1):
             faults = "; ".join(row["faults"]) or "no faults"
-            told = f"{number}/{len(chosen)} {row['case']}: {faults} after {row['seconds']} s"
-            print(told, row.get("output", ""), file=sys.stderr)
+            line = f"{number}/{len(chosen)} {row['case']}: {faults} after {row['seconds']} s"
+            print(line, row.get("output", ""), file=sys.stderr)
             yield row
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name has it")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
     return parser
 
 

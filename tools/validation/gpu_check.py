@@ -1,12 +1,13 @@
-"""Everything that needs a CUDA card, one part after the other, into one JSON file.
+"""Run all checks that need a CUDA GPU, one after another, and write the results to one JSON file.
 
-    tools/gpu_check [--out FILE.json] [--minutes 20] [--only PART,PART] [--tiny]
+    tools/gpu_check [--out FILE.json] [--minutes 20] [--only CHECK,CHECK] [--tiny]
 
-Each part is a process of its own with a time limit, and the file is written anew after each: what
-was measured is kept where a later part dies. Exits 1 where a part failed or was left out for want
-of time. The project need not be installed; what it imports must be importable.
+Each check is a process of its own with a time limit. The file is written again after each check, so
+earlier results are kept if a later check fails. Exits with 1 if a check failed or was skipped
+because no time was left. The project need not be installed, but its dependencies must be
+importable.
 
-`--tiny` tries the roads on any machine in a minute or two; its figures mean nothing.
+`--tiny` tries the checks on any machine in one or two minutes. Its figures have no meaning.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 4000
-"""Characters of a part's output that are kept."""
+"""Number of characters at the end of a check's output that are kept."""
 _REAL = (
     r"^llama (1B data.seq_len=1024 train.micro_batch=4|8B data.seq_len=2048) adapter.targets=all$"
 )
-"""Of the plan's grid: real shapes that fit a card of 12 GiB."""
+"""Cases of the plan's grid with real shapes that fit a GPU of 12 GiB."""
 
 
 def read_json(file: Path) -> Any:
-    """Figures that a tool wrote itself."""
+    """Return the JSON figures that a tool wrote."""
     return json.loads(file.read_text())
 
 
 def read_tests(file: Path) -> dict[str, Any]:
-    """Counts, the reasons of what did not pass, and what tests put on record."""
+    """Return counts, failure messages and recorded properties of a JUnit file."""
     suite = next(ElementTree.parse(file).getroot().iter("testsuite"))
     cases = list(suite.iter("testcase"))
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
@@ -67,11 +68,11 @@ def _faults(case: ElementTree.Element) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Part:
+class Check:
     """One command.
 
-    words: behind the interpreter; `{out}` is the file that the part writes. seconds: its limit.
-    read: makes figures of that file.
+    words: the arguments of the interpreter; `{out}` is replaced by the file that the command
+    writes. seconds: time limit. read: converts that file to figures.
     """
 
     name: str
@@ -80,13 +81,13 @@ class Part:
     read: Callable[[Path], Any] = read_json
 
 
-def parts(kind: str, tiny: bool) -> list[Part]:
-    """All of them, in order. kind: of the device, cpu only where tiny."""
+def checks(kind: str, tiny: bool) -> list[Check]:
+    """Return all checks, in order. kind: "cuda", or "cpu" if `tiny`."""
     return [
-        Part("environment", ("tools/validation/gpu_facts.py", "--out", "{out}"), 90),
-        Part("tests", _tests(), 420, read_tests),
+        Check("environment", ("tools/validation/gpu_facts.py", "--out", "{out}"), 90),
+        Check("tests", _tests(), 420, read_tests),
         *_plans(kind, tiny),
-        *_cuda_road(kind, tiny),
+        *_cuda_smoke(kind, tiny),
         _tool("inference", "benchmarks/bench_inference", _INFERENCE[tiny], 150),
         *(
             _tool(
@@ -111,13 +112,13 @@ _TRAINING = {
 
 
 def _tests() -> tuple[str, ...]:
-    # Options of the checkout's own settings belong to plug-ins that may not be there.
+    # The options in pyproject.toml belong to pytest plug-ins that may not be installed.
     own = ("-o", "addopts=--import-mode=importlib", "-W", "ignore::pytest.PytestConfigWarning")
     quiet = ("-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1")
     return ("-m", "pytest", "tests/gpu", *quiet, *own, "--junitxml={out}")
 
 
-def _plans(kind: str, tiny: bool) -> list[Part]:
+def _plans(kind: str, tiny: bool) -> list[Check]:
     if tiny:
         only = "^gpt2 small vocab=32000 data.seq_len=512$" if kind == "cuda" else "qwen3"
         small = "" if kind == "cuda" else " --small"
@@ -135,25 +136,28 @@ def _plans(kind: str, tiny: bool) -> list[Part]:
     ]
 
 
-def _cuda_road(kind: str, tiny: bool) -> list[Part]:
-    """`qlora train` in all settings; without a card there is no such road."""
+def _cuda_smoke(kind: str, tiny: bool) -> list[Check]:
+    """Return the check of `qlora train` in all settings; there is none without a GPU."""
     only = "--only '^gpt2 .*targets=all$'" if tiny else ""
-    return [_tool("cuda_road", "validation/cuda_smoke", only, 300)] if kind == "cuda" else []
+    return [_tool("cuda_smoke", "validation/cuda_smoke", only, 300)] if kind == "cuda" else []
 
 
-def _tool(name: str, tool: str, words: str, seconds: int) -> Part:
-    return Part(name, (f"tools/{tool}.py", *shlex.split(words), "--out", "{out}"), seconds)
+def _tool(name: str, tool: str, words: str, seconds: int) -> Check:
+    return Check(name, (f"tools/{tool}.py", *shlex.split(words), "--out", "{out}"), seconds)
 
 
-def run(part: Part, limit: float) -> dict[str, Any]:
-    """What the file holds of this part; whatever goes wrong in it goes wrong there."""
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "figures"
-        words = [word.replace("{out}", str(out)) for word in part.words]
+def run(check: Check, limit: float) -> dict[str, Any]:
+    """Run a check and return its entry of the report. limit: time limit in seconds.
+
+    An error inside the check is part of the entry and does not raise.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "figures"
+        words = [word.replace("{out}", str(out)) for word in check.words]
         began = time.monotonic()
         code, tail = _process(words, limit)
-        found: dict[str, Any] = {
-            "command": shlex.join(["python", *part.words]),
+        entry: dict[str, Any] = {
+            "command": shlex.join(["python", *check.words]),
             "exit_code": code,
             "seconds": round(time.monotonic() - began, 1),
             "output": tail,
@@ -161,23 +165,26 @@ def run(part: Part, limit: float) -> dict[str, Any]:
         }
         if out.is_file():
             try:
-                found["figures"] = part.read(out)
-            except ValueError as fault:  # Half a file, of a part that was stopped.
-                found["output"] += f"\n{type(fault).__name__}: {fault}"
-        return _without_places(found, place)
+                entry["figures"] = check.read(out)
+            except ValueError as error:  # An incomplete file of a check that was stopped.
+                entry["output"] += f"\n{type(error).__name__}: {error}"
+        return _without_local_paths(entry, folder)
 
 
-def _without_places(found: dict[str, Any], place: str) -> dict[str, Any]:
-    """The file is for others, on whose machines these folders are not."""
-    text = json.dumps(found)
-    for folder, name in ((place, "FOLDER"), (sys.prefix, "PYTHON"), (str(ROOT), ".")):
-        text = text.replace(folder, name)
+def _without_local_paths(entry: dict[str, Any], temporary: str) -> dict[str, Any]:
+    """Return the entry without this machine's folders, because the report is for others."""
+    text = json.dumps(entry)
+    for path, name in ((temporary, "FOLDER"), (sys.prefix, "PYTHON"), (str(ROOT), ".")):
+        text = text.replace(path, name)
     cleaned: dict[str, Any] = json.loads(text)
     return cleaned
 
 
 def _process(words: Sequence[str], limit: float) -> tuple[int | None, str]:
-    """(exit code, None where it was stopped; the end of its output). Ends its children, too."""
+    """Run Python with these arguments and return (exit code, end of the output).
+
+    The exit code is None if the time limit was reached; then all child processes are ended, too.
+    """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         [sys.executable, *words],
@@ -189,85 +196,94 @@ def _process(words: Sequence[str], limit: float) -> tuple[int | None, str]:
         start_new_session=True,
     )
     try:
-        told, _ = process.communicate(timeout=limit)
-        return process.returncode, told[-TAIL:]
+        output, _ = process.communicate(timeout=limit)
+        return process.returncode, output[-TAIL:]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
-        told, _ = process.communicate()
-        return None, f"{told[-TAIL:]}\nstopped after {limit:.0f} s"
+        output, _ = process.communicate()
+        return None, f"{output[-TAIL:]}\nstopped after {limit:.0f} s"
 
 
 @dataclass
 class Report:
-    """The file, whole after every part."""
+    """The report file, complete after every check."""
 
     file: Path | None
     content: dict[str, Any]
 
-    def add(self, name: str, found: dict[str, Any]) -> None:
-        """Writes it anew. The first part says which card it is, and so what the file is called."""
-        self.content["parts"][name] = found
-        failed = [key for key, one in self.content["parts"].items() if one["exit_code"] != 0]
+    def add(self, name: str, entry: dict[str, Any]) -> None:
+        """Add an entry and write the file. The first check's GPU name gives the file its name."""
+        self.content["parts"][name] = entry
+        failed = [key for key, item in self.content["parts"].items() if item["exit_code"] != 0]
         self.content["failed"] = failed
         device = ((self.content["parts"]["environment"]["figures"]) or {}).get("device", {})
         if self.file is None:
             slug = re.sub(r"[^a-z0-9]+", "_", device.get("name", "unknown").lower()).strip("_")
             self.file = ROOT / "tools" / "measurements" / f"gpu_{slug}.json"
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.file.with_suffix(".partial")
-        beside.write_text(json.dumps(self.content, indent=1) + "\n")
-        beside.replace(self.file)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.replace(self.file)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs the parts; 0 where all of them passed."""
+    """Run the checks; return 0 if all of them passed."""
     options = _parser().parse_args(words)
-    told = sys.argv[1:] if words is None else words
+    arguments = sys.argv[1:] if words is None else words
     ends = time.monotonic() + 60 * options.minutes
     report = Report(
         options.out,
-        {"command": shlex.join(["tools/gpu_check", *told]), "tiny": options.tiny, "parts": {}},
+        {"command": shlex.join(["tools/gpu_check", *arguments]), "tiny": options.tiny, "parts": {}},
     )
-    first = parts("cuda", options.tiny)[0]
-    report.add(first.name, _told(first.name, run(first, first.seconds)))
+    first = checks("cuda", options.tiny)[0]
+    report.add(first.name, _print_result(first.name, run(first, first.seconds)))
     kind = ((report.content["parts"][first.name]["figures"]) or {}).get("device", {}).get("kind")
     if kind != "cuda" and not (options.tiny and kind == "cpu"):
-        print("no CUDA card here, or its facts could not be read", file=sys.stderr)
+        print("no CUDA GPU found, or its properties could not be read", file=sys.stderr)
         return 1
-    for part in parts(kind, options.tiny)[1:]:
-        if options.only and part.name not in options.only.split(","):
+    for check in checks(kind, options.tiny)[1:]:
+        if options.only and check.name not in options.only.split(","):
             continue
         left = ends - time.monotonic()
-        found = run(part, min(part.seconds, left)) if left > 0 else _left_out(part)
-        report.add(part.name, _told(part.name, found))
+        entry = run(check, min(check.seconds, left)) if left > 0 else _skipped(check)
+        report.add(check.name, _print_result(check.name, entry))
     print(f"written to {report.file}; failed: {', '.join(report.content['failed']) or 'none'}")
     return 1 if report.content["failed"] else 0
 
 
-def _left_out(part: Part) -> dict[str, Any]:
+def _skipped(check: Check) -> dict[str, Any]:
     return {
-        "command": shlex.join(["python", *part.words]),
+        "command": shlex.join(["python", *check.words]),
         "exit_code": None,
         "seconds": 0.0,
-        "output": "left out: no time was left",
+        "output": "skipped: no time was left",
         "figures": None,
     }
 
 
-def _told(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    code = "stopped" if found["exit_code"] is None else f"exit code {found['exit_code']}"
-    print(f"{name}: {code} after {found['seconds']} s", file=sys.stderr)
-    return found
+def _print_result(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    code = "stopped" if entry["exit_code"] is None else f"exit code {entry['exit_code']}"
+    print(f"{name}: {code} after {entry['seconds']} s", file=sys.stderr)
+    return entry
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/gpu_check", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--out", type=Path, help="default: tools/measurements/gpu_<card>.json")
-    parser.add_argument("--minutes", type=float, default=20, help="for all parts together")
-    parser.add_argument("--only", default="", metavar="PART,PART", help="and the environment")
-    parser.add_argument("--tiny", action="store_true", help="try the roads, on a CPU too")
+    parser.add_argument("--out", type=Path, help="default: tools/measurements/gpu_<GPU name>.json")
+    parser.add_argument(
+        "--minutes", type=float, default=20, help="time limit of all checks together"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="CHECK,CHECK",
+        help="checks to run in addition to the environment",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="try the checks with tiny models, also on a CPU"
+    )
     return parser
 
 

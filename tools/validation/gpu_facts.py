@@ -1,8 +1,8 @@
-"""What this machine is: its card and driver, and the versions that figures depend on.
+"""Write the properties of this machine: GPU, driver, and the versions that figures depend on.
 
     python tools/validation/gpu_facts.py --out FILE.json
 
-Versions are asked of the modules themselves: a package may be on PYTHONPATH and not installed.
+Versions are read from the modules, because a package may be on PYTHONPATH without being installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _QUERY = ("driver_version", "pcie.link.gen.max", "power.limit", "clocks.max.sm")
 
 
 def facts() -> dict[str, Any]:
-    """Device, driver and versions."""
+    """Return device, driver and versions."""
     device = inspect_device()
     return {
         "device": {
@@ -49,37 +49,37 @@ def facts() -> dict[str, Any]:
 
 
 def is_fake_gpu() -> bool:
-    """Whether the card is a stand-in that only counts: it is started with its size in FG_GB."""
+    """Return whether the GPU is a fake one that only counts memory; FG_GB is its size in GB."""
     return "FG_GB" in os.environ
 
 
 def version_of(package: str) -> tuple[str, str | None]:
-    """(package, what it calls its version); None where it cannot be imported."""
+    """Return (package, version); the version is None if the package cannot be imported."""
     if importlib.util.find_spec(package) is None:
         return package, None
     return package, importlib.import_module(package).__version__
 
 
 def driver() -> dict[str, str] | None:
-    """As nvidia-smi tells; None where there is no such program or it fails."""
+    """Return driver properties from nvidia-smi; None if it does not exist or fails."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = told.stdout.splitlines()
-    if told.returncode or not lines:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = result.stdout.splitlines()
+    if result.returncode or not lines:
         return None
     return dict(zip(_QUERY, (value.strip() for value in lines[0].split(",")), strict=True))
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Writes one JSON file."""
+    """Write one JSON file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(words)
-    found = facts()
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found))
+    content = facts()
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content))
 
 
 if __name__ == "__main__":

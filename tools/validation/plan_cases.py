@@ -1,4 +1,4 @@
-"""The configurations that plan and run are compared on, and weights made on the spot for them."""
+"""The configurations for which plan and run are compared, and synthetic weights for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qlora_cli.recipe.override import Override, parse_override
 from qlora_cli.recipe.schema import Recipe
 
 FILE_DTYPE = torch.float16
-"""Of the weights as they lie in the imagined checkpoint."""
+"""Dtype of the weights in the synthetic checkpoint."""
 
 _LLAMA_3 = {"vocab_size": 128256, "rope_theta": 5e5, "max_position_embeddings": 131072}
 _SHAPES: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
 }
-"""Config fields of transformers; 1B is Llama 3.2's, 8B and 70B are Llama 3.1's."""
+"""Shape -> fields of a transformers config. 1B is Llama 3.2, 8B and 70B are Llama 3.1."""
 _GPT2_SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"n_embd": 192, "n_layer": 3, "n_head": 6, "n_positions": 1024},
     "small": {"n_embd": 256, "n_layer": 6, "n_head": 8, "n_positions": 2048},
@@ -81,7 +81,11 @@ _GPT2_SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. changes: overrides of the recipe, as on the command line."""
+    """One configuration.
+
+    family: transformers' model type. shape: key of the table of shapes. changes: overrides of the
+    recipe, as on the command line. vocab_size, tied: replace the shape's own values.
+    """
 
     family: str
     shape: str
@@ -91,13 +95,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Says all that the case is."""
+        """A name that contains all settings of the case."""
         vocabulary = [f"vocab={self.vocab_size}"] if self.vocab_size else []
         tied = ["tied"] if self.tied else []
         return " ".join([self.family, self.shape, *vocabulary, *tied, *self.changes])
 
     def config(self) -> Any:
-        """transformers' config, a new one each time, because building a model changes it."""
+        """Return a new transformers config."""
         sizes = (_GPT2_SHAPES if self.family == "gpt2" else _SHAPES)[self.shape]
         own: dict[str, Any] = {"dtype": FILE_DTYPE, "bos_token_id": 1, "eos_token_id": 2}
         if self.vocab_size:
@@ -107,7 +111,7 @@ class Case:
         return AutoConfig.for_model(self.family, **{**sizes, **own})
 
     def recipe(self) -> Recipe:
-        """The recipe, `auto` not yet resolved; two micro-batches stand for any number."""
+        """Return the recipe with unresolved `auto`. Two micro-batches represent any number."""
         content: dict[str, Any] = {
             "model": {"name": self.shape},
             "data": {"train": "none"},
@@ -121,32 +125,32 @@ class Case:
         return Recipe.model_validate(content)
 
 
-def window_of(recipe: Recipe, config: Any) -> list[Batch]:
-    """The largest micro-batches that the recipe allows, as many as a plan looks at."""
+def step_batches_of(recipe: Recipe, config: Any) -> list[Batch]:
+    """Return the largest micro-batches that the recipe allows, as many as a plan uses."""
     batch = largest_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
     return [batch] * min(2, recipe.train.grad_accum)
 
 
-class MadeSource(MetaSource):
-    """A checkpoint's tensors, each made on the host when it is asked for; no file is needed.
+class SyntheticSource(MetaSource):
+    """A checkpoint without a file: each tensor is created on the CPU when it is read.
 
-    touched: whether they get values. Under a stand-in for the card nobody reads them, and memory
-    that is never written costs nothing, which is why 70 B parameters can be made.
+    with_values: whether the tensors get values. A fake GPU does not read them, and memory that is
+    never written takes no space, so a model with 70 B parameters is possible there.
     """
 
-    def __init__(self, model: Any, family: Family, touched: bool) -> None:
+    def __init__(self, model: Any, family: Family, with_values: bool) -> None:
         super().__init__(model, family, FILE_DTYPE)
-        self._touched = touched
+        self._with_values = with_values
 
     def read(self, name: str) -> Tensor:
-        """A new tensor; norms' weights are one, other vectors zero, matrices small and random."""
+        """Return a new tensor: weights of norms are one, other vectors zero, matrices random."""
         tensor = torch.empty(self.shape(name), dtype=FILE_DTYPE)
-        if not self._touched:
+        if not self._with_values:
             return tensor
         if tensor.dim() == 1:
             return tensor.fill_(1.0 if name.endswith("weight") else 0.0)
-        # By numpy, so that the values themselves never look like memory of the job.
-        flat, values = tensor.view(-1).numpy(), matrix_values()
+        # numpy, so that the values themselves are not counted as memory of the job.
+        flat, values = tensor.view(-1).numpy(), random_values()
         for start in range(0, flat.size, values.size):
             part = flat[start : start + values.size]
             part[:] = values[: part.size]
@@ -154,8 +158,8 @@ class MadeSource(MetaSource):
 
 
 @cache
-def matrix_values() -> np.ndarray[Any, Any]:
-    """Repeated through all matrices; a prime number of them, so that no two rows are the same."""
+def random_values() -> np.ndarray[Any, Any]:
+    """Return the values that all matrices repeat; a prime number, so that all rows differ."""
     values = np.random.default_rng(0).standard_normal(1_048_583, dtype=np.float32)
     return (0.02 * values).astype(np.float16)
 
@@ -183,19 +187,19 @@ FACTORS: Mapping[str, Sequence[str]] = {
         "adapter.rank=4 adapter.dtype=float16",
     ),
 }
-"""What the CPU's grid varies; empty is the default."""
+"""Factor of the CPU grid -> its values; "" is the default of the recipe."""
 _TIMES = 3
-"""How often each pair of settings meets, where it can."""
+"""Number of cases in which each compatible pair of values occurs."""
 _LOGITS = {"": 7e7, "base.compute_dtype=bfloat16": 2.2e7, "base.compute_dtype=float16": 4.2e6}
-"""Tokens x vocabulary that a CPU multiplies in seconds; few have units for 16 bit."""
+"""Largest tokens x vocabulary that a CPU multiplies in seconds; few CPUs have 16-bit units."""
 
 
 @cache
 def cpu_grid() -> tuple[Case, ...]:
-    """Configurations in which every two values of any two settings meet, made from a fixed seed.
+    """Return cases in which every pair of values of any two factors occurs, from a fixed seed.
 
-    Never drawn is what a recipe refuses (an adapter of full fine-tuning, 8-bit Adam on 16-bit
-    weights) and what takes minutes.
+    Excluded are pairs that a recipe refuses (full fine-tuning with adapter settings, 8-bit Adam on
+    16-bit weights) and cases that take minutes.
     """
     draw = random.Random(0)
     drawn = [_draw(draw) for _ in range(1500)]
@@ -221,8 +225,8 @@ def _draw(draw: random.Random) -> dict[str, str]:
             return row
 
 
-def _compatible(one: str, other: str) -> bool:
-    both = f"{one} {other}"
+def _compatible(first: str, second: str) -> bool:
+    both = f"{first} {second}"
     if "optimizer=adamw8bit" in both and ("method=full" in both or "adapter.dtype=float16" in both):
         return False
     return not ("method=full" in both and "adapter.rank" in both)
@@ -250,7 +254,7 @@ def _case_of(row: Mapping[str, str]) -> Case:
 
 
 def cuda_grid() -> tuple[Case, ...]:
-    """Small shapes in all settings, then real ones; the largest fit a card of 80 GiB."""
+    """Return small shapes in all settings, then real shapes; the largest fit a GPU of 80 GiB."""
     small = [Case(family, "small", tuple(text.split()), 32000) for family, text in _SMALL]
     vocabularies = [
         Case("llama", "small", tuple(text.split()), size, tied)
@@ -261,31 +265,31 @@ def cuda_grid() -> tuple[Case, ...]:
 
 
 _ALL = "adapter.targets=all"
-_KEPT = "train.activation_checkpointing=false"
+_NO_CHECKPOINTING = "train.activation_checkpointing=false"
 _INT8 = "base.bits=8 base.outlier_threshold=0"
-"""Outlier columns depend on the data, which a plan cannot know; it takes their bound."""
+"""Without outlier columns: their number depends on the data, and a plan assumes its bound."""
 _SMALL = (
     ("llama", "data.seq_len=512"),
-    ("llama", f"data.seq_len=512 {_ALL} {_KEPT}"),
+    ("llama", f"data.seq_len=512 {_ALL} {_NO_CHECKPOINTING}"),
     ("llama", "data.seq_len=512 base.double_quant=false base.quant_type=fp4"),
     ("llama", f"data.seq_len=512 {_INT8}"),
-    ("llama", f"data.seq_len=256 train.micro_batch=4 {_INT8} {_ALL} {_KEPT}"),
+    ("llama", f"data.seq_len=256 train.micro_batch=4 {_INT8} {_ALL} {_NO_CHECKPOINTING}"),
     ("llama", "data.seq_len=512 base.bits=16"),
-    ("llama", f"data.seq_len=256 train.micro_batch=4 base.bits=16 {_ALL} {_KEPT}"),
+    ("llama", f"data.seq_len=256 train.micro_batch=4 base.bits=16 {_ALL} {_NO_CHECKPOINTING}"),
     ("llama", "data.seq_len=512 base.bits=16 adapter.method=full"),
-    ("llama", f"data.seq_len=512 base.bits=16 adapter.method=full {_KEPT}"),
+    ("llama", f"data.seq_len=512 base.bits=16 adapter.method=full {_NO_CHECKPOINTING}"),
     ("llama", "data.seq_len=512 base.compute_dtype=float32"),
     ("llama", f"data.seq_len=512 base.compute_dtype=float16 adapter.dtype=float16 {_ALL}"),
     ("llama", f"data.seq_len=512 train.optimizer=adamw8bit adapter.rank=64 {_ALL}"),
     ("llama", f"data.seq_len=512 train.optimizer=paged_adamw adapter.rank=64 {_ALL}"),
     ("llama", f"data.seq_len=512 train.optimizer=paged_adamw8bit adapter.rank=64 {_ALL}"),
     ("llama", f"data.seq_len=512 adapter.dropout=0.1 {_ALL}"),
-    ("llama", f"data.seq_len=128 train.micro_batch=8 adapter.dropout=0.1 {_KEPT}"),
+    ("llama", f"data.seq_len=128 train.micro_batch=8 adapter.dropout=0.1 {_NO_CHECKPOINTING}"),
     ("mistral", f"data.seq_len=256 train.micro_batch=4 {_ALL}"),
-    ("qwen2", f"data.seq_len=512 {_ALL} {_KEPT}"),
-    ("qwen3", f"data.seq_len=512 {_ALL} {_KEPT}"),
+    ("qwen2", f"data.seq_len=512 {_ALL} {_NO_CHECKPOINTING}"),
+    ("qwen3", f"data.seq_len=512 {_ALL} {_NO_CHECKPOINTING}"),
     ("gpt2", "data.seq_len=512"),
-    ("gpt2", f"data.seq_len=256 train.micro_batch=4 {_ALL} {_KEPT}"),
+    ("gpt2", f"data.seq_len=256 train.micro_batch=4 {_ALL} {_NO_CHECKPOINTING}"),
     ("gpt2", f"data.seq_len=512 {_INT8}"),
     ("gpt2", "data.seq_len=512 base.bits=16 adapter.method=full"),
 )
@@ -293,11 +297,11 @@ _VOCABULARIES = (
     (8192, False, "data.seq_len=1024"),
     (64000, True, "data.seq_len=512"),
     (128256, False, f"data.seq_len=512 {_ALL}"),
-    (128256, True, f"data.seq_len=512 base.bits=16 adapter.method=full {_KEPT}"),
+    (128256, True, f"data.seq_len=512 base.bits=16 adapter.method=full {_NO_CHECKPOINTING}"),
 )
 _REAL = (
     ("1B", f"data.seq_len=1024 train.micro_batch=4 {_ALL}"),
-    ("1B", f"data.seq_len=2048 {_KEPT}"),
+    ("1B", f"data.seq_len=2048 {_NO_CHECKPOINTING}"),
     ("1B", f"data.seq_len=2048 {_INT8} {_ALL}"),
     ("1B", f"data.seq_len=2048 base.bits=16 train.optimizer=adamw8bit {_ALL}"),
     ("1B", "data.seq_len=512 base.bits=16 adapter.method=full"),
@@ -305,7 +309,7 @@ _REAL = (
     ("8B", "data.seq_len=2048"),
     ("8B", f"data.seq_len=2048 {_ALL}"),
     ("8B", f"data.seq_len=1024 train.micro_batch=4 {_ALL}"),
-    ("8B", f"data.seq_len=1024 {_ALL} {_KEPT}"),
+    ("8B", f"data.seq_len=1024 {_ALL} {_NO_CHECKPOINTING}"),
     ("8B", f"data.seq_len=2048 train.micro_batch=2 {_INT8} {_ALL}"),
     ("8B", f"data.seq_len=2048 base.bits=16 {_ALL}"),
     ("8B", f"data.seq_len=2048 train.optimizer=paged_adamw8bit adapter.rank=64 {_ALL}"),
@@ -317,4 +321,4 @@ _REAL = (
     ("70B", f"data.seq_len=8192 {_ALL}"),
     ("70B", f"data.seq_len=16384 {_ALL}"),
 )
-"""Family and recipe's overrides; or shape and overrides."""
+"""(shape, overrides); `_SMALL` has (family, overrides)."""

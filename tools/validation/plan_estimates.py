@@ -1,7 +1,7 @@
-"""What other projects' estimators say of the same job, to stand beside the plan.
+"""Memory estimates of other projects for the same job, for comparison with the plan.
 
-Both count weights, gradients and Adam's states by a factor on the parameters, and no activations;
-neither knows sequence length, micro-batch or LoRA.
+Both multiply the number of parameters by a factor for weights, gradients and Adam's states. They
+include no activations and do not depend on sequence length, micro-batch or LoRA.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _TRAINING_WITH_ADAM = 4
 
 
 def accelerate_load(parameters: int, bits: int) -> int:
-    """Bytes of `accelerate estimate-memory`, "Total Size": the weights in int4, int8 or float16.
+    """Return the "Total Size" of `accelerate estimate-memory` in bytes: int4, int8 or float16.
 
     Source: https://huggingface.co/docs/accelerate/usage_guides/model_size_estimator, whose tables
     halve the size from float32 to float16 to int8 to int4.
@@ -22,7 +22,7 @@ def accelerate_load(parameters: int, bits: int) -> int:
 
 
 def accelerate_adam(parameters: int, bits: int) -> int:
-    """Bytes of its column "Training using Adam": four times the total size, in every row.
+    """Return the column "Training using Adam" in bytes: four times the total size in every row.
 
     Source: the same page; bert-base-cased in int4 is 51.65 MB to load and 206.59 MB to train.
     """
@@ -30,10 +30,11 @@ def accelerate_adam(parameters: int, bits: int) -> int:
 
 
 def litgpt_training(config: Any) -> int:
-    """Bytes of litgpt's `estimate_model_memory(config, dtype="bfloat16", training=True)`.
+    """Return litgpt's `estimate_model_memory(config, dtype="bfloat16", training=True)` in bytes.
 
-    Four times the parameters in the dtype, which is a float type always; embedding and head count
-    apart, tied or not; biases and position tables do not. Source: that function's documentation,
+    It is four times the parameters in the dtype, which is always a float type. Embedding and head
+    are counted separately even if they are tied; biases and position tables are not counted.
+    Source: that function's documentation,
     https://github.com/Lightning-AI/litgpt/blob/main/litgpt/utils.py (litgpt 0.5.13).
     """
     width, heads = config.hidden_size, config.num_attention_heads

@@ -1,4 +1,4 @@
-"""One configuration, planned and run: what the planner says and what other instruments see."""
+"""Plans and runs one configuration: the planner's figures and those of independent instruments."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from gpu_facts import is_fake_gpu, version_of
-from plan_cases import Case, MadeSource, matrix_values, window_of
+from plan_cases import Case, SyntheticSource, random_values, step_batches_of
 from plan_estimates import accelerate_adam, accelerate_load, litgpt_training
-from profiler_peak import Judge
+from profiler_peak import PeakProfiler
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import QloraError
@@ -34,17 +34,17 @@ from qlora_cli.train.step import train_step
 PHASES = ("load", "first_step", "step", "eval")
 
 
-def planned(case: Case, facts: DeviceProfile) -> MemoryPlan:
-    """What the planner says of this case on this device."""
+def plan_case(case: Case, profile: DeviceProfile) -> MemoryPlan:
+    """Return the plan of a case for a device."""
     config = case.config()
-    recipe, _ = resolve(case.recipe(), facts)
-    window = window_of(recipe, config)
-    return dry_run(recipe, config, facts, window, window[:1])
+    recipe, _ = resolve(case.recipe(), profile)
+    batches = step_batches_of(recipe, config)
+    return dry_run(recipe, config, profile, batches, batches[:1])
 
 
 @dataclass(frozen=True)
 class Run:
-    """One case on a real device, with its parts in the order in which a job does them."""
+    """One case on a real device; its methods are the parts of a job in their order."""
 
     case: Case
     recipe: Recipe
@@ -52,20 +52,20 @@ class Run:
     device: torch.device
 
     @classmethod
-    def of(cls, case: Case, facts: DeviceProfile) -> Run:
-        """Settles device and seed as the job does."""
-        recipe, _ = resolve(case.recipe(), facts)
-        device = setup_device(facts, recipe.train.seed)
-        matrix_values()  # No part of the job; so it is not made while something watches.
+    def of(cls, case: Case, profile: DeviceProfile) -> Run:
+        """Set up device and seed as the job does."""
+        recipe, _ = resolve(case.recipe(), profile)
+        device = setup_device(profile, recipe.train.seed)
+        random_values()  # No part of the job; so it is not made while something watches.
         return cls(case, recipe, case.config(), device)
 
-    def go(self, phase: Callable[[str], Any]) -> None:
-        """Load, first step, later steps and evaluation, each inside `phase(name)`."""
+    def run_phases(self, phase: Callable[[str], Any]) -> None:
+        """Run load, first step, later steps and evaluation, each inside `phase(name)`."""
         with phase("load"):
             state = self.load()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        # The allocator's cache goes on changing after the second step; a CPU has none.
+        # The allocator's cache still changes after the second step; a CPU has no cache.
         for name in ("first_step", *("step",) * (3 if self.device.type == "cuda" else 1)):
             with phase(name):
                 self.step(state)
@@ -73,45 +73,45 @@ class Run:
             self.evaluate(state)
 
     def load(self) -> State:
-        """The state before its first step, from weights made on the spot."""
+        """Return the state before the first step, with synthetic weights."""
         return build_state(
             ModelRequest(
                 self.recipe,
                 self.config,
-                lambda model, family: MadeSource(model, family, touched=not is_fake_gpu()),
+                lambda model, family: SyntheticSource(model, family, with_values=not is_fake_gpu()),
                 self.device,
                 profile_of(self.device),
             )
         )
 
     def step(self, state: State) -> None:
-        """One optimizer step that updates; a skipped one had too high a loss scale."""
+        """Run optimizer steps until one is not skipped; a skipped one had too high a loss scale."""
         while True:
             try:
-                if not train_step(state, window_of(self.recipe, self.config), 1e-3).skipped:
+                if not train_step(state, step_batches_of(self.recipe, self.config), 1e-3).skipped:
                     return
             except QloraError:
-                # A stand-in for a card copies nothing back: what lay in the host's memory is read
-                # as the loss, and now and then it is no number.
+                # A fake GPU copies nothing back. The previous content of CPU memory is read as the
+                # loss, and sometimes it is not a finite number.
                 if not is_fake_gpu():
                     raise
 
     def evaluate(self, state: State) -> None:
-        """One held-out batch."""
-        CAUSAL.evaluate(state.loaded, window_of(self.recipe, self.config)[:1], self.device)
+        """Evaluate one batch."""
+        CAUSAL.evaluate(state.loaded, step_batches_of(self.recipe, self.config)[:1], self.device)
 
 
-def seen_by_profiler(case: Case, facts: DeviceProfile) -> dict[str, int]:
-    """Peak bytes of each phase on the CPU, as torch's profiler sees them."""
-    judge, run = Judge(), Run.of(case, facts)
-    # Made once a process and kept; a plan counts this kilobyte where it is first made.
+def measure_with_profiler(case: Case, profile: DeviceProfile) -> dict[str, int]:
+    """Return the peak bytes of each phase on the CPU, measured by torch's profiler."""
+    profiler, run = PeakProfiler(), Run.of(case, profile)
+    # Created once per process and kept; a plan counts this kilobyte in the phase that creates it.
     scale_codebook(run.device)
-    run.go(judge.phase)
-    return judge.peaks
+    run.run_phases(profiler.phase)
+    return profiler.peaks
 
 
 @dataclass
-class CardCounters:
+class AllocatorPeaks:
     """Peaks of torch's caching allocator by phase, in bytes."""
 
     allocated: dict[str, int] = field(default_factory=dict)
@@ -119,30 +119,30 @@ class CardCounters:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A phase seen twice is its worse time."""
+        """Measure the block; a phase that runs more than once keeps the highest peak."""
         torch.cuda.reset_peak_memory_stats()
         yield
-        for peaks, seen in (
+        for peaks, num_bytes in (
             (self.allocated, torch.cuda.max_memory_allocated()),
             (self.reserved, torch.cuda.max_memory_reserved()),
         ):
-            peaks[name] = max(seen, peaks.get(name, 0))
+            peaks[name] = max(num_bytes, peaks.get(name, 0))
 
 
-def seen_by_allocator(case: Case, facts: DeviceProfile) -> CardCounters:
-    """Peaks of each phase on the card, as its caching allocator counts them."""
-    counters = CardCounters()
-    Run.of(case, facts).go(counters.phase)
+def measure_with_allocator(case: Case, profile: DeviceProfile) -> AllocatorPeaks:
+    """Return the peaks of each phase on the GPU, measured by its caching allocator."""
+    counters = AllocatorPeaks()
+    Run.of(case, profile).run_phases(counters.phase)
     return counters
 
 
 def write_trace(case: Case, file: Path) -> int:
-    """Every event of the caching allocator in order, one JSON object a line; how many there are.
+    """Write every event of the caching allocator in order and return their number.
 
-    action: alloc, free_requested, free_completed, segment_alloc, segment_free (torch's own words).
-    size: bytes as asked for. allocated: bytes in use after the event, as the allocator rounds them.
-    where: the innermost line of Python and, where that is not of the package, the innermost of it
-    too; empty in backward, which has no Python around it.
+    Each line is a JSON object. action: alloc, free_requested, free_completed, segment_alloc or
+    segment_free, as torch names them. size: requested bytes. where: the innermost line of Python
+    and, if it is outside of the package, also the innermost line inside of it; empty in the
+    backward pass, which runs outside of Python.
     """
     run = Run.of(case, inspect_device())
     torch.cuda.memory._record_memory_history(
@@ -155,7 +155,7 @@ def write_trace(case: Case, file: Path) -> int:
         yield
         ends.append((len(_events()), name))
 
-    run.go(phase)
+    run.run_phases(phase)
     events = _events()
     torch.cuda.memory._record_memory_history(None)
     with file.open("w") as stream:
@@ -180,21 +180,21 @@ def _where(frames: Iterable[Mapping[str, Any]]) -> str:
 
 def _short(path: str) -> str:
     for folder in ("site-packages/", "qlora_cli/"):
-        _, found, after = path.rpartition(folder)
-        if found:
-            return after if folder == "site-packages/" else folder + after
+        _, separator, tail = path.rpartition(folder)
+        if separator:
+            return tail if folder == "site-packages/" else folder + tail
     return path
 
 
 def compare(case: Case, kind: str) -> dict[str, Any]:
-    """One row: what was planned and what was measured on this kind of device, phase by phase."""
-    facts = facts_of(kind)
-    plan = planned(case, facts)
+    """Return one row: planned and measured bytes on this kind of device, phase by phase."""
+    profile = profile_of_kind(kind)
+    plan = plan_case(case, profile)
     if kind == "cuda":
-        counters = seen_by_allocator(case, facts)
+        counters = measure_with_allocator(case, profile)
         peaks, reserved = counters.allocated, max(counters.reserved.values())
     else:
-        peaks, reserved = seen_by_profiler(case, facts), 0
+        peaks, reserved = measure_with_profiler(case, profile), 0
     by_phase = {phase.name: phase.peak_bytes for phase in plan.phases if phase.name in PHASES}
     return {
         "case": case.name,
@@ -206,35 +206,35 @@ def compare(case: Case, kind: str) -> dict[str, Any]:
     }
 
 
-def facts_of(kind: str) -> DeviceProfile:
-    """This machine's CPU or its first card. Raises SystemExit where there is no card."""
-    facts = inspect_device()
-    if facts.kind == kind:
-        return facts
+def profile_of_kind(kind: str) -> DeviceProfile:
+    """Return the profile of this machine's CPU or first GPU. Raises SystemExit without a GPU."""
+    profile = inspect_device()
+    if profile.kind == kind:
+        return profile
     if kind == "cuda":
-        raise SystemExit("no CUDA card here")
+        raise SystemExit("no CUDA GPU found")
     return DeviceProfile(
         kind="cpu", name=platform.processor(), capacity_bytes=host_capacity_bytes()
     )
 
 
 def describe_machine(kind: str) -> dict[str, Any]:
-    """Device, versions and judge, for the head of a report."""
-    facts = facts_of(kind)
-    name = facts.name
+    """Return device, versions and measuring instrument, for the head of a report."""
+    profile = profile_of_kind(kind)
+    name = profile.name
     if kind == "cuda":
-        major, minor = facts.capability or (0, 0)
-        name += f", compute capability {major}.{minor}, {facts.multiprocessors} multiprocessors"
-        name += f", {facts.capacity_bytes / 2**30:.0f} GiB"
+        major, minor = profile.capability or (0, 0)
+        name += f", compute capability {major}.{minor}, {profile.multiprocessors} multiprocessors"
+        name += f", {profile.capacity_bytes / 2**30:.0f} GiB"
     if is_fake_gpu():
-        name = f"a fake GPU and no real card ({name}): torch's own allocator, empty kernels"
+        name = f"a fake GPU, not a real one ({name}): torch's own allocator, empty kernels"
     packages = ("torch", "bitsandbytes", "transformers")
-    judge = "torch's profiler" if kind == "cpu" else "torch's CUDA caching allocator"
+    instrument = "torch's profiler" if kind == "cpu" else "torch's CUDA caching allocator"
     return {
         "device": name,
         "fake_gpu": is_fake_gpu(),
         "versions": {"python": platform.python_version()} | dict(map(version_of, packages)),
-        "judge": judge,
+        "measured_with": instrument,
     }
 
 

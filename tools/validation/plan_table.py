@@ -1,4 +1,4 @@
-"""Rows of plan against run: their order, their bounds, and as a Markdown table."""
+"""Rows that compare plan and run: their order, their bounds, and their Markdown table."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 OVER, UNDER, RESERVED = 0.03, -0.01, 0.05
-"""A plan may be so far above what is measured, so far below, so far off in reserved bytes."""
+"""Bounds of the relative error: above and below the measured bytes, and for reserved bytes."""
 
 Row = Mapping[str, Any]
 
 
-def worst_first(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By the largest error, of allocated or reserved bytes."""
+def largest_error_first(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sort by the largest absolute error of allocated or reserved bytes."""
     return sorted(rows, key=lambda row: (-_size(row), row["case"]))
 
 
@@ -22,13 +22,13 @@ def _size(row: Row) -> float:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """What is beyond the bounds, one line for each case."""
-    told = ((row["case"], ", ".join(_faults(row))) for row in rows)
-    return [f"{case}: {faults}" for case, faults in told if faults]
+    """Return one line for each case that is beyond the bounds."""
+    cases = ((row["case"], ", ".join(_faults(row))) for row in rows)
+    return [f"{case}: {faults}" for case, faults in cases if faults]
 
 
 def _faults(row: Row) -> Iterator[str]:
-    errors = {"worst instant": row["error"]}
+    errors = {"peak": row["error"]}
     errors |= {name: phase["error"] for name, phase in row["phases"].items()}
     for name, error in errors.items():
         if not UNDER <= error <= OVER:
@@ -39,15 +39,15 @@ def _faults(row: Row) -> Iterator[str]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report as Markdown, in the order of its rows."""
+    """Return the report as Markdown, in the order of its rows."""
     rows = report["rows"]
-    card = any(row["reserved"]["measured_bytes"] for row in rows)
+    on_gpu = any(row["reserved"]["measured_bytes"] for row in rows)
     head = ["error", "measured MB", "planned MB", "case", "step", "load"]
     head += ["accelerate MB", "litgpt MB"]
-    if card:
+    if on_gpu:
         head[3:3] = ["reserved MB", "error"]
     lines = [*_heading(report), "", _line(head), _line("---" for _ in head)]
-    lines += [_line(_cells(row, card)) for row in rows]
+    lines += [_line(_cells(row, on_gpu)) for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -57,19 +57,20 @@ def _heading(report: Mapping[str, Any]) -> list[str]:
     phases = [phase["error"] for row in rows for phase in row["phases"].values()]
     reserved = [row["reserved"]["error"] for row in rows if row["reserved"]["error"] is not None]
     ranges = {
-        "the worst instant of the job": [row["error"] for row in rows],
+        "peak of the job": [row["error"] for row in rows],
         "each phase": phases,
         "reserved bytes": reserved,
     }
     return [
         f"`{report['command']}`",
         "",
-        f"On {report['device']}; {versions}. Judge: {report['judge']}. {report['seconds']} s.",
+        f"On {report['device']}; {versions}. Measured with {report['measured_with']}. "
+        f"{report['seconds']} s.",
         "",
-        f"{len(rows)} configurations, the worst error first. Error is planned / measured - 1. "
+        f"{len(rows)} configurations, the largest error first. Error is planned / measured - 1. "
         + "; ".join(f"{name}: {_range(errors)}" for name, errors in ranges.items() if errors)
-        + ". MB are 10^6 bytes. accelerate (weights alone / training with Adam) and litgpt: what "
-        "their estimators say, by `tools/validation/plan_estimates.py`.",
+        + ". MB are 10^6 bytes. accelerate (weights alone / training with Adam) and litgpt: "
+        "their estimators, computed by `tools/validation/plan_estimates.py`.",
     ]
 
 
@@ -77,7 +78,7 @@ def _range(errors: Sequence[float]) -> str:
     return f"{min(errors):+.2%} to {max(errors):+.2%}"
 
 
-def _cells(row: Row, card: bool) -> list[str]:
+def _cells(row: Row, on_gpu: bool) -> list[str]:
     others, reserved = row["others"], row["reserved"]
     phases = row["phases"]
     cells = [
@@ -90,7 +91,7 @@ def _cells(row: Row, card: bool) -> list[str]:
         f"{_mb(others['accelerate_load'])} / {_mb(others['accelerate_adam'])}",
         _mb(others["litgpt_training"]),
     ]
-    if card:
+    if on_gpu:
         error = reserved["error"]
         cells[3:3] = [
             _mb(reserved["measured_bytes"]),

@@ -1,14 +1,14 @@
-"""Plans and runs many configurations and compares the two, byte by byte.
+"""Plan and run many configurations and compare the two, byte by byte.
 
     python tools/validation/plan_vs_run.py [--device cpu|cuda] [--out FILE.json] [--table FILE.md]
 
-On a CPU the judge is torch's profiler, on CUDA the caching allocator's own peaks; neither shares
-code with the planner. Each configuration runs in a process of its own. Exits 1 where the worst
-error is beyond the bounds. `--trace FILE --only CASE` writes the allocator's events of one
-configuration instead, to find out where plan and run part.
+On a CPU, memory is measured with torch's profiler, on CUDA with the caching allocator's own peaks.
+Neither shares code with the planner. Each configuration runs in a process of its own. Exits with 1
+if an error is beyond the bounds. `--trace FILE --only CASE` writes the allocator's events of one
+configuration instead, to find the event at which plan and run differ.
 
-On CUDA stand-ins that only count (the real allocator, no card) may take the place of a card; the
-output says so. They show nothing of what libraries and the driver allocate for themselves.
+A fake GPU (the real allocator without a GPU) can be used in place of a GPU; the output then says
+so. It does not show memory that libraries and the driver allocate themselves.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from plan_cases import Case, cpu_grid, cuda_grid
 from plan_measure import compare, describe_machine, write_trace
-from plan_table import failures, table, worst_first
+from plan_table import failures, largest_error_first, table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the grid; 0 where every error is within the bounds."""
+    """Run the grid; return 0 if every error is within the bounds."""
     options = _parser().parse_args(arguments)
     cases = [case for case in _grid(options) if re.search(options.only, case.name)]
     if options.trace:
         return _trace(cases, options.trace)
     began = time.perf_counter()
-    rows = worst_first(_run(cases, options))
+    rows = largest_error_first(_run(cases, options))
     report = {
         "command": " ".join(
             ["python", "tools/validation/plan_vs_run.py", *(arguments or sys.argv[1:])]
@@ -66,10 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--table", type=Path, metavar="FILE.md")
-    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name has it")
-    parser.add_argument("--small", action="store_true", help="every sixth case of the CPU's grid")
-    parser.add_argument("--trace", type=Path, metavar="FILE.jsonl", help="the allocator's events")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
+    parser.add_argument("--small", action="store_true", help="every sixth case of the CPU grid")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE.jsonl", help="write the allocator's events"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
     return parser
 
 
@@ -89,22 +91,22 @@ def _run(cases: Sequence[Case], options: argparse.Namespace) -> Iterator[dict[st
 def _result(future: Future[dict[str, Any]], case: Case, count: str) -> Iterator[dict[str, Any]]:
     try:
         row = future.result()
-    except Exception as fault:  # One case must not cost the others; main's exit code tells.
-        print(f"{count} {case.name}: {type(fault).__name__}: {fault}", file=sys.stderr)
+    except Exception as error:  # The other cases still run; main returns 1.
+        print(f"{count} {case.name}: {type(error).__name__}: {error}", file=sys.stderr)
         return
     print(f"{count} {row['error']:+.2%} {case.name}", file=sys.stderr)
     yield row
 
 
 def _pool(device: str, jobs: int) -> ProcessPoolExecutor:
-    """Each task gets a process of its own, in which nothing has run."""
+    """Return a pool in which each task has a new process."""
     if device == "cuda":
-        # Importing bitsandbytes starts CUDA, which does not survive a fork.
-        afresh = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(jobs, mp_context=afresh, max_tasks_per_child=1)
-    # The server that processes are forked from finds modules by this variable alone.
-    here, there = str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, there)))
+        # Importing bitsandbytes initializes CUDA, which does not work after a fork.
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1)
+    # The fork server finds modules by this variable alone.
+    here, existing = str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, existing)))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["plan_measure"])
     return ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
