@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.files.source import INDEX, SINGLE
+from qlora_cli.files.source import WEIGHTS_FILE, WEIGHTS_INDEX
 from tests.helpers.cli_checks import assert_folder_is_usable, assert_refused, truncate
 from tests.helpers.cli_helpers import qlora
 
@@ -40,7 +40,7 @@ def test_an_unknown_family_is_refused_with_its_linear_layers(
         assert_refused(
             outcome,
             2,
-            "'opt' is not known",
+            "'opt' is not supported",
             "llama",
             "self_attn.q_proj",
             "qlora_cli/models/families/",
@@ -81,13 +81,13 @@ def test_a_damaged_safetensors_file_is_refused(
     job_recipe: Path, tiny_base: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     other = shutil.copytree(tiny_base, tmp_path / "other")
-    damage(other / SINGLE)
+    damage(other / WEIGHTS_FILE)
     for command in (
         ("train", job_recipe, f"model.name={other}"),
         ("generate", other, "--prompt", "x"),
     ):
         assert_refused(
-            qlora(*command), 2, other / SINGLE, "damaged safetensors file", "fetch the file"
+            qlora(*command), 2, other / WEIGHTS_FILE, "damaged safetensors file", "fetch the file"
         )
     assert_folder_is_usable(job_recipe)
 
@@ -101,9 +101,9 @@ def test_a_missing_shard_and_a_damaged_index_are_refused(
     assert_refused(
         qlora("train", job_recipe, f"model.name={other}"), 2, other, f"missing {shard.name}"
     )
-    (other / INDEX).write_text("{}")
+    (other / WEIGHTS_INDEX).write_text("{}")
     assert_refused(
-        qlora("train", job_recipe, f"model.name={other}"), 2, other / INDEX, "damaged index"
+        qlora("train", job_recipe, f"model.name={other}"), 2, other / WEIGHTS_INDEX, "damaged index"
     )
     assert_folder_is_usable(job_recipe)
 
