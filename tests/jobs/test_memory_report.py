@@ -1,4 +1,4 @@
-"""What a run leaves about its memory: whole after a resume, measured before on request."""
+"""A run's memory files: complete after a resume, with a measured baseline on request."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def copy_of(run: RunFolder, folder: Path) -> RunFolder:
-    """A run's files, without its checkpoints."""
+    """Copy a run's files without its checkpoints."""
     copy = RunFolder(folder / "copy")
     copy.path.mkdir()
     for file in run.path.iterdir():
@@ -67,7 +67,7 @@ def test_the_timeline_reaches_each_phase_s_peak_and_numbers_its_steps(finished: 
     assert [word for _, word in step.marks] == ["forward", "backward"] * 2 + ["update"]
 
 
-def test_what_the_report_stands_on_is_measured(finished: RunFolder) -> None:
+def test_the_figures_of_the_report_are_measured(finished: RunFolder) -> None:
     ledger = report.run(finished.path).ledger
     assert 0 < ledger.floor_bytes <= ledger.after.peak_bytes
     cost = ledger.instrument_cost
@@ -88,16 +88,16 @@ def test_an_interrupted_run_can_be_reported_and_keeps_its_phases_when_resumed(
         train_run(recipe, stop_after=STEPS - 1)
     run = RunFolder(tmp_path / "run")
     stopped = report.run(run.path)
-    full_finetune_baseline = [phase.name for phase in stopped.ledger.phases]
-    assert full_finetune_baseline == ["load", "first_step", "step", "checkpoint"]
+    names = [phase.name for phase in stopped.ledger.phases]
+    assert names == ["load", "first_step", "step", "checkpoint"]
     train_run(recipe, resume=True)
-    whole = report.run(run.path)
-    assert [phase.name for phase in whole.ledger.phases] == [*full_finetune_baseline, "eval"]
-    for earlier, now in zip(stopped.ledger.phases, whole.ledger.phases, strict=False):
+    complete = report.run(run.path)
+    assert [phase.name for phase in complete.ledger.phases] == [*names, "eval"]
+    for earlier, now in zip(stopped.ledger.phases, complete.ledger.phases, strict=False):
         assert now.peak_bytes >= earlier.peak_bytes
-    assert whole.timeline[: len(stopped.timeline)] == stopped.timeline
-    assert "resumed after step 5" in whole.ledger.notes[0]
-    page.render(whole)
+    assert complete.timeline[: len(stopped.timeline)] == stopped.timeline
+    assert "resumed after step 5" in complete.ledger.notes[0]
+    page.render(complete)
 
 
 def test_a_run_resumed_after_its_last_step_keeps_what_was_measured(
@@ -116,13 +116,13 @@ def test_a_run_resumed_after_its_last_step_keeps_what_was_measured(
 
 @pytest.fixture(scope="module")
 def one_step(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, bytes]:
-    """A run whose only step is behind it, and its memory.json."""
+    """Return the recipe of a finished run with one step, and its memory.json."""
     recipe = recipe_of(base, tmp_path_factory.mktemp("one") / "run", train={"steps": 1})
     return recipe, train_run(recipe).memory_json.read_bytes()
 
 
 @pytest.mark.parametrize("left", ["nothing", "damage", "another device's"])
-def test_without_what_was_measured_a_resumed_report_says_that_it_shows_the_plan(
+def test_without_earlier_measurements_a_resumed_report_shows_the_plan(
     one_step: tuple[Recipe, bytes], left: str
 ) -> None:
     recipe, ledger = one_step
@@ -140,9 +140,9 @@ def test_without_what_was_measured_a_resumed_report_says_that_it_shows_the_plan(
     assert result.ledger.after.source == "planned"
     assert result.ledger.measured_peak_bytes == 0
     assert result.ledger.after.peak_bytes == result.ledger.planned_peak_bytes
-    told = " ".join(result.ledger.notes)
-    assert "No training step was measured" in told
-    assert ("damaged" in told) is (left == "damage")
+    message = " ".join(result.ledger.notes)
+    assert "No training step was measured" in message
+    assert ("damaged" in message) is (left == "damage")
     page.render(result)
 
 
@@ -150,8 +150,8 @@ def test_a_run_of_an_older_version_can_be_reported(finished: RunFolder, tmp_path
     run = copy_of(finished, tmp_path)
     run.timeline_json.unlink()
     content = json.loads(run.memory_json.read_text())
-    for newer in ("before_planned_bytes", "floor_bytes", "instrument_cost", "notes"):
-        del content[newer]
+    for key in ("before_planned_bytes", "floor_bytes", "instrument_cost", "notes"):
+        del content[key]
     write_json(run.memory_json, content)
     result = report.run(run.path)
     assert result.timeline == ()
@@ -167,11 +167,11 @@ def test_a_damaged_timeline_is_named(finished: RunFolder, tmp_path: Path) -> Non
     assert caught.value.where == str(run.timeline_json)
 
 
-def test_a_line_that_was_being_written_is_left_out(finished: RunFolder, tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored(finished: RunFolder, tmp_path: Path) -> None:
     run = copy_of(finished, tmp_path)
-    whole = run.metrics.read_text()
-    run.metrics.write_text(whole + '{"step": 31, "lo')
-    assert len(report.run(run.path).metrics) == len(whole.splitlines())
+    text = run.metrics.read_text()
+    run.metrics.write_text(text + '{"step": 31, "lo')
+    assert len(report.run(run.path).metrics) == len(complete.splitlines())
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", "{}", '{"step": 1}', '{"step":'])
@@ -192,16 +192,14 @@ def test_a_damaged_run_json_is_named(finished: RunFolder, tmp_path: Path, conten
         page.render(report.run(run.path))
 
 
-def test_the_printed_object_leaves_the_timeline_to_its_file(finished: RunFolder) -> None:
-    told = report.run(finished.path).to_dict()
-    assert "timeline" not in told
-    json.dumps(told)
+def test_the_printed_object_does_not_contain_the_timeline(finished: RunFolder) -> None:
+    content = report.run(finished.path).to_dict()
+    assert "timeline" not in content
+    json.dumps(content)
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_is_measured_in_a_process_of_its_own(
-    finished: RunFolder, tmp_path: Path
-) -> None:
+def test_full_fine_tuning_is_measured_in_a_new_process(finished: RunFolder, tmp_path: Path) -> None:
     run = copy_of(finished, tmp_path)
     planned = report.run(run.path).ledger
     full_finetune_baseline.measure(run.path, observer=Silent())
@@ -215,29 +213,29 @@ def test_full_fine_tuning_is_measured_in_a_process_of_its_own(
     assert replace(ledger, before=planned.before, before_planned_bytes=0) == planned
 
 
-def test_what_cannot_fit_is_not_even_loaded(finished: RunFolder, tmp_path: Path) -> None:
+def test_a_baseline_that_cannot_fit_is_not_loaded(finished: RunFolder, tmp_path: Path) -> None:
     run = copy_of(finished, tmp_path)
     ledger = report.run(run.path).ledger
     huge = MethodPeak("full", "planned", 10**15, {"adapter": 10**15}, bits=16)
     write_json(run.memory_json, replace(ledger, before=huge).to_dict())
-    full_finetune_baseline.main(run.path, tmp_path / "answer.json")
-    told = json.loads((tmp_path / "answer.json").read_text())
-    assert "the plan needs 909 TiB" in told["does_not_fit"]
+    full_finetune_baseline.main(run.path, tmp_path / "result.json")
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert "the plan needs 909 TiB" in content["does_not_fit"]
 
 
-def test_a_fault_of_the_run_s_files_is_answered(finished: RunFolder, tmp_path: Path) -> None:
+def test_an_error_in_the_run_s_files_is_reported(finished: RunFolder, tmp_path: Path) -> None:
     run = copy_of(finished, tmp_path)
     about = run.read()
     about["recipe"]["data"]["train"] = str(tmp_path / "gone.jsonl")
     run.write(about)
-    full_finetune_baseline.main(run.path, tmp_path / "answer.json")
-    told = json.loads((tmp_path / "answer.json").read_text())
-    assert "gone.jsonl" in told["failed"]
-    assert told["exit_code"] == 2
+    full_finetune_baseline.main(run.path, tmp_path / "result.json")
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert "gone.jsonl" in content["failed"]
+    assert content["exit_code"] == 2
 
 
-def answering(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
-    """Lets the fresh process be a shell that does this; $4 is where the answer goes."""
+def replace_process(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+    """Replace the new process by a shell script; $4 is the result file."""
     shell = folder / "shell"
     shell.write_text(f"#!/bin/sh\n{does}\n")
     shell.chmod(0o755)
@@ -245,53 +243,53 @@ def answering(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("does", "told"),
+    ("does", "message"),
     [
         ("""echo '{"does_not_fit": "it is too large"}' > "$4" """, "it is too large"),
         ("kill -9 $$", "signal 9"),
     ],
 )
-def test_where_it_does_not_fit_it_stays_planned_and_the_report_says_so_once(
-    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, told: str
+def test_a_baseline_that_does_not_fit_stays_planned_and_gets_one_note(
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, message: str
 ) -> None:
     run = copy_of(finished, tmp_path)
     was = report.run(run.path).ledger
-    answering(tmp_path, monkeypatch, does)
+    replace_process(tmp_path, monkeypatch, does)
     for _ in range(2):
         full_finetune_baseline.measure(run.path, observer=Silent())
     result = report.run(run.path)
     (note,) = result.ledger.notes
     assert "Full fine-tuning was not measured" in note
-    assert told in note
+    assert message in note
     assert replace(result.ledger, notes=()) == was
     assert note in html.unescape(page.render(result))
 
 
 @pytest.mark.parametrize(
-    ("does", "kind", "told"),
+    ("does", "kind", "message"),
     [
         ("""echo '{"failed": "no rows", "exit_code": 2}' > "$4" """, UsageError, "no rows"),
         ("echo Boom >&2; exit 1", QloraError, "Boom"),
     ],
 )
-def test_a_crash_there_leaves_the_run_as_it_was(
+def test_a_crash_of_the_new_process_does_not_change_the_run(
     finished: RunFolder,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     does: str,
     kind: type[QloraError],
-    told: str,
+    message: str,
 ) -> None:
     run = copy_of(finished, tmp_path)
     files = {file.name: file.read_bytes() for file in run.path.iterdir()}
-    answering(tmp_path, monkeypatch, does)
-    with pytest.raises(QloraError, match=told) as caught:
+    replace_process(tmp_path, monkeypatch, does)
+    with pytest.raises(QloraError, match=message) as caught:
         full_finetune_baseline.measure(run.path, observer=Silent())
     assert type(caught.value) is kind
     assert {file.name: file.read_bytes() for file in run.path.iterdir()} == files
 
 
-def test_full_fine_tuning_has_no_before(finished: RunFolder, tmp_path: Path) -> None:
+def test_full_fine_tuning_has_no_baseline(finished: RunFolder, tmp_path: Path) -> None:
     run = copy_of(finished, tmp_path)
     ledger = report.run(run.path).ledger
     full = replace(ledger, after=replace(ledger.after, method="full"))

@@ -1,4 +1,4 @@
-"""What `qlora plan` concludes: does it fit, what would make it fit, what it counts and assumes."""
+"""`qlora plan`: whether a job fits, which changes make it fit, what is counted and assumed."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ GPT3 = {
 CONTEXT = 100 * MIB
 
 
-def card(capacity: int) -> DeviceProfile:
-    return DeviceProfile("cuda", "a card", capacity, (8, 9), 128, CONTEXT, is_planned=True)
+def gpu(capacity: int) -> DeviceProfile:
+    return DeviceProfile("cuda", "a GPU", capacity, (8, 9), 128, CONTEXT, is_planned=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +63,18 @@ def recipe_of(config: Path, **sections: Any) -> Recipe:
 
 
 def run(recipe: Recipe, capacity: int, *, fit: bool = False, compare: bool = False) -> PlanResult:
-    return job.run(recipe, device_profile=card(capacity), fit=fit, compare=compare)
+    return job.run(recipe, device_profile=gpu(capacity), fit=fit, compare=compare)
 
 
-def test_what_the_context_takes_is_not_there_for_the_job(llama: Path) -> None:
+def test_the_memory_of_the_cuda_context_is_not_available(llama: Path) -> None:
     recipe = recipe_of(llama)
     needed = run(recipe, 24 * GIB).ledger.allocator.reserved
     assert run(recipe, needed + CONTEXT).fits
-    # Below the tensors' own peak no allocator can help.
+    # Below the peak of the tensors themselves, no allocator state can fit.
     assert not run(recipe, run(recipe, 24 * GIB).ledger.planned_peak_bytes + CONTEXT - 1).fits
 
 
-def test_reserved_is_more_than_allocated_and_both_are_said_to_be_modelled(llama: Path) -> None:
+def test_reserved_exceeds_allocated_and_a_note_calls_both_modelled(llama: Path) -> None:
     result = run(recipe_of(llama), 24 * GIB)
     allocator = result.ledger.allocator
     assert allocator.reserved > allocator.allocated == result.ledger.planned_peak_bytes
@@ -82,47 +82,47 @@ def test_reserved_is_more_than_allocated_and_both_are_said_to_be_modelled(llama:
     assert any("100 MiB" in note and "assumed" in note for note in result.notes)
 
 
-def test_a_plan_for_a_cpu_reserves_nothing_and_models_nothing(llama: Path) -> None:
-    facts = DeviceProfile("cpu", "a processor", 24 * GIB)
-    result = job.run(recipe_of(llama), device_profile=facts, fit=False, compare=False)
+def test_a_plan_for_a_cpu_has_no_reserved_bytes_and_no_notes(llama: Path) -> None:
+    profile = DeviceProfile("cpu", "a CPU", 24 * GIB)
+    result = job.run(recipe_of(llama), device_profile=profile, fit=False, compare=False)
     assert result.ledger.allocator.reserved == 0
     assert not result.notes
 
 
-def test_every_change_that_is_said_to_fit_fits(llama: Path) -> None:
+def test_every_change_that_is_reported_to_fit_fits(llama: Path) -> None:
     recipe = recipe_of(llama, base={"bits": 16}, train={"activation_checkpointing": False})
     now = run(recipe, 24 * GIB).ledger.planned_peak_bytes
     capacity = int(now * 0.7) + CONTEXT
     result = run(recipe, capacity)
     assert not result.fits
-    fitting = [one for one in result.advice if one.fits]
-    assert "train.activation_checkpointing=true" in {one.change for one in fitting}
-    assert any(one.change.startswith("data.seq_len=") for one in fitting)
-    order = [one.fits for one in result.advice]
+    fitting = [item for item in result.advice if item.fits]
+    assert "train.activation_checkpointing=true" in {item.change for item in fitting}
+    assert any(item.change.startswith("data.seq_len=") for item in fitting)
+    order = [item.fits for item in result.advice]
     assert order == sorted(order, reverse=True)
-    for one in (result.advice[0], result.advice[-1]):
-        again = run(changed(recipe, one.change), capacity)
-        assert again.fits == one.fits, one
-        assert again.ledger.planned_peak_bytes == one.peak_bytes == now - one.saves_bytes
+    for item in (result.advice[0], result.advice[-1]):
+        again = run(changed(recipe, item.change), capacity)
+        assert again.fits == item.fits, item
+        assert again.ledger.planned_peak_bytes == item.peak_bytes == now - item.saves_bytes
 
 
-def test_where_weights_alone_are_too_many_only_fewer_bits_are_planned(llama: Path) -> None:
-    """In 16 bit the frozen weights do not fit, in 4 bit the whole job does."""
+def test_if_the_weights_alone_are_too_large_only_fewer_bits_are_planned(llama: Path) -> None:
+    """In 16 bit the frozen weights do not fit; in 4 bit the complete job fits."""
     short: dict[str, Any] = {"data": {"seq_len": 64}, "train": {"micro_batch": 1}}
     four = run(recipe_of(llama, **short), 24 * GIB)
     recipe = recipe_of(llama, base={"bits": 16}, **short)
     at_peak = run(recipe, 24 * GIB).ledger.after.at_peak
     enough = four.ledger.allocator.reserved + CONTEXT
-    assert enough - CONTEXT < at_peak["base"] + at_peak["head"], "the case is what it says"
+    assert enough - CONTEXT < at_peak["base"] + at_peak["head"], "16-bit weights do not fit"
     result = run(recipe, enough)
-    assert {one.change for one in result.advice} == {"base.bits=8", "base.bits=4"}
-    assert [one.change for one in result.advice if one.fits] == ["base.bits=4"]
+    assert {item.change for item in result.advice} == {"base.bits=8", "base.bits=4"}
+    assert [item.change for item in result.advice if item.fits] == ["base.bits=4"]
     assert any("frozen weights alone" in note for note in result.notes)
     assert run(recipe, enough, fit=True).advice == result.advice, "no size is searched"
     assert not any("frozen weights" in note for note in four.notes)
 
 
-def test_fit_finds_the_last_size_that_fits(llama: Path) -> None:
+def test_fit_finds_the_largest_size_that_fits(llama: Path) -> None:
     recipe = recipe_of(llama)
     capacity = run(recipe, 24 * GIB).ledger.allocator.reserved + CONTEXT + 100 * MIB
     result = run(recipe, capacity, fit=True)
@@ -131,14 +131,14 @@ def test_fit_finds_the_last_size_that_fits(llama: Path) -> None:
     assert sequences.change.startswith("train.micro_batch=")
     assert recipe.train.micro_batch > 1
     assert length.change.endswith(" train.micro_batch=1")
-    for one, unit in ((length, 64), (sequences, 1)):
-        assert one.fits
-        found = changed(recipe, one.change)
-        again = run(found, capacity)
+    for item, unit in ((length, 64), (sequences, 1)):
+        assert item.fits
+        fitting = changed(recipe, item.change)
+        again = run(fitting, capacity)
         assert again.fits
-        assert again.ledger.planned_peak_bytes == one.peak_bytes
-        key, _, size = one.change.split()[0].partition("=")
-        assert not run(changed(found, f"{key}={int(size) + unit}"), capacity).fits
+        assert again.ledger.planned_peak_bytes == item.peak_bytes
+        key, _, size = item.change.split()[0].partition("=")
+        assert not run(changed(fitting, f"{key}={int(size) + unit}"), capacity).fits
 
 
 def changed(recipe: Recipe, changes: str) -> Recipe:
@@ -150,49 +150,49 @@ def changed(recipe: Recipe, changes: str) -> Recipe:
     return recipe
 
 
-def test_a_job_that_does_not_fit_is_advised_with_fit_too(llama: Path) -> None:
+def test_a_job_that_does_not_fit_gets_advice_with_fit_too(llama: Path) -> None:
     recipe = recipe_of(llama, base={"bits": 16})
     frozen = run(recipe_of(llama), 24 * GIB).ledger.planned_peak_bytes
     result = run(recipe, frozen + CONTEXT + 40 * MIB, fit=True)
     assert not result.fits
-    assert "base.bits=4" in {one.change for one in result.advice if one.fits}
+    assert "base.bits=4" in {item.change for item in result.advice if item.fits}
 
 
-def test_full_fine_tuning_and_float32_have_a_way_out(llama: Path) -> None:
+def test_full_fine_tuning_and_float32_get_advice(llama: Path) -> None:
     full = recipe_of(llama, base={"bits": 16}, adapter={"method": "full"})
     lora = run(changed(full, "adapter.method=lora"), 24 * GIB).ledger.allocator.reserved
     result = run(full, lora + CONTEXT)
     assert not result.fits
-    assert "adapter.method=lora" in {one.change for one in result.advice if one.fits}
+    assert "adapter.method=lora" in {item.change for item in result.advice if item.fits}
     wide = recipe_of(llama, base={"compute_dtype": "float32"})
     narrow = run(changed(wide, "base.compute_dtype=bfloat16"), 24 * GIB).ledger.allocator.reserved
     result = run(wide, narrow + CONTEXT)
-    assert "base.compute_dtype=bfloat16" in {one.change for one in result.advice if one.fits}
+    assert "base.compute_dtype=bfloat16" in {item.change for item in result.advice if item.fits}
 
 
-def test_what_no_device_computes_is_refused(llama: Path) -> None:
-    with pytest.raises(RecipeError, match="no device computes such a batch"):
+def test_too_large_a_micro_batch_is_refused(llama: Path) -> None:
+    with pytest.raises(RecipeError, match="the micro-batch is too large to plan"):
         run(recipe_of(llama, train={"micro_batch": 10**9}), 24 * GIB)
 
 
-def test_methods_side_by_side_get_smaller(llama: Path) -> None:
+def test_compared_methods_get_smaller(llama: Path) -> None:
     result = run(recipe_of(llama), 24 * GIB, compare=True)
-    assert [(one.method, one.bits) for one in result.compare] == [
+    assert [(item.method, item.bits) for item in result.compare] == [
         ("full", 16),
         ("lora", 16),
         ("lora", 8),
         ("lora", 4),
     ]
-    full, half, _, four = (one.peak_bytes for one in result.compare)
+    full, half, _, four = (item.peak_bytes for item in result.compare)
     assert full > half > four
     assert result.ledger.before.peak_bytes == full
     assert result.ledger.after.peak_bytes == four
-    ratios = [one.ratio for one in result.compare]
-    assert ratios == [full / one.peak_bytes for one in result.compare]
+    ratios = [item.ratio for item in result.compare]
+    assert ratios == [full / item.peak_bytes for item in result.compare]
     assert ratios[-1] == result.ledger.ratio
 
 
-def test_the_outlier_bound_is_named(llama: Path) -> None:
+def test_a_note_names_the_outlier_bound(llama: Path) -> None:
     with_outliers = run(recipe_of(llama, base={"bits": 8}), 24 * GIB)
     without = run(recipe_of(llama, base={"bits": 8, "outlier_threshold": 0.0}), 24 * GIB)
     assert any("outlier" in note for note in with_outliers.notes)
@@ -200,7 +200,7 @@ def test_the_outlier_bound_is_named(llama: Path) -> None:
     assert with_outliers.floor_bytes > without.floor_bytes
 
 
-def test_the_floor_lies_below_the_peak(llama: Path) -> None:
+def test_the_floor_is_below_the_peak(llama: Path) -> None:
     result = run(recipe_of(llama), 24 * GIB)
     assert 0 < result.floor_bytes < result.ledger.planned_peak_bytes
 
@@ -235,7 +235,7 @@ def test_full_fine_tuning_has_no_adapter_to_count(llama: Path) -> None:
     assert result.ledger.ratio == 1.0
 
 
-def test_a_named_config_file_is_enough(llama: Path) -> None:
-    """No weights, no tokenizer, no rows: nothing but config.json is read."""
+def test_a_config_file_is_enough(llama: Path) -> None:
+    """No weights, tokenizer or rows are read, only config.json."""
     assert [path.name for path in llama.parent.iterdir()] == ["config.json"]
     assert replace(run(recipe_of(llama), 24 * GIB), seconds=0.0).fits

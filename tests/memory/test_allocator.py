@@ -1,4 +1,4 @@
-"""The model of the caching allocator against the real one's record, and its laws."""
+"""The model of the caching allocator: compared with a trace of the real one, and its properties."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVENTS = [int(word) for line in TRACE["events"] for word in line.split()]
 
 
 def play(allocator: CachingAllocator, events: list[int]) -> list[list[int]]:
-    """[index of the event, bytes reserved from then on], as the record has it."""
+    """Return [index of the event, bytes reserved from then on] for each change, as in the trace."""
     reserved: list[list[int]] = []
     key = 0
     for index, event in enumerate(events):
@@ -34,33 +34,33 @@ def play(allocator: CachingAllocator, events: list[int]) -> list[list[int]]:
     return reserved
 
 
-def test_segments_are_taken_and_given_back_when_the_real_allocator_did() -> None:
+def test_segments_are_reserved_and_returned_when_the_real_allocator_did() -> None:
     assert play(CachingAllocator(), EVENTS) == TRACE["reserved"]
 
 
-def test_another_order_would_be_seen() -> None:
-    """The record decides: without giving segments back after loading, others are taken."""
+def test_another_order_gives_another_result() -> None:
+    """If unused segments are not returned after loading, the reserved bytes differ from the trace."""
     assert play(CachingAllocator(), [e for e in EVENTS if e]) != TRACE["reserved"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "given_bytes", "reserved"),
+    ("requested", "block_bytes", "reserved"),
     [
         (1, 512, 2 * MIB),
         (MIB, MIB, 2 * MIB),
         (MIB + 1, MIB + 512, 20 * MIB),
         (10 * MIB, 10 * MIB, 10 * MIB),
-        (11 * MIB - 1, 12 * MIB, 12 * MIB),  # Less than 1 MiB would be left: it is kept whole.
+        (11 * MIB - 1, 12 * MIB, 12 * MIB),  # Less than 1 MiB would remain: not split.
         (10 * MIB + 1, 10 * MIB + 512, 12 * MIB),
     ],
 )
-def test_rounding(asked: int, given_bytes: int, reserved: int) -> None:
+def test_rounding(requested: int, block_bytes: int, reserved: int) -> None:
     allocator = CachingAllocator()
-    assert allocator.allocate("x", asked) == given_bytes
+    assert allocator.allocate("x", requested) == block_bytes
     assert allocator.reserved_bytes == reserved
 
 
-def test_nothing_costs_nothing() -> None:
+def test_an_empty_storage_needs_no_block() -> None:
     allocator = CachingAllocator()
     assert allocator.allocate("x", 0) == 0
     allocator.free("x")
@@ -68,20 +68,20 @@ def test_nothing_costs_nothing() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 64 * MIB), st.integers(0, 10**6)), max_size=60))
-def test_what_is_freed_becomes_whole_again(requests: list[tuple[int, int]]) -> None:
-    """Blocks never overlap a segment's bytes, and when all are free all segments can go."""
+def test_freed_blocks_are_joined_again(requests: list[tuple[int, int]]) -> None:
+    """Blocks never exceed the reserved bytes; when all are free, all segments can be returned."""
     allocator = CachingAllocator()
-    weight_format = {key: allocator.allocate(key, size) for key, (size, _) in enumerate(requests)}
-    assert all(weight_format[key] >= size for key, (size, _) in enumerate(requests))
-    assert all(size % GRANULARITY == 0 for size in weight_format.values())
-    assert sum(weight_format.values()) <= allocator.reserved_bytes
-    for key in sorted(weight_format, key=lambda key: requests[key][1]):
+    block_bytes = {key: allocator.allocate(key, size) for key, (size, _) in enumerate(requests)}
+    assert all(block_bytes[key] >= size for key, (size, _) in enumerate(requests))
+    assert all(size % GRANULARITY == 0 for size in block_bytes.values())
+    assert sum(block_bytes.values()) <= allocator.reserved_bytes
+    for key in sorted(block_bytes, key=lambda key: requests[key][1]):
         allocator.free(key)
     allocator.release_cache()
     assert allocator.reserved_bytes == 0
 
 
-def test_a_limit_gives_unused_segments_back_before_it_fails() -> None:
+def test_unused_segments_are_returned_before_the_limit_fails() -> None:
     allocator = CachingAllocator(limit=100 * MIB)
     allocator.allocate("a", 60 * MIB)
     allocator.free("a")
@@ -91,8 +91,8 @@ def test_a_limit_gives_unused_segments_back_before_it_fails() -> None:
         allocator.allocate("c", 30 * MIB)
 
 
-def test_what_is_free_in_pieces_does_not_fit() -> None:
-    """Why a plain sum promises too much: 40 MiB are free, but not in one piece."""
+def test_fragmented_free_memory_does_not_fit() -> None:
+    """A plain sum of sizes is too optimistic: 40 MiB are free, but not in one block."""
     allocator = CachingAllocator(limit=100 * MIB)
     allocator.allocate("whole", 100 * MIB)
     allocator.free("whole")

@@ -1,4 +1,4 @@
-"""The instrument's own records are counted, and nothing that they watch."""
+"""The instrument's own records are counted; the objects that they refer to are not."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def test_each_record_is_counted_once() -> None:
     assert record_bytes(rows, rows[2], rows) == parts
 
 
-def test_what_is_watched_is_not_counted() -> None:
-    watched = torch.zeros(1000)
+def test_referenced_tensors_and_modules_are_not_counted() -> None:
+    tensor = torch.zeros(1000)
     without = record_bytes([None])
-    assert record_bytes([watched]) == without
+    assert record_bytes([tensor]) == without
     assert record_bytes([torch]) == without
-    assert record_bytes([weakref.ref(watched)]) < without + 200
+    assert record_bytes([weakref.ref(tensor)]) < without + 200
 
 
-def test_a_closure_is_counted_with_what_it_holds_and_without_the_program() -> None:
+def test_a_closure_is_counted_with_its_variables_and_without_globals() -> None:
     record = list(range(1000, 2000))
 
-    def died() -> object:
+    def callback() -> object:
         return record, sys
 
-    weight_format = record_bytes(died)
-    assert record_bytes(record) < weight_format < record_bytes(record) + 1000
+    closure_bytes = record_bytes(callback)
+    assert record_bytes(record) < closure_bytes < record_bytes(record) + 1000
 
 
 def test_a_timeline_grows_with_its_moments() -> None:

@@ -1,4 +1,4 @@
-"""Memory over time: thinning never loses a peak, and a file gives back what was recorded."""
+"""Memory over time: thinning keeps every peak, and a file contains all recorded data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qlora_cli.memory.timeline import MAX_MOMENTS, Timeline, read_traces
 
 
 def ticking() -> Timeline:
-    """A second passes between any two looks at the clock."""
+    """Return a timeline whose clock advances by one second per reading."""
     clock = itertools.count()
     return Timeline(lambda: float(next(clock)))
 
 
 @given(st.integers(0, 5000), st.integers(0, 2**40), st.data())
 @settings(max_examples=40, deadline=None)
-def test_the_highest_moment_survives_wherever_it_lies(
+def test_the_highest_moment_is_kept_at_any_position(
     num_changes: int, height: int, data: st.DataObject
 ) -> None:
     peak_at = data.draw(st.integers(0, num_changes))
@@ -39,7 +39,7 @@ def test_the_highest_moment_survives_wherever_it_lies(
     assert trace.seconds[at] == peak_at + 2
 
 
-def test_few_changes_are_kept_each_with_its_time_and_the_end_behind_them() -> None:
+def test_few_changes_are_kept_with_their_times_and_the_end() -> None:
     timeline = ticking()
     timeline.begin("load")
     for size in range(1, 6):
@@ -50,7 +50,7 @@ def test_few_changes_are_kept_each_with_its_time_and_the_end_behind_them() -> No
     assert list(trace.bytes["base"]) == [0, 1, 2, 3, 4, 5, 5]
 
 
-def test_thinned_moments_lie_evenly_over_the_stretch() -> None:
+def test_thinned_moments_are_spread_evenly_over_the_trace() -> None:
     timeline = ticking()
     timeline.begin("step")
     for change in range(50_000):
@@ -62,7 +62,7 @@ def test_thinned_moments_lie_evenly_over_the_stretch() -> None:
     assert max(gaps) <= 2 * 50_000 / len(gaps)
 
 
-def test_what_is_told_is_copied() -> None:
+def test_the_given_mapping_is_copied() -> None:
     timeline, living = ticking(), {"base": 1}
     timeline.begin("load")
     timeline.update(living)
@@ -71,7 +71,7 @@ def test_what_is_told_is_copied() -> None:
     assert list(timeline.traces[0].bytes["base"]) == [0, 1, 1]
 
 
-def test_a_stretch_begins_with_what_lived_before_it() -> None:
+def test_a_trace_begins_with_the_bytes_before_it() -> None:
     timeline = ticking()
     timeline.begin("load")
     timeline.update({"base": 8})
@@ -82,7 +82,7 @@ def test_a_stretch_begins_with_what_lived_before_it() -> None:
     assert list(timeline.traces[1].bytes["base"]) == [6, 6]
 
 
-def test_marks_and_the_step_belong_to_the_stretch_under_way() -> None:
+def test_marks_and_the_step_belong_to_the_open_trace() -> None:
     timeline = ticking()
     timeline.mark("forward")
     timeline.set_step(1)
@@ -99,7 +99,7 @@ def test_marks_and_the_step_belong_to_the_stretch_under_way() -> None:
     assert evaluation.peak_bytes == 0
 
 
-def test_outside_a_stretch_nothing_is_recorded() -> None:
+def test_outside_a_trace_nothing_is_recorded() -> None:
     timeline = ticking()
     timeline.update({"base": 1})
     timeline.end()
@@ -109,7 +109,7 @@ def test_outside_a_stretch_nothing_is_recorded() -> None:
         timeline.begin("step")
 
 
-def test_a_file_gives_back_what_was_recorded() -> None:
+def test_traces_can_be_read_from_their_file() -> None:
     timeline = ticking()
     for step in range(2):
         timeline.begin("step")
@@ -118,19 +118,19 @@ def test_a_file_gives_back_what_was_recorded() -> None:
         for size in range(2000):
             timeline.update({"base": 5, "activations": size, "loss": 0})
         timeline.end()
-    told = json.loads(json.dumps(timeline.to_dict()))
-    assert read_traces(told) == timeline.traces
-    assert set(told["stretches"][0]) == {"phase", "step", "seconds", "bytes", "marks"}
-    assert set(told["stretches"][0]["bytes"]) == {"base", "activations"}
+    content = json.loads(json.dumps(timeline.to_dict()))
+    assert read_traces(content) == timeline.traces
+    assert set(content["stretches"][0]) == {"phase", "step", "seconds", "bytes", "marks"}
+    assert set(content["stretches"][0]["bytes"]) == {"base", "activations"}
 
 
 @pytest.mark.parametrize(
     "damage",
     [{"bytes": {"base": [1]}}, {"bytes": {"bases": [1, 2]}}, {"seconds": ["x", 2]}, {"marks": [1]}],
 )
-def test_a_damaged_stretch_is_refused(damage: dict[str, object]) -> None:
-    sound = {"phase": "load", "step": None, "seconds": [1, 2], "bytes": {"base": [1, 2]}}
-    sound |= {"marks": []}
-    assert len(read_traces({"stretches": [sound]})) == 1
+def test_a_damaged_trace_raises_an_error(damage: dict[str, object]) -> None:
+    valid = {"phase": "load", "step": None, "seconds": [1, 2], "bytes": {"base": [1, 2]}}
+    valid |= {"marks": []}
+    assert len(read_traces({"stretches": [valid]})) == 1
     with pytest.raises((AssertionError, TypeError, ValueError)):
-        read_traces({"stretches": [sound | damage]})
+        read_traces({"stretches": [valid | damage]})

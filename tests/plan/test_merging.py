@@ -1,4 +1,4 @@
-"""The phase `merge` of a plan is what the judged models really take while they answer."""
+"""The planned phase `merge` equals the memory that the compared models really need."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from qlora_cli.units import GIB
 from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, make_run
 
 TOKENS = 64
-PROFILE = DeviceProfile("cpu", "a processor", 24 * GIB)
+PROFILE = DeviceProfile("cpu", "a CPU", 24 * GIB)
 LARGE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
 LARGE_GPT2 = {"n_embd": 256, "n_head": 4}
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_the_plan_is_what_the_answers_take(
+def test_the_plan_equals_the_measured_memory(
     family: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = LARGE_GPT2 if family == "gpt2" else LARGE
@@ -49,5 +49,5 @@ def test_the_plan_is_what_the_answers_take(
     monkeypatch.setattr(merging, "COMPARISON_BYTES", 0)
     config = read_config(Run(run.path).base_folder / "config.json")
     plan: Phase = merging.dry_run_merge(Run(run.path).recipe, config, PROFILE)
-    # Of so small a model a few hundred KiB of constants are some percent.
+    # In so small a model, constants of a few hundred KiB are several percent.
     assert plan.peak_bytes == pytest.approx(counter.phases[0].peak_bytes, rel=0.1)

@@ -1,7 +1,7 @@
-"""A job's plan is of its own rows: of no batch does it say less than the run needs.
+"""A job's plan uses the job's own rows and is not below the memory of any batch.
 
-Memory grows with the tokens of a micro-batch, with those of them that are trained (logits) and with
-its rows, and the most of each may be in different ones, in a later epoch, or held out.
+Memory grows with the tokens of a micro-batch, with its trained tokens (logits) and with its rows.
+The largest of each may be in different batches, in a later epoch, or in the held-out set.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
 
 Row = tuple[int, int]
-"""(tokens, how many of them are trained)."""
+"""(tokens, trained tokens)."""
 WIDE = Case("llama", "tiny", (), 32000, tied=True)
-"""So wide a vocabulary that the logits of a hundred targets outweigh a block."""
+"""A vocabulary so large that the logits of a hundred targets need more memory than a block."""
 
 
 def write_rows(file: Path, rows: Sequence[Row]) -> Path:
@@ -50,7 +50,7 @@ def write_rows(file: Path, rows: Sequence[Row]) -> Path:
 def trained(
     folder: Path, rows: Sequence[Row], held_out: Sequence[Row] = (), **settings: object
 ) -> Ledger:
-    """What a real run on these rows measured, and what was planned for it."""
+    """Train on these rows and return the ledger with measured and planned figures."""
     base = folder / "base"
     WIDE.config().save_pretrained(base)
     source = SyntheticSource(*skeleton(WIDE.config(), FILE_DTYPE), with_values=True)
@@ -80,7 +80,7 @@ def error(ledger: Ledger) -> float:
 LONG_PROMPT, ANSWERS_ONLY = (128, 2), (100, 99)
 
 
-def test_the_most_trained_tokens_are_planned_for(
+def test_the_batch_with_the_most_trained_tokens_is_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [LONG_PROMPT, *[(20, 4)] * 11, ANSWERS_ONLY]
@@ -92,12 +92,12 @@ def test_the_most_trained_tokens_are_planned_for(
         batches = [batch for step in steps for batch in job.schedule.step_batches(step)]
         return [max(batches, key=lambda batch: batch.num_tokens)] * 2
 
-    # The tolerance is not so wide that a plan of the longest batch alone would pass.
+    # A plan of the longest batch alone is outside of the tolerance.
     monkeypatch.setattr(TrainingJob, "largest_step_batches", property(by_tokens))
     assert error(trained(tmp_path / "long", rows)) < plan_table.UNDER
 
 
-def test_the_largest_held_out_batch_is_planned_for_and_measured(tmp_path: Path) -> None:
+def test_the_largest_held_out_batch_is_planned_and_measured(tmp_path: Path) -> None:
     held_out = [(8, 4)] * 4 + [(128, 127)] * 4
     ledger = trained(tmp_path, [(20, 8)] * 6, held_out, micro_batch=4)
     peak = max(ledger.phases, key=lambda phase: phase.peak_bytes)
@@ -105,7 +105,7 @@ def test_the_largest_held_out_batch_is_planned_for_and_measured(tmp_path: Path) 
     assert plan_table.UNDER <= error(ledger) <= plan_table.OVER
 
 
-def test_where_nothing_is_held_out_no_evaluation_is_planned(tmp_path: Path) -> None:
+def test_without_a_held_out_set_no_evaluation_is_planned(tmp_path: Path) -> None:
     ledger = trained(tmp_path, [(20, 8)] * 6)
     assert "eval" not in {phase.name for phase in ledger.phases}
     assert plan_table.UNDER <= error(ledger) <= plan_table.OVER

@@ -1,8 +1,8 @@
-"""The plan is the run: imagined peaks against the tracker's and against torch's profiler.
+"""The plan equals the run: planned peaks compared with the tracker's and with torch's profiler's.
 
-Three figures for each phase: what `dry_run` says beforehand, what the storage tracker counts in the
-real job, and what torch's profiler, which shares no code with either, sees being allocated. The
-whole grid is tools/validation/plan_vs_run.py; here is a part of it that takes seconds.
+Each phase has three figures: the plan of `dry_run`, the count of the storage tracker in the real
+job, and the allocations that torch's profiler records. The profiler shares no code with the others.
+tools/validation/plan_vs_run.py runs the complete grid; this is a part of it that takes seconds.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ GRID = [
         ),
     )
 ]
-"""The longest vocabulary needs two chunks of the loss."""
-FACTS = profile_of_kind("cpu")
+"""The largest vocabulary needs two chunks of the loss."""
+PROFILE = profile_of_kind("cpu")
 
 
 def phases_of(case: Case) -> dict[str, Phase]:
-    """Saving a checkpoint makes nothing; tests/numerics has its phase."""
-    phases = plan_case(case, FACTS).phases
+    """Return the planned phases that are compared; saving a checkpoint allocates nothing."""
+    phases = plan_case(case, PROFILE).phases
     return {phase.name: phase for phase in phases if phase.name in PHASES}
 
 
 def tracked(case: Case) -> dict[str, Phase]:
-    """As the job measures itself."""
-    run, instrument = Run.of(case, FACTS), Instrument(CPU, FACTS)
+    """Return the phases as a job measures them."""
+    run, instrument = Run.of(case, PROFILE), Instrument(CPU, PROFILE)
     with instrument.phase("load"):
         state = run.load()
         tag_living(state, instrument.tracker)
@@ -83,15 +83,15 @@ def tracked(case: Case) -> dict[str, Phase]:
     return {phase.name: phase for phase in instrument.phases}
 
 
-def judged(case: Case) -> dict[str, int]:
-    """As the profiler sees it."""
+def profiled(case: Case) -> dict[str, int]:
+    """Return the peak of each phase, measured by the profiler."""
     gc.collect()
-    return measure_with_profiler(case, FACTS)
+    return measure_with_profiler(case, PROFILE)
 
 
 @pytest.mark.parametrize("case", GRID, ids=lambda case: case.name.replace(" ", "-"))
-def test_the_plan_is_the_run(case: Case) -> None:
-    plan, run, peaks = phases_of(case), tracked(case), judged(case)
+def test_the_plan_equals_the_run(case: Case) -> None:
+    plan, run, peaks = phases_of(case), tracked(case), profiled(case)
     assert tuple(plan) == tuple(run) == tuple(peaks) == PHASES
     errors = {
         name: (
@@ -100,73 +100,75 @@ def test_the_plan_is_the_run(case: Case) -> None:
         )
         for name in PHASES
     }
-    told = ", ".join(f"{k} {peaks[k]} {a:+.2%} {b:+.2%}" for k, (a, b) in errors.items())
+    message = ", ".join(f"{k} {peaks[k]} {a:+.2%} {b:+.2%}" for k, (a, b) in errors.items())
     for name in PHASES:
         for error in errors[name]:
-            assert plan_table.UNDER <= error <= plan_table.OVER, (name, told)
-    worst_measured = max(peaks.values())
-    worst_planned = max(phase.peak_bytes for phase in plan.values())
-    assert plan_table.UNDER <= worst_planned / worst_measured - 1 <= plan_table.OVER, told
+            assert plan_table.UNDER <= error <= plan_table.OVER, (name, message)
+    measured_peak = max(peaks.values())
+    planned_peak = max(phase.peak_bytes for phase in plan.values())
+    assert plan_table.UNDER <= planned_peak / measured_peak - 1 <= plan_table.OVER, message
 
 
-def test_a_plan_without_the_rules_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 bit casts whole operands inside its kernels: without the rules the plan falls short."""
+def test_a_plan_without_kernel_rules_fails_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8-bit kernels cast complete operands: without the rules the plan is too low."""
     case = Case("llama", "tiny", ("base.bits=8", "data.seq_len=64"), 259)
     monkeypatch.setattr(profile, "CPU_RULES", KernelRules())
-    plan, peaks = phases_of(case), judged(case)
+    plan, peaks = phases_of(case), profiled(case)
     assert min(plan[name].peak_bytes / peaks[name] - 1 for name in PHASES) < -0.01
 
 
-def test_a_plan_of_another_job_would_be_seen() -> None:
-    """Half as many tokens, the same weights: the tolerance is not so wide that this passes."""
+def test_a_plan_of_another_job_fails_the_comparison() -> None:
+    """Half as many tokens and the same weights are outside of the tolerance."""
     case, half = (Case("llama", "tiny", (f"data.seq_len={n}",), 8192) for n in (256, 128))
-    plan, peaks = phases_of(half), judged(case)
+    plan, peaks = phases_of(half), profiled(case)
     assert plan["step"].peak_bytes / peaks["step"] - 1 < -0.1
 
 
 @pytest.mark.parametrize("grid", [cpu_grid, cuda_grid])
-def test_grids_hold_different_recipes_that_are_valid(grid: Callable[[], tuple[Case, ...]]) -> None:
+def test_grids_contain_different_valid_recipes(grid: Callable[[], tuple[Case, ...]]) -> None:
     cases = grid()
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
-        resolve(case.recipe(), FACTS)
+        resolve(case.recipe(), PROFILE)
 
 
-def test_every_two_settings_of_the_grid_meet() -> None:
-    """But for what a recipe refuses, and what would take minutes."""
+def test_every_pair_of_settings_occurs_in_the_grid() -> None:
+    """Except pairs that a recipe refuses and pairs that take minutes."""
     drawn = [set(case.name.split()) for case in cpu_grid()]
     assert len(drawn) >= 60
     for left, right in itertools.combinations(plan_cases.FACTORS.items(), 2):
-        for one, other in itertools.product(*(worded(*factor) for factor in (left, right))):
-            both = one | other
-            apart = any(pair <= both for pair in APART) or (SLOW in both and both & MANY_WORDS)
-            assert bool(apart) != any(both <= words for words in drawn), both
+        for first, second in itertools.product(*(words_of(*factor) for factor in (left, right))):
+            both = first | second
+            excluded = any(pair <= both for pair in EXCLUDED) or (
+                SLOW in both and both & LARGE_VOCABULARIES
+            )
+            assert bool(excluded) != any(both <= words for words in drawn), both
 
 
 FULL, SMALL_OPTIMIZER = "adapter.method=full", "train.optimizer=adamw8bit"
-APART = [
+EXCLUDED = [
     {FULL, SMALL_OPTIMIZER},
     {"adapter.dtype=float16", SMALL_OPTIMIZER},
     *({FULL, rank} for rank in ("adapter.rank=4", "adapter.rank=16", "adapter.rank=64")),
 ]
-SLOW, MANY_WORDS = "base.compute_dtype=float16", {"vocab=64000", "vocab=128256"}
+SLOW, LARGE_VOCABULARIES = "base.compute_dtype=float16", {"vocab=64000", "vocab=128256"}
 
 
-def worded(factor: str, values: Sequence[str]) -> list[set[str]]:
-    """The words of a case's name that stand for each value; the defaults have none."""
+def words_of(factor: str, values: Sequence[str]) -> list[set[str]]:
+    """Return the words of a case's name for each value; defaults have none."""
     key = {"vocabulary": "vocab=", "tokens": "data.seq_len=", "micro_batch": "train.micro_batch="}
     return [set(f"{key.get(factor, '')}{value}".split()) for value in values if value]
 
 
 def test_the_order_and_the_bounds_of_a_table() -> None:
     good, over, under = (row(error) for error in (0.0, 0.031, -0.011))
-    card, load = row(0.0, reserved=-0.051), row(0.001, load=-0.02)
-    rows = [good, load, under, over, card]
-    assert plan_table.largest_error_first(rows) == [card, over, under, load, good]
+    on_gpu, load = row(0.0, reserved=-0.051), row(0.001, load=-0.02)
+    rows = [good, load, under, over, on_gpu]
+    assert plan_table.largest_error_first(rows) == [on_gpu, over, under, load, good]
     assert plan_table.failures(plan_table.largest_error_first(rows)) == [
         "case 0.0: reserved -5.10%",
-        "case 0.031: worst instant +3.10%, step +3.10%",
-        "case -0.011: worst instant -1.10%, step -1.10%",
+        "case 0.031: peak +3.10%, step +3.10%",
+        "case -0.011: peak -1.10%, step -1.10%",
         "case 0.001: load -2.00%",
     ]
 
@@ -179,13 +181,13 @@ def row(error: float, reserved: float | None = None, load: float = 0.0) -> dict[
 
 
 def kernel_bytes(run: Callable[[], Any]) -> tuple[int, int]:
-    """(peak inside, what stays) of one call, as the profiler sees it."""
+    """Return (peak inside one call, bytes that remain after it), measured by the profiler."""
     run()
-    judge = PeakProfiler()
-    with judge.phase("kernel"):
+    profiler = PeakProfiler()
+    with profiler.phase("kernel"):
         kept = run()
     del kept
-    return judge.peaks["kernel"], judge.live_bytes
+    return profiler.peaks["kernel"], profiler.live_bytes
 
 
 def numbers(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -215,7 +217,7 @@ def test_rule_of_quantization(quant_type: str, dtype: torch.dtype) -> None:
 
 
 def test_operands_of_one_dtype_need_no_cast() -> None:
-    one, other = numbers(8, 8, dtype=torch.float16), numbers(8, 8, dtype=torch.float16)
+    left, right = numbers(8, 8, dtype=torch.float16), numbers(8, 8, dtype=torch.float16)
     rule = cpu_rules.CPU_RULES.temporaries["aten::mul.Tensor"]
-    assert not rule((one, other), {}, one)
-    assert not rule((one, 2.0), {}, one)
+    assert not rule((left, right), {}, left)
+    assert not rule((left, 2.0), {}, left)

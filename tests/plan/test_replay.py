@@ -1,4 +1,4 @@
-"""A plan that imagines four blocks and repeats one says what a plan of all blocks says."""
+"""A plan that runs four blocks and repeats one equals a plan that runs all blocks."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ SIZES: dict[str, Any] = {
 }
 GPT2_SIZES: dict[str, Any] = {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64}
 DEVICES = {
-    "cpu": DeviceProfile("cpu", "a processor", 2**34),
-    "ada": DeviceProfile("cuda", "a card", 2**34, (8, 9), 128),
-    "turing": DeviceProfile("cuda", "an old card", 2**34, (7, 5), 40),
+    "cpu": DeviceProfile("cpu", "a CPU", 2**34),
+    "ada": DeviceProfile("cuda", "a GPU", 2**34, (8, 9), 128),
+    "turing": DeviceProfile("cuda", "an old GPU", 2**34, (7, 5), 40),
 }
 CASES = [
     # family, device, more
@@ -65,7 +65,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder
 
 
-def recipe_of(bases: Any, family: str, more: dict[str, Any], facts: DeviceProfile) -> Recipe:
+def recipe_of(bases: Any, family: str, more: dict[str, Any], profile: DeviceProfile) -> Recipe:
     adapter = {"rank": 4, "targets": "all", **more.get("adapter", {})}
     if adapter.get("method") == "full":
         adapter = {"method": "full"}
@@ -77,52 +77,54 @@ def recipe_of(bases: Any, family: str, more: dict[str, Any], facts: DeviceProfil
         data={"seq_len": 48},
         train={"micro_batch": 1, "grad_accum": 2, **more.get("train", {})},
     )
-    return resolve(recipe, facts)[0]
+    return resolve(recipe, profile)[0]
 
 
-def plan(recipe: Recipe, config: Any, facts: DeviceProfile) -> MemoryPlan:
-    window = [largest_batch(48, recipe.train.micro_batch, config.vocab_size)] * 2
-    return dry_run(recipe, config, facts, window, window[:1])
+def plan(recipe: Recipe, config: Any, profile: DeviceProfile) -> MemoryPlan:
+    batches = [largest_batch(48, recipe.train.micro_batch, config.vocab_size)] * 2
+    return dry_run(recipe, config, profile, batches, batches[:1])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}")
-def test_repeated_blocks_are_imagined_blocks(
+def test_repeated_blocks_equal_blocks_that_ran(
     bases: Any, case: tuple[str, str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, device, more = case
-    facts = DEVICES[device]
-    recipe = recipe_of(bases, family, more, facts)
+    profile = DEVICES[device]
+    recipe = recipe_of(bases, family, more, profile)
     config = read_config(bases / family / "config.json")
-    asked: list[int] = []
+    requested: list[int] = []
     monkeypatch.setattr(
-        replay, "repeat", lambda segments, blocks: asked.append(blocks) or repeat(segments, blocks)
+        replay,
+        "repeat",
+        lambda segments, blocks: requested.append(blocks) or repeat(segments, blocks),
     )
-    short = plan(recipe, config, facts)
-    assert asked == [BLOCKS], "blocks were imagined, not repeated"
+    short = plan(recipe, config, profile)
+    assert requested == [BLOCKS], "all blocks ran, none was repeated"
     monkeypatch.setattr(planner, "_blocks_may_be_alike", lambda *_: False)
-    whole = plan(recipe, config, facts)
-    assert asked == [BLOCKS]
-    assert short.phases == whole.phases
-    assert short.reserved_bytes == whole.reserved_bytes
-    assert short.floor_bytes == whole.floor_bytes
-    assert short.trainable_parameters == whole.trainable_parameters
-    assert short.total_parameters == whole.total_parameters
-    assert short.adapter_bytes == whole.adapter_bytes
+    complete = plan(recipe, config, profile)
+    assert requested == [BLOCKS]
+    assert short.phases == complete.phases
+    assert short.reserved_bytes == complete.reserved_bytes
+    assert short.floor_bytes == complete.floor_bytes
+    assert short.trainable_parameters == complete.trainable_parameters
+    assert short.total_parameters == complete.total_parameters
+    assert short.adapter_bytes == complete.adapter_bytes
 
 
-def test_blocks_that_differ_are_all_imagined(bases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A target in one block only: nothing may be repeated, and the plan knows it."""
-    facts = DEVICES["ada"]
-    recipe = recipe_of(bases, "llama", {}, facts)
+def test_blocks_that_differ_all_run(bases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a target in one block only, no block may be repeated."""
+    profile = DEVICES["ada"]
+    recipe = recipe_of(bases, "llama", {}, profile)
     adapter = recipe.adapter.model_copy(update={"targets": ["model.layers.7.mlp.down_proj"]})
     recipe = recipe.model_copy(update={"adapter": adapter})
     monkeypatch.setattr(replay, "repeat", lambda *_: pytest.fail("repeated"))
     config = read_config(bases / "llama" / "config.json")
-    assert plan(recipe, config, facts).trainable_parameters == 4 * (160 + 64)
+    assert plan(recipe, config, profile).trainable_parameters == 4 * (160 + 64)
 
 
 def record(sizes: tuple[int, ...]) -> Recording:
-    """One visit to each block, each with one storage that the next block frees."""
+    """Record one segment per block, each with one storage that the next block frees."""
     recording = Recording()
     recording.blocks = "blocks"
     recording.begin_phase()
@@ -135,19 +137,19 @@ def record(sizes: tuple[int, ...]) -> Recording:
     return recording
 
 
-def test_a_recording_is_drawn_out_event_by_event() -> None:
-    drawn_out = repeat(record((8,) * NUM_RECORDED_BLOCKS).segments, 7)
-    whole = record((8,) * 7).segments
-    assert [(v.block, v.events) for v in drawn_out] == [(v.block, v.events) for v in whole]
+def test_a_recording_is_extended_event_by_event() -> None:
+    extended = repeat(record((8,) * NUM_RECORDED_BLOCKS).segments, 7)
+    complete = record((8,) * 7).segments
+    assert [(v.block, v.events) for v in extended] == [(v.block, v.events) for v in complete]
 
 
 @pytest.mark.parametrize("sizes", [(8, 8, 16, 8), (8, 16, 16, 8), (4, 8, 8, 8)])
-def test_a_recording_of_other_blocks_is_refused(sizes: tuple[int, ...]) -> None:
+def test_blocks_with_different_events_are_not_repeated(sizes: tuple[int, ...]) -> None:
     with pytest.raises(NotAlike):
         repeat(record(sizes).segments, 7)
 
 
-def test_the_config_that_was_given_is_left_alone(bases: Any) -> None:
+def test_the_config_is_not_modified(bases: Any) -> None:
     config = read_config(bases / "llama" / "config.json")
     before = deepcopy(config).to_dict()
     plan(recipe_of(bases, "llama", {}, DEVICES["ada"]), config, DEVICES["ada"])
