@@ -14,6 +14,7 @@ from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import InputError
 from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks.registry import task_of
 
 MAX_ROWS = 32
 MAX_TOKENS = 2048
@@ -60,9 +61,10 @@ def eval_rows(recipe: Recipe, base: Path, config: Any) -> EvalRows:
 def _read(where: str, recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Example]:
     select = slice(-MAX_ROWS, None) if from_end else slice(MAX_ROWS)
     tokenizer, limits = load_tokenizer(str(base)), ModelLimits.of(config)
-    examples = load_examples(where, recipe.data, tokenizer, limits, select=select).examples
+    encode = task_of(recipe).encode
+    loaded = load_examples(where, recipe.data, tokenizer, limits, encode=encode, select=select)
     kept: list[Example] = []
-    for example in examples:
+    for example in loaded.examples:
         if kept and sum(len(row.ids) for row in kept) + len(example.ids) > MAX_TOKENS:
             break
         kept.append(example)

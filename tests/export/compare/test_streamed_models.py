@@ -155,7 +155,7 @@ def test_transformers_is_asked_about_every_tensor(family: str, tied: bool, tmp_p
     for spoilt, told in (
         ({f"{name}.more": tensors[name]}, f"unexpected keys: {name}.more"),
         ({}, f"missing keys: {name}"),
-        ({name: torch.ones(3)}, "transformers cannot load it"),
+        ({name: torch.ones(3)}, "transformers cannot load the folder"),
     ):
         rest = {other: tensor for other, tensor in tensors.items() if other != name}
         save_file({**rest, **spoilt}, file, metadata={"format": "pt"})

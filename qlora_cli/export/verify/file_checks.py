@@ -1,0 +1,120 @@
+"""Check the files of a merged folder other than its tensors, and load it with transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_cli.export.merge.folder import CONFIG, copied_files, merged_config
+from qlora_cli.files.source import read_folder
+
+_MAX_VALUE_CHARACTERS = 80
+"""Length to which a JSON value is cut in a message."""
+
+
+def file_faults(merged: Path, base: Path) -> Iterator[str]:
+    """Yield a line for each missing, different or foreign file among those that merging copies.
+
+    merged, base: folders of the merged model and of the base.
+    """
+    for path in copied_files(base):
+        if not (merged / path).is_file():
+            yield f"{path} is missing; copy it from the base"
+        elif not _has_same_content(merged / path, base / path):
+            difference = _first_difference(merged / path, base / path)
+            yield f"{path} differs from the base's{difference or '; copy it from the base'}"
+    for path in copied_files(merged):
+        if not (base / path).is_file():
+            yield f"{path} is not among the base's files; remove it"
+
+
+def config_faults(merged: Path, base: Path, dtype: torch.dtype) -> Iterator[str]:
+    """Yield a line for each key of config.json that differs from the base's.
+
+    merged, base: folders of the merged model and of the base. dtype: dtype of the merged weights.
+    """
+    expected = merged_config(base, dtype)
+    try:
+        config = json.loads((merged / CONFIG).read_text())
+    except ValueError as fault:
+        yield f"{CONFIG} is damaged: {fault}; merge again"
+        return
+    for key in sorted(expected.keys() | config.keys()):
+        # A missing key differs from null: the config class may have another default for it.
+        value, expected_value = (
+            json.dumps(content[key]) if key in content else "absent"
+            for content in (config, expected)
+        )
+        if value != expected_value:
+            yield f"{CONFIG}: {key} is {value}; it must be {expected_value}"
+
+
+def loading_faults(merged: Path, model_class: Any) -> Iterator[str]:
+    """Yield what transformers reports when it loads the folder's tensors.
+
+    transformers receives the names, shapes and dtypes of the tensors on meta. If it read the files,
+    it would map all of them, which may exceed a limit on the memory of the process.
+
+    merged: the merged folder. model_class: transformers Auto class of the task.
+    """
+    from transformers import AutoConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    tensors = {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for name, entry in read_folder(merged).items()
+    }
+    try:
+        disable_progress_bar()  # Nothing is read, so there is no progress to show.
+        config = AutoConfig.from_pretrained(merged, trust_remote_code=False)
+        with torch.device("meta"):
+            concrete_class: Any = type(model_class.from_config(config, trust_remote_code=False))
+        _, info = concrete_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map="meta",
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, TypeError, RuntimeError) as fault:
+        yield f"transformers cannot load the folder: {fault}; merge again"
+        return
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            keys = ", ".join(map(str, sorted(info[kind])))
+            yield f"transformers reports {kind.replace('_', ' ')}: {keys}; merge again"
+
+
+def _has_same_content(file: Path, base_file: Path) -> bool:
+    """Return whether both files have the same bytes, or the same JSON in another layout."""
+    if file.read_bytes() == base_file.read_bytes():
+        return True
+    return file.suffix == ".json" and _read_json(file) == _read_json(base_file) is not None
+
+
+def _first_difference(file: Path, base_file: Path) -> str:
+    """Return `: bos_token is "<s>"; it must be "<|im_start|>"` if both files are JSON objects."""
+    content, expected = _read_json(file), _read_json(base_file)
+    if not isinstance(content, dict) or not isinstance(expected, dict):
+        return ""
+    for key in sorted(content.keys() | expected.keys()):
+        value, expected_value = (json.dumps(c.get(key)) for c in (content, expected))
+        if value != expected_value:
+            limit = _MAX_VALUE_CHARACTERS
+            return f": {key} is {value[:limit]}; it must be {expected_value[:limit]}"
+    return ""
+
+
+def _read_json(file: Path) -> Any:
+    """Return the content of a JSON file, or None if the file is not JSON."""
+    if file.suffix != ".json":
+        return None
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError:
+        return None

@@ -1,0 +1,159 @@
+"""Check the predictions of a merged folder against those of the trained model.
+
+Checks 3 to 5 of `verification.py`, which defines them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qlora_cli.data.encode import Example
+from qlora_cli.errors import VerificationFailed
+from qlora_cli.events import Observer
+from qlora_cli.export.compare.comparison_models import (
+    folder_model,
+    frozen_base_model,
+    merged_model,
+    trained_model,
+)
+from qlora_cli.export.compare.dtype_range import largest_activation
+from qlora_cli.export.compare.eval_rows import EvalRows, eval_rows
+from qlora_cli.export.compare.greedy_agreement import (
+    GreedyAgreement,
+    count_agreeing_tokens,
+    greedy_continuation,
+)
+from qlora_cli.export.compare.logit_comparison import (
+    ComparedLogits,
+    Comparison,
+    compare,
+    free_memory,
+)
+from qlora_cli.export.merge.base_choice import loses_fine_tune
+from qlora_cli.export.merge.folder import CONFIG
+from qlora_cli.export.merge.merged_tensors import MergedTensors
+from qlora_cli.export.options import has_narrow_range
+from qlora_cli.export.verify.file_checks import loading_faults
+from qlora_cli.files.dtype import dtype_name
+from qlora_cli.files.locate import read_config
+from qlora_cli.runs.run import Run
+
+ROUNDING_KL = 1e-4
+"""Nats that rounding the weights may cost: ten times what rounding them to float16 costs at most on
+random tiny models."""
+_BASE_CHANGE_FACTOR = 4.0
+"""The fine-tuned model may be more sensitive to a change of the base than the base itself is."""
+
+
+@dataclass(frozen=True)
+class PredictionReport:
+    """How the merged folder's predictions compare with the trained model's.
+
+    comparison: on the held-out rows. greedy: on a greedy continuation. faults: failed checks.
+    """
+
+    comparison: Comparison
+    greedy: GreedyAgreement
+    faults: tuple[str, ...]
+
+
+def compare_predictions(
+    merged: Path, run: Run, expected: MergedTensors, observer: Observer
+) -> PredictionReport:
+    """Compare the merged folder with the trained model on held-out rows.
+
+    merged: the merged folder, which has every tensor of `expected` in the right shape.
+    run: the run that it was merged from.
+    expected: the tensors that merging must write.
+    observer: receives notes about the rows and about the base.
+    """
+    base = run.base_folder
+    rows = eval_rows(run.recipe, base, read_config(base / CONFIG))
+    for note in rows.notes:
+        observer.note(note)
+    if _is_base_changed(expected):
+        observer.note(
+            "the adapter was trained on a quantized base and is merged into the original base: the "
+            "figures include the change from quantization; a merge with --base dequantized avoids "
+            "it"
+        )
+    model = trained_model(expected, base, may_be_resident=True)
+    trained = model.compared_logits(rows.rows)
+    continuation = greedy_continuation(model, rows.rows)
+    frozen = frozen_base_model(model, expected, base).compared_logits(rows.rows)
+    del model
+    free_memory()
+    faults = list(loading_faults(merged, expected.task.model_class))
+    model = folder_model(expected.task, merged, expected.dtype, expected.device)
+    predictions = model.compared_logits([*rows.rows, continuation])
+    num = trained.targets.numel()
+    comparison = compare(trained, predictions[:num])
+    faults += _divergence_faults(expected, base, rows, frozen, comparison)
+    if rows.is_task_data and _is_base_changed(expected):
+        faults += _lost_fine_tune_faults(expected, base, rows, trained, frozen, comparison)
+    if has_narrow_range(dtype_name(expected.dtype)):
+        faults += _overflow_faults(merged, expected, rows.rows)
+    return PredictionReport(comparison, count_agreeing_tokens(predictions[num:]), tuple(faults))
+
+
+def _divergence_faults(
+    expected: MergedTensors,
+    base: Path,
+    rows: EvalRows,
+    frozen: ComparedLogits,
+    comparison: Comparison,
+) -> Iterator[str]:
+    """Yield a fault if the merged model is too far from the trained model (check 3).
+
+    frozen: predictions of the base as it was trained on. comparison: trained against merged.
+    """
+    alone = merged_model(replace(expected, adapter=None), base).compared_logits(rows.rows)
+    allowed = _BASE_CHANGE_FACTOR * compare(frozen, alone).mean_kl + ROUNDING_KL
+    # `not <=` also reports NaN.
+    if not comparison.mean_kl <= allowed:
+        yield (
+            f"the predictions differ from the trained model's: the mean KL on {rows.origin} is "
+            f"{comparison.mean_kl:.3g} nats, and at most {allowed:.3g} is allowed; merge again"
+        )
+
+
+def _lost_fine_tune_faults(
+    expected: MergedTensors,
+    base: Path,
+    rows: EvalRows,
+    trained: ComparedLogits,
+    frozen: ComparedLogits,
+    comparison: Comparison,
+) -> Iterator[str]:
+    """Yield a fault if the merge into the original base lost the fine-tuning (check 4).
+
+    trained, frozen: predictions of the trained model and of its frozen base. comparison: trained
+    against merged.
+    """
+    dequantized = merged_model(replace(expected, base="dequantized"), base)
+    other = compare(trained, dequantized.compared_logits(rows.rows))
+    if loses_fine_tune(comparison, other, compare(trained, frozen)):
+        yield (
+            "the merge into the original base lost the fine-tuning; merge again with "
+            "--base dequantized"
+        )
+
+
+def _overflow_faults(
+    merged: Path, expected: MergedTensors, rows: Sequence[Example]
+) -> Iterator[str]:
+    """Yield a fault if an activation overflows in the dtype of the weights (check 5)."""
+    dtype = expected.dtype
+    model = folder_model(expected.task, merged, dtype, expected.device, compute=dtype)
+    try:
+        largest_activation(model, rows, dtype)
+    except VerificationFailed as fault:
+        yield f"{fault.what}; {fault.hint}"
+
+
+def _is_base_changed(expected: MergedTensors) -> bool:
+    """Return whether the adapter is added to other weights than it was trained on."""
+    is_quantized = expected.adapter is not None and expected.weight_format.bits < 16
+    return is_quantized and expected.base == "original"
