@@ -39,7 +39,8 @@ class Task(Protocol):
     """One kind of training objective. Implementations hold no state.
 
     name: the value of `task` in a recipe. trained_head: paths of head modules whose parameters
-    train in addition to the adapter; empty if the head stays frozen.
+    train in addition to the adapter; empty if the head stays frozen. Checkpoints contain a trained
+    head; an adapter folder and a merged model do not yet, so the first such task must add it there.
     """
 
     name: str

@@ -59,14 +59,13 @@ def build_state(request: ModelRequest) -> State:
 def tag_living(state: State, tracker: StorageTracker) -> None:
     """Register every tensor of the state with `tracker`, each under its memory category."""
     loaded = state.loaded
+    table = loaded.model.get_submodule(loaded.family.token_embedding)
     for path, module in loaded.model.named_modules():
         if path in loaded.family.embeddings:
             tracker.tag(module.parameters(recurse=False), "embeddings")
         elif path == loaded.family.head:
-            if (
-                module.weight
-                is not loaded.model.get_submodule(loaded.family.token_embedding).weight
-            ):
+            # A tied head is the embedding, which has its own category.
+            if module.weight is not table.weight:
                 tracker.tag(module.parameters(recurse=False), "head")
         elif isinstance(module, QuantLinear):
             tracker.tag((p for p in (module.weight, module.bias) if p is not None), "base")

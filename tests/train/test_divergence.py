@@ -1,4 +1,4 @@
-"""Training that diverges stops in that step; nothing with NaN or infinity is ever written."""
+"""Training that diverges stops in that step, and no file gets a value that is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.runs import make_base, make_recipe, make_rows
 from tests.helpers.training import FLOAT16, ROWS, make_nonfinite, make_state
 
 STEPS = 6
-HALVES: dict[str, dict[str, dict[str, Any]]] = {
+FLOAT16_SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "float16 compute": {"base": {"compute_dtype": "float16"}},
     "float16 adapter": {"adapter": {"dtype": "float16"}},
     "both": FLOAT16,
@@ -39,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(folder: Path, model: Path, lr: float, every: int, **sections: Any) -> Outcome:
-    """`qlora train` of STEPS steps into `folder/run`; every: steps between checkpoints."""
+    """Run `qlora train` for STEPS steps into `folder/run`. every: steps between checkpoints."""
     settings = {
         "steps": STEPS,
         "grad_accum": 1,
@@ -57,8 +57,8 @@ def job(folder: Path, model: Path, lr: float, every: int, **sections: Any) -> Ou
     return qlora("train", folder / "job.yaml")
 
 
-def stopped(outcome: Outcome, folder: Path) -> RunFolder:
-    """The run, which failed with one error and holds finite values only."""
+def check_stopped(outcome: Outcome, folder: Path) -> RunFolder:
+    """Check that the run failed with one error and stored finite values only. Return its folder."""
     assert outcome.code == 1, outcome.err
     assert outcome.err.count("error: ") == 1, outcome.err
     assert "Traceback" not in outcome.err
@@ -74,12 +74,12 @@ def stopped(outcome: Outcome, folder: Path) -> RunFolder:
     return run
 
 
-@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.parametrize("kind", FLOAT16_SECTIONS)
 @pytest.mark.parametrize("every", [1, 100])
 def test_float16_with_a_huge_learning_rate_stops(
     tmp_path: Path, base: Path, kind: str, every: int
 ) -> None:
-    run = stopped(job(tmp_path, base, 1e6, every, **HALVES[kind]), tmp_path)
+    run = check_stopped(job(tmp_path, base, 1e6, every, **FLOAT16_SECTIONS[kind]), tmp_path)
     if run.metrics.exists():
         assert run.read()["status"] == "failed"
         assert len(run.metrics.read_text().splitlines()) < STEPS
@@ -89,7 +89,7 @@ def test_float16_with_a_huge_learning_rate_stops(
 def test_float32_names_the_last_good_checkpoint(tmp_path: Path, base: Path, method: str) -> None:
     sections = {"base": {"bits": 16, "compute_dtype": "float32"}, "adapter": {"method": method}}
     outcome = job(tmp_path, base, 1e25, 1, **sections)
-    run = stopped(outcome, tmp_path)
+    run = check_stopped(outcome, tmp_path)
     assert run.read()["status"] == "failed"
     assert run.steps(), outcome.err
     last = run.steps()[-1]
@@ -100,16 +100,16 @@ def test_without_a_checkpoint_the_error_states_that_there_is_none(
     tmp_path: Path, base: Path
 ) -> None:
     outcome = job(tmp_path, base, 1e25, 100)
-    assert not stopped(outcome, tmp_path).steps()
+    assert not check_stopped(outcome, tmp_path).steps()
     assert "there is no checkpoint" in outcome.err
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, at: int, value: float) -> None:
-    """The update of one step leaves a parameter that is not finite, behind a finite loss."""
-    real = loop.train_step
+def make_nonfinite_at(monkeypatch: pytest.MonkeyPatch, at: int, value: float) -> None:
+    """Let the update of step `at` store `value` in a parameter. The loss of that step is finite."""
+    original = loop.train_step
 
     def step(state: Any, *rest: Any) -> Any:
-        outcome = real(state, *rest)
+        outcome = original(state, *rest)
         if state.step == at:
             with torch.no_grad():
                 next(reversed(state.trainable.values())).view(-1)[-1] = value
@@ -122,9 +122,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch, at: int, value: float) -> None:
 def test_a_parameter_is_checked_before_its_checkpoint_is_written(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    spoil(monkeypatch, 3, value)
+    make_nonfinite_at(monkeypatch, 3, value)
     outcome = job(tmp_path, base, 1e-4, 1)
-    run = stopped(outcome, tmp_path)
+    run = check_stopped(outcome, tmp_path)
     assert run.steps() == [1, 2]
     assert "after step 3: " in outcome.err
     assert "lora_b" in outcome.err
@@ -134,9 +134,9 @@ def test_a_parameter_is_checked_before_its_checkpoint_is_written(
 def test_the_last_step_is_checked_before_the_adapter_is_written(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil(monkeypatch, STEPS, float("inf"))
+    make_nonfinite_at(monkeypatch, STEPS, float("inf"))
     outcome = job(tmp_path, base, 1e-4, 100)
-    assert not stopped(outcome, tmp_path).steps()
+    assert not check_stopped(outcome, tmp_path).steps()
     assert "there is no checkpoint" in outcome.err
 
 
@@ -144,18 +144,18 @@ def test_the_last_step_is_checked_before_the_adapter_is_written(
 def test_trained_weights_that_are_not_finite_are_not_written(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """Also where the model is spoiled after the last checkpoint."""
-    real = train._save
+    """Also if a weight becomes NaN after the last checkpoint."""
+    original = train._save
 
     def save(job: Any, state: Any) -> None:
         with torch.no_grad():
             next(iter(state.trainable.values())).view(-1)[0] = float("nan")
-        real(job, state)
+        original(job, state)
 
     monkeypatch.setattr(train, "_save", save)
     sections = {"base": {"bits": 16, "compute_dtype": "float32"}, "adapter": {"method": method}}
     outcome = job(tmp_path, base, 1e-4, 100, **sections)
-    run = stopped(outcome, tmp_path)
+    run = check_stopped(outcome, tmp_path)
     assert f"the last good checkpoint is of step {STEPS}" in outcome.err
     assert run.read()["status"] == "failed"
 
@@ -174,8 +174,8 @@ def test_a_failed_write_keeps_the_older_checkpoint(tmp_path: Path) -> None:
 def test_a_checkpoint_of_an_older_version_that_is_not_finite_is_refused(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil(monkeypatch, 3, float("nan"))
-    run = stopped(job(tmp_path, base, 1e-4, 1), tmp_path)
+    make_nonfinite_at(monkeypatch, 3, float("nan"))
+    run = check_stopped(job(tmp_path, base, 1e-4, 1), tmp_path)
     monkeypatch.undo()
     file = run.checkpoint(2) / "trained.safetensors"
     values = load_file(file)
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_an_older_version_that_is_not_finite_is_refused(
     assert str(run.checkpoint(2)) in outcome.err
 
 
-def test_a_loss_that_is_not_finite_is_no_overflow(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_not_treated_as_overflow(tmp_path: Path) -> None:
     state = make_state(tmp_path, **FLOAT16)
     make_nonfinite(state, float("inf"))
     before = state.loss_scale.value
@@ -196,8 +196,8 @@ def test_a_loss_that_is_not_finite_is_no_overflow(tmp_path: Path) -> None:
     assert state.loss_scale.value == before
 
 
-def test_a_parameter_that_is_not_finite_is_no_overflow(tmp_path: Path) -> None:
-    """Here it does not reach the loss: no row has the token that it is of."""
+def test_a_parameter_that_is_not_finite_is_not_treated_as_overflow(tmp_path: Path) -> None:
+    """The NaN does not reach the loss, because no row contains its token."""
     state = make_state(tmp_path, base={"bits": 16, "compute_dtype": "float16"}, adapter=FULL)
     unused = min(set(range(250)) - {token for row in ROWS for token in row.ids})
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_a_parameter_that_is_not_finite_is_no_overflow(tmp_path: Path) -> None:
         train_step(state, [collate(ROWS)], 1e-3)
 
 
-def test_overflows_behind_a_finite_loss_are_skipped_and_counted(
+def test_overflows_with_a_finite_loss_are_skipped_and_counted(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LossScale, "FIRST", 2.0**40)
@@ -220,8 +220,8 @@ def test_overflows_behind_a_finite_loss_are_skipped_and_counted(
     assert run.read()["status"] == "done"
 
 
-def test_silent_jobs_raise_not_finite(tmp_path: Path, base: Path) -> None:
-    """For callers of the job: the class of the error, without the command line."""
+def test_the_job_raises_not_finite(tmp_path: Path, base: Path) -> None:
+    """The class of the error for callers of the job without the command line."""
     settings = {"steps": 3, "grad_accum": 1, "lr": 1e25, "warmup": 0.0}
     recipe = make_recipe(base, make_rows(tmp_path / "rows.jsonl"), train=settings)
     recipe = recipe.model_copy(update={"output": str(tmp_path / "run")})

@@ -1,4 +1,4 @@
-"""One optimizer step: a window is one big batch, checkpointing changes nothing, NaN stops it."""
+"""One optimizer step: gradient accumulation, activation checkpointing, clipping, float16, NaN."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from tests.helpers.training import FLOAT16, LENGTHS, ROWS, make_nonfinite, make_
 
 
 def loss_and_gradients(
-    state: State, window: list[Batch], monkeypatch: pytest.MonkeyPatch
+    state: State, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[float, dict[str, Tensor]]:
-    """What train_step hands to the optimizer, without moving anything."""
-    found: dict[str, Tensor] = {}
+    """Return the loss and the unscaled gradients of a step that updates no parameter."""
+    gradients: dict[str, Tensor] = {}
 
-    def catch(caught: State, norm: float, lr: float) -> None:
-        scale = caught.loss_scale.value
-        for name, parameter in caught.trainable.items():
+    def record_gradients(state: State, norm: float, lr: float) -> None:
+        scale = state.loss_scale.value
+        for name, parameter in state.trainable.items():
             assert parameter.grad is not None
-            found[name] = parameter.grad.float() / scale
+            gradients[name] = parameter.grad.float() / scale
 
     with monkeypatch.context() as patch:
-        patch.setattr(stepping, "_update", catch)
-        outcome = train_step(state, window, 1e-3)
-    return outcome.loss, found
+        patch.setattr(stepping, "_update", record_gradients)
+        outcome = train_step(state, batches, 1e-3)
+    return outcome.loss, gradients
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-5) -> None:
@@ -48,27 +48,29 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_an_accumulated_window_is_one_big_batch(
+def test_accumulated_micro_batches_give_the_gradient_of_one_batch(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows with 2 to 28 trained tokens: a mean of means would weigh them wrongly."""
+    """Rows have 2 to 28 trained tokens, so a mean of the means would be another loss."""
     state = make_state(tmp_path, family)
-    one, wanted = loss_and_gradients(state, [collate(ROWS)], monkeypatch)
-    parts, found = loss_and_gradients(state, [collate([row]) for row in ROWS], monkeypatch)
-    assert parts == pytest.approx(one, rel=1e-5)
+    whole_loss, wanted = loss_and_gradients(state, [collate(ROWS)], monkeypatch)
+    accumulated_loss, found = loss_and_gradients(
+        state, [collate([row]) for row in ROWS], monkeypatch
+    )
+    assert accumulated_loss == pytest.approx(whole_loss, rel=1e-5)
     assert_same(found, wanted)
     means = [loss_and_gradients(state, [collate([row])], monkeypatch)[0] for row in ROWS]
-    assert sum(means) / len(means) != pytest.approx(one, rel=1e-3), "this must be able to fail"
+    assert sum(means) / len(means) != pytest.approx(whole_loss, rel=1e-3)
 
 
-def test_the_partial_last_window_counts_its_own_tokens(
+def test_the_last_step_of_an_epoch_counts_its_own_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five rows in windows of four: the last has one, and its loss is that row's own mean."""
+    """Five rows, four per step: the second step has one row and reports the mean loss of that row."""
     state = make_state(tmp_path)
-    windows = BatchSchedule(ROWS, seq_len=32, packing=False, micro_batch=1, grad_accum=4, seed=0)
-    assert windows.steps_per_epoch == 2
-    last = windows.step_batches(1)
+    schedule = BatchSchedule(ROWS, seq_len=32, packing=False, micro_batch=1, grad_accum=4, seed=0)
+    assert schedule.steps_per_epoch == 2
+    last = schedule.step_batches(1)
     assert len(last) == 1
     row = next(row for row in ROWS if row.ids == last[0].input_ids[0].tolist())
     found_loss, found = loss_and_gradients(state, last, monkeypatch)
@@ -101,10 +103,10 @@ def test_activation_checkpointing_changes_no_gradient(
     assert_same(found, wanted, rtol=1e-6)
 
 
-def test_checkpointing_drops_the_same_inputs_twice(
+def test_checkpointing_repeats_the_dropout_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout the second forward of a block must draw the first one's mask."""
+    """The second forward pass of a block must use the mask of the first one."""
     results = []
     for checkpointing in (False, True):
         state = make_state(
@@ -118,8 +120,10 @@ def test_checkpointing_drops_the_same_inputs_twice(
     assert_same(results[1][1], results[0][1], rtol=1e-6)
 
 
-def test_checkpointing_is_really_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal gradients prove nothing where the setting is not obeyed."""
+def test_checkpointing_runs_each_block_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal gradients would show nothing if the setting were ignored."""
     calls = {}
     for checkpointing in (False, True):
         state = make_state(tmp_path, train={"activation_checkpointing": checkpointing})
@@ -141,7 +145,7 @@ def test_the_reported_loss_is_the_mean_over_trained_tokens(tmp_path: Path) -> No
 
 
 def test_clipping_limits_the_norm(tmp_path: Path) -> None:
-    """The gradient that reaches AdamW has the limit's norm, seen in its first moment."""
+    """AdamW's first moment is a tenth of the clipped gradient after one step."""
     for limit in (1e-3, None):
         state = make_state(tmp_path, train={"max_grad_norm": limit})
         outcome = train_step(state, [collate(ROWS)], 1e-3)
@@ -152,7 +156,7 @@ def test_clipping_limits_the_norm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_steps_learn(tmp_path: Path, family: str) -> None:
+def test_steps_decrease_the_loss(tmp_path: Path, family: str) -> None:
     state = make_state(tmp_path, family)
     losses = [train_step(state, [collate(ROWS)], 1e-2).loss for _ in range(12)]
     assert losses[-1] < 0.95 * losses[0]
@@ -178,14 +182,14 @@ def test_a_nan_in_a_gradient_alone_stops_the_job(tmp_path: Path) -> None:
         train_step(state, [collate(ROWS)], 1e-3)
 
 
-def test_a_nan_in_the_second_batch_of_a_window_is_seen(tmp_path: Path) -> None:
+def test_a_nan_in_the_second_micro_batch_is_detected(tmp_path: Path) -> None:
     state = make_state(tmp_path)
     table = state.loaded.model.get_submodule("model.embed_tokens").weight
     with torch.no_grad():
         table[ROWS[1].ids[3]] = float("nan")
-    window = [collate([ROWS[0]]), collate([ROWS[1]])]
+    batches = [collate([ROWS[0]]), collate([ROWS[1]])]
     with pytest.raises(QloraError, match="the loss is nan"):
-        train_step(state, window, 1e-3)
+        train_step(state, batches, 1e-3)
 
 
 def test_float16_trains_under_a_loss_scale(tmp_path: Path) -> None:
@@ -193,7 +197,7 @@ def test_float16_trains_under_a_loss_scale(tmp_path: Path) -> None:
     half = make_state(tmp_path, **FLOAT16)
     assert half.loss_scale.needed
     assert not exact.loss_scale.needed
-    # These weights are wild; a scale that does not overflow, so that both do the same steps.
+    # The random weights are large. This scale does not overflow, so that both do the same steps.
     half.loss_scale.value = 2.0**8
     losses = {
         name: [train_step(state, [collate(ROWS)], 5e-3).loss for _ in range(8)]
@@ -205,7 +209,7 @@ def test_float16_trains_under_a_loss_scale(tmp_path: Path) -> None:
 def test_float16_gradients_are_the_float32_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scale is in the gradients while they are float16, and out of them at the optimizer."""
+    """Float16 gradients contain the loss scale; the optimizer gets them without it."""
     exact = loss_and_gradients(make_state(tmp_path), [collate(ROWS)], monkeypatch)
     state = make_state(tmp_path, **FLOAT16)
     state.loss_scale.value = 2.0**8
@@ -233,8 +237,8 @@ def test_an_overflow_is_skipped_and_the_scale_halved(tmp_path: Path) -> None:
     assert math.isfinite(outcome.loss)
 
 
-def test_float16_gives_up_where_no_scale_helps(tmp_path: Path) -> None:
-    """The loss is finite and a gradient never is."""
+def test_float16_stops_if_no_loss_scale_helps(tmp_path: Path) -> None:
+    """The loss is finite, but a gradient is NaN at every scale."""
     state = make_state(tmp_path, **FLOAT16)
     parameter = next(iter(state.trainable.values()))
     parameter.register_hook(lambda grad: torch.full_like(grad, float("nan")))

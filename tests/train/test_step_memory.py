@@ -1,4 +1,4 @@
-"""What a step may not hold: the token table on a card, float32 copies, anything after eval."""
+"""Memory that a step must not use: the token table on a GPU, float32 copies, leftovers of eval."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from qlora_cli.train.step import train_step
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.runs import CPU, build_base, make_base, make_recipe, make_rows, open_source
 
-CARD = DeviceProfile("cuda", "a card", 24 * 2**30, (8, 9), 128)
-HOST = DeviceProfile("cpu", "a host", 24 * 2**30)
+GPU_PROFILE = DeviceProfile("cuda", "a GPU", 24 * 2**30, (8, 9), 128)
+CPU_PROFILE = DeviceProfile("cpu", "a CPU", 24 * 2**30)
 BATCH = largest_batch(32, 2, 250)
 
 
@@ -55,41 +55,41 @@ def load(recipe: Recipe) -> State:
     folder = Path(recipe.model.name)
     config = read_config(folder / "config.json")
     return build_state(
-        ModelRequest(recipe, config, lambda _, found: open_source(folder, found), CPU, HOST)
+        ModelRequest(recipe, config, lambda _, found: open_source(folder, found), CPU, CPU_PROFILE)
     )
 
 
-# The token table.
+# The token embedding table.
 
 
-def planned(recipe: Recipe, facts: DeviceProfile) -> dict[str, Phase]:
+def planned(recipe: Recipe, profile: DeviceProfile) -> dict[str, Phase]:
     config = read_config(Path(recipe.model.name) / "config.json")
-    window = [BATCH, BATCH]
-    return {p.name: p for p in dry_run(recipe, config, facts, window, window[:1]).phases}
+    plan = dry_run(recipe, config, profile, [BATCH, BATCH], [BATCH])
+    return {phase.name: phase for phase in plan.phases}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_an_untied_table_is_not_on_the_card(bases: Path, name: str) -> None:
+def test_an_untied_table_is_not_in_gpu_memory(bases: Path, name: str) -> None:
     recipe = recipe_of(bases, name)
-    on_card, finite_cpu_copy = planned(recipe, CARD), planned(recipe, HOST)
+    on_gpu, on_cpu = planned(recipe, GPU_PROFILE), planned(recipe, CPU_PROFILE)
     positions = 64 * 64 * 2 if name == "gpt2" else 0
     table = read_config(bases / name / "config.json").vocab_size * 64 * 2
     for phase in ("first_step", "step", "eval"):
-        assert on_card[phase].at_peak.get("embeddings", 0) == positions
-        assert finite_cpu_copy[phase].at_peak["embeddings"] == positions + table
+        assert on_gpu[phase].at_peak.get("embeddings", 0) == positions
+        assert on_cpu[phase].at_peak["embeddings"] == positions + table
 
 
-def test_a_tied_table_and_a_trained_one_stay_on_the_card(bases: Path) -> None:
+def test_a_tied_table_and_a_trained_one_stay_in_gpu_memory(bases: Path) -> None:
     for recipe in (
         recipe_of(bases, "tied"),
         recipe_of(bases, "llama", adapter={"method": "full"}, base={"bits": 16}),
     ):
-        weight_format = planned(recipe, CARD)["step"].at_peak
-        assert weight_format.get("embeddings", 0) + weight_format.get("adapter", 0) >= 259 * 64 * 2
+        at_peak = planned(recipe, GPU_PROFILE)["step"].at_peak
+        assert at_peak.get("embeddings", 0) + at_peak.get("adapter", 0) >= 259 * 64 * 2
 
 
-def finite_cpu_copy(loaded: LoadedModel) -> HostEmbedding:
-    """As on a card, but with the host itself for the device."""
+def move_table_to_cpu(loaded: LoadedModel) -> HostEmbedding:
+    """Move the table as training on a GPU does, with the CPU as the device."""
     convert.move_embedding_to_host(loaded.model, loaded.family.token_embedding, CPU)
     table = loaded.model.get_submodule(loaded.family.token_embedding)
     assert isinstance(table, HostEmbedding)
@@ -97,19 +97,19 @@ def finite_cpu_copy(loaded: LoadedModel) -> HostEmbedding:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_table_on_the_host_gives_the_same_loss_and_gradients(bases: Path, name: str) -> None:
+def test_a_table_in_cpu_memory_gives_the_same_loss_and_gradients(bases: Path, name: str) -> None:
     found = []
     for moved in (False, True):
         loaded = build_base(recipe_of(bases, name))
         if moved:
-            finite_cpu_copy(loaded)
+            move_table_to_cpu(loaded)
         loss = CAUSAL.loss(loaded, BATCH, CPU, 1.0)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in loaded.trainable().values())])
     assert all(torch.equal(own, other) for own, other in zip(*found, strict=True))
 
 
-def test_a_table_on_the_host_is_no_parameter_and_gives_rows_in_compute_dtype() -> None:
+def test_a_table_in_cpu_memory_is_no_parameter_and_returns_rows_in_compute_dtype() -> None:
     weight = torch.randn(10, 4).half()
     table = HostEmbedding(FrozenEmbedding(weight, torch.float32), CPU)
     assert not list(table.parameters())
@@ -122,20 +122,21 @@ def test_a_table_on_the_host_is_no_parameter_and_gives_rows_in_compute_dtype() -
         table(torch.tensor([10]))
 
 
-def test_the_record_says_where_a_table_lies_and_why(bases: Path) -> None:
+def test_the_record_states_where_a_table_is_stored_and_why(bases: Path) -> None:
     loaded = build_base(recipe_of(bases, "llama"))
-    finite_cpu_copy(loaded)
-    told = {one["tensors"]: one for one in describe_tensors(loaded)}["model.embed_tokens"]
-    assert told["held"] == "bfloat16 in CPU memory"
-    assert "only the rows looked up move" in told["reason"]
+    move_table_to_cpu(loaded)
+    kinds = {kind["tensors"]: kind for kind in describe_tensors(loaded)}
+    table = kinds["model.embed_tokens"]
+    assert table["held"] == "bfloat16 in CPU memory"
+    assert "only the needed rows are copied" in table["reason"]
 
 
 # Nothing after eval.
 
 
-def after_eval(state: State) -> tuple[int, int]:
-    """Bytes that live (before, after)."""
-    instrument = Instrument(CPU, DeviceProfile("cpu", "a CPU", 2**34))
+def live_bytes_around_eval(state: State) -> tuple[int, int]:
+    """Return the allocated bytes (before, after) an evaluation."""
+    instrument = Instrument(CPU, CPU_PROFILE)
     with instrument.phase("load"):
         tag_living(state, instrument.tracker)
     with instrument.phase("eval"):
@@ -145,30 +146,30 @@ def after_eval(state: State) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_nothing_outlives_eval(bases: Path, family: str) -> None:
+def test_eval_frees_everything_that_it_allocates(bases: Path, family: str) -> None:
     scale_codebook(CPU)
-    before, after = after_eval(load(recipe_of(bases, family)))
+    before, after = live_bytes_around_eval(load(recipe_of(bases, family)))
     assert after == before > 0
 
 
-def test_a_batch_that_is_kept_would_be_seen(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_is_kept_is_detected(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
-    own = causal.hidden_states
+    original = causal.hidden_states
 
     def keeping(loaded: LoadedModel, batch: Batch, device: torch.device) -> Tensor:
-        kept.append(own(loaded, batch, device))
+        kept.append(original(loaded, batch, device))
         return kept[-1]
 
     monkeypatch.setattr(causal, "hidden_states", keeping)
-    before, after = after_eval(load(recipe_of(bases, "llama")))
+    before, after = live_bytes_around_eval(load(recipe_of(bases, "llama")))
     assert after - before == 2 * 64 * 64 * 2
 
 
 # No float32 copies.
 
 
-class Float32Seen(TorchDispatchMode):
-    """The largest float32 tensor that an operation makes, in elements."""
+class LargestFloat32(TorchDispatchMode):
+    """Records the size of the largest float32 tensor that an operation returns, in elements."""
 
     largest = 0
 
@@ -180,17 +181,17 @@ class Float32Seen(TorchDispatchMode):
         return output
 
 
-FEW = largest_batch(5, 1, 250)
-"""Tokens: few enough that no activation and no chunk of logits is as large as a weight."""
+SMALL_BATCH = largest_batch(5, 1, 250)
+"""So few tokens that no activation and no chunk of logits is as large as a weight."""
 
 
 def largest_float32(recipe: Recipe) -> int:
     state = load(recipe)
-    train_step(state, [FEW], 1e-4)
-    with Float32Seen() as seen:
-        train_step(state, [FEW], 1e-4)
-        CAUSAL.evaluate(state.loaded, [FEW], CPU)
-    return seen.largest
+    train_step(state, [SMALL_BATCH], 1e-4)
+    with LargestFloat32() as recorded:
+        train_step(state, [SMALL_BATCH], 1e-4)
+        CAUSAL.evaluate(state.loaded, [SMALL_BATCH], CPU)
+    return recorded.largest
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
@@ -201,7 +202,7 @@ def test_no_weight_is_ever_copied_to_float32(bases: Path, family: str, bits: int
     assert largest_float32(recipe) < 32 * 64
 
 
-def test_a_float32_copy_of_a_weight_would_be_seen(
+def test_a_float32_copy_of_a_weight_is_detected(
     bases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_cli.nn.quant import QuantLinear
