@@ -1,4 +1,4 @@
-"""A GGUF file holds the merged model: as two foreign readers find it, value by value."""
+"""A GGUF file contains the merged model, as two independent readers find it, value by value."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from qlora_cli.models.registry import FAMILIES
 from qlora_cli.runs.layout import RunFolder
 from tests.helpers.cli_helpers import qlora
 from tests.helpers.families import LLAMA3_ROPE_SCALING
+from tests.helpers.observers import NoteRecorder
 from tests.helpers.runs import make_base, make_recipe, make_rows, make_run
 from tests.helpers.vocabularies import (
     NUM_TOKENS,
@@ -55,17 +56,7 @@ def weights(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     return {name: tensor.float().numpy() for name, tensor in found.items()}
 
 
-class Notes(Silent):
-    """Keeps what was told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.told.append(text)
-
-
-def test_a_new_model_type_is_written_or_known_not_to_be() -> None:
+def test_every_model_type_is_supported_or_known_to_be_unsupported() -> None:
     known = {kind for family in FAMILIES for kind in family.model_types}
     assert known == {*ARCHITECTURES, "gpt2"}
 
@@ -73,7 +64,7 @@ def test_a_new_model_type_is_written_or_known_not_to_be() -> None:
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_reads_the_same_values(family: str, tied: bool, tmp_path: Path) -> None:
-    # transformers' reader takes 128 for Qwen3's heads, whatever the file says.
+    # transformers' reader assumes a head size of 128 for Qwen3 and ignores the file's value.
     sizes = {"head_dim": 128} if family == "qwen3" else {}
     folder = make_model_with_tokenizer(tmp_path / "model", family, tied=tied, **sizes)
     file = write(folder)
@@ -91,7 +82,7 @@ def test_transformers_reads_the_same_values(family: str, tied: bool, tmp_path: P
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_rows_of_q_and_k_lie_as_llama_cpp_turns_them(family: str, tmp_path: Path) -> None:
+def test_rows_of_q_and_k_are_in_the_order_of_llama_cpp(family: str, tmp_path: Path) -> None:
     folder = make_model_with_tokenizer(tmp_path / "model", family)
     found = {tensor.name: tensor.data for tensor in GGUFReader(write(folder)).tensors}
     source = weights(folder)
@@ -104,7 +95,7 @@ def test_rows_of_q_and_k_lie_as_llama_cpp_turns_them(family: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_q8_0_lies_within_half_a_step(family: str, tmp_path: Path) -> None:
+def test_q8_0_values_are_within_half_a_step(family: str, tmp_path: Path) -> None:
     folder = make_model_with_tokenizer(tmp_path / "model", family)
     source = weights(folder)
     found = {tensor.name: tensor for tensor in GGUFReader(write(folder, "q8_0")).tensors}
@@ -115,35 +106,33 @@ def test_q8_0_lies_within_half_a_step(family: str, tmp_path: Path) -> None:
         "output.weight": "lm_head.weight",
     }
     for name, origin in names.items():
-        weight_format, values = found[name], source[origin]
-        assert weight_format.tensor_type == GGMLQuantizationType.Q8_0
-        assert np.array_equal(weight_format.data, quantize(values, GGMLQuantizationType.Q8_0))
+        tensor, values = found[name], source[origin]
+        assert tensor.tensor_type == GGMLQuantizationType.Q8_0
+        assert np.array_equal(tensor.data, quantize(values, GGMLQuantizationType.Q8_0))
         blocks = values.reshape(-1, 32)
         step = np.abs(blocks).max(axis=1, keepdims=True) / 127
-        error = np.abs(
-            dequantize(weight_format.data, weight_format.tensor_type).reshape(-1, 32) - blocks
-        )
-        # Half a step, and what float16 moves the step: at most 2^-11 of it, 127 times.
+        error = np.abs(dequantize(tensor.data, tensor.tensor_type).reshape(-1, 32) - blocks)
+        # Half a step, plus the rounding of the step to float16: at most 2^-11 of it, 127 times.
         assert (error <= step * (0.5 + 127 * 2.0**-11)).all()
     norm = found["blk.0.attn_norm.weight"]
     assert norm.tensor_type == GGMLQuantizationType.F32
     assert np.array_equal(norm.data, source["model.layers.0.input_layernorm.weight"])
 
 
-def test_biases_and_rows_that_fill_no_block_are_written(tmp_path: Path) -> None:
+def test_biases_and_rows_that_are_no_multiple_of_a_block_are_written(tmp_path: Path) -> None:
     folder = make_model_with_tokenizer(
         tmp_path / "model", "llama", attention_bias=True, mlp_bias=True, intermediate_size=88
     )
-    notes = Notes()
+    notes = NoteRecorder()
     file = export_gguf(folder, "q8_0", notes)
     found = {tensor.name: tensor.tensor_type for tensor in GGUFReader(file).tensors}
     assert found["blk.0.ffn_down.weight"] == GGMLQuantizationType.F16
     assert found["blk.0.ffn_up.weight"] == GGMLQuantizationType.Q8_0
     assert found["blk.0.attn_k.bias"] == GGMLQuantizationType.F32
-    assert any("2 tensors are written in float16" in note for note in notes.told)
+    assert any("2 tensors are written in float16" in note for note in notes.notes)
 
 
-def test_a_file_of_the_name_is_kept(tmp_path: Path) -> None:
+def test_an_existing_file_is_kept(tmp_path: Path) -> None:
     folder = make_model_with_tokenizer(tmp_path / "model", "llama")
     file = write(folder)
     then = file.stat().st_mtime_ns
@@ -196,17 +185,17 @@ def test_linear_frequencies_and_a_sliding_window_are_metadata(tmp_path: Path) ->
     folder = make_model_with_tokenizer(
         tmp_path / "model", "mistral", rope_parameters=rope, sliding_window=48
     )
-    notes = Notes()
+    notes = NoteRecorder()
     file = export_gguf(folder, "f16", notes)
     assert field(file, "llama.rope.scaling.type") == "linear"
     assert field(file, "llama.rope.scaling.factor") == 4.0
     assert field(file, "llama.rope.freq_base") == 5000.0
     assert field(file, "llama.context_length") == 48
-    assert any("the context is limited to 48 tokens" in note for note in notes.told)
+    assert any("the context is limited to 48 tokens" in note for note in notes.notes)
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "told"),
+    ("family", "settings", "message"),
     [
         ("gpt2", {}, "not gpt2"),
         ("llama", {"hidden_act": "gelu"}, "no gelu activation"),
@@ -220,17 +209,17 @@ def test_linear_frequencies_and_a_sliding_window_are_metadata(tmp_path: Path) ->
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_llama_cpp_cannot_be_told_is_refused(
-    family: str, settings: dict[str, Any], told: str, tmp_path: Path
+def test_a_model_that_llama_cpp_does_not_support_is_refused(
+    family: str, settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = make_model_with_tokenizer(tmp_path / "model", family, **settings)
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         write(folder)
     assert list(folder.glob("*.gguf")) == []
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
-def test_a_byte_level_tokenizer_is_carried(name: str, tmp_path: Path) -> None:
+def test_a_byte_level_tokenizer_is_written(name: str, tmp_path: Path) -> None:
     tokenizer = byte_level_of(name)
     folder = make_model_with_tokenizer(tmp_path / "model", "llama", tokenizer)
     file = write(folder)
@@ -249,11 +238,11 @@ def test_a_byte_level_tokenizer_is_carried(name: str, tmp_path: Path) -> None:
     assert field(file, "tokenizer.ggml.add_eos_token") is False
     assert field(file, "tokenizer.chat_template") == tokenizer.chat_template
     read: Any = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    if name != "smollm":  # transformers' reader does not know its cuts
+    if name != "smollm":  # transformers' reader does not support this name
         assert [read.tokenize(text) for text in TEXT] == [tokenizer.tokenize(t) for t in TEXT]
 
 
-def test_a_sentencepiece_tokenizer_is_carried(tmp_path: Path) -> None:
+def test_a_sentencepiece_tokenizer_is_written(tmp_path: Path) -> None:
     tokenizer = sentencepiece()
     folder = make_model_with_tokenizer(tmp_path / "model", "llama", tokenizer)
     file = write(folder)
@@ -264,21 +253,21 @@ def test_a_sentencepiece_tokenizer_is_carried(tmp_path: Path) -> None:
     assert types["<unk>"] == TokenType.UNKNOWN
     assert types["<0x0A>"] == TokenType.BYTE
     assert types["</s>"] == TokenType.CONTROL
-    # Merged in this order, so each has a higher score than the next.
+    # The merges have this order, so each token has a higher score than the next.
     merged = [scores[tokens.index(token)] for token in ("th", "he", "▁t", "the", "▁the", "ing")]
     assert merged == sorted(merged, reverse=True)
     assert len(set(merged)) == len(merged)
 
 
-def test_every_token_that_ends_an_answer_is_told(tmp_path: Path) -> None:
+def test_every_token_that_ends_a_generation_is_written(tmp_path: Path) -> None:
     folder = make_model_with_tokenizer(tmp_path / "model", "llama")
     settings = folder / "generation_config.json"
     settings.write_text(json.dumps({"eos_token_id": [2, 4, 3, 5]}))
-    notes = Notes()
+    notes = NoteRecorder()
     file = export_gguf(folder, "f16", notes)
     assert field(file, "tokenizer.ggml.eot_token_id") == 4
     assert field(file, "tokenizer.ggml.eom_token_id") == 3
-    assert any("tokens [5] also end a generation" in note for note in notes.told)
+    assert any("tokens [5] also end a generation" in note for note in notes.notes)
 
 
 def odd_tokenizers() -> dict[str, Any]:
@@ -313,13 +302,11 @@ def _stripping() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("told", "tokenizer"), odd_tokenizers().items(), ids=lambda value: str(value)[:24]
+    ("message", "tokenizer"), odd_tokenizers().items(), ids=lambda value: str(value)[:24]
 )
-def test_a_tokenizer_that_cannot_be_carried_is_refused(
-    told: str, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_an_unsupported_tokenizer_is_refused(message: str, tokenizer: Any, tmp_path: Path) -> None:
     folder = make_model_with_tokenizer(tmp_path / "model", "llama", tokenizer)
-    with pytest.raises(UsageError, match=told.strip()):
+    with pytest.raises(UsageError, match=message.strip()):
         write(folder)
 
 
@@ -342,7 +329,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("encoding", ["f16", "q8_0"])
 @pytest.mark.parametrize("name", ["token_embd.weight", "blk.1.attn_q.weight", "output_norm.weight"])
-def test_one_flipped_bit_in_the_file_is_found(
+def test_a_flipped_bit_in_the_file_is_found(
     encoding: GgufEncoding, name: str, tmp_path: Path
 ) -> None:
     folder = make_model_with_tokenizer(tmp_path / "model", "llama")
@@ -358,7 +345,7 @@ def test_one_flipped_bit_in_the_file_is_found(
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         (b"The", b"Teh", "tokenizer.ggml.tokens is not"),
         (b"<|im_start|>{{", b"<|im_stort|>{{", "tokenizer.chat_template is not"),
@@ -368,13 +355,13 @@ def test_one_flipped_bit_in_the_file_is_found(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_changed_header_is_found(old: bytes, new: bytes, told: str, tmp_path: Path) -> None:
+def test_a_changed_header_is_found(old: bytes, new: bytes, message: str, tmp_path: Path) -> None:
     folder = make_model_with_tokenizer(tmp_path / "model", "llama")
     file = write(folder)
     content = file.read_bytes()
     assert old in content
     file.write_bytes(content.replace(old, new, 1))
-    with pytest.raises(VerificationFailed, match=told):
+    with pytest.raises(VerificationFailed, match=message):
         verify_gguf(file, GgufPlan(folder, "f16"), Silent())
 
 
@@ -386,7 +373,7 @@ def test_a_file_that_was_cut_short_is_found(tmp_path: Path) -> None:
         verify_gguf(file, GgufPlan(folder, "f16"), Silent())
 
 
-def test_a_tensor_changed_after_writing_is_told_by_name(tmp_path: Path) -> None:
+def test_a_tensor_changed_after_writing_is_named(tmp_path: Path) -> None:
     folder = make_model_with_tokenizer(tmp_path / "model", "llama")
     file = write(folder, "q8_0")
     tensors = load_file(folder / "model.safetensors")
@@ -426,10 +413,10 @@ def test_merge_writes_the_merged_model(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
 
 
-def test_a_merge_that_lacks_its_file_is_given_one(
+def test_a_gguf_file_is_added_to_an_existing_merge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was merged without, or killed while the file was written."""
+    """The merge was made without a GGUF file, or it was killed while the file was written."""
     run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
     plain = ("merge", run.path, "--out", out, "--base", "original")
     assert qlora(*plain).code == 0
@@ -454,11 +441,11 @@ def test_another_family_is_refused_before_anything_is_written(tmp_path: Path) ->
     assert not out.exists()
 
 
-def test_without_the_package_merge_says_how_to_install_it(
+def test_without_the_package_merge_prints_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
-    monkeypatch.setitem(sys.modules, "gguf", None)  # what `import gguf` then does not find
+    monkeypatch.setitem(sys.modules, "gguf", None)  # makes `import gguf` fail
     outcome = qlora("merge", run.path, "--out", out, "--gguf", "f16")
     assert outcome.code == 2
     assert "pip install 'qlora-cli[gguf]'" in outcome.err

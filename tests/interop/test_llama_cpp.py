@@ -1,7 +1,7 @@
-"""llama.cpp itself reads our GGUF files, splits texts as the tokenizer does and answers the same.
+"""llama.cpp reads the GGUF files, tokenizes as the tokenizer does and computes the same logits.
 
 Runs where the package llama_cpp is installed (`pip install llama-cpp-python` compiles llama.cpp,
-which takes some ten minutes), and is skipped elsewhere; test_gguf.py asks other readers.
+which takes some ten minutes), and is skipped elsewhere. test_gguf.py uses other readers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.helpers.vocabularies import (
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
-HARD = [
+DIFFICULT_TEXTS = [
     *TEXT,
     "<s>",
     " a",
@@ -42,14 +42,14 @@ HARD = [
 
 
 def opened(file: Path) -> Any:
-    """The model in llama.cpp, with the logits of every position."""
+    """Open the model in llama.cpp, with the logits of every position."""
     return llama_cpp.Llama(
         str(file), n_ctx=64, n_threads=1, logits_all=True, verbose=False, n_gpu_layers=0
     )
 
 
 def distance(folder: Path, encoding: GgufEncoding) -> float:
-    """The root mean square difference of the logits, as a share of the logits' own."""
+    """Return the root mean square difference of the logits, relative to that of the logits."""
     file = export_gguf(folder, encoding, Silent())
     ids = [1, 80, 91, 7, 33, 250, 64, 12, 300, 5, 17, 200, 201, 44, 45, 46, 47, 81, 90, 3, 2, 9, 10]
     model = opened(file)
@@ -64,7 +64,7 @@ def distance(folder: Path, encoding: GgufEncoding) -> float:
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize(("encoding", "allowed"), [("f16", 2e-3), ("q8_0", 3e-2)])
-def test_the_model_answers_as_in_transformers(
+def test_logits_are_those_of_transformers(
     family: str, encoding: GgufEncoding, allowed: float, tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96}
@@ -84,7 +84,7 @@ def test_the_model_answers_as_in_transformers(
     ],
     ids=str,
 )
-def test_every_setting_of_llama_answers_as_in_transformers(
+def test_logits_are_those_of_transformers_for_every_setting_of_llama(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = make_model_with_tokenizer(tmp_path / "model", "llama", spread=0.1, **settings)
@@ -92,11 +92,11 @@ def test_every_setting_of_llama_answers_as_in_transformers(
 
 
 @pytest.mark.parametrize("name", [*PRE_TOKENIZERS, "sentencepiece"])
-def test_texts_are_split_as_the_tokenizer_splits_them(name: str, tmp_path: Path) -> None:
+def test_texts_are_tokenized_as_by_the_tokenizer(name: str, tmp_path: Path) -> None:
     tokenizer = sentencepiece() if name == "sentencepiece" else byte_level_of(name)
     folder = make_model_with_tokenizer(tmp_path / "model", "llama", tokenizer)
     model = opened(export_gguf(folder, "f16", Silent()))
     own: Any = AutoTokenizer.from_pretrained(folder)
-    found = [model.tokenize(text.encode(), add_bos=True, special=True) for text in HARD]
+    found = [model.tokenize(text.encode(), add_bos=True, special=True) for text in DIFFICULT_TEXTS]
     model.close()
-    assert found == [own.encode(text) for text in HARD]
+    assert found == [own.encode(text) for text in DIFFICULT_TEXTS]

@@ -1,9 +1,9 @@
-"""What other programs read of a merged folder is there, under the names and types they expect.
+"""A merged folder contains what other programs read, with the names and types they expect.
 
 llama.cpp's convert_hf_to_gguf.py takes the class of `architectures`, the sizes of config.json, the
 tensors of `model*.safetensors` (and those must be the ones that the index names), and the tokenizer
 from tokenizer.json and its neighbours; the `gguf` package has the tables and the tokenizer's reader
-that it uses. transformers must load all of it without a word.
+that it uses. transformers must load all of it without a warning.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def merge(
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_the_config_names_class_sizes_and_dtype(family: str, tmp_path: Path) -> None:
+def test_the_config_has_class_sizes_and_dtype(family: str, tmp_path: Path) -> None:
     folder = merge(tmp_path, family, torch.bfloat16)
     content = json.loads((folder / "config.json").read_text())
     assert content["architectures"] == [CLASSES[family]]
@@ -71,7 +71,7 @@ def test_the_config_names_class_sizes_and_dtype(family: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_index_names_every_tensor_once_and_converters_know_them(
+def test_the_index_lists_every_tensor_once_and_converters_support_them(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     folder = merge(tmp_path, family, dtype)
@@ -85,7 +85,7 @@ def test_the_index_names_every_tensor_once_and_converters_know_them(
     for file in files:
         with safe_open(folder / file, "pt") as tensors:
             assert tensors.metadata() == {"format": "pt"}
-            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 assert name not in found
                 found[name] = file
                 assert known.get_name(name, try_suffixes=(".weight", ".bias")) is not None
@@ -94,7 +94,7 @@ def test_the_index_names_every_tensor_once_and_converters_know_them(
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_the_tokenizer_is_found_by_the_converters_reader(family: str, tmp_path: Path) -> None:
+def test_the_reader_of_the_converter_finds_the_tokenizer(family: str, tmp_path: Path) -> None:
     folder = merge(tmp_path, family)
     own = byte_level_of("gpt-2")
     reader = SpecialVocab(folder, load_merges=True)
@@ -107,7 +107,7 @@ def test_the_tokenizer_is_found_by_the_converters_reader(family: str, tmp_path: 
 
 
 @pytest.mark.parametrize("family", [*ARCHITECTURES, "gpt2"])
-def test_transformers_loads_all_of_it_without_a_word(
+def test_transformers_loads_the_folder_without_a_warning(
     family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = merge(tmp_path, family)

@@ -1,4 +1,4 @@
-"""PEFT loads our adapters and we load PEFT's: nothing missing, nothing left over, equal logits."""
+"""PEFT loads qlora's adapters and qlora loads PEFT's: the same tensors and equal logits."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from tests.helpers.peft_helpers import (
 )
 from tests.helpers.runs import CPU, build_base, logits, make_run, randomize_b
 
-# PEFT 0.21 asks transformers 5.23 by a name that it is about to drop.
+# PEFT 0.21 uses an attribute that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 TARGETS: list[Any] = ["all", ["q", "v"], ["q", "o", "down"], ["k"]]
 
 
 def assert_same_keys(model: Any, adapter: Path) -> None:
-    """Every tensor of the file has its place in PEFT's model, and no place is left without one."""
+    """Check that PEFT's model has exactly the LoRA tensors of the file."""
     in_file = load_file(adapter / "adapter_model.safetensors")
-    places = {
+    peft_tensors = {
         name.replace(".default", ""): value
         for name, value in model.state_dict().items()
         if ".lora_" in name
     }
-    assert places.keys() == in_file.keys()
-    assert all(torch.equal(places[name], in_file[name]) for name in in_file)
+    assert peft_tensors.keys() == in_file.keys()
+    assert all(torch.equal(peft_tensors[name], in_file[name]) for name in in_file)
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
@@ -71,7 +71,7 @@ def test_peft_merges_ours_to_the_same_weights(family: str, tmp_path: Path) -> No
         torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-6)
 
 
-def test_a_fused_adapter_of_peft_is_one_part(tmp_path: Path) -> None:
+def test_a_fused_adapter_of_peft_has_one_part(tmp_path: Path) -> None:
     base, recipe = frozen_16_bit(tmp_path, "gpt2")
     write_peft_adapter(
         base, tmp_path / "theirs", r=4, target_modules=["c_attn"], fan_in_fan_out=True
@@ -82,8 +82,8 @@ def test_a_fused_adapter_of_peft_is_one_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_run_may_hold_an_adapter_that_peft_wrote(family: str, tmp_path: Path) -> None:
-    """PEFT loads ours, goes on with it and saves it again: the run answers like PEFT."""
+def test_a_run_may_contain_an_adapter_that_peft_wrote(family: str, tmp_path: Path) -> None:
+    """PEFT loads the run's adapter, changes it and saves it again. The run then matches PEFT."""
     base, recipe = frozen_16_bit(tmp_path, family, targets=["q", "v"])
     run, _ = make_run(tmp_path / "run", recipe)
     model = PeftModel.from_pretrained(transformers_model(base), run.adapter, is_trainable=True)
@@ -98,7 +98,10 @@ def test_a_run_may_hold_an_adapter_that_peft_wrote(family: str, tmp_path: Path) 
 
 
 def round_trip(loaded: LoadedModel, recipe: Any, folder: Path) -> LoadedModel:
-    """Through our folder, PEFT, which holds float16 factors in float32, and PEFT's folder."""
+    """Save an adapter, load it into PEFT, save it there and load it again.
+
+    PEFT stores float16 factors in float32.
+    """
     save_adapter(loaded, recipe, folder / "ours")
     model = load_into_peft(Path(recipe.model.name), folder / "ours")
     model.save_pretrained(folder / "theirs")
@@ -109,7 +112,7 @@ def round_trip(loaded: LoadedModel, recipe: Any, folder: Path) -> LoadedModel:
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_there_and_back_is_exact(family: str, dtype: str, tmp_path: Path) -> None:
+def test_a_round_trip_through_peft_is_exact(family: str, dtype: str, tmp_path: Path) -> None:
     _, recipe = frozen_16_bit(tmp_path, family, dtype=dtype)
     loaded = build_base(recipe)
     randomize_b(loaded)

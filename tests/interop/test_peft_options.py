@@ -1,4 +1,4 @@
-"""Every option that PEFT can write: obeyed with equal logits, or refused by its name."""
+"""Every option that PEFT can write is obeyed, with equal logits, or refused by its name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers.peft_helpers import (
 )
 from tests.helpers.runs import CPU, build_base, logits, make_base, make_recipe, make_rows, make_run
 
-# PEFT 0.21 asks transformers 5.23 by a name that it is about to drop.
+# PEFT 0.21 uses an attribute that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 PEFT_LLAMA: dict[str, dict[str, Any]] = {
@@ -65,13 +65,13 @@ PEFT_LLAMA: dict[str, dict[str, Any]] = {
         "layers_to_transform": 1,
         "layers_pattern": "layers",
     },
-    "a whole path beside some layers": {
+    "a complete path in addition to some layers": {
         "r": 4,
         "target_modules": ["model.layers.0.self_attn.k_proj", "v_proj"],
         "layers_to_transform": [1],
         "layers_pattern": ["h", "layers"],
     },
-    "whole paths": {
+    "complete paths": {
         "r": 4,
         "target_modules": ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.up_proj"],
         "alpha_pattern": {r"^model\.layers\.1\.mlp\.up_proj": 9},
@@ -123,16 +123,16 @@ PEFT_WRITES = [("llama", name) for name in PEFT_LLAMA] + [("gpt2", name) for nam
 OTHERS = [
     (family, name)
     for family in ("mistral", "qwen2", "qwen3")
-    for name in ("names", "rslora patterns", "patterns", "whole paths", "excluded")
+    for name in ("names", "rslora patterns", "patterns", "complete paths", "excluded")
 ]
 
 
 @pytest.mark.parametrize(("family", "name"), [*PEFT_WRITES, *OTHERS])
-def test_we_load_pefts(family: str, name: str, tmp_path: Path) -> None:
+def test_qlora_loads_adapters_of_peft(family: str, name: str, tmp_path: Path) -> None:
     settings = PEFT_GPT2[name] if family == "gpt2" else PEFT_LLAMA[name]
     base, recipe = frozen_16_bit(tmp_path, family)
     write_peft_adapter(base, tmp_path / "theirs", **settings)
-    # Read back, because PEFT sorts patterns when it writes them, and the first that fits decides.
+    # Read back, because PEFT sorts patterns when it writes them, and the first match is used.
     wanted = peft_logits(load_into_peft(base, tmp_path / "theirs"))
     loaded = build_base(recipe)
     attach_adapter(loaded, open_adapter(tmp_path / "theirs"))
@@ -144,7 +144,7 @@ def test_we_load_pefts(family: str, name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_we_load_16_bit_factors(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_qlora_loads_16_bit_factors(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     settings = PEFT_GPT2["patterns"] if family == "gpt2" else PEFT_LLAMA["patterns"]
     base, recipe = frozen_16_bit(tmp_path, family)
     write_peft_adapter(base, tmp_path / "theirs", **settings)
@@ -179,10 +179,10 @@ def test_peft_loads_our_exact_paths(family: str, rslora: bool, tmp_path: Path) -
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_what_was_trained_on_a_packed_base_answers_alike_on_the_plain_one(
+def test_an_adapter_trained_on_a_packed_base_has_equal_logits_on_the_16_bit_base(
     family: str, bits: int, tmp_path: Path
 ) -> None:
-    """PEFT on the 16-bit base, and our own model on it."""
+    """Compares PEFT and qlora, both on the 16-bit base."""
     base = make_base(tmp_path / "base", family)
     rows = make_rows(tmp_path / "rows.jsonl")
     recipe = make_recipe(base, rows, base={"bits": bits}, adapter={"targets": ["q", "v", "up"]})
@@ -211,9 +211,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("option", REFUSED)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
-def test_what_peft_writes_with_an_option_we_have_not_is_refused(
-    option: str, tmp_path: Path
-) -> None:
+def test_an_unsupported_option_of_peft_is_refused(option: str, tmp_path: Path) -> None:
     base, _ = frozen_16_bit(tmp_path, "llama")
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], **REFUSED[option]}
     write_peft_adapter(base, tmp_path / "theirs", **settings)
@@ -240,7 +238,7 @@ def test_other_methods_are_refused(method: str, tmp_path: Path) -> None:
         open_adapter(tmp_path / "theirs")
 
 
-def test_weights_beside_the_factors_are_refused(tmp_path: Path) -> None:
+def test_weights_other_than_the_factors_are_refused(tmp_path: Path) -> None:
     base, _ = frozen_16_bit(tmp_path, "llama")
     model = get_peft_model(transformers_model(base), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
@@ -252,8 +250,8 @@ OPTIONS = {field.name for field in dataclasses.fields(LoraConfig)}
 DECIDED = peft_config.PeftConfig.model_fields.keys() | peft_config._INERT
 
 
-def test_no_option_is_passed_over(tmp_path: Path) -> None:
-    """Each decides the product here, is known to change nothing, or is refused when it is set."""
+def test_no_option_is_ignored(tmp_path: Path) -> None:
+    """Each option is obeyed, is known to change nothing, or is refused if it is set."""
     base, _ = frozen_16_bit(tmp_path, "llama")
     write_peft_adapter(base, tmp_path / "theirs", r=4, target_modules=["q_proj"])
     file = tmp_path / "theirs" / "adapter_config.json"

@@ -1,4 +1,4 @@
-"""Opened for answering, a model says what transformers' own says, with and without a cache."""
+"""A model opened for generation computes what transformers computes, with and without a cache."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def transformers_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def go_on(model: Any, ids: Tensor, num: int) -> list[int]:
-    """Greedy text."""
+def generate_greedily(model: Any, ids: Tensor, num: int) -> list[int]:
+    """Return `ids` and a greedy continuation of `num` tokens."""
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -47,7 +47,7 @@ def go_on(model: Any, ids: Tensor, num: int) -> list[int]:
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_answers_as_transformers_own(
+def test_a_model_computes_the_logits_of_transformers(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", family, dtype=dtype)
@@ -56,44 +56,48 @@ def test_a_model_answers_as_transformers_own(
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     with torch.no_grad():
         torch.testing.assert_close(logits(loaded, IDS), reference(IDS).logits[0])
-    assert go_on(loaded.model, IDS, 20) == go_on(reference, IDS, 20)
+    assert generate_greedily(loaded.model, IDS, 20) == generate_greedily(reference, IDS, 20)
     assert loaded.model.generation_config.top_k == 7
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
-def test_a_pretrained_model_writes_the_same_text(name: str, shared: Path) -> None:
+def test_a_pretrained_model_generates_the_same_text(name: str, shared: Path) -> None:
     folder = shared / "data" / "models" / name
     loaded, reference = open_model(folder, CPU, Silent()), transformers_model(folder)
     ids = torch.tensor([[1, 2, 0, 1, 2, 1]])
     num = 5 if name == "gpt_nano_sort" else 60
-    assert go_on(loaded.model, ids, num) == go_on(reference, ids, num)
+    assert generate_greedily(loaded.model, ids, num) == generate_greedily(reference, ids, num)
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_a_run_answers_as_it_was_trained(family: str, bits: int, tmp_path: Path) -> None:
+def test_an_opened_run_computes_the_logits_of_the_trained_model(
+    family: str, bits: int, tmp_path: Path
+) -> None:
     base = make_base(tmp_path / "base", family)
     recipe = make_recipe(base, make_rows(tmp_path / "rows.jsonl"), base={"bits": bits})
     run, trained = make_run(tmp_path / "run", recipe)
     opened = open_run(Run(run.path), CPU, Silent())
     assert torch.equal(logits(opened, IDS), logits(trained, IDS))
-    if bits != 8:  # int8 rounds a row of activations by its largest; a cache changes no row
-        text = go_on(opened.model, IDS, 12)
-        whole = opened.model(torch.tensor([text[:-1]]), use_cache=False).logits[0]
-        assert text[IDS.shape[1] :] == whole.argmax(1)[IDS.shape[1] - 1 :].tolist()
+    if bits != 8:  # int8 scales each row of activations by its largest value
+        text = generate_greedily(opened.model, IDS, 12)
+        complete = opened.model(torch.tensor([text[:-1]]), use_cache=False).logits[0]
+        assert text[IDS.shape[1] :] == complete.argmax(1)[IDS.shape[1] - 1 :].tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_merged_run_writes_the_runs_text(family: str, tmp_path: Path) -> None:
+def test_a_merged_run_generates_the_text_of_the_run(family: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family)
     run, _ = make_run(tmp_path / "run", make_recipe(base, make_rows(tmp_path / "rows.jsonl")))
     tensors = open_merged_tensors(Run(run.path), "dequantized", torch.float32, CPU)
     write_merged(tensors, base, tmp_path / "out", {}, Silent())
     opened = open_run(Run(run.path), CPU, Silent())
-    assert go_on(transformers_model(tmp_path / "out"), IDS, 20) == go_on(opened.model, IDS, 20)
+    assert generate_greedily(transformers_model(tmp_path / "out"), IDS, 20) == generate_greedily(
+        opened.model, IDS, 20
+    )
 
 
-def test_a_run_trained_in_full_opens_its_own_weights(tmp_path: Path) -> None:
+def test_a_full_fine_tuning_opens_its_own_weights(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama", tied=True)
     recipe = make_recipe(
         base,
@@ -114,7 +118,7 @@ def test_a_run_trained_in_full_opens_its_own_weights(tmp_path: Path) -> None:
     assert torch.equal(logits(open_run(Run(run.path), CPU, Silent()), IDS), logits(trained, IDS))
 
 
-def test_anything_is_opened_by_what_it_is(tmp_path: Path) -> None:
+def test_a_run_and_a_model_folder_are_distinguished(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
     run, _ = make_run(tmp_path / "run", make_recipe(base, make_rows(tmp_path / "rows.jsonl")))
     assert open_any(str(run.path), CPU, Silent()).loaded.adapted
@@ -136,7 +140,7 @@ def test_anything_is_opened_by_what_it_is(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_recipe_comes_back_from_run_json(sections: dict[str, Any], tmp_path: Path) -> None:
+def test_a_recipe_is_read_back_from_run_json(sections: dict[str, Any], tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "base", tmp_path / "rows.jsonl", **sections)
     run = RunFolder(tmp_path / "run")
     run.create()

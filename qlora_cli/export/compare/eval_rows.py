@@ -1,4 +1,8 @@
-"""Rows to judge a model on: held out where the recipe has such rows, and said plainly where not."""
+"""Choose the rows that models are compared on.
+
+These are the recipe's held-out rows. If there are none, the last training rows are used, and if
+those cannot be read, random tokens. A note states which rows were used.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,19 @@ from qlora_cli.tasks.registry import task_of
 
 MAX_ROWS = 32
 MAX_TOKENS = 2048
-"""Judged at most: enough for a mean KL within some percent, few enough to wait for."""
+"""Limits for a comparison: enough for a mean KL within some percent, and quick to compute."""
 _RANDOM_ROWS = 8
 _RANDOM_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class EvalRows:
-    """rows: token ids and labels. origin: where they come from, in words.
+    """Rows to compare models on.
 
-    of_task: whether a loss on them says anything about the task.
+    rows: token ids and labels.
+    origin: which rows these are, as text for the user.
+    is_task_data: False for random tokens, whose loss is meaningless for the task.
+    notes: lines for the user about rows that could not be used.
     """
 
     rows: list[Example]
@@ -37,9 +44,11 @@ class EvalRows:
 
 
 def eval_rows(recipe: Recipe, base: Path, config: Any) -> EvalRows:
-    """The recipe's held-out rows; else the last rows it was trained on; else random tokens.
+    """Return the rows to compare models on (see the module).
 
-    base: the folder of the tokenizer. What could not be read is told in `notes`.
+    recipe: the run's recipe.
+    base: the base's folder, for its tokenizer.
+    config: the base's transformers config.
     """
     notes: list[str] = []
     held_out = [(recipe.data.eval, False)] if recipe.data.eval else []
@@ -47,18 +56,22 @@ def eval_rows(recipe: Recipe, base: Path, config: Any) -> EvalRows:
         try:
             rows = _read(where, recipe, base, config, from_end)
         except InputError as fault:
-            notes.append(f"{where} cannot be judged on: {fault.what.rstrip(':')}")
+            notes.append(f"{where} cannot be used for the comparison: {fault.what.rstrip(':')}")
             continue
         origin = f"{len(rows)} held-out rows of {where}"
         if from_end:
             origin = f"the last {len(rows)} training rows of {where}"
-            notes.append(f"there are no held-out rows; judged on {origin}")
+            notes.append(f"there are no held-out rows; the comparison uses {origin}")
         return EvalRows(rows, origin, True, tuple(notes))
-    notes.append("judged on random tokens, which say little about the task")
+    notes.append("the comparison uses random tokens, which are not typical of the task")
     return EvalRows(_random_rows(config), "random tokens", False, tuple(notes))
 
 
 def _read(where: str, recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Example]:
+    """Return the first or last rows of a file, with at most `MAX_TOKENS` tokens.
+
+    Raises InputError if the rows cannot be read or encoded.
+    """
     select = slice(-MAX_ROWS, None) if from_end else slice(MAX_ROWS)
     tokenizer, limits = load_tokenizer(str(base)), ModelLimits.of(config)
     encode = task_of(recipe).encode
@@ -72,6 +85,7 @@ def _read(where: str, recipe: Recipe, base: Path, config: Any, from_end: bool) -
 
 
 def _random_rows(config: Any) -> list[Example]:
+    """Return rows of random tokens, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     length = min(_RANDOM_TOKENS, config.max_position_embeddings)
     shape = (_RANDOM_ROWS, length)

@@ -48,7 +48,7 @@ class MergeSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return the reasons for merge.json."""
         return {
-            "judgement": self.base_choice.to_dict(),
+            "judgement": self.base_choice.to_dict(),  # words: allow
             "dtype_reason": self.dtype_reason,
             "float16": self.fit.to_dict() if self.fit is not None else None,
         }

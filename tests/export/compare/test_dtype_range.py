@@ -1,4 +1,4 @@
-"""float16 is written where it holds the model and bfloat16 where not; never a model that breaks."""
+"""Merging writes float16 if the model fits its range, else bfloat16."""
 
 from __future__ import annotations
 
@@ -21,22 +21,13 @@ from qlora_cli.jobs import merge
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run
 from tests.helpers.cli_helpers import qlora
+from tests.helpers.observers import NoteRecorder
 from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, make_run
 
 torch.set_num_threads(1)
 NORM = "model.layers.0.input_layernorm.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-class Notes(Silent):
-    """Keeps what a job tells."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.told.append(text)
 
 
 def overflow_weight(weights: dict[str, Tensor]) -> None:
@@ -48,7 +39,7 @@ def underflow_weights(weights: dict[str, Tensor]) -> None:
 
 
 def overflow_activations(weights: dict[str, Tensor]) -> None:
-    """Every weight fits; gate * up does not."""
+    """Every weight fits the range of float16; the product gate * up does not."""
     for name in ("gate", "up"):
         weights[f"model.layers.1.mlp.{name}_proj.weight"] *= 500
 
@@ -59,12 +50,12 @@ FAULTS: list[tuple[Callable[[dict[str, Tensor]], None], str]] = [
     (overflow_activations, "the activations overflow in float16: the output of model.layers.1.mlp"),
 ]
 seeded = pytest.mark.parametrize(
-    ("spoil", "told"), FAULTS, ids=lambda item: getattr(item, "__name__", "")
+    ("spoil", "message"), FAULTS, ids=lambda item: getattr(item, "__name__", "")
 )
 
 
-def a_run(folder: Path, spoil: Callable[[dict[str, Tensor]], None]) -> RunFolder:
-    """On a bfloat16 base, whose range is that of float32; q and v alone are adapted."""
+def make_spoiled_run(folder: Path, spoil: Callable[[dict[str, Tensor]], None]) -> RunFolder:
+    """Create a run on a bfloat16 base, which has the range of float32; only q and v are adapted."""
     base = make_base(folder / "base", "llama", dtype=torch.bfloat16, tied=False)
     weights = load_file(base / "model.safetensors")
     spoil(weights)
@@ -78,37 +69,37 @@ def a_run(folder: Path, spoil: Callable[[dict[str, Tensor]], None]) -> RunFolder
     return make_run(folder / "run", recipe)[0]
 
 
-def about(folder: Path) -> Any:
+def read_manifest(folder: Path) -> Any:
     return json.loads((folder / "merge.json").read_text())
 
 
 @seeded
 @pytest.mark.parametrize("base", ["dequantized", "auto"])
-def test_bfloat16_is_written_instead_and_said_loudly(
-    spoil: Callable[[dict[str, Tensor]], None], told: str, base: str, tmp_path: Path
+def test_bfloat16_is_written_instead_with_a_warning(
+    spoil: Callable[[dict[str, Tensor]], None], message: str, base: str, tmp_path: Path
 ) -> None:
-    run, out, notes = a_run(tmp_path, spoil), tmp_path / "out", Notes()
+    run, out, notes = make_spoiled_run(tmp_path, spoil), tmp_path / "out", NoteRecorder()
     result = merge.run(run.path, out=out, dtype=None, base=base, observer=notes)
     assert result.dtype == "bfloat16"
-    assert told in result.dtype_reason
+    assert message in result.dtype_reason
     assert any(
         note.startswith("WARNING: the model does not fit the range of float16")
-        for note in notes.told
+        for note in notes.notes
     )
-    assert about(out)["settings"]["dtype"] == "bfloat16"
-    assert told in about(out)["dtype_reason"]
+    assert read_manifest(out)["settings"]["dtype"] == "bfloat16"
+    assert message in read_manifest(out)["dtype_reason"]
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert verify(out, Run(run.path), CPU, Silent()).faults == ()
 
 
 @seeded
-def test_insisted_on_it_is_exit_4(
-    spoil: Callable[[dict[str, Tensor]], None], told: str, tmp_path: Path
+def test_a_requested_float16_that_does_not_fit_exits_with_4(
+    spoil: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
 ) -> None:
-    run, out = a_run(tmp_path, spoil), tmp_path / "out"
+    run, out = make_spoiled_run(tmp_path, spoil), tmp_path / "out"
     with pytest.raises(VerificationFailed) as caught:
         merge.run(run.path, out=out, dtype="float16", base="original", observer=Silent())
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert not out.exists()
     outcome = qlora("merge", run.path, "--out", out, "--dtype", "float16")
     assert outcome.code == 4
@@ -116,22 +107,22 @@ def test_insisted_on_it_is_exit_4(
 
 
 def test_verify_finds_activations_that_overflow(tmp_path: Path) -> None:
-    """Another program wrote it: nothing is wrong with any tensor, and it answers NaN."""
-    run, out = a_run(tmp_path, overflow_activations), tmp_path / "out"
+    """Another program may write such a folder: each tensor is right, and the model computes NaN."""
+    run, out = make_spoiled_run(tmp_path, overflow_activations), tmp_path / "out"
     tensors = open_merged_tensors(Run(run.path), "original", torch.float16, CPU)
     write_merged(tensors, tmp_path / "base", out, {}, Silent())
     (fault,) = verify(out, Run(run.path), CPU, Silent()).faults
     assert "the activations overflow in float16" in fault
 
 
-def test_where_it_holds_float16_is_written_and_how_well_is_told(tmp_path: Path) -> None:
-    run, out = a_run(tmp_path, lambda _: None), tmp_path / "out"
+def test_float16_is_the_default_and_its_fit_is_recorded(tmp_path: Path) -> None:
+    run, out = make_spoiled_run(tmp_path, lambda _: None), tmp_path / "out"
     result = merge.run(run.path, out=out, dtype=None, base="original", observer=Silent())
     assert (result.dtype, result.dtype_reason) == (
         "float16",
         "the default; the model fits its range",
     )
-    found = about(out)["float16"]
+    found = read_manifest(out)["float16"]
     assert 0 < found["largest_activation"] < torch.finfo(torch.float16).max
     assert 0 <= found["lost"] <= found["most_lost"] < 0.01
     assert found["in_tensor"] in load_file(out / "model.safetensors")
@@ -139,10 +130,10 @@ def test_where_it_holds_float16_is_written_and_how_well_is_told(tmp_path: Path) 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_another_dtype_is_written_on_request(dtype: str, tmp_path: Path) -> None:
-    run, out = a_run(tmp_path, overflow_weight), tmp_path / "out"
+    run, out = make_spoiled_run(tmp_path, overflow_weight), tmp_path / "out"
     result = merge.run(run.path, out=out, dtype=dtype, base="auto", observer=Silent())
     assert (result.dtype, result.dtype_reason) == (dtype, "requested")
-    assert about(out)["float16"] is None
+    assert read_manifest(out)["float16"] is None
     found = load_file(out / "model.safetensors")
     assert {str(tensor.dtype) for tensor in found.values()} == {f"torch.{dtype}"}
     assert verify(out, Run(run.path), CPU, Silent()).faults == ()

@@ -1,4 +1,4 @@
-"""A model that is streamed says what the same model says when it is held."""
+"""A streamed model computes the same logits as the same model in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ ROWS = [
 ]
 
 
-def a_run(folder: Path, family: str, bits: int = 4) -> tuple[RunFolder, MergedTensors, Path]:
+def make_run_and_merge(
+    folder: Path, family: str, bits: int = 4
+) -> tuple[RunFolder, MergedTensors, Path]:
     base = make_base(folder / "base", family, max_position_embeddings=128)
     recipe = make_recipe(base, make_rows(folder / "rows.jsonl"), base={"bits": bits})
     run, _ = make_run(folder / "run", recipe, spread=0.1)
@@ -46,16 +48,16 @@ def a_run(folder: Path, family: str, bits: int = 4) -> tuple[RunFolder, MergedTe
 
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing fits, as on a machine with little memory."""
+    """Make every model streamed, as on a machine with little memory."""
     monkeypatch.setattr(comparison_models, "fits", lambda *_: False)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_streamed_and_held_are_the_same(
+def test_streamed_and_resident_models_are_the_same(
     family: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, tensors, base = a_run(tmp_path, family, bits)
+    _, tensors, base = make_run_and_merge(tmp_path, family, bits)
     resident = trained_model(tensors, base, may_be_resident=True)
     monkeypatch.setattr(comparison_models, "fits", lambda *_: False)
     streamed = trained_model(tensors, base, may_be_resident=True)
@@ -63,7 +65,7 @@ def test_streamed_and_held_are_the_same(
     assert torch.equal(
         resident.compared_logits(ROWS).hidden_states, streamed.compared_logits(ROWS).hidden_states
     )
-    # Nothing stays behind a pass, and a second one is as the first.
+    # After a pass no weight stays in memory, and a second pass gives the same result.
     assert all(parameter.is_meta for parameter in streamed.loaded.model.parameters())
     assert (
         compare(resident.compared_logits(ROWS), streamed.compared_logits(ROWS)).max_logit_difference
@@ -72,9 +74,11 @@ def test_streamed_and_held_are_the_same(
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_a_folder_answers_as_transformers_answers_row_by_row(family: str, tmp_path: Path) -> None:
-    """Rows lie in one sequence and do not see each other."""
-    _, _, base = a_run(tmp_path, family)
+def test_a_folder_computes_the_logits_of_transformers_for_each_row(
+    family: str, tmp_path: Path
+) -> None:
+    """All rows are in one sequence and do not attend to each other."""
+    _, _, base = make_run_and_merge(tmp_path, family)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     found = torch.cat(
         [
@@ -90,39 +94,39 @@ def test_a_folder_answers_as_transformers_answers_row_by_row(family: str, tmp_pa
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_greedy_tokens_are_the_same_with_a_cache_and_with_guesses(
+def test_greedy_tokens_are_the_same_with_a_cache_and_with_drafts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, tensors, base = a_run(tmp_path, "llama")
+    run, tensors, base = make_run_and_merge(tmp_path, "llama")
     recipe = Run(run.path).recipe
-    weight_format = greedy_continuation(trained_model(tensors, base, may_be_resident=True), ROWS)
-    # As it is defined: the whole sequence again for each token.
+    generated = greedy_continuation(trained_model(tensors, base, may_be_resident=True), ROWS)
+    # The definition: one forward pass over the complete sequence for each token.
     ids, (_, loaded) = ROWS[0].ids[:10], make_run(tmp_path / "again", recipe, spread=0.1)
     for _ in range(NUM_TOKENS):
         ids.append(int(logits(loaded, torch.tensor([ids]))[-1].argmax()))
-    assert weight_format.ids == ids
+    assert generated.ids == ids
     monkeypatch.setattr(comparison_models, "fits", lambda *_: False)
-    guessed = greedy_continuation(trained_model(tensors, base, may_be_resident=True), ROWS)
-    num = guessed.num_targets
+    drafted = greedy_continuation(trained_model(tensors, base, may_be_resident=True), ROWS)
+    num = drafted.num_targets
     assert num >= greedy_agreement._PASSES
-    assert guessed.ids == weight_format.ids[: len(guessed.ids)]
+    assert drafted.ids == generated.ids[: len(drafted.ids)]
 
 
-def test_agreement_counts_up_to_the_first_difference(tmp_path: Path) -> None:
-    _, tensors, base = a_run(tmp_path, "llama")
+def test_agreement_is_counted_up_to_the_first_difference(tmp_path: Path) -> None:
+    _, tensors, base = make_run_and_merge(tmp_path, "llama")
     model = trained_model(tensors, base, may_be_resident=True)
-    spoken = greedy_continuation(model, ROWS)
-    found = count_agreeing_tokens(model.compared_logits([spoken]))
+    continuation = greedy_continuation(model, ROWS)
+    found = count_agreeing_tokens(model.compared_logits([continuation]))
     assert (found.num_agreeing, found.num_tokens) == (NUM_TOKENS, NUM_TOKENS)
-    at = len(spoken.ids) - NUM_TOKENS + 20
-    spoken.ids[at] = spoken.labels[at] = (spoken.ids[at] + 1) % 200
-    assert count_agreeing_tokens(model.compared_logits([spoken])).num_agreeing == 20
+    at = len(continuation.ids) - NUM_TOKENS + 20
+    continuation.ids[at] = continuation.labels[at] = (continuation.ids[at] + 1) % 200
+    assert count_agreeing_tokens(model.compared_logits([continuation])).num_agreeing == 20
 
 
 @pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_verify_passes_and_fails_where_nothing_is_held(family: str, tmp_path: Path) -> None:
-    run, tensors, base = a_run(tmp_path, family)
+def test_verify_passes_and_fails_with_streamed_models(family: str, tmp_path: Path) -> None:
+    run, tensors, base = make_run_and_merge(tmp_path, family)
     write_merged(tensors, base, tmp_path / "out", {}, Silent())
     verdict = verify(tmp_path / "out", Run(run.path), CPU, Silent())
     assert verdict.faults == ()
@@ -132,10 +136,10 @@ def test_verify_passes_and_fails_where_nothing_is_held(family: str, tmp_path: Pa
     assert verdict.greedy.num_tokens >= greedy_agreement._PASSES
     other = open_merged_tensors(Run(run.path), "dequantized", torch.float16, CPU, weight=1.5)
     write_merged(other, base, tmp_path / "wrong", {}, Silent())
-    about = tmp_path / "wrong" / "merge.json"
-    told = json.loads(about.read_text())
-    told["settings"]["adapters"][0]["weight"] = 1.0
-    about.write_text(json.dumps(told))
+    manifest = tmp_path / "wrong" / "merge.json"
+    content = json.loads(manifest.read_text())
+    content["settings"]["adapters"][0]["weight"] = 1.0
+    manifest.write_text(json.dumps(content))
     verdict = verify(tmp_path / "wrong", Run(run.path), CPU, Silent())
     assert any("differs from base + scaling B A" in fault for fault in verdict.faults)
     assert verdict.comparison is not None
@@ -144,7 +148,9 @@ def test_verify_passes_and_fails_where_nothing_is_held(family: str, tmp_path: Pa
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
-def test_transformers_is_asked_about_every_tensor(family: str, tied: bool, tmp_path: Path) -> None:
+def test_loading_with_transformers_checks_every_tensor(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
     base = make_base(tmp_path / "base", family, tied=tied)
     assert list(loading_faults(base, CAUSAL.model_class)) == []
     file = base / "model.safetensors"
@@ -152,11 +158,11 @@ def test_transformers_is_asked_about_every_tensor(family: str, tied: bool, tmp_p
     name = next(
         name for name in tensors if name.endswith(("ln_1.weight", "input_layernorm.weight"))
     )
-    for spoilt, told in (
+    for spoiled, message in (
         ({f"{name}.more": tensors[name]}, f"unexpected keys: {name}.more"),
         ({}, f"missing keys: {name}"),
         ({name: torch.ones(3)}, "transformers cannot load the folder"),
     ):
         rest = {other: tensor for other, tensor in tensors.items() if other != name}
-        save_file({**rest, **spoilt}, file, metadata={"format": "pt"})
-        assert any(told in fault for fault in loading_faults(base, CAUSAL.model_class)), told
+        save_file({**rest, **spoiled}, file, metadata={"format": "pt"})
+        assert any(message in fault for fault in loading_faults(base, CAUSAL.model_class)), message

@@ -1,4 +1,4 @@
-"""Several adapters on one base: merged == W + sum of weight scaling B A, and verify knows them."""
+"""Several adapters on one base: merged == W + sum of weight scaling B A, and verify passes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 
 @dataclass(frozen=True)
 class World:
-    """Three runs on one base, of other ranks, targets and scalings, and what each of them adds."""
+    """Three runs on one base with different adapters, and the weight change of each of them."""
 
     folder: Path
     base: Path
@@ -80,12 +80,12 @@ def test_one_adapter_of_weight_1_is_the_plain_merge(world: World, tmp_path: Path
     own = world.runs[0]
     given = {"dtype": "float16", "base": "dequantized", "observer": Silent()}
     merge.run(own.path, out=tmp_path / "plain", **given)
-    merge.run(own.path, out=tmp_path / "weighed", weight=1.0, others=[], **given)
+    merge.run(own.path, out=tmp_path / "weighted", weight=1.0, others=[], **given)
     name = "model.safetensors"
-    assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "weighed" / name).read_bytes()
+    assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "weighted" / name).read_bytes()
 
 
-def test_an_adapter_and_its_negative_leave_the_base(world: World) -> None:
+def test_an_adapter_minus_itself_is_the_base(world: World) -> None:
     own = world.runs[0]
     made = open_merged_tensors(
         Run(own.path), "original", torch.float16, CPU, 1.0, [(own.path, -1.0)]
@@ -94,7 +94,7 @@ def test_an_adapter_and_its_negative_leave_the_base(world: World) -> None:
     assert all(torch.equal(made.compute(name), original[name]) for name in original)
 
 
-def test_the_command_line_takes_a_peft_folder_and_verify_knows_it(
+def test_the_command_line_accepts_a_peft_folder_and_verify_passes(
     world: World, tmp_path: Path
 ) -> None:
     own, other = world.runs[0], Path(shutil.copytree(world.runs[1].adapter, tmp_path / "a=b"))
@@ -102,9 +102,9 @@ def test_the_command_line_takes_a_peft_folder_and_verify_knows_it(
     words = ["--weight", "0.5", "--with", f"{other}=0.25", "--with", world.runs[2].path]
     outcome = qlora("merge", own.path, "--out", out, *words, "--json")
     assert outcome.code == 0, outcome.err
-    told = json.loads((out / "merge.json").read_text())["settings"]["adapters"]
+    listed = json.loads((out / "merge.json").read_text())["settings"]["adapters"]
     folders = [own.adapter, other, world.runs[2].adapter]
-    assert [(Path(one["folder"]), one["weight"]) for one in told] == [
+    assert [(Path(entry["folder"]), entry["weight"]) for entry in listed] == [
         (folder.resolve(), weight) for folder, weight in zip(folders, (0.5, 0.25, 1.0), strict=True)
     ]
     outcome = qlora("verify", out, "--against", own.path, "--json")
@@ -146,7 +146,7 @@ def test_adapters_of_another_base_are_refused(world: World, tmp_path: Path) -> N
         )
 
 
-def test_a_run_without_an_adapter_has_nothing_to_weigh(world: World, tmp_path: Path) -> None:
+def test_full_fine_tuning_has_no_adapter_to_weight(world: World, tmp_path: Path) -> None:
     rows = make_rows(tmp_path / "rows.jsonl")
     recipe = make_recipe(world.base, rows, base={"bits": 16}, adapter={"method": "full"})
     full = RunFolder(tmp_path / "full")

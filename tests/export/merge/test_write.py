@@ -76,12 +76,12 @@ def test_merged_is_the_base_plus_the_scaled_product(
             weight = own if kind == "original" else as_in_file(family, layer.base.dequantize())
             expected = weight.float() + as_in_file(family, layer.delta())
             made = tensors.compute(f"{path}.weight")
-            # Half a unit in the last place of float16, and float32's own error.
+            # Half a unit in the last place of float16, plus the error of float32.
             assert (made.float() - expected).abs().le(expected.abs() * 2.0**-11 + 1e-6).all()
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_with_b_zero_it_is_the_base_bit_for_bit(family: str, tmp_path: Path) -> None:
+def test_with_b_zero_the_merge_is_the_base_bit_for_bit(family: str, tmp_path: Path) -> None:
     base, run, _ = a_run(tmp_path, family, spread=0.0)
     job.run(run.path, out=tmp_path / "out", dtype="float16", base="original", observer=Silent())
     merged, original = read_all(tmp_path / "out"), read_all(base)
@@ -126,7 +126,7 @@ def test_a_sum_between_two_roundings_is_accepted_and_a_flipped_bit_is_not(tmp_pa
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
-def test_transformers_loads_it_with_nothing_missing(
+def test_transformers_loads_the_merge_with_nothing_missing(
     family: str, tied: bool, tmp_path: Path
 ) -> None:
     base, run, _ = a_run(tmp_path, family, tied=tied)
@@ -156,9 +156,9 @@ def test_config_and_tokenizer_are_the_bases(tmp_path: Path) -> None:
     merged = json.loads((out / "config.json").read_text())
     assert merged.pop("dtype") == "bfloat16"
     assert merged == {key: value for key, value in config.items() if key != "torch_dtype"}
-    carried = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+    copied = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
     own = {"model.safetensors", "config.json", "merge.json"}
-    same = carried - {Path(name) for name in own}
+    same = copied - {Path(name) for name in own}
     assert {str(path) for path in same} == {
         "LICENSE",
         "additional_chat_templates/tools.jinja",
@@ -194,7 +194,7 @@ def test_a_base_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
 
 
 class Interrupting(Silent):
-    """Stops a merge after so many tensors, as Ctrl-C would."""
+    """Stops a merge after `after` tensors, as Ctrl-C would."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -214,33 +214,33 @@ def counting(tensors: MergedTensors, made: list[str], monkeypatch: pytest.Monkey
     monkeypatch.setattr(MergedTensors, "compute", counted)
 
 
-def test_a_killed_merge_goes_on_behind_its_last_whole_shard(
+def test_a_killed_merge_resumes_after_its_last_complete_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, run, _ = a_run(tmp_path, "llama")
     tensors, out = tensors_of(run, "original"), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         write_merged(tensors, base, out, {}, Interrupting(12), max_shard_bytes=50_000)
-    (beside,) = partial_folders(out)
-    shard = min(beside.glob("*.safetensors")).name
-    half = beside / f".{shard}.0123456789abcdef.partial"
+    (partial,) = partial_folders(out)
+    shard = min(partial.glob("*.safetensors")).name
+    half = partial / f".{shard}.0123456789abcdef.partial"
     half.write_text("left by a process that was killed")
-    whole = {path.name: path.stat().st_mtime_ns for path in beside.glob("*.safetensors")}
-    assert len(whole) >= 2
+    complete = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
+    assert len(complete) >= 2
     assert not out.exists()
     made: list[str] = []
     counting(tensors, made, monkeypatch)
     write_merged(tensors, base, out, {}, Silent(), max_shard_bytes=50_000)
     assert 0 < len(made) < len(tensors.shapes())
     assert not (out / half.name).exists()
-    assert all((out / name).stat().st_mtime_ns == then for name, then in whole.items())
-    assert not beside.exists()
+    assert all((out / name).stat().st_mtime_ns == then for name, then in complete.items())
+    assert not partial.exists()
     write_merged(tensors, base, tmp_path / "fresh", {}, Silent(), max_shard_bytes=50_000)
     for file in (tmp_path / "fresh").iterdir():
         assert file.read_bytes() == (out / file.name).read_bytes(), file.name
 
 
-def test_leftovers_of_another_merge_are_thrown_away(
+def test_the_partial_folder_of_another_merge_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, run, _ = a_run(tmp_path, "llama")
@@ -254,7 +254,7 @@ def test_leftovers_of_another_merge_are_thrown_away(
     assert len(made) == len(tensors.shapes())
 
 
-def test_a_full_disk_is_a_clear_error_and_the_next_try_goes_on(
+def test_a_full_disk_is_a_clear_error_and_the_next_merge_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, run, _ = a_run(tmp_path, "llama")
@@ -275,7 +275,7 @@ def test_a_full_disk_is_a_clear_error_and_the_next_try_goes_on(
     assert read_all(out).keys() == read_all(base).keys()
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, run, _ = a_run(tmp_path, "llama")
@@ -286,16 +286,16 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     assert not list(tmp_path.rglob("out*/*.safetensors"))
 
 
-def test_leftovers_that_say_nothing_are_thrown_away(tmp_path: Path) -> None:
+def test_a_partial_folder_with_a_damaged_manifest_is_removed(tmp_path: Path) -> None:
     base, run, _ = a_run(tmp_path, "llama")
-    beside = make_partial_folder(tmp_path / "out")
-    (beside / "merge.json").write_text("")
+    partial = make_partial_folder(tmp_path / "out")
+    (partial / "merge.json").write_text("")
     write_merged(tensors_of(run, "original"), base, tmp_path / "out", {}, Silent())
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert not beside.exists()
+    assert not partial.exists()
 
 
-def test_no_folder_can_be_made_in_a_file(tmp_path: Path) -> None:
+def test_a_folder_inside_a_file_is_refused(tmp_path: Path) -> None:
     _, run, _ = a_run(tmp_path, "llama")
     out = run.run_json / "out"
     with pytest.raises(UsageError, match="cannot create a folder in"):
@@ -324,7 +324,7 @@ def test_a_folder_in_use_is_refused_and_an_empty_one_is_not(tmp_path: Path) -> N
         job.run(run.path, out=out, dtype=None, base="original", observer=Silent())
 
 
-def test_a_base_that_never_was_quantized_has_no_dequantized_one(tmp_path: Path) -> None:
+def test_a_base_that_was_not_quantized_has_no_dequantized_one(tmp_path: Path) -> None:
     _, run, _ = a_run(tmp_path, "llama", base={"bits": 16})
     with pytest.raises(UsageError, match="not quantized"):
         job.run(run.path, out=tmp_path / "out", dtype=None, base="dequantized", observer=Silent())

@@ -1,4 +1,4 @@
-"""`verify` lets a right merge pass and names each of the faults that merges are known for."""
+"""`verify` passes a correct merge and names each kind of fault that merges can have."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ADAPTED = "model.layers.1.self_attn.q_proj"
 
 @dataclass(frozen=True)
 class World:
-    """A base, a run on it and its merge in several shards; `other`: a run with other values."""
+    """A base, a run on it and its merge in several shards. other: a run with other values."""
 
     base: Path
     run: RunFolder
@@ -56,7 +56,7 @@ def check(merged: Path, run: RunFolder) -> VerificationReport:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Qwen2, because its q, k and v have biases; tied, because heads go stale."""
+    """Use Qwen2, because its q, k and v have biases, with a tied head, which may become stale."""
     folder = tmp_path_factory.mktemp("world")
     base = make_base(folder / "base", "qwen2", tied=True)
     recipe = make_recipe(base, make_rows(folder / "rows.jsonl"))
@@ -68,12 +68,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def merged(world: World, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """Return a copy of the merged folder for the test to change."""
     return Path(shutil.copytree(world.merged, tmp_path / "merged"))
 
 
 def change(merged: Path, name: str, new: Callable[[Tensor], dict[str, Tensor]]) -> None:
-    """Replaces one tensor by those that `new` makes of it, in its own file and in the index."""
+    """Replace a tensor by the tensors that `new` returns for it, in its file and in the index."""
     index = merged / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     file = merged / content["weight_map"].pop(name)
@@ -95,17 +95,17 @@ def flip_lowest_bit(tensor: Tensor) -> Tensor:
 
 
 def drop_layer(world: World, merged: Path) -> None:
-    whole = open_merged_tensors(Run(world.run.path), "dequantized", torch.float16, CPU)
-    alone = replace(whole, adapter=None).compute(f"{ADAPTED}.weight")
+    tensors = open_merged_tensors(Run(world.run.path), "dequantized", torch.float16, CPU)
+    alone = replace(tensors, adapter=None).compute(f"{ADAPTED}.weight")
     change(merged, f"{ADAPTED}.weight", lambda _: {f"{ADAPTED}.weight": alone})
 
 
 def transpose_b(world: World, merged: Path) -> None:
-    def turned(tensor: Tensor) -> dict[str, Tensor]:
+    def transposed(tensor: Tensor) -> dict[str, Tensor]:
         wrong = tensor.float() - world.delta + world.delta.t()
         return {f"{ADAPTED}.weight": wrong.to(tensor.dtype)}
 
-    change(merged, f"{ADAPTED}.weight", turned)
+    change(merged, f"{ADAPTED}.weight", transposed)
 
 
 def take_shard_of_another_run(world: World, merged: Path) -> None:
@@ -178,18 +178,18 @@ def lose_shard(world: World, merged: Path) -> None:
 
 
 def leave_an_adapter(world: World, merged: Path) -> None:
-    """transformers would add it once more."""
+    """transformers would add the adapter a second time."""
     for file in world.run.adapter.iterdir():
         shutil.copy(file, merged)
 
 
 def leave_a_single_file(world: World, merged: Path) -> None:
-    """transformers takes it instead of the shards."""
+    """transformers would load this file instead of the shards."""
     foreign = merge(world.other, merged.with_name("foreign"), shard_bytes=10**9)
     shutil.copy(foreign / "model.safetensors", merged)
 
 
-def lie_in_the_index(world: World, merged: Path) -> None:
+def list_a_wrong_file_in_the_index(world: World, merged: Path) -> None:
     index = merged / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["model.norm.weight"] = content["weight_map"]["model.embed_tokens.weight"]
@@ -197,7 +197,7 @@ def lie_in_the_index(world: World, merged: Path) -> None:
 
 
 def lose_a_null(world: World, merged: Path) -> None:
-    """A class may have another default for it than null."""
+    """The config class may have another default for this key than null."""
     config = json.loads((merged / "config.json").read_text())
     lost = next(key for key, value in config.items() if value is None)
     del config[lost]
@@ -235,20 +235,25 @@ FAULTS: list[tuple[Callable[[World, Path], None], str]] = [
         leave_a_single_file,
         "model-00001-of-00003.safetensors does not belong to the merged model",
     ),
-    (lie_in_the_index, "model.safetensors.index.json: model.norm.weight is listed in"),
+    (
+        list_a_wrong_file_in_the_index,
+        "model.safetensors.index.json: model.norm.weight is listed in",
+    ),
     (lose_a_null, "is absent; it must be null"),
     *((damage(content), "merge.json is damaged") for content in ("", "[]", "{}", BAD_DTYPE)),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "told"), FAULTS, ids=lambda item: getattr(item, "__name__", ""))
+@pytest.mark.parametrize(
+    ("spoil", "message"), FAULTS, ids=lambda item: getattr(item, "__name__", "")
+)
 def test_a_seeded_fault_is_named(
-    world: World, merged: Path, spoil: Callable[[World, Path], None], told: str
+    world: World, merged: Path, spoil: Callable[[World, Path], None], message: str
 ) -> None:
     spoil(world, merged)
     verdict = check(merged, world.run)
     assert not verdict.passed
-    assert any(told in fault for fault in verdict.faults), verdict.faults
+    assert any(message in fault for fault in verdict.faults), verdict.faults
 
 
 def test_a_merge_with_a_wrong_alpha_fails(world: World, tmp_path: Path) -> None:
@@ -275,7 +280,7 @@ def test_many_faults_are_counted(world: World, tmp_path: Path) -> None:
     assert verdict.faults[-1] == "and 6 more"
 
 
-RIGHT: list[tuple[str, int, MergeBase]] = [
+CORRECT: list[tuple[str, int, MergeBase]] = [
     *((family, 4, "dequantized") for family in MODEL_TYPES),
     ("gpt2", 8, "dequantized"),
     ("qwen3", 8, "dequantized"),
@@ -283,21 +288,21 @@ RIGHT: list[tuple[str, int, MergeBase]] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "bits", "kind"), RIGHT)
-def test_a_right_merge_passes(family: str, bits: int, kind: MergeBase, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "bits", "kind"), CORRECT)
+def test_a_correct_merge_passes(family: str, bits: int, kind: MergeBase, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family)
     recipe = make_recipe(base, make_rows(tmp_path / "rows.jsonl"), base={"bits": bits})
     run, _ = make_run(tmp_path / "run", recipe)
     verdict = check(merge(run, tmp_path / "merged", kind), run)
     assert verdict.faults == ()
     assert verdict.comparison is not None
-    # int8 rounds activations too, which a merged model does not.
+    # Training with int8 also rounds activations; the merged model does not.
     assert verdict.comparison.mean_kl < (1e-4 if bits != 8 else 2e-2)
 
 
 @pytest.mark.parametrize("name", ["stories260K", "gpt_nano_sort", "books-gpt2"])
 @pytest.mark.parametrize("kind", ["original", "dequantized"])
-def test_a_right_merge_of_a_pretrained_model_passes(
+def test_a_correct_merge_of_a_pretrained_model_passes(
     name: str, kind: MergeBase, shared: Path, tmp_path: Path
 ) -> None:
     recipe = make_recipe(
@@ -309,7 +314,7 @@ def test_a_right_merge_of_a_pretrained_model_passes(
     assert check(merge(run, tmp_path / "merged", kind), run).faults == ()
 
 
-def test_the_job_gives_figures_and_passes(world: World) -> None:
+def test_the_job_returns_figures_and_passes(world: World) -> None:
     result = job.run(world.merged, against=world.run.path, observer=Silent())
     assert (result.passed, result.faults) == (True, ())
     assert result.top1_agreement > 0.95
@@ -317,7 +322,7 @@ def test_the_job_gives_figures_and_passes(world: World) -> None:
     assert 0 <= result.mean_kl < 1e-4
 
 
-def test_what_is_no_model_or_no_run_is_a_usage_error(world: World, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_or_a_run_is_a_usage_error(world: World, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a model's folder"):
         job.run(tmp_path, against=world.run.path, observer=Silent())
     with pytest.raises(UsageError, match="is not a run's folder"):
