@@ -1,8 +1,8 @@
 """Counts living bytes by category and stores each phase's peak.
 
 The events come from the tracker of a real job or from the planner's recording. With a model of the
-CUDA caching allocator (`allocator.py`) a storage costs the whole block that the allocator assigns
-to it, as in torch's `memory_allocated`. Without one it costs its own bytes.
+CUDA caching allocator (`allocator.py`) a storage costs the complete block that the allocator
+assigns to it, as in torch's `memory_allocated`. Without one it costs its own bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Counter:
         self.end_phase(name)
 
     def begin_phase(self) -> None:
-        """Start a phase; its peak is at least what lives now."""
+        """Start a phase; its peak is at least the bytes that live now."""
         self._peak_bytes, self._is_at_peak = self.live_bytes, True
         self._update_timeline()
 

@@ -23,8 +23,8 @@ class MemoryModel:
     """The memory behaviour of one device.
 
     rules: memory inside kernels. has_caching_allocator: whether torch's CUDA caching allocator
-    provides the memory, so that a storage costs a whole block. has_own_memory: whether the device
-    has memory in addition to host memory.
+    provides the memory, so that a storage costs a complete block. has_own_memory: whether the
+    device has memory in addition to host memory.
     """
 
     rules: KernelRules

@@ -239,3 +239,17 @@ def test_a_config_file_is_enough(llama: Path) -> None:
     """No weights, tokenizer or rows are read, only config.json."""
     assert [path.name for path in llama.parent.iterdir()] == ["config.json"]
     assert replace(run(recipe_of(llama), 24 * GIB), seconds=0.0).fits
+
+
+def test_the_printed_device_has_the_keys_of_the_contract(llama: Path) -> None:
+    """`imagined` is the key for a GPU that is described by `--vram`."""  # words: allow
+    device = run(recipe_of(llama), 24 * GIB).to_dict()["device"]
+    assert device == {
+        "kind": "cuda",
+        "name": "a GPU",
+        "capacity_bytes": 24 * GIB,
+        "capability": (8, 9),
+        "multiprocessors": 128,
+        "context_bytes": CONTEXT,
+        "imagined": True,  # words: allow
+    }

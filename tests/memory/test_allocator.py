@@ -39,7 +39,7 @@ def test_segments_are_reserved_and_returned_when_the_real_allocator_did() -> Non
 
 
 def test_another_order_gives_another_result() -> None:
-    """If unused segments are not returned after loading, the reserved bytes differ from the trace."""
+    """Without returning unused segments after loading, the reserved bytes differ."""
     assert play(CachingAllocator(), [e for e in EVENTS if e]) != TRACE["reserved"]
 
 

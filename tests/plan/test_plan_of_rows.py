@@ -118,7 +118,7 @@ ROWS = st.lists(
 )
 
 
-def windows_of(rows: Sequence[Row], **settings: object) -> BatchSchedule:
+def schedule_of(rows: Sequence[Row], **settings: object) -> BatchSchedule:
     examples = [
         Example([1] * tokens, [IGNORE_INDEX] * (tokens - targets) + [1] * targets, "")
         for tokens, targets in rows
@@ -131,29 +131,33 @@ def windows_of(rows: Sequence[Row], **settings: object) -> BatchSchedule:
 def test_no_batch_of_any_epoch_exceeds_the_bound(
     rows: Sequence[Row], packing: bool, epochs: int
 ) -> None:
-    windows = windows_of(rows, packing=packing)
-    steps = range(epochs * windows.steps_per_epoch)
-    bound = BatchSize.upper_bound([size for step in steps for size in windows.sizes(step)])
-    worst = synthetic_batch(bound)
-    for batch in itertools.chain.from_iterable(map(windows.step_batches, steps)):
-        pairs = zip(astuple(batch.size), astuple(worst.size), strict=True)
-        assert all(own <= most for own, most in pairs)
-    assert worst.size == bound or worst.num_tokens == bound.longest + bound.rows - 1
+    schedule = schedule_of(rows, packing=packing)
+    steps = range(epochs * schedule.steps_per_epoch)
+    bound = BatchSize.upper_bound([size for step in steps for size in schedule.sizes(step)])
+    largest = synthetic_batch(bound)
+    for batch in itertools.chain.from_iterable(map(schedule.step_batches, steps)):
+        pairs = zip(astuple(batch.size), astuple(largest.size), strict=True)
+        assert all(own <= limit for own, limit in pairs)
+    assert largest.size == bound or largest.num_tokens == bound.longest + bound.rows - 1
 
 
 @given(ROWS, st.booleans())
-def test_peaks_are_where_the_most_tokens_targets_and_rows_are(
+def test_peak_steps_contain_the_most_tokens_targets_and_rows(
     rows: Sequence[Row], packing: bool
 ) -> None:
-    windows = windows_of(rows, packing=packing)
-    steps = range(2 * windows.steps_per_epoch)
-    found = [size for step in peak_steps(windows, steps) for size in windows.sizes(step)]
-    bound = BatchSize.upper_bound([size for step in steps for size in windows.sizes(step)])
-    seen = BatchSize.upper_bound(found)
-    assert (seen.tokens, seen.targets, seen.rows) == (bound.tokens, bound.targets, bound.rows)
-    assert not peak_steps(windows, range(5, 5))
+    schedule = schedule_of(rows, packing=packing)
+    steps = range(2 * schedule.steps_per_epoch)
+    sizes = [size for step in peak_steps(schedule, steps) for size in schedule.sizes(step)]
+    bound = BatchSize.upper_bound([size for step in steps for size in schedule.sizes(step)])
+    at_peaks = BatchSize.upper_bound(sizes)
+    assert (at_peaks.tokens, at_peaks.targets, at_peaks.rows) == (
+        bound.tokens,
+        bound.targets,
+        bound.rows,
+    )
+    assert not peak_steps(schedule, range(5, 5))
 
 
-def test_of_batches_alike_in_one_thing_the_larger_one_is_taken() -> None:
+def test_of_batches_with_one_equal_size_the_larger_is_a_peak() -> None:
     sizes = [BatchSize(10, 3, 2, 6), BatchSize(10, 8, 2, 6), BatchSize(9, 8, 4, 6)]
     assert peak_batches(sizes) == {1, 2}

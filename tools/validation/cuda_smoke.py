@@ -139,7 +139,7 @@ def write_sparse(file: Path, source: SyntheticSource) -> None:
     text = json.dumps(header).encode()
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(stream.tell() + end)
+        stream.truncate(8 + len(text) + end)
 
 
 def write_rows(file: Path, tokens: int, vocab_size: int) -> Path:
@@ -228,7 +228,7 @@ def check_run(
 
 
 def record_peaks(file: Path, words: Sequence[str]) -> int:
-    """Run the command `qlora` and write the allocator's peaks of the whole process to `file`."""
+    """Run the command `qlora` and write the allocator's peaks of the complete process to `file`."""
     reset, peaks = torch.cuda.reset_peak_memory_stats, {"allocated": 0, "reserved": 0}
 
     def read() -> None:

@@ -56,7 +56,7 @@ class Run:
         """Set up device and seed as the job does."""
         recipe, _ = resolve(case.recipe(), profile)
         device = setup_device(profile, recipe.train.seed)
-        random_values()  # No part of the job; so it is not made while something watches.
+        random_values()  # Not part of the job: create it before the measurement starts.
         return cls(case, recipe, case.config(), device)
 
     def run_phases(self, phase: Callable[[str], Any]) -> None:
