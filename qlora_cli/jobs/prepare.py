@@ -72,7 +72,7 @@ class TrainingJob:
     def largest_step_batches(self) -> list[Batch]:
         """Return the micro-batches of a step to plan for: at least as large as any of the job's.
 
-        There are one or two. The first stands for the first micro-batch of every step, the second
+        There are one or two. The first is for the first micro-batch of every step, the second is
         for all later ones, during which gradients exist already.
         """
         steps = [self.schedule.sizes(step) for step in range(self.steps)]
