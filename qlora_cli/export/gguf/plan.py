@@ -27,7 +27,7 @@ from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.options import GgufEncoding
 from qlora_cli.files.locate import read_config
 
-_FILE_TYPES: dict[GgufEncoding, tuple[LlamaFileType, GGMLQuantizationType]] = {
+FILE_TYPES: dict[GgufEncoding, tuple[LlamaFileType, GGMLQuantizationType]] = {
     "f16": (LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
     "q8_0": (LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
 }
@@ -47,7 +47,7 @@ class GgufPlan:
         self.folder = folder
         self.encoding: GgufEncoding = encoding
         self.config: Any = read_config(folder / CONFIG)
-        self.tensors = plan_tensors(folder, self.config, _FILE_TYPES[encoding][1])
+        self.tensors = plan_tensors(folder, self.config, FILE_TYPES[encoding][1])
         self.vocabulary: Vocabulary = read_vocabulary(folder, self.config.vocab_size)
 
     @property
@@ -76,7 +76,7 @@ class GgufPlan:
         """Return a writer that contains everything in the file before the tensors' values."""
         writer = GGUFWriter(None, MODEL_ARCH_NAMES[architecture(self.config)])
         writer.add_type(GGUFType.MODEL)
-        writer.add_file_type(_FILE_TYPES[self.encoding][0])
+        writer.add_file_type(FILE_TYPES[self.encoding][0])
         writer.add_quantization_version(GGML_QUANT_VERSION)
         write_architecture(writer, self.config)
         self.vocabulary.write(writer)
@@ -89,5 +89,5 @@ class GgufPlan:
         return writer
 
     def _falls_back_to_half(self, planned: PlannedTensor) -> bool:
-        requested = _FILE_TYPES[self.encoding][1]
+        requested = FILE_TYPES[self.encoding][1]
         return planned.encoding == GGMLQuantizationType.F16 != requested
