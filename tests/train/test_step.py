@@ -66,7 +66,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_batch(
 def test_the_last_step_of_an_epoch_counts_its_own_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five rows, four per step: the second step has one row and reports the mean loss of that row."""
+    """Five rows, four per step: the loss of the second step is the mean of its single row."""
     state = make_state(tmp_path)
     schedule = BatchSchedule(ROWS, seq_len=32, packing=False, micro_batch=1, grad_accum=4, seed=0)
     assert schedule.steps_per_epoch == 2
