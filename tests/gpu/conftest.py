@@ -1,4 +1,4 @@
-"""Two kinds of card: one that computes, and a stand-in that only counts what is allocated."""
+"""Fixtures for a real GPU, and for a fake one that only counts allocated memory."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import pytest
 import torch
 from gpu_facts import is_fake_gpu
 
-CARD = torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def counting_card() -> torch.device:
-    """A card with torch's real caching allocator; whether its kernels do anything is open."""
+def counting_gpu() -> torch.device:
+    """Return a GPU, or a fake GPU, with torch's real caching allocator.
+
+    Kernels of the fake GPU compute nothing.
+    """
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA card here")
-    return CARD
+        pytest.skip("no CUDA GPU on this machine")
+    return GPU
 
 
 @pytest.fixture
-def card(counting_card: torch.device) -> torch.device:
-    """A card whose numbers are numbers."""
+def gpu(counting_gpu: torch.device) -> torch.device:
+    """Return a real GPU."""
     if is_fake_gpu():
-        pytest.skip("a stand-in for a card, whose kernels compute nothing")
-    return counting_card
+        pytest.skip("a fake GPU, whose kernels compute nothing")
+    return counting_gpu
 
 
 @pytest.fixture(scope="session")
-def checked_card() -> torch.device:
-    """The same for what is made once and shared."""
+def session_gpu() -> torch.device:
+    """Return a real GPU, for fixtures with a wider scope than one test."""
     if not torch.cuda.is_available() or is_fake_gpu():
-        pytest.skip("no CUDA card that computes here")
-    return CARD
+        pytest.skip("no real CUDA GPU on this machine")
+    return GPU

@@ -1,6 +1,6 @@
-"""FlashAttention over all rows in one call is each row's own attention; so is the road without it.
+"""Attention over packed rows equals attention over each row, with and without FlashAttention.
 
-The reference is plain arithmetic in float32 on the host, on inputs rounded beforehand.
+The reference is computed by definition in float32 on the CPU, on inputs that are already rounded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.helpers.runs import CPU
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (150, 1, 37, 260)
-"""Beyond a kernel's tile of 128, one token alone, within a tile."""
+"""Row lengths: more than a kernel's tile of 128, a single token, less than a tile."""
 WINDOW = 64
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -40,19 +40,19 @@ class Inputs:
         return cls(*(draw(1, *s, size, seed=i, dtype=dtype) for i, s in enumerate(shapes)))
 
 
-def on_card(
-    inputs: Inputs, card: torch.device, window: int | None, lengths: tuple[int, ...] = LENGTHS
+def on_gpu(
+    inputs: Inputs, gpu: torch.device, window: int | None, lengths: tuple[int, ...] = LENGTHS
 ) -> list[Tensor]:
-    """Output and the three gradients."""
-    spans = Spans.on(lengths, card, kernel_for(profile_of(card), inputs.query.dtype))
-    given = [t.to(card).detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)]
+    """Return the output and the gradients of query, key and value, computed on the GPU."""
+    spans = Spans.on(lengths, gpu, kernel_for(profile_of(gpu), inputs.query.dtype))
+    given = [t.to(gpu).detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)]
     out, _ = attend(torch.nn.Module(), *given, None, sliding_window=window, spans=spans)
-    out.backward(inputs.grad.to(card))
+    out.backward(inputs.grad.to(gpu))
     return [out.detach(), *(t.grad for t in given if t.grad is not None)]
 
 
-def wanted(inputs: Inputs, window: int | None) -> list[Tensor]:
-    """The same by definition, row by row."""
+def expected(inputs: Inputs, window: int | None) -> list[Tensor]:
+    """Return the same by definition, row by row, on the CPU."""
     query, key, value = (
         t.float().detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)
     )
@@ -75,14 +75,14 @@ def wanted(inputs: Inputs, window: int | None) -> list[Tensor]:
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["causal", "window"])
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("groups", [4, 2, 1], ids=["own heads", "grouped", "one group"])
-def test_each_row_is_its_own_attention(
-    card: torch.device, groups: int, size: int, window: int | None, dtype: torch.dtype
+def test_rows_attend_only_to_themselves(
+    gpu: torch.device, groups: int, size: int, window: int | None, dtype: torch.dtype
 ) -> None:
     inputs = Inputs.draw(4, groups, size, dtype)
     eps = torch.finfo(dtype).eps
     # Scores, probabilities, their gradients and the output are each rounded once.
     allowed = 4 * eps if dtype != torch.float32 else size * eps
-    found, reference = on_card(inputs, card, window), wanted(inputs, window)
+    found, reference = on_gpu(inputs, gpu, window), expected(inputs, window)
     for name, own, other in zip(("out", "dq", "dk", "dv"), found, reference, strict=True):
         error = ((own.to(CPU).float() - other).norm() / other.norm()).item()
         print(f"{name}: {error:.2e}, allowed {allowed:.2e}")
@@ -90,55 +90,55 @@ def test_each_row_is_its_own_attention(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_row_sees_its_neighbours(card: torch.device, dtype: torch.dtype) -> None:
-    """Other neighbours, the same bits; and a neighbour's own gradient is exactly zero."""
-    one, other = (Inputs.draw(4, 2, 64, dtype) for _ in range(2))
+def test_no_row_depends_on_its_neighbours(gpu: torch.device, dtype: torch.dtype) -> None:
+    """A row is equal bit for bit with other neighbours, whose gradients are exactly zero."""
+    inputs, changed = (Inputs.draw(4, 2, 64, dtype) for _ in range(2))
     mine = slice(151, 188)
     away = torch.ones(sum(LENGTHS), dtype=torch.bool)
     away[mine] = False
-    for tensor in (other.query, other.key, other.value):
+    for tensor in (changed.query, changed.key, changed.value):
         tensor[:, :, away] += 3
-    one.grad[:, away] = 0
-    found = on_card(one, card, None)
-    assert torch.equal(found[0][:, mine], on_card(other, card, None)[0][:, mine])
+    inputs.grad[:, away] = 0
+    found = on_gpu(inputs, gpu, None)
+    assert torch.equal(found[0][:, mine], on_gpu(changed, gpu, None)[0][:, mine])
     for gradient in found[1:]:
-        assert not gradient[:, :, away.to(card)].any()
+        assert not gradient[:, :, away.to(gpu)].any()
         assert gradient[:, :, mine].any()
 
 
-def test_a_leak_would_be_seen(card: torch.device) -> None:
-    """Told that all rows are one, it must differ."""
+def test_a_leak_between_rows_would_be_detected(gpu: torch.device) -> None:
+    """With all rows treated as one, the result must differ."""
     inputs = Inputs.draw(4, 2, 64, torch.bfloat16)
-    leaking = on_card(inputs, card, None, (sum(LENGTHS),))[0].to(CPU).float()
-    reference = wanted(inputs, None)[0]
+    leaking = on_gpu(inputs, gpu, None, (sum(LENGTHS),))[0].to(CPU).float()
+    reference = expected(inputs, None)[0]
     assert (leaking - reference).norm() / reference.norm() > 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_road_is_the_one_that_the_plan_takes(
-    counting_card: torch.device, dtype: torch.dtype
+def test_the_kernel_is_the_one_that_the_plan_uses(
+    counting_gpu: torch.device, dtype: torch.dtype
 ) -> None:
-    """FlashAttention by name in the graph where card and dtype have it; nothing of MATH's."""
-    flash = torch.cuda.get_device_capability(counting_card) >= FLASH_CAPABILITY
+    """FlashAttention is in the graph if GPU and dtype support it; the MATH kernel never is."""
+    flash = torch.cuda.get_device_capability(counting_gpu) >= FLASH_CAPABILITY
     inputs = Inputs.draw(4, 2, 64, dtype)
-    spans = Spans.on(LENGTHS, counting_card, kernel_for(profile_of(counting_card), dtype))
+    spans = Spans.on(LENGTHS, counting_gpu, kernel_for(profile_of(counting_gpu), dtype))
     given = [
-        t.to(counting_card).detach().requires_grad_()
+        t.to(counting_gpu).detach().requires_grad_()
         for t in (inputs.query, inputs.key, inputs.value)
     ]
-    names = graph(attend(torch.nn.Module(), *given, None, spans=spans)[0])
+    names = operation_names(attend(torch.nn.Module(), *given, None, spans=spans)[0])
     assert not any("Softmax" in name for name in names), names
     varlen = flash and dtype != torch.float32
     assert (spans.kernel == "varlen") is varlen
     assert ("FlashAttentionBackward0" in names) is varlen, names
 
 
-def graph(tensor: Tensor) -> set[str]:
-    """Names of all operations that backward would go through."""
+def operation_names(tensor: Tensor) -> set[str]:
+    """Return the names of all operations in the backward graph of a tensor."""
     names, waiting = set(), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is not None:
             names.add(node.name())
-            waiting += [before for before, _ in node.next_functions]
+            waiting += [previous for previous, _ in node.next_functions]
     return names

@@ -1,7 +1,7 @@
-"""Packed and adapted linears on a card: forward and backward are the host's in float32.
+"""Quantized and adapted linears on the GPU: forward and backward match the CPU in float32.
 
-Both sides hold the same codes, packed on the host. What may differ is rounding to the dtype that
-the card computes in: of the weight, of A and B, of x A^T, of the output or the gradient.
+Both have the same codes, quantized on the CPU. They may differ by rounding to the GPU's compute
+dtype: of the weight, of A and B, of x A^T, and of the output or the gradient.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.gpu
 IN, OUT, TOKENS = 512, 384, 96
 PLAIN = {"q": slice(0, OUT)}
 FUSED = {"q": slice(0, 128), "v": slice(256, 384)}
-"""Of a fused q/k/v: k in the middle is not adapted."""
+"""Rows of a fused q/k/v linear: k, in the middle, is not adapted."""
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of the norm of what differs: four roundings, or a sum of `IN` terms in another order."""
+    """Return the allowed relative error: four roundings, or another order of `IN` summands."""
     eps = torch.finfo(dtype).eps
     return eps * (IN**0.5 if dtype == torch.float32 else 4)
 
@@ -50,8 +50,10 @@ def adapted(
     return layer
 
 
-def answers(layer: QuantLinear | LoraLinear, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Output and gradients, fetched as float32."""
+def output_and_gradients(
+    layer: QuantLinear | LoraLinear, x: Tensor, grad: Tensor
+) -> dict[str, Tensor]:
+    """Return output and gradients by name, in float32 on the CPU."""
     x = x.detach().requires_grad_()
     y = layer(x)
     y.backward(grad)
@@ -63,14 +65,14 @@ def answers(layer: QuantLinear | LoraLinear, x: Tensor, grad: Tensor) -> dict[st
 def compare(
     reference: QuantLinear | LoraLinear,
     layer: QuantLinear | LoraLinear,
-    card: torch.device,
+    gpu: torch.device,
     dtype: torch.dtype,
     allowed: float,
 ) -> None:
-    """Inputs are rounded beforehand, so that both sides begin with the same."""
+    """Compare outputs and gradients. Both layers get inputs that are rounded to `dtype`."""
     x, grad = draw(TOKENS, IN, seed=2).to(dtype), draw(TOKENS, OUT, seed=3).to(dtype)
-    wanted = answers(reference, x.float(), grad.float())
-    found = answers(layer.to(card), x.to(card), grad.to(card))
+    wanted = output_and_gradients(reference, x.float(), grad.float())
+    found = output_and_gradients(layer.to(gpu), x.to(gpu), grad.to(gpu))
     assert wanted.keys() == found.keys()
     for name, value in wanted.items():
         error = ((found[name] - value).norm() / value.norm()).item()
@@ -81,24 +83,24 @@ def compare(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("bits", [4, 16])
-def test_a_packed_linear(card: torch.device, bits: int, bias: bool, dtype: torch.dtype) -> None:
+def test_a_packed_linear(gpu: torch.device, bits: int, bias: bool, dtype: torch.dtype) -> None:
     reference = frozen(bits, torch.float32, bias)
-    compare(reference, frozen(bits, dtype, bias), card, dtype, tolerance(dtype))
+    compare(reference, frozen(bits, dtype, bias), gpu, dtype, tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outliers", [False, True])
-def test_an_8_bit_linear(card: torch.device, outliers: bool, dtype: torch.dtype) -> None:
-    """Inputs are rounded to 8 bit on both sides; one on an edge may go to either code."""
-    reference, layer = frozen(8, torch.float32), frozen(8, dtype).to(card)
+def test_an_8_bit_linear(gpu: torch.device, outliers: bool, dtype: torch.dtype) -> None:
+    """Both devices round the input to 8 bits; a tie may get either code."""
+    reference, layer = frozen(8, torch.float32), frozen(8, dtype).to(gpu)
     x = draw(TOKENS, IN, seed=2).to(dtype)
     if outliers:
         x[:, [7, 300]] *= 20
     wanted = reference.product(x.float())
-    found = layer.product(x.to(card)).to(CPU).float()
+    found = layer.product(x.to(gpu)).to(CPU).float()
     assert (found - wanted).norm() / wanted.norm() < tolerance(dtype) + 2e-3
     grad = draw(TOKENS, OUT, seed=3).to(dtype)
-    own = layer.grad_input(grad.to(card)).to(CPU).float()
+    own = layer.grad_input(grad.to(gpu)).to(CPU).float()
     other = reference.grad_input(grad.float())
     assert (own - other).norm() / other.norm() < tolerance(dtype)
 
@@ -107,25 +109,25 @@ def test_an_8_bit_linear(card: torch.device, outliers: bool, dtype: torch.dtype)
 @pytest.mark.parametrize("parts", [PLAIN, FUSED], ids=["plain", "fused"])
 @pytest.mark.parametrize("bits", [4, 16])
 def test_an_adapted_linear(
-    card: torch.device, bits: int, parts: Mapping[str, slice], dtype: torch.dtype
+    gpu: torch.device, bits: int, parts: Mapping[str, slice], dtype: torch.dtype
 ) -> None:
     reference = adapted(bits, torch.float32, parts, torch.float32)
     layer = adapted(bits, dtype, parts, torch.float32)
-    compare(reference, layer, card, dtype, tolerance(dtype))
+    compare(reference, layer, gpu, dtype, tolerance(dtype))
 
 
-def test_the_comparison_would_see_a_wrong_scale(card: torch.device) -> None:
-    """Five percent of one constant, in the dtype that rounds most."""
+def test_the_comparison_detects_a_wrong_scale(gpu: torch.device) -> None:
+    """One constant is wrong by 5 %, in the dtype with the largest rounding errors."""
     reference = frozen(4, torch.float32)
     layer = frozen(4, torch.bfloat16)
     assert layer.offset_of_scale is not None
     layer.offset_of_scale.data *= 1.05
     with pytest.raises(AssertionError):
-        compare(reference, layer, card, torch.bfloat16, tolerance(torch.bfloat16))
+        compare(reference, layer, gpu, torch.bfloat16, tolerance(torch.bfloat16))
 
 
-def test_a_seed_gives_the_same_adapter_on_a_card(card: torch.device) -> None:
+def test_a_seed_gives_the_same_adapter_on_the_gpu(gpu: torch.device) -> None:
     own, other = (adapted(4, torch.float32, PLAIN, torch.float32) for _ in range(2))
-    other.initialize(card, torch.Generator().manual_seed(1))
+    other.initialize(gpu, torch.Generator().manual_seed(1))
     own.initialize(CPU, torch.Generator().manual_seed(1))
     assert torch.equal(own.lora_a["q"], other.lora_a["q"].to(CPU))

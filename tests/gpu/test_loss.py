@@ -1,4 +1,4 @@
-"""The chunked loss on a card is torch's own cross entropy there and in float32 on the host."""
+"""The chunked loss on the GPU equals torch's cross entropy in float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from tests.helpers.reference_loss import reference_cross_entropy, targets_of
 from tests.helpers.runs import CPU
 
 pytestmark = pytest.mark.gpu
-TOKENS, HIDDEN, WORDS = 300, 256, 5000
+TOKENS, HIDDEN, VOCAB = 300, 256, 5000
 
 
-def made(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """(hidden, head, labels), a third of the labels ignored."""
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return (hidden, head, labels); a third of the labels is ignored."""
     generator = torch.Generator().manual_seed(5)
-    labels = torch.randint(0, WORDS, (TOKENS,), generator=generator)
+    labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
     labels[::3] = IGNORE_INDEX
-    hidden, head = draw(TOKENS, HIDDEN, dtype=dtype), draw(WORDS, HIDDEN, seed=1, dtype=dtype)
+    hidden, head = draw(TOKENS, HIDDEN, dtype=dtype), draw(VOCAB, HIDDEN, seed=1, dtype=dtype)
     return hidden, head * HIDDEN**-0.5, labels
 
 
-@pytest.mark.parametrize("targets_a_chunk", [7, 200, 1000])
+@pytest.mark.parametrize("targets_per_chunk", [7, 200, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_loss_and_gradient_are_plain(
-    card: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, targets_a_chunk: int
+def test_loss_and_gradient_equal_the_reference(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, targets_per_chunk: int
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", targets_a_chunk * WORDS)
-    hidden, head, labels = made(dtype)
-    there = hidden.to(card).detach().requires_grad_()
-    where = [t.to(card) for t in targets_of(labels)]
-    ours = chunked_cross_entropy(there, head.to(card), *where, 1 / 200)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", targets_per_chunk * VOCAB)
+    hidden, head, labels = inputs(dtype)
+    there = hidden.to(gpu).detach().requires_grad_()
+    where = [t.to(gpu) for t in targets_of(labels)]
+    ours = chunked_cross_entropy(there, head.to(gpu), *where, 1 / 200)
     ours.backward()
     reference = hidden.float().detach().requires_grad_()
     wanted = reference_cross_entropy(reference, head.float(), labels, 1 / 200)
     wanted.backward()
     eps = torch.finfo(dtype).eps
-    # As on the host: logits and their gradients are rounded; float32 sums in another order.
+    # As on the CPU: logits and their gradients are rounded; float32 sums in another order.
     allowed = 4 * eps if dtype != torch.float32 else HIDDEN**0.5 * eps
     torch.testing.assert_close(ours.to(CPU), wanted, rtol=allowed, atol=0)
     assert there.grad is not None
@@ -49,20 +49,20 @@ def test_loss_and_gradient_are_plain(
     assert not own[labels == IGNORE_INDEX].any()
 
 
-def test_a_trained_head_gets_its_gradient(card: torch.device) -> None:
-    hidden, head, labels = made(torch.float32)
-    there, of_host = head.to(card).detach().requires_grad_(), head.clone().requires_grad_()
-    where = [t.to(card) for t in targets_of(labels)]
-    chunked_cross_entropy(hidden.to(card), there, *where, 1.0).backward()
-    reference_cross_entropy(hidden, of_host, labels, 1.0).backward()
+def test_a_trained_head_gets_its_gradient(gpu: torch.device) -> None:
+    hidden, head, labels = inputs(torch.float32)
+    there, on_cpu = head.to(gpu).detach().requires_grad_(), head.clone().requires_grad_()
+    where = [t.to(gpu) for t in targets_of(labels)]
+    chunked_cross_entropy(hidden.to(gpu), there, *where, 1.0).backward()
+    reference_cross_entropy(hidden, on_cpu, labels, 1.0).backward()
     assert there.grad is not None
-    torch.testing.assert_close(there.grad.to(CPU), of_host.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(there.grad.to(CPU), on_cpu.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_the_score_is_the_hosts(card: torch.device) -> None:
-    hidden, head, labels = made(torch.float32)
+def test_the_score_equals_the_score_on_the_cpu(gpu: torch.device) -> None:
+    hidden, head, labels = inputs(torch.float32)
     where = targets_of(labels)
-    total, right = score(hidden.to(card), head.to(card), *(t.to(card) for t in where))
+    total, right = score(hidden.to(gpu), head.to(gpu), *(t.to(gpu) for t in where))
     wanted, hits = score(hidden, head, *where)
     torch.testing.assert_close(total.to(CPU), wanted, rtol=1e-5, atol=0)
     assert right.item() == hits.item()

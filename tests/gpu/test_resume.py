@@ -1,8 +1,9 @@
-"""On one card a resumed run is the unbroken one, bit for bit; and which operation could break that.
+"""On one GPU a resumed run equals an uninterrupted one bit for bit, and what limits that.
 
-FlashAttention's backward adds up the gradient of the queries tile by tile (128 keys), in the order
-in which tiles are done. Rows within one tile are the same bits each time. Longer ones are the same
-only where torch is told to be deterministic; nothing else in a step may depend on an order.
+The backward pass of FlashAttention sums the gradient of the queries tile by tile (128 keys), in the
+order in which the tiles finish. Rows within one tile are reproducible bit for bit. Longer rows are
+reproducible only with torch's deterministic algorithms. No other operation of a step may depend on
+an order.
 """
 
 from __future__ import annotations
@@ -60,12 +61,12 @@ def resumed(recipe: Recipe) -> Any:
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
 @pytest.mark.parametrize("case", ["adamw", "adamw8bit", "gpt2, without packing"])
-def test_rows_within_a_tile_are_bit_for_bit(
-    card: torch.device, tmp_path: Path, bases: Path, case: str, compute: str
+def test_a_resumed_run_with_rows_within_a_tile_is_equal(
+    gpu: torch.device, tmp_path: Path, bases: Path, case: str, compute: str
 ) -> None:
     settings = CASES[case] | {"base": {"compute_dtype": compute}}
-    unbroken = train_run(recipe_of(bases, tmp_path / "unbroken", **settings))
-    assert_same_run(unbroken, resumed(recipe_of(bases, tmp_path / "broken", **settings)))
+    uninterrupted = train_run(recipe_of(bases, tmp_path / "uninterrupted", **settings))
+    assert_same_run(uninterrupted, resumed(recipe_of(bases, tmp_path / "broken", **settings)))
 
 
 @pytest.fixture
@@ -77,39 +78,40 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_long_rows_are_bit_for_bit_where_torch_is_told_to_be(
-    card: torch.device, tmp_path: Path, long_rows: Path
+def test_a_resumed_run_with_long_rows_is_equal_with_deterministic_algorithms(
+    gpu: torch.device, tmp_path: Path, long_rows: Path
 ) -> None:
-    unbroken = train_run(long_recipe(long_rows, tmp_path / "unbroken"))
-    assert_same_run(unbroken, resumed(long_recipe(long_rows, tmp_path / "broken")))
+    uninterrupted = train_run(long_recipe(long_rows, tmp_path / "uninterrupted"))
+    assert_same_run(uninterrupted, resumed(long_recipe(long_rows, tmp_path / "broken")))
 
 
-def test_the_first_loss_of_long_rows_is_the_same_bits_always(
-    card: torch.device,
+def test_the_first_loss_of_long_rows_is_always_equal(
+    gpu: torch.device,
     tmp_path: Path,
     long_rows: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Forward depends on no order. Whether this card's backward did is in the record."""
-    one, other = (losses(train_run(long_recipe(long_rows, tmp_path / name))) for name in "ab")
-    record_property("long_rows_bit_for_bit", one == other)
-    assert one[0][:2] == other[0][:2]
-    for mine, theirs in zip(one, other, strict=True):
-        assert mine[1] == pytest.approx(theirs[1], rel=1e-2)
+    """The forward pass depends on no order. The test records whether the backward pass did."""
+    first, second = (losses(train_run(long_recipe(long_rows, tmp_path / name))) for name in "ab")
+    record_property("long_rows_bit_for_bit", first == second)
+    assert first[0][:2] == second[0][:2]
+    for line, other_line in zip(first, second, strict=True):
+        assert line[1] == pytest.approx(other_line[1], rel=1e-2)
 
 
 @contextmanager
-def confessions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What torch says of operations whose result depends on an order, as they are called."""
-    told: list[str] = []
+def nondeterminism_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Yield a list that receives torch's warnings of nondeterministic operations."""
+    messages: list[str] = []
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_warn_always(True)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            yield told
-        told += [str(one.message) for one in caught if "determin" in str(one.message)]
+            yield messages
+        texts = [str(warning.message) for warning in caught]
+        messages += [text for text in texts if "determin" in text]
     finally:
         torch.set_warn_always(False)
         torch.use_deterministic_algorithms(False)
@@ -118,8 +120,8 @@ def confessions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_attention_alone_depends_on_an_order(
-    counting_card: torch.device,
+def test_only_attention_is_nondeterministic(
+    counting_gpu: torch.device,
     bases: Path,
     family: str,
     bits: int,
@@ -127,34 +129,34 @@ def test_attention_alone_depends_on_an_order(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """A guard: an operation put into the step that is not deterministic has to be named here."""
+    """Fails if a nondeterministic operation is added to the step; it must then be listed here."""
     base = {"bits": bits, "compute_dtype": compute}
     if bits == 8:
-        # Finding outlier columns reads from the card, which a stand-in cannot.
+        # Finding outlier columns reads values from the GPU; a fake GPU has none.
         base["outlier_threshold"] = 0.0
     recipe = make_recipe(bases / family, bases / "rows.jsonl", base=base)
-    loaded = build_base(recipe, counting_card)
+    loaded = build_base(recipe, counting_gpu)
     loaded.model.train()
-    with confessions(monkeypatch) as told:
-        hidden = hidden_states(loaded, largest_batch(32, 2, 250), counting_card)
+    with nondeterminism_warnings(monkeypatch) as messages:
+        hidden = hidden_states(loaded, largest_batch(32, 2, 250), counting_gpu)
         hidden.backward(torch.ones_like(hidden))
-    record_property("not_deterministic", sorted(set(told)))
-    assert all("ttention" in one for one in told), told
+    record_property("not_deterministic", sorted(set(messages)))
+    assert all("ttention" in text for text in messages), messages
 
 
-def test_the_loss_depends_on_no_order(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, head = torch.randn(40, 64, device=card), torch.randn(300, 64, device=card)
-    at = torch.arange(40, device=card)
-    with confessions(monkeypatch) as told:
+def test_the_loss_is_deterministic(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head = torch.randn(40, 64, device=gpu), torch.randn(300, 64, device=gpu)
+    at = torch.arange(40, device=gpu)
+    with nondeterminism_warnings(monkeypatch) as messages:
         chunked_cross_entropy(hidden.requires_grad_(), head, at, 7 * at, 1.0).backward()
-    assert not told
+    assert not messages
 
 
-def test_the_guard_would_see_another_operation(
-    card: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_another_nondeterministic_operation_is_detected(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with confessions(monkeypatch) as told:
-        places = torch.ones(9, dtype=torch.int32, device=card)
-        torch.bincount(places, torch.ones(9, device=card))
-    assert told
-    assert not all("ttention" in one for one in told)
+    with nondeterminism_warnings(monkeypatch) as messages:
+        places = torch.ones(9, dtype=torch.int32, device=gpu)
+        torch.bincount(places, torch.ones(9, device=gpu))
+    assert messages
+    assert not all("ttention" in text for text in messages)

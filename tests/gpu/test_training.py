@@ -1,4 +1,4 @@
-"""The embedded base trained on a card: it learns, the ledger is right, and so is the merge."""
+"""Training of the embedded base on the GPU: the loss falls, and ledger and merge are right."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 STEPS = 60
 SETTINGS = [f"train.steps={STEPS}", "train.checkpoint_every=1000"]
 ATTRIBUTED = 0.99
-"""Of each phase's peak, by the names of the ledger; the rest is `other`."""
+"""Share of each phase's peak that must be attributed to a category other than `other`."""
 
 
 MEASURED = """
@@ -44,12 +44,12 @@ recipe = load_recipe("starter", sys.argv[1:])
 ledger = train.run(recipe, recipe_path=None, resume=False, observer=Counters()).ledger
 print(json.dumps({"ledger": ledger.to_dict(), "peaks": peaks, "reserved": reserved}))
 """
-"""The job in a process of its own, where nothing is left of other tests, with the card's own
-counters read after each step."""
+"""Script that trains in a process of its own, without memory of other tests, and reads the GPU's
+counters after each step."""
 
 
 @pytest.fixture(scope="module")
-def trained(checked_card: torch.device, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def trained(session_gpu: torch.device, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     settings = [*SETTINGS, f"output={tmp_path_factory.mktemp('trained') / 'run'}"]
     recipe = load_recipe("starter", settings)
     return train.run(recipe, recipe_path=None, resume=False, observer=Silent())
@@ -62,33 +62,33 @@ def losses(run: Path) -> list[float]:
 def test_the_loss_falls(
     trained: TrainResult, record_property: Callable[[str, object], None]
 ) -> None:
-    seen = losses(trained.run)
-    assert len(seen) == STEPS
-    first, last = sum(seen[:5]) / 5, sum(seen[-5:]) / 5
+    values = losses(trained.run)
+    assert len(values) == STEPS
+    first, last = sum(values[:5]) / 5, sum(values[-5:]) / 5
     record_property("losses_first_and_last_5", [first, last])
     record_property("tokens_per_second", trained.tokens_per_second)
     assert last < first / 2
 
 
-def test_a_card_and_the_host_learn_the_same(trained: TrainResult, tmp_path: Path) -> None:
-    """Before the first update both computed the same loss, to the rounding of 16 bit."""
+def test_the_first_loss_is_the_same_on_gpu_and_cpu(trained: TrainResult, tmp_path: Path) -> None:
+    """Before the first update both compute the same loss, up to 16-bit rounding."""
     about = json.loads((trained.run / "run.json").read_text())
     assert about["device"]["kind"] == "cuda"
     dtype = getattr(torch, about["recipe"]["base"]["compute_dtype"])
-    on_host = first_loss_on_host(tmp_path, about["recipe"]["base"]["compute_dtype"])
+    on_cpu = first_loss_on_cpu(tmp_path, about["recipe"]["base"]["compute_dtype"])
     eps = torch.finfo(dtype).eps
-    assert losses(trained.run)[0] == pytest.approx(on_host, rel=4 * eps)
+    assert losses(trained.run)[0] == pytest.approx(on_cpu, rel=4 * eps)
 
 
-def first_loss_on_host(folder: Path, compute: str) -> float:
-    """The same first window, without a card."""
+def first_loss_on_cpu(folder: Path, compute: str) -> float:
+    """Return the loss of the same first batch, computed on the CPU."""
     from qlora_cli.device import DeviceProfile
     from qlora_cli.jobs.prepare import prepare, read_job
     from qlora_cli.train.state import build_state
     from qlora_cli.train.step import train_step
 
-    settings = [*SETTINGS, f"output={folder / 'host'}", f"base.compute_dtype={compute}"]
-    prepared = prepare(load_recipe("starter", settings), DeviceProfile("cpu", "a host", 2**34))
+    settings = [*SETTINGS, f"output={folder / 'cpu'}", f"base.compute_dtype={compute}"]
+    prepared = prepare(load_recipe("starter", settings), DeviceProfile("cpu", "a CPU", 2**34))
     job = read_job(prepared)
     state = build_state(prepared.request(CPU, Silent()))
     return train_step(state, job.schedule.step_batches(0), 0.0).loss
@@ -99,8 +99,8 @@ def first_loss_on_host(folder: Path, compute: str) -> float:
     [[], ["base.bits=8", "base.outlier_threshold=0"], ["base.bits=16"]],
     ids=["4 bit", "8 bit", "16 bit"],
 )
-def test_the_ledger_is_the_allocators(
-    counting_card: torch.device,
+def test_the_ledger_equals_the_allocators_counters(
+    counting_gpu: torch.device,
     tmp_path: Path,
     root: Path,
     settings: list[str],
@@ -148,8 +148,8 @@ def test_merge_and_verify(
     assert verified.json["faults"] == []
 
 
-def test_a_changed_merge_is_refused(trained: TrainResult, tmp_path: Path) -> None:
-    """The proof is one on a card, too: one matrix off by a tenth, and it fails."""
+def test_a_changed_merge_fails_the_verification(trained: TrainResult, tmp_path: Path) -> None:
+    """Verification on the GPU fails if one matrix is wrong by a tenth."""
     from safetensors.torch import load_file, save_file
 
     assert qlora("merge", trained.run, "--out", tmp_path / "merged").code == 0
