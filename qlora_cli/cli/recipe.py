@@ -51,6 +51,7 @@ def copy(name: str, destination: Path | None) -> None:
     NAME is the name of a shipped recipe or the path of a file. DESTINATION is a file or a folder;
     the default is NAME.yaml in the current folder. An existing file is never overwritten.
     """
+    from qlora_cli.files.atomic import atomic_file, report_write_errors
     from qlora_cli.recipe.shipped import find_recipe
 
     source = find_recipe(name)
@@ -61,7 +62,8 @@ def copy(name: str, destination: Path | None) -> None:
         raise UsageError("already exists and is not overwritten", where=str(target))
     if not target.parent.is_dir():
         raise UsageError("this folder does not exist", where=str(target.parent))
-    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    with report_write_errors("the recipe", target), atomic_file(target) as partial:
+        partial.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     click.echo(str(target))
 
 

@@ -9,7 +9,7 @@ from qlora_cli.files.safetensors_io import is_finite
 
 DIVERGENCE_HINT = (
     "lower train.lr, set train.max_grad_norm or lengthen train.warmup; use base.compute_dtype="
-    "bfloat16 or float32 and adapter.dtype=float32 where they are float16; a changed recipe needs "
+    "bfloat16 or float32 and adapter.dtype=float32 if they are float16; a changed recipe needs "
     "a new run, with another output"
 )
 

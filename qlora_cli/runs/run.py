@@ -1,8 +1,4 @@
-"""A training run as one command reads it: every file and every check once.
-
-`run.json` keeps the recipe with its defaults filled in. Reading it back must drop these defaults:
-a setting that a method does not have would be refused if it were set explicitly.
-"""
+"""A training run that is read from its folder: each file is read and checked once per command."""
 
 from __future__ import annotations
 
@@ -22,8 +18,8 @@ class Run:
     """A run's recipe, base, adapter and status, read from its folder at first use and kept.
 
     A command makes one `Run` and passes it on, so that `run.json` is read once and the base is
-    fingerprinted once. A `Run` does not notice later changes on disk: make a new one after writing
-    `run.json`. Making a `Run` reads nothing; each attribute raises if it cannot be read.
+    fingerprinted once. A `Run` does not notice later changes on disk: create a new one after
+    writing `run.json`. Creating a `Run` reads nothing; each attribute raises if it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,12 +82,12 @@ class Run:
             self.check_fingerprint(fingerprint(folder))
         return folder
 
-    def check_fingerprint(self, found: str) -> None:
-        """Compare the base's fingerprint `found` with the one stored when the run began.
+    def check_fingerprint(self, current: str) -> None:
+        """Compare the base's fingerprint `current` with the one stored when the run began.
 
         Runs of older versions stored none and pass. Raises ModelError if the two differ.
         """
-        if self.record.get("base_fingerprint", found) != found:
+        if self.record.get("base_fingerprint", current) != current:
             raise ModelError(
                 f"the weights in {self.record['base_folder']} are not those that the run was "
                 "trained on",
@@ -148,7 +144,11 @@ def adapter_at(where: Path) -> AdapterFile:
 
 
 def _without_defaults(content: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
-    """Return the settings of a stored recipe that differ from their defaults."""
+    """Return the settings of a stored recipe that differ from their defaults.
+
+    `run.json` contains all settings, also those that do not apply to the run's method. Validation
+    would refuse these as if the user had set them.
+    """
     kept: dict[str, Any] = {}
     for key, value in content.items():
         field = section.model_fields.get(key)

@@ -18,6 +18,7 @@ from qlora_cli.jobs import record as run_record
 from qlora_cli.runs import run as run_module
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run, adapter_at
+from tests.helpers.interrupted import train_run
 from tests.helpers.runs import make_base, make_recipe, make_rows, make_run
 
 
@@ -109,6 +110,14 @@ def test_verify_reads_a_run_once(finished: RunFolder, tmp_path: Path, counts: Co
     counts.clear()
     assert verify.run(out, against=finished.path, observer=Silent()).passed
     assert counts == {"run.json": 1, "fingerprint": 1}
+
+
+def test_train_fingerprints_the_base_once(
+    base: Path, rows: Path, tmp_path: Path, counts: Counter[str]
+) -> None:
+    recipe = make_recipe(base, rows, train={"steps": 1})
+    train_run(recipe.model_copy(update={"output": str(tmp_path / "run")}))
+    assert counts["fingerprint"] == 1
 
 
 def test_making_a_run_reads_nothing(tmp_path: Path) -> None:
