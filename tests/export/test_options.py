@@ -60,12 +60,12 @@ def test_every_encoding_has_types_of_llama_cpp() -> None:
 OLDER: dict[str, Any] = {
     "base_model": "some/model",
     "method": "lora",
-    "judgement": {
+    "judgement": {  # words: allow
         "base": "original",
         "reason": "asked for",
         "rows": "",
         "table": {},
-    },  # words: allow
+    },
     "dtype_reason": "the default, and it holds the model",
     "settings": {
         "base": "dequantized",

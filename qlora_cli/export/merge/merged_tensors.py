@@ -31,6 +31,7 @@ from torch import Tensor
 from qlora_cli.adapters.peft_file import AdapterFile, LoraUpdate
 from qlora_cli.errors import QloraError, UsageError, VerificationFailed
 from qlora_cli.export.merge.combine import WeightedAdapter, combine, open_other_adapters
+from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.merge.lora_sum import merged_rows, rounds_to
 from qlora_cli.export.merge.underflow import Count, Underflow
 from qlora_cli.export.options import FALLBACK_DTYPE, MergeBase
@@ -212,21 +213,21 @@ def open_merged_tensors(
     """
     recipe = run.recipe
     folder = run.base_folder
-    config = read_config(folder / "config.json")
+    config = read_config(folder / CONFIG)
     weight_format = weight_format_of(recipe, file_dtype(config))
     task = task_of(recipe)
     model, family = skeleton(config, weight_format.compute, task.model_class)
     sites = find_sites(model, family, config)
     adapter = None
-    if recipe.adapter.method == "lora":
-        own = WeightedAdapter(run.adapter_file, weight)
-        adapter = combine([own, *open_other_adapters(run, others)])
-        adapter.check(sites)
-    else:
+    if run.is_full_fine_tuning:
         _refuse_adapters(run, weight, others)
         folder = run.trained_weights
         # Trained weights are stored in the compute dtype of the training.
         weight_format = replace(weight_format, storage=weight_format.compute)
+    else:
+        own = WeightedAdapter(run.adapter_file, weight)
+        adapter = combine([own, *open_other_adapters(run, others)])
+        adapter.check(sites)
     source = open_source(folder, family)
     return MergedTensors(source, task, sites, adapter, weight_format, base, dtype, device)
 
