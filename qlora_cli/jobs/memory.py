@@ -33,7 +33,7 @@ from qlora_cli.train.loop import Progress
 
 
 @dataclass(frozen=True)
-class Earlier:
+class EarlierProcess:
     """The measurements of an earlier process of the same run.
 
     step: the optimizer step after which this process resumes. damage: the error if the earlier
@@ -46,7 +46,7 @@ class Earlier:
     damage: str | None = None
 
     @classmethod
-    def of(cls, run: RunFolder, step: int) -> Earlier:
+    def of(cls, run: RunFolder, step: int) -> EarlierProcess:
         """Read the earlier measurements of a run.
 
         A damaged file does not stop training; it is left out and reported in the ledger's notes.
@@ -69,7 +69,7 @@ class MemoryRecord:
     plan: MemoryPlan
     baseline_plan: MemoryPlan
     instrument: Instrument
-    earlier: Earlier | None
+    earlier: EarlierProcess | None
 
     def write(self, progress: Progress) -> Ledger:
         """Write both files and return the ledger. Raises QloraError if writing fails."""

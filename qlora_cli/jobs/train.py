@@ -15,7 +15,7 @@ from qlora_cli.events import Observer
 from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors
 from qlora_cli.files.source import WEIGHTS_FILE
 from qlora_cli.jobs import record
-from qlora_cli.jobs.memory import Earlier, MemoryRecord
+from qlora_cli.jobs.memory import EarlierProcess, MemoryRecord
 from qlora_cli.jobs.prepare import Prepared, TrainingJob, prepare, read_job
 from qlora_cli.jobs.results import TrainResult
 from qlora_cli.jobs.run_lifecycle import finished_result, open_or_resume, record_stop
@@ -119,7 +119,7 @@ def _train(
     if checkpoint is not None:
         state.step, scale = load_checkpoint(checkpoint, state.trainable, state.optimizer)
         state.loss_scale.restore(scale)
-        earlier = Earlier.of(job.run, state.step)
+        earlier = EarlierProcess.of(job.run, state.step)
         observer.note(f"resuming after step {state.step}")
     memory = MemoryRecord(job, planned, baseline, instrument, earlier)
     loop = TrainingLoop(state, job.schedule, job.steps, job.run, instrument, observer, memory.write)

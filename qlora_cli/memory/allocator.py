@@ -99,10 +99,6 @@ class CachingAllocator:
             removed = {id(block) for _, _, block in unused}
             self._pools[small] = [item for item in pool if id(item[2]) not in removed]
 
-    def reset_peak(self) -> None:
-        """Start a new peak at the bytes that are reserved now."""
-        self.peak_reserved_bytes = self.reserved_bytes
-
     def _find(self, size: int, small: bool) -> _Block | None:
         """Return the smallest free block that is large enough, or None.
 

@@ -41,11 +41,6 @@ class Counter:
         """The phases so far, in order. A phase that ran more than once has its highest peak."""
         return tuple(self._phases.values())
 
-    @property
-    def peak_bytes(self) -> int:
-        """Highest `live_bytes` since the current phase began."""
-        return self._peak_bytes
-
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure the block as the phase `name`."""

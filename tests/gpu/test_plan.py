@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from plan_cases import cuda_grid
+from plan_grids import cuda_grid
 from plan_table import OVER, RESERVED, UNDER
 
 pytestmark = pytest.mark.gpu

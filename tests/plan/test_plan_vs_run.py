@@ -12,11 +12,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import plan_cases
+import plan_grids
 import plan_table
 import pytest
 import torch
-from plan_cases import Case, cpu_grid, cuda_grid
+from plan_cases import Case
+from plan_grids import cpu_grid, cuda_grid
 from plan_measure import PHASES, Run, measure_with_profiler, plan_case, profile_of_kind
 from profiler_peak import PeakProfiler
 from torch import Tensor
@@ -136,7 +137,7 @@ def test_every_pair_of_settings_occurs_in_the_grid() -> None:
     """Except pairs that a recipe refuses and pairs that take minutes."""
     drawn = [set(case.name.split()) for case in cpu_grid()]
     assert len(drawn) >= 60
-    for left, right in itertools.combinations(plan_cases.FACTORS.items(), 2):
+    for left, right in itertools.combinations(plan_grids.FACTORS.items(), 2):
         for first, second in itertools.product(*(words_of(*factor) for factor in (left, right))):
             both = first | second
             excluded = any(pair <= both for pair in EXCLUDED) or (

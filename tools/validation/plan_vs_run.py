@@ -28,7 +28,8 @@ from typing import Any
 # Before torch is loaded: on a busy machine two threads can be ten times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from plan_cases import Case, cpu_grid, cuda_grid
+from plan_cases import Case
+from plan_grids import cpu_grid, cuda_grid
 from plan_measure import compare, describe_machine, write_trace
 from plan_table import failures, largest_error_first, table
 
