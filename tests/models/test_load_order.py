@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 from plan_cases import Case, SyntheticSource
-from plan_measure import Run, profile_of_kind, planned
+from plan_measure import Run, plan_case, profile_of_kind
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.memory.instrument import Instrument
@@ -66,7 +66,7 @@ def loaded(case: Case, seed: int) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 def test_the_order_of_a_file_has_no_effect(case: Case) -> None:
-    plan = next(phase for phase in planned(case, PROFILE).phases if phase.name == "load")
+    plan = next(phase for phase in plan_case(case, PROFILE).phases if phase.name == "load")
     for seed in range(3):
         peak, names = loaded(case, seed)
         assert peak == plan.peak_bytes
@@ -93,7 +93,7 @@ def test_a_gpu_never_stores_a_head_twice(bits: int) -> None:
         (f"base.bits={bits}", "base.compute_dtype=bfloat16", "data.seq_len=64"),
         32000,
     )
-    load, *_ = planned(case, GPU).phases
+    load, *_ = plan_case(case, GPU).phases
     assert load.name == "load"
     head_bytes = 2 * 32000 * 192
     assert load.at_peak["head"] >= head_bytes  # The allocator rounds up.
@@ -106,7 +106,7 @@ def test_weights_are_transposed_before_they_are_copied_to_a_gpu(bits: int) -> No
     peaks = {}
     for family in ("gpt2", "llama"):
         case = Case(family, "tiny", (f"base.bits={bits}", "data.seq_len=64"), 259, tied=True)
-        load, *_ = planned(case, GPU).phases
+        load, *_ = plan_case(case, GPU).phases
         peaks[family] = load.at_peak.get("temporary", 0)
     # GPT-2's largest matrix is 192 x 768, Llama's 192 x 512.
     assert peaks["gpt2"] <= 1.6 * peaks["llama"]
