@@ -1,4 +1,4 @@
-"""tools/benchmarks/bench_inference.py runs, and the measurement in the checkout is one of its own."""
+"""bench_inference.py runs, and the measurement in the checkout was written by it."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_an_adapter_adds_a_and_b_and_no_more(measured: dict[str, Any]) -> None:
     shape = bench_inference.SHAPES["tiny"]
     width, layers = shape["hidden_size"], shape["num_hidden_layers"]
     rank = bench_inference.ADAPTERS["q and v, rank 8"]["rank"]
-    told = measured["adapters"]["q and v, rank 8"]
-    assert told["parameters"] == layers * 2 * rank * (width + width)
-    assert told["memory_bytes"] == 4 * told["parameters"]
-    assert told["memory_bytes"] < told["file_bytes"] < told["memory_bytes"] + 4096
+    figures = measured["adapters"]["q and v, rank 8"]
+    assert figures["parameters"] == layers * 2 * rank * (width + width)
+    assert figures["memory_bytes"] == 4 * figures["parameters"]
+    assert figures["memory_bytes"] < figures["file_bytes"] < figures["memory_bytes"] + 4096
 
 
 def test_each_state_is_what_it_says(tmp_path: Path) -> None:
@@ -63,5 +63,5 @@ def test_each_state_is_what_it_says(tmp_path: Path) -> None:
 
 
 def test_a_spread_is_the_quartiles() -> None:
-    told = bench_inference.spread([3.0, 1.0, 2.0, 5.0, 4.0])
-    assert told == {"median": 3.0, "lower_quartile": 2.0, "upper_quartile": 4.0, "num": 5}
+    figures = bench_inference.spread([3.0, 1.0, 2.0, 5.0, 4.0])
+    assert figures == {"median": 3.0, "lower_quartile": 2.0, "upper_quartile": 4.0, "num": 5}

@@ -1,4 +1,4 @@
-"""tools/checks/check_layers.py finds nothing in the package and each kind of fault in a small one."""
+"""check_layers.py finds no fault in the package, and each kind of fault in a small one."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def test_a_sound_house_has_no_faults(tmp_path: Path) -> None:
     assert check_layers.check(build(tmp_path, SOUND)) == []
 
 
-@pytest.mark.parametrize(("path", "text", "told"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_found(tmp_path: Path, path: str, text: str, told: str) -> None:
+@pytest.mark.parametrize(("path", "text", "expected"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_found(tmp_path: Path, path: str, text: str, expected: str) -> None:
     faults = check_layers.check(build(tmp_path, {**SOUND, path: text}))
-    assert any(told in fault for fault in faults), faults
+    assert any(expected in fault for fault in faults), faults
 
 
 def test_each_rule_catches_something(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@
 Makes a Llama with random weights and two adapters on it, in a temporary folder, and opens them as
 `qlora generate MODEL --adapter NAME=DIR` does. Latency is measured in pairs: every round times the
 base, the base a second time, the merged model and the unmerged adapter, one after the other and
-each round beginning with another one; what is told is the ratio to the base of the same round. The
-base against itself says how far such a ratio is off by chance on this machine.
+each round beginning with another one; the result is the ratio to the base
+of the same round. The base against itself shows how much such a ratio varies by chance.
 
 On a CPU the clock is the processor time of the one thread that computes: what an idle machine's
 clock would show, without other programs' turns, and without waiting for a disk (a merged switch
-reads the base's file, which the system still holds). On a card it is the wall's.
+reads the base's file, which the system still holds). On a GPU it is wall-clock time.
 
 Source of the claim: Hu et al. 2021 (LoRA), section 4.1: merged, there is no added latency.
 """
@@ -272,9 +272,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=12, help="tokens of the answer")
     arguments = parser.parse_args(words)
     torch.set_num_threads(1)  # Or the processor's time would be that of several threads.
-    told = sys.argv[1:] if words is None else words
+    command_words = sys.argv[1:] if words is None else words
     content = {
-        "command": shlex.join(["python", "tools/benchmarks/bench_inference.py", *told]),
+        "command": shlex.join(["python", "tools/benchmarks/bench_inference.py", *command_words]),
         **where(),
     }
     content |= measure(arguments, lambda text: print(text, file=sys.stderr))

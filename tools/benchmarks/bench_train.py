@@ -25,6 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# Run as a script, only this folder is on the path; the configurations are in tools/validation.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "validation"))
+
 from bench_inference import spread, where
 from plan_cases import Case, step_batches_of
 from plan_measure import Run, profile_of_kind
@@ -43,7 +47,7 @@ _SETTINGS = (
 
 
 class MethodPeak:
-    """One of those that take turns: a step, its seconds, and the card's memory."""
+    """One compared method: a function that runs a step, its seconds, and the GPU memory."""
 
     def __init__(self, device: torch.device, load: Callable[[], Callable[[], float]]) -> None:
         self._device = device
@@ -173,9 +177,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps in a turn")
     parser.add_argument("--alone", action="store_true", help="without PEFT")
     options = parser.parse_args(words)
-    told = sys.argv[1:] if words is None else words
+    command_words = sys.argv[1:] if words is None else words
     content = {
-        "command": shlex.join(["python", "tools/benchmarks/bench_train.py", *told]),
+        "command": shlex.join(["python", "tools/benchmarks/bench_train.py", *command_words]),
         **where(),
     }
     if options.shape == "starter":

@@ -1,4 +1,4 @@
-"""The other side of tools/benchmarks/bench_train.py: PEFT on bitsandbytes' own layers, as it is documented."""
+"""What bench_train.py compares with: PEFT on bitsandbytes' own layers, as PEFT documents it."""
 
 from __future__ import annotations
 

@@ -75,7 +75,9 @@ def _dead_paths(text: str, folder: Path, root: Path) -> Iterator[str]:
         if not _PATH.fullmatch(word) or "/" not in word:
             continue
         # `meta-llama/Llama-3.1-8B` and `runs/mine` are no paths of the checkout.
-        if word.split("/")[0] in tops - {"runs"} and not (root / word).exists():
+        is_placeholder = Path(word).stem.isupper()  # `qlora_cli/tasks/NAME.py`
+        in_checkout = word.split("/")[0] in tops - {"runs"}
+        if in_checkout and not is_placeholder and not (root / word).exists():
             yield f"{word} does not exist"
 
 
@@ -118,8 +120,10 @@ def _words(line: str) -> list[str]:
 
 
 def _command_faults(command: click.Command, words: list[str]) -> Iterator[str]:
-    context = click.Context(command)
+    context = make_docs.context_of(command, command.name or "")
     if isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        if words[0].isupper():  # `qlora COMMAND --help`
+            return
         names = words[0].split("|")  # `qlora recipe list|show` names several.
         for name in names:
             inner = command.get_command(context, name)

@@ -2,9 +2,9 @@
 
     python tools/checks/check_words.py [PATH ...]
 
-Each entry of `WORDS` is a pattern and what to write instead. Code, comments, docstrings, help texts
-and Markdown are searched; a line that quotes a word on purpose ends with `words: allow`. Prints each
-finding as `file:line: word -> replacement` and exits 1 if there is one.
+Each entry of `WORDS` is a pattern and what to write instead. Code, comments, docstrings, help
+texts and Markdown are searched; a line that quotes a word on purpose ends with `words: allow`.
+Prints each finding as `file:line: word -> replacement` and exits 1 if there is one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ WORDS = {
 
 ALLOWED = "words: allow"
 _SUFFIXES = {".py", ".md", ".yaml", ".toml", ".html", ""}
-_SKIPPED = ("tools/measurements/", "qlora_cli/starter/", "LICENSE", "tools/starter/", "tools/checks/check_words.py")
+_SKIPPED = (
+    "tools/measurements/",
+    "tools/starter/starter_task.py",  # its word lists are data
+    "qlora_cli/starter/",
+    "LICENSE",
+    "tools/checks/check_words.py",
+)
 
 
 def check(files: Iterable[Path], root: Path = ROOT) -> Iterator[str]:

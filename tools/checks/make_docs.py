@@ -75,10 +75,18 @@ def _walk(command: click.Command, name: str) -> Iterator[tuple[str, click.Comman
             yield from _walk(inner, f"{name} {inner.name}")
 
 
-def _help(command: click.Command, name: str) -> str:
+def context_of(command: click.Command, name: str) -> click.Context:
+    """Return a context with the program's own settings.
+
+    click stores the help option of a command with the names of the first context that asks for it,
+    so every context of a command needs the same settings.
+    """
     options = {**qlora.context_settings, "terminal_width": WIDTH}
-    context = click.Context(command, info_name=name, **options)
-    return f"```text\n$ {name} --help\n{command.get_help(context)}\n```"
+    return click.Context(command, info_name=name, **options)
+
+
+def _help(command: click.Command, name: str) -> str:
+    return f"```text\n$ {name} --help\n{command.get_help(context_of(command, name))}\n```"
 
 
 def _setting_row(setting: Setting) -> str:

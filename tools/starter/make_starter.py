@@ -1,6 +1,6 @@
 """Make `qlora_cli/starter`: the embedded base, its tokenizer, its task and its model card.
 
-    python tools/starter/make_starter.py                # the committed base: about 25 minutes on one core
+    python tools/starter/make_starter.py           # the committed base: about 25 minutes on a core
     python tools/starter/make_starter.py --steps 20 --out tried
 
 Reads the novels of the shared data (`starter_text.shared_folder`). With one seed and one number of
@@ -98,7 +98,7 @@ def train_tokenizer(text: str, copies: CopyText, seed: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """tokenizer.json, and the configuration that tells `AutoTokenizer` the special tokens."""
+    """Write tokenizer.json, and the configuration from which `AutoTokenizer` reads special tokens."""
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -223,7 +223,7 @@ def save_model(model: LlamaForCausalLM, out: Path) -> None:
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it readable by the owner alone
 
 
-# What the card says -----------------------------------------------------------------------------
+# Figures of the model card -----------------------------------------------------------------------------
 
 
 @torch.no_grad()

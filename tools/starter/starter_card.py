@@ -35,13 +35,14 @@ rotary positions up to {max_position_embeddings}, embedding and head tied.
 - {num_novels} novels in the public domain, published in {last_year} at the latest:
   {novel_tokens:,} tokens. The last {held_out_percent:.0f} % of each is held out. They were read
   from the corpus `computationalstylistics/100_english_novels`; their text is not in this package.
-- Text that `tools/starter/starter_text.py` makes, in which random common words, invented names and single
-  sentences of the same novels come back, so that the model learns to copy. {copy_start:.0f} % of
-  the rows at the start of the run, falling evenly to {copy_end:.0f} %. Apache-2.0.
+- Text that `tools/starter/starter_text.py` makes, in which random common words, invented names and
+  single sentences of the same novels come back, so that the model learns to copy.
+  {copy_start:.0f} % of the rows at the start of the run, falling evenly to {copy_end:.0f} %.
+  Apache-2.0.
 
-The task (`tools/starter/starter_task.py`: facts of an invented place, then text that says them) was not
-trained on. Its rows are made from word lists and a seed; Apache-2.0. No word of a held-out row's
-name occurs in a training row's name, and no held-out combination of facts occurs in training.
+The task (`tools/starter/starter_task.py`: facts of an invented place, then text that says them) was
+not trained on. Its rows are made from word lists and a seed; Apache-2.0. No word of a held-out
+row's name occurs in a training row's name, and no held-out combination of facts occurs in training.
 
 The novels: {titles}.
 
@@ -76,7 +77,7 @@ The first two on {eval_rows} rows of {eval_context} tokens.
 
 
 def write_card(path: Path, facts: dict) -> None:
-    """Fill the card; a fact that is missing raises KeyError."""
+    """Write the model card. facts: its figures. Raises KeyError if a figure is missing."""
     start, end = facts["copy_shares"]
     versions = facts["versions"].items()
     filled = {
