@@ -5,9 +5,17 @@ from typing import get_args
 
 import pytest
 
-from qlora_cli.data.formats import FORMATS, detect_format, parse_rows
+from qlora_cli.data.encode import encode
+from qlora_cli.data.formats import (
+    FORMATS,
+    PromptCompletion,
+    RowFormat,
+    detect_format,
+    parse_rows,
+)
 from qlora_cli.data.row_errors import SHOWN_PROBLEMS
 from qlora_cli.data.rows import Row, read_rows
+from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError
 from qlora_cli.recipe.describe import settings
 from qlora_cli.recipe.schema import DataFormat
@@ -120,3 +128,15 @@ def test_the_documentation_lists_the_registered_formats(root):
     for name, line in lines:
         known = FORMATS[name]
         assert all(f"`{field}`" in line for field in (*known.required, *known.optional)), name
+
+
+def test_a_new_format_is_one_entry(monkeypatch):
+    def convert(fields, has_chat_template):
+        return PromptCompletion(fields["q"], fields["a"])
+
+    toy = RowFormat("toy", "A toy.", required=("q", "a"), convert=convert)
+    monkeypatch.setitem(FORMATS, "toy", toy)
+    row = Row("rows.jsonl:1", {"q": "A", "a": " day."})
+    assert detect_format([row], "auto") == "toy"
+    example = encode([row], "toy", load_tokenizer("starter"), 32)[0]
+    assert 0 < example.num_targets < len(example.ids)
