@@ -98,7 +98,7 @@ def train_tokenizer(text: str, copies: CopyText, seed: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """Write tokenizer.json, and the configuration from which `AutoTokenizer` reads special tokens."""
+    """Write tokenizer.json and the configuration that names the special tokens."""
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -223,7 +223,7 @@ def save_model(model: LlamaForCausalLM, out: Path) -> None:
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it readable by the owner alone
 
 
-# Figures of the model card -----------------------------------------------------------------------------
+# Figures of the model card
 
 
 @torch.no_grad()
