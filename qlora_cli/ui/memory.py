@@ -79,8 +79,12 @@ def method_name(method: str, bits: int | None) -> str:
 
 
 def peak_phase_name(ledger: Ledger) -> str:
-    """Return the name of the phase in which memory is at its peak."""
-    return peak_phase(ledger.phases).name.replace("_", " ")
+    """Return the name of the phase in which the training job's memory is at its peak.
+
+    A plan also has the phase `merge`, which is another command and not part of the job's peak.
+    """
+    phases = tuple(phase for phase in ledger.phases if phase.name != "merge")
+    return peak_phase(phases).name.replace("_", " ")
 
 
 def phase_table(ledger: Ledger) -> RenderableType:

@@ -74,7 +74,7 @@ def _arithmetic_table(lines: Sequence[Line]) -> RenderableType:
     table.add_column("what is counted")
     for line in lines:
         table.add_row(line.name, _value(line), line.assumption)
-    title = "The same by the arithmetic of the LoRA paper (decimal units)"
+    title = "Sizes by the arithmetic of the LoRA paper (decimal units)"
     return Group(Text(title, style="bold"), table)
 
 

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from qlora_cli.jobs.results import Compared
-from qlora_cli.memory.ledger import CATEGORIES, Allocator
+from qlora_cli.memory.ledger import CATEGORIES, Allocator, Phase
 from qlora_cli.ui import memory, memory_facts, planned, tables
 from qlora_cli.ui.categories import CATEGORY_STYLES, category_label
-from qlora_cli.units import format_bytes
+from qlora_cli.units import GIB, format_bytes
 from tests.helpers import results
 
 
@@ -107,6 +107,13 @@ def test_counters_are_shown_only_if_the_device_has_them() -> None:
 
 def test_a_plan_that_does_not_fit_is_reported() -> None:
     assert "DOES NOT FIT" in text_of(planned.plan(replace(results.PLAN, fits=False)))
+
+
+def test_the_peak_of_a_plan_is_in_a_phase_of_training_even_if_merging_needs_more() -> None:
+    merge = Phase("merge", 50 * GIB, 0, {"temporary": 50 * GIB})
+    ledger = replace(results.LEDGER, phases=(*results.LEDGER.phases, merge))
+    text = text_of(planned.plan(replace(results.PLAN, ledger=ledger)))
+    assert "in phase first step" in text.splitlines()[0]
 
 
 def test_a_failed_verification_lists_its_faults() -> None:
