@@ -24,40 +24,42 @@ def arithmetic_of(recipe: Recipe, plan: MemoryPlan) -> tuple[Line, ...]:
     if recipe.adapter.method == "full":
         return ()
     total, trained = plan.total_parameters, plan.trainable_parameters
-    weights_and_moments = 3 * _BYTES_16_BIT
-    with_gradients = 4 * _BYTES_16_BIT
-    frozen = _BYTES_16_BIT * total
+    return *_checkpoints(total, trained), *_training(total, trained)
+
+
+def _checkpoints(total: int, trained: int) -> tuple[Line, ...]:
+    """Return the sizes of checkpoints. total, trained: numbers of parameters."""
+    adapter, base = _BYTES_16_BIT * trained, _BYTES_16_BIT * total
     return (
-        Line(
-            "trained parameters",
-            trained,
-            "",
-            "rank x (inputs + outputs), summed over the adapted matrices",
-        ),
-        Line("checkpoint of the adapter", _BYTES_16_BIT * trained, "B", "A and B in 16 bit"),
-        Line("checkpoint of the base", frozen, "B", "every parameter in 16 bit"),
+        Line("trained parameters", trained, "", "rank x (inputs + outputs), every adapted matrix"),
+        Line("checkpoint of the adapter", adapter, "B", "A and B in 16 bit"),
+        Line("checkpoint of the base", base, "B", "every parameter in 16 bit"),
         Line("base / adapter", total / trained, "x", "both in 16 bit"),
-        Line(
-            "full fine-tuning",
-            weights_and_moments * total,
-            "B",
-            "weights and Adam's two moments, all in 16 bit",
-        ),
+    )
+
+
+def _training(total: int, trained: int) -> tuple[Line, ...]:
+    """Return the memory of training with Adam. total, trained: numbers of parameters."""
+    full = 3 * _BYTES_16_BIT * total
+    full_with_gradients = 4 * _BYTES_16_BIT * total
+    lora = _BYTES_16_BIT * total + 4 * _BYTES_16_BIT * trained
+    return (
+        Line("full fine-tuning", full, "B", "weights and Adam's two moments, all in 16 bit"),
         Line(
             "full fine-tuning with gradients",
-            with_gradients * total,
+            full_with_gradients,
             "B",
             "the same with a gradient in 16 bit (the paper's 1.2 TB for GPT-3 is between the two)",
         ),
         Line(
             "LoRA",
-            frozen + with_gradients * trained,
+            lora,
             "B",
-            "frozen weights in 16 bit; gradients and moments only for A and B",
+            "frozen weights in 16 bit; weights, gradients and moments of A and B",
         ),
         Line(
             "full / LoRA",
-            weights_and_moments * total / (frozen + with_gradients * trained),
+            full / lora,
             "x",
             "full fine-tuning without gradients; frozen weights have no optimizer state",
         ),

@@ -217,14 +217,9 @@ def check_run(
         "no report": run.report.is_file(),
         "no trained weights": run.adapter.is_dir() or run.weights.is_dir(),
     }
-    return {
-        "faults": [fault for fault, passed in checks.items() if not passed],
-        "planned_bytes": ledger.planned_peak_bytes,
-        "error": error,
-        "ledger": allocator,
-        "recorded": peaks,
-        "phases": phases,
-    }
+    faults = [fault for fault, passed in checks.items() if not passed]
+    figures = {"planned_bytes": ledger.planned_peak_bytes, "error": error, "ledger": allocator}
+    return {"faults": faults, **figures, "recorded": peaks, "phases": phases}
 
 
 def record_peaks(file: Path, words: Sequence[str]) -> int:
