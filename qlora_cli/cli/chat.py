@@ -47,7 +47,7 @@ def chat(run_or_model: str, adapters: dict[str, Path], name: str | None, merged:
         if command == _SWITCH_COMMAND:
             _switch_adapter(session, rest.strip())
         else:
-            click.echo(session.say(text))
+            click.echo(session.reply(text))
 
 
 def _switch_adapter(session: Chat, name: str) -> None:
@@ -55,10 +55,10 @@ def _switch_adapter(session: Chat, name: str) -> None:
     from qlora_cli.ui import console, failures
 
     try:
-        session.use(name)
+        session.use_adapter(name)
     except UsageError as error:
         failures.show(error, console.messages())
-    click.echo(f"{session.answering} answers", err=True)
+    click.echo(f"{session.current_adapter} answers", err=True)
 
 
 def _read_line() -> str:

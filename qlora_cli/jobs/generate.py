@@ -27,7 +27,7 @@ NO_ADAPTERS: Mapping[str, Path] = MappingProxyType({})
 
 
 def run(
-    where: str,
+    run_or_model: str,
     *,
     prompt: str,
     max_new_tokens: int,
@@ -40,15 +40,15 @@ def run(
 ) -> GenerateResult:
     """Continue a prompt with each of several adapters.
 
-    where: a run's folder, a model folder, a Hub id or `starter`. prompt: used as it is, without a
+    run_or_model: a run's folder, a model folder, a Hub id or `starter`. prompt: used as it is, without a
     chat template. temperature: 0 for greedy decoding. seed: the same for each adapter.
-    adapters: name -> folder of an adapter or a run, for the base of `where`. uses: names of the
+    adapters: name -> folder of an adapter or a run, for the base of `run_or_model`. uses: names of the
     adapters to generate with, in this order; empty for all. merged: merge each adapter into the
     weights before it generates.
     Raises InputError if the model, an adapter, a name or the tokenizer does not exist, or if the
     prompt is empty or too long.
     """
-    generator = open_generator(where, observer, adapters, merged=merged)
+    generator = open_generator(run_or_model, observer, adapters, merged=merged)
     for name in uses:
         generator.switch.check(name)
     ids = generator.tokenizer(prompt)["input_ids"]
@@ -61,7 +61,7 @@ def run(
 
 
 def open_chat(
-    where: str,
+    run_or_model: str,
     observer: Observer,
     *,
     adapters: Mapping[str, Path] = NO_ADAPTERS,
@@ -73,11 +73,11 @@ def open_chat(
     use: name of the adapter to start with; None for the first one. The other arguments are those of
     `run`. Raises ModelError if the tokenizer has no chat template, UsageError if `use` is unknown.
     """
-    generator = open_generator(where, observer, adapters, merged=merged)
+    generator = open_generator(run_or_model, observer, adapters, merged=merged)
     if not generator.tokenizer.chat_template:
         raise ModelError(
             "the tokenizer has no chat template",
-            where=where,
+            where=run_or_model,
             hint="use `qlora generate`, or a model whose tokenizer has one",
         )
     generator.switch.use(use or next(iter(generator.switch.adapters), BASE))
@@ -137,7 +137,7 @@ class TextGenerator:
 
 
 def open_generator(
-    where: str,
+    run_or_model: str,
     observer: Observer,
     adapters: Mapping[str, Path] = NO_ADAPTERS,
     *,
@@ -156,7 +156,7 @@ def open_generator(
     }
     device = torch.device(inspect_device().kind)
     open_model = open_for_adapters if adapters or merged else open_any
-    opened = open_model(where, device, observer)
+    opened = open_model(run_or_model, device, observer)
     tokenizer = load_tokenizer(str(opened.folder))
     if tokenizer is None:
         raise ModelError(
@@ -186,7 +186,7 @@ class Chat:
     generator: TextGenerator
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def say(self, text: str) -> str:
+    def reply(self, text: str) -> str:
         """Add a message of the user and return the answer, which is added as well."""
         self.messages.append({"role": "user", "content": text})
         ids = self.generator.tokenizer.apply_chat_template(
@@ -196,7 +196,7 @@ class Chat:
         self.messages.append({"role": "assistant", "content": answer})
         return answer
 
-    def use(self, name: str) -> None:
+    def use_adapter(self, name: str) -> None:
         """Answer with another adapter from now on; the messages stay.
 
         name: an adapter, or `base` for none. Raises UsageError if it is unknown, QloraError if
@@ -205,6 +205,6 @@ class Chat:
         self.generator.switch.use(name)
 
     @property
-    def answering(self) -> str:
+    def current_adapter(self) -> str:
         """Name of the adapter that answers, or `base`."""
         return self.generator.switch.current

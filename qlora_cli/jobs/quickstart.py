@@ -74,9 +74,12 @@ def _run_jobs(out: Path, observer: Observer) -> QuickstartResult:
     )
 
 
-def _samples(where: str, observer: Observer) -> dict[str, str]:
-    """Return held-out prompt -> text that the model generates for it, greedily."""
-    generator = generate.open_generator(where, observer)
+def _samples(model: str, observer: Observer) -> dict[str, str]:
+    """Return held-out prompt -> text that the model generates for it, greedily.
+
+    model: a model folder or `starter`.
+    """
+    generator = generate.open_generator(model, observer)
     prompts = [row.fields["prompt"] for row in read_rows(HELD_OUT, limit=NUM_SAMPLES)]
     return {
         prompt: generator.continue_from(

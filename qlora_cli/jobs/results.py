@@ -193,7 +193,11 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class DataResult(Result):
-    """`qlora data`. findings: what the doctor of data noticed, one sentence each."""
+    """Result of `qlora data`.
+
+    tokens, trained_tokens, longest_row: in tokens. format: the detected data format. shown: the
+    requested rows, token by token. findings: problems of the rows, one sentence each.
+    """
 
     rows: int
     sequences: int
