@@ -1,0 +1,52 @@
+"""The norm equals transformers' in values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.gradcheck import GradcheckError
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from qlora_cli.nn.norm import RmsNorm
+from tests.helpers.gradients import draw, grads
+
+HIDDEN, TOKENS = 64, 11
+
+
+def norms(dtype: torch.dtype) -> tuple[nn.Module, RmsNorm]:
+    """Return (transformers' norm, ours) with the same weight."""
+    theirs = LlamaRMSNorm(HIDDEN, eps=1e-5).to(dtype)
+    theirs.weight.data.copy_(1 + 0.3 * draw(HIDDEN))
+    theirs.requires_grad_(False)
+    return theirs, RmsNorm(theirs.weight, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spread", [1e-4, 1.0, 100.0])
+def test_norm_equals_transformers_bit_for_bit_and_in_gradient(
+    dtype: torch.dtype, spread: float
+) -> None:
+    theirs, ours = norms(dtype)
+    x = (spread * draw(2, TOKENS, HIDDEN)).to(dtype).requires_grad_()
+    wanted, found = theirs(x), ours(x)
+    assert torch.equal(wanted, found)
+    (own,), (other,) = grads(found, [x]), grads(wanted, [x])
+    assert own.dtype == dtype
+    # Two sums of d float32 products are added in another order, then rounded to dtype once.
+    eps = max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(own, other, rtol=2 * eps, atol=2 * eps * other.abs().max().item())
+
+
+def test_norm_passes_gradcheck() -> None:
+    _, ours = norms(torch.float64)
+    x = draw(3, HIDDEN, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(ours, (x,))
+
+
+def test_gradcheck_detects_a_wrong_norm_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = norms(torch.float64)
+    x = draw(3, HIDDEN, dtype=torch.float64).requires_grad_()
+    monkeypatch.setattr("qlora_cli.nn.norm.Tensor.pow", lambda self, _: self, raising=False)
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(ours, (x,))
