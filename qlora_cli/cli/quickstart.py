@@ -25,9 +25,10 @@ from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, w
 )
 @json_option
 def quickstart(out: Path, force: bool, as_json: bool) -> None:
-    """Plan, train, merge and verify a small built-in model.
+    """Plan, train, merge and verify a small model, offline.
 
-    Shows the complete workflow in minutes. Needs no network and no GPU.
+    Shows the complete workflow in minutes, on the base model that is embedded in the package. Needs
+    no network and no GPU.
     """
     with fast_import():
         from qlora_cli.jobs import quickstart as job

@@ -21,6 +21,7 @@ Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Bits = Literal[4, 8, 16]
 Dtype = Literal["float32", "float16", "bfloat16"]
 DataFormat = Literal["text", "completion", "alpaca", "sharegpt", "messages", "tokens"]
+LongRows = Literal["drop", "truncate", "split", "error"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -41,7 +42,7 @@ class Model(Section):
 
     name: str
     """Base model: a Hugging Face Hub id, a folder with config.json and safetensors files, or
-    `starter`, the small base that is part of the package."""
+    `starter`, the small base embedded in the package."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model; set a commit to get the same files every time."""
 
@@ -109,25 +110,60 @@ class Adapter(Section):
         return self
 
 
+class Source(Section):
+    """One source of rows in a mixture."""
+
+    path: str
+    """A file, folder, pattern or dataset id."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row is used: 2 uses it twice, 0.5 uses half of the rows, chosen by
+    `data.seed`."""
+
+
+Sources = str | list[str | Source]
+"""One or several places that rows are read from."""
+
+
 class Data(Section):
     """Training rows and held-out rows."""
 
-    train: str
-    """Training rows: a JSONL, JSON, CSV or Parquet file, a dataset id on the Hugging Face Hub, or
-    `starter:train`, the rows that are part of the package."""
-    eval: str | None = None
-    """Held-out rows, given in the same way as `train`; null trains without evaluation."""
+    train: Sources
+    """Training rows: a JSONL, JSON, CSV, TSV, Parquet, TXT or Markdown file (also .gz or .zst), a
+    folder, a pattern such as `data/*.jsonl`, a dataset id on the Hugging Face Hub, or
+    `starter:train`, the rows embedded in the package; or a list of these, each optionally as
+    {path, weight}."""
+    eval: Sources | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Held-out rows, given in the same way as `train`; a number such as 0.02 takes this share of
+    the training rows away and holds it out; null trains without evaluation."""
     format: Literal["auto"] | DataFormat = "auto"
     """Fields of each row (`?`: optional); text: {text}; completion: {prompt, completion};
     alpaca: {instruction, output, input?, system?, tools?}; sharegpt: {conversations, system?,
     tools?}; messages: {messages, tools?, functions?}; tokens: {input_ids, labels?,
     attention_mask?}; auto detects the format from the field names."""
     seq_len: Annotated[int, Field(ge=8)] = 1024
-    """Maximum length of a sequence in tokens, also the length that packing fills; a longer row is
-    refused, and memory for activations grows with it."""
+    """Maximum length of a sequence in tokens, also the length that packing fills; `long_rows`
+    applies to longer rows, and memory for activations grows with it."""
+    long_rows: Literal["auto"] | LongRows = "auto"
+    """What happens to rows that are longer than `seq_len` or than the model's positions: drop
+    leaves them out, truncate removes their end, split cuts them into consecutive pieces, error
+    stops; auto splits `text` rows and drops other rows. The number of rows is reported."""
+    columns: dict[str, str] | None = None
+    """Columns that have other names than the fields of the format, as field: column, such as
+    {prompt: question, completion: answer}."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Use at most this number of training rows, chosen by `seed`; null uses all."""
+    seed: int = 0
+    """Seed that chooses the rows of `eval` as a share, of weights and of `max_rows`."""
     packing: bool = True
     """Put several rows into one sequence instead of padding; attention, positions and loss do not
     cross the boundary between rows."""
+
+    @model_validator(mode="after")
+    def _lists_have_items(self) -> Data:
+        for name in ("train", "eval", "columns"):
+            if getattr(self, name) in ([], {}):
+                raise ValueError(f"{name} is empty")
+        return self
 
 
 class Train(Section):

@@ -96,7 +96,7 @@ def test_an_adapter_on_another_base_than_its_own_is_noted(run: Path, tmp_path: P
         (("--adapter", "base={loud}"), "the name 'base' is taken"),
         (("--adapter", "run={loud}"), "the name 'run' is taken"),
         (("--use", "loud"), "there is no adapter 'loud'"),
-        (("--merged",), "cannot be added into the weights of a 4-bit base"),
+        (("--merged",), "cannot be added to the weights of a 4-bit base"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""The command of each job on the built-in base: its output as text and as JSON."""
+"""The command of each job on the embedded base: its output as text and as JSON."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_report_shows_a_run(run: Path, tmp_path: Path) -> None:
     assert "done" in outcome.out
     assert "of the peak, other" in outcome.out
     assert picture.read_bytes() == (run / "memory.png").read_bytes()
-    assert "less memory than full fine-tuning" in page.read_text()
+    assert "less peak memory than full fine-tuning" in page.read_text()
     shown = qlora("report", run, "--json").json
     assert len(shown["metrics"]) == 3
     assert shown["html"] is None
