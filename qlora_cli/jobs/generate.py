@@ -40,11 +40,13 @@ def run(
 ) -> GenerateResult:
     """Continue a prompt with each of several adapters.
 
-    run_or_model: a run's folder, a model folder, a Hub id or `starter`. prompt: used as it is, without a
-    chat template. temperature: 0 for greedy decoding. seed: the same for each adapter.
-    adapters: name -> folder of an adapter or a run, for the base of `run_or_model`. uses: names of the
-    adapters to generate with, in this order; empty for all. merged: merge each adapter into the
-    weights before it generates.
+    run_or_model: a run's folder, a model folder, a Hub id or `starter`.
+    prompt: used as it is, without a chat template.
+    temperature: 0 for greedy decoding. seed: the same for each adapter.
+    adapters: name -> folder of an adapter or a run, trained on the base of `run_or_model`.
+    uses: names of the adapters to generate with, in this order; empty for all.
+    merged: merge each adapter into the weights before it generates.
+
     Raises InputError if the model, an adapter, a name or the tokenizer does not exist, or if the
     prompt is empty or too long.
     """
