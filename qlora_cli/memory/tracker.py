@@ -131,7 +131,7 @@ class StorageTracker(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and accumulates_in_place(args):
             return args[0].add_(args[1])
         if self._rules.workspace_bytes and func._schema.name in _MATRIX_PRODUCTS:
-            self._allocate_workspace()
+            self._allocate_workspace(args)
         name = func.name()
         output = written_into(name, args, kwargs) if self._device_type == "meta" else None
         if output is None:
@@ -142,7 +142,10 @@ class StorageTracker(TorchDispatchMode):
             self._allocate_temporaries(rule(args, kwargs, output))
         return output
 
-    def _allocate_workspace(self) -> None:
+    def _allocate_workspace(self, args: tuple[Any, ...]) -> None:
+        """Count the workspace of a matrix product, unless its tensors are on another device."""
+        if not any(isinstance(arg, Tensor) and self._is_tracked(arg) for arg in args):
+            return
         thread = "backward" if self._part_of_step == "backward" else "forward"
         if thread not in self._threads_with_workspace:
             self._threads_with_workspace.add(thread)

@@ -42,3 +42,15 @@ def test_host_memory_counts_only_in_a_plan_for_a_cpu(profile: DeviceProfile, cou
 def test_the_workspace_of_matrix_products_depends_on_the_gpu() -> None:
     sizes = [MemoryModel.of(profile).rules.workspace_bytes for profile in (CPU, ADA, HOPPER)]
     assert sizes[0] == 0 < sizes[1] < sizes[2]
+
+
+def test_a_matrix_product_on_the_cpu_needs_no_workspace_on_the_gpu() -> None:
+    """Building a model multiplies small matrices on the CPU to check replaced modules."""
+    model = MemoryModel.of(ADA)
+    counter = model.new_counter()
+    with model.new_tracker(counter, "meta"):
+        torch.ones(2, 2) @ torch.ones(2, 2)
+        assert counter.live_bytes == 0
+        product = torch.ones(2, 2, device="meta") @ torch.ones(2, 2, device="meta")
+    assert counter.live_bytes > model.rules.workspace_bytes
+    del product
