@@ -91,6 +91,8 @@ def _conversation(messages: list[Message], fields: Fields) -> Conversation:
 
 def _turns(fields: Fields, key: str, required: tuple[str, ...]) -> list[Message]:
     turns = fields[key]
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # JSON text in a CSV file
+        turns = parsed_json(turns, repr(key))
     if not isinstance(turns, list) or not turns:
         raise RowError(f"{key!r} must be a non-empty list of messages")
     for number, turn in enumerate(turns, 1):
@@ -109,7 +111,7 @@ def _sharegpt_message(turn: Message) -> Message:
         raise RowError(f"unknown role {turn['from']!r}", f"known roles: {', '.join(ROLES)}")
     weights = {key: turn[key] for key in _WEIGHTS if key in turn}
     if turn["from"] in _CALLS:
-        calls = _parsed(turn["value"], "a function call")
+        calls = parsed_json(turn["value"], "a function call")
         calls = calls if isinstance(calls, list) else [calls]
         return {"role": role, "tool_calls": [_tool_call(call) for call in calls], **weights}
     return {"role": role, "content": _text(turn["value"]), **weights}
@@ -140,7 +142,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError("a tool call needs a function's name and arguments")
-    arguments = _parsed(function.get("arguments") or {}, "a tool call's arguments")
+    arguments = parsed_json(function.get("arguments") or {}, "a tool call's arguments")
     if not isinstance(arguments, dict):
         raise RowError("a tool call's arguments must be an object")
     named = {"name": function["name"], "arguments": arguments}
@@ -148,14 +150,22 @@ def _tool_call(call: Any) -> dict[str, Any]:
     return {"type": "function", **call_id, "function": named}
 
 
-def _parsed(value: Any, what: str) -> Any:
-    """Return the value, decoded from JSON if it is a string."""
+def parsed_json(value: Any, what: str) -> Any:
+    """Return the value, decoded from JSON if it is a string; None for an empty string."""
     if not isinstance(value, str):
         return value
+    if not value.strip():
+        return None
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise RowError(f"{what}: broken JSON: {error}") from error
+        raise RowError(f"{what}: broken JSON: {error}", _python_hint(value)) from error
+
+
+def _python_hint(text: str) -> str | None:
+    """Return a hint if the text looks like Python's repr of a list, as pandas writes it."""
+    is_repr = text.lstrip()[:2] in ("['", "[{", "{'") and "'" in text
+    return "write it with json.dumps, not with str()" if is_repr else None
 
 
 def _text(content: Any) -> str:
@@ -190,7 +200,7 @@ def _is_trained(message: Message) -> bool:
 def _tools(fields: Fields) -> list[dict[str, Any]] | None:
     """Return the row's tool definitions, from `tools` or OpenAI's older `functions`."""
     legacy = [{"type": "function", "function": tool} for tool in fields.get("functions") or ()]
-    tools = _parsed(fields.get("tools") or legacy, "'tools'")
+    tools = parsed_json(fields.get("tools") or legacy, "'tools'")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("'tools' must be a list of objects")
     return tools or None

@@ -21,10 +21,9 @@ from qlora_cli.data.conversation import Conversation
 from qlora_cli.data.formats import FORMATS, Content, RowFormat, TokenIds, parse_rows
 from qlora_cli.data.row_errors import RowError, rows_error
 from qlora_cli.data.rows import Row
-from qlora_cli.errors import DataError, ModelError, Problem
+from qlora_cli.errors import ModelError, Problem
 from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
-from qlora_cli.units import format_count
 
 _CHUNK = 1000
 """Rows tokenized in one call; the offsets of more rows would take gigabytes."""
@@ -65,16 +64,15 @@ def encode(
     rows: list[Row],
     format: DataFormat,
     tokenizer: Any,
-    seq_len: int,
     *,
     vocab_size: int | None = None,
 ) -> list[Example]:
-    """Return one Example per row, in order.
+    """Return one Example per row, in order, of any length.
 
-    tokenizer: a fast tokenizer; may be None if the format is `tokens`. seq_len: maximum number of
-    tokens in a row. vocab_size: size of the model's vocabulary; None skips this check.
-    Raises DataError listing every row that is malformed, longer than seq_len, outside the
-    vocabulary or without a trained token; ModelError if the tokenizer cannot encode this format.
+    tokenizer: a fast tokenizer; may be None if the format is `tokens`. vocab_size: size of the
+    model's vocabulary; None skips this check.
+    Raises DataError listing every row that is malformed, outside the vocabulary or without a
+    trained token; ModelError if the tokenizer cannot encode this format.
     """
     row_format = FORMATS[format]
     has_chat_template = bool(getattr(tokenizer, "chat_template", None))
@@ -85,42 +83,34 @@ def encode(
     else:
         vocab_size = vocab_size or (tokenizer and len(tokenizer))
         results = _from_ids(rows, contents)
-    return _checked(rows, results, seq_len, vocab_size)
+    return _checked(rows, results, vocab_size)
 
 
 def _checked(
     rows: list[Row],
     results: Iterator[Example | RowError],
-    seq_len: int,
     vocab_size: int | None,
 ) -> list[Example]:
     examples: list[Example] = []
     problems: list[Problem] = []
-    longest = 0
     for row, result in zip(rows, results, strict=True):
         try:
             if isinstance(result, RowError):
                 raise result
-            longest = max(longest, len(result.ids))
-            _check_example(result, seq_len, vocab_size)
+            _check_example(result, vocab_size)
             examples.append(result)
         except RowError as error:
             problems.append(error.problem(row.origin))
     if problems:
-        fault = rows_error(problems, len(rows))
-        hint = f"data.seq_len={longest} would fit the longest row" if longest > seq_len else None
-        raise DataError(fault.what, fault.problems, hint=hint)
+        raise rows_error(problems, len(rows))
     return examples
 
 
-def _check_example(example: Example, seq_len: int, vocab_size: int | None) -> None:
-    length = len(example.ids)
+def _check_example(example: Example, vocab_size: int | None) -> None:
     if vocab_size is not None:
         largest = max(max(values, default=0) for values in (example.ids, example.labels))
         if largest >= vocab_size:
             raise RowError(f"token id {largest}, but the vocabulary ends at {vocab_size - 1}")
-    if length > seq_len:
-        raise RowError(f"{format_count(length)} tokens, but seq_len is {format_count(seq_len)}")
     if not example.num_targets:
         raise RowError("no token of this row would be trained")
 

@@ -12,7 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qlora_cli.data.conversation import Conversation, from_alpaca, from_messages, from_sharegpt
+from qlora_cli.data.conversation import (
+    Conversation,
+    from_alpaca,
+    from_messages,
+    from_sharegpt,
+    parsed_json,
+)
 from qlora_cli.data.row_errors import RowError, check_strings, missing_field, rows_error
 from qlora_cli.data.rows import Row
 from qlora_cli.errors import DataError, Problem
@@ -168,13 +174,16 @@ def _alpaca(fields: Fields, has_chat_template: bool) -> Content:
 
 
 def _tokens(fields: Fields, has_chat_template: bool) -> TokenIds:
-    ids, labels = fields["input_ids"], fields.get("labels")
+    # A cell of a CSV file contains JSON text.
+    ids, labels, mask = (
+        parsed_json(fields.get(key), repr(key)) for key in ("input_ids", "labels", "attention_mask")
+    )
     for name, values, lowest in (("input_ids", ids, 0), ("labels", labels, IGNORE_INDEX)):
         if values is not None:
             _check_ids(name, values, lowest)
     if labels is not None and len(labels) != len(ids):
         raise RowError(f"{len(labels)} labels for {len(ids)} input_ids")
-    if 0 in (fields.get("attention_mask") or ()):
+    if 0 in (mask or ()):
         raise RowError("'attention_mask' hides tokens", "remove padding from the rows")
     return TokenIds(list(ids), list(ids if labels is None else labels))
 

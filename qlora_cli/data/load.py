@@ -1,18 +1,20 @@
-"""The one path from a data file to examples: read rows, detect their format, encode, check.
+"""The one path from data files to examples: choose rows, detect their format, encode, fit lengths.
 
-Training, `qlora data`, evaluation and verification all call `load_examples`, so they accept and
-refuse the same rows.
+Training, `qlora data`, evaluation and verification all call this module, so they accept and refuse
+the same rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Protocol
 
 from qlora_cli.data.encode import Example, encode
 from qlora_cli.data.formats import detect_format
-from qlora_cli.data.row_errors import SHOWN_PROBLEMS
+from qlora_cli.data.long_rows import LongRowsReport, fit_rows, policy_of
+from qlora_cli.data.mixture import SourceCount, read_data, read_held_out
 from qlora_cli.data.rows import Row, read_rows
 from qlora_cli.errors import DataError, Problem
 from qlora_cli.recipe.schema import Data, DataFormat
@@ -27,7 +29,6 @@ class Encode(Protocol):
         rows: list[Row],
         format: DataFormat,
         tokenizer: Any,
-        seq_len: int,
         *,
         vocab_size: int | None = None,
     ) -> list[Example]:
@@ -53,10 +54,72 @@ class ModelLimits:
 
 @dataclass(frozen=True)
 class LoadedRows:
-    """The examples of one data file and the format that its rows are in."""
+    """Rows as examples that a model can read.
+
+    format: of the rows; of most of them if the sources have different formats. long_rows: what was
+    done with rows that were too long. A split row is several examples.
+    """
 
     format: DataFormat
     examples: list[Example]
+    long_rows: LongRowsReport
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """The training rows and the held-out rows of a recipe.
+
+    held_out: None if `data.eval` is null. sources: of the training rows. notes: one line for the
+    user per choice or loss of rows.
+    """
+
+    train: LoadedRows
+    held_out: LoadedRows | None
+    sources: tuple[SourceCount, ...]
+    notes: tuple[str, ...]
+
+
+def load_data(
+    data: Data, tokenizer: Any, limits: ModelLimits, *, encode: Encode = encode
+) -> LoadedData:
+    """Return the rows of a recipe as examples. Arguments and errors as of `load_examples`."""
+    rows = read_data(data)
+    train = _encoded(rows.train, data, tokenizer, limits, encode)
+    held_out = None
+    if data.eval is not None:
+        held_out = _encoded(rows.held_out, data, tokenizer, limits, encode)
+    notes = rows.notes(data)
+    notes += [text for text in [train.long_rows.text()] if text]
+    if held_out is not None and (text := held_out.long_rows.text()):
+        notes.append(f"held-out rows: {text}")
+    return LoadedData(train, held_out, rows.sources, tuple(notes))
+
+
+def load_train(
+    data: Data,
+    tokenizer: Any,
+    limits: ModelLimits,
+    *,
+    encode: Encode = encode,
+    select: slice = slice(None),
+) -> LoadedRows:
+    """Return the training rows of a recipe. Arguments and errors as of `load_examples`."""
+    return _encoded(read_data(data).train[select], data, tokenizer, limits, encode)
+
+
+def load_held_out(
+    data: Data,
+    tokenizer: Any,
+    limits: ModelLimits,
+    *,
+    encode: Encode = encode,
+    select: slice = slice(None),
+) -> LoadedRows:
+    """Return the held-out rows of a recipe. Arguments and errors as of `load_examples`.
+
+    Raises DataError if `data.eval` is null.
+    """
+    return _encoded(read_held_out(data)[select], data, tokenizer, limits, encode)
 
 
 def load_examples(
@@ -70,31 +133,54 @@ def load_examples(
 ) -> LoadedRows:
     """Return the rows of a file or dataset as examples, in order.
 
-    where: as in `read_rows`. data: the recipe's section; its `format` and `seq_len` are used.
+    where: as in `read_rows`. data: the recipe's section, for the format, columns and lengths.
     tokenizer: the base's; None if it has none. limits: of the model that reads the rows.
     encode: the task's function. select: the part of the rows to encode.
     Raises InputError if the file cannot be read, DataError listing every row that cannot be used,
     ModelError if the tokenizer cannot encode the format.
     """
-    rows = read_rows(where)[select]
-    row_format = detect_format(rows, data.format)
-    examples = encode(rows, row_format, tokenizer, data.seq_len, vocab_size=limits.vocab_size)
-    _check_positions(examples, limits.positions)
-    return LoadedRows(row_format, examples)
+    rows = read_rows(where, columns=data.columns)[select]
+    return _encoded(rows, data, tokenizer, limits, encode)
 
 
-def _check_positions(examples: Sequence[Example], positions: int | None) -> None:
-    """Raise DataError if an example is longer than the model has positions."""
-    if positions is None:
-        return
-    too_long = [example for example in examples if len(example.ids) > positions]
-    if too_long:
-        raise DataError(
-            f"{format_count(len(too_long))} rows are longer than the base's "
-            f"{format_count(positions)} positions",
-            [
-                Problem(example.origin, f"{format_count(len(example.ids))} tokens")
-                for example in too_long[:SHOWN_PROBLEMS]
-            ],
-            hint=f"shorten them to {positions} tokens or use a base with more positions",
-        )
+def _encoded(
+    rows: list[Row], data: Data, tokenizer: Any, limits: ModelLimits, encode: Encode
+) -> LoadedRows:
+    limit = data.seq_len if limits.positions is None else min(data.seq_len, limits.positions)
+    report = LongRowsReport(limit)
+    examples: list[Example] = []
+    counts: dict[DataFormat, int] = {}
+    for row_format, part in _by_format(rows, data):
+        encoded = encode(part, row_format, tokenizer, vocab_size=limits.vocab_size)
+        examples += fit_rows(encoded, policy_of(data.long_rows, row_format), report)
+        counts[row_format] = counts.get(row_format, 0) + len(part)
+    if not examples:
+        raise _nothing_left(report)
+    return LoadedRows(max(counts, key=lambda name: counts[name]), examples, report)
+
+
+def _by_format(rows: list[Row], data: Data) -> list[tuple[DataFormat, list[Row]]]:
+    """Return consecutive rows of one format together. Each file has one format."""
+    parts: list[tuple[DataFormat, list[Row]]] = []
+    by_file: dict[str, list[Row]] = {}
+    for row in rows:
+        by_file.setdefault(row.file, []).append(row)
+    formats = {name: detect_format(part, data.format) for name, part in by_file.items()}
+    for name, part in groupby(rows, key=attrgetter("file")):
+        if parts and parts[-1][0] == formats[name]:
+            parts[-1][1].extend(part)
+        else:
+            parts.append((formats[name], list(part)))
+    return parts
+
+
+def _nothing_left(report: LongRowsReport) -> DataError:
+    if not report.rows:
+        return DataError("no rows to train on", [Problem("data", "no row was selected")])
+    return DataError(
+        f"no row is left: all {format_count(report.rows)} rows are longer than "
+        f"{format_count(report.limit)} tokens and cannot be used (data.long_rows):",
+        [Problem(origin, f"{format_count(tokens)} tokens") for origin, tokens in report.first],
+        hint=f"the longest row has {format_count(report.longest)} tokens; raise data.seq_len up to "
+        "the model's positions, or set data.long_rows to split or truncate",
+    )

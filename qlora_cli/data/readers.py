@@ -8,13 +8,15 @@ jump. Rows of Parquet files and hub datasets are counted from 1.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from qlora_cli.data.compression import COMPRESSED, damage_reported, open_file
 from qlora_cli.data.row_errors import RowError
 from qlora_cli.errors import InputError
 
@@ -22,12 +24,20 @@ Item = tuple[int, dict[str, Any] | RowError]
 """The line or row number, and the row's fields or its error."""
 
 _MAX_CELL_LENGTH = 2**31 - 1
+_SNIFFED = 4096
+"""Bytes of a file's beginning that decide how it is read."""
+_BOM = b"\xef\xbb\xbf"
 
 
 def _jsonl(path: Path) -> Iterator[Item]:
-    """Yield the rows of a file with one JSON object per line."""
+    """Yield the rows of a file with one JSON object per line; or of a JSON list in such a file."""
+    with open_file(path) as file:
+        start = file.read(_SNIFFED).removeprefix(_BOM).lstrip()
+    if start.startswith(b"[") and start[1:].lstrip()[:1] in (b"{", b"]", b""):
+        yield from _json(path)
+        return
     # Bytes are split at newlines only; U+2028 and similar may occur inside JSON strings.
-    with _opened(path) as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -43,7 +53,7 @@ def _jsonl(path: Path) -> Iterator[Item]:
 
 def _json(path: Path) -> Iterator[Item]:
     """Yield the rows of a JSON file: a list of objects, or objects one after another."""
-    with _opened(path) as file:
+    with open_file(path) as file:
         content = file.read()
     try:
         text = content.decode("utf-8-sig")
@@ -93,14 +103,20 @@ def _skip_space(text: str, at: int) -> int:
     return space.end()
 
 
-def _csv(path: Path, delimiter: str = ",") -> Iterator[Item]:
-    """Yield the rows of a CSV file with a header line."""
+def _csv(path: Path, delimiter: str | None = None) -> Iterator[Item]:
+    """Yield the rows of a CSV file with a header line.
+
+    delimiter: None reads it from the header line, which must not contain a comma if the delimiter
+    is a semicolon.
+    """
     # The csv module's default limit of 128 KiB per cell is too small for documents.
     csv.field_size_limit(_MAX_CELL_LENGTH)
     row_line = 1
     try:
-        with _readable(path).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
+            lines = _Lines(file)
+            delimiter = delimiter or _delimiter(lines.first)
+            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
             columns = list(reader.fieldnames or ())
             if not columns:
                 return
@@ -117,6 +133,28 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Item]:
         yield row_line, RowError(f"broken CSV: {error}")
 
 
+class _Lines:
+    """The lines of a file, of which the first can be read in advance."""
+
+    def __init__(self, file: Iterator[str]) -> None:
+        self.first = next(file, "")
+        self._file = file
+        self._is_first = True
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self._is_first and self.first:
+            self._is_first = False
+            return self.first
+        return next(self._file)
+
+
+def _delimiter(header: str) -> str:
+    return ";" if ";" in header and "," not in header else ","
+
+
 def _cells(fields: dict[Any, Any], columns: list[str]) -> dict[str, Any] | RowError:
     if None in fields or None in fields.values():
         return RowError(f"the number of cells differs from the number of columns ({len(columns)})")
@@ -125,6 +163,19 @@ def _cells(fields: dict[Any, Any], columns: list[str]) -> dict[str, Any] | RowEr
 
 def _tsv(path: Path) -> Iterator[Item]:
     return _csv(path, delimiter="\t")
+
+
+def _text(path: Path) -> Iterator[Item]:
+    """Yield the complete file as one row of the format `text`; no row if it is blank."""
+    with open_file(path) as file:
+        content = file.read()
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        yield content.count(b"\n", 0, error.start) + 1, _not_utf8(error)
+        return
+    if text.strip():
+        yield 1, {"text": text}
 
 
 def _parquet(path: Path) -> Iterator[Item]:
@@ -162,15 +213,8 @@ def read_hub(name: str, split: str) -> Iterator[Item]:
 
 def _readable(path: Path) -> Path:
     """Return the path. Raises InputError if the file cannot be opened."""
-    _opened(path).close()
+    open_file(path).close()
     return path
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -210,5 +254,32 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
     ".csv": _csv,
     ".tsv": _tsv,
     ".parquet": _parquet,
+    ".txt": _text,
+    ".md": _text,
 }
-"""Suffix of a file's name -> reader. Each raises InputError if the file cannot be opened."""
+"""Suffix of a file's name -> its reader, which raises InputError if the file cannot be read."""
+
+TEXT_SUFFIXES = (".txt", ".md")
+"""Suffixes of files that are one row of text."""
+
+
+def file_type(path: Path) -> str | None:
+    """Return the key of a file's reader in `READERS`; None if there is none for its name.
+
+    The suffix of a compression (`.gz`, `.zst`) is left out.
+    """
+    is_compressed = path.suffix.lower() in COMPRESSED
+    suffix = (path.with_suffix("") if is_compressed else path).suffix.lower()
+    readable = suffix in READERS and not (is_compressed and suffix == ".parquet")
+    return suffix if readable else None
+
+
+def read_file(path: Path) -> Iterator[Item]:
+    """Yield the rows of a file whose `file_type` is known.
+
+    Raises InputError if the file cannot be read or its compressed data is damaged.
+    """
+    suffix = file_type(path)
+    assert suffix is not None
+    with damage_reported(path):
+        yield from READERS[suffix](path)

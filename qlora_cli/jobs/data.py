@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.checks import EncodedDataset, examine
 from qlora_cli.data.encode import Example
-from qlora_cli.data.load import LoadedRows, ModelLimits, load_examples
+from qlora_cli.data.load import ModelLimits, load_data
+from qlora_cli.data.long_rows import LongRowsReport
 from qlora_cli.data.packing import pack
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.files.locate import find_config, read_config
@@ -30,12 +32,10 @@ def run(recipe: Recipe, *, show: int) -> DataResult:
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     limits = _model_limits(recipe, tokenizer)
 
-    def load(where: str) -> LoadedRows:
-        return load_examples(where, data, tokenizer, limits, encode=task_of(recipe).encode)
-
-    train = load(data.train)
+    loaded = load_data(data, tokenizer, limits, encode=task_of(recipe).encode)
+    train = loaded.train
     examples = train.examples
-    held_out = load(data.eval).examples if data.eval else []
+    held_out = loaded.held_out.examples if loaded.held_out else []
     lengths = [len(example.ids) for example in examples]
     num_sequences = len(pack(lengths, data.seq_len)) if data.packing else len(lengths)
     dataset = EncodedDataset(
@@ -49,8 +49,25 @@ def run(recipe: Recipe, *, show: int) -> DataResult:
         longest_row=max(lengths),
         format=train.format,
         shown=tuple(_shown(example, tokenizer) for example in examples[:show]),
-        findings=examine(dataset),
+        findings=(*loaded.notes, *examine(dataset)),
+        held_out_rows=len(held_out),
+        dropped=train.long_rows.dropped,
+        long_rows=_long_rows(train.long_rows),
+        sources=tuple(asdict(source) for source in loaded.sources),
     )
+
+
+def _long_rows(report: LongRowsReport) -> dict[str, Any]:
+    """Return the report on long rows for `--json`."""
+    return {
+        "policies": report.policies,
+        "limit": report.limit,
+        "rows": report.long_rows,
+        "tokens": report.long_tokens,
+        "lost_tokens": report.lost_tokens,
+        "pieces": report.pieces,
+        "first": [origin for origin, _ in report.first],
+    }
 
 
 def _model_limits(recipe: Recipe, tokenizer: Any) -> ModelLimits:

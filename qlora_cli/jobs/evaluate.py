@@ -37,6 +37,8 @@ def run(where: str, *, data: str, observer: Observer) -> EvalResult:
     tokenizer = load_tokenizer(str(opened.folder))
     limits = ModelLimits.of(opened.loaded.config)
     rows = load_examples(data, settings, tokenizer, limits, encode=task.encode)
+    if note := rows.long_rows.text():
+        observer.note(note)
     batches = eval_batches(
         rows.examples,
         seq_len=settings.seq_len,

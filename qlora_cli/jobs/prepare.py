@@ -13,11 +13,11 @@ from torch import nn
 
 from qlora_cli.data.collate import Batch, BatchSize, synthetic_batch
 from qlora_cli.data.encode import Example
-from qlora_cli.data.load import ModelLimits, load_examples
+from qlora_cli.data.load import LoadedData, ModelLimits, load_data
 from qlora_cli.data.packing import BatchSchedule, eval_batches
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.device import DeviceProfile
-from qlora_cli.events import Observer
+from qlora_cli.events import Observer, Silent
 from qlora_cli.files.locate import find_base, read_config
 from qlora_cli.files.source import FolderSource
 from qlora_cli.models.build import ModelRequest
@@ -27,6 +27,8 @@ from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.tasks.registry import task_of
+
+_SILENT = Silent()
 
 
 @dataclass(frozen=True)
@@ -102,30 +104,27 @@ def prepare(recipe: Recipe, profile: DeviceProfile) -> Prepared:
     return Prepared(resolved, choices, profile, folder, config, load_tokenizer(str(folder)))
 
 
-def read_examples(prepared: Prepared, where: str) -> list[Example]:
-    """Return the rows of one file or dataset as examples.
-
-    Raises InputError if it cannot be read, DataError listing the rows that cannot be used.
-    """
-    recipe, limits = prepared.recipe, ModelLimits.of(prepared.config)
-    task = task_of(recipe)
-    return load_examples(
-        where, recipe.data, prepared.tokenizer, limits, encode=task.encode
-    ).examples
-
-
-def read_job(prepared: Prepared) -> TrainingJob:
-    """Read the recipe's rows and return the job with its schedule and number of steps.
+def read_rows(prepared: Prepared) -> LoadedData:
+    """Return the training rows and the held-out rows of the recipe as examples.
 
     Raises InputError if a file cannot be read, DataError listing the rows that cannot be used.
     """
+    recipe, limits = prepared.recipe, ModelLimits.of(prepared.config)
+    return load_data(recipe.data, prepared.tokenizer, limits, encode=task_of(recipe).encode)
+
+
+def read_job(prepared: Prepared, observer: Observer = _SILENT) -> TrainingJob:
+    """Read the recipe's rows and return the job with its schedule and number of steps.
+
+    observer: receives a note for each choice or loss of rows.
+    Raises InputError if a file cannot be read, DataError listing the rows that cannot be used.
+    """
     recipe = prepared.recipe
-    schedule = make_schedule(recipe, read_examples(prepared, recipe.data.train))
-    held_out = (
-        held_out_batches(recipe, read_examples(prepared, recipe.data.eval))
-        if recipe.data.eval
-        else []
-    )
+    rows = read_rows(prepared)
+    for note in rows.notes:
+        observer.note(note)
+    schedule = make_schedule(recipe, rows.train.examples)
+    held_out = held_out_batches(recipe, rows.held_out.examples) if rows.held_out else []
     steps = recipe.train.steps or math.ceil(recipe.train.epochs * schedule.steps_per_epoch)
     return TrainingJob(prepared, RunFolder(Path(recipe.output)), schedule, held_out, steps)
 

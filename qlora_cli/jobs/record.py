@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from glob import glob, has_magic
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,17 @@ def with_absolute_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe | {"data": recipe["data"] | data}
 
 
-def _absolute(where: str | None) -> str | None:
-    path = None if where is None else Path(where).expanduser()
-    return where if path is None or not path.exists() else str(path.absolute())
+def _absolute(where: Any) -> Any:
+    """Return a value of `data.train` or `data.eval` with absolute paths."""
+    if isinstance(where, list):
+        return [_absolute(item) for item in where]
+    if isinstance(where, dict):
+        return where | {"path": _absolute(where["path"])}
+    if not isinstance(where, str):
+        return where
+    path = Path(where).expanduser()
+    is_local = path.exists() or bool(has_magic(where) and glob(str(path), recursive=True))
+    return str(path.absolute()) if is_local else where
 
 
 def _table_format(table: FrozenEmbedding | HostEmbedding, is_head: bool) -> tuple[str, str]:

@@ -211,6 +211,10 @@ class DataResult(Result):
 
 @dataclass(frozen=True)
 class QuickstartResult(Result):
+    held_out_rows: int = 0
+    dropped: int = 0
+    long_rows: dict[str, Any] = field(default_factory=dict)
+    sources: tuple[dict[str, Any], ...] = ()
     """Result of `qlora quickstart`: the result of each job, and generated samples.
 
     loss_before, loss_after: loss on the held-out set before and after training.

@@ -50,7 +50,7 @@ def run(
     prepared = prepare(recipe, inspect_device())
     for choice in prepared.choices:
         observer.note(f"{choice.key} = {choice.value}: {choice.reason}")
-    job = read_job(prepared)
+    job = read_job(prepared, observer)
     description = record.describe_run(prepared, recipe_path, job.steps)
     earlier = Run(job.run.path) if resume else None
     if earlier is not None and (finished := finished_result(earlier, description)):

@@ -88,6 +88,12 @@ def takes_list(info: FieldInfo) -> bool:
     return any(get_origin(part) is list for part in (info.annotation, *get_args(info.annotation)))
 
 
+def takes_number(info: FieldInfo) -> bool:
+    """Return whether a field accepts a number with a fraction."""
+    parts = (info.annotation, *get_args(info.annotation))
+    return any(part is float or get_args(part)[:1] == (float,) for part in parts)
+
+
 def meaning(info: FieldInfo) -> str:
     """Return the description of a field on one line."""
     return _one_line(info.description or "")
@@ -107,6 +113,10 @@ def to_yaml(value: Any) -> str:
     """Return a value as a recipe file contains it: `[q, v]`, `null`, `true`."""
     if isinstance(value, list):
         return f"[{', '.join(map(to_yaml, value))}]"
+    if isinstance(value, Section):
+        value = value.model_dump()
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {to_yaml(item)}' for key, item in value.items())}}}"
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
@@ -141,7 +151,10 @@ def _alternatives(annotation: Any, metadata: Sequence[Any]) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(value) for value in get_args(annotation)]
     if get_origin(annotation) is list:
-        return ["a list of strings"]
+        (item,) = get_args(annotation)
+        return [f"a list of {' or '.join(_list_items(item))}"]
+    if get_origin(annotation) is dict:
+        return ["a mapping of strings to strings"]
     bounds = [
         f"{sign} {getattr(bound, attribute):g}"
         for kind, attribute, sign in _BOUNDS
@@ -149,6 +162,14 @@ def _alternatives(annotation: Any, metadata: Sequence[Any]) -> list[str]:
         if isinstance(bound, kind)
     ]
     return [" ".join([_TYPE_NAMES[annotation], " and ".join(bounds)]).strip()]
+
+
+def _list_items(annotation: Any) -> list[str]:
+    """Return the plural of each alternative of a list's items."""
+    parts = get_args(annotation) or (annotation,)
+    return [
+        f"{{{', '.join(part.model_fields)}}}" if _is_section(part) else "strings" for part in parts
+    ]
 
 
 def _literals(annotation: Any) -> Iterator[Any]:

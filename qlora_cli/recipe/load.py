@@ -179,8 +179,16 @@ def _validate(content: dict[str, Any]) -> list[ErrorDetails]:
     try:
         Recipe.model_validate(content)
     except ValidationError as error:
-        return error.errors(include_url=False)
+        return [_as_setting_error(item) for item in error.errors(include_url=False)]
     return []
+
+
+def _as_setting_error(error: ErrorDetails) -> ErrorDetails:
+    """Return an error inside a setting's value, such as one item of a list, as one of the value."""
+    is_nested = len(error["loc"]) > 2 and error["loc"][0] in sections()
+    if is_nested and error["type"] in ("extra_forbidden", "missing"):
+        error["type"] = "value_type"
+    return error
 
 
 def _remove_error(content: dict[str, Any], path: KeyPath, error_type: str) -> set[str]:

@@ -9,7 +9,13 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from qlora_cli.errors import Problem
-from qlora_cli.recipe.describe import choices, field_at, sections, takes_list
+from qlora_cli.recipe.describe import (
+    choices,
+    field_at,
+    sections,
+    takes_list,
+    takes_number,
+)
 from qlora_cli.recipe.document import DocumentError, read_value
 from qlora_cli.recipe.suggest import nearest_key
 
@@ -33,8 +39,9 @@ class Override:
 def parse_override(text: str) -> Override | Problem:
     """Parse one override; return its problem if it is not valid.
 
-    The value is read as YAML. For a list setting, `q,v` is the same as `[q, v]`. For a string
-    setting, a value that YAML reads as another type (`123`, `a: b`) stays a string.
+    The value is read as YAML. For a list setting, `q,v` is the same as `[q, v]`, unless it also
+    accepts any string. For a string setting, a value that YAML reads as another type (`123`,
+    `a: b`) stays a string, unless the setting accepts that type, too.
     """
     key, sign, raw = (part.strip() for part in text.partition("="))
     info = field_at(key)
@@ -60,8 +67,17 @@ def _value(raw: str, info: FieldInfo) -> Any:
         if takes_string:
             return raw
         raise
-    if takes_string and not isinstance(value, str | types.NoneType):
+    if takes_string and not isinstance(value, _accepted_types(info)):
         return raw
-    if takes_list(info) and isinstance(value, str) and value not in choices(info):
+    is_list_text = takes_list(info) and not takes_string and isinstance(value, str)
+    if is_list_text and value not in choices(info):
         return [part.strip() for part in value.split(",")]
     return value
+
+
+def _accepted_types(info: FieldInfo) -> tuple[type, ...]:
+    """Return the types that a string setting accepts in addition to strings, with str and null."""
+    accepted: tuple[type, ...] = (str, types.NoneType)
+    if takes_list(info):
+        accepted += (list,)
+    return (*accepted, float) if takes_number(info) else accepted

@@ -36,12 +36,11 @@ class CausalTask:
         rows: list[Row],
         format: DataFormat,
         tokenizer: Any,
-        seq_len: int,
         *,
         vocab_size: int | None = None,
     ) -> list[Example]:
         """Return token ids and labels of each row, in order. See `data.encode.encode`."""
-        return encode(rows, format, tokenizer, seq_len, vocab_size=vocab_size)
+        return encode(rows, format, tokenizer, vocab_size=vocab_size)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Concatenate the examples into one sequence without padding."""

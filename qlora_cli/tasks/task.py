@@ -55,13 +55,12 @@ class Task(Protocol):
         rows: list[Row],
         format: DataFormat,
         tokenizer: Any,
-        seq_len: int,
         *,
         vocab_size: int | None = None,
     ) -> list[Example]:
-        """Return one example per row, in order.
+        """Return one example per row, in order, of any length.
 
-        seq_len: maximum number of tokens per row. vocab_size: token ids must be smaller than it.
+        vocab_size: token ids must be smaller than it.
         Raises DataError naming every row that cannot be used, ModelError if the tokenizer cannot
         encode this format.
         """

@@ -109,6 +109,8 @@ def data(result: DataResult) -> RenderableType:
         "tokens": f"{format_count(result.tokens)}, {share:.1%} of them trained",
         "longest row": f"{format_count(result.longest_row)} tokens",
     }
+    if result.held_out_rows:
+        facts["held-out rows"] = format_count(result.held_out_rows)
     findings = [Text(f"! {finding}", style="yellow") for finding in result.findings]
     opening, closing = _BRACKETS
     legend = Text(f"Trained tokens are green and between {opening} and {closing}.", style="dim")

@@ -126,7 +126,7 @@ def use(tokenizer, path, *, flat=True):
 
 def encoded(tokenizer, messages, **fields):
     row = Row("rows.jsonl:1", {"messages": messages, **fields})
-    return encode([row], "messages", tokenizer, 100_000)[0]
+    return encode([row], "messages", tokenizer)[0]
 
 
 def trained_texts(example, tokenizer):
@@ -296,7 +296,7 @@ def test_exactly_the_answers_of_real_chats_are_trained(qwen, file, format):
         "messages": ("messages", "role", "content"),
         "sharegpt": ("conversations", "from", "value"),
     }[format]
-    for row, example in zip(rows, encode(rows, format, qwen, 100_000), strict=True):
+    for row, example in zip(rows, encode(rows, format, qwen), strict=True):
         turns = [turn for turn in row.fields[key] if turn[role] in ("assistant", "gpt")]
         answers = [
             turn[text] if isinstance(turn[text], str) else turn[text][0]["value"] for turn in turns
@@ -312,7 +312,7 @@ def test_rows_that_break_the_templates_rules_are_named(mistral):
         str(SHARED_DATA / "instruct" / "openai_messages" / "toy_chat_fine_tuning.jsonl")
     )
     with pytest.raises(DataError, match="roles must alternate") as caught:
-        encode(rows, "messages", tokenizer, 100_000)
+        encode(rows, "messages", tokenizer)
     broken = [problem.where.partition(":")[2] for problem in caught.value.problems]
     assert broken == [
         str(number)

@@ -33,8 +33,8 @@ def stories():
     return load_tokenizer(str(SHARED_DATA / "models" / "stories260K"))
 
 
-def encoded(format, tokenizer, seq_len=10_000, **fields):
-    return encode([Row("rows.jsonl:1", fields)], format, tokenizer, seq_len)[0]
+def encoded(format, tokenizer, **fields):
+    return encode([Row("rows.jsonl:1", fields)], format, tokenizer)[0]
 
 
 def split(example):
@@ -117,7 +117,7 @@ def test_alpaca_with_a_template_is_a_chat():
 def test_the_starters_rows_fit_its_tokenizer():
     tokenizer = load_tokenizer("starter")
     rows = read_rows("starter:held_out", limit=20)
-    for row, example in zip(rows, encode(rows, "completion", tokenizer, 256), strict=True):
+    for row, example in zip(rows, encode(rows, "completion", tokenizer), strict=True):
         trained = split(example)[1]
         assert tokenizer.decode(trained[:-1]).strip() == row.fields["completion"].strip()
         assert trained[-1] == tokenizer.eos_token_id
@@ -129,24 +129,11 @@ def test_the_starters_rows_fit_its_tokenizer():
 )
 def test_real_files(stories, file):
     rows = read_rows(str(SHARED_DATA / "instruct" / file), limit=300)
-    examples = encode(rows, detect_format(rows, "auto"), stories, 10_000)
+    examples = encode(rows, detect_format(rows, "auto"), stories)
     assert [example.origin for example in examples] == [row.origin for row in rows]
     for example in examples:
         assert example.ids.count(stories.bos_token_id) == 1
         assert example.labels[-1] == stories.eos_token_id
-
-
-def test_all_rows_that_are_too_long_are_named_with_the_length_needed(stories):
-    rows = [Row(f"rows.jsonl:{n}", {"text": "a day " * n}) for n in (1, 50, 2, 90)]
-    longest = max(len(example.ids) for example in encode(rows, "text", stories, 10_000))
-    with pytest.raises(DataError, match="2 of 4 rows") as caught:
-        encode(rows, "text", stories, 64)
-    assert [problem.where for problem in caught.value.problems] == [
-        "rows.jsonl:50",
-        "rows.jsonl:90",
-    ]
-    assert f"data.seq_len={longest} would fit" in str(caught.value)
-    assert f"{longest} tokens, but seq_len is 64" in str(caught.value)
 
 
 def test_a_row_without_a_trained_token_is_refused(stories):
@@ -185,4 +172,4 @@ def test_rows_of_ids_need_no_tokenizer():
 )
 def test_ids_are_checked(fields, word):
     with pytest.raises(DataError, match=word):
-        encode([Row("rows.jsonl:1", fields)], "tokens", None, 8, vocab_size=3)
+        encode([Row("rows.jsonl:1", fields)], "tokens", None, vocab_size=3)

@@ -1,5 +1,6 @@
 """Formats are detected by their fields, and rows of another format are named."""
 
+import json
 import re
 from typing import get_args
 
@@ -138,5 +139,26 @@ def test_a_new_format_is_one_entry(monkeypatch):
     monkeypatch.setitem(FORMATS, "toy", toy)
     row = Row("rows.jsonl:1", {"q": "A", "a": " day."})
     assert detect_format([row], "auto") == "toy"
-    example = encode([row], "toy", load_tokenizer("starter"), 32)[0]
+    example = encode([row], "toy", load_tokenizer("starter"))[0]
     assert 0 < example.num_targets < len(example.ids)
+
+
+@pytest.mark.parametrize(
+    ("format", "fields"),
+    [
+        ("messages", {"messages": '[{"role": "user", "content": "q"}, '
+                                  '{"role": "assistant", "content": "a"}]', "tools": ""}),
+        ("tokens", {"input_ids": "[1, 2, 3]", "labels": "[-100, 2, 3]", "attention_mask": ""}),
+    ],
+)  # fmt: skip
+def test_json_text_in_a_cell_is_decoded(format, fields):
+    decoded = {key: json.loads(value) if value else None for key, value in fields.items()}
+    rows = [Row("rows.csv:2", fields), Row("rows.csv:3", decoded)]
+    first, second = parse_rows(rows, format, has_chat_template=True)
+    assert first == second
+
+
+def test_python_text_in_a_cell_is_refused_with_a_hint():
+    row = Row("rows.csv:2", {"messages": "[{'role': 'user', 'content': 'q'}]"})
+    with pytest.raises(DataError, match=r"json\.dumps"):
+        parse_rows([row], "messages", has_chat_template=True)

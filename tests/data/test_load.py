@@ -12,9 +12,10 @@ from qlora_cli.events import Silent
 from qlora_cli.files.locate import STARTER_FOLDER, read_config
 from qlora_cli.jobs import data as data_job
 from qlora_cli.jobs import evaluate
-from qlora_cli.jobs.prepare import prepare, read_examples
+from qlora_cli.jobs.prepare import prepare, read_rows
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.recipe.schema import Data, Recipe
+from tests.helpers.observers import NoteRecorder
 
 LIMITS = ModelLimits.of(read_config(STARTER_FOLDER / "config.json"))
 
@@ -27,7 +28,10 @@ def write_rows(folder, *rows):
 
 def starter_recipe(where):
     return Recipe.model_validate(
-        {"model": {"name": "starter"}, "data": {"train": where, "seq_len": 2 * LIMITS.positions}}
+        {
+            "model": {"name": "starter"},
+            "data": {"train": where, "seq_len": 2 * LIMITS.positions, "long_rows": "error"},
+        }
     )
 
 
@@ -36,7 +40,7 @@ def by_data_command(where):
 
 
 def by_training(where):
-    return read_examples(prepare(starter_recipe(where), inspect_device()), where)
+    return read_rows(prepare(starter_recipe(where), inspect_device()))
 
 
 def by_evaluation(where):
@@ -47,11 +51,10 @@ def by_evaluation(where):
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ({"input_ids": [5] * (LIMITS.positions + 1)}, f"{LIMITS.positions:,} positions"),
         ({"input_ids": [5, LIMITS.vocab_size]}, f"vocabulary ends at {LIMITS.vocab_size - 1}"),
         ({"text": ""}, "'text' is empty"),
     ],
-    ids=["positions", "vocabulary", "fields"],
+    ids=["vocabulary", "fields"],
 )
 def test_every_command_refuses_the_same_rows(tmp_path, command, row, fault):
     good = {"input_ids": [5, 6]} if "input_ids" in row else {"text": "A day."}
@@ -59,6 +62,23 @@ def test_every_command_refuses_the_same_rows(tmp_path, command, row, fault):
     with pytest.raises(DataError, match=r"rows\.jsonl:2") as caught:
         command(where)
     assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize("command", [by_data_command, by_training])
+def test_a_row_that_exceeds_the_positions_is_refused_if_long_rows_are_errors(tmp_path, command):
+    where = write_rows(tmp_path, {"input_ids": [5, 6]}, {"input_ids": [5] * (LIMITS.positions + 1)})
+    with pytest.raises(DataError, match=r"rows\.jsonl:2") as caught:
+        command(where)
+    assert f"longer than {LIMITS.positions:,} tokens" in str(caught.value)
+
+
+def test_an_evaluation_leaves_out_rows_that_exceed_the_positions_and_counts_them(tmp_path):
+    where = write_rows(tmp_path, {"input_ids": [5, 6]}, {"input_ids": [5] * (LIMITS.positions + 1)})
+    observer = NoteRecorder()
+    assert evaluate.run("starter", data=where, observer=observer).tokens == 1
+    (note,) = [note for note in observer.notes if "longer than" in note]
+    assert note.startswith("1 of 2 rows")
+    assert "rows.jsonl:2" in note
 
 
 @pytest.mark.parametrize("command", [by_data_command, by_training, by_evaluation])

@@ -147,12 +147,13 @@ def test_errors_of_missing_and_unknown_files_list_similar_ones(tmp_path):
     write_file(tmp_path, "train.jsonl", "{}")
     with pytest.raises(InputError, match=r"train\.jsonl"):
         read_rows(str(tmp_path / "trian.jsonl"))
-    with pytest.raises(InputError, match="is a folder"):
-        read_rows(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="is a folder without a data file"):
+        read_rows(str(tmp_path / "empty"))
     with pytest.raises(InputError, match="no folder"):
         read_rows(str(tmp_path / "absent" / "rows.jsonl"))
     with pytest.raises(InputError, match="unknown file type"):
-        read_rows(write_file(tmp_path, "rows.txt", "a"))
+        read_rows(write_file(tmp_path, "rows.xlsx", "a"))
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])

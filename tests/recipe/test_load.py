@@ -150,7 +150,11 @@ def test_a_relation_is_not_checked_with_a_default_in_place_of_a_wrong_value(writ
         ("train: {seed: 1.5}", "is 1.5; it must be an integer", None),
         ("train: {seed: true}", "is true; it must be an integer", None),
         ("train: {steps: 0}", "is 0; it must be an integer >= 1 or null", None),
-        ("data: {train: 3}", "is 3; it must be a string", None),
+        (
+            "data: {train: 3}",
+            "is 3; it must be a string or a list of strings or {path, weight}",
+            None,
+        ),
         ("data: {train: x, packing: yes}", "is 'yes'; it must be true or false", None),
         ("train: 5", "is 5; it must be a section of settings", None),
         (

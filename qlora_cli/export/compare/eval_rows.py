@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from qlora_cli.data.encode import Example
-from qlora_cli.data.load import ModelLimits, load_examples
+from qlora_cli.data.load import ModelLimits, load_held_out, load_train
+from qlora_cli.data.mixture import sources_text
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import InputError
 from qlora_cli.nn.loss import IGNORE_INDEX
@@ -51,10 +52,10 @@ def eval_rows(recipe: Recipe, base: Path, config: Any) -> EvalRows:
     config: the base's transformers config.
     """
     notes: list[str] = []
-    held_out = [(recipe.data.eval, False)] if recipe.data.eval else []
-    for where, from_end in [*held_out, (recipe.data.train, True)]:
+    held_out = [(sources_text(recipe.data.eval), False)] if recipe.data.eval else []
+    for where, from_end in [*held_out, (sources_text(recipe.data.train), True)]:
         try:
-            rows = _read(where, recipe, base, config, from_end)
+            rows = _read(recipe, base, config, from_end)
         except InputError as fault:
             notes.append(f"{where} cannot be used for the comparison: {fault.what.rstrip(':')}")
             continue
@@ -67,17 +68,20 @@ def eval_rows(recipe: Recipe, base: Path, config: Any) -> EvalRows:
     return EvalRows(_random_rows(config), "random tokens", False, tuple(notes))
 
 
-def _read(where: str, recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Example]:
-    """Return the first or last rows of a file, with at most `MAX_TOKENS` tokens.
+def _read(recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Example]:
+    """Return the first held-out rows, or the last training rows if `from_end`.
+
+    They have at most `MAX_TOKENS` tokens in total.
 
     Raises InputError if the rows cannot be read or encoded.
     """
     select = slice(-MAX_ROWS, None) if from_end else slice(MAX_ROWS)
     tokenizer, limits = load_tokenizer(str(base)), ModelLimits.of(config)
     encode = task_of(recipe).encode
-    loaded = load_examples(where, recipe.data, tokenizer, limits, encode=encode, select=select)
+    load = load_train if from_end else load_held_out
+    loaded = load(recipe.data, tokenizer, limits, encode=encode, select=select)
     kept: list[Example] = []
-    for example in loaded.examples:
+    for example in loaded.examples[-MAX_ROWS:] if from_end else loaded.examples[:MAX_ROWS]:
         if kept and sum(len(row.ids) for row in kept) + len(example.ids) > MAX_TOKENS:
             break
         kept.append(example)
