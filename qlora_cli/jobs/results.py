@@ -68,7 +68,9 @@ class PlanResult(Result):
 class TrainResult(Result):
     """Result of `qlora train`.
 
-    train_loss: mean loss of the last steps. eval_loss: loss on the held-out set; None without one.
+    steps: optimizer steps that were done. train_loss: mean loss of the last steps. eval_loss: loss
+    of the exported weights on the held-out set; None without one. best_step: the step of the
+    exported weights if they were evaluated. eval_loss_before: held-out loss before the first step.
     """
 
     run: Path
@@ -77,6 +79,8 @@ class TrainResult(Result):
     eval_loss: float | None
     tokens_per_second: float
     ledger: Ledger
+    best_step: int | None = None
+    eval_loss_before: float | None = None
 
 
 @dataclass(frozen=True)
@@ -207,14 +211,14 @@ class DataResult(Result):
     format: str
     shown: tuple[ShownRow, ...]
     findings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class QuickstartResult(Result):
     held_out_rows: int = 0
     dropped: int = 0
     long_rows: dict[str, Any] = field(default_factory=dict)
     sources: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class QuickstartResult(Result):
     """Result of `qlora quickstart`: the result of each job, and generated samples.
 
     loss_before, loss_after: loss on the held-out set before and after training.
