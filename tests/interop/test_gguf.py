@@ -191,7 +191,7 @@ def test_linear_frequencies_and_a_sliding_window_are_metadata(tmp_path: Path) ->
     assert field(file, "llama.rope.scaling.factor") == 4.0
     assert field(file, "llama.rope.freq_base") == 5000.0
     assert field(file, "llama.context_length") == 48
-    assert any("the context is limited to 48 tokens" in note for note in notes.notes)
+    assert any("architecture: the context is limited to 48 tokens" in note for note in notes.notes)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_the_compared_rows_are_reported(tmp_path: Path) -> None:
         ({}, "12 held-out rows of"),
         (
             {"eval": None},
-            "no held-out rows; the comparison uses the last 12 training rows of",
+            "there are no held-out rows; the comparison uses the last 12 training rows of",
         ),
         (gone, "the comparison uses random tokens, which are not typical of the task"),
     )

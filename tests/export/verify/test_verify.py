@@ -262,9 +262,8 @@ def test_a_merge_with_a_wrong_alpha_fails(world: World, tmp_path: Path) -> None:
     wrong, _ = make_run(tmp_path / "wrong", recipe)
     verdict = check(merge(wrong, tmp_path / "merged"), world.run)
     assert "o_proj.weight differs from base + scaling B A in" in " ".join(verdict.faults)
-    assert any(
-        "the run's adapter is not the one in merge.json" in fault for fault in verdict.faults
-    )
+    changed = "the run's adapter is not the one in merge.json"
+    assert any(fault.startswith(changed) for fault in verdict.faults)
 
 
 def test_an_empty_adapter_fails(world: World, merged: Path, tmp_path: Path) -> None:
