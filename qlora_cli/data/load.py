@@ -16,6 +16,7 @@ from qlora_cli.data.formats import detect_format
 from qlora_cli.data.long_rows import LongRowsReport, fit_rows, policy_of
 from qlora_cli.data.mixture import SourceCount, read_data, read_held_out
 from qlora_cli.data.rows import Row, read_rows
+from qlora_cli.data.system_prompt import add_system, writes_system
 from qlora_cli.errors import DataError, Problem
 from qlora_cli.recipe.schema import Data, DataFormat
 from qlora_cli.units import format_count
@@ -89,6 +90,11 @@ def load_data(
     if data.eval is not None:
         held_out = _encoded(rows.held_out, data, tokenizer, limits, encode)
     notes = rows.notes(data)
+    if data.system and not writes_system(tokenizer):
+        notes.append(
+            "the chat template does not write system prompts: data.system is put in front of the "
+            "first user message"
+        )
     notes += [text for text in [train.long_rows.text()] if text]
     if held_out is not None and (text := held_out.long_rows.text()):
         notes.append(f"held-out rows: {text}")
@@ -151,6 +157,8 @@ def _encoded(
     examples: list[Example] = []
     counts: dict[DataFormat, int] = {}
     for row_format, part in _by_format(rows, data):
+        if data.system:
+            part = add_system(part, row_format, tokenizer, data.system)
         encoded = encode(part, row_format, tokenizer, vocab_size=limits.vocab_size)
         examples += fit_rows(encoded, policy_of(data.long_rows, row_format), report)
         counts[row_format] = counts.get(row_format, 0) + len(part)

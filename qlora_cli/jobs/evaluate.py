@@ -9,9 +9,12 @@ import torch
 
 from qlora_cli.data.load import ModelLimits, load_examples
 from qlora_cli.data.packing import eval_batches
+from qlora_cli.data.template import with_template
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.events import Observer
+from qlora_cli.jobs.eval_answers import AnswersFile
 from qlora_cli.jobs.results import EvalResult
+from qlora_cli.jobs.text_generator import check_not_an_adapter
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.recipe.schema import Data
 from qlora_cli.runs.open import OpenedModel, open_any
@@ -22,23 +25,30 @@ _MAX_PERPLEXITY_LOSS = 700.0
 """exp() of a larger loss overflows a Python float."""
 
 
-def run(where: str, *, data: str, observer: Observer) -> EvalResult:
+def run(
+    where: str, *, data: str, observer: Observer, answers: AnswersFile | None = None
+) -> EvalResult:
     """Evaluate a run or a model on every row of `data`, once.
 
     where: a run's folder, a model's folder or a hub id. data: a data file or dataset.
+    answers: also answer each row's prompt and write the answers next to the references.
     A run's recipe gives the sequence length, packing and row format. For a plain model the format
     is detected and a row may be as long as the model has positions.
     Raises InputError if the model or the rows cannot be used.
     """
+    check_not_an_adapter(where)
     device = torch.device(inspect_device().kind)
     opened = open_any(where, device, observer)
     settings = _settings(opened)
     task = task_of(opened.run.recipe) if opened.run is not None else CAUSAL
-    tokenizer = load_tokenizer(str(opened.folder))
+    tokenizer = with_template(load_tokenizer(str(opened.folder)), settings)
     limits = ModelLimits.of(opened.loaded.config)
     rows = load_examples(data, settings, tokenizer, limits, encode=task.encode)
     if note := rows.long_rows.text():
         observer.note(note)
+    if answers is not None:
+        # Before the loss: a row without a prompt is then found at once.
+        answers.write(rows.examples, opened, tokenizer, observer)
     batches = eval_batches(
         rows.examples,
         seq_len=settings.seq_len,

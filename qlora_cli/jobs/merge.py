@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.data.template import trained_template
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
 from qlora_cli.export.merge.merge_settings import MergeSettings, choose_settings
@@ -71,7 +72,12 @@ def run(
         settings = choose_settings(source, tensors, base, dtype, observer)
         merged, reason = settings.tensors, settings.dtype_reason
         write_merged(
-            merged, source.base_folder, out, _manifest_details(source.recipe, settings), observer
+            merged,
+            source.base_folder,
+            out,
+            _manifest_details(source, settings),
+            observer,
+            chat_template=trained_template(source.recipe.data, source.base_folder),
         )
     if gguf is not None:
         observer.note(f"GGUF file: {_gguf_writer().export_gguf(out, gguf, observer)}")

@@ -15,6 +15,8 @@ from qlora_cli.data.collate import Batch, BatchSize, synthetic_batch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.load import LoadedData, ModelLimits, load_data
 from qlora_cli.data.packing import BatchSchedule, eval_batches
+from qlora_cli.data.positions import check_seq_len
+from qlora_cli.data.template import with_template
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
@@ -101,7 +103,8 @@ def prepare(recipe: Recipe, profile: DeviceProfile) -> Prepared:
     resolved, choices = resolve(recipe, profile)
     folder = find_base(recipe.model.name, recipe.model.revision)
     config = read_config(folder / "config.json")
-    return Prepared(resolved, choices, profile, folder, config, load_tokenizer(str(folder)))
+    tokenizer = with_template(load_tokenizer(str(folder)), recipe.data)
+    return Prepared(resolved, choices, profile, folder, config, tokenizer)
 
 
 def read_rows(prepared: Prepared) -> LoadedData:

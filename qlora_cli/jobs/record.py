@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.data.template import TEMPLATE_FILE, read_template
+from qlora_cli.files.atomic import atomic_file, report_write_errors
 from qlora_cli.files.dtype import dtype_name
 from qlora_cli.files.source import fingerprint
 from qlora_cli.jobs.prepare import Prepared
@@ -93,13 +95,28 @@ def set_status(run: RunFolder, status: str, **more: Any) -> None:
     run.write(run.read() | {"status": status, **more})
 
 
+def write_template(prepared: Prepared, run: RunFolder) -> None:
+    """Write the chat template next to the trained adapter if the recipe sets one."""
+    if prepared.recipe.data.template and run.adapter.is_dir():
+        path = run.adapter / TEMPLATE_FILE
+        with report_write_errors("the chat template", path), atomic_file(path) as file:
+            file.write_text(prepared.tokenizer.chat_template)
+
+
 def with_absolute_paths(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe with absolute paths of data files, which are valid in any folder.
+    """Return the recipe with absolute paths of data files, and the text of its chat template.
+
+    Both are valid in any folder.
 
     recipe: the dumped recipe. Values that name no existing file, such as hub ids, stay unchanged.
     """
     data = {key: _absolute(recipe["data"][key]) for key in ("train", "eval")}
-    return recipe | {"data": recipe["data"] | data}
+    if recipe["data"].get("template"):
+        data["template"] = read_template(recipe["data"]["template"])
+    adapter = recipe["adapter"]
+    if adapter.get("from"):
+        adapter = adapter | {"from": _absolute(adapter["from"])}
+    return recipe | {"data": recipe["data"] | data, "adapter": adapter}
 
 
 def _absolute(where: Any) -> Any:

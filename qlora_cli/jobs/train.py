@@ -113,22 +113,51 @@ def _train(
     prepared = job.prepared
     device = setup_device(prepared.profile, prepared.recipe.train.seed)
     instrument = Instrument(device, prepared.profile)
-    state = load(prepared, device, instrument, observer)
-    record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))
-    earlier = None
-    if checkpoint is not None:
-        state.step, scale = load_checkpoint(checkpoint, state.trainable, state.optimizer)
-        state.loss_scale.restore(scale)
-        earlier = EarlierProcess.of(job.run, state.step)
-        observer.note(f"resuming after step {state.step}")
-    memory = MemoryRecord(job, planned, baseline, instrument, earlier)
-    loop = TrainingLoop(state, job.schedule, job.steps, job.run, instrument, observer, memory.write)
-    with add_last_checkpoint_hint(job.run):
-        progress = loop.train()
-        score = _evaluate(state, job.held_out, instrument)
-        _save(job, state)
-    ledger = memory.write(progress)
-    return _finish(job, progress, score, ledger)
+    with closing(Trackers.start(prepared.recipe, job.run, observer.note)) as trackers:
+        state = load(prepared, device, instrument, observer)
+        record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))
+        earlier = _restore(job, checkpoint, state, observer)
+        memory = MemoryRecord(job, planned, baseline, instrument, earlier)
+        evaluator = Evaluator(
+            state, job.held_out, job.steps, job.eval_every, job.run, instrument, observer, trackers
+        )
+        loop = TrainingLoop(
+            state,
+            job.schedule,
+            job.steps,
+            job.run,
+            instrument,
+            observer,
+            evaluator,
+            prepared.folder,
+            memory.write,
+        )
+        with add_last_checkpoint_hint(job.run):
+            progress = loop.train()
+            # The last evaluation, if the process that trained the last step was stopped before it.
+            evaluator.evaluate_if_due(lambda: False)
+            exported = _export(job, state, evaluator, observer)
+            record.write_template(prepared, job.run)
+        ledger = memory.write(progress)
+        peaks = {key: getattr(ledger, key) for key in ("planned_peak_bytes", "measured_peak_bytes")}
+        trackers.log(peaks, state.step)
+    return _finish(job, state.step, progress, evaluator, exported, ledger)
+
+
+def _restore(
+    job: TrainingJob, checkpoint: Path | None, state: State, observer: Observer
+) -> EarlierProcess | None:
+    """Restore a checkpoint into `state` and return what the earlier process measured.
+
+    Without a checkpoint, reads the adapter that the recipe starts from and returns None.
+    """
+    if checkpoint is None:
+        load_initial_adapter(job.prepared, state, observer)
+        return None
+    state.step, scale = load_checkpoint(checkpoint, state.trainable, state.optimizer)
+    state.loss_scale.restore(scale)
+    observer.note(f"resuming after step {state.step}")
+    return EarlierProcess.of(job.run, state.step)
 
 
 def load(

@@ -161,6 +161,12 @@ class Data(Section):
     @model_validator(mode="after")
     def _lists_have_items(self) -> Data:
         for name in ("train", "eval", "columns"):
+    template: str | None = None
+    """Chat template in place of the base's own: alpaca, chatml, or the path of a Jinja file; it is
+    stored in the run, the adapter's folder and the merged model. null uses the base's."""
+    system: str | None = None
+    """System prompt of every row that has none; a template without system prompts gets it in front
+    of the first user message."""
             if getattr(self, name) in ([], {}):
                 raise ValueError(f"{name} is empty")
         return self

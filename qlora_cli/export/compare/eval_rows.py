@@ -15,6 +15,7 @@ import torch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.load import ModelLimits, load_held_out, load_train
 from qlora_cli.data.mixture import sources_text
+from qlora_cli.data.template import with_template
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import InputError
 from qlora_cli.nn.loss import IGNORE_INDEX
@@ -76,7 +77,8 @@ def _read(recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Examp
     Raises InputError if the rows cannot be read or encoded.
     """
     select = slice(-MAX_ROWS, None) if from_end else slice(MAX_ROWS)
-    tokenizer, limits = load_tokenizer(str(base)), ModelLimits.of(config)
+    tokenizer = with_template(load_tokenizer(str(base)), recipe.data)
+    limits = ModelLimits.of(config)
     encode = task_of(recipe).encode
     load = load_train if from_end else load_held_out
     loaded = load(recipe.data, tokenizer, limits, encode=encode, select=select)

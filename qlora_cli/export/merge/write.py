@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.data.template import TEMPLATE_FILE
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer
 from qlora_cli.export.merge.combine import weighted_adapters_of
@@ -56,6 +57,7 @@ def write_merged(
     about: Mapping[str, Any],
     observer: Observer,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    chat_template: str | None = None,
 ) -> None:
     """Write the merged model into the folder `out`.
 
@@ -64,6 +66,7 @@ def write_merged(
     about: additional content of merge.json.
     observer: receives the number of written tensors.
     max_shard_bytes: size of one file's tensors at most.
+    chat_template: Jinja text in place of the base's chat template; None copies that.
 
     Raises QloraError if the disk is too small or cannot be written, or if a value is too large for
     the dtype. Complete shards are then kept next to `out`, and the same merge resumes from them.
@@ -84,6 +87,8 @@ def write_merged(
         write_index(partial, shards)
         write_json(partial / CONFIG, merged_config(base, tensors.dtype))
         copy_files(base, partial)
+        if chat_template is not None:
+            (partial / TEMPLATE_FILE).write_text(chat_template)
         write_json(partial / MANIFEST, {**about, "settings": settings})
         publish_folder(partial, out)
 

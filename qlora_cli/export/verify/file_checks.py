@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.data.template import TEMPLATE_FILE
 from qlora_cli.export.merge.folder import CONFIG, copied_files, merged_config
 from qlora_cli.files.source import read_folder
 
@@ -16,20 +17,33 @@ _MAX_VALUE_CHARACTERS = 80
 """Length to which a JSON value is cut in a message."""
 
 
-def file_faults(merged: Path, base: Path) -> Iterator[str]:
+def file_faults(merged: Path, base: Path, chat_template: str | None = None) -> Iterator[str]:
     """Yield a line for each missing, different or foreign file among those that merging copies.
 
-    merged, base: folders of the merged model and of the base.
+    merged, base: folders of the merged model and of the base. chat_template: Jinja text that the
+    merged model has in place of the base's; None if it has the base's.
     """
+    own = {Path(TEMPLATE_FILE)} if chat_template is not None else set()
+    if chat_template is not None:
+        yield from _template_faults(merged / TEMPLATE_FILE, chat_template)
     for path in copied_files(base):
+        if path in own:
+            continue
         if not (merged / path).is_file():
             yield f"{path} is missing; copy it from the base"
         elif not _has_same_content(merged / path, base / path):
             difference = _first_difference(merged / path, base / path)
             yield f"{path} differs from the base's{difference or '; copy it from the base'}"
     for path in copied_files(merged):
-        if not (base / path).is_file():
+        if not (base / path).is_file() and path not in own:
             yield f"{path} is not among the base's files; remove it"
+
+
+def _template_faults(path: Path, chat_template: str) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path.name} of data.template is missing; merge again"
+    elif path.read_bytes() != chat_template.encode():
+        yield f"{path.name} differs from data.template of the run; merge again"
 
 
 def config_faults(merged: Path, base: Path, dtype: torch.dtype) -> Iterator[str]:

@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_cli.data.template import trained_template
 from qlora_cli.errors import InputError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.export.compare.greedy_agreement import GreedyAgreement
@@ -97,7 +98,9 @@ def verify(merged: Path, run: Run, device: torch.device, observer: Observer) -> 
     for note in manifest.notes():
         observer.note(note)
     broken = [*structure_faults(merged, expected), *config_faults(merged, base, expected.dtype)]
-    faults = [*_adapter_faults(manifest, expected), *broken, *file_faults(merged, base)]
+    template = trained_template(run.recipe.data, base)
+    faults = [*_adapter_faults(manifest, expected), *broken, *file_faults(merged, base, template)]
+    faults += gguf_file_faults(merged, can_compare=not broken, observer=observer)
     if broken:
         return VerificationReport(shorten_faults(faults))
     faults += value_faults(merged, expected, observer)
