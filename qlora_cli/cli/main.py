@@ -21,6 +21,7 @@ from qlora_cli.cli.eval import eval_
 from qlora_cli.cli.generate import generate
 from qlora_cli.cli.merge import merge
 from qlora_cli.cli.plan import plan
+from qlora_cli.cli.push import push
 from qlora_cli.cli.quickstart import quickstart
 from qlora_cli.cli.recipe import recipe
 from qlora_cli.cli.report import report
@@ -45,6 +46,7 @@ class _Ordered(click.Group):
         report,
         merge,
         verify,
+        push,
         generate,
         chat,
         eval_,

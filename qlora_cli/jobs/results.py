@@ -105,7 +105,8 @@ class VerifyResult(Result):
     faults: every difference that is not allowed, one line each. greedy_tokens: number of tokens
     that the trained model generated greedily. greedy_agreement: number of leading ones that the
     merged model generates too; both are None if the models could not be compared, and then the
-    other figures are NaN.
+    other figures are NaN. explanation: what the figures include and which of them are checked, one
+    sentence each.
     """
 
     passed: bool
@@ -115,6 +116,46 @@ class VerifyResult(Result):
     faults: tuple[str, ...]
     greedy_agreement: int | None
     greedy_tokens: int | None
+    explanation: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServerResult(Result):
+    """Result of `qlora verify --server`.
+
+    model: its name on the server. texts, chats: number of prompts that were sent as text and as
+    chat. same_texts, same_chats: number of equal answers. max_logprob_difference: over the tokens
+    of equal answers; None if the server reports no log-probabilities. faults: the causes of
+    differences that are not allowed, one line each. explanation: further sentences.
+    """
+
+    passed: bool
+    server: str
+    model: str
+    texts: int
+    same_texts: int
+    chats: int
+    same_chats: int
+    max_logprob_difference: float | None
+    faults: tuple[str, ...]
+    explanation: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PushResult(Result):
+    """Result of `qlora push`.
+
+    url: address of the repository; None in a dry run. folder: folder of a dry run, else None.
+    files: paths in the repository. bytes: their size. verified: whether a verification of this
+    merged model passed; False for an adapter.
+    """
+
+    repo: str
+    url: str | None
+    folder: Path | None
+    files: tuple[str, ...]
+    bytes: int
+    verified: bool
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`qlora verify`: check that a merged model computes what the trained model computes."""
+"""`qlora verify`: check that a merged model, or a server of it, computes what was trained."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 import torch
 
 from qlora_cli.events import Observer
+from qlora_cli.export.serve.client import ServerClient
+from qlora_cli.export.serve.verification import verify_server
+from qlora_cli.export.verify.record import write_record
 from qlora_cli.export.verify.verification import verify
-from qlora_cli.jobs.results import VerifyResult
+from qlora_cli.jobs.results import ServerResult, VerifyResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.host import return_freed_memory
 from qlora_cli.runs.run import Run
@@ -19,14 +22,14 @@ def run(merged: Path, *, against: Path, observer: Observer) -> VerifyResult:
     """Compare a merged model with its run.
 
     merged: folder of the merged model. against: the run's folder. The figures of the result are NaN
-    if the two models could not be compared. Raises InputError if one of the folders is missing or
-    incomplete.
+    if the two models could not be compared. The result is also written to `verification.json` in
+    the merged folder. Raises InputError if one of the folders is missing or incomplete.
     """
     return_freed_memory()
     device = torch.device(inspect_device().kind)
     verification = verify(merged, Run(against), device, observer)
     comparison, greedy = verification.comparison, verification.greedy
-    return VerifyResult(
+    result = VerifyResult(
         passed=verification.passed,
         max_logit_difference=comparison.max_logit_difference if comparison else math.nan,
         mean_kl=comparison.mean_kl if comparison else math.nan,
@@ -34,4 +37,36 @@ def run(merged: Path, *, against: Path, observer: Observer) -> VerifyResult:
         faults=verification.faults,
         greedy_agreement=greedy.num_agreeing if greedy else None,
         greedy_tokens=greedy.num_tokens if greedy else None,
+        explanation=verification.explanation,
+    )
+    write_record(merged, {**result.to_dict(), "run": str(against.resolve())}, observer)
+    return result
+
+
+def run_server(
+    merged: Path, *, against: Path, url: str, name: str | None, observer: Observer
+) -> ServerResult:
+    """Compare a server's answers with those of a merged model.
+
+    merged: folder of the merged model. against: the run's folder. url: the server's address. name:
+    the model's name on the server; None for the only one.
+
+    Raises InputError if a folder is missing or the server has no such model, QloraError if the
+    server fails.
+    """
+    return_freed_memory()
+    client = ServerClient(url, name)
+    device = torch.device(inspect_device().kind)
+    report = verify_server(merged, Run(against), client, device, observer)
+    return ServerResult(
+        passed=not report.faults,
+        server=client.url,
+        model=report.model,
+        texts=report.texts,
+        same_texts=report.same_texts,
+        chats=report.chats,
+        same_chats=report.same_chats,
+        max_logprob_difference=report.max_logprob_difference,
+        faults=tuple(report.faults),
+        explanation=tuple(report.explanation),
     )

@@ -16,8 +16,10 @@ from qlora_cli.jobs.results import (
     EvalResult,
     GenerateResult,
     MergeResult,
+    PushResult,
     QuickstartResult,
     ReportResult,
+    ServerResult,
     ShownRow,
     TrainResult,
     VerifyResult,
@@ -77,7 +79,40 @@ def verify(result: VerifyResult) -> RenderableType:
     if result.greedy_tokens is not None:
         agreement = f"the first {result.greedy_agreement} of {result.greedy_tokens} tokens agree"
         facts["greedy decoding"] = agreement
-    return Group(*parts, fact_lines(facts))
+    explanation = [Text(f"  {sentence}") for sentence in result.explanation]
+    return Group(*parts, fact_lines(facts), *explanation)
+
+
+def verification(result: VerifyResult | ServerResult) -> RenderableType:
+    """Render the result of `qlora verify`, of the files or of a server."""
+    return verify(result) if isinstance(result, VerifyResult) else verify_server(result)
+
+
+def verify_server(result: ServerResult) -> RenderableType:
+    """Render whether a server gives the merged model's answers, and every cause if it does not."""
+    verdict, style = ("passed", "bold green") if result.passed else ("FAILED", "bold red")
+    parts = [Text(f"verification of {result.model} at {result.server} {verdict}", style=style)]
+    parts += [Text(f"  {fault}") for fault in result.faults]
+    facts = {
+        "greedy answers to texts": f"{result.same_texts} of {result.texts} are the same",
+        "greedy answers to chats": f"{result.same_chats} of {result.chats} are the same",
+    }
+    if result.max_logprob_difference is not None:
+        facts["largest log-probability difference"] = f"{result.max_logprob_difference:.3g} nats"
+    explanation = [Text(f"  {sentence}") for sentence in result.explanation]
+    return Group(*parts, fact_lines(facts), *explanation)
+
+
+def push(result: PushResult) -> RenderableType:
+    """Render where the files of an upload are."""
+    where = f"uploaded to {result.url}" if result.url else f"nothing uploaded; see {result.folder}"
+    return fact_lines(
+        {
+            result.repo: where,
+            "files": f"{len(result.files)}, {format_bytes(result.bytes)}",
+            "verification": "passed" if result.verified else "none",
+        }
+    )
 
 
 def evaluation(result: EvalResult) -> RenderableType:

@@ -450,3 +450,28 @@ def test_without_the_package_merge_prints_how_to_install_it(
     assert outcome.code == 2
     assert "pip install 'qlora-cli[gguf]'" in outcome.err
     assert not out.exists()
+
+
+def without_byte_token(unknown: str | None) -> Any:
+    """Return a byte-level tokenizer that has no token for the byte 0xC0, like SmolLM2's."""
+    tokenizer = byte_level_of("gpt-2")
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = definition["model"]
+    number = model["vocab"].pop("À")
+    model["vocab"]["unusedword"] = number
+    model["unk_token"] = unknown
+    tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(definition))
+    return tokenizer
+
+
+def test_a_byte_without_a_token_is_noted(tmp_path: Path) -> None:
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama", without_byte_token(None))
+    notes = NoteRecorder()
+    assert export_gguf(folder, "f16", notes).is_file()
+    assert any("no token for 1 byte values" in note for note in notes.notes)
+
+
+def test_a_byte_without_a_token_is_refused_if_there_is_an_unknown_token(tmp_path: Path) -> None:
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama", without_byte_token("<unk>"))
+    with pytest.raises(UsageError, match="lacks a token for some byte"):
+        write(folder)

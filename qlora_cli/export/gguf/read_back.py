@@ -22,6 +22,8 @@ from qlora_cli.export.gguf.model import PlannedTensor
 from qlora_cli.export.gguf.plan import GgufPlan
 from qlora_cli.export.verify.faults import shorten_faults
 
+READ_ERRORS = (ValueError, IndexError, KeyError, OverflowError)
+"""What `GGUFReader` raises for a damaged file."""
 _BLOCK_VALUES = 32
 _BLOCK_BYTES = 34
 """A Q8_0 block: a float16 step and 32 int8 numbers."""
@@ -45,7 +47,7 @@ def gguf_faults(file: Path, plan: GgufPlan, observer: Observer) -> Iterator[str]
     """Yield one line for each difference between a GGUF file and the plan."""
     try:
         reader = GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OverflowError) as fault:
+    except READ_ERRORS as fault:
         yield f"the file cannot be read: {fault}"
         return
     yield from _metadata_faults(reader, plan)

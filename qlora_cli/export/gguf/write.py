@@ -11,9 +11,10 @@ from pathlib import Path
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
 from qlora_cli.export.gguf.encode import encoded
+from qlora_cli.export.gguf.modelfile import write_modelfile
 from qlora_cli.export.gguf.plan import GgufPlan
 from qlora_cli.export.gguf.read_back import gguf_faults, verify_gguf
-from qlora_cli.export.options import GgufEncoding
+from qlora_cli.export.options import GGUF_ENCODINGS, GgufEncoding
 from qlora_cli.files.atomic import (
     atomic_file,
     remove_partial_files,
@@ -41,6 +42,8 @@ def check_exportable(base: Path, encoding: GgufEncoding, out: Path, merged_bytes
 def export_gguf(folder: Path, encoding: GgufEncoding, observer: Observer) -> Path:
     """Write `model-F16.gguf` or `model-Q8_0.gguf` into a merged folder and return its path.
 
+    A new file gets a `Modelfile` for Ollama next to it, unless the folder has one.
+
     If the file exists already and is the one that would be written, it is kept. The file appears
     complete and verified, or not at all.
 
@@ -51,7 +54,7 @@ def export_gguf(folder: Path, encoding: GgufEncoding, observer: Observer) -> Pat
     plan = GgufPlan(folder, encoding)
     for note in plan.notes():
         observer.note(note)
-    file = folder / f"model-{encoding.upper()}.gguf"
+    file = folder / file_name(encoding)
     if file.exists():
         _require_same(file, plan, observer)
         return file
@@ -60,7 +63,21 @@ def export_gguf(folder: Path, encoding: GgufEncoding, observer: Observer) -> Pat
         with atomic_file(file) as partial:
             _write(plan, partial, observer)
             verify_gguf(partial, plan, observer)
+    written = write_modelfile(folder, file)
+    if written is not None:
+        observer.note(written)
     return file
+
+
+def file_name(encoding: GgufEncoding) -> str:
+    """Return the name of the GGUF file that merging writes in this encoding."""
+    return f"model-{encoding.upper()}.gguf"
+
+
+def encoding_of(file: Path) -> GgufEncoding | None:
+    """Return the encoding that merging gives a file of this name; None for any other name."""
+    names = {file_name(encoding): encoding for encoding in GGUF_ENCODINGS}
+    return names.get(file.name)
 
 
 def _require_same(file: Path, plan: GgufPlan, observer: Observer) -> None:

@@ -52,11 +52,13 @@ class PredictionReport:
     """How the merged folder's predictions compare with the trained model's.
 
     comparison: on the held-out rows. greedy: on a greedy continuation. faults: failed checks.
+    explanation: what the figures include and which are checked, one sentence each.
     """
 
     comparison: Comparison
     greedy: GreedyAgreement
     faults: tuple[str, ...]
+    explanation: tuple[str, ...]
 
 
 def compare_predictions(
@@ -90,27 +92,68 @@ def compare_predictions(
     predictions = model.compared_logits([*rows.rows, continuation])
     num = trained.targets.numel()
     comparison = compare(trained, predictions[:num])
-    faults += _divergence_faults(expected, base, rows, frozen, comparison)
+    base_kl = _base_change_kl(expected, base, rows, frozen)
+    faults += _divergence_faults(rows, base_kl, comparison)
     if rows.is_task_data and _is_base_changed(expected):
         faults += _lost_fine_tune_faults(expected, base, rows, trained, frozen, comparison)
     if has_narrow_range(dtype_name(expected.dtype)):
         faults += _overflow_faults(merged, expected, rows.rows)
-    return PredictionReport(comparison, count_agreeing_tokens(predictions[num:]), tuple(faults))
+    greedy = count_agreeing_tokens(predictions[num:])
+    explanation = tuple(explain(_is_base_changed(expected), base_kl, greedy))
+    return PredictionReport(comparison, greedy, tuple(faults), explanation)
 
 
-def _divergence_faults(
-    expected: MergedTensors,
-    base: Path,
-    rows: EvalRows,
-    frozen: ComparedLogits,
-    comparison: Comparison,
-) -> Iterator[str]:
-    """Yield a fault if the merged model is too far from the trained model (check 3).
+def explain(is_base_changed: bool, base_kl: float, greedy: GreedyAgreement) -> Iterator[str]:
+    """Yield what the figures of a verification include, one sentence each.
 
-    frozen: predictions of the base as it was trained on. comparison: trained against merged.
+    is_base_changed: whether the adapter is added to other weights than it was trained on. base_kl:
+    mean KL that the change of the base causes without the adapter.
+    """
+    cause = "rounding"
+    if is_base_changed:
+        cause = "the change of the base"
+        yield (
+            "The adapter was trained on a quantized base and is merged into the original base, so "
+            "all differences include what quantization changed. A merge with --base dequantized "
+            "has no such difference."
+        )
+    yield (
+        f"Checked: the mean KL may be up to {_allowed_kl(base_kl):.3g} nats, computed from the "
+        f"{base_kl:.3g} nats by which {cause} changes the base without the adapter."
+    )
+    yield (
+        "Not checked: the largest difference, because it is that of a single logit, and often of "
+        "an unlikely token."
+    )
+    if greedy.num_agreeing < greedy.num_tokens:
+        yield (
+            "Not checked: greedy decoding, because it stops to agree at the first token that "
+            f"{cause} changes, for example if two tokens are almost equally likely."
+        )
+
+
+def _allowed_kl(base_kl: float) -> float:
+    return _BASE_CHANGE_FACTOR * base_kl + ROUNDING_KL
+
+
+def _base_change_kl(
+    expected: MergedTensors, base: Path, rows: EvalRows, frozen: ComparedLogits
+) -> float:
+    """Return the mean KL between the base as trained on and the base as merged into.
+
+    frozen: predictions of the base as it was trained on.
     """
     alone = merged_model(replace(expected, adapter=None), base).compared_logits(rows.rows)
-    allowed = _BASE_CHANGE_FACTOR * compare(frozen, alone).mean_kl + ROUNDING_KL
+    return compare(frozen, alone).mean_kl
+
+
+def _divergence_faults(rows: EvalRows, base_kl: float, comparison: Comparison) -> Iterator[str]:
+    """Yield a fault if the merged model is too far from the trained model (check 3).
+
+    base_kl: mean KL that the change of the base causes without the adapter. comparison: trained
+    against merged.
+    """
+    allowed = _allowed_kl(base_kl)
     # `not <=` also reports NaN.
     if not comparison.mean_kl <= allowed:
         yield (

@@ -5,8 +5,8 @@ The verification passes if all of these checks pass:
 1. Tensors (`tensor_checks.py`): names, shapes and dtypes are those of the base, in the merged
    dtype. Every tensor equals bit for bit what merging computes from the base and the adapter. No
    layer of the adapter is missing.
-2. Files (`file_checks.py`): config, tokenizer, chat templates and generation settings are the
-   base's.
+2. Files: config, tokenizer, chat templates and generation settings are the base's
+   (`file_checks.py`). Every GGUF file has the values of the merged tensors (`gguf_checks.py`).
 3. Predictions (`prediction_checks.py`): transformers loads the folder without a missing or
    unexpected key, and on held-out rows
    KL(trained || merged) <= 4 KL(frozen base || base as merged into) + `ROUNDING_KL`,
@@ -45,6 +45,7 @@ from qlora_cli.export.merge.manifest import MANIFEST, MergeManifest
 from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
 from qlora_cli.export.verify.faults import shorten_faults
 from qlora_cli.export.verify.file_checks import config_faults, file_faults
+from qlora_cli.export.verify.gguf_checks import gguf_file_faults
 from qlora_cli.export.verify.prediction_checks import compare_predictions
 from qlora_cli.export.verify.tensor_checks import structure_faults, value_faults
 from qlora_cli.runs.run import Run
@@ -57,11 +58,13 @@ class VerificationReport:
     faults: one line per failed check; empty if the verification passed.
     comparison, greedy: the predictions compared with the trained model's; None if the tensors of
         the folder do not form this model, so that it cannot run.
+    explanation: what the figures include and which are checked, one sentence each.
     """
 
     faults: tuple[str, ...]
     comparison: Comparison | None = None
     greedy: GreedyAgreement | None = None
+    explanation: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -106,7 +109,12 @@ def verify(merged: Path, run: Run, device: torch.device, observer: Observer) -> 
     faults += value_faults(merged, expected, observer)
     predictions = compare_predictions(merged, run, expected, observer)
     faults += predictions.faults
-    return VerificationReport(shorten_faults(faults), predictions.comparison, predictions.greedy)
+    return VerificationReport(
+        shorten_faults(faults),
+        predictions.comparison,
+        predictions.greedy,
+        predictions.explanation,
+    )
 
 
 def _adapter_faults(manifest: MergeManifest, expected: MergedTensors) -> Iterator[str]:

@@ -1,0 +1,81 @@
+"""Compare a GGUF file in any encoding with the merged folder, by the error of each tensor.
+
+llama.cpp's quantizer gives different encodings to different tensors of a file, and no exact result
+is defined for the values. So each tensor is unpacked by the `gguf` package, and the root mean
+square of its error, relative to the merged tensor, must not exceed a limit per encoding. A tensor
+of zeros has the error 1, and other weights have an error of about 1.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+
+from qlora_cli.events import Observer
+from qlora_cli.export.gguf.encode import Array
+from qlora_cli.export.gguf.model import PlannedTensor
+from qlora_cli.export.gguf.plan import GgufPlan
+from qlora_cli.export.gguf.read_back import READ_ERRORS
+
+_MAX_ERROR = {
+    GGMLQuantizationType.F32: 1e-3,
+    GGMLQuantizationType.F16: 1e-3,
+    GGMLQuantizationType.BF16: 1e-2,
+    GGMLQuantizationType.Q8_0: 0.02,
+    GGMLQuantizationType.Q6_K: 0.06,
+    GGMLQuantizationType.Q5_K: 0.1,
+    GGMLQuantizationType.Q4_K: 0.2,
+}
+"""Encoding -> largest relative error of a tensor; two to three times that of Gaussian weights."""
+_OTHER_MAX_ERROR = 0.5
+_ROWS = 256
+"""Rows of a tensor that are unpacked at a time."""
+
+
+def quantized_faults(file: Path, plan: GgufPlan, observer: Observer) -> Iterator[str]:
+    """Yield one line for each tensor of a GGUF file that is not the merged one.
+
+    plan: the plan of the same folder in any encoding; only names, shapes and sources are used.
+    """
+    try:
+        reader = GGUFReader(file)
+    except READ_ERRORS as fault:
+        yield f"the file cannot be read: {fault}"
+        return
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for name in sorted(tensors.keys() - {planned.name for planned in plan.tensors}):
+        yield f"{name} does not belong to this model"
+    observer.stage("gguf read back", len(plan.tensors))
+    for done, planned in enumerate(plan.tensors, 1):
+        tensor = tensors.get(planned.name)
+        if tensor is None:
+            yield f"{planned.name} is missing"
+        elif tuple(reversed(tensor.shape.tolist())) != planned.shape:
+            yield f"{planned.name} has another shape"
+        else:
+            error = _relative_error(planned, tensor.data, tensor.tensor_type)
+            # `not <=` also reports NaN.
+            if not error <= _MAX_ERROR.get(tensor.tensor_type, _OTHER_MAX_ERROR):
+                yield (
+                    f"{planned.name} differs from the merged tensor by {error:.1%}, which is more "
+                    f"than {tensor.tensor_type.name} does"
+                )
+        observer.advance(done)
+
+
+def _relative_error(planned: PlannedTensor, data: Array, kind: GGMLQuantizationType) -> float:
+    source = planned.read()
+    squared_error = squared = 0.0
+    num_rows = 0
+    for rows in planned.rows(_ROWS):
+        values = source[rows].double().numpy()
+        stored = data[num_rows : num_rows + len(values)]
+        num_rows += len(values)
+        unpacked = dequantize(stored, kind).reshape(values.shape)
+        squared_error += float(np.square(unpacked - values).sum())
+        squared += float(np.square(values).sum())
+    return float(np.sqrt(squared_error / squared)) if squared else squared_error
