@@ -24,6 +24,8 @@ class StepEvent:
     peak_bytes: peak memory during the step.
     seconds_left: estimated time for the remaining steps.
     joules: energy of the step; None if the device does not measure it.
+    eval_loss: the last loss on the held-out set, of this step or an earlier one; None before the
+    first evaluation. It is not part of the step's line in `metrics.jsonl`.
     """
 
     step: int
@@ -37,6 +39,7 @@ class StepEvent:
     peak_bytes: int
     seconds_left: float
     joules: float | None = None
+    eval_loss: float | None = None
 
 
 class Observer(Protocol):

@@ -31,6 +31,8 @@ from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.train.loop import Progress
 
+_PHASE_ORDER = ("load", *STEP_PHASES, "checkpoint", "eval", "merge")
+
 
 @dataclass(frozen=True)
 class EarlierProcess:
@@ -88,6 +90,8 @@ class MemoryRecord:
         phases = self.instrument.phases
         if known is not None:
             phases = larger_of_each(known.phases, phases)
+        # Evaluations take place between steps and before checkpoints, too.
+        phases = tuple(sorted(phases, key=lambda phase: _PHASE_ORDER.index(phase.name)))
         has_step = _has_step(phases)
         before, before_planned_bytes = self._baseline(known)
         allocator = self.instrument.allocator()

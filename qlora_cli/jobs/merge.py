@@ -59,6 +59,8 @@ def run(
     _check_writable(out)
     source = Run(run)
     _check_base(source.recipe, base)
+    if note := source.describe_weights():
+        observer.note(note)
     return_freed_memory()
     device = torch.device(inspect_device().kind)
     torch_type = torch_dtype(dtype or DEFAULT_DTYPE)
@@ -145,11 +147,12 @@ def _check_base(recipe: Recipe, base: str) -> None:
         )
 
 
-def _manifest_details(recipe: Recipe, settings: MergeSettings) -> dict[str, Any]:
+def _manifest_details(run: Run, settings: MergeSettings) -> dict[str, Any]:
     """Return the entries of merge.json that describe the merge and do not affect its tensors."""
     return {
-        "base_model": recipe.model.name,
-        "revision": recipe.model.revision,
-        "method": recipe.adapter.method,
+        "base_model": run.recipe.model.name,
+        "revision": run.recipe.model.revision,
+        "method": run.recipe.adapter.method,
+        "step": run.trained_step,
         **settings.to_dict(),
     }

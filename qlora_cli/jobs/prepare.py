@@ -29,6 +29,7 @@ from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.tasks.registry import task_of
+from qlora_cli.train.schedule import steps_between
 
 _SILENT = Silent()
 
@@ -71,6 +72,12 @@ class TrainingJob:
     schedule: BatchSchedule
     held_out: list[Batch]
     steps: int
+
+    @property
+    def eval_every(self) -> int | None:
+        """Return the optimizer steps between two evaluations; None for none during training."""
+        every = self.prepared.recipe.train.eval_every
+        return steps_between(every, self.schedule.steps_per_epoch)
 
     @property
     def largest_step_batches(self) -> list[Batch]:
@@ -120,9 +127,11 @@ def read_job(prepared: Prepared, observer: Observer = _SILENT) -> TrainingJob:
     """Read the recipe's rows and return the job with its schedule and number of steps.
 
     observer: receives a note for each choice or loss of rows.
-    Raises InputError if a file cannot be read, DataError listing the rows that cannot be used.
+    Raises InputError if a file cannot be read, DataError listing the rows that cannot be used,
+    RecipeError if the sequences are longer than the base's positions.
     """
     recipe = prepared.recipe
+    check_seq_len(recipe.data.seq_len, prepared.config)
     rows = read_rows(prepared)
     for note in rows.notes:
         observer.note(note)

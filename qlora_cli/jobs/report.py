@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,11 +13,12 @@ from qlora_cli.jobs.results import ReportResult
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.memory.timeline import PhaseTrace, read_traces
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.metrics import is_evaluation
 from qlora_cli.runs.run import Run
 
 _T = TypeVar("_T")
 _METRICS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_bytes"}
-"""Keys that every line of metrics.jsonl must have."""
+"""Keys that the line of a step in metrics.jsonl must have."""
 _REMOVE_LINE = "delete this line; the report can be made without it"
 
 
@@ -31,14 +32,27 @@ def run(run: Path, *, html: Path | None = None, png: Path | None = None) -> Repo
     source = Run(run)
     source.require("recipe")  # The page shows it.
     ledger = ledger_of(source)
+    lines = _metrics(source.folder.metrics)
     return ReportResult(
         run=source.record,
         ledger=ledger,
-        metrics=_metrics(source.folder.metrics),
+        metrics=tuple(line for line in lines if not is_evaluation(line)),
+        evaluations=tuple(filter(is_evaluation, lines)) or _final_evaluation(source.record),
         timeline=read_timeline(source.folder),
         html=html,
         png=png,
     )
+
+
+def _final_evaluation(record: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the evaluation after the last step that run.json has; empty if it has none.
+
+    Older versions did not write evaluations into metrics.jsonl.
+    """
+    result = record.get("result") or {}
+    if result.get("eval_loss") is None:
+        return ()
+    return ({"step": result["steps"], "eval_loss": result["eval_loss"]},)
 
 
 def ledger_of(run: Run) -> Ledger:
@@ -77,7 +91,8 @@ def _metrics(file: Path) -> tuple[dict[str, Any], ...]:
 def _metric(line: str, where: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(line)
-        missing = sorted(_METRICS - content.keys())
+        required = {"step"} if is_evaluation(content) else _METRICS
+        missing = sorted(required - content.keys())
     except PARSE_ERRORS as error:
         raise UsageError(f"damaged: {error}", where=where, hint=_REMOVE_LINE) from error
     if missing:

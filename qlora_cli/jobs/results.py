@@ -189,8 +189,9 @@ class GenerateResult(Result):
 class ReportResult(Result):
     """Result of `qlora report`.
 
-    run: the content of run.json. metrics: the lines of metrics.jsonl. timeline: memory over time,
-    for the figures. html, png: files to write; None for none.
+    run: the content of run.json. metrics: the lines of metrics.jsonl that are of optimizer steps.
+    evaluations: those of evaluations, with the keys `step` (0 before training) and `eval_loss`.
+    timeline: memory over time, for the figures. html, png: files to write; None for none.
     """
 
     run: dict[str, Any]
@@ -199,6 +200,7 @@ class ReportResult(Result):
     timeline: tuple[PhaseTrace, ...] = ()
     html: Path | None = None
     png: Path | None = None
+    evaluations: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object, without the timeline, which is in timeline.json."""
@@ -256,6 +258,10 @@ class DataResult(Result):
     dropped: int = 0
     long_rows: dict[str, Any] = field(default_factory=dict)
     sources: tuple[dict[str, Any], ...] = ()
+    updates: int = 0
+    """Optimizer steps of the job."""
+    warning: str | None = None
+    """What to change if there are too few updates to learn."""
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,62 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import QloraError, UsageError
-from qlora_cli.files.atomic import atomic_file, report_write_errors
 from qlora_cli.jobs import record, report
 from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.jobs.results import TrainResult
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.metrics import read_steps, remove_lines_after
 from qlora_cli.runs.run import Run
+from qlora_cli.train.schedule import learning_rate
+
+_LENGTH = ("train.epochs", "train.steps")
+"""Settings that may change on a resume if the run becomes longer."""
+_CHANGEABLE = ("train.checkpoint_every", "train.keep_checkpoints", "train.patience")
+"""Settings that may change on a resume, because they do not change the steps that were done."""
 
 
 def finished_result(earlier: Run, description: dict[str, Any]) -> TrainResult | None:
     """Return the stored result of a run that is finished, None if steps are left to do.
 
-    earlier: the run as it is on disk. description: of the job now, from `record.describe_run`.
-    Raises UsageError if the recipe has changed, ModelError if the base has changed.
+    earlier: the run as it is on disk. description: of the job now, from `record.describe_run`. A
+    finished run has steps left if `train.epochs` or `train.steps` has been raised, or if it stopped
+    early and `train.patience` has changed.
+    Raises UsageError if another setting has changed, ModelError if the base has changed.
     """
     if earlier.require("status") != "done" or not earlier.folder.memory_json.is_file():
         return None
-    _check_unchanged(earlier, description)
+    changed = _check_unchanged(earlier, description)
+    result = earlier.require("result")
+    stopped_early = result["steps"] < earlier.record.get("steps", result["steps"])
+    if description["steps"] > _steps_of(earlier) or (stopped_early and "train.patience" in changed):
+        return None
     ledger = report.ledger_of(earlier)
-    return TrainResult(**earlier.require("result") | {"run": earlier.path, "ledger": ledger})
+    return TrainResult(**result | {"run": earlier.path, "ledger": ledger})
+
+
+def describe_extension(earlier: Run, job: TrainingJob) -> str | None:
+    """Return how the learning rate continues if the job has more steps than the earlier run had.
+
+    Returns None if it has not. earlier: the run as it was before this process.
+    """
+    before, steps, done = _steps_of(earlier), job.steps, earlier.folder.steps()
+    if steps <= before or not done:
+        return None
+    train, last = job.prepared.recipe.train, done[-1]
+    ended = learning_rate(earlier.recipe.train, last - 1, before)
+    continues = learning_rate(train, last, steps)
+    return (
+        f"extended from {before:,} to {steps:,} steps. From step {last + 1:,} the learning rate "
+        f"follows the {train.schedule} schedule of {steps:,} steps: it continues with "
+        f"{continues:.2e}; at step {last:,} it was {ended:.2e}. So the result differs from a run "
+        f"that has {steps:,} steps from the start"
+    )
+
+
+def _steps_of(earlier: Run) -> int:
+    """Return the number of steps that the run was to have."""
+    steps: int = earlier.record.get("steps") or earlier.require("result")["steps"]
+    return steps
 
 
 def open_or_resume(
@@ -44,7 +81,7 @@ def open_or_resume(
     _check_unchanged(earlier, description)
     job.run.write(earlier.record | description)
     steps = job.run.steps()
-    _truncate_metrics(job.run, steps[-1] if steps else 0)
+    remove_lines_after(job.run.metrics, steps[-1] if steps else 0)
     return job.run.checkpoint(steps[-1]) if steps else None
 
 
@@ -53,8 +90,7 @@ def record_stop(run: RunFolder, status: str, resumed: bool) -> None:
 
     resumed: whether this process resumed the run. A folder that existed before is never removed.
     """
-    has_metrics = run.metrics.exists() and run.metrics.stat().st_size > 0
-    has_progress = bool(run.steps()) or has_metrics
+    has_progress = bool(run.steps()) or bool(read_steps(run.metrics))
     # The error that ends the job is more useful than one about run.json.
     with suppress(OSError, QloraError):
         if has_progress or resumed:
@@ -63,23 +99,31 @@ def record_stop(run: RunFolder, status: str, resumed: bool) -> None:
             run.discard()
 
 
-def _check_unchanged(earlier: Run, description: dict[str, Any]) -> None:
-    """Raise UsageError if the recipe differs from the stored one, ModelError if the base does."""
+def _check_unchanged(earlier: Run, description: dict[str, Any]) -> list[str]:
+    """Return the settings that differ from the stored recipe, all of which may change.
+
+    Raises UsageError if another setting differs, ModelError if the base does.
+    """
     earlier.check_fingerprint(description["base_fingerprint"])
-    # Older versions stored the paths of data files as they were written in the recipe.
-    stored = _flatten(record.with_absolute_paths(earlier.require("recipe")))
+    # Older versions stored the paths of data files as they were written in the recipe. Settings
+    # that a run of an older version does not have are at their defaults in it.
+    stored = _flatten(record.with_absolute_paths(earlier.recipe.model_dump(mode="json")))
     current = _flatten(description["recipe"])
     keys = sorted(stored.keys() | current.keys())
     changed = [key for key in keys if stored.get(key) != current.get(key)]
-    if changed:
+    is_longer = "steps" in earlier.record and description["steps"] > earlier.record["steps"]
+    refused = [key for key in changed if key not in (*_CHANGEABLE, *(_LENGTH if is_longer else ()))]
+    if refused:
         raise UsageError(
             "the recipe has changed since this run began: "
             + ", ".join(
-                f"{key} was {stored.get(key)!r}, is {current.get(key)!r}" for key in changed
+                f"{key} was {stored.get(key)!r}, is {current.get(key)!r}" for key in refused
             ),
             where=str(earlier.folder.run_json),
-            hint="resume with the stored values, or start a new run with output=...",
+            hint="resume with the stored values, or start a new run with output=...; a run can be "
+            "extended by more epochs or steps",
         )
+    return changed
 
 
 def _flatten(recipe: object, prefix: str = "") -> dict[str, object]:
@@ -87,11 +131,3 @@ def _flatten(recipe: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(recipe, dict):
         return {prefix.rstrip("."): recipe}
     return {k: v for key in recipe for k, v in _flatten(recipe[key], f"{prefix}{key}.").items()}
-
-
-def _truncate_metrics(run: RunFolder, step: int) -> None:
-    """Remove the metrics of steps after `step`, which are done again. Each line is one step."""
-    if run.metrics.exists():
-        lines = run.metrics.read_text().splitlines(keepends=True)[:step]
-        with report_write_errors("metrics.jsonl", run.metrics), atomic_file(run.metrics) as beside:
-            beside.write_text("".join(lines))

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from qlora_cli.data.collate import Batch, peak_batches
 from qlora_cli.errors import DoesNotFit, Interrupted
 from qlora_cli.events import Observer
-from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors
-from qlora_cli.files.source import WEIGHTS_FILE
 from qlora_cli.jobs import record
+from qlora_cli.jobs.initial_adapter import check_initial_adapter, load_initial_adapter
 from qlora_cli.jobs.memory import EarlierProcess, MemoryRecord
 from qlora_cli.jobs.prepare import Prepared, TrainingJob, prepare, read_job
 from qlora_cli.jobs.results import TrainResult
-from qlora_cli.jobs.run_lifecycle import finished_result, open_or_resume, record_stop
+from qlora_cli.jobs.run_lifecycle import (
+    describe_extension,
+    finished_result,
+    open_or_resume,
+    record_stop,
+)
+from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import Ledger
-from qlora_cli.models.attach import save_adapter
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.resume import add_last_checkpoint_hint, load_checkpoint, write_parameters
+from qlora_cli.runs.metrics import read_steps
+from qlora_cli.runs.resume import add_last_checkpoint_hint, load_checkpoint
 from qlora_cli.runs.run import Run
-from qlora_cli.tasks.task import EvalScore
+from qlora_cli.train.evaluation import Evaluator
 from qlora_cli.train.loop import LAST_LOSSES, Progress, TrainingLoop
 from qlora_cli.train.runtime import setup_device
 from qlora_cli.train.state import State, build_state, tag_living
+from qlora_cli.train.trackers import Trackers, check_installed
+from qlora_cli.train.trained_weights import copy_weights, write_weights
 from qlora_cli.units import format_bytes
 
 
@@ -48,14 +52,22 @@ def run(
     Interrupted after Ctrl-C, QloraError if training diverges or a file cannot be written.
     """
     prepared = prepare(recipe, inspect_device())
+    check_installed(prepared.recipe)
+    check_initial_adapter(prepared)
     for choice in prepared.choices:
         observer.note(f"{choice.key} = {choice.value}: {choice.reason}")
     job = read_job(prepared, observer)
+    length = TrainingLength.of(prepared.recipe, job.schedule, job.steps)
+    observer.note(length.text())
+    if warning := length.warning():
+        observer.note(warning)
     description = record.describe_run(prepared, recipe_path, job.steps)
     earlier = Run(job.run.path) if resume else None
     if earlier is not None and (finished := finished_result(earlier, description)):
         observer.note(f"{job.run.path} is finished; there is nothing to resume")
         return finished
+    if earlier is not None and (extension := describe_extension(earlier, job)):
+        observer.note(extension)
     checkpoint = open_or_resume(job, description, earlier)
     try:
         planned, baseline = _plan(job, observer)
@@ -175,53 +187,60 @@ def load(
     return state
 
 
-def _evaluate(state: State, held_out: Sequence[Batch], instrument: Instrument) -> EvalScore | None:
-    """Return the score on all held-out batches, None if there are none.
+def _export(job: TrainingJob, state: State, evaluator: Evaluator, observer: Observer) -> int:
+    """Write the trained weights to the run's folder and return their step.
 
-    The batches that determine peak memory are evaluated first with the memory tracker, which would
-    slow down a complete evaluation.
+    With `train.keep_best` they are those of the evaluated step with the lowest held-out loss, which
+    has a checkpoint, else those of the last step.
     """
-    if not held_out:
-        return None
-    indices = sorted(peak_batches([batch.size for batch in held_out]))
-    with instrument.phase("eval"):
-        state.task.evaluate(state.loaded, [held_out[index] for index in indices], state.device)
-    with instrument.count_only("eval"):
-        return state.task.evaluate(state.loaded, held_out, state.device)
-
-
-def _save(job: TrainingJob, state: State) -> None:
-    """Write the adapter, or all weights after full fine-tuning."""
-    if job.prepared.recipe.adapter.method == "lora":
-        save_adapter(state.loaded, job.prepared.recipe, job.run.adapter)
-        return
-    weights = job.run.weights
-    with (
-        report_write_errors("the trained model", weights, hint=RESUME_HINT),
-        atomic_folder(weights) as folder,
-    ):
-        shutil.copy(job.prepared.folder / "config.json", folder)
-        write_parameters(state.trainable, folder / WEIGHTS_FILE)
+    best = evaluator.best
+    if best is None or not state.recipe.train.keep_best or best.step == state.step:
+        write_weights(state, job.prepared.folder, job.run.path)
+        return state.step
+    if not job.run.checkpoint(best.step).is_dir():
+        observer.note(
+            f"warning: the checkpoint of step {best.step:,}, which has the lowest held-out loss, "
+            "is gone; the exported weights are those of the last step"
+        )
+        write_weights(state, job.prepared.folder, job.run.path)
+        return state.step
+    copy_weights(job.run.checkpoint(best.step), job.run.path)
+    observer.note(
+        f"the exported weights are those of step {best.step:,}, which has the lowest held-out loss "
+        f"({best.loss:.3f}); those of the last step are in its checkpoint "
+        f"({job.run.checkpoint(state.step)})"
+    )
+    return best.step
 
 
 def _train_loss(run: RunFolder) -> float:
     """Return the mean loss of the last `LAST_LOSSES` steps, including those before a resume."""
-    lines = run.metrics.read_text().splitlines()[-LAST_LOSSES:]
-    losses: list[float] = [json.loads(line)["loss"] for line in lines]
+    losses: list[float] = [line["loss"] for line in read_steps(run.metrics)[-LAST_LOSSES:]]
     return sum(losses) / len(losses)
 
 
 def _finish(
-    job: TrainingJob, progress: Progress, score: EvalScore | None, ledger: Ledger
+    job: TrainingJob,
+    steps: int,
+    progress: Progress,
+    evaluator: Evaluator,
+    exported: int,
+    ledger: Ledger,
 ) -> TrainResult:
-    """Return the result, and store it in run.json with the status `done`."""
+    """Return the result, and store it in run.json with the status `done`.
+
+    steps: number of optimizer steps done. exported: the step whose weights were exported.
+    """
+    losses = {evaluation.step: evaluation.loss for evaluation in evaluator.done}
     result = TrainResult(
         run=job.run.path,
-        steps=job.steps,
+        steps=steps,
         train_loss=_train_loss(job.run),
-        eval_loss=score.loss if score else None,
+        eval_loss=losses.get(exported),
         tokens_per_second=progress.tokens_per_second,
         ledger=ledger,
+        best_step=exported if exported in losses else None,
+        eval_loss_before=losses.get(0),
     )
     summary = {key: value for key, value in result.to_dict().items() if key != "ledger"}
     record.set_status(job.run, "done", result=summary)

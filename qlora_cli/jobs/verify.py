@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qlora_cli.events import Observer
+from qlora_cli.export.merge.manifest import merged_step
 from qlora_cli.export.serve.client import ServerClient
 from qlora_cli.export.serve.verification import verify_server
 from qlora_cli.export.verify.record import write_record
@@ -21,13 +22,14 @@ from qlora_cli.runs.run import Run
 def run(merged: Path, *, against: Path, observer: Observer) -> VerifyResult:
     """Compare a merged model with its run.
 
-    merged: folder of the merged model. against: the run's folder. The figures of the result are NaN
-    if the two models could not be compared. The result is also written to `verification.json` in
-    the merged folder. Raises InputError if one of the folders is missing or incomplete.
+    merged: folder of the merged model. against: the run's folder, or one of its checkpoints; by
+    default the weights of the step that was merged are used. The figures of the result are NaN if
+    the two models could not be compared. The result is also written to `verification.json` in the
+    merged folder. Raises InputError if one of the folders is missing or incomplete.
     """
     return_freed_memory()
     device = torch.device(inspect_device().kind)
-    verification = verify(merged, Run(against), device, observer)
+    verification = verify(merged, _run_of(merged, against), device, observer)
     comparison, greedy = verification.comparison, verification.greedy
     result = VerifyResult(
         passed=verification.passed,
@@ -41,6 +43,15 @@ def run(merged: Path, *, against: Path, observer: Observer) -> VerifyResult:
     )
     write_record(merged, {**result.to_dict(), "run": str(against.resolve())}, observer)
     return result
+
+
+def _run_of(merged: Path, against: Path) -> Run:
+    """Return the run with the weights of the step that merge.json records, if it records one.
+
+    A step that is part of the path `against` takes precedence.
+    """
+    run = Run(against)
+    return run if run.step is not None else Run(against, merged_step(merged))
 
 
 def run_server(

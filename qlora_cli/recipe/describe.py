@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qlora_cli.recipe.schema import Recipe, Section
@@ -61,7 +60,7 @@ def sections() -> dict[str, type[Section]]:
 
 def keys() -> tuple[str, ...]:
     """Return the dotted key of every setting."""
-    inner = (f"{name}.{key}" for name, cls in sections().items() for key in cls.model_fields)
+    inner = (f"{name}.{key}" for name, cls in sections().items() for key in cls.fields_by_key())
     return (*inner, *(key for key in Recipe.model_fields if key not in sections()))
 
 
@@ -69,7 +68,7 @@ def field_at(key: str) -> FieldInfo | None:
     """Return the pydantic field of a dotted key, or None if there is no such setting."""
     section, _, name = key.rpartition(".")
     model = sections().get(section) if section else Recipe
-    info = model.model_fields.get(name) if model else None
+    info = model.fields_by_key().get(name) if model else None
     return None if info is None or _is_section(info.annotation) else info
 
 
@@ -121,8 +120,8 @@ def to_yaml(value: Any) -> str:
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def _settings(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
-    for name, info in model.model_fields.items():
+def _settings(model: type[Section], prefix: str) -> Iterator[Setting]:
+    for name, info in model.fields_by_key().items():
         if _is_section(info.annotation):
             yield from _settings(sections()[name], f"{name}.")
         else:
@@ -166,6 +165,8 @@ def _alternatives(annotation: Any, metadata: Sequence[Any]) -> list[str]:
 
 def _list_items(annotation: Any) -> list[str]:
     """Return the plural of each alternative of a list's items."""
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
     parts = get_args(annotation) or (annotation,)
     return [
         f"{{{', '.join(part.model_fields)}}}" if _is_section(part) else "strings" for part in parts
@@ -173,7 +174,9 @@ def _list_items(annotation: Any) -> list[str]:
 
 
 def _literals(annotation: Any) -> Iterator[Any]:
-    """Yield the values of every Literal inside a type."""
+    """Yield the values of every Literal inside a type, except those of the items of a list."""
+    if get_origin(annotation) is list:
+        return
     if get_origin(annotation) is Literal:
         yield from get_args(annotation)
     for part in get_args(annotation):

@@ -49,7 +49,7 @@ def parse_override(text: str) -> Override | Problem:
         what = "is not an override; write it as key=value"
         return Problem(f"override {text}", what, f"{key}=..." if info else None)
     if key in sections():
-        names = ", ".join(f"{key}.{name}=..." for name in sections()[key].model_fields)
+        names = ", ".join(f"{key}.{name}=..." for name in sections()[key].fields_by_key())
         return Problem(f"override {text}", f"{key} is a section; set one of {names}")
     if info is None:
         return Problem(f"override {text}", f"unknown setting {key}", nearest_key(key))

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -24,6 +25,7 @@ DataFormat = Literal["text", "completion", "alpaca", "sharegpt", "messages", "to
 LongRows = Literal["drop", "truncate", "split", "error"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class Section(BaseModel):
@@ -33,8 +35,17 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        serialize_by_alias=True,
     )
+
+    @classmethod
+    def fields_by_key(cls) -> dict[str, FieldInfo]:
+        """Return key in a recipe -> field. The keys of fields with an alias are their aliases."""
+        return {info.alias or name: info for name, info in cls.model_fields.items()}
 
 
 class Model(Section):
@@ -99,10 +110,13 @@ class Adapter(Section):
     """Dtype of A and B; float16 halves the size of the adapter file and can overflow."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023), for high ranks."""
+    from_: Annotated[str | None, Field(alias="from")] = None
+    """Start from the adapter of this run, checkpoint or PEFT folder, which must have the same
+    targets, rank, alpha and dtype; null starts with B = 0."""
 
     @model_validator(mode="after")
     def _settings_match_method(self) -> Adapter:
-        lora_only = self.model_fields_set - {"method"}
+        lora_only = {name.rstrip("_") for name in self.model_fields_set - {"method"}}
         if self.method == "full" and lora_only:
             raise ValueError(f"{', '.join(sorted(lora_only))}: apply to method: lora only")
         if not self.targets:
@@ -147,6 +161,12 @@ class Data(Section):
     """What happens to rows that are longer than `seq_len` or than the model's positions: drop
     leaves them out, truncate removes their end, split cuts them into consecutive pieces, error
     stops; auto splits `text` rows and drops other rows. The number of rows is reported."""
+    template: str | None = None
+    """Chat template in place of the base's own: alpaca, chatml, or the path of a Jinja file; it is
+    stored in the run, the adapter's folder and the merged model. null uses the base's."""
+    system: str | None = None
+    """System prompt of every row that has none; a template without system prompts gets it in front
+    of the first user message."""
     columns: dict[str, str] | None = None
     """Columns that have other names than the fields of the format, as field: column, such as
     {prompt: question, completion: answer}."""
@@ -161,12 +181,6 @@ class Data(Section):
     @model_validator(mode="after")
     def _lists_have_items(self) -> Data:
         for name in ("train", "eval", "columns"):
-    template: str | None = None
-    """Chat template in place of the base's own: alpaca, chatml, or the path of a Jinja file; it is
-    stored in the run, the adapter's folder and the merged model. null uses the base's."""
-    system: str | None = None
-    """System prompt of every row that has none; a template without system prompts gets it in front
-    of the first user message."""
             if getattr(self, name) in ([], {}):
                 raise ValueError(f"{name} is empty")
         return self
@@ -202,6 +216,21 @@ class Train(Section):
     trains faster and needs more memory."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 200
     """Optimizer steps between two checkpoints; the last step always writes one."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] | None = 2
+    """Number of last checkpoints that are kept; older ones are removed, except that of the lowest
+    held-out loss; null keeps all."""
+    eval_every: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
+    """Optimizer steps between two evaluations on `data.eval`, or a share of an epoch such as 0.25;
+    null evaluates before the first and after the last step only."""
+    keep_best: bool = True
+    """Export the weights of the evaluated step with the lowest held-out loss, and write a
+    checkpoint of it; false exports those of the last step."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this number of evaluations in a row without a lower held-out loss; null trains
+    all steps."""
+    log_to: list[Tracker] = []
+    """Trackers that receive the recipe and the figures of each step and evaluation: tensorboard
+    writes to the run's folder, the others use their own login and environment variables."""
     seed: int = 0
     """Seed of A's initial values, of the order of the rows and of dropout."""
 
@@ -225,6 +254,16 @@ class Recipe(Section):
     implement it."""
     output: str = "runs/{name}"
     """Folder of the run; {name} is replaced by the name of the recipe file without its suffix."""
+
+    @model_validator(mode="after")
+    def _evaluations_have_rows(self) -> Recipe:
+        train = self.train
+        for name in ("eval_every", "keep_best", "patience"):
+            if name in train.model_fields_set and getattr(train, name) and self.data.eval is None:
+                raise ValueError(f"train.{name} needs held-out rows; set data.eval")
+        if train.patience is not None and train.eval_every is None:
+            raise ValueError("train.patience needs evaluations in training; set train.eval_every")
+        return self
 
     @model_validator(mode="after")
     def _full_is_not_quantized(self) -> Recipe:

@@ -27,7 +27,7 @@ def nearest_key(key: str) -> str:
         return f"did you mean {near[0]}?"
     model = sections().get(section)
     if model:
-        return f"settings of {section}: {', '.join(model.model_fields)}"
+        return f"settings of {section}: {', '.join(model.fields_by_key())}"
     top_level = dict.fromkeys(candidate.partition(".")[0] for candidate in known)
     return f"top-level settings: {', '.join(top_level)}"
 

@@ -3,10 +3,11 @@
 - run.json          resolved recipe, automatic choices with reasons, versions, device, status
 - adapter/          adapter_config.json + adapter_model.safetensors, in PEFT's format
 - weights/          the trained model after full fine-tuning, instead of adapter/
-- checkpoints/      step-000200/ ...; each folder is complete or absent
+- checkpoints/      step-000200/ ...; each folder is complete or absent, and contains what is needed
+                    to resume and the adapter/ or weights/ of its step
 - memory.json       memory by phase and category
 - timeline.json     memory over time, of the phases that were tracked
-- metrics.jsonl     one line per optimizer step
+- metrics.jsonl     one line per optimizer step, one per evaluation (`runs/metrics.py`)
 - report.html       self-contained report
 - memory.png        the memory figures of the report as one image
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +25,22 @@ from typing import Any
 from qlora_cli.errors import UsageError
 from qlora_cli.files.atomic import report_write_errors, write_json
 
+ADAPTER = "adapter"
+WEIGHTS = "weights"
+"""Name of the folder with the trained weights, in a run and in each of its checkpoints."""
+_CHECKPOINTS = "checkpoints"
 _STEP = re.compile(r"step-(\d{6,})")
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """Return the step of the checkpoint that `path` names; None if it is not a checkpoint's path.
+
+    The checkpoint need not exist, but its run must.
+    """
+    match = _STEP.fullmatch(path.name)
+    if match is None or path.parent.name != _CHECKPOINTS:
+        return None
+    return int(match[1]) if (path.parent.parent / "run.json").is_file() else None
 
 
 class RunFolder:
@@ -43,17 +60,17 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         """The folder of the trained adapter, in PEFT's format."""
-        return self.path / "adapter"
+        return self.path / ADAPTER
 
     @property
     def weights(self) -> Path:
         """The folder of the trained model after full fine-tuning."""
-        return self.path / "weights"
+        return self.path / WEIGHTS
 
     @property
     def checkpoints(self) -> Path:
         """The folder that contains one folder per checkpoint."""
-        return self.path / "checkpoints"
+        return self.path / _CHECKPOINTS
 
     @property
     def memory_json(self) -> Path:
@@ -67,7 +84,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON line per optimizer step."""
+        """One JSON line per optimizer step and per evaluation."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -124,6 +141,14 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step-{step:06d}"
+
+    def remove_checkpoint(self, step: int) -> None:
+        """Remove a checkpoint. A process that is killed meanwhile leaves no incomplete one."""
+        folder = self.checkpoint(step)
+        removed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Return the steps that have a complete checkpoint, in ascending order."""

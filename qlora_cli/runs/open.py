@@ -44,9 +44,9 @@ class OpenedModel:
 def open_any(where: str, device: torch.device, observer: Observer) -> OpenedModel:
     """Open a run or a model as it is.
 
-    where: a run's folder, a model's folder, `starter` or a hub id.
+    where: a run's folder, one of its checkpoints, a model's folder, `starter` or a hub id.
 
-    Raises InputError if it cannot be found, is unfinished or is damaged.
+    Raises InputError if it cannot be found, has no trained weights yet or is damaged.
     """
     run = Run.find(where)
     if run is not None:
@@ -79,9 +79,12 @@ def _opened(run: Run, loaded: LoadedModel) -> OpenedModel:
 def open_run(run: Run, device: torch.device, observer: Observer) -> LoadedModel:
     """Load the model that a run trained: base with adapter, or the model of full fine-tuning.
 
-    The base is quantized as it was in training. Raises UsageError if the run is not finished,
-    ModelError if files are missing or damaged.
+    The base is quantized as it was in training. If the run is not finished, or a checkpoint of it
+    is requested, the weights are those of a checkpoint, which is noted. Raises UsageError if there
+    is none, ModelError if files are missing or damaged.
     """
+    if note := run.describe_weights():
+        observer.note(note)
     base = run.base_folder
     if run.is_full_fine_tuning:
         trained = partial(_folder_source, run.trained_weights)

@@ -1,13 +1,14 @@
 """Writes and reads checkpoints. A resumed run is bit-identical to an uninterrupted one.
 
 A checkpoint contains the trained parameters, the optimizer's state, the loss scale, the states of
-the random generators and the step. The order of rows (`data/packing.py`) and the learning rate are
+the random generators and the step, and the weights in the form in which a run exports them, so that
+each checkpoint can be used. The order of rows (`data/packing.py`) and the learning rate are
 functions of the step and are not stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -50,6 +51,7 @@ def save_checkpoint(
     trainable: Mapping[str, nn.Parameter],
     optimizer: Checkpointed,
     loss_scale: Mapping[str, float],
+    add_files: Callable[[Path, Path], object] | None = None,
 ) -> Path:
     """Write the checkpoint of a step atomically and return its folder.
 
@@ -57,6 +59,8 @@ def save_checkpoint(
     trainable: name -> trained parameter.
     optimizer: the object whose state is stored with them.
     loss_scale: the state of the loss scale.
+    add_files: writes further files; it is called with the folder and with the file of the
+        parameters in it.
 
     Raises QloraError if it cannot be written, NotFinite if a parameter is NaN or infinite.
     """
@@ -76,6 +80,8 @@ def save_checkpoint(
             # Given a path, torch.save reports a full disk as a RuntimeError without the reason.
             with (partial / _STATE).open("wb") as stream:
                 torch.save(state, stream)
+            if add_files is not None:
+                add_files(partial, partial / _TENSORS)
     except NotFinite as fault:
         raise NotFinite(f"after step {step}: {fault.what}", hint=fault.hint) from fault
     return folder
@@ -163,3 +169,15 @@ def _restore_random_states(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"].cpu())
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"].cpu())
+
+
+def remove_old_checkpoints(run: RunFolder, keep: int | None, best: int | None) -> list[int]:
+    """Remove all checkpoints except the last `keep` ones and that of step `best`.
+
+    keep: None keeps all. Returns the removed steps.
+    """
+    steps = run.steps()
+    removed = [] if keep is None else [step for step in steps[:-keep] if step != best]
+    for step in removed:
+        run.remove_checkpoint(step)
+    return removed

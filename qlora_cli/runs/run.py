@@ -11,7 +11,8 @@ from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.files.source import fingerprint
 from qlora_cli.recipe.schema import Recipe, Section
-from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.layout import ADAPTER, WEIGHTS, RunFolder, checkpoint_step
+from qlora_cli.runs.metrics import best_evaluation, read_evaluations
 
 
 class Run:
@@ -22,14 +23,20 @@ class Run:
     writing `run.json`. Creating a `Run` reads nothing; each attribute raises if it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.folder = RunFolder(path)
+    def __init__(self, path: Path, step: int | None = None) -> None:
+        """path: the run's folder, or one of its checkpoints, whose step is then `step`.
+
+        step: use the weights of this step's checkpoint; None for those of `trained_step`.
+        """
+        found = checkpoint_step(path)
+        self.folder = RunFolder(path if found is None else path.parent.parent)
+        self.step = found if step is None else step
 
     @classmethod
     def find(cls, where: str | Path) -> Run | None:
         """Return the run in the folder `where`, or None if there is no `run.json` in it.
 
-        where: a path that the user wrote; `~` is expanded.
+        where: a path that the user wrote, of a run or of one of its checkpoints; `~` is expanded.
         """
         run = cls(Path(where).expanduser())
         return run if run.folder.run_json.is_file() else None
@@ -98,44 +105,103 @@ class Run:
 
     @cached_property
     def adapter_file(self) -> AdapterFile:
-        """The trained adapter, checked but not read into memory.
+        """The trained adapter of `trained_step`, checked but not read into memory.
 
-        Raises UsageError if the run has no adapter or is not finished, ModelError if the adapter's
-        files are damaged.
+        Raises UsageError if the run has no adapter or no checkpoint yet, ModelError if the
+        adapter's files are damaged.
         """
         if self.is_full_fine_tuning:
             raise UsageError(
                 f"{self.path} is a full fine-tuning; it has no adapter",
                 hint="use it as a model: `qlora generate RUN`",
             )
-        return open_adapter(self._finished(self.folder.adapter))
+        return open_adapter(self._trained(ADAPTER))
 
     @property
     def trained_weights(self) -> Path:
-        """The folder of the model that full fine-tuning wrote.
+        """The folder of the model that full fine-tuning wrote, of `trained_step`.
 
-        Raises UsageError if the run is not finished.
+        Raises UsageError if the run has no checkpoint yet.
         """
-        return self._finished(self.folder.weights)
+        return self._trained(WEIGHTS)
 
     @property
     def frozen_or_trained_weights(self) -> Path:
         """The folder of the weights under the adapter: the base's, or those of full fine-tuning."""
         return self.trained_weights if self.is_full_fine_tuning else self.base_folder
 
-    def _finished(self, folder: Path) -> Path:
-        """Return `folder`. Raises UsageError if training has not written it yet."""
-        if not folder.is_dir():
+    @cached_property
+    def trained_step(self) -> int | None:
+        """The step of the checkpoint whose weights are used; None for those of the finished run.
+
+        Without a requested step, a run that is not finished uses the checkpoint with the lowest
+        held-out loss, if `train.keep_best` is set and it was evaluated, else the last checkpoint.
+
+        Raises UsageError if there is no checkpoint, or none of the requested step.
+        """
+        name = WEIGHTS if self.is_full_fine_tuning else ADAPTER
+        if self.step is not None:
+            return self._require_checkpoint(self.step, name)
+        exported = (self.path / name).is_dir()
+        steps = [step for step in self.folder.steps() if self._has_weights(step, name)]
+        if exported and (self.record.get("status") == "done" or not steps):
+            return None
+        if not steps:
             raise UsageError(
                 f"{self.path} has no trained weights yet; its status is "
                 f"{self.record.get('status')}",
-                hint="finish it with `qlora train --resume`, then try again",
+                hint="continue it with `qlora train --resume` up to its first checkpoint",
             )
-        return folder
+        done = [item for item in read_evaluations(self.folder.metrics) if item.step in steps]
+        best = best_evaluation(done) if self.recipe.train.keep_best else None
+        return best.step if best is not None else steps[-1]
+
+    def describe_weights(self) -> str | None:
+        """Return which checkpoint is used, for a note; None for the weights of a finished run.
+
+        Raises UsageError as `trained_step` does.
+        """
+        step = self.trained_step
+        if step is None:
+            return None
+        evaluations = read_evaluations(self.folder.metrics)
+        losses = {evaluation.step: evaluation.loss for evaluation in evaluations}
+        loss = f", held-out loss {losses[step]:.3f}" if step in losses else ""
+        status = self.record.get("status")
+        return (
+            f"{self.path}: using the checkpoint of step {step} of {self.record.get('steps')}{loss} "
+            f"(the run's status is {status})"
+        )
+
+    def _trained(self, name: str) -> Path:
+        """Return the folder `name` of the run, or of the checkpoint that is used instead."""
+        step = self.trained_step
+        return (self.path if step is None else self.folder.checkpoint(step)) / name
+
+    def _has_weights(self, step: int, name: str) -> bool:
+        return (self.folder.checkpoint(step) / name).is_dir()
+
+    def _require_checkpoint(self, step: int, name: str) -> int:
+        """Return `step`. Raises UsageError if it has no checkpoint with the folder `name`."""
+        steps = self.folder.steps()
+        if step in steps and self._has_weights(step, name):
+            return step
+        if step in steps:
+            raise UsageError(
+                f"the checkpoint of step {step} was written by an older version, and can only be "
+                "resumed",
+                where=str(self.folder.checkpoint(step)),
+                hint="use a later checkpoint, or finish the run with `qlora train --resume`",
+            )
+        listed = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none"
+        raise UsageError(
+            f"{self.path} has no checkpoint of step {step}; {listed}",
+            hint="name one of these, or leave the step out",
+        )
 
 
 def adapter_at(where: Path) -> AdapterFile:
-    """Return the adapter of a run's folder or of a folder in PEFT's format.
+    """Return the adapter of a run, of a run's checkpoint or of a folder in PEFT's format.
 
     Raises InputError if there is none or it is damaged.
     """
@@ -151,7 +217,7 @@ def _without_defaults(content: Mapping[str, Any], section: type[Section]) -> dic
     """
     kept: dict[str, Any] = {}
     for key, value in content.items():
-        field = section.model_fields.get(key)
+        field = section.fields_by_key().get(key)
         inner = field.annotation if field is not None else None
         if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Section):
             kept[key] = _without_defaults(value, inner)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from types import FrameType
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 from qlora_cli.data.packing import BatchSchedule, peak_steps
 from qlora_cli.errors import Interrupted
 from qlora_cli.events import Observer, StepEvent
-from qlora_cli.files.atomic import RESUME_HINT, report_write_errors
 from qlora_cli.memory.device import live_and_peak
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.tracker import track_gradients
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.resume import save_checkpoint
+from qlora_cli.runs.metrics import append_line
+from qlora_cli.runs.resume import remove_old_checkpoints, save_checkpoint
+from qlora_cli.train.evaluation import Evaluator
+from qlora_cli.train.learning_checks import LearningChecks
 from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.state import State
 from qlora_cli.train.step import StepOutcome, train_step
+from qlora_cli.train.stop_signals import stop_signals
+from qlora_cli.train.trained_weights import add_weights
+from qlora_cli.units import format_duration
 
 TRACKED_STEPS = 3
 """Steps at the start of a process that the memory tracker records: the first one creates the
@@ -62,12 +65,14 @@ class Progress:
     """The steps that this process has done.
 
     first: the first step, which is slower because kernels and memory are initialized. tracked,
-    plain: later steps with and without the memory tracker, which slows a step down.
+    plain: later steps with and without the memory tracker, which slows a step down. is_in_step: a
+    step is being computed now.
     """
 
     first: StepTimes = field(default_factory=StepTimes)
     tracked: StepTimes = field(default_factory=StepTimes)
     plain: StepTimes = field(default_factory=StepTimes)
+    is_in_step: bool = False
 
     def add(self, tokens: int, seconds: float, tracked: bool) -> None:
         """Add one step. tracked: whether the memory tracker was on."""
@@ -98,6 +103,7 @@ class TrainingLoop:
     """The loop of one run.
 
     steps: total number of optimizer steps of the job, including those of an earlier process.
+    evaluator: evaluates the held-out set when it is due. base: the folder of the base.
     on_checkpoint: called after each checkpoint, to write what has been measured so far.
     """
 
@@ -107,40 +113,92 @@ class TrainingLoop:
     run: RunFolder
     instrument: Instrument
     observer: Observer
+    evaluator: Evaluator
+    base: Path
     on_checkpoint: Callable[[Progress], object]
 
     def train(self) -> Progress:
         """Train from the state's step to the last step, which always writes a checkpoint.
 
-        Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint written; QloraError if a file
-        cannot be written; NotFinite if training diverges.
+        It ends before the last step if held-out losses do not improve for `train.patience`
+        evaluations. Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint written;
+        QloraError if a file cannot be written; NotFinite if training diverges.
         """
-        progress = Progress()
+        progress, checks = Progress(), LearningChecks(self.state)
         first = self.state.step
         tracked_steps = peak_steps(self.schedule, range(first, self.steps))
         tracked_steps |= {*range(first, first + TRACKED_STEPS)}
-        self.observer.stage("train", self.steps)
-        self.observer.advance(first)
-        with _stop_signals() as is_stop_requested:
-            while self.state.step < self.steps:
-                event = self._step(progress, self.state.step in tracked_steps)
+        with stop_signals(partial(self._report_stop, progress)) as is_stop_requested:
+            self.evaluator.evaluate_if_due(is_stop_requested)
+            if is_stop_requested() and first == 0:
+                raise KeyboardInterrupt  # There is nothing to save yet.
+            self._report_duration()
+            self.observer.stage("train", self.steps)
+            self.observer.advance(first)
+            while self.state.step < self.steps and not self._stops_early():
+                event = self._step(progress, checks, self.state.step in tracked_steps)
                 self._write_metrics(event)
                 self.observer.step(event)
-                self._save_if_due(progress, is_stop_requested())
+                evaluation = self.evaluator.evaluate_if_due(is_stop_requested)
+                is_best = evaluation is not None and evaluation == self.evaluator.best
+                self._save_if_due(progress, is_stop_requested(), is_best)
         return progress
 
-    def _step(self, progress: Progress, tracked: bool) -> StepEvent:
-        """Do one optimizer step and add it to `progress`."""
+    def _report_duration(self) -> None:
+        """Estimate the duration from the evaluation before training, if there was one.
+
+        A forward pass costs one unit per token. The backward pass costs one more for the gradients
+        of the activations, another for those of the weights in full fine-tuning, and checkpointing
+        computes the forward pass again.
+        """
+        if not self.evaluator.tokens_per_second:
+            return
+        recipe = self.state.recipe
+        passes = 2 + (recipe.adapter.method == "full") + recipe.train.activation_checkpointing
+        sizes = [size for step in range(self.steps) for size in self.schedule.sizes(step)]
+        seconds = passes * sum(size.tokens for size in sizes) / self.evaluator.tokens_per_second
+        self.observer.note(
+            f"training takes about {format_duration(seconds)}, estimated from the speed of the "
+            "evaluation; the time left is measured from the first step on"
+        )
+
+    def _report_stop(self, progress: Progress) -> None:
+        """Report at once that the stop signal has arrived, before the step is complete."""
+        step = self.state.step
+        doing = f"saving step {step}"
+        if progress.is_in_step:
+            doing = f"finishing step {step + 1}, then saving"
+        elif self.evaluator.is_running:
+            doing = f"stopping the evaluation after step {step}, then saving"
+        self.observer.note(f"{doing}; press Ctrl-C again to stop at once")
+
+    def _stops_early(self) -> bool:
+        """Return whether training ends before its last step, and report it."""
+        if not self.evaluator.out_of_patience:
+            return False
+        best = self.evaluator.best
+        assert best is not None
+        self.observer.note(
+            f"stopped after step {self.state.step:,} of {self.steps:,}: no lower held-out loss in "
+            f"{self.state.recipe.train.patience} evaluations (train.patience); the lowest is "
+            f"{best.loss:.3f} at step {best.step:,}"
+        )
+        return True
+
+    def _step(self, progress: Progress, checks: LearningChecks, tracked: bool) -> StepEvent:
+        """Do one optimizer step and add it to `progress` and `checks`."""
         step = self.state.step
         lr = learning_rate(self.state.recipe.train, step, self.steps)
         with self._measured(tracked):
-            start = time.perf_counter()
+            progress.is_in_step, start = True, time.perf_counter()
             outcome = train_step(self.state, self.schedule.step_batches(step), lr)
-            seconds = time.perf_counter() - start
+            progress.is_in_step, seconds = False, time.perf_counter() - start
         if outcome.skipped:
             self.observer.note(
                 f"step {step + 1}: float16 gradients overflowed; step skipped, loss scale halved"
             )
+        for warning in checks.after_step(outcome, lr):
+            self.observer.note(warning)
         progress.add(outcome.tokens, seconds, tracked)
         return self._event(outcome, lr, seconds, progress)
 
@@ -173,60 +231,48 @@ class TrainingLoop:
             live_bytes=live,
             peak_bytes=peak,
             seconds_left=steps_left * progress.tokens_per_step / progress.tokens_per_second,
+            eval_loss=self.evaluator.last.loss if self.evaluator.last else None,
         )
 
-    def _save_if_due(self, progress: Progress, is_stop_requested: bool) -> None:
-        """Write a checkpoint if one is due. Raises Interrupted if the user asked to stop."""
-        step = self.state.step
-        every = self.state.recipe.train.checkpoint_every
-        if is_stop_requested or step == self.steps or step % every == 0:
+    def _save_if_due(self, progress: Progress, is_stop_requested: bool, is_best: bool) -> None:
+        """Write a checkpoint if one is due. Raises Interrupted if the user asked to stop.
+
+        is_best: this step has the lowest held-out loss so far.
+        """
+        step, train = self.state.step, self.state.recipe.train
+        is_last = step == self.steps or self.evaluator.out_of_patience
+        is_due = is_last or step % train.checkpoint_every == 0 or (is_best and train.keep_best)
+        if is_stop_requested or is_due:
             self._save(step)
             self.on_checkpoint(progress)
-        if is_stop_requested and step < self.steps:
+        if is_stop_requested and not is_last:
             raise Interrupted(
                 f"stopped after step {step} of {self.steps}; its checkpoint is written",
                 where=str(self.run.path),
-                hint="resume with --resume",
+                hint="resume with --resume, or use the checkpoint: every command takes the run's "
+                "folder",
             )
 
     def _save(self, step: int) -> None:
+        """Write the checkpoint of the current step, and remove older ones that are not needed."""
         state = self.state
         with self.instrument.phase("checkpoint"):
             save_checkpoint(
-                self.run, step, state.trainable, state.optimizer, state.loss_scale.state()
+                self.run,
+                step,
+                state.trainable,
+                state.optimizer,
+                state.loss_scale.state(),
+                partial(add_weights, state, self.base),
             )
+        best = self.evaluator.best
+        remove_old_checkpoints(
+            self.run, state.recipe.train.keep_checkpoints, best.step if best else None
+        )
 
     def _write_metrics(self, event: StepEvent) -> None:
-        """Append one line to metrics.jsonl. Raises QloraError if it cannot be written."""
+        """Append the step's line to metrics.jsonl. Raises QloraError if it cannot be written."""
         values = asdict(event)
-        line: dict[str, Any] = {key: values[key] for key in _METRICS}
-        file = self.run.metrics
-        with report_write_errors(file.name, file, hint=RESUME_HINT), file.open("a") as metrics:
-            metrics.write(json.dumps(line) + "\n")
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Handle Ctrl-C and SIGTERM inside the block. Yields a function: has the user asked to stop?
-
-    The loop stops after its current step. A second Ctrl-C raises KeyboardInterrupt at once.
-    """
-    is_requested = False
-
-    def handle(_: int, __: FrameType | None) -> None:
-        nonlocal is_requested
-        is_requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous = {number: signal.signal(number, handle) for number in numbers}
-    except ValueError:
-        # Only the main thread may set signal handlers; elsewhere the caller stops its own thread.
-        yield lambda: False
-        return
-    try:
-        yield lambda: is_requested
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        line = {key: values[key] for key in _METRICS}
+        append_line(self.run.metrics, line)
+        self.evaluator.trackers.log(line, event.step)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import set_seed
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import UsageError
+
+_PROJECT = "qlora"
+"""Project of all runs in trackers that have projects."""
 
 
 def setup_device(profile: DeviceProfile, seed: int) -> torch.device:
@@ -24,3 +31,17 @@ def setup_device(profile: DeviceProfile, seed: int) -> torch.device:
     set_seed(seed)
     device: torch.device = processes.device
     return device
+
+
+def make_tracker(name: str, folder: Path) -> Any:
+    """Return accelerate's tracker `name`, which is not started yet. The device must be set up.
+
+    folder: of the run. TensorBoard writes to the folder `tensorboard` in it. In the other trackers
+    its name is the run's name, and the project is `qlora`.
+    """
+    tracker = LOGGER_TYPE_TO_CLASS[name]
+    if name == "tensorboard":
+        return tracker(run_name=name, logging_dir=str(folder))
+    if name == "mlflow":
+        return tracker(experiment_name=_PROJECT, run_name=folder.name)
+    return tracker(run_name=_PROJECT, name=folder.name)

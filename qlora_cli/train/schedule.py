@@ -1,4 +1,4 @@
-"""The learning rate of each optimizer step."""
+"""What happens at which optimizer step: the learning rate and evaluations."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def learning_rate(train: Train, step: int, steps: int) -> float:
     if train.schedule == "linear":
         return train.lr * (1 - progress)
     return train.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def steps_between(eval_every: float | None, steps_per_epoch: int) -> int | None:
+    """Return the optimizer steps between two evaluations; None for none during training.
+
+    eval_every: the setting: an integer number of steps, or a share of an epoch.
+    """
+    if isinstance(eval_every, float):
+        return max(1, round(eval_every * steps_per_epoch))
+    return eval_every

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from qlora_cli.events import Observer, StepEvent
@@ -30,9 +31,10 @@ def watching(console: Console) -> Iterator[Observer]:
 
 def describe(event: StepEvent) -> str:
     """Return `loss 1.234 | 2,413 tokens/s | memory 5.70 GiB, peak 6.12 GiB | 3 min 20 s left`."""
+    held_out = "" if event.eval_loss is None else f", held-out {event.eval_loss:.3f}"
     return " | ".join(
         (
-            f"loss {event.loss:.3f}",
+            f"loss {event.loss:.3f}{held_out}",
             f"{event.tokens_per_second:,.0f} tokens/s",
             f"memory {format_bytes(event.live_bytes)}, peak {format_bytes(event.peak_bytes)}",
             f"{format_duration(event.seconds_left)} left",
@@ -47,8 +49,9 @@ class LiveLine:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[details]}"),
+            # In a narrow terminal the details are wrapped and the counter is complete.
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.fields[details]}", table_column=Column(overflow="fold")),
             console=console,
         )
         self._task: TaskID | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.runs.metrics import read_steps
 from tests.helpers.cli_checks import assert_folder_is_usable, assert_refused, file_contents
 from tests.helpers.cli_helpers import qlora
 
@@ -61,7 +62,7 @@ def test_a_full_disk_loses_nothing_that_was_written(
     assert json.loads((run / "run.json").read_text())["status"] == "done"
     for file in FILES:
         assert (run / file).read_bytes() == (trained_recipe.parent / "run" / file).read_bytes()
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len(read_steps(run / "metrics.jsonl")) == 3
 
 
 @pytest.mark.parametrize(("part", "file"), [("metrics", "metrics.jsonl"), ("run.json", "run.json")])

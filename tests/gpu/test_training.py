@@ -17,6 +17,7 @@ from qlora_cli.jobs import train
 from qlora_cli.jobs.results import TrainResult
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.recipe.load import load_recipe
+from qlora_cli.runs.metrics import read_steps
 from tests.helpers.cli_helpers import qlora
 from tests.helpers.runs import CPU
 
@@ -56,7 +57,7 @@ def trained(session_gpu: torch.device, tmp_path_factory: pytest.TempPathFactory)
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in read_steps(run / "metrics.jsonl")]
 
 
 def test_the_loss_falls(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.metrics import read_steps
 from tests.helpers.runs import make_recipe
 
 STEPS = 5
@@ -24,15 +24,16 @@ def recipe_of(bases: Path, output: Path, family: str = "llama", **sections: Any)
     that differ.
     """
     sections = {"adapter": {"dropout": 0.2}, **sections}
-    settings = {"steps": STEPS, "grad_accum": 2, "lr": 1e-2, "warmup": 0.2}
+    settings: dict[str, Any] = {"steps": STEPS, "grad_accum": 2, "lr": 1e-2, "warmup": 0.2}
+    settings["keep_checkpoints"] = None
     sections["train"] = {**settings, **sections.get("train", {})}
     recipe = make_recipe(bases / family, bases / "rows.jsonl", **sections)
     return recipe.model_copy(update={"output": str(output)})
 
 
 def losses(run: RunFolder) -> list[tuple[int, float, float, float]]:
-    """Return (step, loss, learning rate, gradient norm) of each line of metrics.jsonl."""
-    lines = map(json.loads, run.metrics.read_text().splitlines())
+    """Return (step, loss, learning rate, gradient norm) of each step in metrics.jsonl."""
+    lines = read_steps(run.metrics)
     return [(line["step"], line["loss"], line["lr"], line["grad_norm"]) for line in lines]
 
 

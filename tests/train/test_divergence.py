@@ -15,6 +15,7 @@ from qlora_cli.errors import ModelError, NotFinite, QloraError
 from qlora_cli.events import Silent
 from qlora_cli.jobs import train
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.metrics import read_steps
 from qlora_cli.runs.resume import save_checkpoint
 from qlora_cli.train import loop
 from qlora_cli.train.adamw import AdamW
@@ -82,7 +83,7 @@ def test_float16_with_a_huge_learning_rate_stops(
     run = check_stopped(job(tmp_path, base, 1e6, every, **FLOAT16_SECTIONS[kind]), tmp_path)
     if run.metrics.exists():
         assert run.read()["status"] == "failed"
-        assert len(run.metrics.read_text().splitlines()) < STEPS
+        assert len(read_steps(run.metrics)) < STEPS
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -145,14 +146,14 @@ def test_trained_weights_that_are_not_finite_are_not_written(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """Also if a weight becomes NaN after the last checkpoint."""
-    original = train._save
+    original = train.write_weights
 
-    def save(job: Any, state: Any) -> None:
+    def write(state: Any, base: Path, folder: Path) -> None:
         with torch.no_grad():
             next(iter(state.trainable.values())).view(-1)[0] = float("nan")
-        original(job, state)
+        original(state, base, folder)
 
-    monkeypatch.setattr(train, "_save", save)
+    monkeypatch.setattr(train, "write_weights", write)
     sections = {"base": {"bits": 16, "compute_dtype": "float32"}, "adapter": {"method": method}}
     outcome = job(tmp_path, base, 1e-4, 100, **sections)
     run = check_stopped(outcome, tmp_path)

@@ -49,6 +49,7 @@ from qlora_cli.files.source import WEIGHTS_FILE
 from qlora_cli.memory.ledger import Ledger, peak_phase
 from qlora_cli.models.build import skeleton
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.metrics import read_steps
 
 _NOT_FINITE = "not finite"
 ATTRIBUTED = 0.99
@@ -202,7 +203,7 @@ def check_run(
         for phase in ledger.phases
     }
     error = ledger.planned_peak_bytes / ledger.measured_peak_bytes - 1
-    status, lines = run.read()["status"], len(run.metrics.read_text().splitlines())
+    status, lines = run.read()["status"], len(read_steps(run.metrics))
     checks = {
         f"the status in run.json is {status}": status == "done",
         f"{lines} lines of metrics, {result['steps']} steps": lines == result["steps"] == steps,

@@ -76,5 +76,17 @@ class MergeManifest:
             yield f"{MANIFEST} lists {adapters}; the folder is compared with this sum"
 
 
+def merged_step(merged: Path) -> int | None:
+    """Return the step of the run's checkpoint that was merged.
+
+    Returns None if the weights of a finished run were merged, or if merge.json does not have it.
+    """
+    manifest = merged / MANIFEST
+    if not manifest.is_file():
+        return None
+    step: int | None = read_json(manifest, lambda content: content.get("step"), ModelError)
+    return step
+
+
 def _config_dtype(config: dict[str, Any]) -> torch.dtype:
     return torch_dtype(config.get("dtype", "float32"))

@@ -1,0 +1,82 @@
+"""Reads and writes metrics.jsonl: one line per optimizer step, and one per evaluation.
+
+The line of an evaluation has the key `eval_loss`, and its `step` is the number of optimizer steps
+done before it: 0 before training. The line of a step has the key `loss` instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.files.atomic import RESUME_HINT, atomic_file, report_write_errors
+
+EVAL_LOSS = "eval_loss"
+"""The key that only the line of an evaluation has."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss on the held-out set after `step` optimizer steps, in nats per target."""
+
+    step: int
+    loss: float
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Return whether a line of metrics.jsonl is of an evaluation and not of a step."""
+    return EVAL_LOSS in line
+
+
+def read_steps(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of the optimizer steps. Damaged lines are left out."""
+    return [line for _, line in _read(file) if not is_evaluation(line)]
+
+
+def read_evaluations(file: Path) -> list[Evaluation]:
+    """Return the evaluations in the order in which they were done, without damaged lines."""
+    lines = [line for _, line in _read(file) if is_evaluation(line)]
+    return [Evaluation(int(line["step"]), float(line[EVAL_LOSS])) for line in lines]
+
+
+def best_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """Return the evaluation with the lowest loss; None if there is none.
+
+    The evaluation before training is left out, and so is a loss that is not finite. Of equal ones
+    the first is the best.
+    """
+    trained = [item for item in evaluations if item.step > 0 and isfinite(item.loss)]
+    return min(trained, key=lambda evaluation: evaluation.loss, default=None)
+
+
+def append_line(file: Path, line: Mapping[str, Any]) -> None:
+    """Append one line to metrics.jsonl. Raises QloraError if it cannot be written."""
+    with report_write_errors(file.name, file, hint=RESUME_HINT), file.open("a") as metrics:
+        metrics.write(json.dumps(line) + "\n")
+
+
+def remove_lines_after(file: Path, step: int) -> None:
+    """Remove the lines of later steps than `step`, and damaged lines: these steps are done again.
+
+    Raises QloraError if the file cannot be written.
+    """
+    if not file.exists():
+        return
+    kept = [text for text, line in _read(file) if line["step"] <= step]
+    with report_write_errors(file.name, file), atomic_file(file) as beside:
+        beside.write_text("".join(f"{text}\n" for text in kept))
+
+
+def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the text and the content of each line that is not damaged."""
+    for text in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # The process was stopped while it wrote this line.
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield text, line

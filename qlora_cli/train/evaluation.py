@@ -1,0 +1,172 @@
+"""Evaluations on the held-out set: before, during and after training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_cli.data.collate import Batch, peak_batches
+from qlora_cli.events import Observer
+from qlora_cli.memory.instrument import Instrument
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.metrics import (
+    EVAL_LOSS,
+    Evaluation,
+    append_line,
+    best_evaluation,
+    read_evaluations,
+)
+from qlora_cli.tasks.task import EvalScore
+from qlora_cli.train.state import State
+from qlora_cli.train.stop_signals import StopRequested
+from qlora_cli.train.trackers import Trackers
+
+
+def _ignore(_: int) -> None: ...
+
+
+class _Stopped(Exception):
+    """The user asked to stop during an evaluation, whose result is not needed then."""
+
+
+@dataclass
+class Evaluator:
+    """Evaluates a run on its held-out set and stores each result in metrics.jsonl.
+
+    An evaluation draws no random numbers and changes no parameter, so training is the same with and
+    without it.
+
+    batches: of the held-out set, on the CPU; if there are none, nothing is evaluated.
+    steps: number of optimizer steps of the job. every: steps between two evaluations.
+    done: the evaluations of the run, also those of an earlier process. is_running: an evaluation is
+    being done now. tokens_per_second: speed of the last evaluation of this process; 0 before.
+    """
+
+    state: State
+    batches: Sequence[Batch]
+    steps: int
+    every: int | None
+    run: RunFolder
+    instrument: Instrument
+    observer: Observer
+    trackers: Trackers
+    done: list[Evaluation] = field(default_factory=list)
+    tokens_per_second: float = 0.0
+    is_running: bool = False
+    _is_tracked: bool = False
+
+    def __post_init__(self) -> None:
+        self.done = read_evaluations(self.run.metrics)
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The evaluation with the lowest loss, the one before training excepted."""
+        return best_evaluation(self.done)
+
+    @property
+    def last(self) -> Evaluation | None:
+        """The evaluation that was done last."""
+        return self.done[-1] if self.done else None
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether as many evaluations as `train.patience` followed the best one."""
+        patience, best = self.state.recipe.train.patience, self.best
+        if patience is None or best is None:
+            return False
+        return sum(evaluation.step > best.step for evaluation in self.done) >= patience
+
+    def evaluate_if_due(self, is_stop_requested: StopRequested) -> Evaluation | None:
+        """Evaluate and return the result; None if no evaluation is due after the state's step.
+
+        One is due before the first step, after the last one, and every `every` steps. It is not
+        repeated after a resume. Returns None as well if the user asks to stop meanwhile; a process
+        that resumes the run then evaluates.
+        """
+        step = self.state.step
+        is_due = step in (0, self.steps) or (self.every is not None and step % self.every == 0)
+        if not is_due or not self.batches or any(item.step == step for item in self.done):
+            return None
+        start = time.perf_counter()
+        self.is_running = True
+        with suppress(_Stopped):
+            score = self._score(is_stop_requested)
+            self.is_running, seconds = False, time.perf_counter() - start
+            self.tokens_per_second = sum(batch.num_tokens for batch in self.batches) / seconds
+            return self._record(score, seconds)
+        self.is_running = False
+        return None
+
+    def _score(self, is_stop_requested: StopRequested) -> EvalScore:
+        """Return the score on all batches.
+
+        Once the optimizer's states exist, the batches that determine peak memory are evaluated
+        first with the memory tracker, which would slow down a complete evaluation. Cached memory of
+        another size than training or evaluation needs is returned before and after.
+        """
+        state = self.state
+        self.instrument.release_cache()
+        if state.optimizer.state and not self._is_tracked:
+            indices = sorted(peak_batches([batch.size for batch in self.batches]))
+            with self.instrument.phase("eval"):
+                peaks = _until_stop([self.batches[index] for index in indices], is_stop_requested)
+                state.task.evaluate(state.loaded, peaks, state.device)
+            self._is_tracked = True
+        with self.instrument.count_only("eval"):
+            batches = _until_stop(self.batches, is_stop_requested, self._report_progress())
+            score = state.task.evaluate(state.loaded, batches, state.device)
+        self.instrument.release_cache()
+        return score
+
+    def _report_progress(self) -> Callable[[int], object]:
+        """Return the function that is called with the number of evaluated batches.
+
+        During training the progress of the steps stays visible instead.
+        """
+        if self.state.step > 0:
+            return _ignore
+        self.observer.stage("evaluate", len(self.batches))
+        return self.observer.advance
+
+    def _record(self, score: EvalScore, seconds: float) -> Evaluation:
+        """Write the line of metrics.jsonl, report the result and return it."""
+        earlier_best = self.best
+        evaluation = Evaluation(self.state.step, score.loss)
+        line: dict[str, Any] = {
+            "step": evaluation.step,
+            EVAL_LOSS: score.loss,
+            "eval_tokens": score.num_targets,
+            **score.metrics,
+            "seconds": seconds,
+        }
+        append_line(self.run.metrics, line)
+        self.trackers.log(line, evaluation.step)
+        self.done.append(evaluation)
+        self.observer.note(self._describe(evaluation, earlier_best))
+        return evaluation
+
+    def _describe(self, evaluation: Evaluation, earlier_best: Evaluation | None) -> str:
+        if evaluation.step == 0:
+            return f"held-out loss before training: {evaluation.loss:.3f}"
+        text = f"step {evaluation.step:,}: held-out loss {evaluation.loss:.3f}"
+        if earlier_best is None:
+            return text
+        if evaluation is self.best:
+            return f"{text}, the lowest so far (before: {earlier_best.loss:.3f})"
+        return f"{text}; the lowest is {earlier_best.loss:.3f} at step {earlier_best.step:,}"
+
+
+def _until_stop(
+    batches: Sequence[Batch],
+    is_stop_requested: StopRequested,
+    advance: Callable[[int], object] = _ignore,
+) -> Iterator[Batch]:
+    """Yield the batches, and report their number with `advance`. Raises _Stopped if requested."""
+    for done, batch in enumerate(batches):
+        if is_stop_requested():
+            raise _Stopped
+        advance(done)
+        yield batch

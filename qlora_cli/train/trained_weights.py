@@ -1,0 +1,71 @@
+"""Writes the trained weights: into each checkpoint, and into the run's folder at the end.
+
+They are the adapter in PEFT's format, or a model's folder after full fine-tuning.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors
+from qlora_cli.files.source import WEIGHTS_FILE
+from qlora_cli.models.attach import save_adapter
+from qlora_cli.runs.layout import ADAPTER, WEIGHTS
+from qlora_cli.runs.resume import write_parameters
+from qlora_cli.train.state import State
+
+
+def write_weights(state: State, base: Path, folder: Path) -> None:
+    """Write the trained weights to `folder`, a run's: the adapter, or all weights.
+
+    base: the folder of the base, whose config is copied after full fine-tuning. Raises QloraError
+    if they cannot be written, NotFinite if a weight is NaN or infinite.
+    """
+    if state.recipe.adapter.method == "lora":
+        save_adapter(state.loaded, state.recipe, folder / ADAPTER)
+        return
+    weights = folder / WEIGHTS
+    with (
+        report_write_errors("the trained model", weights, hint=RESUME_HINT),
+        atomic_folder(weights) as partial,
+    ):
+        shutil.copy(base / "config.json", partial)
+        write_parameters(state.trainable, partial / WEIGHTS_FILE)
+
+
+def add_weights(state: State, base: Path, checkpoint: Path, parameters: Path) -> None:
+    """Write the trained weights into a checkpoint's folder that is being written.
+
+    parameters: the checkpoint's file of all trained parameters. After full fine-tuning it contains
+    the complete model, which is then linked and not written again.
+    """
+    if state.recipe.adapter.method == "lora":
+        save_adapter(state.loaded, state.recipe, checkpoint / ADAPTER)
+        return
+    weights = checkpoint / WEIGHTS
+    weights.mkdir()
+    shutil.copy(base / "config.json", weights)
+    _link(parameters, weights / WEIGHTS_FILE)
+
+
+def copy_weights(checkpoint: Path, folder: Path) -> None:
+    """Copy the weights of a checkpoint to `folder`, a run's. Raises QloraError if that fails."""
+    for name in (ADAPTER, WEIGHTS):
+        if not (checkpoint / name).is_dir():
+            continue
+        target = folder / name
+        with (
+            report_write_errors("the trained weights", target, hint=RESUME_HINT),
+            atomic_folder(target) as partial,
+        ):
+            shutil.copytree(checkpoint / name, partial, dirs_exist_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link a file, or copy it if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
