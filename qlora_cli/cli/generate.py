@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from qlora_cli.cli.adapters import adapter_option, merged_option
-from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
+from qlora_cli.cli.output import emit_json, fast_import, job_observer, json_option
+from qlora_cli.cli.sampling import sampling_options, system_option
+from qlora_cli.cli.step import at_step, step_option
+from qlora_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from qlora_cli.jobs.generate import Prompt, Prompter
+    from qlora_cli.jobs.results import GenerateResult
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
 @click.argument("run_or_model")
-@click.option("--prompt", required=True, help="Text to continue; no chat template is applied.")
+@click.option("--prompt", metavar="TEXT", help="The prompt.")
 @click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    help="Maximum number of tokens to generate.",
+    "--prompts",
+    type=_FILE,
+    help="File of prompts: one per line, or .jsonl rows with `prompt` or `messages`. Writes one "
+    "JSON object per line.",
 )
 @click.option(
-    "--temperature",
-    type=click.FloatRange(min=0.0),
-    default=0.0,
-    show_default=True,
-    help="Sampling temperature; 0 selects the most likely token at each step.",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="New file for the answers to --prompts.  [default: stdout]",
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Random seed for temperatures above 0."
-)
+@click.option("--raw", is_flag=True, help="Send the prompt as it is.")
+@system_option
+@sampling_options(max_new_tokens=128, seed=0)
+@step_option
 @adapter_option
 @click.option(
     "--use",
@@ -43,33 +53,106 @@ from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
 @json_option
 def generate(
     run_or_model: str,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    prompt: str | None,
+    prompts: Path | None,
+    out: Path | None,
+    raw: bool,
+    system: str | None,
+    step: int | None,
     adapters: dict[str, Path],
     uses: tuple[str, ...],
     merged: bool,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
-    """Continue a prompt with a run or a model.
+    """Answer prompts with a run or a model.
 
     RUN_OR_MODEL is a run's folder, a model folder, a Hub id or `starter`.
+
+    A prompt is formatted as the rows of the run's training were: with the chat template, as an
+    Alpaca instruction, or not at all. A model that is not a run gets its chat template, if it has
+    one.
     """
+    _check(prompt, prompts, out, as_json)
     with fast_import():
         from qlora_cli.jobs import generate as job
-        from qlora_cli.ui import tables
+        from qlora_cli.jobs.text_generator import Sampling
 
     with job_observer() as observer:
-        result = job.run(
-            run_or_model,
-            prompt=prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            observer=observer,
+        listed = job.read_prompts(prompts) if prompts is not None else []
+        prompter = job.open_prompter(
+            str(at_step(run_or_model, step)),
+            Sampling(**sampling),
+            observer,
+            raw=raw,
+            system=system,
             adapters=adapters,
             uses=uses,
             merged=merged,
         )
-    emit(result, as_json, tables.generation)
+    if prompts is not None:
+        _write_answers(prompter, listed, out)
+    elif as_json:
+        emit_json(prompter.answer(job.Prompt(prompt or "")).to_dict())
+    else:
+        _stream(prompter, job.Prompt(prompt or ""))
+
+
+def _check(prompt: str | None, prompts: Path | None, out: Path | None, as_json: bool) -> None:
+    """Raise UsageError if the options do not go together."""
+    if (prompt is None) == (prompts is None):
+        raise UsageError("name one of --prompt and --prompts")
+    if prompts is None and out is not None:
+        raise UsageError("it needs --prompts", where="--out")
+    if prompts is not None and as_json:
+        raise UsageError("--prompts writes JSON lines already", hint="omit --json")
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists", where="--out", hint="name a new file")
+
+
+def _stream(prompter: Prompter, prompt: Prompt) -> None:
+    """Print the answers while they are generated; several ones get a line with their name."""
+    current = ""
+
+    def show(name: str, piece: str) -> None:
+        nonlocal current
+        if name != current and len(prompter.names) > 1:
+            click.echo(f"{chr(10) * 2 if current else ''}{name}:")
+        current = name
+        click.echo(piece, nl=False)
+
+    try:
+        result = prompter.answer(prompt, show)
+        _warn_empty(result)
+    finally:
+        click.echo()
+
+
+def _warn_empty(result: GenerateResult) -> None:
+    """Report answers without text: an empty line alone would look like a failure."""
+    for name, text in result.answers.items():
+        if not text.strip():
+            click.echo(f"{name}: the answer is empty; the first token ended it", err=True)
+
+
+def _write_answers(prompter: Prompter, prompts: list[Prompt], out: Path | None) -> None:
+    """Write one JSON object per prompt, each as soon as it is complete."""
+    from qlora_cli.files.atomic import report_write_errors
+
+    if out is None:
+        _write_lines(prompter, prompts, sys.stdout)
+        return
+    with report_write_errors("the answers", out), out.open("x", encoding="utf-8") as stream:
+        _write_lines(prompter, prompts, stream)
+
+
+def _write_lines(prompter: Prompter, prompts: list[Prompt], stream: TextIO) -> None:
+    with job_observer() as observer:
+        observer.stage("generate", len(prompts))
+        for number, prompt in enumerate(prompts, 1):
+            content = prompter.answer(prompt).to_dict()
+            if prompt.messages is not None:
+                content = {**content, "prompt": prompt.messages}
+            stream.write(json.dumps(content, ensure_ascii=False) + "\n")
+            stream.flush()
+            observer.advance(number)

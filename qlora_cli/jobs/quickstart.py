@@ -17,8 +17,9 @@ from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
 from qlora_cli.files.atomic import PARSE_ERRORS, partial_folders, report_write_errors, write_json
 from qlora_cli.files.locate import STARTER
-from qlora_cli.jobs import evaluate, generate, merge, plan, train, verify
+from qlora_cli.jobs import evaluate, merge, plan, train, verify
 from qlora_cli.jobs.results import QuickstartResult
+from qlora_cli.jobs.text_generator import Sampling, open_generator
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.shipped import find_recipe
 from qlora_cli.runs.layout import RunFolder
@@ -79,11 +80,11 @@ def _samples(model: str, observer: Observer) -> dict[str, str]:
 
     model: a model folder or `starter`.
     """
-    generator = generate.open_generator(model, observer)
+    generator = open_generator(model, observer)
     prompts = [row.fields["prompt"] for row in read_rows(HELD_OUT, limit=NUM_SAMPLES)]
     return {
         prompt: generator.continue_from(
-            generator.tokenizer(prompt)["input_ids"], SAMPLE_TOKENS, temperature=0.0
+            generator.tokenizer(prompt)["input_ids"], Sampling(SAMPLE_TOKENS)
         ).strip()
         for prompt in prompts
     }

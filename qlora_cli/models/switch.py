@@ -13,6 +13,7 @@ per weight of an adapted layer; the file exists in any case, and only a switch h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -84,12 +85,7 @@ class AdapterSwitch:
 
     def check(self, name: str) -> None:
         """Raise UsageError if there is no adapter with this name."""
-        if name not in self._layers:
-            names = f"there are {', '.join(self._layers)}"
-            raise UsageError(
-                f"there is no adapter {name!r}",
-                hint=nearest_word(name, list(self._layers)) or names,
-            )
+        check_adapter_name(name, list(self._layers))
 
     def use(self, name: str) -> None:
         """Make this adapter active; `base` for none.
@@ -143,6 +139,15 @@ class AdapterSwitch:
             f"the base cannot be read again: {reason}",
             where=str(file),
             hint="open the model again",
+        )
+
+
+def check_adapter_name(name: str, names: Sequence[str]) -> None:
+    """Raise UsageError if `name` is not one of `names`, which include `base`."""
+    if name not in names:
+        raise UsageError(
+            f"there is no adapter {name!r}",
+            hint=nearest_word(name, list(names)) or f"there are {', '.join(names)}",
         )
 
 

@@ -15,6 +15,7 @@ from qlora_cli.events import Silent
 from qlora_cli.files.source import fingerprint
 from qlora_cli.jobs import evaluate, generate, merge, verify
 from qlora_cli.jobs import record as run_record
+from qlora_cli.jobs.text_generator import Sampling
 from qlora_cli.runs import run as run_module
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run, adapter_at
@@ -66,29 +67,17 @@ def merge_to(run: RunFolder, out: Path, base: str = "auto") -> Path:
 
 
 def test_generate_reads_a_run_once(finished: RunFolder, counts: Counter[str]) -> None:
-    generate.run(
-        str(finished.path),
-        prompt="abc",
-        max_new_tokens=1,
-        temperature=0.0,
-        seed=0,
-        observer=Silent(),
-    )
+    prompter = generate.open_prompter(str(finished.path), Sampling(1), Silent())
+    prompter.answer(generate.Prompt("abc"))
     assert counts == {"run.json": 1, "fingerprint": 1}
 
 
 def test_generate_reads_each_run_named_as_an_adapter_once(
     base: Path, finished: RunFolder, counts: Counter[str]
 ) -> None:
-    generate.run(
-        str(base),
-        prompt="abc",
-        max_new_tokens=1,
-        temperature=0.0,
-        seed=0,
-        observer=Silent(),
-        adapters={"mine": finished.path},
-    )
+    adapters = {"mine": finished.path}
+    prompter = generate.open_prompter(str(base), Sampling(1), Silent(), adapters=adapters)
+    prompter.answer(generate.Prompt("abc"))
     assert counts == {"run.json": 1}
 
 

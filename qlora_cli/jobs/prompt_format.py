@@ -1,0 +1,149 @@
+"""Format a prompt as the rows that a model was trained on: as a chat, with a prompt text, or plain.
+
+`generate`, `chat` and `eval` format prompts here only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from qlora_cli.data.chat_template import ChatTemplate
+from qlora_cli.data.formats import ALPACA, FORMATS, detect_format
+from qlora_cli.data.mixture import sources_of
+from qlora_cli.data.rows import Row, read_rows
+from qlora_cli.data.system_prompt import add_system, writes_system
+from qlora_cli.errors import InputError, UsageError
+from qlora_cli.recipe.schema import DataFormat
+from qlora_cli.runs.run import Run
+
+Name = Literal["chat", "alpaca", "plain"]
+Messages = Sequence[dict[str, Any]]
+_ROWS = 20
+"""Number of training rows that are read to detect their format."""
+_RAW = "--raw sends it as it is"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a prompt becomes the token ids that the model reads.
+
+    name: `chat` for the tokenizer's chat template, `alpaca` for Stanford Alpaca's prompt, `plain`
+    for the text as it is. tokenizer: the base's. reason: one sentence for the user. system: the
+    system prompt of a chat, or None.
+    """
+
+    name: Name
+    tokenizer: Any
+    reason: str
+    system: str | None = None
+
+    def ids(self, prompt: str) -> list[int]:
+        """Return the token ids of a prompt. Raises UsageError if the chat template fails."""
+        if self.name == "chat":
+            return self.chat_ids([{"role": "user", "content": prompt}])
+        text = ALPACA.format(instruction=prompt) if self.name == "alpaca" else prompt
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def chat_ids(self, messages: Messages) -> list[int]:
+        """Return the token ids of a chat, to which the model has to answer.
+
+        The system prompt is added as in training: if the chat template does not write system
+        prompts, the first user message begins with it. Raises UsageError if the format is not
+        `chat` or the chat template fails.
+        """
+        if self.name != "chat":
+            raise UsageError(
+                f"messages need the chat template, and the prompt format is {self.name}",
+                hint="write the prompt as one text",
+            )
+        if self.system:
+            row = Row("prompt", {"messages": list(messages)})
+            added = add_system([row], "messages", self.tokenizer, self.system)
+            messages = added[0].fields["messages"]
+        return _chat_ids(self.tokenizer, messages)
+
+    def end_ids(self) -> list[int]:
+        """Return the token that ends an answer of a chat, if the template writes one token."""
+        if self.name != "chat":
+            return []
+        closing = ChatTemplate(self.tokenizer).turn_end().strip()
+        ids: list[int] = self.tokenizer(closing, add_special_tokens=False)["input_ids"]
+        return ids if len(ids) == 1 else []
+
+
+def _chat_ids(tokenizer: Any, messages: Messages) -> list[int]:
+    """Return the token ids of a chat with the start of the assistant's answer."""
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False
+        )
+    # A template is foreign code: it raises its own errors, or fails on unexpected values.
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UsageError(f"the chat template refuses the chat: {error}") from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def prompt_format(
+    tokenizer: Any,
+    run: Run | None,
+    *,
+    raw: bool = False,
+    system: str | None = None,
+) -> PromptFormat:
+    """Return the format in which a model expects prompts.
+
+    tokenizer: the base's. run: the run that trained the model; None for a plain model, whose chat
+    template is used if it has one. raw: send prompts as they are. system: a system prompt;
+    None for that of `data.system` in a run's recipe.
+    Raises UsageError if there is a system prompt and the format is not `chat`.
+    """
+    name, reason = _choose(tokenizer, run)
+    if raw:
+        name, reason = "plain", "the prompt is sent as it is (--raw)"
+    if system is not None and name != "chat":
+        raise UsageError(
+            "a system prompt needs the chat template, which the prompt is not formatted with",
+            where="--system",
+            hint=f"omit it; {reason}",
+        )
+    if system is None and run is not None and name == "chat":
+        system = run.recipe.data.system
+    if system and not writes_system(tokenizer):
+        reason += "; it writes no system prompts, so the first user message begins with it"
+    return PromptFormat(name, tokenizer, reason, system)
+
+
+def _choose(tokenizer: Any, run: Run | None) -> tuple[Name, str]:
+    """Return the format and the reason for it."""
+    has_template = bool(tokenizer.chat_template)
+    if run is None:
+        if has_template:
+            return "chat", f"the prompt is formatted with the model's chat template; {_RAW}"
+        return "plain", "the prompt is sent as it is: the tokenizer has no chat template"
+    trained = trained_format(run)
+    if trained is None:
+        name: Name = "chat" if has_template else "plain"
+        return name, f"the training rows cannot be read, so the prompt is formatted as {name}"
+    if FORMATS[trained].uses_chat_template(tokenizer):
+        return "chat", f"the prompt is formatted with the chat template, as in training; {_RAW}"
+    if trained == "alpaca":
+        return "alpaca", f"the prompt is formatted as an Alpaca instruction, as in training; {_RAW}"
+    return "plain", f"the prompt is sent as it is, as the {trained} rows in training were"
+
+
+def trained_format(run: Run) -> DataFormat | None:
+    """Return the format of a run's training rows; None if they cannot be read any more."""
+    data = run.recipe.data
+    if data.format != "auto":
+        return data.format
+    try:
+        place = sources_of(data.train)[0].path
+        return detect_format(read_rows(place, _ROWS, columns=data.columns), "auto")
+    except InputError:
+        return None
