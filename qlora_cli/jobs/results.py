@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.memory.timeline import PhaseTrace
-from qlora_cli.plan.results import Advice, Line
+from qlora_cli.plan.results import Advice, DiskNeeds, Line, TimeEstimate
 
 
 class Result:
@@ -46,7 +46,9 @@ class PlanResult(Result):
 
     usable_bytes: memory of the device that the job may use. floor_bytes: lower bound of the job's
     memory. arithmetic: the same by the LoRA paper's formulas. seconds: time that planning took.
-    notes: how the figures were obtained, one sentence each.
+    notes: how the figures were obtained, one sentence each. steps: optimizer steps, None if they
+    depend on the rows, which a plan does not encode. data_problem: why the data cannot be read;
+    None if its files exist.
     """
 
     device: dict[str, Any]
@@ -62,6 +64,10 @@ class PlanResult(Result):
     arithmetic: tuple[Line, ...]
     notes: tuple[str, ...]
     seconds: float
+    steps: int | None = None
+    time: TimeEstimate = TimeEstimate(None, None, "not measured")
+    disk: DiskNeeds | None = None
+    data_problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -177,12 +183,14 @@ class GenerateResult(Result):
     """Result of `qlora generate`.
 
     answers: name of an adapter -> generated text, in the order of generation; `run` is a run's own
-    adapter, `base` is the model without an adapter. text: the first of these texts.
+    adapter, `base` is the model without an adapter. text: the first of these texts. format: how the
+    prompt was formatted: "chat", "alpaca" or "plain".
     """
 
     prompt: str
     text: str
     answers: dict[str, str]
+    format: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -204,7 +212,15 @@ class ReportResult(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object, without the timeline, which is in timeline.json."""
-        return {name: value for name, value in super().to_dict().items() if name != "timeline"}
+        content = super().to_dict() | {"eval_loss": self.eval_loss}
+        return {name: value for name, value in content.items() if name != "timeline"}
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The held-out loss of the exported weights or, in an unfinished run, the last one."""
+        exported = (self.run.get("result") or {}).get("eval_loss")
+        trained = [line["eval_loss"] for line in self.evaluations if line["step"] > 0]
+        return exported if exported is not None else next(reversed(trained), None)
 
 
 @dataclass(frozen=True)
