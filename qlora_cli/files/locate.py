@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files.hub import download
 
 STARTER = "starter"
 """The value of `model.name` that selects the embedded base."""
@@ -23,7 +23,8 @@ NO_CODE_HINT = (
     "qlora does not run code from a model folder; use a base of a family that transformers supports"
 )
 """Hint for a folder that needs Python code of its own."""
-_FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_TOKENIZER_PATTERNS = ["*.json", "*.model", "*.jinja", "*.txt"]
+_FILE_PATTERNS = ["*.safetensors", *_TOKENIZER_PATTERNS]
 
 
 def find_base(name: str, revision: str | None) -> Path:
@@ -36,7 +37,7 @@ def find_base(name: str, revision: str | None) -> Path:
     """
     local = _local(name)
     if local is None:
-        return _from_hub(name, revision, _FILE_PATTERNS)
+        return download(name, revision, _FILE_PATTERNS)
     if not (local / _CONFIG).is_file():
         raise ModelError(
             f"no {_CONFIG} in the folder {local}",
@@ -59,7 +60,16 @@ def find_config(name: str, revision: str | None) -> Path:
             raise ModelError(f"no file {path}", where="model.name")
         return path
     local = _local(name)
-    return (find_base(name, None) if local else _from_hub(name, revision, [_CONFIG])) / _CONFIG
+    return (find_base(name, None) if local else download(name, revision, [_CONFIG])) / _CONFIG
+
+
+def find_tokenizer(name: str, revision: str | None) -> Path:
+    """Return the folder with the base's config and tokenizer; download them if necessary.
+
+    The weights are not downloaded. Arguments and errors as of `find_base`; a local folder may
+    contain a tokenizer alone.
+    """
+    return _local(name) or download(name, revision, _TOKENIZER_PATTERNS)
 
 
 def read_config(file: Path) -> Any:
@@ -135,37 +145,3 @@ def _local(name: str) -> Path | None:
         return STARTER_FOLDER
     path = Path(name).expanduser()
     return path if path.is_dir() else None
-
-
-def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"no folder {name}", where="model.name", hint=_nearby(name))
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except HFValidationError as fault:
-        raise ModelError(
-            f"{name!r} is neither a folder nor a hub id", where="model.name"
-        ) from fault
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
-        summary = str(fault).strip().splitlines()[0]
-        raise ModelError(
-            f"{name!r} is not a local folder, and the hub does not provide it: {summary}",
-            where="model.name",
-            hint="check the name and the network, log in for a gated model (`hf auth login`), or "
-            "name a folder",
-        ) from fault
-
-
-def _nearby(name: str) -> str | None:
-    """Return a hint with folders of a similar name, or None if there are none."""
-    parent = Path(name).expanduser().parent
-    if not parent.is_dir():
-        return f"{parent} is not a folder either"
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    similar = difflib.get_close_matches(Path(name).name, names, n=3)
-    return (
-        f"did you mean {', '.join(str(parent / match) for match in similar)}?" if similar else None
-    )

@@ -86,3 +86,10 @@ def test_a_terminal_gets_a_live_line(stream: io.StringIO) -> None:
         observer.step(event(2))
     assert "a note" in stream.getvalue()
     assert "loss 1.250" in stream.getvalue()
+
+
+def test_the_counter_is_complete_in_a_narrow_terminal(stream: io.StringIO) -> None:
+    live = LiveLine(Console(file=io.StringIO(), force_terminal=True, width=80))
+    live.step(event(123, 1000))
+    Console(file=stream, width=80).print(live.progress.get_renderable())
+    assert "123/1000" in stream.getvalue()

@@ -1,0 +1,28 @@
+"""Check that a sequence is not longer than the base's positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_cli.errors import Problem, RecipeError
+from qlora_cli.units import format_count
+
+
+def num_positions(config: Any) -> int | None:
+    """Return the maximum number of tokens in a sequence by a transformers config, or None."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
+def check_seq_len(seq_len: int, config: Any) -> None:
+    """Raise RecipeError if `data.seq_len` is larger than the base's number of positions.
+
+    Planning, `qlora data` and training call this, so they refuse the same recipes.
+    """
+    positions = num_positions(config)
+    if positions is None or seq_len <= positions:
+        return
+    what = f"is {format_count(seq_len)}; the base has {format_count(positions)} positions"
+    hint = f"set data.seq_len={positions} or less, or name a base with more positions"
+    problem = Problem("data.seq_len", what, hint)
+    raise RecipeError("the sequences are longer than the base allows", [problem])
