@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -20,6 +21,7 @@ from qlora_cli.cli.doctor import doctor
 from qlora_cli.cli.eval import eval_
 from qlora_cli.cli.generate import generate
 from qlora_cli.cli.merge import merge
+from qlora_cli.cli.output import emit_error
 from qlora_cli.cli.plan import plan
 from qlora_cli.cli.push import push
 from qlora_cli.cli.quickstart import quickstart
@@ -30,15 +32,27 @@ from qlora_cli.cli.verify import verify
 from qlora_cli.errors import Interrupted, QloraError
 
 
-class _Ordered(click.Group):
-    """A group that lists its commands in the order of use instead of the alphabet."""
+class _Commands(click.Group):
+    """The group of commands, listed in the order of use instead of the alphabet.
+
+    With `--json`, an error of a command is also printed as one JSON object on stdout.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            emit_error(ctx, error, getattr(error, "exit_code", 1))
+            raise
+
 
 @click.group(
-    cls=_Ordered,
+    cls=_Commands,
     commands=[
         quickstart,
         plan,

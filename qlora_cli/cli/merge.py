@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
+from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, suggest
 from qlora_cli.export.options import (
     AUTO_BASE,
     DEFAULT_DTYPE,
@@ -124,3 +124,4 @@ def merge(
             gguf=gguf,
         )
     emit(result, as_json, tables.merge)
+    suggest("verify", out, "--against", run)

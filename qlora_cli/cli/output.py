@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -23,8 +24,22 @@ if TYPE_CHECKING:
 
 _R = TypeVar("_R", bound="Result")
 
+_NEEDS_JSON = "qlora_cli.needs_json"
+"""Key in click's `Context.meta`: whether the one JSON object of `--json` is still to be printed."""
+
+
+def _begin_json(ctx: click.Context, _: click.Parameter, as_json: bool) -> bool:
+    ctx.meta[_NEEDS_JSON] = as_json
+    return as_json
+
+
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout."
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,  # Before the other options, so that their errors are printed as JSON too.
+    callback=_begin_json,
+    help="Print the result as one JSON object on stdout.",
 )
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 
@@ -77,8 +92,41 @@ def emit(result: _R, as_json: bool, render: Callable[[_R], RenderableType]) -> N
     console.results().print(render(result), soft_wrap=True)
 
 
+def suggest(*words: str | Path) -> None:
+    """Print on stderr the command that usually follows. words: those after `qlora`."""
+    from rich.text import Text
+
+    from qlora_cli.ui import console
+
+    command = shlex.join(["qlora", *map(str, words)])
+    console.messages().print(Text(f"next: {command}", style="dim"), soft_wrap=True)
+
+
+def emit_error(ctx: click.Context, error: Exception, exit_code: int) -> None:
+    """Print an error as one JSON object on stdout if `--json` was given and nothing is printed yet.
+
+    The object has the key `error` with `kind`, `what`, `where`, `hint` and `problems`, and the key
+    `exit_code`.
+    """
+    if not ctx.meta.get(_NEEDS_JSON):
+        return
+    problems = [vars(problem) for problem in getattr(error, "problems", ())]
+    what = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    content = {
+        "kind": type(error).__name__,
+        "what": getattr(error, "what", what),
+        "where": getattr(error, "where", None),
+        "hint": getattr(error, "hint", None),
+        "problems": problems,
+    }
+    emit_json({"error": content, "exit_code": exit_code})
+
+
 def emit_json(content: dict[str, Any]) -> None:
     """Print one JSON object on stdout. NaN and infinity, which JSON does not have, become null."""
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.meta[_NEEDS_JSON] = False
     click.echo(
         json.dumps(_without_nonfinite(content), indent=1, ensure_ascii=False, allow_nan=False)
     )

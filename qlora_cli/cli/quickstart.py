@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, write_page
+from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, suggest, write_page
 
 
 @click.command()
@@ -38,3 +38,4 @@ def quickstart(out: Path, force: bool, as_json: bool) -> None:
         result = job.run(out=out, observer=observer, force=force)
         write_page(result.train.run, observer)
     emit(result, as_json, tables.quickstart)
+    suggest("recipe", "list")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, write_page
+from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, suggest, write_page
 
 
 @click.command()
@@ -61,3 +61,5 @@ def report(
         result = job.run(run, html=html, png=png)
         page.write(result)
     emit(result, as_json, tables.report)
+    if result.run.get("status") == "done":
+        suggest("merge", run, "--out", f"{run}-merged")

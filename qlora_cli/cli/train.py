@@ -10,6 +10,7 @@ from qlora_cli.cli.output import (
     job_observer,
     json_option,
     overrides_argument,
+    suggest,
     write_page,
 )
 
@@ -42,3 +43,4 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
         result = job.run(loaded, recipe_path=path, resume=resume, observer=observer)
         write_page(result.run, observer)
     emit(result, as_json, tables.train)
+    suggest("generate", result.run, "--prompt", "...")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
+from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, suggest
 from qlora_cli.errors import VerificationFailed
 
 if TYPE_CHECKING:
@@ -64,3 +64,4 @@ def verify(
     emit(result, as_json, tables.verification)
     if not result.passed:
         ctx.exit(VerificationFailed.exit_code)
+    suggest("generate", merged, "--prompt", "...")

@@ -90,13 +90,14 @@ def _shown(example: Example, tokenizer: Any) -> ShownRow:
 def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
     """Return the text of each token; a character of several tokens is in the last one's text."""
     texts = []
-    begin = 0
+    begin = shown = 0  # The first token of the context; the number of tokens whose text is shown.
     for index in range(len(ids)):
-        before = tokenizer.decode(ids[begin:index])
+        before = tokenizer.decode(ids[begin:shown])
         text = tokenizer.decode(ids[begin : index + 1])
         if text.endswith("\ufffd") and index + 1 < len(ids):
             texts.append("")
             continue
-        texts.append(text[len(before.rstrip("\ufffd")) :])
-        begin = max(begin, index + 1 - _CONTEXT)
+        texts.append(text[len(before) :])
+        shown = index + 1
+        begin = max(begin, shown - _CONTEXT)
     return texts

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.memory.ledger import CATEGORIES
 from qlora_cli.memory.timeline import PhaseTrace
-from qlora_cli.ui import memory, memory_facts, timelines
+from qlora_cli.ui import curves, memory, memory_facts, timelines
 from qlora_cli.ui.categories import CATEGORY_STYLES
 from qlora_cli.units import format_bytes
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SMOOTHED_STEPS = 20
-"""Steps of the running mean in the figure of a metric."""
 _DOTS_PER_INCH = 160
 
 
@@ -80,20 +78,19 @@ def overview_figure(result: ReportResult) -> Figure:
     return figure
 
 
-def metric_figure(metrics: Sequence[Mapping[str, Any]], key: str, label: str) -> Figure:
-    """Draw one metric over the steps: values as dots, the mean of the last 20 steps as a line.
+def metric_figure(
+    metrics: Sequence[Mapping[str, Any]],
+    key: str,
+    label: str,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+) -> Figure:
+    """Draw one metric over the steps, with the held-out loss if there are evaluations.
 
-    metrics: the lines of metrics.jsonl. key: the metric. label: of the vertical axis.
+    metrics, evaluations: lines of metrics.jsonl. key: the metric. label: of the vertical axis.
     """
-    steps = [line["step"] for line in metrics]
-    values = [line[key] for line in metrics]
     figure = _figure(height=2.6)
     axes = figure.subplots()
-    axes.plot(steps, values, ".", color="#9aa5b1", markersize=4)
-    axes.plot(steps, _running_mean(values), "-", color="#1b2a41", linewidth=1.6)
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.grid(color="#e3e7ec", linewidth=0.6)
+    curves.draw_metric(axes, metrics, key, label, evaluations)
     _hide_frame(axes)
     return figure
 
@@ -178,11 +175,6 @@ def _legend(figure: Figure, categories: Iterable[str]) -> None:
 
 def _title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=10.5, fontweight="bold", pad=16)
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
-    windows = (values[max(0, i + 1 - _SMOOTHED_STEPS) : i + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
 
 
 def _figure(height: float) -> Figure:

@@ -8,6 +8,7 @@ are in `ui/categories.py`.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,11 @@ from qlora_cli.ui.categories import category_label
 from qlora_cli.ui.memory_facts import counters, device_text, saving
 from qlora_cli.units import format_bytes, format_ratio
 
+_HEADING_WIDTH = 11
+"""Characters per line of a heading in a table with more than two columns, as in `fine-tuning`."""
+_MIN_SHARE = 1e-5
+"""A category with a smaller share of the peak is shown as `-`: full fine-tuning has a frozen table
+of 256 bytes, and its line would be taken for a quantized base."""
 _METHODS = {"full": "full fine-tuning", "lora": "LoRA"}
 
 
@@ -114,21 +120,33 @@ def _grid(columns: Mapping[str, Mapping[str, int]], footer: Mapping[str, tuple[s
     columns: heading -> bytes by category. footer: lines below the line of peaks.
     """
     rows = {}
+    totals = [sum(at_peak.values()) for at_peak in columns.values()]
     for category in CATEGORIES:
         sizes = [at_peak.get(category, 0) for at_peak in columns.values()]
         if any(sizes):
-            cells = tuple(format_bytes(size) if size else "-" for size in sizes)
-            rows[category_label(category)] = cells
-    peaks = tuple(format_bytes(sum(at_peak.values())) for at_peak in columns.values())
+            cells = (_cell(*pair) for pair in zip(sizes, totals, strict=True))
+            rows[category_label(category)] = tuple(cells)
+    peaks = tuple(format_bytes(total) for total in totals)
     return Grid(tuple(columns), rows, {"peak": peaks, **footer})
 
 
+def _cell(size: int, total: int) -> str:
+    return format_bytes(size) if size > _MIN_SHARE * total else "-"
+
+
 def _table(grid: Grid) -> Table:
-    table = Table(box=box.SIMPLE, show_footer=True, pad_edge=False)
+    """Return the table for a terminal. With many columns, headings and labels are wrapped."""
+    is_wide = len(grid.columns) > 2
+    table = Table(box=box.SIMPLE, show_footer=True, pad_edge=False, collapse_padding=is_wide)
     table.add_column("", footer="\n".join(grid.footer))
-    for index, heading in enumerate(grid.columns):
+    for index, name in enumerate(grid.columns):
         footer = "\n".join(cells[index] for cells in grid.footer.values())
-        table.add_column(heading, footer=footer, justify="right", no_wrap=len(grid.columns) > 2)
+        heading = _wrapped(name) if is_wide else name
+        table.add_column(heading, footer=footer, justify="right", no_wrap=is_wide)
     for label, cells in grid.rows.items():
         table.add_row(label, *cells)
     return table
+
+
+def _wrapped(heading: str) -> str:
+    return textwrap.fill(heading, _HEADING_WIDTH, break_long_words=False, break_on_hyphens=False)

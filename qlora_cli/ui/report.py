@@ -149,7 +149,8 @@ def _metric_figures(result: ReportResult) -> Iterator[dict[str, str]]:
 
     if result.metrics:
         for key, title, label in _METRICS:
-            source = _embed(figures.metric_figure(result.metrics, key, label))
+            evaluations = result.evaluations if key == "loss" else ()
+            source = _embed(figures.metric_figure(result.metrics, key, label, evaluations))
             yield {"title": title, "source": source}
 
 

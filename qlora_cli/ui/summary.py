@@ -22,7 +22,27 @@ def summary(result: ReportResult) -> dict[str, str]:
     if peak := memory_facts.planned_and_measured(result.ledger):
         facts["peak memory"] = peak
     facts |= memory_facts.reliability(result.ledger)
-    return facts | (_progress(result.metrics) if result.metrics else {})
+    facts |= _progress(result.metrics) if result.metrics else {}
+    return facts | held_out_loss(result.evaluations)
+
+
+def held_out_loss(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the label and the text of the held-out loss; empty if it was never computed.
+
+    evaluations: each with `step`, which is 0 before training, and `eval_loss`.
+    """
+    if not evaluations:
+        return {}
+    losses = {line["step"]: line["eval_loss"] for line in evaluations}
+    last = max(losses)
+    parts = [f"{losses[0]:.3f} before training"] if 0 in losses else []
+    trained = {step: loss for step, loss in losses.items() if step > 0}
+    if trained:
+        parts.append(f"{trained[last]:.3f} after step {last:,}")
+        best = min(trained, key=lambda step: trained[step])
+        if best != last:
+            parts.append(f"lowest {trained[best]:.3f} after step {best:,}")
+    return {"held-out loss": ", ".join(parts)}
 
 
 def settings(run: Mapping[str, Any]) -> dict[str, str]:

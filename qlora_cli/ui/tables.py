@@ -203,10 +203,20 @@ def _training_facts(result: TrainResult) -> dict[str, str]:
         "speed": f"{result.tokens_per_second:,.0f} tokens/s",
     }
     if result.eval_loss is not None:
-        facts["held-out loss"] = f"{result.eval_loss:.3f}"
+        facts["held-out loss"] = _before_and_after(result.eval_loss_before, result)
     if peak := planned_and_measured(result.ledger):
         facts["peak memory"] = peak
     return facts
+
+
+def _before_and_after(before: float | None, result: TrainResult) -> str:
+    """Return the held-out loss before and after training, and the step of the exported weights."""
+    text = f"{result.eval_loss:.3f}"
+    if before is not None:
+        text = f"{before:.3f} before training, {text} after"
+    if result.best_step is not None and result.best_step != result.steps:
+        text += f" (the exported weights, of step {result.best_step:,})"
+    return text
 
 
 def _sample(prompt: str, before: str, after: str) -> RenderableType:

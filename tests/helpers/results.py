@@ -89,7 +89,7 @@ PLAN = PlanResult(
     notes=("allocated and reserved are modelled",),
     seconds=1.5,
 )
-TRAIN = TrainResult(Path("runs/x"), 120, 1.234, 1.3, 2413.0, LEDGER)
+TRAIN = TrainResult(Path("runs/x"), 120, 1.234, 1.3, 2413.0, LEDGER, 80, 2.1)
 MERGE = MergeResult(Path("runs/x/merged"), "float16", "dequantized", 291, 16 * GIB, "requested")
 VERIFY = VerifyResult(True, 0.012, 1e-5, 0.993, (), 61, 64)
 EVAL = EvalResult(1.2, 3.32, 10_000, 0.61)
@@ -131,6 +131,9 @@ REPORT = ReportResult(
         for step in range(1, 51)
     ),
     timeline=TIMELINE,
+    evaluations=tuple(
+        {"step": step, "eval_loss": 2.1 * math.exp(-step / 40)} for step in (0, 25, 50)
+    ),
 )
 QUICKSTART = QuickstartResult(
     plan=PLAN,

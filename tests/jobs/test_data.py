@@ -37,10 +37,10 @@ def test_the_starter():
     "name", ["tokenizers/gpt2", "models/stories260K", "tokenizers/mistral_v3_hf"]
 )
 def test_shown_tokens_are_the_text(tmp_path, name):
-    text = "Once, é 🙂 upon  a\ntime. " * 5
+    text = "Once, é 🙂 upon  a\ntime, 東 or ★ ★. " * 5
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"text": text}))
-    result = run(recipe(rows, SHARED_DATA / name), show=1)
+    result = run(recipe(rows, SHARED_DATA / name, seq_len=512), show=1)
     tokenizer = load_tokenizer(str(SHARED_DATA / name))
     shown = "".join(piece for piece, _ in result.shown[0].tokens)
     shown = shown.removeprefix(tokenizer.bos_token).removesuffix(tokenizer.eos_token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from qlora_cli.jobs.results import Compared
 from qlora_cli.memory.ledger import CATEGORIES, Allocator, Phase
 from qlora_cli.ui import memory, memory_facts, planned, tables
 from qlora_cli.ui.categories import CATEGORY_STYLES, category_label
+from qlora_cli.ui.summary import held_out_loss
 from qlora_cli.units import GIB, format_bytes
 from tests.helpers import results
 
@@ -33,6 +34,12 @@ def text_of(shown: RenderableType, width: int = 100) -> str:
             ["fits on", "6,815,744 of 8,030,261,248", "data.seq_len=512", "13.6 MB"],
         ),
         (tables.train, results.TRAIN, ["runs/x", "120", "1.234", "1.300", "2,413 tokens/s"]),
+        (
+            tables.train,
+            results.TRAIN,
+            ["2.100 before training, 1.300 after (the exported weights, of step 80)"],
+        ),
+        (tables.report, results.REPORT, ["2.100 before training, 0.602 after step 50"]),
         (tables.report, results.REPORT, ["done", "50", "tokens/s", "Wh", "Llama-3.1-8B, 4 bit"]),
         (tables.merge, results.MERGE, ["runs/x/merged", "291", "16.0 GiB", "dequantized"]),
         (
@@ -116,6 +123,15 @@ def test_the_peak_of_a_plan_is_in_a_phase_of_training_even_if_merging_needs_more
     assert "in phase first step" in text.splitlines()[0]
 
 
+def test_the_held_out_loss_names_its_lowest_value() -> None:
+    evaluations = [{"step": 4, "eval_loss": 0.5}, {"step": 8, "eval_loss": 0.75}]
+    shown = held_out_loss(evaluations)
+    assert shown == {"held-out loss": "0.750 after step 8, lowest 0.500 after step 4"}
+    untrained = held_out_loss([{"step": 0, "eval_loss": 2.0}])
+    assert untrained == {"held-out loss": "2.000 before training"}
+    assert held_out_loss(()) == {}
+
+
 def test_a_failed_verification_lists_its_faults() -> None:
     failed = replace(results.VERIFY, passed=False, faults=("model.norm.weight is missing",))
     text = text_of(tables.verify(failed))
@@ -149,6 +165,35 @@ def test_a_long_path_is_not_broken_over_lines() -> None:
     assert str(path) in text_of(tables.merge(replace(results.MERGE, out=path)))
 
 
+def _is_complete(text: str, labels: Iterable[str], width: int) -> bool:
+    words = {word for label in labels for word in label.split()}
+    return "…" not in text and all(word in text for word in words) and _widest(text) <= width
+
+
+def _widest(text: str) -> int:
+    """Return the length of the longest line of a table, which begins with a label."""
+    return max(len(line.rstrip()) for line in text.splitlines() if line.startswith(" "))
+
+
 def test_tables_fit_eighty_columns() -> None:
-    text = text_of(memory.phase_table(results.LEDGER), width=80)
-    assert "…" not in text
+    names = ("load", "first_step", "step", "checkpoint", "eval", "merge")
+    phases = tuple(replace(results.LEDGER.phases[1], name=name) for name in names)
+    text = text_of(memory.phase_table(replace(results.LEDGER, phases=phases)), width=80)
+    assert _is_complete(text, map(category_label, results.STEP), 80)
+    text = text_of(memory.method_table(results.LEDGER), width=80)
+    assert _is_complete(text, map(category_label, results.STEP), 80)
+
+
+def test_the_comparison_fits_eighty_columns_with_its_labels() -> None:
+    methods = [Compared("lora", bits, 1, results.STEP, 18.37) for bits in (16, 8, 4)]
+    text = text_of(memory.comparison_table([*results.PLAN.compare, *methods]), width=80)
+    assert _is_complete(text, map(category_label, results.STEP), 80)
+    assert "LoRA" in text
+    assert "16-bit base" in text
+
+
+def test_a_negligible_part_of_the_peak_is_not_shown_as_a_size() -> None:
+    full = {**results.FULL, "base": 256}
+    before = replace(results.LEDGER.before, peak_bytes=sum(full.values()), at_peak=full)
+    ledger = replace(results.LEDGER, before=before)
+    assert memory.method_grid(ledger).rows["base"] == ("-", "3.42 GiB")
