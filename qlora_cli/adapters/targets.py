@@ -32,8 +32,21 @@ def _check_known(sites: Sequence[Site], unknown: set[str]) -> None:
         raise ProblemsError(
             "unknown adapter targets",
             [
-                Problem("adapter.targets", f"{name!r} is neither a role nor the path of a linear")
+                Problem(
+                    "adapter.targets",
+                    f"{name!r} is neither a role nor the path of a linear",
+                    _role_hint(name, sites),
+                )
                 for name in sorted(unknown)
             ],
             hint=f"roles of this model: {', '.join(roles)}; example of a path: {sites[0].path}",
         )
+
+
+def _role_hint(name: str, sites: Sequence[Site]) -> str | None:
+    """Return `write q` for the name of a module, such as `q_proj`, or None."""
+    for site in sites:
+        if site.path.rpartition(".")[2] == name.rpartition(".")[2]:
+            return f"write {', '.join(site.roles)}"
+    role = name.removesuffix("_proj")
+    return f"write {role}" if any(role in site.roles for site in sites) else None

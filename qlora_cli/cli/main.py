@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from qlora_cli.cli.chat import chat
+from qlora_cli.cli.completion import completion
 from qlora_cli.cli.data import data
 from qlora_cli.cli.doctor import doctor
 from qlora_cli.cli.eval import eval_
@@ -67,6 +68,7 @@ class _Commands(click.Group):
         data,
         doctor,
         recipe,
+        completion,
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 success, 1 job failed, 2 wrong usage, recipe, data or base model, "

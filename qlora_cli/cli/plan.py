@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -13,15 +14,10 @@ from qlora_cli.cli.output import (
     json_option,
     overrides_argument,
 )
-from qlora_cli.errors import DoesNotFit
+from qlora_cli.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
     from qlora_cli.device import DeviceProfile
-
-_CONTEXT_BYTES = 512 * 1024**2
-"""Reserved for the CUDA context and its modules on a planned GPU; an assumption, not measured."""
-_MIN_CAPACITY_BYTES = 1024**2
-"""A smaller `--vram` is refused, because its unit was probably forgotten."""
 
 
 @click.command()
@@ -29,8 +25,9 @@ _MIN_CAPACITY_BYTES = 1024**2
 @overrides_argument
 @click.option(
     "--vram",
-    metavar="SIZE",
-    help="Plan for a GPU with this much memory, such as 24GiB, instead of for this machine.",
+    metavar="SIZE|NAME",
+    help="Plan for a GPU with this much memory, such as 24GiB or 24, or for a GPU by its name, "
+    'such as "RTX 4090", instead of for this machine.',
 )
 @click.option(
     "--fit",
@@ -42,6 +39,11 @@ _MIN_CAPACITY_BYTES = 1024**2
     is_flag=True,
     help="Also plan full fine-tuning and LoRA on a 16, 8 and 4-bit base with the same batches.",
 )
+@click.option(
+    "--details",
+    is_flag=True,
+    help="Also show the memory by phase and category, full fine-tuning and how figures were found.",
+)
 @json_option
 @click.pass_context
 def plan(
@@ -51,17 +53,20 @@ def plan(
     vram: str | None,
     fit: bool,
     compare: bool,
+    details: bool,
     as_json: bool,
 ) -> None:
     """Compute the memory that a job needs, before it runs.
 
-    Performs a dry run of the job: the same code on tensors without data. Shows the peak memory of
-    each phase by category. Reads only the config of the base model and needs no GPU.
+    Performs a dry run of the job: the same code on tensors without data. Shows whether it fits and
+    what it needs on disk. Reads only the config of the base model and needs no GPU.
 
     RECIPE is a YAML file or the name of a shipped recipe (`qlora recipe list`); a key=value, such
-    as data.seq_len=512, replaces one of its settings. Exits with code 3 if the job does not fit.
+    as data.seq_len=512, replaces one of its settings. Exits with code 3 if the job does not fit,
+    and with code 2 if a data file is missing.
     """
     from qlora_cli.recipe.load import load_recipe
+    from qlora_cli.recipe.shipped import shipped_recipes
 
     # The recipe is checked before the slow imports, so that its problems are reported at once.
     profile = None if vram is None else planned_gpu(vram)
@@ -72,35 +77,26 @@ def plan(
 
     with job_observer():
         result = job.run(loaded, device_profile=profile, fit=fit, compare=compare)
-    emit(result, as_json, planned.plan)
+    emit(result, as_json, partial(planned.plan, details=details))
     if result.fits is False:
         ctx.exit(DoesNotFit.exit_code)
+    # A shipped recipe names files that are not there yet.
+    is_example = recipe in shipped_recipes() and not any(
+        text.startswith(("data.train=", "data.eval=")) for text in overrides
+    )
+    if result.data_problem and not is_example:
+        click.echo(f"error: {result.data_problem}", err=True)
+        ctx.exit(InputError.exit_code)
 
 
 def planned_gpu(vram: str) -> DeviceProfile:
-    """Return the profile of a GPU that is not present.
+    """Return the profile of a GPU that is not present, by its memory or name.
 
-    vram: its memory, such as `24GiB`. The other properties are those of an RTX 4090, a common
-    consumer GPU. Raises BadParameter if `vram` is not a size.
+    Raises BadParameter if `vram` is neither.
     """
-    from qlora_cli.device import DeviceProfile
-    from qlora_cli.units import parse_bytes
+    from qlora_cli.recipe import gpus
 
     try:
-        capacity = parse_bytes(vram)
+        return gpus.planned_gpu(vram)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--vram") from error
-    if capacity < _MIN_CAPACITY_BYTES:
-        raise click.BadParameter(
-            f"{vram} is less memory than any GPU has; write it with its unit, 24GiB",
-            param_hint="--vram",
-        )
-    return DeviceProfile(
-        kind="cuda",
-        name="a planned GPU",
-        capacity_bytes=capacity,
-        capability=(8, 9),
-        multiprocessors=128,
-        context_bytes=_CONTEXT_BYTES,
-        is_planned=True,
-    )

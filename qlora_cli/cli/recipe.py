@@ -65,6 +65,20 @@ def copy(name: str, destination: Path | None) -> None:
     with report_write_errors("the recipe", target), atomic_file(target) as partial:
         partial.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     click.echo(str(target))
+    _report_gated_model(target)
+
+
+def _report_gated_model(file: Path) -> None:
+    """Print on stderr how to get access if the recipe in `file` names a gated model."""
+    import yaml
+
+    from qlora_cli.files.hub import gated_hint, is_gated
+
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    model = content.get("model") if isinstance(content, dict) else None
+    name = model.get("name") if isinstance(model, dict) else None
+    if isinstance(name, str) and is_gated(name):
+        click.echo(f"{name} is a gated model: {gated_hint(name)}", err=True)
 
 
 @recipe.command()

@@ -11,8 +11,9 @@ from qlora_cli.data.encode import Example
 from qlora_cli.data.load import ModelLimits, load_data
 from qlora_cli.data.long_rows import LongRowsReport
 from qlora_cli.data.packing import pack
+from qlora_cli.data.positions import check_seq_len
 from qlora_cli.data.tokenizer import load_tokenizer
-from qlora_cli.files.locate import find_config, read_config
+from qlora_cli.files.locate import find_base, find_tokenizer, read_config
 from qlora_cli.jobs.results import DataResult, ShownRow
 from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
@@ -29,8 +30,11 @@ def run(recipe: Recipe, *, show: int) -> DataResult:
     loaded. Raises InputError, DataError or ModelError for the rows that training refuses, too.
     """
     data = recipe.data
-    tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
-    limits = _model_limits(recipe, tokenizer)
+    folder = find_tokenizer(recipe.model.name, recipe.model.revision)
+    tokenizer = load_tokenizer(str(folder))
+    if tokenizer is None:
+        find_base(recipe.model.name, recipe.model.revision)  # Refuses a folder without a config.
+    limits = _model_limits(recipe, folder)
 
     loaded = load_data(data, tokenizer, limits, encode=task_of(recipe).encode)
     train = loaded.train
@@ -70,12 +74,17 @@ def _long_rows(report: LongRowsReport) -> dict[str, Any]:
     }
 
 
-def _model_limits(recipe: Recipe, tokenizer: Any) -> ModelLimits:
-    """Return the base's limits. A folder that holds only a tokenizer has none."""
-    folder = Path(recipe.model.name).expanduser()
-    if tokenizer is not None and folder.is_dir() and not (folder / "config.json").is_file():
+def _model_limits(recipe: Recipe, folder: Path) -> ModelLimits:
+    """Return the limits of the base in `folder`. A folder that has only a tokenizer has none.
+
+    Raises RecipeError if `data.seq_len` is larger than the base's number of positions.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
         return ModelLimits()
-    return ModelLimits.of(read_config(find_config(recipe.model.name, recipe.model.revision)))
+    config = read_config(file)
+    check_seq_len(recipe.data.seq_len, config)
+    return ModelLimits.of(config)
 
 
 def _shown(example: Example, tokenizer: Any) -> ShownRow:

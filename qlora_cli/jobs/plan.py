@@ -5,7 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from qlora_cli.data.mixture import sources_of
+from qlora_cli.data.positions import check_seq_len
+from qlora_cli.data.sources import open_sources
 from qlora_cli.device import DeviceProfile
+from qlora_cli.errors import InputError
 from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.jobs.results import Compared, PlanResult
 from qlora_cli.memory.device import inspect_device
@@ -17,7 +21,7 @@ from qlora_cli.plan.merging import dry_run_merge
 from qlora_cli.plan.notes import plan_notes
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.replay import MemoryPlan
-from qlora_cli.plan.results import Advice
+from qlora_cli.plan.results import Advice, DiskNeeds
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
@@ -38,6 +42,7 @@ def run(
     began = time.perf_counter()
     profile = device_profile or inspect_device()
     config = read_config(find_config(recipe.model.name, recipe.model.revision))
+    check_seq_len(recipe.data.seq_len, config)
     resolved, _ = resolve(recipe, profile)
     planner = Planner(config, profile)
     plan = planner.plan(resolved)
@@ -58,7 +63,37 @@ def run(
         arithmetic=arithmetic_of(resolved, plan),
         notes=plan_notes(resolved, profile, plan),
         seconds=time.perf_counter() - began,
+        steps=recipe.train.steps,
+        disk=_disk_needs(resolved, plan),
+        data_problem=_data_problem(recipe),
     )
+
+
+def _disk_needs(recipe: Recipe, plan: MemoryPlan) -> DiskNeeds:
+    """Return the size of the files that the job and a merge write."""
+    state_bytes = 1 if "8bit" in recipe.train.optimizer else 4
+    checkpoint = plan.adapter_bytes + 2 * state_bytes * plan.trainable_parameters
+    kept = recipe.train.keep_checkpoints
+    checkpoints = kept if kept is not None else 1
+    if recipe.data.eval is not None and recipe.train.keep_best:
+        checkpoints += 1
+    run = plan.adapter_bytes + checkpoints * checkpoint
+    return DiskNeeds(checkpoint, run, 2 * plan.total_parameters)
+
+
+def _data_problem(recipe: Recipe) -> str | None:
+    """Return why the data cannot be read: a missing file, or None. No row is read."""
+    held_out = recipe.data.eval
+    settings = {"data.train": recipe.data.train}
+    if held_out is not None and not isinstance(held_out, float):
+        settings["data.eval"] = held_out
+    for key, setting in settings.items():
+        try:
+            open_sources([source.path for source in sources_of(setting)])
+        except InputError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            return f"{key}: {error.what}{hint}"
+    return None
 
 
 def _advice(recipe: Recipe, planner: Planner, fit: bool) -> tuple[Advice, ...]:

@@ -32,8 +32,22 @@ def family_of(config: Any, linears: Iterable[str] = ()) -> Family:
     raise ModelError(
         f"model family {config.model_type!r} is not supported; supported are {known}",
         where="model.name",
-        hint=(
-            f"linears of one block: {paths}. To add the family, describe it in a new file in "
-            "qlora_cli/models/families/ and enter it in qlora_cli/models/registry.py"
-        ),
+        hint=f"use a base of a supported family instead, such as {_alternative(config)}. To add "
+        "the family, describe it in a new file in qlora_cli/models/families/ and enter it in "
+        f"qlora_cli/models/registry.py; linears of one block: {paths}",
     )
+
+
+_ALTERNATIVES = (
+    (1024, "HuggingFaceTB/SmolLM2-360M-Instruct (llama) or Qwen/Qwen3-0.6B (qwen3)"),
+    (3072, "HuggingFaceTB/SmolLM2-1.7B-Instruct (llama) or Qwen/Qwen3-1.7B (qwen3)"),
+)
+"""(largest width of the refused base, supported bases of a similar size)."""
+_LARGE_ALTERNATIVE = "Qwen/Qwen3-8B (qwen3) or Qwen/Qwen2.5-7B-Instruct (qwen2)"
+
+
+def _alternative(config: Any) -> str:
+    """Return supported bases of a size similar to that of a refused base."""
+    width = getattr(config, "hidden_size", None) or 0
+    fitting = (names for limit, names in _ALTERNATIVES if width <= limit)
+    return next(fitting, _LARGE_ALTERNATIVE)

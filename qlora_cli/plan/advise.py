@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora_cli.data.positions import num_positions
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.results import Advice
 from qlora_cli.recipe.schema import Recipe
@@ -53,17 +54,20 @@ def largest_sizes(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     if not _weights_fit(recipe, planner):
         return ()
     peak_bytes = planner.plan(recipe).peak_bytes
-    max_seq_len = int(getattr(planner.config, "max_position_embeddings", None) or _MAX_SEQ_LEN)
+    max_seq_len = num_positions(planner.config) or _MAX_SEQ_LEN
     max_micro_batch = max(_MAX_MICRO_BATCH, recipe.train.micro_batch)
     one_row = _with(recipe, "train", micro_batch=1)
     length, micro_batch = _sizes(recipe, max_seq_len, max_micro_batch, one_row)
     also = "" if recipe.train.micro_batch == 1 else " train.micro_batch=1"
     advice = []
-    for size, suffix in ((length, also), (micro_batch, "")):
+    by_model = "model" if num_positions(planner.config) else "search"
+    for size, suffix, upper_limit in ((length, also, by_model), (micro_batch, "", "search")):
         best = size.largest(planner)
         if best is not None:
             change = f"{size.override(best)}{suffix}"
-            advice.append(_advice(change, size.changed(best), peak_bytes, planner))
+            limit = upper_limit if best + size.unit > size.upper else "memory"
+            item = _advice(change, size.changed(best), peak_bytes, planner)
+            advice.append(replace(item, limit=limit))
     return tuple(advice)
 
 

@@ -10,13 +10,39 @@ class Advice:
     """A change of the recipe and its planned effect.
 
     change: one or more overrides, such as `train.micro_batch=1`. saves_bytes: reduction of the
-    peak. peak_bytes: planned peak after the change. fits: whether the job then fits the device.
+    peak; negative if the change needs more. peak_bytes: planned peak after the change. fits:
+    whether the job then fits the device. limit: for the largest size that fits, what limits it:
+    "model" (its positions), "memory" (of the device) or "search" (its upper end); else empty.
     """
 
     change: str
     saves_bytes: int
     peak_bytes: int
     fits: bool
+    limit: str = ""
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """The time that training takes, in seconds; None if it is not known. source: of the figures."""
+
+    step_seconds: float | None
+    total_seconds: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class DiskNeeds:
+    """Files that a job writes, in bytes.
+
+    checkpoint_bytes: one checkpoint, with the optimizer states. run_bytes: the run's folder with as
+    many checkpoints as `train.keep_checkpoints` keeps, and one for the best step. merged_bytes: a
+    merged model in 16 bit.
+    """
+
+    checkpoint_bytes: int
+    run_bytes: int
+    merged_bytes: int
 
 
 @dataclass(frozen=True)

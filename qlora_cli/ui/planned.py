@@ -11,6 +11,7 @@ from rich.text import Text
 
 from qlora_cli.jobs.results import PlanResult
 from qlora_cli.plan.results import Advice, Line
+from qlora_cli.recipe.gpus import size_that_fits
 from qlora_cli.ui import memory
 from qlora_cli.ui.memory_facts import device_text
 from qlora_cli.ui.tables import fact_lines
@@ -22,9 +23,15 @@ from qlora_cli.units import (
     format_ratio,
 )
 
+_LIMITS = {
+    "model": "the model's positions",
+    "memory": "the device's memory",
+    "search": "the end of the search; larger sizes may fit",
+}
 
-def plan(result: PlanResult) -> RenderableType:
-    """Render whether the job fits, the memory tables, the advice and the notes."""
+
+def plan(result: PlanResult, *, details: bool = True) -> RenderableType:
+    """Render whether the job fits, the advice and the sizes; with `details` also all tables."""
     share = result.trainable_parameters / max(result.total_parameters, 1)
     facts = {
         "trained": f"{format_count(result.trainable_parameters)} of "
@@ -32,28 +39,76 @@ def plan(result: PlanResult) -> RenderableType:
         "adapter on disk": format_bytes(result.adapter_bytes),
         "planning time": format_duration(result.seconds),
     }
-    parts = [_verdict(result), memory.phase_table(result.ledger)]
-    parts.append(memory.method_table(result.ledger))
+    if result.disk:
+        facts["run on disk"] = f"about {format_bytes(result.disk.run_bytes)}, with checkpoints"
+        facts["merged model on disk"] = f"about {format_bytes(result.disk.merged_bytes)} in 16 bit"
+    parts = [_verdict(result), *_sentences(result)]
+    if details:
+        parts += [memory.phase_table(result.ledger), memory.method_table(result.ledger)]
     if result.compare:
         parts.append(memory.comparison_table(result.compare))
-    if result.advice:
-        parts.append(_advice_table(result.advice))
-    if result.arithmetic:
+    sizes = [item for item in result.advice if item.limit]
+    changes = [item for item in result.advice if not item.limit]
+    if sizes:
+        parts.append(_size_table(sizes))
+    if changes:
+        parts.append(_advice_table(changes))
+    if details and result.arithmetic:
         parts.append(_arithmetic_table(result.arithmetic))
-    notes = [Text(f"Note: {note}.", style="dim") for note in result.notes]
-    return Group(*parts, *notes, fact_lines(facts))
+    notes = [Text(f"Note: {note}.", style="dim") for note in result.notes] if details else []
+    more = [] if details else [Text("Tables by phase and method: --details", style="dim")]
+    return Group(*parts, *notes, fact_lines(facts), *more)
 
 
 def _verdict(result: PlanResult) -> Text:
-    """Return whether the job fits, with its planned peak and the memory it may use."""
+    """Return whether the job fits, with the memory it needs and the memory it may use."""
     ledger = result.ledger
-    verdict, style = ("fits", "bold green") if result.fits else ("DOES NOT FIT", "bold red")
-    text = f" on {device_text(ledger)}: peak {format_bytes(ledger.planned_peak_bytes)} "
-    text += f"in phase {memory.peak_phase_name(ledger)}"
-    if ledger.allocator.reserved:
-        text += f", {format_bytes(ledger.allocator.reserved)} reserved"
-    text += f"; {format_bytes(result.usable_bytes)} usable"
-    return Text.assemble((verdict, style), text)
+    verdict, style = (
+        ("Yes, fits", "bold green") if result.fits else ("No, DOES NOT FIT", "bold red")
+    )
+    needed = _needed_bytes(result)
+    text = f" on {device_text(ledger)}: {format_bytes(needed)} of "
+    text += f"{format_bytes(result.usable_bytes)}; tensors need "
+    text += f"{format_bytes(ledger.planned_peak_bytes)} in phase "
+    return Text.assemble((verdict, style), f"{text}{memory.peak_phase_name(ledger)}.")
+
+
+def _needed_bytes(result: PlanResult) -> int:
+    """Return the planned memory of tensors, or of the caching allocator on a GPU."""
+    return result.ledger.allocator.reserved or result.ledger.planned_peak_bytes
+
+
+def _sentences(result: PlanResult) -> list[Text]:
+    """Return what follows the verdict: a GPU that fits or the longest context, time, data."""
+    lines = []
+    lengths = [item for item in result.advice if item.change.startswith("data.seq_len=")]
+    lengths = [item for item in lengths if item.limit]
+    if not result.fits:
+        size = size_that_fits(_needed_bytes(result))
+        text = f"A GPU with {size} would do." if size else "No common GPU has enough memory."
+        lines.append(Text(text))
+    elif lengths:
+        tokens = int(lengths[0].change.split()[0].partition("=")[2])
+        text = f"Longest context that fits: {format_count(tokens)} tokens, limited by "
+        lines.append(Text(f"{text}{_LIMITS[lengths[0].limit]}."))
+    else:
+        lines.append(Text("Longest context that fits: --fit searches it."))
+    steps = "as many steps as the rows give (`qlora data`)"
+    if result.steps is not None:
+        steps = f"{format_count(result.steps)} steps"
+    lines.append(Text(f"Duration: {steps}; the time of a step is {result.time.source}."))
+    if result.data_problem:
+        lines.append(Text(result.data_problem, style="yellow"))
+    return lines
+
+
+def _size_table(sizes: Sequence[Advice]) -> RenderableType:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for column in ("size", "peak", "limited by"):
+        table.add_column(column)
+    for row in sizes:
+        table.add_row(row.change, format_bytes(row.peak_bytes), _LIMITS[row.limit])
+    return Group(Text("Largest sizes that fit", style="bold"), table)
 
 
 def _advice_table(advice: Sequence[Advice]) -> RenderableType:

@@ -131,10 +131,13 @@ def test_a_config_with_an_invalid_value_is_refused(
         )
 
 
-def test_a_gpu_size_without_a_unit_is_refused(job_recipe: Path) -> None:
-    outcome = qlora("plan", job_recipe, "--vram", "24")
+def test_an_impossible_gpu_size_and_an_unknown_gpu_are_refused(job_recipe: Path) -> None:
+    outcome = qlora("plan", job_recipe, "--vram", "24B")
     assert outcome.code == 2
     assert "write it with its unit, 24GiB" in outcome.err
+    outcome = qlora("plan", job_recipe, "--vram", "RTX 4091")
+    assert outcome.code == 2
+    assert "neither a size nor a known GPU" in outcome.err
 
 
 def test_tensors_that_do_not_match_the_config_are_refused(

@@ -27,8 +27,20 @@ def test_plan_reports_the_memory_of_a_job(recipe: Path) -> None:
 
 def test_plan_prints_text(recipe: Path) -> None:
     outcome = qlora("plan", recipe)
+    assert outcome.out.startswith("Yes, fits on")
+    assert "Peak memory of full fine-tuning and of this job" not in outcome.out
+    outcome = qlora("plan", recipe, "--details")
     assert "fits on" in outcome.out
     assert "Peak memory of full fine-tuning and of this job" in outcome.out
+
+
+def test_plan_reports_a_missing_data_file(recipe: Path) -> None:
+    outcome = qlora("plan", recipe, "data.train=nope.jsonl", "--json")
+    assert outcome.code == 2
+    assert outcome.json["data_problem"].startswith("data.train: no file nope.jsonl")
+    assert "error: data.train: no file nope.jsonl" in outcome.err
+    assert outcome.json["time"]["source"] == "not measured"
+    assert outcome.json["disk"]["run_bytes"] > outcome.json["adapter_bytes"]
 
 
 def test_plan_compares_methods(recipe: Path) -> None:
@@ -39,12 +51,14 @@ def test_plan_compares_methods(recipe: Path) -> None:
 
 
 def test_plan_exits_3_with_advice_if_the_gpu_is_too_small(recipe: Path) -> None:
-    outcome = qlora("plan", recipe, "data.seq_len=1024", "--vram", "8MiB", "--json")
+    outcome = qlora("plan", recipe, "data.seq_len=512", "--vram", "8MiB", "--json")
     assert outcome.code == 3
     plan = outcome.json
     assert plan["fits"] is False
     assert all(advice["saves_bytes"] > 0 for advice in plan["advice"])
-    assert "DOES NOT FIT" in qlora("plan", recipe, "--vram", "1MiB").out
+    text = qlora("plan", recipe, "--vram", "1MiB").out
+    assert text.startswith("No, DOES NOT FIT")
+    assert "A GPU with 8 GiB (such as RTX 4060) would do." in text
 
 
 def test_plan_finds_the_largest_settings_that_fit(recipe: Path) -> None:
@@ -53,6 +67,7 @@ def test_plan_finds_the_largest_settings_that_fit(recipe: Path) -> None:
         "data.seq_len",
         "train.micro_batch",
     ]
+    assert plan["advice"][0]["limit"] == "model"
 
 
 def test_plan_for_a_gpu_that_is_smaller_than_the_cuda_context(recipe: Path) -> None:
