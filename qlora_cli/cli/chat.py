@@ -83,7 +83,7 @@ def chat(
 def _reply(session: Chat, text: str) -> None:
     """Print the answer while it is generated. Ctrl-C stops it; an error is reported."""
     try:
-        session.reply(text, lambda piece: click.echo(piece, nl=False))
+        answer = session.reply(text, lambda piece: click.echo(piece, nl=False))
     except KeyboardInterrupt:
         click.echo()
         _message("stopped")
@@ -92,6 +92,8 @@ def _reply(session: Chat, text: str) -> None:
         _message("/reset starts the conversation over")
     else:
         click.echo()
+        if not answer:
+            _message("the answer is empty; the first token ended it")
 
 
 def _run_command(session: Chat, text: str) -> None:
