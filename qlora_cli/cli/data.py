@@ -39,7 +39,7 @@ def data(recipe: str, overrides: tuple[str, ...], show: int, as_json: bool) -> N
         from qlora_cli.jobs import data as job
         from qlora_cli.ui import tables
 
-    with job_observer():
-        result = job.run(loaded, show=show)
+    with job_observer() as observer:
+        result = job.run(loaded, show=show, observer=observer)
     emit(result, as_json, tables.data)
     suggest("plan", recipe, *overrides)

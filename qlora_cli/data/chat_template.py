@@ -31,12 +31,20 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_cli.data.align import Span, align, common_prefix, marker, split
 from qlora_cli.data.conversation import Conversation, Message
+from qlora_cli.data.delimiters import TemplateDelimiters, closing_of
 from qlora_cli.data.row_errors import RowError
+from qlora_cli.data.tool_calls import (
+    PROBED_FUNCTION,
+    ToolsNotWritten,
+    check_tools,
+    tool_chats,
+    uses_tools,
+    with_string_arguments,
+)
 
 Tools = list[dict[str, Any]] | None
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_SPECIAL_TOKEN = re.compile(r"\s*(<[^<>\s]+>|\[/?\w+\])")
 # A template is foreign code: it raises its own errors, or fails on absent or unexpected values.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _THINKING = ("reasoning_content", "reasoning", "thinking")
@@ -50,43 +58,33 @@ class RenderedChat:
     spans: tuple[Span, ...]
 
 
-@dataclass(frozen=True)
-class TemplateDelimiters:
-    """The texts that a template writes around an assistant message.
-
-    prompt: the text that `add_generation_prompt` appends. leads: texts that may follow between the
-    prompt and the message, longest first. closing: the end of a turn; empty if there is none.
-    """
-
-    prompt: str
-    leads: tuple[str, ...]
-    closing: str
-
-    def turn_start(self, text: str, start: int) -> int:
-        """Return where a turn begins whose message begins at `start` of the rendered text."""
-        for lead in self.leads:
-            if text.endswith(self.prompt + lead, 0, start):
-                return start - len(lead)
-        return start
-
-
 class ChatTemplate:
     """The chat template of a tokenizer. tokenizer: a fast one with a chat template."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._delimiters: dict[bool, TemplateDelimiters] = {}
+        self._writes_tools: bool | None = None
 
     def render(self, conversation: Conversation) -> RenderedChat:
         """Return the complete chat and its trained spans.
 
-        Raises RowError if the template fails or no method finds the assistant's turns.
+        Raises RowError if the template fails or no method finds the assistant's turns, and
+        ToolsNotWritten if the template does not write tool calls or definitions at all.
         """
+        try:
+            return self._render_strings_or_objects(conversation)
+        except RowError as error:
+            if uses_tools(conversation) and not self._writes_tool_calls():
+                raise ToolsNotWritten(str(error)) from error
+            raise
+
+    def _render_strings_or_objects(self, conversation: Conversation) -> RenderedChat:
         try:
             return self._render(conversation, conversation.messages)
         except RowError as error:
             # transformers passes tool arguments as an object, but some templates expect a string.
-            with_strings = [_with_string_arguments(m) for m in conversation.messages]
+            with_strings = [with_string_arguments(m) for m in conversation.messages]
             if with_strings == conversation.messages:
                 raise
             try:
@@ -94,10 +92,31 @@ class ChatTemplate:
             except RowError:
                 raise error from None
 
+    def _writes_tool_calls(self) -> bool:
+        """Return whether the template writes a tool call, in one of the forms that are in use."""
+        if self._writes_tools is None:
+            self._writes_tools = any(self._is_written(chat) for chat in tool_chats())
+        return self._writes_tools
+
+    def _is_written(self, chat: list[Message]) -> bool:
+        try:
+            text = self._text(chat, [{"type": "function", "function": PROBED_FUNCTION}])
+        except RowError:
+            return False
+        return marker(0) in text and marker(1) in text
+
+    def turn_end(self) -> str:
+        """Return the text that ends an assistant turn; empty if the template has none."""
+        try:
+            return self._find_delimiters(None).closing
+        except RowError:
+            return ""
+
     def _render(self, conversation: Conversation, messages: list[Message]) -> RenderedChat:
         tools = conversation.tools
         text = self._text(messages, tools)
         _check_nothing_left_out(text, messages)
+        check_tools(text, tools)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         spans = self._by_generation_tags(text, messages, tools, turns)
         if not spans:
@@ -223,25 +242,8 @@ class ChatTemplate:
             raise RowError("the chat template does not render a plain chat of user and assistant")
         headers = (one[1], two[1], two[3])
         leads = {header.rpartition(prompt)[2] for header in headers if prompt and prompt in header}
-        closing = _closing(one[2], two[2], self.tokenizer.eos_token)
+        closing = closing_of(one[2], two[2], self.tokenizer.eos_token)
         return TemplateDelimiters(prompt, tuple(sorted(leads, key=len, reverse=True)), closing)
-
-
-def _closing(at_end: str, before_user: str, eos: str | None) -> str:
-    """Return the text that ends a turn.
-
-    at_end: text after the last assistant message of a chat. before_user: text between an assistant
-    message and the next user message. A template that writes more at the end of a chat (an EOS
-    token, the next prompt) has the closing and possibly the start of a header in common with
-    `before_user`; then the EOS token decides, else the first `<...>` or `[...]`.
-    """
-    common = common_prefix(at_end, before_user)
-    if common == at_end:
-        return at_end.rstrip()
-    if eos and eos in common:
-        return common[: common.index(eos) + len(eos)]
-    match = _SPECIAL_TOKEN.match(common)
-    return match[0] if match else ""
 
 
 def _without_spaces(text: str) -> str:
@@ -283,14 +285,3 @@ def _rewritten(turn: int) -> RowError:
         f"the chat template rewrites or leaves out message {turn + 1} (assistant)",
         "end the row with that message, or remove what the template drops (thinking, tool calls)",
     )
-
-
-def _with_string_arguments(message: Message) -> Message:
-    """Return the message with the arguments of its tool calls as JSON strings."""
-    if "tool_calls" not in message:
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
-    return {**message, "tool_calls": calls}

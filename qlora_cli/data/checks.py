@@ -5,6 +5,7 @@ Each check in `CHECKS` yields one sentence per finding. A finding is never an er
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
 from qlora_cli.units import format_count
 
+_PIECE = re.compile(r" \[(\d+)/(\d+)\]$")
+"""End of the origin of a piece of a split row: its number and the number of pieces."""
 _NEARLY_FULL = 0.95
 """Share of seq_len above which a row nearly fills it."""
 _LONG = 10
@@ -72,12 +75,19 @@ def _no_end(dataset: EncodedDataset) -> Iterator[str]:
         yield "the tokenizer has no end token, so the model does not learn where to stop"
         return
     ends = {*tokenizer.get_added_vocab().values(), tokenizer.eos_token_id}
-    open_ended = [row for row in dataset.examples if _last_target(row) not in ends]
+    complete = (row for row in dataset.examples if not _has_later_piece(row))
+    open_ended = [row for row in complete if _last_target(row) not in ends]
     if open_ended:
         yield (
             f"in {_rows(open_ended)} the last trained token is not a special token: the chat "
             "template ends its turns with plain text or not at all, so the model may not stop"
         )
+
+
+def _has_later_piece(row: Example) -> bool:
+    """Return whether the example is a piece of a split row, but not the last one."""
+    match = _PIECE.search(row.origin)
+    return match is not None and match[1] != match[2]
 
 
 def _last_target(row: Example) -> int:
@@ -139,7 +149,8 @@ def _lengths(dataset: EncodedDataset) -> Iterator[str]:
     long = [row for row in dataset.examples if len(row.ids) > _LONG * median]
     if long:
         yield f"{_rows(long)} are more than {_LONG} times as long as the median ({median:g} tokens)"
-    nearly_full = [row for row in dataset.examples if len(row.ids) > _NEARLY_FULL * dataset.seq_len]
+    rows = [row for row in dataset.examples if not _PIECE.search(row.origin)]
+    nearly_full = [row for row in rows if len(row.ids) > _NEARLY_FULL * dataset.seq_len]
     if nearly_full:
         yield f"{_rows(nearly_full)} nearly fill data.seq_len={dataset.seq_len}"
     if not dataset.packing and max(lengths) < _TOO_LARGE * dataset.seq_len:

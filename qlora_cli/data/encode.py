@@ -11,7 +11,7 @@ get the tokens that the tokenizer adds at the beginning, and one end token, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,14 @@ from qlora_cli.data.conversation import Conversation
 from qlora_cli.data.formats import FORMATS, Content, RowFormat, TokenIds, parse_rows
 from qlora_cli.data.row_errors import RowError, rows_error
 from qlora_cli.data.rows import Row
-from qlora_cli.errors import ModelError, Problem
+from qlora_cli.data.tool_calls import ToolsNotWritten
+from qlora_cli.errors import DataError, ModelError, Problem
 from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
+from qlora_cli.units import format_count
 
+_NAMED = 3
+"""Rows that an error about tools names."""
 _CHUNK = 1000
 """Rows tokenized in one call; the offsets of more rows would take gigabytes."""
 
@@ -66,11 +70,13 @@ def encode(
     tokenizer: Any,
     *,
     vocab_size: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[Example]:
     """Return one Example per row, in order, of any length.
 
     tokenizer: a fast tokenizer; may be None if the format is `tokens`. vocab_size: size of the
-    model's vocabulary; None skips this check.
+    model's vocabulary; None skips this check. on_progress: called with the number of rows that are
+    tokenized so far.
     Raises DataError listing every row that is malformed, outside the vocabulary or without a
     trained token; ModelError if the tokenizer cannot encode this format.
     """
@@ -79,7 +85,7 @@ def encode(
     contents = parse_rows(rows, format, has_chat_template=has_chat_template)
     if row_format.tokenized:
         _check_tokenizer(tokenizer, row_format)
-        results = _from_texts(rows, contents, tokenizer)
+        results = _from_texts(rows, contents, tokenizer, on_progress)
     else:
         vocab_size = vocab_size or (tokenizer and len(tokenizer))
         results = _from_ids(rows, contents)
@@ -93,17 +99,33 @@ def _checked(
 ) -> list[Example]:
     examples: list[Example] = []
     problems: list[Problem] = []
+    without_tools: list[Problem] = []
     for row, result in zip(rows, results, strict=True):
         try:
             if isinstance(result, RowError):
                 raise result
             _check_example(result, vocab_size)
             examples.append(result)
+        except ToolsNotWritten as error:
+            without_tools.append(error.problem(row.origin))
         except RowError as error:
             problems.append(error.problem(row.origin))
+    if without_tools:
+        raise _tools_error(without_tools, len(rows))
     if problems:
         raise rows_error(problems, len(rows))
     return examples
+
+
+def _tools_error(problems: list[Problem], num_rows: int) -> DataError:
+    """Return the one error about rows with tools that the chat template does not write."""
+    number = f"{format_count(len(problems))} of {format_count(num_rows)}"
+    return DataError(
+        f"the chat template does not write tool calls, which {number} rows contain; the first:",
+        problems[:_NAMED],
+        hint="use a base whose chat template supports tools, name one with data.template, or "
+        "remove the tools and their messages from the rows",
+    )
 
 
 def _check_example(example: Example, vocab_size: int | None) -> None:
@@ -128,8 +150,8 @@ def _check_tokenizer(tokenizer: Any, row_format: RowFormat) -> None:
     if row_format.chat_template == "required" and not tokenizer.chat_template:
         raise ModelError(
             f"{row_format.name} rows need a chat template, and the base's tokenizer has none",
-            hint="use the instruct variant of the base, save the template that you want in its "
-            "tokenizer's folder as chat_template.jinja, or write prompt and completion rows",
+            hint="use the instruct variant of the base, set data.template (chatml, alpaca or a "
+            "Jinja file), or write prompt and completion rows",
         )
 
 
@@ -140,13 +162,18 @@ def _from_ids(rows: list[Row], contents: list[Content]) -> Iterator[Example | Ro
 
 
 def _from_texts(
-    rows: list[Row], contents: list[Content], tokenizer: Any
+    rows: list[Row],
+    contents: list[Content],
+    tokenizer: Any,
+    on_progress: Callable[[int], None] | None,
 ) -> Iterator[Example | RowError]:
     template = ChatTemplate(tokenizer)
     for first in range(0, len(rows), _CHUNK):
         chunk = slice(first, first + _CHUNK)
         texts = [_text(content, template) for content in contents[chunk]]
         yield from _tokenized(rows[chunk], texts, tokenizer)
+        if on_progress is not None:
+            on_progress(min(chunk.stop, len(rows)))
 
 
 def _text(content: Content, template: ChatTemplate) -> _Text | RowError:

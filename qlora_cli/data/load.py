@@ -6,6 +6,7 @@ the same rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -18,8 +19,11 @@ from qlora_cli.data.mixture import SourceCount, read_data, read_held_out
 from qlora_cli.data.rows import Row, read_rows
 from qlora_cli.data.system_prompt import add_system, writes_system
 from qlora_cli.errors import DataError, Problem
+from qlora_cli.events import Observer, Silent
 from qlora_cli.recipe.schema import Data, DataFormat
 from qlora_cli.units import format_count
+
+_SILENT = Silent()
 
 
 class Encode(Protocol):
@@ -32,6 +36,7 @@ class Encode(Protocol):
         tokenizer: Any,
         *,
         vocab_size: int | None = None,
+        on_progress: Callable[[int], None] | None = None,
     ) -> list[Example]:
         """Return one example per row, in order. Arguments and errors as of `encode`."""
         ...
@@ -81,14 +86,30 @@ class LoadedData:
 
 
 def load_data(
-    data: Data, tokenizer: Any, limits: ModelLimits, *, encode: Encode = encode
+    data: Data,
+    tokenizer: Any,
+    limits: ModelLimits,
+    *,
+    encode: Encode = encode,
+    observer: Observer = _SILENT,
 ) -> LoadedData:
-    """Return the rows of a recipe as examples. Arguments and errors as of `load_examples`."""
+    """Return the rows of a recipe as examples. Other arguments and errors as of `load_examples`.
+
+    observer: receives the number of tokenized rows, as the stage `tokenize`.
+    """
     rows = read_data(data)
-    train = _encoded(rows.train, data, tokenizer, limits, encode)
+    observer.stage("tokenize", len(rows.train) + len(rows.held_out))
+    train = _encoded(rows.train, data, tokenizer, limits, encode, observer.advance)
     held_out = None
     if data.eval is not None:
-        held_out = _encoded(rows.held_out, data, tokenizer, limits, encode)
+        held_out = _encoded(
+            rows.held_out,
+            data,
+            tokenizer,
+            limits,
+            encode,
+            lambda done: observer.advance(len(rows.train) + done),
+        )
     notes = rows.notes(data)
     if data.system and not writes_system(tokenizer):
         notes.append(
@@ -150,7 +171,12 @@ def load_examples(
 
 
 def _encoded(
-    rows: list[Row], data: Data, tokenizer: Any, limits: ModelLimits, encode: Encode
+    rows: list[Row],
+    data: Data,
+    tokenizer: Any,
+    limits: ModelLimits,
+    encode: Encode,
+    on_progress: Callable[[int], None] | None = None,
 ) -> LoadedRows:
     limit = data.seq_len if limits.positions is None else min(data.seq_len, limits.positions)
     report = LongRowsReport(limit)
@@ -159,12 +185,23 @@ def _encoded(
     for row_format, part in _by_format(rows, data):
         if data.system:
             part = add_system(part, row_format, tokenizer, data.system)
-        encoded = encode(part, row_format, tokenizer, vocab_size=limits.vocab_size)
+        encoded = encode(
+            part,
+            row_format,
+            tokenizer,
+            vocab_size=limits.vocab_size,
+            on_progress=_after(report.rows, on_progress),
+        )
         examples += fit_rows(encoded, policy_of(data.long_rows, row_format), report)
         counts[row_format] = counts.get(row_format, 0) + len(part)
     if not examples:
         raise _nothing_left(report)
     return LoadedRows(max(counts, key=lambda name: counts[name]), examples, report)
+
+
+def _after(done: int, on_progress: Callable[[int], None] | None) -> Callable[[int], None] | None:
+    """Return a function that reports progress after `done` rows of other formats."""
+    return None if on_progress is None else lambda number: on_progress(done + number)
 
 
 def _by_format(rows: list[Row], data: Data) -> list[tuple[DataFormat, list[Row]]]:

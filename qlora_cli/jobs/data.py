@@ -12,31 +12,35 @@ from qlora_cli.data.load import ModelLimits, load_data
 from qlora_cli.data.long_rows import LongRowsReport
 from qlora_cli.data.packing import pack
 from qlora_cli.data.positions import check_seq_len
+from qlora_cli.data.template import with_template
 from qlora_cli.data.tokenizer import load_tokenizer
+from qlora_cli.events import Observer, Silent
 from qlora_cli.files.locate import find_base, find_tokenizer, read_config
 from qlora_cli.jobs.results import DataResult, ShownRow
+from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 
+_SILENT = Silent()
 _CONTEXT = 8
 """Tokens that are decoded before a token, so that its text has its spaces."""
 
 
-def run(recipe: Recipe, *, show: int) -> DataResult:
+def run(recipe: Recipe, *, show: int, observer: Observer = _SILENT) -> DataResult:
     """Encode the recipe's rows and check them.
 
-    show: number of rows that are returned token by token. Only the base's tokenizer and config are
-    loaded. Raises InputError, DataError or ModelError for the rows that training refuses, too.
+    show: number of rows that are returned token by token. observer: receives the progress. Only
+    the base's tokenizer and config are loaded. Raises InputError, DataError or ModelError for the
+    rows that training refuses, too.
     """
     data = recipe.data
     folder = find_tokenizer(recipe.model.name, recipe.model.revision)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = with_template(load_tokenizer(str(folder)), data)
     if tokenizer is None:
         find_base(recipe.model.name, recipe.model.revision)  # Refuses a folder without a config.
     limits = _model_limits(recipe, folder)
-
-    loaded = load_data(data, tokenizer, limits, encode=task_of(recipe).encode)
+    loaded = load_data(data, tokenizer, limits, encode=task_of(recipe).encode, observer=observer)
     train = loaded.train
     examples = train.examples
     held_out = loaded.held_out.examples if loaded.held_out else []
@@ -45,11 +49,15 @@ def run(recipe: Recipe, *, show: int) -> DataResult:
     dataset = EncodedDataset(
         examples, held_out, train.format, tokenizer, data.seq_len, data.packing, num_sequences
     )
+    trained_tokens = sum(example.num_targets for example in examples)
+    length = TrainingLength.of_totals(
+        recipe, len(examples), num_sequences, sum(lengths), trained_tokens
+    )
     return DataResult(
         rows=len(examples),
         sequences=num_sequences,
         tokens=sum(lengths),
-        trained_tokens=sum(example.num_targets for example in examples),
+        trained_tokens=trained_tokens,
         longest_row=max(lengths),
         format=train.format,
         shown=tuple(_shown(example, tokenizer) for example in examples[:show]),
@@ -58,6 +66,8 @@ def run(recipe: Recipe, *, show: int) -> DataResult:
         dropped=train.long_rows.dropped,
         long_rows=_long_rows(train.long_rows),
         sources=tuple(asdict(source) for source in loaded.sources),
+        updates=length.updates,
+        warning=length.warning(),
     )
 
 

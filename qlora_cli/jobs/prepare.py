@@ -114,13 +114,14 @@ def prepare(recipe: Recipe, profile: DeviceProfile) -> Prepared:
     return Prepared(resolved, choices, profile, folder, config, tokenizer)
 
 
-def read_rows(prepared: Prepared) -> LoadedData:
+def read_rows(prepared: Prepared, observer: Observer = _SILENT) -> LoadedData:
     """Return the training rows and the held-out rows of the recipe as examples.
 
     Raises InputError if a file cannot be read, DataError listing the rows that cannot be used.
     """
     recipe, limits = prepared.recipe, ModelLimits.of(prepared.config)
-    return load_data(recipe.data, prepared.tokenizer, limits, encode=task_of(recipe).encode)
+    encode = task_of(recipe).encode
+    return load_data(recipe.data, prepared.tokenizer, limits, encode=encode, observer=observer)
 
 
 def read_job(prepared: Prepared, observer: Observer = _SILENT) -> TrainingJob:
@@ -132,7 +133,7 @@ def read_job(prepared: Prepared, observer: Observer = _SILENT) -> TrainingJob:
     """
     recipe = prepared.recipe
     check_seq_len(recipe.data.seq_len, prepared.config)
-    rows = read_rows(prepared)
+    rows = read_rows(prepared, observer)
     for note in rows.notes:
         observer.note(note)
     schedule = make_schedule(recipe, rows.train.examples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,10 @@ class CausalTask:
         tokenizer: Any,
         *,
         vocab_size: int | None = None,
+        on_progress: Callable[[int], None] | None = None,
     ) -> list[Example]:
         """Return token ids and labels of each row, in order. See `data.encode.encode`."""
-        return encode(rows, format, tokenizer, vocab_size=vocab_size)
+        return encode(rows, format, tokenizer, vocab_size=vocab_size, on_progress=on_progress)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Concatenate the examples into one sequence without padding."""

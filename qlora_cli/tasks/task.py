@@ -7,7 +7,7 @@ schema (`Recipe.task`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,10 +57,12 @@ class Task(Protocol):
         tokenizer: Any,
         *,
         vocab_size: int | None = None,
+        on_progress: Callable[[int], None] | None = None,
     ) -> list[Example]:
         """Return one example per row, in order, of any length.
 
-        vocab_size: token ids must be smaller than it.
+        vocab_size: token ids must be smaller than it. on_progress: called with the number of rows
+        that are encoded so far.
         Raises DataError naming every row that cannot be used, ModelError if the tokenizer cannot
         encode this format.
         """

@@ -326,4 +326,4 @@ def test_chats_without_a_chat_template_are_refused(mistral):
     mistral.chat_template = None
     with pytest.raises(ModelError, match="has none") as caught:
         encoded(mistral, CHAT)
-    assert "chat_template.jinja" in str(caught.value)
+    assert "data.template" in str(caught.value)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_cli.data import conversation
-from qlora_cli.data.load import ModelLimits, load_examples
+from qlora_cli.data.load import ModelLimits, load_data, load_examples
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError
 from qlora_cli.events import Silent
@@ -30,7 +30,7 @@ def starter_recipe(where):
     return Recipe.model_validate(
         {
             "model": {"name": "starter"},
-            "data": {"train": where, "seq_len": 2 * LIMITS.positions, "long_rows": "error"},
+            "data": {"train": where, "seq_len": LIMITS.positions, "long_rows": "error"},
         }
     )
 
@@ -111,3 +111,23 @@ def test_a_part_of_the_rows_can_be_selected(tmp_path):
     rows = load_examples(where, Data(train=where), tokenizer, LIMITS, select=slice(2))
     assert [example.origin for example in rows.examples] == ["rows.jsonl:1", "rows.jsonl:2"]
     assert rows.format == "text"
+
+
+def test_progress_is_reported_over_all_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_cli.data.encode._CHUNK", 2)
+
+    class Progress(Silent):
+        def __init__(self):
+            self.events = []
+
+        def stage(self, name, total):
+            self.events.append((name, total))
+
+        def advance(self, done):
+            self.events.append(done)
+
+    where = write_rows(tmp_path, *({"text": f"Day {n}."} for n in range(5)))
+    (tmp_path / "eval.csv").write_text("prompt,completion\nq,a\n")
+    data, observer = Data(train=where, eval=str(tmp_path / "eval.csv")), Progress()
+    load_data(data, load_tokenizer("starter"), LIMITS, observer=observer)
+    assert observer.events == [("tokenize", 6), 2, 4, 5, 6]

@@ -118,3 +118,29 @@ def test_the_system_prompt_is_folded_if_the_template_has_none(tmp_path):
 def test_a_system_prompt_for_rows_without_a_chat_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"data\.system"):
         load(tmp_path, "chatml", {"text": "a"}, system="Be short.")
+
+
+CALL = {"function": {"name": "add", "arguments": {"x": 1}}}
+TOOL_CHAT = {
+    "messages": [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Two."},
+    ]
+}
+
+
+def test_tool_calls_that_the_template_does_not_write_are_one_error(tmp_path):
+    with pytest.raises(DataError, match="does not write tool calls, which 5 of 6 rows") as caught:
+        load(tmp_path, "chatml", *[TOOL_CHAT] * 5, ROWS[0])
+    assert [problem.where for problem in caught.value.problems] == [
+        f"rows.jsonl:{line}" for line in (1, 2, 3)
+    ]
+    assert "data.template" in str(caught.value)
+
+
+def test_a_tool_definition_that_the_template_leaves_out_is_refused(tmp_path):
+    row = {**ROWS[0], "tools": [{"type": "function", "function": {"name": "add"}}]}
+    with pytest.raises(DataError, match="leaves out the tool 'add'"):
+        load(tmp_path, "chatml", row)

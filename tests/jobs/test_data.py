@@ -64,4 +64,4 @@ def test_faulty_rows_fail(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n{"text": 3}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl:2"):
-        run(recipe(rows), show=1)
+        run(recipe(rows, seq_len=256), show=1)
