@@ -33,7 +33,7 @@ def run(
     contents = select_contents(target, unverified=unverified)
     observer.note(f"the files are those in {contents.folder}")
     if contents.run is None:
-        observer.note("the run of this model is not known, so the card has no recipe and no losses")
+        observer.note("the run of this model is not known, so the model card has no recipe")
     card = model_card(contents, repo)
     url = None
     if preview is not None:

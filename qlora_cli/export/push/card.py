@@ -1,6 +1,6 @@
 """Write the model card of an upload: where the model comes from and what was measured.
 
-The card contains no local path: data files and local models are listed by their names only.
+The model card contains no local path: data files and local models are listed by their names only.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _memory(run: Run) -> Iterator[str]:
         return
     try:
         ledger = read_json(run.folder.memory_json, Ledger.from_dict)
-    except UsageError:  # The card is about the model; a damaged ledger does not stop an upload.
+    except UsageError:  # A damaged ledger does not stop an upload of the model.
         return
     rows = [
         (f"{label} ({peak.source})", format_bytes(peak.peak_bytes))

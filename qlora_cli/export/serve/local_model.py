@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError
+
+_MAX_LIKELY = 50
+"""Number of likely tokens that may be a server's choice."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +86,35 @@ class LocalModel:
     def gap(self, answer: GreedyAnswer, text: str) -> float:
         """Return by how many nats another text is less likely at its first differing token.
 
+        A server returns text and no tokens, and the same text may be other tokens. So at every
+        position up to the first difference, the likely tokens that continue the text are compared
+        with the most likely one. The result is the smallest gap, that is, a lower bound.
+
         answer: this model's answer. text: the other one, not equal to `answer.text`.
         """
-        other = self.encode(text, special=False)
-        index = next(
-            (i for i, (a, b) in enumerate(zip(answer.ids, other, strict=False)) if a != b),
-            min(len(answer.ids), len(other)),
-        )
-        if index >= len(answer.log_probs):  # The other text continues after the last token.
-            return 0.0
-        log_probs = answer.log_probs[index]
-        end = max((float(log_probs[number]) for number in self.ends), default=0.0)
-        chosen = float(log_probs[other[index]]) if index < len(other) else end
-        return float(log_probs.max()) - chosen
+        if len(answer.ids) == len(answer.log_probs) and text.startswith(answer.text):
+            return 0.0  # The other text only continues after the last token.
+        prefixes = [self.decode(answer.ids[:num]) for num in range(len(answer.log_probs))]
+        gaps = [
+            self._gap_at(answer, num, text)
+            for num, prefix in enumerate(prefixes)
+            if text.startswith(prefix)
+        ]
+        return min(gaps)
+
+    def _gap_at(self, answer: GreedyAnswer, num: int, text: str) -> float:
+        """Return the gap if the other text leaves this answer after `num` tokens."""
+        log_probs = answer.log_probs[num]
+        if text == self.decode(answer.ids[:num]):  # The other text ends here.
+            chosen = max((float(log_probs[end]) for end in self.ends), default=-math.inf)
+            return float(log_probs.max()) - chosen
+        values, tokens = log_probs.topk(min(_MAX_LIKELY, len(log_probs)))
+        own = answer.ids[num] if num < len(answer.ids) else None
+        for value, token in zip(values.tolist(), tokens.tolist(), strict=True):
+            if token != own and self._continues([*answer.ids[:num], token], text):
+                return float(values[0]) - float(value)
+        return float(values[0] - values[-1])
+
+    def _continues(self, ids: Sequence[int], text: str) -> bool:
+        """Return whether a text may begin with these tokens. They may end within a character."""
+        return text.startswith(self.decode(ids).rstrip("\ufffd")) and ids[-1] not in self.ends
