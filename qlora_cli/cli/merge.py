@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, suggest
+from qlora_cli.cli.step import at_step, step_option
 from qlora_cli.export.options import (
     AUTO_BASE,
     DEFAULT_DTYPE,
@@ -92,6 +93,7 @@ def _finite(weight: float) -> float:
     help="Also write a GGUF file for llama.cpp in this encoding; needs the extra `gguf` of this "
     "package.",
 )
+@step_option
 @json_option
 def merge(
     run: Path,
@@ -101,12 +103,14 @@ def merge(
     weight: float,
     others: tuple[tuple[Path, float], ...],
     gguf: str | None,
+    step: int | None,
     as_json: bool,
 ) -> None:
     """Merge a run's adapter into its base and write a checkpoint.
 
-    RUN is a run's folder. The result is a model folder with safetensors files that is loaded like
-    any other model, without an adapter. Check it with `qlora verify`.
+    RUN is a run's folder; a run that was stopped can be merged, too. The result is a model folder
+    with safetensors files that is loaded like any other model, without an adapter. Check it with
+    `qlora verify`.
     """
     with fast_import():
         from qlora_cli.jobs import merge as job
@@ -114,7 +118,7 @@ def merge(
 
     with job_observer() as observer:
         result = job.run(
-            run,
+            Path(at_step(run, step)),
             out=out,
             dtype=dtype,
             base=base,

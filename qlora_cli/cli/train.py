@@ -27,7 +27,9 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
     as train.lr=1e-4, replaces one of its settings. The adapter, checkpoints and the report are
     written to the folder that the setting `output` names.
 
-    Ctrl-C writes a checkpoint and exits with code 130; --resume continues from there.
+    Ctrl-C finishes the current step, writes a checkpoint and exits with code 130; --resume
+    continues from there. A stopped run can be merged and tried, too. With more train.epochs or
+    train.steps, --resume extends a finished run.
     """
     from qlora_cli.recipe.load import load_recipe
     from qlora_cli.recipe.shipped import find_recipe

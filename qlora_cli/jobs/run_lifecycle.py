@@ -81,8 +81,10 @@ def open_or_resume(
     _check_unchanged(earlier, description)
     job.run.write(earlier.record | description)
     steps = job.run.steps()
-    remove_lines_after(job.run.metrics, steps[-1] if steps else 0)
-    return job.run.checkpoint(steps[-1]) if steps else None
+    last = steps[-1] if steps else 0
+    # A process that only has to save evaluates again, so that its report has this phase.
+    remove_lines_after(job.run.metrics, last, keep_evaluation=last < job.steps)
+    return job.run.checkpoint(last) if steps else None
 
 
 def record_stop(run: RunFolder, status: str, resumed: bool) -> None:

@@ -59,14 +59,20 @@ def append_line(file: Path, line: Mapping[str, Any]) -> None:
         metrics.write(json.dumps(line) + "\n")
 
 
-def remove_lines_after(file: Path, step: int) -> None:
+def remove_lines_after(file: Path, step: int, *, keep_evaluation: bool = True) -> None:
     """Remove the lines of later steps than `step`, and damaged lines: these steps are done again.
 
-    Raises QloraError if the file cannot be written.
+    keep_evaluation: whether to keep the evaluation after `step` itself. Raises QloraError if the
+    file cannot be written.
     """
     if not file.exists():
         return
-    kept = [text for text, line in _read(file) if line["step"] <= step]
+    kept = [
+        text
+        for text, line in _read(file)
+        if line["step"] < step
+        or (line["step"] == step and (keep_evaluation or not is_evaluation(line)))
+    ]
     with report_write_errors(file.name, file), atomic_file(file) as beside:
         beside.write_text("".join(f"{text}\n" for text in kept))
 

@@ -83,9 +83,9 @@ def open_run(run: Run, device: torch.device, observer: Observer) -> LoadedModel:
     is requested, the weights are those of a checkpoint, which is noted. Raises UsageError if there
     is none, ModelError if files are missing or damaged.
     """
+    base = run.base_folder
     if note := run.describe_weights():
         observer.note(note)
-    base = run.base_folder
     if run.is_full_fine_tuning:
         trained = partial(_folder_source, run.trained_weights)
         return _open(run.recipe, base, trained, device, observer)

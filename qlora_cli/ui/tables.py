@@ -146,7 +146,10 @@ def data(result: DataResult) -> RenderableType:
     }
     if result.held_out_rows:
         facts["held-out rows"] = format_count(result.held_out_rows)
-    findings = [Text(f"! {finding}", style="yellow") for finding in result.findings]
+    if result.updates:
+        facts["updates"] = format_count(result.updates)
+    warnings = (result.warning,) if result.warning else ()
+    findings = [Text(f"! {finding}", style="yellow") for finding in (*result.findings, *warnings)]
     opening, closing = _BRACKETS
     legend = Text(f"Trained tokens are green and between {opening} and {closing}.", style="dim")
     rows = [_row(shown) for shown in result.shown]

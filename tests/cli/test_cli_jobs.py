@@ -11,6 +11,7 @@ import pytest
 from qlora_cli.device import DeviceProfile
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.recipe.shipped import find_recipe
+from qlora_cli.runs.metrics import read_steps
 from qlora_cli.units import GIB
 from tests.helpers.cli_helpers import qlora
 
@@ -102,7 +103,7 @@ def test_train_writes_a_complete_run(run: Path) -> None:
     files |= {"adapter", "report.html", "memory.png"}
     assert files <= {path.name for path in run.iterdir()}
     assert json.loads((run / "run.json").read_text())["status"] == "done"
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len(read_steps(run / "metrics.jsonl")) == 3
 
 
 def test_train_refuses_a_folder_in_use(run: Path, recipe: Path) -> None:
@@ -119,7 +120,7 @@ def test_train_prints_its_result_on_stdout_and_progress_on_stderr(
     outcome = qlora("train", recipe, f"output={tmp_path / 'run'}", "train.steps=1", "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["steps"] == 1
-    keys = {"run", "train_loss", "eval_loss", "tokens_per_second", "ledger"}
+    keys = {"run", "train_loss", "eval_loss", "best_step", "tokens_per_second", "ledger"}
     assert keys <= set(outcome.json)
     assert "step 1 of 1" in outcome.err
 
