@@ -65,7 +65,7 @@ class PlanResult(Result):
     notes: tuple[str, ...]
     seconds: float
     steps: int | None = None
-    time: TimeEstimate = TimeEstimate(None, None, "not measured")
+    time: TimeEstimate = field(default_factory=TimeEstimate)
     disk: DiskNeeds | None = None
     data_problem: str | None = None
 

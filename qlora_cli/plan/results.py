@@ -26,9 +26,9 @@ class Advice:
 class TimeEstimate:
     """The time that training takes, in seconds; None if it is not known. source: of the figures."""
 
-    step_seconds: float | None
-    total_seconds: float | None
-    source: str
+    step_seconds: float | None = None
+    total_seconds: float | None = None
+    source: str = "not measured"
 
 
 @dataclass(frozen=True)

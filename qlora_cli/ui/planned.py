@@ -42,7 +42,7 @@ def plan(result: PlanResult, *, details: bool = True) -> RenderableType:
     if result.disk:
         facts["run on disk"] = f"about {format_bytes(result.disk.run_bytes)}, with checkpoints"
         facts["merged model on disk"] = f"about {format_bytes(result.disk.merged_bytes)} in 16 bit"
-    parts = [_verdict(result), *_sentences(result)]
+    parts: list[RenderableType] = [_verdict(result), *_sentences(result)]
     if details:
         parts += [memory.phase_table(result.ledger), memory.method_table(result.ledger)]
     if result.compare:
