@@ -117,8 +117,22 @@ def detect_format(rows: Sequence[Row], wanted: Literal["auto"] | DataFormat) -> 
     raise DataError(
         "the rows are in no known format",
         [Problem(first.origin, f"its fields are {', '.join(first.fields) or 'none'}")],
-        hint=f"rename the fields to those of one format ({known})",
+        hint=f"{_columns_hint(first.fields) or 'set data.columns'}, or rename the fields to those "
+        f"of one format ({known})",
     )
+
+
+def _columns_hint(fields: Fields) -> str | None:
+    """Return the value of `data.columns` for fields with names that other tools use."""
+    for known in FORMATS.values():
+        columns = {}
+        for name in known.required:
+            names = [key for key in fields if known.aliases.get(key) == name]
+            columns |= {name: names[0]} if names and name not in fields else {}
+        if columns and all(name in columns or name in fields for name in known.required):
+            pairs = ", ".join(f"{name}: {column}" for name, column in columns.items())
+            return f"set data.columns to {{{pairs}}} to read them as {known.name} rows"
+    return None
 
 
 def parse_rows(

@@ -54,8 +54,8 @@ def read_places(
 ) -> list[list[Row]]:
     """Return the rows of each place. Errors and `limit` as of `read_rows`.
 
-    columns: names of fields -> names of the columns that they are read from. A row that has the
-    field and not the column stays as it is.
+    columns: names of fields -> names of the columns that they are read from. A row without any of
+    these columns stays as it is, so that files with and without them can be mixed.
     """
     problems: list[Problem] = []
     result: list[list[Row]] = []
@@ -67,6 +67,7 @@ def read_places(
     number = sum(map(len, result))
     if problems:
         raise rows_error(problems, number + len(problems))
+    _check_fields([row for rows in result for row in rows[:1]], columns or {})
     if not number:
         names = ", ".join(source.name for sources in open_sources(places) for source in sources)
         raise DataError("no rows to train on", [Problem(names, "it contains no rows")])
@@ -91,16 +92,27 @@ def _read(
             problems.append(error.problem(origin))
 
 
+def _check_fields(first_rows: list[Row], columns: Mapping[str, str]) -> None:
+    """Raise DataError if a field of `data.columns` is in no place after renaming."""
+    for name, column in columns.items():
+        if first_rows and not any(name in row.fields for row in first_rows):
+            row = first_rows[0]
+            what = f"no column {column!r}; the row has {', '.join(map(repr, row.fields)) or 'none'}"
+            raise DataError(
+                "data.columns names a column that does not exist:", [Problem(row.origin, what)]
+            )
+
+
 def _renamed(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields with the names of the format. Raises RowError if a column is missing."""
+    present = {name: column for name, column in columns.items() if column in fields}
     missing = [
         column for name, column in columns.items() if column not in fields and name not in fields
     ]
-    if missing:
+    if missing and present:
         raise RowError(
             f"no column {missing[0]!r}; the row has {', '.join(map(repr, fields)) or 'none'}",
             "change data.columns",
         )
-    present = {name: column for name, column in columns.items() if column in fields}
     others = {key: value for key, value in fields.items() if key not in present.values()}
     return others | {name: fields[column] for name, column in present.items()}

@@ -162,3 +162,9 @@ def test_python_text_in_a_cell_is_refused_with_a_hint():
     row = Row("rows.csv:2", {"messages": "[{'role': 'user', 'content': 'q'}]"})
     with pytest.raises(DataError, match=r"json\.dumps"):
         parse_rows([row], "messages", has_chat_template=True)
+
+
+def test_fields_with_names_of_other_tools_get_the_columns_to_set():
+    row = Row("rows.jsonl:1", {"question": "q", "answer": "a"})
+    with pytest.raises(DataError, match=r"data\.columns to {prompt: question, completion: answer}"):
+        detect_format([row], "auto")

@@ -123,4 +123,15 @@ def test_columns_are_renamed_to_fields(tmp_path):
         {"prompt": "p", "completion": "c"},
     ]
     with pytest.raises(DataError, match="no column 'ask'"):
-        read_rows(where, columns={"prompt": "ask"})
+        read_rows(where, columns={"completion": "ask"})
+
+
+def test_columns_apply_to_the_files_of_a_mixture_that_have_them(tmp_path):
+    first = write_file(tmp_path / "a.jsonl", '{"question": "q", "answer": "a"}')
+    second = write_file(tmp_path / "b.jsonl", '{"instruction": "i", "output": "o"}')
+    columns = {"prompt": "question", "completion": "answer"}
+    rows = [row.fields for rows in read_places([first, second], columns=columns) for row in rows]
+    assert rows == [{"prompt": "q", "completion": "a"}, {"instruction": "i", "output": "o"}]
+    half = write_file(tmp_path / "c.jsonl", '{"question": "q"}')
+    with pytest.raises(DataError, match="no column 'answer'"):
+        read_places([first, half], columns=columns)
