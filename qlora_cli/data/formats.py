@@ -125,7 +125,7 @@ def detect_format(rows: Sequence[Row], wanted: Literal["auto"] | DataFormat) -> 
 def _columns_hint(fields: Fields) -> str | None:
     """Return the value of `data.columns` for fields with names that other tools use."""
     for known in FORMATS.values():
-        columns = {}
+        columns: dict[str, str] = {}
         for name in known.required:
             names = [key for key in fields if known.aliases.get(key) == name]
             columns |= {name: names[0]} if names and name not in fields else {}
