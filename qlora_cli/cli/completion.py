@@ -12,7 +12,7 @@ _SHELLS = ("bash", "zsh", "fish")
 @click.argument("shell", type=click.Choice(_SHELLS))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print a script that completes qlora's commands and options in a shell.
+    """Print a script for command completion in a shell.
 
     For bash, put `eval "$(qlora completion bash)"` into ~/.bashrc; for zsh, the same with zsh into
     ~/.zshrc; for fish, run `qlora completion fish > ~/.config/fish/completions/qlora.fish`.

@@ -41,10 +41,6 @@ MASKED = {"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}
         ([GOOD, {"text": 3}, {"text": None}], ("2 of 3", "bad.jsonl:2", "bad.jsonl:3", "is null")),
         (["[1]", GOOD, "{"], ("2 of 3", "bad.jsonl:1", "a list", "bad.jsonl:3", "broken JSON")),
         ([{"a": 1}], ("no known format", "bad.jsonl:1", "rename the fields")),
-        (
-            [GOOD, {"text": "x" * 40}],
-            ("bad.jsonl:2", "41 tokens, but seq_len is 32", "data.seq_len=41"),
-        ),
         ([MASKED, MASKED], ("2 of 2", "bad.jsonl:1", "bad.jsonl:2", "no token")),
         ([ASKED], ("bad.jsonl:1", "no assistant message to train on")),
         ([{"input_ids": [5, 999]}], ("bad.jsonl:1", "999", "the vocabulary ends at")),
@@ -60,9 +56,18 @@ def test_invalid_rows_are_refused_with_file_and_line(
     assert not (job_recipe.parent / "run").exists()
 
 
-def test_rows_longer_than_the_positions_of_the_base_are_refused(job_recipe: Path) -> None:
+def test_long_rows_are_refused_if_the_recipe_requires_it(job_recipe: Path) -> None:
+    bad = write_rows(job_recipe.with_name("bad.jsonl"), GOOD, {"text": "x" * 40})
+    words = ("bad.jsonl:2", "41 tokens", "longer than 32 tokens", "data.long_rows")
+    for command in ("train", "data"):
+        outcome = qlora(command, job_recipe, f"data.train={bad}", "data.long_rows=error")
+        assert_refused(outcome, 2, *words)
+    assert_folder_is_usable(job_recipe)
+
+
+def test_sequences_longer_than_the_positions_of_the_base_are_refused(job_recipe: Path) -> None:
     rows = write_rows(job_recipe.with_name("long.jsonl"), GOOD, {"text": "x" * 80})
     for command in ("train", "data"):
         outcome = qlora(command, job_recipe, f"data.train={rows}", "data.seq_len=128")
-        assert_refused(outcome, 2, "long.jsonl:2", "64 positions")
+        assert_refused(outcome, 2, "data.seq_len", "is 128", "64 positions", "data.seq_len=64")
     assert_folder_is_usable(job_recipe)

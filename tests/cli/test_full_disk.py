@@ -15,7 +15,7 @@ from qlora_cli.runs.metrics import read_steps
 from tests.helpers.cli_checks import assert_folder_is_usable, assert_refused, file_contents
 from tests.helpers.cli_helpers import qlora
 
-FILES = ("adapter/adapter_model.safetensors", "checkpoints/step-000001/trained.safetensors")
+FILES = ("adapter/adapter_model.safetensors", "checkpoints/step-000003/trained.safetensors")
 
 
 @contextmanager
@@ -43,8 +43,8 @@ def full_disk(part: str) -> Iterator[None]:
     [
         (r"step-000002\.\w+\.partial/trained", ("the checkpoint", "step-000002")),
         (r"step-000002\.\w+\.partial/state", ("the checkpoint", "step-000002")),
-        ("adapter_model", ("the adapter", "run/adapter")),
-        ("adapter_config", ("the adapter", "run/adapter")),
+        (r"run/\.adapter\.\w+\.partial/adapter_model", ("the adapter", "run/adapter")),
+        (r"run/\.adapter\.\w+\.partial/adapter_config", ("the adapter", "run/adapter")),
         ("memory", ("memory", "run/memory.json")),
     ],
 )
