@@ -44,7 +44,7 @@ def full_disk(part: str) -> Iterator[None]:
         (r"step-000002\.\w+\.partial/trained", ("the checkpoint", "step-000002")),
         (r"step-000002\.\w+\.partial/state", ("the checkpoint", "step-000002")),
         (r"run/\.adapter\.\w+\.partial/adapter_model", ("the adapter", "run/adapter")),
-        (r"run/\.adapter\.\w+\.partial/adapter_config", ("the adapter", "run/adapter")),
+        (r"run/\.adapter\.\w+\.partial/\.?adapter_config", ("the adapter", "run/adapter")),
         ("memory", ("memory", "run/memory.json")),
     ],
 )
@@ -55,7 +55,7 @@ def test_a_full_disk_loses_nothing_that_was_written(
     with full_disk(part):
         assert_refused(qlora("train", job_recipe), 1, "could not be written", "--resume", *words)
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
-    assert (run / "checkpoints" / "step-000001" / "state.pt").is_file()
+    assert list(run.glob("checkpoints/step-*/state.pt"))
     assert not [path for path in run.rglob("*") if path.suffix in (".partial", ".tmp")]
     outcome = qlora("train", job_recipe, "--resume", "--json")
     assert outcome.code == 0, outcome.err
