@@ -73,14 +73,7 @@ def run(
     if merged is None:
         settings = choose_settings(source, tensors, base, dtype, observer)
         merged, reason = settings.tensors, settings.dtype_reason
-        write_merged(
-            merged,
-            source.base_folder,
-            out,
-            _manifest_details(source, settings),
-            observer,
-            chat_template=trained_template(source.recipe.data, source.base_folder),
-        )
+        _write(source, settings, out, observer)
     if gguf is not None:
         observer.note(f"GGUF file: {_gguf_writer().export_gguf(out, gguf, observer)}")
     return MergeResult(
@@ -90,6 +83,18 @@ def run(
         base=merged.base,
         tensors=len(merged.shapes()),
         bytes=_num_bytes(merged),
+    )
+
+
+def _write(source: Run, settings: MergeSettings, out: Path, observer: Observer) -> None:
+    """Write the merged tensors and the files that belong to them into `out`."""
+    write_merged(
+        settings.tensors,
+        source.base_folder,
+        out,
+        _manifest_details(source, settings),
+        observer,
+        chat_template=trained_template(source.recipe.data, source.base_folder),
     )
 
 
