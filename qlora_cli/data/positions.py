@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_cli.errors import Problem, RecipeError
+from qlora_cli.recipe.schema import Data
 from qlora_cli.units import format_count
 
 
@@ -14,15 +15,16 @@ def num_positions(config: Any) -> int | None:
     return None if positions is None else int(positions)
 
 
-def check_seq_len(seq_len: int, config: Any) -> None:
+def check_seq_len(data: Data, config: Any) -> None:
     """Raise RecipeError if `data.seq_len` is larger than the base's number of positions.
 
+    With packing it may be larger: positions start at 0 in each row, so only rows are limited.
     Planning, `qlora data` and training call this, so they refuse the same recipes.
     """
     positions = num_positions(config)
-    if positions is None or seq_len <= positions:
+    if positions is None or data.packing or data.seq_len <= positions:
         return
-    what = f"is {format_count(seq_len)}; the base has {format_count(positions)} positions"
+    what = f"is {format_count(data.seq_len)}; the base has {format_count(positions)} positions"
     hint = f"set data.seq_len={positions} or less, or name a base with more positions"
     problem = Problem("data.seq_len", what, hint)
     raise RecipeError("the sequences are longer than the base allows", [problem])

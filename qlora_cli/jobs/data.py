@@ -93,7 +93,7 @@ def _model_limits(recipe: Recipe, folder: Path) -> ModelLimits:
     if not file.is_file():
         return ModelLimits()
     config = read_config(file)
-    check_seq_len(recipe.data.seq_len, config)
+    check_seq_len(recipe.data, config)
     return ModelLimits.of(config)
 
 

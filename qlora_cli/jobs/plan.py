@@ -42,7 +42,7 @@ def run(
     began = time.perf_counter()
     profile = device_profile or inspect_device()
     config = read_config(find_config(recipe.model.name, recipe.model.revision))
-    check_seq_len(recipe.data.seq_len, config)
+    check_seq_len(recipe.data, config)
     resolved, _ = resolve(recipe, profile)
     planner = Planner(config, profile)
     plan = planner.plan(resolved)

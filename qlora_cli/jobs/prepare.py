@@ -132,7 +132,7 @@ def read_job(prepared: Prepared, observer: Observer = _SILENT) -> TrainingJob:
     RecipeError if the sequences are longer than the base's positions.
     """
     recipe = prepared.recipe
-    check_seq_len(recipe.data.seq_len, prepared.config)
+    check_seq_len(recipe.data, prepared.config)
     rows = read_rows(prepared, observer)
     for note in rows.notes:
         observer.note(note)

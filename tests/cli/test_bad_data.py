@@ -68,6 +68,8 @@ def test_long_rows_are_refused_if_the_recipe_requires_it(job_recipe: Path) -> No
 def test_sequences_longer_than_the_positions_of_the_base_are_refused(job_recipe: Path) -> None:
     rows = write_rows(job_recipe.with_name("long.jsonl"), GOOD, {"text": "x" * 80})
     for command in ("train", "data"):
-        outcome = qlora(command, job_recipe, f"data.train={rows}", "data.seq_len=128")
+        outcome = qlora(
+            command, job_recipe, f"data.train={rows}", "data.packing=false", "data.seq_len=128"
+        )
         assert_refused(outcome, 2, "data.seq_len", "is 128", "64 positions", "data.seq_len=64")
     assert_folder_is_usable(job_recipe)

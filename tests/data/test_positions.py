@@ -11,6 +11,7 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.events import Silent
 from qlora_cli.jobs import data, plan, train
 from qlora_cli.recipe.load import load_recipe
+from qlora_cli.recipe.schema import Data
 
 
 class Config:
@@ -19,15 +20,22 @@ class Config:
     max_position_embeddings = 64
 
 
+def settings(seq_len: int, packing: bool = False) -> Data:
+    return Data(train="rows.jsonl", seq_len=seq_len, packing=packing)
+
+
 def test_the_limit_itself_is_accepted() -> None:
-    check_seq_len(64, Config())
-    check_seq_len(10**6, object())
+    check_seq_len(settings(64), Config())
+    check_seq_len(settings(10**6), object())
+    check_seq_len(settings(65, packing=True), Config())
     with pytest.raises(RecipeError, match=r"data.seq_len: is 65; the base has 64 positions"):
-        check_seq_len(65, Config())
+        check_seq_len(settings(65), Config())
 
 
 def test_plan_data_and_train_refuse_the_same_recipe(tmp_path: Path) -> None:
-    recipe = load_recipe("starter", ["data.seq_len=1024", f"output={tmp_path / 'run'}"])
+    recipe = load_recipe(
+        "starter", ["data.seq_len=1024", "data.packing=false", f"output={tmp_path / 'run'}"]
+    )
     messages = []
     for run in (
         lambda: plan.run(recipe, device_profile=None, fit=False, compare=False),
