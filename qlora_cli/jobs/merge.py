@@ -39,29 +39,18 @@ def run(
 ) -> MergeResult:
     """Write the merged model of a run.
 
-    run: the run's folder. out: folder to write; it must be new or empty, except that a GGUF file is
-        added to a folder that has the same merge without one.
-    dtype: name of the output dtype; None for float16, or bfloat16 if the model does not fit the
-        range of float16.
-    base: "original", "dequantized" or "auto".
-    weight: factor of the run's adapter. others: (run or adapter folder, factor) of further adapters
-        to add.
-    gguf: "f16" or "q8_0" to write a GGUF file as well; None for none.
+    run: the run's folder. out: a new or empty folder; a GGUF file may be added to the same merge.
+    dtype: of the output; None for float16, or bfloat16 if a value is too large for float16.
+    base: "original", "dequantized" or "auto". weight: factor of the run's adapter.
+    others: (run or adapter folder, factor) of further adapters to add.
+    gguf: type of a GGUF file to write as well; None for none.
 
     Raises UsageError if `out` is in use, the run does not have that base, an adapter was trained on
-    another base, or llama.cpp does not support the model. Raises QloraError if the disk is full.
-    Raises VerificationFailed if the model does not fit the requested dtype, or if reading the GGUF
-    file gives other values than were written.
+    another base, or llama.cpp does not support the model; QloraError if the disk is full;
+    VerificationFailed if a value does not fit the dtype, or the GGUF file has other values.
     """
-    is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if is_used and gguf is None:
-        raise _in_use_error(out)
-    _check_writable(out)
-    source = Run(run)
-    _check_base(source.recipe, base)
-    if note := source.describe_weights():
-        observer.note(note)
-    return_freed_memory()
+    is_used = _check_out(out, may_be_used=gguf is not None)
+    source = _open_run(run, base, observer)
     device = torch.device(inspect_device().kind)
     torch_type = torch_dtype(dtype or DEFAULT_DTYPE)
     tensors = open_merged_tensors(source, "original", torch_type, device, weight, others)
@@ -76,14 +65,43 @@ def run(
         _write(source, settings, out, observer)
     if gguf is not None:
         observer.note(f"GGUF file: {_gguf_writer().export_gguf(out, gguf, observer)}")
+    return _result(out, merged, reason)
+
+
+def _open_run(path: Path, base: str, observer: Observer) -> Run:
+    """Return the run to merge, and report whose step's weights it uses.
+
+    Raises UsageError if the run does not have the base that `--base` names.
+    """
+    run = Run(path)
+    _check_base(run.recipe, base)
+    if note := run.describe_weights():
+        observer.note(note)
+    return_freed_memory()
+    return run
+
+
+def _result(out: Path, merged: MergedTensors, dtype_reason: str) -> MergeResult:
     return MergeResult(
         out=out,
         dtype=dtype_name(merged.dtype),
-        dtype_reason=reason,
+        dtype_reason=dtype_reason,
         base=merged.base,
         tensors=len(merged.shapes()),
         bytes=_num_bytes(merged),
     )
+
+
+def _check_out(out: Path, *, may_be_used: bool) -> bool:
+    """Return whether `out` contains something, before a long computation begins.
+
+    Raises UsageError if it does and may not, or if the folder cannot be created.
+    """
+    is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if is_used and not may_be_used:
+        raise _in_use_error(out)
+    _check_writable(out)
+    return is_used
 
 
 def _write(source: Run, settings: MergeSettings, out: Path, observer: Observer) -> None:
@@ -103,7 +121,7 @@ def _in_use_error(out: Path) -> UsageError:
 
 
 def _check_writable(out: Path) -> None:
-    """Raise UsageError if the folder `out` cannot be created, before a long computation begins."""
+    """Raise UsageError if the folder `out` cannot be created."""
     parent = next(parent for parent in out.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(

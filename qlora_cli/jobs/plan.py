@@ -11,7 +11,7 @@ from qlora_cli.data.sources import open_sources
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import InputError
 from qlora_cli.files.locate import find_config, read_config
-from qlora_cli.jobs.results import Compared, PlanResult
+from qlora_cli.jobs.results import PlanResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.ledger import Allocator, Device, Ledger, peak_phase
 from qlora_cli.plan.advise import changes_that_fit, largest_sizes
@@ -21,7 +21,7 @@ from qlora_cli.plan.merging import dry_run_merge
 from qlora_cli.plan.notes import plan_notes
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.replay import MemoryPlan
-from qlora_cli.plan.results import Advice, DiskNeeds
+from qlora_cli.plan.results import Advice, Compared, DiskNeeds
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.memory.timeline import PhaseTrace
-from qlora_cli.plan.results import Advice, DiskNeeds, Line, TimeEstimate
+from qlora_cli.plan.results import Advice, Compared, DiskNeeds, Line, TimeEstimate
 
 
 class Result:
@@ -23,21 +23,6 @@ class Result:
         assert hasattr(self, "__dataclass_fields__")
         content = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: _plain(value) for name, value in content.items()}
-
-
-@dataclass(frozen=True)
-class Compared:
-    """The peak memory of one method, on the same data and batch size.
-
-    method: name of the adapter method, or "full". bits: bits of the base weights. at_peak: category
-    -> bytes. ratio: the peak of full fine-tuning divided by this peak.
-    """
-
-    method: str
-    bits: int
-    peak_bytes: int
-    at_peak: dict[str, int]
-    ratio: float
 
 
 @dataclass(frozen=True)

@@ -51,17 +51,8 @@ def run(
     base or the data cannot be used, DoesNotFit if the job needs more memory than the device has,
     Interrupted after Ctrl-C, QloraError if training diverges or a file cannot be written.
     """
-    prepared = prepare(recipe, inspect_device())
-    check_installed(prepared.recipe)
-    check_initial_adapter(prepared)
-    for choice in prepared.choices:
-        observer.note(f"{choice.key} = {choice.value}: {choice.reason}")
-    job = read_job(prepared, observer)
-    length = TrainingLength.of(prepared.recipe, job.schedule, job.steps)
-    observer.note(length.text())
-    if warning := length.warning():
-        observer.note(warning)
-    description = record.describe_run(prepared, recipe_path, job.steps)
+    job = _prepare(recipe, observer)
+    description = record.describe_run(job.prepared, recipe_path, job.steps)
     earlier = Run(job.run.path) if resume else None
     if earlier is not None and (finished := finished_result(earlier, description)):
         observer.note(f"{job.run.path} is finished; there is nothing to resume")
@@ -85,6 +76,21 @@ def run(
     except BaseException:  # Any error: run.json must not keep the status `running`.
         record_stop(job.run, "failed", resume)
         raise
+
+
+def _prepare(recipe: Recipe, observer: Observer) -> TrainingJob:
+    """Check everything that needs no weights, read the data, and report choices and length."""
+    prepared = prepare(recipe, inspect_device())
+    check_installed(prepared.recipe)
+    check_initial_adapter(prepared)
+    for choice in prepared.choices:
+        observer.note(f"{choice.key} = {choice.value}: {choice.reason}")
+    job = read_job(prepared, observer)
+    length = TrainingLength.of(prepared.recipe, job.schedule, job.steps)
+    observer.note(length.text())
+    if warning := length.warning():
+        observer.note(warning)
+    return job
 
 
 def _plan(job: TrainingJob, observer: Observer) -> tuple[MemoryPlan, MemoryPlan]:
@@ -133,16 +139,9 @@ def _train(
         evaluator = Evaluator(
             state, job.held_out, job.steps, job.eval_every, job.run, instrument, observer, trackers
         )
+        base, save = prepared.folder, memory.write
         loop = TrainingLoop(
-            state,
-            job.schedule,
-            job.steps,
-            job.run,
-            instrument,
-            observer,
-            evaluator,
-            prepared.folder,
-            memory.write,
+            state, job.schedule, job.steps, job.run, instrument, observer, evaluator, base, save
         )
         with add_last_checkpoint_hint(job.run):
             progress = loop.train()
@@ -151,9 +150,13 @@ def _train(
             exported = _export(job, state, evaluator, observer)
             record.write_template(prepared, job.run)
         ledger = memory.write(progress)
-        peaks = {key: getattr(ledger, key) for key in ("planned_peak_bytes", "measured_peak_bytes")}
-        trackers.log(peaks, state.step)
+        trackers.log(_peaks(ledger), state.step)
     return _finish(job, state.step, progress, evaluator, exported, ledger)
+
+
+def _peaks(ledger: Ledger) -> dict[str, int]:
+    """Return the planned and the measured peak memory, for trackers."""
+    return {key: getattr(ledger, key) for key in ("planned_peak_bytes", "measured_peak_bytes")}
 
 
 def _restore(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora_cli.adapters.registry import method_of
 from qlora_cli.data.positions import num_positions
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.results import Advice
@@ -83,7 +84,7 @@ def _changes(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
         yield "train.activation_checkpointing=true", changed
     if recipe.base.compute_dtype == "float32":
         yield "base.compute_dtype=bfloat16", _with(recipe, "base", compute_dtype="bfloat16")
-    if recipe.adapter.method == "full":
+    if not method_of(recipe.adapter).freezes_base:
         yield "adapter.method=lora", _with(recipe, "adapter", method="lora")
         return
     if recipe.train.optimizer == "adamw" and recipe.adapter.dtype == "float32":

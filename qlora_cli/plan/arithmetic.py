@@ -8,6 +8,7 @@ each line here states what it counts. Sizes are decimal, as in the paper.
 
 from __future__ import annotations
 
+from qlora_cli.adapters.registry import method_of
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.results import Line
 from qlora_cli.recipe.schema import Recipe
@@ -21,7 +22,7 @@ def arithmetic_of(recipe: Recipe, plan: MemoryPlan) -> tuple[Line, ...]:
 
     The result is empty for full fine-tuning.
     """
-    if recipe.adapter.method == "full":
+    if not method_of(recipe.adapter).freezes_base:
         return ()
     total, trained = plan.total_parameters, plan.trainable_parameters
     return *_checkpoints(total, trained), *_training(total, trained)

@@ -56,3 +56,18 @@ class Line:
     value: float
     unit: str
     assumption: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The peak memory of one method, on the same data and batch size.
+
+    method: name of the adapter method, or "full". bits: bits of the base weights. at_peak: category
+    -> bytes. ratio: the peak of full fine-tuning divided by this peak.
+    """
+
+    method: str
+    bits: int
+    peak_bytes: int
+    at_peak: dict[str, int]
+    ratio: float

@@ -66,7 +66,7 @@ def open_for_adapters(where: str, device: torch.device, observer: Observer) -> O
         folder = find_base(where, None)
         loaded = _open_packed(folder, folder, _compute_on(device, folder), device, observer)
         return OpenedModel(loaded, folder, folder)
-    if run.recipe.adapter.method == "lora":
+    if not run.is_full_fine_tuning:
         return _opened(run, open_run(run, device, observer))
     weights, compute = run.frozen_or_trained_weights, run.recipe.base.compute_dtype
     return _opened(run, _open_packed(run.base_folder, weights, compute, device, observer))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
+from qlora_cli.adapters.registry import method_of
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.files.source import fingerprint
 from qlora_cli.recipe.schema import Recipe, Section
@@ -69,7 +70,7 @@ class Run:
     @property
     def is_full_fine_tuning(self) -> bool:
         """Whether the run trained all weights and so has no adapter."""
-        return self.recipe.adapter.method == "full"
+        return not method_of(self.recipe.adapter).freezes_base
 
     @cached_property
     def base_folder(self) -> Path:
@@ -85,7 +86,7 @@ class Run:
                 where=str(self.folder.run_json),
                 hint="move it back, or set base_folder in run.json to its new path",
             )
-        if self.recipe.adapter.method == "lora":
+        if not self.is_full_fine_tuning:
             self.check_fingerprint(fingerprint(folder))
         return folder
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+from qlora_cli.adapters.registry import method_of
 from qlora_cli.data.packing import BatchSchedule, peak_steps
 from qlora_cli.errors import Interrupted
 from qlora_cli.events import Observer, StepEvent
@@ -154,7 +155,8 @@ class TrainingLoop:
         if not self.evaluator.tokens_per_second:
             return
         recipe = self.state.recipe
-        passes = 2 + (recipe.adapter.method == "full") + recipe.train.activation_checkpointing
+        trains_base = not method_of(recipe.adapter).freezes_base
+        passes = 2 + trains_base + recipe.train.activation_checkpointing
         sizes = [size for step in range(self.steps) for size in self.schedule.sizes(step)]
         seconds = passes * sum(size.tokens for size in sizes) / self.evaluator.tokens_per_second
         self.observer.note(

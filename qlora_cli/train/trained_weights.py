@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+from qlora_cli.adapters.registry import method_of
 from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors
 from qlora_cli.files.source import WEIGHTS_FILE
 from qlora_cli.models.attach import save_adapter
@@ -23,7 +24,7 @@ def write_weights(state: State, base: Path, folder: Path) -> None:
     base: the folder of the base, whose config is copied after full fine-tuning. Raises QloraError
     if they cannot be written, NotFinite if a weight is NaN or infinite.
     """
-    if state.recipe.adapter.method == "lora":
+    if method_of(state.recipe.adapter).freezes_base:
         save_adapter(state.loaded, state.recipe, folder / ADAPTER)
         return
     weights = folder / WEIGHTS
@@ -41,7 +42,7 @@ def add_weights(state: State, base: Path, checkpoint: Path, parameters: Path) ->
     parameters: the checkpoint's file of all trained parameters. After full fine-tuning it contains
     the complete model, which is then linked and not written again.
     """
-    if state.recipe.adapter.method == "lora":
+    if method_of(state.recipe.adapter).freezes_base:
         save_adapter(state.loaded, state.recipe, checkpoint / ADAPTER)
         return
     weights = checkpoint / WEIGHTS

@@ -17,8 +17,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qlora_cli.jobs.results import Compared
 from qlora_cli.memory.ledger import CATEGORIES, Ledger, peak_phase
+from qlora_cli.plan.results import Compared
 from qlora_cli.ui.categories import category_label
 from qlora_cli.ui.memory_facts import counters, device_text, saving
 from qlora_cli.units import format_bytes, format_ratio

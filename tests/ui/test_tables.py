@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from qlora_cli.jobs.results import Compared
 from qlora_cli.memory.ledger import CATEGORIES, Allocator, Phase
+from qlora_cli.plan.results import Compared
 from qlora_cli.ui import memory, memory_facts, planned, tables
 from qlora_cli.ui.categories import CATEGORY_STYLES, category_label
 from qlora_cli.ui.summary import held_out_loss

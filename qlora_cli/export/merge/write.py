@@ -85,12 +85,19 @@ def write_merged(
         _require_space(out, base, [shard for shard in shards if shard.name not in done])
         _write_shards(tensors, shards, done, partial, observer)
         write_index(partial, shards)
-        write_json(partial / CONFIG, merged_config(base, tensors.dtype))
-        copy_files(base, partial)
-        if chat_template is not None:
-            (partial / TEMPLATE_FILE).write_text(chat_template)
+        _write_other_files(tensors, base, partial, chat_template)
         write_json(partial / MANIFEST, {**about, "settings": settings})
         publish_folder(partial, out)
+
+
+def _write_other_files(
+    tensors: MergedTensors, base: Path, folder: Path, chat_template: str | None
+) -> None:
+    """Write the config, the tokenizer and the other files of the base into `folder`."""
+    write_json(folder / CONFIG, merged_config(base, tensors.dtype))
+    copy_files(base, folder)
+    if chat_template is not None:
+        (folder / TEMPLATE_FILE).write_text(chat_template)
 
 
 def find_equal_merge(out: Path, tensors: MergedTensors) -> MergedTensors | None:
