@@ -13,6 +13,8 @@ from qlora_cli.files.source import WEIGHTS_FILE, WEIGHTS_INDEX
 from tests.helpers.cli_checks import assert_folder_is_usable, assert_refused, truncate
 from tests.helpers.cli_helpers import qlora
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_missing_base_is_refused(job_recipe: Path, tiny_base: Path) -> None:
     missing = tiny_base.with_name(f"{tiny_base.name}x")

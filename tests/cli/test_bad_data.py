@@ -12,6 +12,7 @@ from tests.helpers.cli_checks import assert_folder_is_usable, assert_refused
 from tests.helpers.cli_helpers import qlora
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["data.train", "data.eval"])
 def test_a_missing_data_file_is_refused_with_similar_names(job_recipe: Path, setting: str) -> None:
     missing = job_recipe.with_name("row.jsonl")
@@ -56,6 +57,7 @@ def test_invalid_rows_are_refused_with_file_and_line(
     assert not (job_recipe.parent / "run").exists()
 
 
+@pytest.mark.slow
 def test_long_rows_are_refused_if_the_recipe_requires_it(job_recipe: Path) -> None:
     bad = write_rows(job_recipe.with_name("bad.jsonl"), GOOD, {"text": "x" * 40})
     words = ("bad.jsonl:2", "41 tokens", "longer than 32 tokens", "data.long_rows")
@@ -65,6 +67,7 @@ def test_long_rows_are_refused_if_the_recipe_requires_it(job_recipe: Path) -> No
     assert_folder_is_usable(job_recipe)
 
 
+@pytest.mark.slow
 def test_sequences_longer_than_the_positions_of_the_base_are_refused(job_recipe: Path) -> None:
     rows = write_rows(job_recipe.with_name("long.jsonl"), GOOD, {"text": "x" * 80})
     for command in ("train", "data"):

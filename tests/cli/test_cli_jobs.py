@@ -15,6 +15,8 @@ from qlora_cli.runs.metrics import read_steps
 from qlora_cli.units import GIB
 from tests.helpers.cli_helpers import qlora
 
+pytestmark = pytest.mark.slow
+
 
 def test_plan_reports_the_memory_of_a_job(recipe: Path) -> None:
     outcome = qlora("plan", recipe, "train.micro_batch=1", "--json")

@@ -9,6 +9,8 @@ import pytest
 
 from tests.helpers.cli_helpers import qlora
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_halves_of_an_adapter_are_the_adapter(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"

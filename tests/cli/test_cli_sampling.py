@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.cli_helpers import qlora
+
+pytestmark = pytest.mark.slow
 
 PROMPT = ("--prompt", "name: Copper Swan", "--max-new-tokens", "5")
 

@@ -14,6 +14,8 @@ from tests.helpers.cli_checks import assert_refused
 from tests.helpers.cli_helpers import Outcome, qlora
 from tests.helpers.runs import make_base, make_rows
 
+pytestmark = pytest.mark.slow
+
 AUTO_MAP = {
     "AutoConfig": "own.OwnConfig",
     "AutoModelForCausalLM": "own.OwnModel",

@@ -15,6 +15,8 @@ from qlora_cli.runs.metrics import read_steps
 from tests.helpers.cli_checks import assert_folder_is_usable, assert_refused, file_contents
 from tests.helpers.cli_helpers import qlora
 
+pytestmark = pytest.mark.slow
+
 FILES = ("adapter/adapter_model.safetensors", "checkpoints/step-000003/trained.safetensors")
 
 

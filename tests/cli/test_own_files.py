@@ -15,6 +15,8 @@ from qlora_cli.jobs import quickstart
 from tests.helpers.cli_checks import file_contents
 from tests.helpers.cli_helpers import Outcome, qlora
 
+pytestmark = pytest.mark.slow
+
 # report
 
 

@@ -15,6 +15,8 @@ from qlora_cli.memory.device import inspect_device
 from tests.helpers.cli_checks import assert_folder_is_usable, assert_refused
 from tests.helpers.cli_helpers import qlora
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_job_that_does_not_fit_exits_3_and_writes_nothing(
     job_recipe: Path, monkeypatch: pytest.MonkeyPatch

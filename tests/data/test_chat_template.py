@@ -230,6 +230,7 @@ THINKS = (
 THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt is 3."}
 
 
+@pytest.mark.slow
 @needs_shared_data
 def test_thinking_is_trained_if_rendered_and_refused_if_dropped(qwen):
     qwen.chat_template = THINKS

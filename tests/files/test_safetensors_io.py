@@ -56,6 +56,7 @@ def test_every_dtype_and_shape_is_written_and_read(
         assert torch.equal(found, tensor)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.dictionaries(

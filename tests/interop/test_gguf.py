@@ -61,6 +61,7 @@ def test_every_model_type_is_supported_or_known_to_be_unsupported() -> None:
     assert known == {*ARCHITECTURES, "gpt2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_reads_the_same_values(family: str, tied: bool, tmp_path: Path) -> None:
@@ -327,6 +328,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
         write(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["f16", "q8_0"])
 @pytest.mark.parametrize("name", ["token_embd.weight", "blk.1.attn_q.weight", "output_norm.weight"])
 def test_a_flipped_bit_in_the_file_is_found(

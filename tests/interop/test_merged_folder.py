@@ -69,6 +69,7 @@ def test_the_config_has_class_sizes_and_dtype(family: str, tmp_path: Path) -> No
     assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_index_lists_every_tensor_once_and_converters_support_them(
@@ -106,6 +107,7 @@ def test_the_reader_of_the_converter_finds_the_tokenizer(family: str, tmp_path: 
     assert reader.chat_template == own.chat_template
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*ARCHITECTURES, "gpt2"])
 def test_transformers_loads_the_folder_without_a_warning(
     family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

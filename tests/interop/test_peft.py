@@ -46,6 +46,7 @@ def assert_same_keys(model: Any, adapter: Path) -> None:
     assert all(torch.equal(peft_tensors[name], in_file[name]) for name in in_file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
@@ -110,6 +111,7 @@ def round_trip(loaded: LoadedModel, recipe: Any, folder: Path) -> LoadedModel:
     return back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_round_trip_through_peft_is_exact(family: str, dtype: str, tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), [*PEFT_WRITES, *OTHERS])
 def test_qlora_loads_adapters_of_peft(family: str, name: str, tmp_path: Path) -> None:
     settings = PEFT_GPT2[name] if family == "gpt2" else PEFT_LLAMA[name]

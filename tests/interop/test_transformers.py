@@ -45,6 +45,7 @@ def generate_greedily(model: Any, ids: Tensor, num: int) -> list[int]:
     return [int(token) for token in output[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_computes_the_logits_of_transformers(
@@ -60,6 +61,7 @@ def test_a_model_computes_the_logits_of_transformers(
     assert loaded.model.generation_config.top_k == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_a_pretrained_model_generates_the_same_text(name: str, shared: Path) -> None:
     folder = shared / "data" / "models" / name

@@ -32,6 +32,7 @@ def test_the_starter():
     json.dumps(result.to_dict())
 
 
+@pytest.mark.slow
 @needs_shared_data
 @pytest.mark.parametrize(
     "name", ["tokenizers/gpt2", "models/stories260K", "tokenizers/mistral_v3_hf"]

@@ -23,6 +23,8 @@ from qlora_cli.ui import timelines
 from tests.helpers.interrupted import train_run
 from tests.helpers.runs import make_base, make_recipe, make_rows
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 
 

@@ -18,6 +18,8 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.units import GIB, MIB
 from tests.helpers.runs import make_recipe
 
+pytestmark = pytest.mark.slow
+
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 512,

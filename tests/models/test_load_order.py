@@ -64,6 +64,7 @@ def loaded(case: Case, seed: int) -> tuple[int, list[str]]:
     return instrument.phases[0].peak_bytes, sources[0].read_names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 def test_the_order_of_a_file_has_no_effect(case: Case) -> None:
     plan = next(phase for phase in plan_case(case, PROFILE).phases if phase.name == "load")
@@ -100,6 +101,7 @@ def test_a_gpu_never_stores_a_head_twice(bits: int) -> None:
     assert load.peak_bytes - load.live_bytes < head_bytes / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_weights_are_transposed_before_they_are_copied_to_a_gpu(bits: int) -> None:
     """GPT-2's file stores (in, out); transposing on the GPU would need the weight twice."""

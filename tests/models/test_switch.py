@@ -96,6 +96,7 @@ def assert_same_bytes(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> No
         assert torch.equal(as_bytes(found[name]), as_bytes(value)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("bits", [4, 16])
 def test_each_adapter_gives_the_logits_that_it_gives_alone(

@@ -25,6 +25,7 @@ LARGE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4
 LARGE_GPT2 = {"n_embd": 256, "n_head": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_the_plan_equals_the_measured_memory(

@@ -31,6 +31,8 @@ from qlora_cli.models.build import skeleton
 from qlora_cli.nn.loss import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
 
+pytestmark = pytest.mark.slow
+
 Row = tuple[int, int]
 """(tokens, trained tokens)."""
 WIDE = Case("llama", "tiny", (), 32000, tied=True)

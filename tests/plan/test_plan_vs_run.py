@@ -28,6 +28,7 @@ from qlora_cli.memory.ledger import Phase
 from qlora_cli.memory.tracker import KernelRules, track_gradients
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.train.state import tag_living
+from tests.helpers.marks import slow_after_first
 from tests.helpers.runs import CPU
 
 NO_CHECKPOINTING = "train.activation_checkpointing=false"
@@ -90,7 +91,9 @@ def profiled(case: Case) -> dict[str, int]:
     return measure_with_profiler(case, PROFILE)
 
 
-@pytest.mark.parametrize("case", GRID, ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "case", slow_after_first(GRID), ids=lambda case: case.name.replace(" ", "-")
+)
 def test_the_plan_equals_the_run(case: Case) -> None:
     plan, run, peaks = phases_of(case), tracked(case), profiled(case)
     assert tuple(plan) == tuple(run) == tuple(peaks) == PHASES
@@ -110,6 +113,7 @@ def test_the_plan_equals_the_run(case: Case) -> None:
     assert plan_table.UNDER <= planned_peak / measured_peak - 1 <= plan_table.OVER, message
 
 
+@pytest.mark.slow
 def test_a_plan_without_kernel_rules_fails_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     """8-bit kernels cast complete operands: without the rules the plan is too low."""
     case = Case("llama", "tiny", ("base.bits=8", "data.seq_len=64"), 259)
@@ -118,6 +122,7 @@ def test_a_plan_without_kernel_rules_fails_the_comparison(monkeypatch: pytest.Mo
     assert min(plan[name].peak_bytes / peaks[name] - 1 for name in PHASES) < -0.01
 
 
+@pytest.mark.slow
 def test_a_plan_of_another_job_fails_the_comparison() -> None:
     """Half as many tokens and the same weights are outside of the tolerance."""
     case, half = (Case("llama", "tiny", (f"data.seq_len={n}",), 8192) for n in (256, 128))

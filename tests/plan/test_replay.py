@@ -17,6 +17,7 @@ from qlora_cli.plan.recording import NUM_RECORDED_BLOCKS, NotAlike, Recording, r
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
+from tests.helpers.marks import slow_after_first
 from tests.helpers.runs import make_base, make_recipe
 
 BLOCKS = 9
@@ -85,7 +86,9 @@ def plan(recipe: Recipe, config: Any, profile: DeviceProfile) -> MemoryPlan:
     return dry_run(recipe, config, profile, batches, batches[:1])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}")
+@pytest.mark.parametrize(
+    "case", slow_after_first(CASES), ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}"
+)
 def test_repeated_blocks_equal_blocks_that_ran(
     bases: Any, case: tuple[str, str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +115,7 @@ def test_repeated_blocks_equal_blocks_that_ran(
     assert short.adapter_bytes == complete.adapter_bytes
 
 
+@pytest.mark.slow
 def test_blocks_that_differ_all_run(bases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a target in one block only, no block may be repeated."""
     profile = DEVICES["ada"]

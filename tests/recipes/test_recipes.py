@@ -20,6 +20,8 @@ from qlora_cli.recipe.shipped import shipped_recipes, summary
 from qlora_cli.units import GIB
 from tests.helpers.cli_helpers import qlora
 
+pytestmark = pytest.mark.slow
+
 PLANNED = {
     "chat": ("Qwen2.5-3B", "8GiB"),
     "gpt2-e2e": ("gpt2-medium", "8GiB"),

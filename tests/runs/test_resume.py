@@ -27,6 +27,11 @@ from tests.helpers.interrupted import train_run
 from tests.helpers.resumed_runs import CASES, STEPS, assert_same_run, losses, recipe_of
 from tests.helpers.runs import make_base, make_rows
 
+pytestmark = pytest.mark.slow
+
+SIGINT_HANDLER = signal.getsignal(signal.SIGINT)
+"""The handler before any test; a process in the background may ignore the signal."""
+
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -122,7 +127,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_status(stopped: tuple[Recipe, RunFol
     recipe, run = stopped
     assert run.read()["status"] == "interrupted"
     assert run.steps() == [1, 2]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is SIGINT_HANDLER
     train_run(recipe, resume=True)
     assert run.read()["status"] == "done"
 

@@ -38,6 +38,7 @@ def test_the_speed_of_a_tiny_shape(tmp_path: Path) -> None:
     assert content["peft"] == "not asked for"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_peft_trains_too(tmp_path: Path) -> None:
     pytest.importorskip("peft")
@@ -65,6 +66,7 @@ def test_environment_and_tests_without_a_gpu(
     assert "tests: exit code 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_results_are_kept_if_a_later_check_fails(tmp_path: Path) -> None:
     report = Report(tmp_path / "gpu.json", {"parts": {}})
     writes = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"speed\": 7}')"

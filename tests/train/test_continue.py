@@ -21,6 +21,8 @@ from tests.helpers.observers import NoteRecorder
 from tests.helpers.resumed_runs import losses, recipe_of
 from tests.helpers.runs import make_base, make_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -26,6 +26,8 @@ from tests.helpers.cli_helpers import Outcome, qlora
 from tests.helpers.runs import make_base, make_recipe, make_rows
 from tests.helpers.training import FLOAT16, ROWS, make_nonfinite, make_state
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 FLOAT16_SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "float16 compute": {"base": {"compute_dtype": "float16"}},

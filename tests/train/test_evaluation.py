@@ -25,6 +25,8 @@ from tests.helpers.interrupted import train_run
 from tests.helpers.resumed_runs import STEPS, assert_same_run, losses, recipe_of
 from tests.helpers.runs import make_base, make_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:

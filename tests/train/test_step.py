@@ -155,6 +155,7 @@ def test_clipping_limits_the_norm(tmp_path: Path) -> None:
         assert norm == pytest.approx(limit or outcome.grad_norm, rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_steps_decrease_the_loss(tmp_path: Path, family: str) -> None:
     state = make_state(tmp_path, family)

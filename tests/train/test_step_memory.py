@@ -68,6 +68,7 @@ def planned(recipe: Recipe, profile: DeviceProfile) -> dict[str, Phase]:
     return {phase.name: phase for phase in plan.phases}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_an_untied_table_is_not_in_gpu_memory(bases: Path, name: str) -> None:
     recipe = recipe_of(bases, name)
@@ -79,6 +80,7 @@ def test_an_untied_table_is_not_in_gpu_memory(bases: Path, name: str) -> None:
         assert on_cpu[phase].at_peak["embeddings"] == positions + table
 
 
+@pytest.mark.slow
 def test_a_tied_table_and_a_trained_one_stay_in_gpu_memory(bases: Path) -> None:
     for recipe in (
         recipe_of(bases, "tied"),
@@ -194,6 +196,7 @@ def largest_float32(recipe: Recipe) -> int:
     return recorded.largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_no_weight_is_ever_copied_to_float32(bases: Path, family: str, bits: int) -> None:

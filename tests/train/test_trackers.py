@@ -19,6 +19,8 @@ from tests.helpers.observers import NoteRecorder
 from tests.helpers.resumed_runs import recipe_of
 from tests.helpers.runs import make_base, make_rows
 
+pytestmark = pytest.mark.slow
+
 
 class RecordingTracker:
     """Records what it receives. fails_at: step whose figures it cannot store."""

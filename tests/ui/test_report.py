@@ -19,6 +19,8 @@ from qlora_cli.ui.categories import CATEGORY_STYLES
 from qlora_cli.units import GIB, MIB
 from tests.helpers import results
 
+pytestmark = pytest.mark.slow
+
 
 class Reader(HTMLParser):
     """Collects what a page would load, and checks that its elements are closed."""

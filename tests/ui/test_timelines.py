@@ -116,6 +116,7 @@ def words_of(figure: Figure) -> Iterator[tuple[str, Bbox]]:
             yield text.get_text(), text.get_window_extent(canvas.get_renderer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_label_is_cut_off_or_overlaps_another(case: str) -> None:
     figure = figures.overview_figure(CASES[case])

@@ -73,6 +73,7 @@ def read_manifest(folder: Path) -> Any:
     return json.loads((folder / "merge.json").read_text())
 
 
+@pytest.mark.slow
 @seeded
 @pytest.mark.parametrize("base", ["dequantized", "auto"])
 def test_bfloat16_is_written_instead_with_a_warning(
@@ -128,6 +129,7 @@ def test_float16_is_the_default_and_its_fit_is_recorded(tmp_path: Path) -> None:
     assert found["in_tensor"] in load_file(out / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_another_dtype_is_written_on_request(dtype: str, tmp_path: Path) -> None:
     run, out = make_spoiled_run(tmp_path, overflow_weight), tmp_path / "out"

@@ -123,6 +123,7 @@ def test_agreement_is_counted_up_to_the_first_difference(tmp_path: Path) -> None
     assert count_agreeing_tokens(model.compared_logits([continuation])).num_agreeing == 20
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 def test_verify_passes_and_fails_with_streamed_models(family: str, tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def test_a_trained_model_that_computes_nan_cannot_be_the_reference(tmp_path: Pat
         merge.run(run.path, out=tmp_path / "out", dtype="float32", base="auto", observer=Silent())
 
 
+@pytest.mark.slow
 def test_the_compared_rows_are_reported(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
     rows = make_rows(tmp_path / "rows.jsonl")

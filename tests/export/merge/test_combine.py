@@ -94,6 +94,7 @@ def test_an_adapter_minus_itself_is_the_base(world: World) -> None:
     assert all(torch.equal(made.compute(name), original[name]) for name in original)
 
 
+@pytest.mark.slow
 def test_the_command_line_accepts_a_peft_folder_and_verify_passes(
     world: World, tmp_path: Path
 ) -> None:

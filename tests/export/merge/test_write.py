@@ -80,6 +80,7 @@ def test_merged_is_the_base_plus_the_scaled_product(
             assert (made.float() - expected).abs().le(expected.abs() * 2.0**-11 + 1e-6).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_with_b_zero_the_merge_is_the_base_bit_for_bit(family: str, tmp_path: Path) -> None:
     base, run, _ = a_run(tmp_path, family, spread=0.0)
@@ -124,6 +125,7 @@ def test_a_sum_between_two_roundings_is_accepted_and_a_flipped_bit_is_not(tmp_pa
         assert not tensors.within_rounding_error(name, made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
 def test_transformers_loads_the_merge_with_nothing_missing(

@@ -12,6 +12,8 @@ from tests.helpers.openai_server import ServedModel, serve
 from tests.helpers.runs import make_recipe, make_rows, make_run
 from tests.helpers.vocabularies import byte_level_of, make_model_with_tokenizer
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"

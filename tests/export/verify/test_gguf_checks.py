@@ -86,6 +86,7 @@ def test_another_quantization_passes_within_its_error(folder: Path) -> None:
     assert "more than Q8_0 does" in fault
 
 
+@pytest.mark.slow
 def test_verify_fails_for_a_damaged_file_and_records_its_result(tmp_path: Path) -> None:
     base = make_model_with_tokenizer(tmp_path / "base", "llama")
     run, _ = make_run(tmp_path / "run", make_recipe(base, make_rows(tmp_path / "rows.jsonl")))

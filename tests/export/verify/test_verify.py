@@ -299,6 +299,7 @@ def test_a_correct_merge_passes(family: str, bits: int, kind: MergeBase, tmp_pat
     assert verdict.comparison.mean_kl < (1e-4 if bits != 8 else 2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stories260K", "gpt_nano_sort", "books-gpt2"])
 @pytest.mark.parametrize("kind", ["original", "dequantized"])
 def test_a_correct_merge_of_a_pretrained_model_passes(
