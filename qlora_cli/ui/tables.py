@@ -14,7 +14,6 @@ from qlora_cli.jobs.results import (
     DataResult,
     DoctorResult,
     EvalResult,
-    GenerateResult,
     MergeResult,
     PushResult,
     QuickstartResult,
@@ -125,14 +124,6 @@ def evaluation(result: EvalResult) -> RenderableType:
             "tokens": format_count(result.tokens),
         }
     )
-
-
-def generation(result: GenerateResult) -> RenderableType:
-    """Render the generated text and nothing else; several answers get a line with their name."""
-    if len(result.answers) == 1:
-        return Text(result.text)
-    shown = [Text(f"{name}:\n{text}") for name, text in result.answers.items()]
-    return Text("\n\n").join(shown)
 
 
 def data(result: DataResult) -> RenderableType:

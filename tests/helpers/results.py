@@ -12,7 +12,6 @@ from qlora_cli.jobs.results import (
     DataResult,
     DoctorResult,
     EvalResult,
-    GenerateResult,
     MergeResult,
     PlanResult,
     QuickstartResult,
@@ -93,7 +92,6 @@ TRAIN = TrainResult(Path("runs/x"), 120, 1.234, 1.3, 2413.0, LEDGER, 80, 2.1)
 MERGE = MergeResult(Path("runs/x/merged"), "float16", "dequantized", 291, 16 * GIB, "requested")
 VERIFY = VerifyResult(True, 0.012, 1e-5, 0.993, (), 61, 64)
 EVAL = EvalResult(1.2, 3.32, 10_000, 0.61)
-GENERATE = GenerateResult("Hello", " world [x]", {"run": " world [x]", "base": " bark"})
 DATA = DataResult(
     rows=100,
     sequences=20,

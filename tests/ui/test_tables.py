@@ -48,7 +48,6 @@ def text_of(shown: RenderableType, width: int = 100) -> str:
             ["passed", "0.012", "top-1 agreement", "99.30%", "the first 61 of 64 tokens agree"],
         ),
         (tables.evaluation, results.EVAL, ["1.2000", "3.32", "61.00%", "10,000"]),
-        (tables.generation, results.GENERATE, [" world [x]", "run", "base", " bark"]),
         (
             tables.data,
             results.DATA,
@@ -150,14 +149,6 @@ def test_a_verification_without_a_comparison_shows_no_figures() -> None:
         faults=("x",),
     )
     assert "nan" not in text_of(tables.verify(failed))
-
-
-def test_generated_text_is_not_rewrapped() -> None:
-    long = " word" * 100
-    text = f"{long}\n\n[red]x"
-    shown = tables.generation(replace(results.GENERATE, text=text, answers={"base": text}))
-    assert text_of(shown) == f"{text}\n"
-    assert text_of(tables.generation(results.GENERATE)) == "run:\n world [x]\n\nbase:\n bark\n"
 
 
 def test_a_long_path_is_not_broken_over_lines() -> None:

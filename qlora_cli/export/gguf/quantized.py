@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, ReaderTensor
 from gguf.quants import dequantize
 
 from qlora_cli.events import Observer
 from qlora_cli.export.gguf.encode import Array
+from qlora_cli.export.gguf.file_tensors import tensor_faults
 from qlora_cli.export.gguf.model import PlannedTensor
 from qlora_cli.export.gguf.plan import GgufPlan
-from qlora_cli.export.gguf.read_back import READ_ERRORS
 
 _MAX_ERROR = {
     GGMLQuantizationType.F32: 1e-3,
@@ -41,30 +41,17 @@ def quantized_faults(file: Path, plan: GgufPlan, observer: Observer) -> Iterator
 
     plan: the plan of the same folder in any encoding; only names, shapes and sources are used.
     """
-    try:
-        reader = GGUFReader(file)
-    except READ_ERRORS as fault:
-        yield f"the file cannot be read: {fault}"
-        return
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    for name in sorted(tensors.keys() - {planned.name for planned in plan.tensors}):
-        yield f"{name} does not belong to this model"
-    observer.stage("gguf read back", len(plan.tensors))
-    for done, planned in enumerate(plan.tensors, 1):
-        tensor = tensors.get(planned.name)
-        if tensor is None:
-            yield f"{planned.name} is missing"
-        elif tuple(reversed(tensor.shape.tolist())) != planned.shape:
-            yield f"{planned.name} has another shape"
-        else:
-            error = _relative_error(planned, tensor.data, tensor.tensor_type)
-            # `not <=` also reports NaN.
-            if not error <= _MAX_ERROR.get(tensor.tensor_type, _OTHER_MAX_ERROR):
-                yield (
-                    f"{planned.name} differs from the merged tensor by {error:.1%}, which is more "
-                    f"than {tensor.tensor_type.name} does"
-                )
-        observer.advance(done)
+    yield from tensor_faults(file, plan, observer, _value_faults)
+
+
+def _value_faults(planned: PlannedTensor, tensor: ReaderTensor) -> Iterator[str]:
+    error = _relative_error(planned, tensor.data, tensor.tensor_type)
+    # `not <=` also reports NaN.
+    if not error <= _MAX_ERROR.get(tensor.tensor_type, _OTHER_MAX_ERROR):
+        yield (
+            f"{planned.name} differs from the merged tensor by {error:.1%}, which is more than "
+            f"{tensor.tensor_type.name} does"
+        )
 
 
 def _relative_error(planned: PlannedTensor, data: Array, kind: GGMLQuantizationType) -> float:

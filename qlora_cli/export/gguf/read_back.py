@@ -10,20 +10,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor
 
 from qlora_cli.errors import VerificationFailed
 from qlora_cli.events import Observer
 from qlora_cli.export.gguf.encode import Array, encoded_rows
+from qlora_cli.export.gguf.file_tensors import tensor_faults
 from qlora_cli.export.gguf.model import PlannedTensor
 from qlora_cli.export.gguf.plan import GgufPlan
 from qlora_cli.export.verify.faults import shorten_faults
 
-READ_ERRORS = (ValueError, IndexError, KeyError, OverflowError)
-"""What `GGUFReader` raises for a damaged file."""
 _BLOCK_VALUES = 32
 _BLOCK_BYTES = 34
 """A Q8_0 block: a float16 step and 32 int8 numbers."""
@@ -44,32 +44,11 @@ def verify_gguf(file: Path, plan: GgufPlan, observer: Observer) -> None:
 
 
 def gguf_faults(file: Path, plan: GgufPlan, observer: Observer) -> Iterator[str]:
-    """Yield one line for each difference between a GGUF file and the plan."""
-    try:
-        reader = GGUFReader(file)
-    except READ_ERRORS as fault:
-        yield f"the file cannot be read: {fault}"
-        return
-    yield from _metadata_faults(reader, plan)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    for name in sorted(tensors.keys() - {planned.name for planned in plan.tensors}):
-        yield f"{name} does not belong to this model"
-    observer.stage("gguf read back", len(plan.tensors))
-    for done, planned in enumerate(plan.tensors, 1):
-        tensor = tensors.get(planned.name)
-        if tensor is None:
-            yield f"{planned.name} is missing"
-        elif (tensor.tensor_type, tuple(reversed(tensor.shape.tolist()))) != (
-            planned.encoding,
-            planned.shape,
-        ):
-            yield f"{planned.name} has another type or shape"
-        else:
-            yield from _value_faults(planned, tensor.data)
-        observer.advance(done)
+    """Return an iterator over one line for each difference between a GGUF file and the plan."""
+    return tensor_faults(file, plan, observer, _value_faults, partial(_metadata_faults, plan))
 
 
-def _metadata_faults(reader: GGUFReader, plan: GgufPlan) -> Iterator[str]:
+def _metadata_faults(plan: GgufPlan, reader: GGUFReader) -> Iterator[str]:
     (entries,) = plan.writer().kv_data
     for key, entry in entries.items():
         field = reader.get_field(key)
@@ -80,10 +59,13 @@ def _metadata_faults(reader: GGUFReader, plan: GgufPlan) -> Iterator[str]:
             yield f"{key} is not what the folder gives"
 
 
-def _value_faults(planned: PlannedTensor, data: Array) -> Iterator[str]:
+def _value_faults(planned: PlannedTensor, tensor: ReaderTensor) -> Iterator[str]:
+    if tensor.tensor_type != planned.encoding:
+        yield f"{planned.name} is {tensor.tensor_type.name}; it must be {planned.encoding.name}"
+        return
     num_rows = num_differing = 0
     for values, expected in encoded_rows(planned):
-        rows = data[num_rows : num_rows + len(expected)]
+        rows = tensor.data[num_rows : num_rows + len(expected)]
         num_rows += len(expected)
         num_differing += int((rows.view(np.uint8) != expected.view(np.uint8)).sum())
         if planned.encoding == GGMLQuantizationType.Q8_0:

@@ -106,11 +106,20 @@ def verify(merged: Path, run: Run, device: torch.device, observer: Observer) -> 
     faults += gguf_file_faults(merged, can_compare=not broken, observer=observer)
     if broken:
         return VerificationReport(shorten_faults(faults))
-    faults += value_faults(merged, expected, observer)
+    return _compare_values(merged, run, expected, faults, observer)
+
+
+def _compare_values(
+    merged: Path, run: Run, expected: MergedTensors, faults: list[str], observer: Observer
+) -> VerificationReport:
+    """Compare the values of all tensors and the predictions.
+
+    expected: the tensors that merging must write. faults: those that were found before.
+    """
+    faults = [*faults, *value_faults(merged, expected, observer)]
     predictions = compare_predictions(merged, run, expected, observer)
-    faults += predictions.faults
     return VerificationReport(
-        shorten_faults(faults),
+        shorten_faults([*faults, *predictions.faults]),
         predictions.comparison,
         predictions.greedy,
         predictions.explanation,
