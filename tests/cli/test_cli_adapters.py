@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 import qlora_cli.starter
 from tests.helpers.cli_helpers import qlora
 
+pytestmark = pytest.mark.slow
+
 PROMPT = ("--prompt", "name: Copper Swan", "--max-new-tokens", "8")
 STARTER = Path(qlora_cli.starter.__file__).parent
 

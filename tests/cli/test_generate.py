@@ -14,6 +14,8 @@ import pytest
 from qlora_cli.jobs import chat as chat_job
 from tests.helpers.cli_helpers import qlora
 
+pytestmark = pytest.mark.slow
+
 PROMPT = ("--prompt", "name: Copper Swan", "--max-new-tokens", "8")
 
 

@@ -12,6 +12,8 @@ import pytest
 from tests.helpers.cli_helpers import qlora
 from tests.helpers.runs import make_base, make_recipe, make_rows, make_run
 
+pytestmark = pytest.mark.slow
+
 REPO = "someone/tuned"
 
 

@@ -6,8 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.cli_checks import assert_refused, file_contents, truncate
 from tests.helpers.cli_helpers import qlora
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_folder_in_use_is_refused_and_not_changed(trained_recipe: Path) -> None:

@@ -404,6 +404,7 @@ def finished_run(folder: Path, family: str) -> RunFolder:
     return run
 
 
+@pytest.mark.slow
 def test_merge_writes_the_merged_model(tmp_path: Path) -> None:
     run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
     words = ("merge", run.path, "--out", out, "--base", "original", "--gguf", "q8_0", "--json")

@@ -76,6 +76,7 @@ def test_merged_is_the_base_plus_the_weighted_sum(world: World, kind: MergeBase)
         assert error < 1e-6 * expected.abs().max(), name
 
 
+@pytest.mark.slow
 def test_one_adapter_of_weight_1_is_the_plain_merge(world: World, tmp_path: Path) -> None:
     own = world.runs[0]
     given = {"dtype": "float16", "base": "dequantized", "observer": Silent()}

@@ -244,6 +244,7 @@ FAULTS: list[tuple[Callable[[World, Path], None], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "message"), FAULTS, ids=lambda item: getattr(item, "__name__", "")
 )
@@ -287,6 +288,7 @@ CORRECT: list[tuple[str, int, MergeBase]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "bits", "kind"), CORRECT)
 def test_a_correct_merge_passes(family: str, bits: int, kind: MergeBase, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family)
