@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from qlora_cli.recipe.shipped import shipped_recipes
 
@@ -33,7 +34,7 @@ def test_every_direct_dependency_is_pinned(root: Path, project: dict[str, Any]) 
     pins = {line.partition("==")[0].lower() for line in lines if not line.startswith("#")}
     wanted = [*project["project"]["dependencies"]]
     wanted += project["project"]["optional-dependencies"]["test"]
-    assert {name.partition(">")[0].lower() for name in wanted} <= pins
+    assert {Requirement(line).name.lower() for line in wanted} <= pins
 
 
 def test_constraints_name_no_place_and_no_build(root: Path) -> None:
