@@ -19,16 +19,18 @@ from torch import nn
 from qlora_cli.adapters.method import AdapterMethod
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
+from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.dtype import file_dtype, torch_dtype
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
 from qlora_cli.models.coverage import check_logits
+from qlora_cli.models.derive import derive_family, dropout_keys
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
-from qlora_cli.models.registry import family_of, is_known
+from qlora_cli.models.registry import alternative, known_family
 from qlora_cli.models.sites import find_sites, mlp_paths, norm_paths
 from qlora_cli.nn import attention
 from qlora_cli.nn.embedding import has_own_memory
@@ -103,42 +105,39 @@ def skeleton(
 
     config: not modified; the model has a copy of it. compute: dtype of the parameters.
     model_class: a transformers Auto class, for causal language models if not given. Raises
-    ModelError for an unknown family.
+    ModelError if transformers cannot create the model or no family can describe it.
     """
-    model_class = model_class or _causal_lm()
-    if not is_known(config):
-        family_of(config, _linears_of_a_block(config, model_class))
-    family = family_of(config)
     check_logits(config)
     # transformers writes the dtype and the attention's name into the config that it is given.
     config = deepcopy(config)
+    family = known_family(config)
     # The base's own dropout is disabled: the adapter has its own, and dropout saves activations.
-    for key in family.dropouts:
+    for key in family.dropouts if family else dropout_keys(config):
         if hasattr(config, key):
             setattr(config, key, 0.0)
-    with torch.device("meta"):
-        model = model_class.from_config(
-            config,
-            attn_implementation=attention.NAME,
-            dtype=compute,
-            trust_remote_code=False,
-        )
+    model = _create(config, compute, model_class or _causal_lm())
     # Batches have no padding. With a pad token set, GPT-2 would search for it in every batch.
     model.config.pad_token_id = None
-    return model, family
+    return model, family or derive_family(model)
 
 
-def _linears_of_a_block(config: Any, model_class: Any) -> list[str]:
-    """Return the paths of the linears in the first block of a model of an unknown family."""
+def _create(config: Any, compute: torch.dtype, model_class: Any) -> Any:
+    """Return transformers' model on meta. Raises ModelError if transformers cannot create it."""
     try:
         with torch.device("meta"):
-            model = model_class.from_config(config, trust_remote_code=False)
-    except (ValueError, TypeError, ImportError):
-        # The Auto class does not support the config, or needs further packages.
-        return []
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    blocks = next((blocks for blocks in lists if len(blocks)), None)
-    return convert.linear_paths(blocks[0]) if blocks is not None else []
+            return model_class.from_config(
+                config,
+                attn_implementation=attention.NAME,
+                dtype=compute,
+                trust_remote_code=False,
+            )
+    except (ValueError, TypeError, ImportError) as fault:
+        raise ModelError(
+            f"transformers cannot create a language model of type {config.model_type!r}: "
+            f"{str(fault).strip().splitlines()[0]}",
+            where="model.name",
+            hint=f"use a base of another type, such as {alternative(config)}",
+        ) from fault
 
 
 def build(request: ModelRequest) -> LoadedModel:

@@ -38,7 +38,7 @@ from qlora_cli.errors import QloraError
 from qlora_cli.export.gguf.unsupported import unsupported
 from qlora_cli.files.safetensors_io import TensorEntry, read_tensor
 from qlora_cli.models.checkpoint_source import open_source
-from qlora_cli.models.registry import family_of
+from qlora_cli.models.registry import known_family
 
 ARCHITECTURES = {
     "llama": MODEL_ARCH.LLAMA,
@@ -161,7 +161,9 @@ def plan_tensors(folder: Path, config: Any, encoding: GGMLQuantizationType) -> l
     Raises UsageError if llama.cpp does not support the model, ModelError if the folder is damaged.
     """
     arch = architecture(config)
-    source = open_source(folder, family_of(config))
+    family = known_family(config)
+    assert family is not None, "`architecture` refuses model types without a family"
+    source = open_source(folder, family)
     names = get_tensor_name_map(arch, config.num_hidden_layers)
     planned = list(_rope_factors(arch, config))
     for name in source.names():

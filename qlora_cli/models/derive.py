@@ -1,0 +1,237 @@
+"""Derives the family of a model type that has no file in `families/`, from transformers' own model.
+
+The result describes what is found: paths, roles by name, and the norms and MLPs for which our layers
+compute the same values. Whether the package trains such a model correctly is not decided here:
+`jobs/model_proof.py` proves it on a small model before the first run. What a `Family` cannot describe
+is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.errors import ModelError
+from qlora_cli.models.coverage import check_mlp, check_norm
+from qlora_cli.models.family import Family, LinearSpec, MlpSpec
+from qlora_cli.models.registry import alternative
+from qlora_cli.nn.mlp import ACTIVATIONS, Projections
+
+ROLES: Mapping[str, str] = {
+    "q_proj": "q",
+    "query": "q",
+    "k_proj": "k",
+    "key": "k",
+    "v_proj": "v",
+    "value": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "fc1": "up",
+    "fc_in": "up",
+    "c_fc": "up",
+    "dense_h_to_4h": "up",
+    "down_proj": "down",
+    "fc2": "down",
+    "fc_out": "down",
+    "dense_4h_to_h": "down",
+}
+"""Name of a linear -> its role. A linear with another name has its own name as its role."""
+_OUTPUTS = ("out_proj", "dense", "c_proj", "proj")
+"""Names that are used for the last linear of attention and of an MLP."""
+_PROJECTIONS = (
+    Projections(gate="gate_proj", up="up_proj", down="down_proj"),
+    Projections(gate=None, up="up_proj", down="down_proj"),
+    Projections(gate=None, up="fc1", down="fc2"),
+    Projections(gate=None, up="c_fc", down="c_proj"),
+    Projections(gate=None, up="dense_h_to_4h", down="dense_4h_to_h"),
+    Projections(gate=None, up="fc_in", down="fc_out"),
+)
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+_DROPOUT = re.compile(r"dropout|drop_rate|layerdrop|_pdrop|_drop$")
+
+
+def derive_family(model: Any) -> Family:
+    """Return the family of a model on meta that transformers created.
+
+    Raises ModelError, with the reason, for a model that a `Family` cannot describe.
+    """
+    config = model.config
+    backbone = model.base_model_prefix
+    if not isinstance(getattr(model, backbone, None), nn.Module):
+        raise _refusal(config, f"it has no module {backbone!r} for its hidden states")
+    blocks = _blocks_path(model, backbone)
+    block = _first_of_equal_blocks(model, blocks)
+    _check_tensors(model, block, blocks)
+    return Family(
+        name=config.model_type,
+        model_types=(config.model_type,),
+        backbone=backbone,
+        blocks=blocks,
+        head=_head_path(model),
+        embeddings=tuple(_embedding_paths(model, blocks)),
+        linears=tuple(_linears(block)),
+        mlp=_mlp(model, block),
+        norms=tuple(path for path, child in block.named_modules() if _is_our_norm(child, path)),
+        final_norm=_final_norm(model, backbone, blocks),
+        dropouts=tuple(dropout_keys(config)),
+        ignored=(".rotary_emb.inv_freq",),
+    )
+
+
+def _refusal(config: Any, reason: str) -> ModelError:
+    return ModelError(
+        f"model type {config.model_type!r} is not supported: {reason}",
+        where="model.name",
+        hint=f"use a base of a supported type, such as {alternative(config)}",
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a plain linear or transformers' transposed one."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _blocks_path(model: Any, backbone: str) -> str:
+    """Return the path of the only list of modules that contains linears."""
+    found: list[str] = []
+    for path, module in model.get_submodule(backbone).named_modules(prefix=backbone):
+        is_inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and not is_inside and _has_linears(module):
+            found.append(path)
+    if len(found) != 1:
+        lists = ", ".join(found) or "none"
+        raise _refusal(model.config, f"one list of blocks is needed; it has {lists}")
+    return found[0]
+
+
+def _has_linears(module: nn.Module) -> bool:
+    return any(is_linear(child) for child in module.modules())
+
+
+def _first_of_equal_blocks(model: Any, blocks: str) -> nn.Module:
+    """Return the first block. Raises ModelError if another one has other modules."""
+    first, *others = model.get_submodule(blocks)
+    structure = _structure(first)
+    for index, block in enumerate(others, 1):
+        if different := sorted(structure ^ _structure(block)):
+            path, kind = different[0]
+            raise _refusal(
+                model.config, f"blocks 0 and {index} differ: only one has {path or kind} ({kind})"
+            )
+    return first  # type: ignore[no-any-return]
+
+
+def _structure(block: nn.Module) -> set[tuple[str, str]]:
+    """Return (path, class and shapes) of every module with tensors in a block."""
+    return {
+        (path, f"{type(child).__name__}{[tuple(p.shape) for p in child.parameters(recurse=False)]}")
+        for path, child in block.named_modules()
+    }
+
+
+def _check_tensors(model: Any, block: nn.Module, blocks: str) -> None:
+    """Raise ModelError for weights that are neither linears, tables nor vectors."""
+    for path, module in block.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 and not is_linear(module):
+                raise _refusal(
+                    model.config,
+                    f"{blocks}.*.{path}.{name} of {type(module).__name__} has "
+                    f"{parameter.dim()} dimensions and is not a linear",
+                )
+    for path, module in model.named_modules():
+        if any(True for _ in module.buffers(recurse=False)) and any(
+            True for _ in module.parameters()
+        ):
+            raise _refusal(model.config, f"{path or 'the model'} computes a buffer of its own")
+
+
+def _head_path(model: Any) -> str:
+    """Return the path of the head, a linear without bias."""
+    head = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    if path is None or not isinstance(head, nn.Linear):
+        raise _refusal(model.config, "its head is not a linear")
+    if head.bias is not None:
+        raise _refusal(model.config, "its head has a bias")
+    return path
+
+
+def _embedding_paths(model: Any, blocks: str) -> Iterator[str]:
+    """Yield the path of the token table, then those of other tables outside the blocks."""
+    tokens = model.get_input_embeddings()
+    yield next(path for path, module in model.named_modules() if module is tokens)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module is not tokens:
+            if path.startswith(f"{blocks}."):
+                raise _refusal(model.config, f"{path} is a table inside a block")
+            yield path
+
+
+def _linears(block: nn.Module) -> Iterator[LinearSpec]:
+    for path, module in block.named_modules():
+        if is_linear(module):
+            yield LinearSpec(path, (_role(path),), transposed=isinstance(module, Conv1D))
+
+
+def _role(path: str) -> str:
+    """Return the role of the linear at `path` within a block."""
+    parent, _, name = path.rpartition(".")
+    if name in _OUTPUTS:
+        return "o" if "att" in parent.lower() else "down"
+    return ROLES.get(name, name)
+
+
+def _mlp(model: Any, block: nn.Module) -> MlpSpec | None:
+    """Return the MLP that `Mlp` can replace, or None: then transformers' own one stays."""
+    for path, module in block.named_modules():
+        linears = {name for name, child in module.named_children() if is_linear(child)}
+        for projections in _PROJECTIONS:
+            if linears == set(projections.names):
+                key = _activation_key(model.config, module, projections)
+                return MlpSpec(path, projections, key) if key else None
+    return None
+
+
+def _activation_key(config: Any, module: nn.Module, projections: Projections) -> str | None:
+    """Return the key of the config that names the MLP's activation, if `Mlp` computes the same."""
+    for key in _ACTIVATION_KEYS:
+        name = getattr(config, key, None)
+        if isinstance(name, str) and name in ACTIVATIONS:
+            try:
+                check_mlp(module, "mlp", projections, ACTIVATIONS[name])
+            except ModelError:
+                return None
+            return key
+    return None
+
+
+def _is_our_norm(module: nn.Module, path: str) -> bool:
+    """Return whether `RmsNorm` computes the same as this module."""
+    if any(True for _ in module.children()) or not hasattr(module, "variance_epsilon"):
+        return False
+    try:
+        check_norm(module, path)
+    except (ModelError, TypeError):
+        return False
+    return True
+
+
+def _final_norm(model: Any, backbone: str, blocks: str) -> str | None:
+    """Return the path of an RMSNorm of ours next to the list of blocks, if there is one."""
+    for path, module in model.get_submodule(backbone).named_modules(prefix=backbone):
+        if not path.startswith(f"{blocks}.") and _is_our_norm(module, path):
+            return path
+    return None
+
+
+def dropout_keys(config: Any) -> Iterator[str]:
+    """Yield the keys of the config with a dropout rate."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and _DROPOUT.search(key):
+            yield key

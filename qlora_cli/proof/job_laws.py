@@ -1,0 +1,96 @@
+"""The laws of a whole job: the plan equals the run, and the merged checkpoint is W + sBA."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.events import Silent
+from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.merge.write import write_merged
+from qlora_cli.memory.device import profile_of
+from qlora_cli.memory.instrument import Instrument
+from qlora_cli.memory.tracker import track_gradients
+from qlora_cli.models.attach import save_adapter
+from qlora_cli.plan.dry_run import dry_run
+from qlora_cli.proof.small_model import CPU, SmallModel
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.run import Run
+from qlora_cli.train.state import build_state, tag_living
+from qlora_cli.train.step import train_step
+
+_ROWS = (40, 24)
+"""Lengths of the packed rows of a step."""
+_PHASES = ("load", "first_step", "step")
+
+
+def plan(small: SmallModel) -> float:
+    """Compare the planned peak of each phase with the measured one, in 4 bit, and return the worst.
+
+    The result is relative to the measured peak. The planned and the measured run have two
+    micro-batches and activation checkpointing.
+    """
+    recipe = small.recipe(4, activation_checkpointing=True)
+    profile, batch = profile_of(CPU), small.batch(*_ROWS)
+    planned = {
+        phase.name: phase.peak_bytes
+        for phase in dry_run(recipe, small.config, profile, [batch, batch]).phases
+    }
+    instrument = Instrument(CPU, profile)
+    with instrument.phase("load"):
+        state = build_state(small.request(recipe))
+        tag_living(state, instrument.tracker)
+    for name in ("first_step", "step"):
+        gradients = track_gradients(state.trainable.values(), instrument.tracker)
+        with gradients, instrument.phase(name):
+            train_step(state, [batch, batch], 1e-3)
+    measured = {phase.name: phase.peak_bytes for phase in instrument.phases}
+    return max(abs(planned[name] / measured[name] - 1) for name in _PHASES)
+
+
+def merge(small: SmallModel) -> float:
+    """Compare the merged checkpoint, as transformers loads it, with W + sBA and the base.
+
+    Returns infinity if transformers finds missing or unexpected tensors.
+    """
+    loaded = small.build()
+    recipe = small.recipe()
+    run = RunFolder(small.folder / "run")
+    run.create()
+    run.write({"recipe": recipe.model_dump(mode="json"), "base_folder": str(small.folder), "status": "done"})
+    save_adapter(loaded, recipe, run.adapter)
+    out = small.folder / "merged"
+    tensors = open_merged_tensors(Run(run.path), "original", torch.float32, CPU)
+    write_merged(tensors, small.folder, out, {}, Silent())
+    merged = _load(small, out)
+    if merged is None:
+        return float("inf")
+    expected = dict(small.reference.state_dict())
+    for path, layer in adapted_layers(loaded.model):
+        is_transposed = isinstance(small.reference.get_submodule(path), Conv1D)
+        delta = layer.delta()
+        name = f"{path}.weight"
+        expected[name] = expected[name] + (delta.t() if is_transposed else delta)
+    return max(_difference(tensor, expected[name]) for name, tensor in merged.items())
+
+
+def _load(small: SmallModel, folder: Path) -> dict[str, Tensor] | None:
+    """Return the tensors of a folder as transformers loads them; None if some do not match."""
+    model, info = small.task.model_class.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
+    problems: list[Any] = [info[key] for key in ("missing_keys", "unexpected_keys")]
+    with suppress(KeyError):
+        problems.append(info["mismatched_keys"])
+    return None if any(problems) else dict(model.state_dict())
+
+
+def _difference(value: Tensor, expected: Tensor) -> float:
+    largest = expected.abs().max().item() or 1.0
+    return (value - expected).abs().max().item() / largest if value.is_floating_point() else 0.0

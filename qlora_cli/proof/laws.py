@@ -1,0 +1,186 @@
+"""The laws that a model type must obey, each checked on a small model of the same type.
+
+Every law returns a number that measures how far it is violated: the largest difference, relative to
+the largest expected value. Sources of the expected values are transformers' own model and the plain
+formula W + sBA, never this package's layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.adapters.lora import LoraLinear, adapted_layers
+from qlora_cli.data.collate import Batch
+from qlora_cli.models.model import LoadedModel
+from qlora_cli.nn.attention import Spans
+from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.quant import QuantLinear
+from qlora_cli.proof.small_model import CPU, SmallModel
+from qlora_cli.tasks.backbone import hidden_states
+
+_ROWS = (13, 9)
+"""Lengths of the rows; longer than the small config's sliding window."""
+
+
+def logits(small: SmallModel) -> float:
+    """Compare the logits of a row with those of transformers, at 16 bit and without an adapter."""
+    loaded = small.build()
+    _zero_b(loaded)
+    return max(_compare_rows(small, loaded, length) for length in _ROWS)
+
+
+def packing(small: SmallModel) -> float:
+    """Compare the logits of packed rows with those that transformers computes for each row alone."""
+    loaded = small.build()
+    _zero_b(loaded)
+    rows = small.rows(*_ROWS)
+    with torch.no_grad():
+        packed = _logits(loaded, small.batch(*_ROWS)).split(_ROWS)
+        alone = [small.reference(input_ids=torch.tensor([row.ids])).logits[0] for row in rows]
+    return max(map(_difference, packed, alone))
+
+
+def leak(small: SmallModel) -> float:
+    """Return how much packed rows change if the limits between them are removed.
+
+    It must be large: else the law of packing could not detect rows that attend to each other.
+    """
+    loaded = small.build()
+    _zero_b(loaded)
+    batch = small.batch(*_ROWS)
+    merged = Batch(
+        batch.input_ids, batch.position_ids, batch.labels, (sum(_ROWS),), batch.num_targets
+    )
+    with torch.no_grad():
+        return _difference(_logits(loaded, merged), _logits(loaded, batch))
+
+
+def gradients(small: SmallModel) -> float:
+    """Compare the gradients of A and B with those through the composed weights W + sBA."""
+    loaded = small.build()
+    batch = small.batch(_ROWS[0])
+    _loss(small, loaded, batch).backward()
+    expected: list[tuple[nn.Parameter, Tensor]] = []
+    with _composed(small, loaded) as weights:
+        output = small.reference(input_ids=batch.input_ids).logits[0]
+        loss = functional.cross_entropy(
+            output, batch.labels, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        grads = torch.autograd.grad(loss / batch.num_targets, list(weights.values()))
+        for (path, grad), (other, layer) in zip(
+            zip(weights, grads, strict=True), adapted_layers(loaded.model), strict=True
+        ):
+            assert path == other
+            expected += _expected_gradients(layer, grad)
+    scale = max(value.abs().max().item() for _, value in expected)
+    return max(
+        (value - parameter.grad).abs().max().item() / scale  # type: ignore[operator]
+        for parameter, value in expected
+    )
+
+
+def checkpointing(small: SmallModel) -> float:
+    """Compare the gradients with and without activation checkpointing, which must be equal bits."""
+    batch = small.batch(*_ROWS)
+    found: list[list[Tensor]] = []
+    for enabled in (False, True):
+        loaded = small.build(activation_checkpointing=enabled)
+        loaded.model.train()
+        _loss(small, loaded, batch).backward()
+        found.append([p.grad for p in loaded.trainable().values() if p.grad is not None])
+    same = [torch.equal(one, other) for one, other in zip(*found, strict=True)]
+    return 0.0 if same and all(same) else 1.0
+
+
+def quantized(small: SmallModel) -> float:
+    """Compare the logits of the 4-bit model with transformers' on the dequantized weights."""
+    loaded = small.build(bits=4)
+    _zero_b(loaded)
+    with _weights(small, {path: layer.base for path, layer in adapted_layers(loaded.model)}):
+        return _compare_rows(small, loaded, _ROWS[0])
+
+
+def _compare_rows(small: SmallModel, loaded: LoadedModel, length: int) -> float:
+    batch = small.batch(length)
+    with torch.no_grad():
+        expected = small.reference(input_ids=batch.input_ids).logits[0]
+        return _difference(_logits(loaded, batch), expected)
+
+
+def _logits(loaded: LoadedModel, batch: Batch) -> Tensor:
+    """Return the logits (tokens, V) as the loss computes them."""
+    hidden = hidden_states(loaded, batch, CPU)
+    return hidden @ loaded.head.weight.float().t()  # type: ignore[operator, union-attr]
+
+
+def _loss(small: SmallModel, loaded: LoadedModel, batch: Batch) -> Tensor:
+    return small.task.loss(loaded, batch, CPU, 1.0 / batch.num_targets)
+
+
+def _difference(value: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the largest expected value; inf if not finite."""
+    difference = ((value - expected).abs().max() / expected.abs().max()).item()
+    return difference if difference == difference else float("inf")
+
+
+def _zero_b(loaded: LoadedModel) -> None:
+    for _, layer in adapted_layers(loaded.model):
+        for b in layer.lora_b.parameters():
+            b.data.zero_()
+
+
+def _expected_gradients(layer: LoraLinear, grad: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yield (A or B, its gradient) by the chain rule. grad: gradient (out, in) of W + sBA."""
+    scaling = layer.settings.scaling
+    for role, rows in layer.lora_slices.items():
+        a, b = layer.lora_a[role], layer.lora_b[role]
+        assert isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter)
+        yield a, scaling * b.detach().t() @ grad[rows]
+        yield b, scaling * grad[rows] @ a.detach().t()
+
+
+@contextmanager
+def _composed(small: SmallModel, loaded: LoadedModel) -> Iterator[dict[str, Tensor]]:
+    """Put W + sBA into transformers' model inside the block.
+
+    Yields path -> weight (out, in) with a gradient.
+    """
+    modules = {path: small.reference.get_submodule(path) for path, _ in adapted_layers(loaded.model)}
+    old = {path: module.weight for path, module in modules.items()}
+    weights: dict[str, Tensor] = {}
+    for path, layer in adapted_layers(loaded.model):
+        module = modules[path]
+        turned = isinstance(module, Conv1D)
+        plain = old[path].detach().t() if turned else old[path].detach()
+        weight = (plain + layer.delta()).requires_grad_()
+        weights[path] = weight
+        del module.weight
+        module.weight = weight.t() if turned else weight
+    try:
+        yield weights
+    finally:
+        for path, module in modules.items():
+            del module.weight
+            module.weight = old[path]
+
+
+@contextmanager
+def _weights(small: SmallModel, layers: dict[str, QuantLinear]) -> Iterator[None]:
+    """Put the dequantized weights of `layers` into transformers' model inside the block."""
+    old = {path: small.reference.get_submodule(path).weight.detach().clone() for path in layers}
+    try:
+        for path, layer in layers.items():
+            weight = layer.dequantize().float()
+            target = small.reference.get_submodule(path)
+            target.weight.data.copy_(weight.t() if isinstance(target, Conv1D) else weight)
+        yield
+    finally:
+        for path, values in old.items():
+            small.reference.get_submodule(path).weight.data.copy_(values)

@@ -1,0 +1,152 @@
+"""A small model of a base's type in a temporary folder: transformers' own, and ours of its files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.data.collate import Batch, collate
+from qlora_cli.data.encode import Example
+from qlora_cli.errors import ModelError
+from qlora_cli.files.locate import read_config
+from qlora_cli.memory.device import profile_of
+from qlora_cli.models.build import ModelRequest, build
+from qlora_cli.models.checkpoint_source import open_source
+from qlora_cli.models.derive import dropout_keys
+from qlora_cli.models.model import LoadedModel
+from qlora_cli.proof.small_config import small_config
+from qlora_cli.recipe.resolve import resolve
+from qlora_cli.recipe.schema import Bits, Recipe
+from qlora_cli.tasks.task import Task
+
+CPU = torch.device("cpu")
+_MAX_PARAMETERS = 2_000_000
+_FIRST_TOKEN = 7
+"""Smaller ids may be special tokens."""
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """A small random model of the same type as a base.
+
+    folder: its checkpoint in float16, as transformers writes it. config: read from there. task: the
+    task that is proved.
+    """
+
+    folder: Path
+    config: Any
+    task: Task
+
+    @cached_property
+    def reference(self) -> Any:
+        """Transformers' own model in float32, with transformers' own attention."""
+        model = self.task.model_class.from_pretrained(
+            self.folder, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+        )
+        return model.eval()
+
+    def recipe(self, bits: Bits = 16, *, activation_checkpointing: bool = False) -> Recipe:
+        """Return the recipe that the laws are checked with: LoRA on every linear, in float32."""
+        recipe = Recipe.model_validate(
+            {
+                "model": {"name": str(self.folder)},
+                "base": {"bits": bits, "compute_dtype": "float32"},
+                "adapter": {"rank": 2, "alpha": 4.0, "targets": "all"},
+                "data": {"train": ""},
+                "train": {"activation_checkpointing": activation_checkpointing},
+            }
+        )
+        return resolve(recipe, profile_of(CPU))[0]
+
+    def request(self, recipe: Recipe) -> ModelRequest:
+        """Return the request for this package's model."""
+        return ModelRequest(
+            recipe,
+            self.config,
+            lambda _, family: open_source(self.folder, family),
+            CPU,
+            profile_of(CPU),
+            model_class=self.task.model_class,
+        )
+
+    def build(self, bits: Bits = 16, *, activation_checkpointing: bool = False) -> LoadedModel:
+        """Return this package's model of the same files, with random values in B."""
+        recipe = self.recipe(bits, activation_checkpointing=activation_checkpointing)
+        loaded = build(self.request(recipe))
+        generator = torch.Generator().manual_seed(3)
+        for _, layer in adapted_layers(loaded.model):
+            for b in layer.lora_b.parameters():
+                b.data.normal_(std=0.05, generator=generator)
+        return loaded
+
+    def batch(self, *lengths: int) -> Batch:
+        """Return a batch of rows of these lengths, with a target at every position."""
+        return collate(self.rows(*lengths))
+
+    def rows(self, *lengths: int) -> Sequence[Example]:
+        """Return rows of random tokens, the same in every call."""
+        generator = torch.Generator().manual_seed(1)
+        rows = [
+            torch.randint(_FIRST_TOKEN, self.config.vocab_size, (length,), generator=generator)
+            for length in lengths
+        ]
+        return [Example(row.tolist(), row.tolist(), f"row {i}") for i, row in enumerate(rows)]
+
+
+@contextmanager
+def small_model(config: Any, task: Task) -> Iterator[SmallModel]:
+    """Write a small model of the type of `config`, and remove it after the block.
+
+    config: transformers' config of the base.
+    """
+    small = small_config(config)
+    created = deepcopy(small)
+    for key in dropout_keys(created):
+        setattr(created, key, 0.0)
+    _check_size(task, created)
+    model = task.model_class.from_config(created, dtype=torch.float32, trust_remote_code=False)
+    _fill(model)
+    with TemporaryDirectory(prefix="qlora-proof-") as folder:
+        model.to(torch.float16).save_pretrained(folder)
+        config = read_config(Path(folder) / "config.json")
+        yield SmallModel(Path(folder), config, task)
+
+
+def _check_size(task: Task, config: Any) -> None:
+    """Raise ModelError if a config that should be small describes a large model."""
+    with torch.device("meta"):
+        model = task.model_class.from_config(deepcopy(config), trust_remote_code=False)
+    number = sum(parameter.numel() for parameter in model.parameters())
+    if number > _MAX_PARAMETERS:
+        raise ModelError(
+            f"model type {config.model_type!r} is not supported: it cannot be proved on a small "
+            f"model, because settings that are not known decide its size ({number:,} parameters)",
+            where="model.name",
+        )
+
+
+def _fill(model: nn.Module) -> None:
+    """Set random weights with which every part of the model has an effect on the logits."""
+    generator = torch.Generator().manual_seed(0)
+    done: set[int] = set()
+    for parameter in model.parameters():
+        if id(parameter) in done or not parameter.is_floating_point():
+            continue
+        done.add(id(parameter))
+        noise: Tensor = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            if parameter.dim() >= 2:
+                parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+            else:
+                parameter.add_(noise * 0.1)
