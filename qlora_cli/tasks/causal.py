@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_cli.data.collate import Batch, collate
-from qlora_cli.data.encode import Example, encode
-from qlora_cli.data.rows import Row
+from qlora_cli.data.encode import Example, Result, encode
+from qlora_cli.data.row_store import Row
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
 from qlora_cli.recipe.schema import DataFormat
@@ -33,15 +33,15 @@ class CausalTask:
 
     def encode(
         self,
-        rows: list[Row],
+        rows: Sequence[Row],
         format: DataFormat,
         tokenizer: Any,
         *,
         vocab_size: int | None = None,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> list[Example]:
+        only_check: bool = False,
+    ) -> list[Result]:
         """Return token ids and labels of each row, in order. See `data.encode.encode`."""
-        return encode(rows, format, tokenizer, vocab_size=vocab_size, on_progress=on_progress)
+        return encode(rows, format, tokenizer, vocab_size=vocab_size, only_check=only_check)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Concatenate the examples into one sequence without padding."""

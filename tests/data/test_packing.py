@@ -55,7 +55,7 @@ def test_the_number_of_sequences_depends_on_lengths_alone(lengths, random):
 
 def test_packing_finds_the_fewest_sequences_of_small_cases():
     assert len(pack([3, 5, 2, 6, 4, 4], 8)) == 3
-    assert pack([8, 8], 8) == [[0], [1]]
+    assert list(pack([8, 8], 8)) == [[0], [1]]
     with pytest.raises(ValueError, match="9 tokens"):
         pack([9], 8)
 
