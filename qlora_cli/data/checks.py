@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qlora_cli.data.encoded import Examples
 from qlora_cli.data.formats import FORMATS, RowFormat
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
 from qlora_cli.units import format_count
 
@@ -52,7 +52,7 @@ class TokenFacts:
         begin, last_target = np.full((number, 2), -1, np.int32), np.zeros(number, np.int32)
         for index in range(number):
             ids, labels = examples.arrays(index)
-            digest[index] = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest())
+            digest[index] = int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest())
             begin[index, : len(ids)] = ids[:2]
             last_target[index] = labels[labels != IGNORE_INDEX][-1]
             unknown[index] = np.count_nonzero(ids == unknown_id) if unknown_id is not None else 0

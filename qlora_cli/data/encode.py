@@ -22,7 +22,7 @@ from qlora_cli.data.formats import FORMATS, Content, RowFormat, TokenIds, conten
 from qlora_cli.data.row_errors import FieldsError, RowError
 from qlora_cli.data.row_store import Row
 from qlora_cli.errors import ModelError
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from qlora_cli.data.encode import Example
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 
 SCHEMA = pa.schema(
     {

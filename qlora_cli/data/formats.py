@@ -22,7 +22,7 @@ from qlora_cli.data.conversation import (
 from qlora_cli.data.row_errors import FieldsError, RowError, check_strings, missing_field
 from qlora_cli.data.row_store import Row, Rows
 from qlora_cli.errors import DataError, Problem
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
 
 ALPACA = (

@@ -203,7 +203,7 @@ class RowLoader:
         checksums: list[int] = []
         done = 0
         chosen = [rows.train, *([rows.held_out] if rows.held_out is not None else [])]
-        with workers(encoder, num_processes(number, self.data)) as apply:
+        with workers(encoder, num_processes(number, self.data), encoder.modules) as apply:
             for part, name in zip(chosen, PART_FILES, strict=False):
                 groups = groups_of(part, self.data)
                 batches = record_batches(groups, apply, observer.advance, done)

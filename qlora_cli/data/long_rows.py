@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qlora_cli.data.encoded import Examples
 from qlora_cli.data.row_errors import SHOWN_PROBLEMS
 from qlora_cli.errors import DataError, Problem
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat, LongRows
 from qlora_cli.units import format_count
 

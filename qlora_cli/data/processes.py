@@ -8,7 +8,7 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -31,16 +31,16 @@ def num_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-Apply = Callable[[Callable[[_J], _R], Iterable[_J]], Iterator[_R]]
-
-
 @contextmanager
-def workers(function: Callable[[_J], _R], number: int) -> Iterator[Callable[..., Iterator[_R]]]:
+def workers(
+    function: Callable[[_J], _R], number: int, modules: Sequence[str] = ()
+) -> Iterator[Callable[..., Iterator[_R]]]:
     """Yield a function that applies `function` to jobs in order and yields the results in order.
 
     function, jobs and results must be picklable if there are several processes; the function is
-    sent once. number: of processes; 1 applies the function in this process. Only a few jobs and
-    results exist at a time. Exceptions of the function are raised here.
+    sent once. number: of processes; 1 applies the function in this process. modules: that the
+    function needs; the processes share them in memory. Only a few jobs and results exist at a time.
+    Exceptions of the function are raised here.
     Raises QloraError if a process is killed.
     """
     if number == 1:
@@ -50,7 +50,7 @@ def workers(function: Callable[[_J], _R], number: int) -> Iterator[Callable[...,
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload([__name__, type(function).__module__])
+        context.set_forkserver_preload([__name__, *modules])
     pool = ProcessPoolExecutor(
         number, mp_context=context, initializer=_start, initargs=(pickle.dumps(function),)
     )

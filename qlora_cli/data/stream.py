@@ -91,6 +91,11 @@ class Encoder:
     vocab_size: int | None
     system: str | None
 
+    @property
+    def modules(self) -> list[str]:
+        """Return the names of the modules that a process needs to encode."""
+        return [__name__, self.encode.__module__, type(self.tokenizer).__module__]
+
     def __call__(self, job: Job) -> Outcome:
         """Return the job's outcome."""
         rows = unpickled(job.origins, job.pickled)

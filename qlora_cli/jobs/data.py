@@ -18,7 +18,7 @@ from qlora_cli.events import Observer, Silent
 from qlora_cli.files.locate import find_base, find_tokenizer, read_config
 from qlora_cli.jobs.results import DataResult, ShownRow
 from qlora_cli.jobs.training_length import TrainingLength
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from qlora_cli.data.collate import Batch, collate
-from qlora_cli.data.encode import Example, Result, encode
-from qlora_cli.data.row_store import Row
+from qlora_cli.data.encode import Example, encode
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
-from qlora_cli.recipe.schema import DataFormat
+from qlora_cli.nn.labels import IGNORE_INDEX
+from qlora_cli.nn.loss import chunked_cross_entropy, score
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.task import EvalScore, eval_mode
 
@@ -23,6 +22,8 @@ class CausalTask:
 
     name = "causal"
     trained_head: tuple[str, ...] = ()
+    # Not a method: the processes that tokenize would have to import the models.
+    encode = staticmethod(encode)
 
     @property
     def model_class(self) -> Any:
@@ -30,18 +31,6 @@ class CausalTask:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM
-
-    def encode(
-        self,
-        rows: Sequence[Row],
-        format: DataFormat,
-        tokenizer: Any,
-        *,
-        vocab_size: int | None = None,
-        only_check: bool = False,
-    ) -> list[Result]:
-        """Return token ids and labels of each row, in order. See `data.encode.encode`."""
-        return encode(rows, format, tokenizer, vocab_size=vocab_size, only_check=only_check)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Concatenate the examples into one sequence without padding."""

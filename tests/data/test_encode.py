@@ -11,7 +11,7 @@ from qlora_cli.data.row_store import Row
 from qlora_cli.data.rows import read_rows
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError, ModelError
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from tests.helpers.encoding import encode
 from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
 

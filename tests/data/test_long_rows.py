@@ -9,7 +9,7 @@ from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.long_rows import LongRowsReport, fit_rows, policy_of
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Data
 from tests.helpers.encoding import examples_of
 

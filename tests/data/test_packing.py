@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qlora_cli.data.collate import collate, largest_batch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.packing import BatchSchedule, eval_batches, pack
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 
 LENGTHS = st.lists(st.integers(2, 32), min_size=1, max_size=60)
 

@@ -11,7 +11,7 @@ from qlora_cli.data.template import TEMPLATES, template_text, trained_template, 
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError, InputError, ModelError
 from qlora_cli.files.locate import STARTER_FOLDER
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Data
 from tests.helpers.encoding import encode
 

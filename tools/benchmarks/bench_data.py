@@ -5,9 +5,9 @@
 
 MODEL is a base's folder. CHATS is a JSONL file of rows with `question` and `answer`; a file of the
 wanted number of different chats is generated from them. Every command runs in a process of its own
-for each package, which is the folder of a checkout. Memory is sampled ten times per second: the
-peak of the anonymous memory of the command's process, of its children, and of all together. Pages
-of mapped files are not counted, because the system can drop them at any time.
+for each package, which is the folder of a checkout. Memory and processor time are sampled ten times
+per second: the peak of the anonymous memory of the command's process, of its children, and of all
+together. Pages of mapped files are not counted, because the system can drop them at any time.
 """
 
 from __future__ import annotations
@@ -46,13 +46,28 @@ def write_chats(source: Path, target: Path, rows: int) -> None:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Return the resident memory of a process that belongs to no file; 0 if it has ended."""
+    """Return the memory of a process that belongs to no file; 0 if it has ended.
+
+    Memory that processes share is divided among them (PSS), so that sizes can be added.
+    """
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    lines = (line.split() for line in status.splitlines())
-    return sum(int(line[1]) * 1024 for line in lines if line[0] in ("RssAnon:", "RssShmem:"))
+    return sum(
+        int(line.split()[1]) * 1024
+        for line in lines
+        if line.startswith(("Pss_Anon:", "Pss_Shmem:"))
+    )
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process so far; 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def descendants(pid: int) -> Iterator[int]:
@@ -68,11 +83,12 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def measure(command: list[str], environment: dict[str, str], until: bytes | None) -> dict[str, Any]:
-    """Run a command and return its seconds and peaks of memory.
+    """Run a command and return its seconds, processor time and peaks of memory.
 
     until: stop the command once its stderr contains this; None waits for its end.
     """
     peaks = {"process": 0, "children": 0, "together": 0}
+    cpu: dict[int, float] = {}
     with tempfile.TemporaryFile() as errors:
         start = time.monotonic()
         process = subprocess.Popen(
@@ -80,8 +96,11 @@ def measure(command: list[str], environment: dict[str, str], until: bytes | None
         )
         while process.poll() is None:
             time.sleep(0.1)
+            children = list(descendants(process.pid))
+            for pid in (process.pid, *children):
+                cpu[pid] = max(cpu.get(pid, 0.0), cpu_seconds(pid))
             own = anonymous_bytes(process.pid)
-            others = [anonymous_bytes(pid) for pid in descendants(process.pid)]
+            others = [anonymous_bytes(pid) for pid in children]
             sizes = {"process": own, "children": sum(others), "together": own + sum(others)}
             peaks = {key: max(size, peaks[key]) for key, size in sizes.items()}
             if until is not None and until in _content(errors):
@@ -93,7 +112,8 @@ def measure(command: list[str], environment: dict[str, str], until: bytes | None
             seconds = time.monotonic() - start
             if process.returncode:
                 raise SystemExit(_content(errors).decode())
-    return {"seconds": round(seconds, 1), "peak_bytes": peaks}
+    total = round(sum(cpu.values()), 1)
+    return {"seconds": round(seconds, 1), "cpu_seconds": total, "peak_bytes": peaks}
 
 
 def _content(file: Any) -> bytes:

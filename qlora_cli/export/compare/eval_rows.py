@@ -18,7 +18,7 @@ from qlora_cli.data.mixture import sources_text
 from qlora_cli.data.template import with_template
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import InputError
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 
