@@ -13,7 +13,7 @@ from qlora_cli.export.options import (
     AUTO_BASE,
     DEFAULT_DTYPE,
     FALLBACK_DTYPE,
-    GGUF_ENCODINGS,
+    GGUF_TYPES,
     MERGE_BASES,
     OUTPUT_DTYPES,
 )
@@ -89,9 +89,9 @@ def _finite(weight: float) -> float:
 )
 @click.option(
     "--gguf",
-    type=click.Choice(list(GGUF_ENCODINGS)),
-    help="Also write a GGUF file for llama.cpp in this encoding; needs the extra `gguf` of this "
-    "package.",
+    type=click.Choice(list(GGUF_TYPES)),
+    help="Also write a GGUF file of this type for llama.cpp. Needs the extra `gguf` of this "
+    "package; the types with a k need the extra `llama`, which has llama.cpp's quantizer.",
 )
 @step_option
 @json_option

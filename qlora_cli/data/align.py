@@ -41,6 +41,20 @@ def split(text: str, markers: Sequence[str]) -> list[str] | None:
     return [*pieces, text]
 
 
+def exact_spans(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[Span] | None:
+    """Return the span of each content if `text` is exactly pieces and contents in turn, else None.
+
+    pieces: one more than contents.
+    """
+    spans: list[Span] = []
+    stop = len(pieces[0])
+    for content, next_piece in zip(contents, pieces[1:], strict=True):
+        spans.append((stop, stop + len(content)))
+        stop += len(content) + len(next_piece)
+    parts = (part for pair in zip(pieces, [*contents, ""], strict=True) for part in pair)
+    return spans if "".join(parts) == text else None
+
+
 def align(text: str, pieces: list[str], contents: list[str]) -> list[Span] | None:
     """Return the span of each content if `text` is pieces and contents in turn, else None.
 

@@ -21,7 +21,6 @@ in order to stop. White space after that is not trained.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,9 +28,10 @@ from typing import Any, cast
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_cli.data.align import Span, align, common_prefix, marker, split
+from qlora_cli.data.align import Span, align, common_prefix, exact_spans, marker, split
 from qlora_cli.data.conversation import Conversation, Message
 from qlora_cli.data.delimiters import TemplateDelimiters, closing_of
+from qlora_cli.data.rendered_checks import check_contains, check_nothing_left_out, rewritten
 from qlora_cli.data.row_errors import RowError
 from qlora_cli.data.tool_calls import (
     PROBED_FUNCTION,
@@ -47,7 +47,6 @@ Tools = list[dict[str, Any]] | None
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A template is foreign code: it raises its own errors, or fails on absent or unexpected values.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
-_THINKING = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._delimiters: dict[bool, TemplateDelimiters] = {}
+        self._skeletons: dict[tuple[str, ...], list[str] | None] = {}
+        self._has_tags = bool(_GENERATION_TAG.search(str(tokenizer.chat_template)))
         self._writes_tools: bool | None = None
 
     def render(self, conversation: Conversation) -> RenderedChat:
@@ -115,10 +116,12 @@ class ChatTemplate:
     def _render(self, conversation: Conversation, messages: list[Message]) -> RenderedChat:
         tools = conversation.tools
         text = self._text(messages, tools)
-        _check_nothing_left_out(text, messages)
-        check_tools(text, tools)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = self._by_generation_tags(text, messages, tools, turns)
+        spans = None if tools else self._by_skeleton(text, messages, turns)
+        if not spans:
+            check_nothing_left_out(text, messages)
+            check_tools(text, tools)
+            spans = self._by_generation_tags(text, messages, tools, turns)
         if not spans:
             spans = self._by_markers_and_prefixes(text, messages, tools, turns)
         trained = (spans[i] for i in turns if conversation.trained[i])
@@ -134,6 +137,34 @@ class ChatTemplate:
             )
         except _TEMPLATE_ERRORS as error:
             raise RowError(f"the chat template refuses this row: {error}") from error
+
+    def _by_skeleton(
+        self, text: str, messages: list[Message], turns: list[int]
+    ) -> dict[int, Span] | None:
+        """Return the span of each turn by method 2 with a rendering that rows share.
+
+        It has a marker in place of every message, so it serves all chats with these roles. Returns
+        None unless the text is exactly this rendering with the messages in their places.
+        """
+        roles = tuple(message["role"] for message in messages)
+        if self._has_tags or any(message.keys() != {"role", "content"} for message in messages):
+            return None
+        if roles not in self._skeletons:
+            self._skeletons[roles] = self._skeleton(roles)
+        pieces = self._skeletons[roles]
+        found = pieces and exact_spans(text, pieces, [message["content"] for message in messages])
+        if not found:
+            return None
+        return {turn: self._with_delimiters(text, found[turn], None) for turn in turns}
+
+    def _skeleton(self, roles: tuple[str, ...]) -> list[str] | None:
+        """Return the template's texts around messages of these roles; None if it reorders them."""
+        markers = [marker(i) for i in range(len(roles))]
+        chat = [{"role": role, "content": text} for role, text in zip(roles, markers, strict=True)]
+        try:
+            return split(self._text(chat, None), markers)
+        except RowError:
+            return None
 
     def _by_generation_tags(
         self, text: str, messages: list[Message], tools: Tools, turns: list[int]
@@ -155,7 +186,7 @@ class ChatTemplate:
         closing = self._find_delimiters(tools).closing
         spans = {}
         for turn, (start, stop) in zip(turns, tagged, strict=True):
-            _check_contains(text[start:stop], messages[turn], turn)
+            check_contains(text[start:stop], messages[turn], turn)
             is_closed = bool(closing) and text[start:stop].rstrip().endswith(closing.strip())
             spans[turn] = (start, stop if is_closed else self._turn_stop(text, stop, closing))
         return spans
@@ -193,25 +224,30 @@ class ChatTemplate:
         spans = align(text, pieces, contents) if pieces else None
         if spans is None:
             return None
-        delimiters = self._find_delimiters(tools)
         return {
-            turn: (
-                delimiters.turn_start(text, start),
-                self._turn_stop(text, stop, delimiters.closing),
-            )
-            for turn, (start, stop) in zip(turns, spans, strict=True)
+            turn: self._with_delimiters(text, span, tools)
+            for turn, span in zip(turns, spans, strict=True)
         }
+
+    def _with_delimiters(self, text: str, span: Span, tools: Tools) -> Span:
+        """Return the span of a turn whose message has this span."""
+        delimiters = self._find_delimiters(tools)
+        start, stop = span
+        return (
+            delimiters.turn_start(text, start),
+            self._turn_stop(text, stop, delimiters.closing),
+        )
 
     def _by_prefix(self, text: str, messages: list[Message], tools: Tools, turn: int) -> Span:
         """Return the span of one turn by method 3. Raises RowError if it is not found."""
         if turn == 0:
-            raise _rewritten(turn)
+            raise rewritten(turn)
         before = self._text(messages[:turn], tools, prompt=True)
         after = self._text(messages[: turn + 1], tools)
         if not (text.startswith(before) and text.startswith(after)) or len(after) <= len(before):
-            raise _rewritten(turn)
+            raise rewritten(turn)
         stop = len(after.rstrip())
-        _check_contains(text[len(before) : stop], messages[turn], turn)
+        check_contains(text[len(before) : stop], messages[turn], turn)
         return len(before), stop
 
     def _turn_stop(self, text: str, stop: int, closing: str) -> int:
@@ -244,44 +280,3 @@ class ChatTemplate:
         leads = {header.rpartition(prompt)[2] for header in headers if prompt and prompt in header}
         closing = closing_of(one[2], two[2], self.tokenizer.eos_token)
         return TemplateDelimiters(prompt, tuple(sorted(leads, key=len, reverse=True)), closing)
-
-
-def _without_spaces(text: str) -> str:
-    return "".join(text.split())
-
-
-def _check_nothing_left_out(text: str, messages: list[Message]) -> None:
-    """Raise RowError unless the text contains every user and system message."""
-    rendered = _without_spaces(text)
-    for number, message in enumerate(messages, 1):
-        # Tool results are often rendered as JSON; assistant messages are checked by their spans.
-        if message["role"] in ("tool", "assistant"):
-            continue
-        if _without_spaces(message.get("content", "")) not in rendered:
-            raise RowError(
-                f"the chat template leaves out or rewrites message {number} ({message['role']})",
-                "move its text into the first user message",
-            )
-
-
-def _check_contains(span: str, message: Message, turn: int) -> None:
-    """Raise RowError unless the span contains the message's text, thinking and tool calls."""
-    texts = [message.get(key) for key in ("content", *_THINKING)]
-    calls = [call["function"] for call in message.get("tool_calls", ())]
-    expected = [text for text in texts if isinstance(text, str)] + [call["name"] for call in calls]
-    rendered = _without_spaces(span)
-    if any(_without_spaces(text) not in rendered for text in expected):
-        raise _rewritten(turn)
-    for call in calls:
-        as_python = repr(call["arguments"])
-        if as_python in span and as_python != json.dumps(call["arguments"], ensure_ascii=False):
-            raise RowError(
-                f"the chat template does not write the arguments of message {turn + 1} as JSON"
-            )
-
-
-def _rewritten(turn: int) -> RowError:
-    return RowError(
-        f"the chat template rewrites or leaves out message {turn + 1} (assistant)",
-        "end the row with that message, or remove what the template drops (thinking, tool calls)",
-    )

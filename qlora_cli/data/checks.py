@@ -5,20 +5,21 @@ Each check in `CHECKS` yields one sentence per finding. A finding is never an er
 
 from __future__ import annotations
 
-import re
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from qlora_cli.data.encode import Example
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_cli.data.encoded import Examples
 from qlora_cli.data.formats import FORMATS, RowFormat
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
 from qlora_cli.units import format_count
 
-_PIECE = re.compile(r" \[(\d+)/(\d+)\]$")
-"""End of the origin of a piece of a split row: its number and the number of pieces."""
 _NEARLY_FULL = 0.95
 """Share of seq_len above which a row nearly fills it."""
 _LONG = 10
@@ -30,20 +31,54 @@ _NAMED = 3
 
 
 @dataclass(frozen=True)
+class TokenFacts:
+    """What the checks need of the tokens of each row, in arrays of one item per row.
+
+    digest: hash of the token ids; rows with equal digests are taken as equal (of two million
+    different rows, two have the same one with a probability of 1e-7). begin: the first two tokens.
+    last_target: the last trained token. unknown: number of tokens that the tokenizer does not know.
+    """
+
+    digest: NDArray[np.uint64]
+    begin: NDArray[np.int32]
+    last_target: NDArray[np.int32]
+    unknown: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, examples: Examples, unknown_id: int | None) -> TokenFacts:
+        """Return the facts about examples. Their tokens are read once, one row at a time."""
+        number = len(examples)
+        digest, unknown = np.zeros(number, np.uint64), np.zeros(number, np.int32)
+        begin, last_target = np.full((number, 2), -1, np.int32), np.zeros(number, np.int32)
+        for index in range(number):
+            ids, labels = examples.arrays(index)
+            digest[index] = int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest())
+            begin[index, : len(ids)] = ids[:2]
+            last_target[index] = labels[labels != IGNORE_INDEX][-1]
+            unknown[index] = np.count_nonzero(ids == unknown_id) if unknown_id is not None else 0
+        return cls(digest, begin, last_target, unknown)
+
+
+@dataclass(frozen=True)
 class EncodedDataset:
     """Encoded rows and how they are arranged.
 
-    held_out: rows of the evaluation set; empty if there is none. tokenizer: the base's; None if it
+    held_out: rows of the evaluation set; None if there is none. tokenizer: the base's; None if it
     has none. num_sequences: number of sequences in an epoch.
     """
 
-    examples: Sequence[Example]
-    held_out: Sequence[Example]
+    examples: Examples
+    held_out: Examples | None
     format: DataFormat
     tokenizer: Any
     seq_len: int
     packing: bool
     num_sequences: int
+
+    @cached_property
+    def facts(self) -> TokenFacts:
+        """Return the facts about the tokens of `examples`."""
+        return TokenFacts.of(self.examples, getattr(self.tokenizer, "unk_token_id", None))
 
     @property
     def row_format(self) -> RowFormat:
@@ -58,11 +93,13 @@ def examine(dataset: EncodedDataset) -> tuple[str, ...]:
 
 def _double_bos(dataset: EncodedDataset) -> Iterator[str]:
     bos = getattr(dataset.tokenizer, "bos_token_id", None)
-    twice = [row for row in dataset.examples if bos is not None and row.ids[:2] == [bos, bos]]
-    if twice:
+    if bos is None:
+        return
+    twice = np.flatnonzero((dataset.facts.begin == bos).all(axis=1))
+    if len(twice):
         yield (
-            f"{_rows(twice)} begin with {dataset.tokenizer.bos_token} twice: the texts contain one "
-            "and the chat template adds another"
+            f"{_rows(dataset.examples, twice)} begin with {dataset.tokenizer.bos_token} twice: the "
+            "texts contain one and the chat template adds another"
         )
 
 
@@ -74,24 +111,17 @@ def _no_end(dataset: EncodedDataset) -> Iterator[str]:
     if tokenizer.eos_token_id is None and adds_end:
         yield "the tokenizer has no end token, so the model does not learn where to stop"
         return
-    ends = {*tokenizer.get_added_vocab().values(), tokenizer.eos_token_id}
-    complete = (row for row in dataset.examples if not _has_later_piece(row))
-    open_ended = [row for row in complete if _last_target(row) not in ends]
-    if open_ended:
+    ends = {*tokenizer.get_added_vocab().values(), tokenizer.eos_token_id} - {None}
+    # A piece of a split row ends in the middle, except the last one.
+    is_complete = dataset.examples.piece == dataset.examples.pieces
+    is_open = ~np.isin(dataset.facts.last_target, list(ends))
+    open_ended = np.flatnonzero(is_complete & is_open)
+    if len(open_ended):
         yield (
-            f"in {_rows(open_ended)} the last trained token is not a special token: the chat "
-            "template ends its turns with plain text or not at all, so the model may not stop"
+            f"in {_rows(dataset.examples, open_ended)} the last trained token is not a special "
+            "token: the chat template ends its turns with plain text or not at all, so the model "
+            "may not stop"
         )
-
-
-def _has_later_piece(row: Example) -> bool:
-    """Return whether the example is a piece of a split row, but not the last one."""
-    match = _PIECE.search(row.origin)
-    return match is not None and match[1] != match[2]
-
-
-def _last_target(row: Example) -> int:
-    return next(label for label in reversed(row.labels) if label != IGNORE_INDEX)
 
 
 def _outside_template(dataset: EncodedDataset) -> Iterator[str]:
@@ -116,66 +146,82 @@ def _unknown_tokens(dataset: EncodedDataset) -> Iterator[str]:
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return
-    number = sum(row.ids.count(unknown) for row in dataset.examples)
+    number = int(dataset.facts.unknown.sum(dtype=np.int64))
     if number:
         yield f"{format_count(number)} tokens are unknown to the tokenizer ({tokenizer.unk_token})"
 
 
 def _duplicates(dataset: EncodedDataset) -> Iterator[str]:
-    first: dict[tuple[int, ...], str] = {}
-    repeated = [
-        f"{row.origin} is equal to {earlier}"
-        for row in dataset.examples
-        if (earlier := first.setdefault(tuple(row.ids), row.origin)) != row.origin
-    ]
-    if repeated:
-        count = _count(len(repeated), "row")
-        yield f"{count} with the same tokens as an earlier row ({_first_names(repeated)})"
+    examples = dataset.examples
+    _, first, inverse = np.unique(dataset.facts.digest, return_index=True, return_inverse=True)
+    earlier = first[inverse]
+    # A row that its weight repeats has the same origin.
+    places = np.stack([*examples.where(), examples.piece])
+    is_other = (places != places[:, earlier]).any(axis=0)
+    repeated = np.flatnonzero(is_other)
+    if len(repeated):
+        names = [
+            f"{examples.origin(row)} is equal to {examples.origin(int(earlier[row]))}"
+            for row in repeated[: _NAMED + 1]
+        ]
+        yield (
+            f"{_count(len(repeated), 'row')} with the same tokens as an earlier row "
+            f"({_first_names(names)})"
+        )
 
 
 def _held_out_in_train(dataset: EncodedDataset) -> Iterator[str]:
-    train = {tuple(row.ids) for row in dataset.examples}
-    shared = [row for row in dataset.held_out if tuple(row.ids) in train]
-    if shared:
+    if dataset.held_out is None:
+        return
+    held_out = TokenFacts.of(dataset.held_out, None)
+    shared = np.flatnonzero(np.isin(held_out.digest, dataset.facts.digest))
+    if len(shared):
         yield (
-            f"{_rows(shared)} of data.eval are also in data.train, so the eval loss is too "
-            "optimistic"
+            f"{_rows(dataset.held_out, shared)} of data.eval are also in data.train, so the eval "
+            "loss is too optimistic"
         )
 
 
 def _lengths(dataset: EncodedDataset) -> Iterator[str]:
-    lengths = [len(row.ids) for row in dataset.examples]
-    median = statistics.median(lengths)
-    long = [row for row in dataset.examples if len(row.ids) > _LONG * median]
-    if long:
-        yield f"{_rows(long)} are more than {_LONG} times as long as the median ({median:g} tokens)"
-    rows = [row for row in dataset.examples if not _PIECE.search(row.origin)]
-    nearly_full = [row for row in rows if len(row.ids) > _NEARLY_FULL * dataset.seq_len]
-    if nearly_full:
-        yield f"{_rows(nearly_full)} nearly fill data.seq_len={dataset.seq_len}"
-    if not dataset.packing and max(lengths) < _TOO_LARGE * dataset.seq_len:
+    examples, lengths = dataset.examples, dataset.examples.lengths
+    longest, median = int(lengths.max()), float(np.median(lengths))
+    long = np.flatnonzero(lengths > _LONG * median)
+    if len(long):
         yield (
-            f"the longest row has {format_count(max(lengths))} tokens: without packing, "
-            f"data.seq_len={max(lengths)} is enough, and the plan needs less memory"
+            f"{_rows(examples, long)} are more than {_LONG} times as long as the median "
+            f"({median:g} tokens)"
+        )
+    is_whole = examples.pieces == 0
+    nearly_full = np.flatnonzero(is_whole & (lengths > _NEARLY_FULL * dataset.seq_len))
+    if len(nearly_full):
+        yield f"{_rows(examples, nearly_full)} nearly fill data.seq_len={dataset.seq_len}"
+    if not dataset.packing and longest < _TOO_LARGE * dataset.seq_len:
+        yield (
+            f"the longest row has {format_count(longest)} tokens: without packing, "
+            f"data.seq_len={longest} is enough, and the plan needs less memory"
         )
 
 
 def _few_targets(dataset: EncodedDataset) -> Iterator[str]:
-    empty = [row for row in dataset.examples if row.num_targets == 1]
-    if empty and dataset.row_format.tokenized:
-        yield f"{_rows(empty)} train one token only: the answer is empty except for its end token"
+    empty = np.flatnonzero(dataset.examples.targets == 1)
+    if len(empty) and dataset.row_format.tokenized:
+        yield (
+            f"{_rows(dataset.examples, empty)} train one token only: the answer is empty except "
+            "for its end token"
+        )
 
 
 def _packing_efficiency(dataset: EncodedDataset) -> Iterator[str]:
     if dataset.packing:
-        tokens = sum(len(row.ids) for row in dataset.examples)
+        tokens = int(dataset.examples.lengths.sum(dtype=np.int64))
         share = tokens / (dataset.num_sequences * dataset.seq_len)
         sequences = _count(dataset.num_sequences, "sequence")
         yield f"packing fills {sequences} of {dataset.seq_len} tokens to {share:.1%}"
 
 
-def _rows(rows: Sequence[Example]) -> str:
-    return f"{_count(len(rows), 'row')} ({_first_names([row.origin for row in rows])})"
+def _rows(examples: Examples, places: NDArray[np.int64]) -> str:
+    names = [examples.origin(int(place)) for place in places[: _NAMED + 1]]
+    return f"{_count(len(places), 'row')} ({_first_names(names)})"
 
 
 def _first_names(names: list[str]) -> str:

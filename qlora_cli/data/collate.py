@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.data.encode import Example
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -11,26 +11,19 @@ get the tokens that the tokenizer adds at the beginning, and one end token, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_cli.data.align import Span
 from qlora_cli.data.chat_template import ChatTemplate
 from qlora_cli.data.conversation import Conversation
-from qlora_cli.data.formats import FORMATS, Content, RowFormat, TokenIds, parse_rows
-from qlora_cli.data.row_errors import RowError, rows_error
-from qlora_cli.data.rows import Row
-from qlora_cli.data.tool_calls import ToolsNotWritten
-from qlora_cli.errors import DataError, ModelError, Problem
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.data.formats import FORMATS, Content, RowFormat, TokenIds, content_of
+from qlora_cli.data.row_errors import FieldsError, RowError
+from qlora_cli.data.row_store import Row
+from qlora_cli.errors import ModelError
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
-from qlora_cli.units import format_count
-
-_NAMED = 3
-"""Rows that an error about tools names."""
-_CHUNK = 1000
-"""Rows tokenized in one call; the offsets of more rows would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,12 @@ class Example:
     @property
     def num_targets(self) -> int:
         """Return the number of trained tokens; the first token is never predicted."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        first = self.labels[:1].count(IGNORE_INDEX)
+        return max(len(self.labels) - 1, 0) - self.labels.count(IGNORE_INDEX) + first
+
+
+Result = Example | RowError | None
+"""What becomes of a row. None: it was not tokenized, because fields of other rows are faulty."""
 
 
 @dataclass(frozen=True)
@@ -65,67 +63,45 @@ class _Text:
 
 
 def encode(
-    rows: list[Row],
+    rows: Sequence[Row],
     format: DataFormat,
     tokenizer: Any,
     *,
     vocab_size: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[Example]:
-    """Return one Example per row, in order, of any length.
+    only_check: bool = False,
+) -> list[Result]:
+    """Return an Example of any length for each row, in order, or the error of the row.
 
     tokenizer: a fast tokenizer; may be None if the format is `tokens`. vocab_size: size of the
-    model's vocabulary; None skips this check. on_progress: called with the number of rows that are
-    tokenized so far.
-    Raises DataError listing every row that is malformed, outside the vocabulary or without a
-    trained token; ModelError if the tokenizer cannot encode this format.
+    model's vocabulary; None skips this check. only_check: check the fields and tokenize nothing.
+    Rows are not tokenized either if the fields of one of them are faulty. A row is malformed
+    (FieldsError), outside the vocabulary, without a trained token, or has tools that the chat
+    template does not write (ToolsNotWritten).
+    Raises ModelError if the tokenizer cannot encode this format.
     """
     row_format = FORMATS[format]
     has_chat_template = bool(getattr(tokenizer, "chat_template", None))
-    contents = parse_rows(rows, format, has_chat_template=has_chat_template)
-    if row_format.tokenized:
-        _check_tokenizer(tokenizer, row_format)
-        results = _from_texts(rows, contents, tokenizer, on_progress)
-    else:
+    parsed = [content_of(row, format, has_chat_template=has_chat_template) for row in rows]
+    contents = [content for content in parsed if not isinstance(content, FieldsError)]
+    if only_check or len(contents) < len(rows):
+        return [content if isinstance(content, FieldsError) else None for content in parsed]
+    if not row_format.tokenized:
         vocab_size = vocab_size or (tokenizer and len(tokenizer))
         results = _from_ids(rows, contents)
-    return _checked(rows, results, vocab_size)
+    else:
+        _check_tokenizer(tokenizer, row_format)
+        template = ChatTemplate(tokenizer)
+        results = _tokenized(rows, [_text(content, template) for content in contents], tokenizer)
+    return [_checked(result, vocab_size) for result in results]
 
 
-def _checked(
-    rows: list[Row],
-    results: Iterator[Example | RowError],
-    vocab_size: int | None,
-) -> list[Example]:
-    examples: list[Example] = []
-    problems: list[Problem] = []
-    without_tools: list[Problem] = []
-    for row, result in zip(rows, results, strict=True):
+def _checked(result: Example | RowError, vocab_size: int | None) -> Example | RowError:
+    if isinstance(result, Example):
         try:
-            if isinstance(result, RowError):
-                raise result
             _check_example(result, vocab_size)
-            examples.append(result)
-        except ToolsNotWritten as error:
-            without_tools.append(error.problem(row.origin))
         except RowError as error:
-            problems.append(error.problem(row.origin))
-    if without_tools:
-        raise _tools_error(without_tools, len(rows))
-    if problems:
-        raise rows_error(problems, len(rows))
-    return examples
-
-
-def _tools_error(problems: list[Problem], num_rows: int) -> DataError:
-    """Return the one error about rows with tools that the chat template does not write."""
-    number = f"{format_count(len(problems))} of {format_count(num_rows)}"
-    return DataError(
-        f"the chat template does not write tool calls, which {number} rows contain; the first:",
-        problems[:_NAMED],
-        hint="use a base whose chat template supports tools, name one with data.template, or "
-        "remove the tools and their messages from the rows",
-    )
+            return error
+    return result
 
 
 def _check_example(example: Example, vocab_size: int | None) -> None:
@@ -155,25 +131,12 @@ def _check_tokenizer(tokenizer: Any, row_format: RowFormat) -> None:
         )
 
 
-def _from_ids(rows: list[Row], contents: list[Content]) -> Iterator[Example | RowError]:
+def _from_ids(rows: Sequence[Row], contents: Sequence[Content]) -> list[Example | RowError]:
+    examples: list[Example | RowError] = []
     for row, content in zip(rows, contents, strict=True):
         assert isinstance(content, TokenIds)
-        yield Example(content.ids, content.labels, row.origin)
-
-
-def _from_texts(
-    rows: list[Row],
-    contents: list[Content],
-    tokenizer: Any,
-    on_progress: Callable[[int], None] | None,
-) -> Iterator[Example | RowError]:
-    template = ChatTemplate(tokenizer)
-    for first in range(0, len(rows), _CHUNK):
-        chunk = slice(first, first + _CHUNK)
-        texts = [_text(content, template) for content in contents[chunk]]
-        yield from _tokenized(rows[chunk], texts, tokenizer)
-        if on_progress is not None:
-            on_progress(min(chunk.stop, len(rows)))
+        examples.append(Example(content.ids, content.labels, row.origin))
+    return examples
 
 
 def _text(content: Content, template: ChatTemplate) -> _Text | RowError:
@@ -192,10 +155,10 @@ def _text(content: Content, template: ChatTemplate) -> _Text | RowError:
 
 
 def _tokenized(
-    rows: list[Row], texts: Sequence[_Text | RowError], tokenizer: Any
-) -> Iterator[Example | RowError]:
-    """Yield the example of each text, and each error as it is, in order."""
-    examples: dict[int, Example] = {}
+    rows: Sequence[Row], texts: Sequence[_Text | RowError], tokenizer: Any
+) -> list[Example | RowError]:
+    """Return the example of each text, and each error as it is, in order."""
+    results: list[Any] = list(texts)
     for add_begin in (True, False):
         batch = [
             (index, text)
@@ -218,9 +181,8 @@ def _tokenized(
             labels = _labels(ids, offsets, text.spans)
             if text.add_end:
                 _add_end(ids, labels, tokenizer.eos_token_id)
-            examples[index] = Example(ids, labels, rows[index].origin)
-    for index, item in enumerate(texts):
-        yield item if isinstance(item, RowError) else examples[index]
+            results[index] = Example(ids, labels, rows[index].origin)
+    return results
 
 
 def _labels(ids: list[int], offsets: list[Span], spans: tuple[Span, ...]) -> list[int]:
@@ -237,7 +199,7 @@ def _labels(ids: list[int], offsets: list[Span], spans: tuple[Span, ...]) -> lis
             token_start, token_stop = offsets[i]
             # A tokenizer that removes white space from its offsets gives an empty range for a
             # token of white space; its character is the one before `token_stop`.
-            if min(token_start, token_stop - 1) >= stop:
+            if token_start >= stop and token_stop > stop:
                 break
             if token_stop > start:
                 labels[i] = ids[i]

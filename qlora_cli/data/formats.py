@@ -19,10 +19,10 @@ from qlora_cli.data.conversation import (
     from_sharegpt,
     parsed_json,
 )
-from qlora_cli.data.row_errors import RowError, check_strings, missing_field, rows_error
-from qlora_cli.data.rows import Row
+from qlora_cli.data.row_errors import FieldsError, RowError, check_strings, missing_field
+from qlora_cli.data.row_store import Row, Rows
 from qlora_cli.errors import DataError, Problem
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
 
 ALPACA = (
@@ -104,12 +104,12 @@ def detect_format(rows: Sequence[Row], wanted: Literal["auto"] | DataFormat) -> 
     """Return the format of the rows.
 
     wanted: a format's name, which is returned; or `auto`: the format whose required fields most
-    rows have. Only field names are compared; `parse_rows` checks the rows.
+    rows have. Only field names are compared.
     Raises DataError if no row has the fields of any format.
     """
     if wanted != "auto":
         return wanted
-    votes = Counter(name for row in rows if (name := _by_fields(row.fields)))
+    votes = rows.votes if isinstance(rows, Rows) else _votes(rows)
     if votes:
         return votes.most_common(1)[0][0]
     known = "; ".join(f"{name}: {', '.join(known.required)}" for name, known in FORMATS.items())
@@ -135,27 +135,25 @@ def _columns_hint(fields: Fields) -> str | None:
     return None
 
 
-def parse_rows(
-    rows: Sequence[Row], format: DataFormat, *, has_chat_template: bool = False
-) -> list[Content]:
-    """Return the content of each row, in order.
+def content_of(
+    row: Row, format: DataFormat, *, has_chat_template: bool = False
+) -> Content | FieldsError:
+    """Return the content of a row, or the error if its fields or values are not of the format.
 
     has_chat_template: whether the base's tokenizer has a chat template.
-    Raises DataError listing every row whose fields or values are not of the format.
     """
-    contents: list[Content] = []
-    problems: list[Problem] = []
-    for row in rows:
-        try:
-            contents.append(FORMATS[format].content(row.fields, has_chat_template))
-        except RowError as error:
-            problems.append(error.problem(row.origin))
-    if problems:
-        raise rows_error(problems, len(rows), f"as {format} rows")
-    return contents
+    try:
+        return FORMATS[format].content(row.fields, has_chat_template)
+    except RowError as error:
+        return FieldsError(str(error), error.hint)
 
 
-def _by_fields(fields: Fields) -> DataFormat | None:
+def _votes(rows: Sequence[Row]) -> Counter[DataFormat]:
+    return Counter(name for row in rows if (name := format_of(row.fields)))
+
+
+def format_of(fields: Fields) -> DataFormat | None:
+    """Return the first format whose required fields are present; None if there is none."""
     for name, known in FORMATS.items():
         if all(fields.get(key) is not None for key in known.required):
             return name

@@ -1,45 +1,62 @@
 """The one path from data files to examples: choose rows, detect their format, encode, fit lengths.
 
 Training, `qlora data`, evaluation and verification all call this module, so they accept and refuse
-the same rows.
+the same rows. Rows are read and tokenized in a stream. The tokens of many rows are not in Python
+lists but in a file, of the cache or temporary, that is mapped into memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter
-from typing import Any, Protocol
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from qlora_cli.data.encode import Example, encode
-from qlora_cli.data.formats import detect_format
+from qlora_cli.data.encode import encode
+from qlora_cli.data.encoded import EncodedRows, Examples
 from qlora_cli.data.long_rows import LongRowsReport, fit_rows, policy_of
-from qlora_cli.data.mixture import SourceCount, read_data, read_held_out
-from qlora_cli.data.rows import Row, read_rows
-from qlora_cli.data.system_prompt import add_system, writes_system
+from qlora_cli.data.mixture import (
+    DataRows,
+    SourceCount,
+    choice_notes,
+    read_data,
+    read_held_out,
+)
+from qlora_cli.data.processes import workers
+from qlora_cli.data.row_store import Rows
+from qlora_cli.data.rows import read_rows
+from qlora_cli.data.stream import (
+    Encode,
+    Encoder,
+    groups_of,
+    num_processes,
+    record_batches,
+)
+from qlora_cli.data.system_prompt import writes_system
+from qlora_cli.data.token_cache import (
+    PART_FILES,
+    CacheKey,
+    EncodedData,
+    EncodedPart,
+    key_for,
+    mapped,
+    read_entry,
+    write_batches,
+    write_entry,
+    write_errors,
+)
 from qlora_cli.errors import DataError, Problem
 from qlora_cli.events import Observer, Silent
+from qlora_cli.files.atomic import atomic_folder
+from qlora_cli.files.cache import locked
 from qlora_cli.recipe.schema import Data, DataFormat
 from qlora_cli.units import format_count
 
 _SILENT = Silent()
-
-
-class Encode(Protocol):
-    """A function that turns rows into examples: `encode`, or the `encode` of a task."""
-
-    def __call__(
-        self,
-        rows: list[Row],
-        format: DataFormat,
-        tokenizer: Any,
-        *,
-        vocab_size: int | None = None,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> list[Example]:
-        """Return one example per row, in order. Arguments and errors as of `encode`."""
-        ...
+_MAPPED_ROWS = 10_000
+"""Number of rows from which on their tokens are in a file."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ class LoadedRows:
     """
 
     format: DataFormat
-    examples: list[Example]
+    examples: Examples
     long_rows: LongRowsReport
 
 
@@ -85,138 +102,140 @@ class LoadedData:
     notes: tuple[str, ...]
 
 
-def load_data(
-    data: Data,
-    tokenizer: Any,
-    limits: ModelLimits,
-    *,
-    encode: Encode = encode,
-    observer: Observer = _SILENT,
-) -> LoadedData:
-    """Return the rows of a recipe as examples. Other arguments and errors as of `load_examples`.
+@dataclass(frozen=True)
+class RowLoader:
+    """Loads rows by the settings of a recipe, for one model.
 
-    observer: receives the number of tokenized rows, as the stage `tokenize`.
+    data: the recipe's section. tokenizer: the base's; None if it has none. limits: of the model
+    that reads the rows. encode: the task's function.
+    All methods raise InputError if a file cannot be read, DataError listing every row that cannot
+    be used, ModelError if the tokenizer cannot encode the format.
     """
-    rows = read_data(data)
-    observer.stage("tokenize", len(rows.train) + len(rows.held_out))
-    train = _encoded(rows.train, data, tokenizer, limits, encode, observer.advance)
-    held_out = None
-    if data.eval is not None:
-        held_out = _encoded(
-            rows.held_out,
-            data,
-            tokenizer,
-            limits,
-            encode,
-            lambda done: observer.advance(len(rows.train) + done),
-        )
-    notes = rows.notes(data)
-    if data.system and not writes_system(tokenizer):
-        notes.append(
-            "the chat template does not write system prompts: data.system is put in front of the "
-            "first user message"
-        )
-    notes += [text for text in [train.long_rows.text()] if text]
-    if held_out is not None and (text := held_out.long_rows.text()):
-        notes.append(f"held-out rows: {text}")
-    return LoadedData(train, held_out, rows.sources, tuple(notes))
+
+    data: Data
+    tokenizer: Any
+    limits: ModelLimits
+    encode: Encode = encode
+
+    def load(self, observer: Observer = _SILENT) -> LoadedData:
+        """Return all rows of the recipe.
+
+        observer: receives the number of tokenized rows, as the stage `tokenize`; nothing is
+        tokenized if the cache contains the tokens.
+        """
+        encoded = self._from_cache(observer)
+        train = self._fitted(encoded.train)
+        held_out = None if encoded.held_out is None else self._fitted(encoded.held_out)
+        num_held_out = 0 if encoded.held_out is None else len(encoded.held_out.rows)
+        notes = choice_notes(self.data, encoded.sources, num_held_out)
+        if self.data.system and not writes_system(self.tokenizer):
+            notes.append(
+                "the chat template does not write system prompts: data.system is put in front of "
+                "the first user message"
+            )
+        notes += [text for text in [train.long_rows.text()] if text]
+        if held_out is not None and (text := held_out.long_rows.text()):
+            notes.append(f"held-out rows: {text}")
+        return LoadedData(train, held_out, encoded.sources, tuple(notes))
+
+    def train(self, select: slice = slice(None)) -> LoadedRows:
+        """Return the training rows. select: the part of them."""
+        return self._part(read_data(self.data).train[select])
+
+    def held_out(self, select: slice = slice(None)) -> LoadedRows:
+        """Return the held-out rows of a recipe whose `data.eval` is not null."""
+        return self._part(read_held_out(self.data)[select])
+
+    def file(self, where: str, select: slice = slice(None)) -> LoadedRows:
+        """Return the rows of a file or dataset, in order. where: as in `read_rows`."""
+        return self._part(read_rows(where, columns=self.data.columns)[select])
+
+    def _part(self, rows: Rows) -> LoadedRows:
+        return self._fitted(self._encoded(DataRows(rows, None, ()), _SILENT).train)
+
+    def _from_cache(self, observer: Observer) -> EncodedData:
+        """Return the tokens of the recipe's rows from the cache, which they are added to."""
+        key = key_for(self.data, self.tokenizer, self.limits.vocab_size, self.encode)
+        if key is None:
+            return self._encoded(read_data(self.data, observer=observer), observer)
+        if found := read_entry(key, self.data):
+            return found
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(key.folder))
+            except OSError as error:
+                observer.note(
+                    f"{key.folder.parent} cannot be written ({error.strerror}), so the tokens are "
+                    "not kept for later runs; QLORA_CACHE names another folder"
+                )
+                return self._encoded(read_data(self.data, observer=observer), observer)
+            # Another process may have written the entry while this one waited.
+            return read_entry(key, self.data) or self._new_entry(key, observer)
+
+    def _new_entry(self, key: CacheKey, observer: Observer) -> EncodedData:
+        """Encode the recipe's rows into a new entry of the cache and return them."""
+        rows = read_data(self.data, key.folder.parent, observer)
+        with write_errors(key.folder), atomic_folder(key.folder) as partial:
+            encoded, checksums = self._encode_into(partial, rows, observer)
+            key.check_unchanged()
+            write_entry(partial, key, encoded, checksums)
+        return encoded
+
+    def _encoded(self, rows: DataRows, observer: Observer) -> EncodedData:
+        """Encode rows in memory, or if they are many, into files that nothing else uses."""
+        if _num_rows(rows) < _MAPPED_ROWS:
+            return self._encode_into(None, rows, observer)[0]
+        # The files exist until their last mapping ends.
+        with TemporaryDirectory(prefix="qlora-") as folder:
+            return self._encode_into(Path(folder), rows, observer)[0]
+
+    def _encode_into(
+        self, folder: Path | None, rows: DataRows, observer: Observer
+    ) -> tuple[EncodedData, list[int]]:
+        """Encode rows into files in a folder. Return them, and the checksums of the files.
+
+        folder: None keeps them in memory.
+        """
+        number = _num_rows(rows)
+        observer.stage("tokenize", number)
+        encoder = Encoder(self.encode, self.tokenizer, self.limits.vocab_size, self.data.system)
+        parts: list[EncodedPart] = []
+        checksums: list[int] = []
+        done = 0
+        chosen = [rows.train, *([rows.held_out] if rows.held_out is not None else [])]
+        with workers(encoder, num_processes(number, self.data), encoder.modules) as apply:
+            for part, name in zip(chosen, PART_FILES, strict=False):
+                groups = groups_of(part, self.data)
+                batches = record_batches(groups, apply, observer.advance, done)
+                names = part.store.names
+                if folder is None:
+                    encoded = EncodedRows(list(batches), names)
+                else:
+                    checksums.append(write_batches(folder / name, batches))
+                    encoded = mapped(folder / name, names)
+                formats = tuple((row_format, len(group)) for row_format, group in groups)
+                parts.append(EncodedPart(encoded, formats))
+                done += len(part)
+        return EncodedData(parts[0], parts[1] if parts[1:] else None, rows.sources), checksums
+
+    def _fitted(self, part: EncodedPart) -> LoadedRows:
+        """Apply `data.long_rows` to the rows."""
+        seq_len, positions = self.data.seq_len, self.limits.positions
+        report = LongRowsReport(seq_len if positions is None else min(seq_len, positions))
+        whole = Examples.whole(part.rows)
+        fitted: list[Examples] = []
+        counts: Counter[DataFormat] = Counter()
+        for row_format, number in part.formats:
+            rows = whole[report.rows : report.rows + number]
+            fitted.append(fit_rows(rows, policy_of(self.data.long_rows, row_format), report))
+            counts[row_format] += number
+        if not any(map(len, fitted)):
+            raise _nothing_left(report)
+        return LoadedRows(counts.most_common(1)[0][0], Examples.joined(fitted), report)
 
 
-def load_train(
-    data: Data,
-    tokenizer: Any,
-    limits: ModelLimits,
-    *,
-    encode: Encode = encode,
-    select: slice = slice(None),
-) -> LoadedRows:
-    """Return the training rows of a recipe. Arguments and errors as of `load_examples`."""
-    return _encoded(read_data(data).train[select], data, tokenizer, limits, encode)
-
-
-def load_held_out(
-    data: Data,
-    tokenizer: Any,
-    limits: ModelLimits,
-    *,
-    encode: Encode = encode,
-    select: slice = slice(None),
-) -> LoadedRows:
-    """Return the held-out rows of a recipe. Arguments and errors as of `load_examples`.
-
-    Raises DataError if `data.eval` is null.
-    """
-    return _encoded(read_held_out(data)[select], data, tokenizer, limits, encode)
-
-
-def load_examples(
-    where: str,
-    data: Data,
-    tokenizer: Any,
-    limits: ModelLimits,
-    *,
-    encode: Encode = encode,
-    select: slice = slice(None),
-) -> LoadedRows:
-    """Return the rows of a file or dataset as examples, in order.
-
-    where: as in `read_rows`. data: the recipe's section, for the format, columns and lengths.
-    tokenizer: the base's; None if it has none. limits: of the model that reads the rows.
-    encode: the task's function. select: the part of the rows to encode.
-    Raises InputError if the file cannot be read, DataError listing every row that cannot be used,
-    ModelError if the tokenizer cannot encode the format.
-    """
-    rows = read_rows(where, columns=data.columns)[select]
-    return _encoded(rows, data, tokenizer, limits, encode)
-
-
-def _encoded(
-    rows: list[Row],
-    data: Data,
-    tokenizer: Any,
-    limits: ModelLimits,
-    encode: Encode,
-    on_progress: Callable[[int], None] | None = None,
-) -> LoadedRows:
-    limit = data.seq_len if limits.positions is None else min(data.seq_len, limits.positions)
-    report = LongRowsReport(limit)
-    examples: list[Example] = []
-    counts: dict[DataFormat, int] = {}
-    for row_format, part in _by_format(rows, data):
-        if data.system:
-            part = add_system(part, row_format, tokenizer, data.system)
-        encoded = encode(
-            part,
-            row_format,
-            tokenizer,
-            vocab_size=limits.vocab_size,
-            on_progress=_after(report.rows, on_progress),
-        )
-        examples += fit_rows(encoded, policy_of(data.long_rows, row_format), report)
-        counts[row_format] = counts.get(row_format, 0) + len(part)
-    if not examples:
-        raise _nothing_left(report)
-    return LoadedRows(max(counts, key=lambda name: counts[name]), examples, report)
-
-
-def _after(done: int, on_progress: Callable[[int], None] | None) -> Callable[[int], None] | None:
-    """Return a function that reports progress after `done` rows of other formats."""
-    return None if on_progress is None else lambda number: on_progress(done + number)
-
-
-def _by_format(rows: list[Row], data: Data) -> list[tuple[DataFormat, list[Row]]]:
-    """Return consecutive rows of one format together. Each file has one format."""
-    parts: list[tuple[DataFormat, list[Row]]] = []
-    by_file: dict[str, list[Row]] = {}
-    for row in rows:
-        by_file.setdefault(row.file, []).append(row)
-    formats = {name: detect_format(part, data.format) for name, part in by_file.items()}
-    for name, part in groupby(rows, key=attrgetter("file")):
-        if parts and parts[-1][0] == formats[name]:
-            parts[-1][1].extend(part)
-        else:
-            parts.append((formats[name], list(part)))
-    return parts
+def _num_rows(rows: DataRows) -> int:
+    return len(rows.train) + (0 if rows.held_out is None else len(rows.held_out))
 
 
 def _nothing_left(report: LongRowsReport) -> DataError:

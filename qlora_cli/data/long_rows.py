@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from qlora_cli.data.encode import Example
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_cli.data.encoded import Examples
 from qlora_cli.data.row_errors import SHOWN_PROBLEMS
 from qlora_cli.errors import DataError, Problem
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat, LongRows
 from qlora_cli.units import format_count
 
@@ -78,76 +82,96 @@ def policy_of(setting: Literal["auto"] | LongRows, row_format: DataFormat) -> Lo
     return "split" if row_format == "text" else "drop"
 
 
-def fit_rows(
-    examples: Sequence[Example], policy: LongRows, report: LongRowsReport
-) -> Iterator[Example]:
-    """Yield the examples with at most `report.limit` tokens each, in order.
+def fit_rows(examples: Examples, policy: LongRows, report: LongRowsReport) -> Examples:
+    """Return the examples with at most `report.limit` tokens each, in order.
 
-    policy: what happens to longer ones. report: counts of these examples are added to it.
-    Raises DataError listing the long rows if the policy is `error`.
+    examples: complete rows. policy: what happens to longer ones. report: counts of these examples
+    are added to it. Raises DataError listing the long rows if the policy is `error`.
     """
-    limit = report.limit
+    report.rows += len(examples)
+    report.tokens += int(examples.lengths.sum(dtype=np.int64))
+    is_long = examples.lengths > report.limit
+    long = np.flatnonzero(is_long)
+    if not len(long):
+        return examples
     if policy == "error":
-        _refuse(examples, limit)
-    for example in examples:
-        length = len(example.ids)
-        report.rows += 1
-        report.tokens += length
-        if length <= limit:
-            yield example
-            continue
-        _count(example, policy, report)
-        kept = list(_kept(example, policy, limit))
-        trained = [piece for piece in kept if piece.num_targets]
-        report.pieces += len(trained) if policy == "split" else 0
-        report.dropped += not trained
-        report.untrained += len(kept) - len(trained)
-        report.lost_tokens += length - sum(len(piece.ids) for piece in trained)
-        yield from trained
+        _refuse(examples, long, report.limit)
+    if policy not in report.policies:
+        report.policies.append(policy)
+    kept = [piece for place in long for piece in _kept(examples, int(place), policy, report)]
+    fitting = np.flatnonzero(~is_long)
+    places = np.concatenate([fitting, np.array([piece.place for piece in kept], np.int64)])
+    result = examples.take(places)
+    for column, name in zip(result.part_columns(), _PIECE_COLUMNS, strict=True):
+        column[len(fitting) :] = [getattr(piece, name) for piece in kept]
+    return result.take(np.argsort(places, kind="stable"))
 
 
-def _count(example: Example, policy: LongRows, report: LongRowsReport) -> None:
-    length = len(example.ids)
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a long row. place: of the row. number, count: its number, 0 for a truncated row."""
+
+    place: int
+    start: int
+    length: int
+    targets: int
+    number: int = 0
+    count: int = 0
+
+
+_PIECE_COLUMNS = ("start", "length", "targets", "number", "count")
+
+
+def _kept(
+    examples: Examples, place: int, policy: LongRows, report: LongRowsReport
+) -> Iterator[_Piece]:
+    """Yield what is kept of one long row, and count it in the report."""
+    length = int(examples.lengths[place])
     report.long_rows += 1
     report.long_tokens += length
     report.longest = max(report.longest, length)
     if len(report.first) < _NAMED:
-        report.first.append((example.origin, length))
-    if policy not in report.policies:
-        report.policies.append(policy)
+        report.first.append((examples.origin(place), length))
+    bounds = _bounds(length, policy, report.limit)
+    is_trained = examples.encoded.labels(int(examples.rows[place])) != IGNORE_INDEX
+    kept_tokens = trained = 0
+    for number, (start, stop) in enumerate(bounds, 1):
+        targets = int(np.count_nonzero(is_trained[start + 1 : stop]))
+        if not targets:
+            report.untrained += 1
+            continue
+        trained += 1
+        kept_tokens += stop - start
+        numbers = (number, len(bounds)) if policy == "split" else (0, 0)
+        yield _Piece(place, start, stop - start, targets, *numbers)
+    report.pieces += trained if policy == "split" else 0
+    report.dropped += not trained
+    report.lost_tokens += length - kept_tokens
 
 
-def _kept(example: Example, policy: LongRows, limit: int) -> Iterator[Example]:
-    if policy == "truncate":
-        yield Example(example.ids[:limit], example.labels[:limit], example.origin)
-    if policy == "split":
-        yield from _pieces(example, limit)
+def _bounds(length: int, policy: LongRows, limit: int) -> list[tuple[int, int]]:
+    """Return the first token of each part of a row that is kept, and the one after its last.
 
-
-def _pieces(example: Example, limit: int) -> Iterator[Example]:
-    """Yield the example in the fewest consecutive pieces, of equal length up to one token.
-
-    Pieces of equal length avoid a last piece of one token, which would have no target.
+    `split` makes the fewest consecutive pieces, of equal length up to one token. This avoids a last
+    piece of one token, which would have no target.
     """
-    length = len(example.ids)
+    if policy == "truncate":
+        return [(0, limit)]
+    if policy == "drop":
+        return []
     count = -(-length // limit)
-    bounds = [length * number // count for number in range(count + 1)]
-    for number, (start, stop) in enumerate(pairwise(bounds), 1):
-        origin = f"{example.origin} [{number}/{count}]"
-        yield Example(example.ids[start:stop], example.labels[start:stop], origin)
+    return list(pairwise(length * number // count for number in range(count + 1)))
 
 
-def _refuse(examples: Sequence[Example], limit: int) -> None:
-    too_long = [example for example in examples if len(example.ids) > limit]
-    if not too_long:
-        return
-    longest = max(len(example.ids) for example in too_long)
+def _refuse(examples: Examples, long: NDArray[np.int64], limit: int) -> None:
+    """Raise DataError listing the rows at the places `long`."""
+    longest = int(examples.lengths.max())
     raise DataError(
-        f"{format_count(len(too_long))} of {format_count(len(examples))} rows are longer than "
+        f"{format_count(len(long))} of {format_count(len(examples))} rows are longer than "
         f"{format_count(limit)} tokens, the limit of data.seq_len and of the model's positions:",
         [
-            Problem(example.origin, f"{format_count(len(example.ids))} tokens")
-            for example in too_long[:SHOWN_PROBLEMS]
+            Problem(examples.origin(place), f"{format_count(int(examples.lengths[place]))} tokens")
+            for place in map(int, long[:SHOWN_PROBLEMS])
         ],
         hint=f"the longest row has {format_count(longest)} tokens; set data.long_rows to drop, "
         "truncate or split, or raise data.seq_len up to the model's positions",

@@ -10,13 +10,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qlora_cli.data.formats import FORMATS
-from qlora_cli.data.rows import Row, read_places
+from qlora_cli.data.row_store import Rows
+from qlora_cli.data.rows import read_places
 from qlora_cli.errors import DataError, InputError, Problem
+from qlora_cli.events import Observer, Silent
 from qlora_cli.recipe.schema import Data, Source, Sources
 from qlora_cli.recipe.suggest import nearest_word
 from qlora_cli.units import format_count
+
+_SILENT = Silent()
 
 
 @dataclass(frozen=True)
@@ -33,52 +41,55 @@ class SourceCount:
 class DataRows:
     """Rows of a recipe, in the order of their sources.
 
-    held_out: empty if `data.eval` is null. sources: of the training rows.
+    held_out: None if `data.eval` is null. sources: of the training rows.
     """
 
-    train: list[Row]
-    held_out: list[Row]
+    train: Rows
+    held_out: Rows | None
     sources: tuple[SourceCount, ...]
 
-    def notes(self, data: Data) -> list[str]:
-        """Return one line per choice of rows that the settings made."""
-        notes = []
-        if len(self.sources) > 1 or any(source.weight != 1 for source in self.sources):
-            counts = ", ".join(
-                f"{format_count(source.used)} from {source.path}"
-                + (f" (weight {source.weight:g})" if source.weight != 1 else "")
-                for source in self.sources
-            )
-            notes.append(f"training rows: {counts}")
-        if isinstance(data.eval, float):
-            number = format_count(len(self.held_out))
-            notes.append(
-                f"data.eval={data.eval:g}: {number} rows are held out and not trained on "
-                f"(data.seed={data.seed})"
-            )
-        if data.max_rows is not None:
-            notes.append(
-                f"data.max_rows={data.max_rows}: {format_count(len(self.train))} training rows are "
-                f"used (data.seed={data.seed})"
-            )
-        return notes
+
+def choice_notes(data: Data, sources: Sequence[SourceCount], held_out: int) -> list[str]:
+    """Return one line per choice of rows that the settings made.
+
+    sources: of the training rows. held_out: number of held-out rows.
+    """
+    notes = []
+    if len(sources) > 1 or any(source.weight != 1 for source in sources):
+        counts = ", ".join(
+            f"{format_count(source.used)} from {source.path}"
+            + (f" (weight {source.weight:g})" if source.weight != 1 else "")
+            for source in sources
+        )
+        notes.append(f"training rows: {counts}")
+    if isinstance(data.eval, float):
+        notes.append(
+            f"data.eval={data.eval:g}: {format_count(held_out)} rows are held out and not trained "
+            f"on (data.seed={data.seed})"
+        )
+    if data.max_rows is not None:
+        used = format_count(sum(source.used for source in sources))
+        notes.append(
+            f"data.max_rows={data.max_rows}: {used} training rows are used (data.seed={data.seed})"
+        )
+    return notes
 
 
-def read_data(data: Data) -> DataRows:
-    """Return the rows that a recipe's data section chooses.
+def read_data(data: Data, folder: Path | None = None, observer: Observer = _SILENT) -> DataRows:
+    """Return the rows that a recipe's data section chooses. folder, observer: as `read_places`.
 
     Raises InputError if a file or dataset cannot be read or a setting cannot be applied, DataError
     listing every broken row.
     """
     _check_columns(data)
     sources = sources_of(data.train)
-    read = _read(sources, data, "data.train")
-    held_out: list[Row] = []
+    read = _read(sources, data, "data.train", folder, observer)
+    held_out: Rows | None = None
     rest = read
     if isinstance(data.eval, float):
         held_out, rest = _share(read, data.eval, data.seed)
     elif data.eval is not None:
-        held_out = read_held_out(data)
+        held_out = _read_eval(data.eval, data, folder, observer)
     weighted = [
         _weighted(rows, source, f"{data.seed}/{number}")
         for number, (rows, source) in enumerate(zip(rest, sources, strict=True))
@@ -88,19 +99,27 @@ def read_data(data: Data) -> DataRows:
         SourceCount(source.path, source.weight, len(rows), len(used))
         for source, rows, used in zip(sources, read, train, strict=True)
     )
-    return DataRows([row for rows in train for row in rows], held_out, counts)
+    return DataRows(Rows.joined(train), held_out, counts)
 
 
-def read_held_out(data: Data) -> list[Row]:
-    """Return the held-out rows of a recipe; empty if `data.eval` is null. Errors as `read_data`."""
-    if data.eval is None:
-        return []
+def read_held_out(data: Data) -> Rows:
+    """Return the held-out rows of a recipe, whose `data.eval` is not null. Errors as `read_data`.
+
+    If they are a file of their own, the training rows are not read.
+    """
+    assert data.eval is not None
     if isinstance(data.eval, float):
-        return read_data(data).held_out
-    sources = sources_of(data.eval)
+        held_out = read_data(data).held_out
+        assert held_out is not None
+        return held_out
+    return _read_eval(data.eval, data, None, _SILENT)
+
+
+def _read_eval(setting: Sources, data: Data, folder: Path | None, observer: Observer) -> Rows:
+    sources = sources_of(setting)
     if any(source.weight != 1 for source in sources):
         raise InputError("weights apply to data.train only", where="data.eval")
-    return [row for rows in _read(sources, data, "data.eval") for row in rows]
+    return Rows.joined(_read(sources, data, "data.eval", folder, observer))
 
 
 def sources_of(setting: Sources) -> list[Source]:
@@ -116,9 +135,12 @@ def sources_text(setting: Sources | float | None) -> str:
     return ", ".join(source.path for source in sources_of(setting))
 
 
-def _read(sources: Sequence[Source], data: Data, key: str) -> list[list[Row]]:
+def _read(
+    sources: Sequence[Source], data: Data, key: str, folder: Path | None, observer: Observer
+) -> list[Rows]:
+    places = [source.path for source in sources]
     try:
-        return read_places([source.path for source in sources], columns=data.columns)
+        return read_places(places, columns=data.columns, folder=folder, observer=observer)
     except InputError as error:
         if isinstance(error, DataError) or error.where:
             raise
@@ -143,33 +165,30 @@ def _check_columns(data: Data) -> None:
             )
 
 
-def _share(read: list[list[Row]], share: float, seed: int) -> tuple[list[Row], list[list[Row]]]:
+def _share(read: list[Rows], share: float, seed: int) -> tuple[Rows, list[Rows]]:
     """Return the held-out rows and the rest of each source."""
-    number = sum(map(len, read))
+    all_rows = Rows.joined(read)
+    number = len(all_rows)
     if number < 2:
         raise DataError(
             "data.eval as a share needs at least two rows",
-            [Problem(read[0][0].origin, "it is the only row")],
+            [Problem(all_rows[0].origin, "it is the only row")],
             hint="name a file of held-out rows, or divide the text into several files",
         )
     size = min(max(round(share * number), 1), number - 1)
-    chosen = set(random.Random(f"{seed}/eval").sample(range(number), size))
-    held_out: list[Row] = []
-    rest: list[list[Row]] = []
-    first = 0
-    for rows in read:
-        held_out += [row for index, row in enumerate(rows, first) if index in chosen]
-        rest.append([row for index, row in enumerate(rows, first) if index not in chosen])
-        first += len(rows)
-    return held_out, rest
+    is_held_out = np.zeros(number, bool)
+    is_held_out[_chosen(number, size, f"{seed}/eval")] = True
+    bounds = np.cumsum([len(rows) for rows in read])[:-1]
+    parts = zip(read, np.split(is_held_out, bounds), strict=True)
+    return all_rows.take(is_held_out), [rows.take(~held_out) for rows, held_out in parts]
 
 
-def _weighted(rows: list[Row], source: Source, seed: str) -> list[Row]:
+def _weighted(rows: Rows, source: Source, seed: str) -> Rows:
     """Return the rows repeated by the integer part of the weight, and a sample for the rest."""
     times, fraction = divmod(source.weight, 1)
-    sample = _sample(rows, round(fraction * len(rows)), seed)
-    result = rows * int(times) + sample
-    if rows and not result:
+    sample = rows.take(_chosen(len(rows), round(fraction * len(rows)), seed))
+    result = Rows.joined([*[rows] * int(times), sample])
+    if len(rows) and not len(result):
         raise InputError(
             f"weight {source.weight:g} leaves no row of {source.path}, which has {len(rows)} rows",
             where="data.train",
@@ -177,20 +196,19 @@ def _weighted(rows: list[Row], source: Source, seed: str) -> list[Row]:
     return result
 
 
-def _limited(weighted: list[list[Row]], data: Data) -> list[list[Row]]:
+def _limited(weighted: list[Rows], data: Data) -> list[Rows]:
     """Return at most `data.max_rows` rows of all sources together."""
     number = sum(map(len, weighted))
     if data.max_rows is None or number <= data.max_rows:
         return weighted
-    numbered = [(index, row) for index, rows in enumerate(weighted) for row in rows]
-    chosen = random.Random(f"{data.seed}/max_rows").sample(range(number), data.max_rows)
-    limited: list[list[Row]] = [[] for _ in weighted]
-    for place in sorted(chosen):
-        index, row = numbered[place]
-        limited[index].append(row)
-    return limited
+    chosen = _chosen(number, data.max_rows, f"{data.seed}/max_rows")
+    first = np.cumsum([0, *(len(rows) for rows in weighted)])
+    places = np.split(chosen, np.searchsorted(chosen, first[1:-1]))
+    return [
+        rows.take(part - start) for rows, part, start in zip(weighted, places, first, strict=False)
+    ]
 
 
-def _sample(rows: list[Row], size: int, seed: str) -> list[Row]:
-    chosen = random.Random(seed).sample(range(len(rows)), size)
-    return [rows[index] for index in sorted(chosen)]
+def _chosen(number: int, size: int, seed: str) -> NDArray[np.int64]:
+    """Return `size` of the numbers below `number`, in ascending order."""
+    return np.array(sorted(random.Random(seed).sample(range(number), size)), np.int64)

@@ -11,29 +11,65 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qlora_cli.data.collate import Batch, BatchSize, collate, peak_batches
 from qlora_cli.data.encode import Example
+from qlora_cli.data.encoded import sizes
 
-Sequences = list[list[int]]
-"""Row numbers of each sequence."""
 Collate = Callable[[Sequence[Example]], Batch]
 """Function that builds one micro-batch of examples: `collate`, or the `collate` of a task."""
 
 
-def pack(lengths: Sequence[int], seq_len: int) -> Sequences:
+@dataclass(frozen=True)
+class Sequences:
+    """Row numbers of sequences: those of sequence i are `rows[bounds[i] : bounds[i + 1]]`."""
+
+    rows: NDArray[np.int32]
+    bounds: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, index: int) -> list[int]:
+        """Return the row numbers of one sequence."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        numbers: list[int] = self.rows[self.bounds[index] : self.bounds[index + 1]].tolist()
+        return numbers
+
+    @classmethod
+    def of(cls, rows: NDArray[np.int32], lengths: Sequence[int] | NDArray[np.int64]) -> Sequences:
+        """Return consecutive sequences of the rows. lengths: number of rows in each."""
+        return cls(rows, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+
+    def reordered(self, order: NDArray[np.int32], rows: NDArray[np.int32]) -> Sequences:
+        """Return the sequences in another order. rows: what becomes of each row number."""
+        lengths = np.diff(self.bounds)[order]
+        starts = self.bounds[:-1][order]
+        first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        places = np.arange(len(self.rows)) + np.repeat(starts - first, lengths)
+        return Sequences.of(rows[self.rows[places]], lengths)
+
+
+def pack(lengths: Sequence[int] | NDArray[np.int32], seq_len: int) -> Sequences:
     """Return sequences of at most `seq_len` tokens that contain every row once, undivided.
 
     lengths: number of tokens of each row. Rows of equal length are placed by row number.
     Raises ValueError if a row is longer than seq_len.
     """
-    if lengths and max(lengths) > seq_len:
-        raise ValueError(f"a row of {max(lengths)} tokens in sequences of {seq_len}")
-    sequences: Sequences = []
+    lengths = np.asarray(lengths, np.int32)
+    if len(lengths) and lengths.max() > seq_len:
+        raise ValueError(f"a row of {lengths.max()} tokens in sequences of {seq_len}")
+    longest_first = np.argsort(-lengths, kind="stable").astype(np.int32)
+    sequence_of = np.empty(len(lengths), np.int32)
     by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
     spaces = 0  # bit n is set if a sequence has space for exactly n more tokens
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        length = lengths[row]
+    number = 0
+    for place, length in enumerate(lengths[longest_first].tolist()):
         fitting = spaces >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1
@@ -41,12 +77,13 @@ def pack(lengths: Sequence[int], seq_len: int) -> Sequences:
             if not by_space[space]:
                 spaces ^= 1 << space
         else:
-            space, sequence = seq_len, len(sequences)
-            sequences.append([])
-        sequences[sequence].append(row)
+            space, sequence = seq_len, number
+            number += 1
+        sequence_of[place] = sequence
         by_space[space - length].append(sequence)
         spaces |= 1 << (space - length)
-    return sequences
+    by_sequence = np.argsort(sequence_of, kind="stable")
+    return Sequences.of(longest_first[by_sequence], np.bincount(sequence_of, minlength=number))
 
 
 class BatchSchedule:
@@ -73,8 +110,7 @@ class BatchSchedule:
         collate: Collate = collate,
     ) -> None:
         self._examples = examples
-        self._lengths = [len(example.ids) for example in examples]
-        self._targets = [example.num_targets for example in examples]
+        self._lengths, self._targets = sizes(examples)
         self._seq_len = seq_len
         self._packing = packing
         self._micro_batch = micro_batch
@@ -99,9 +135,9 @@ class BatchSchedule:
         return [self._size(rows) for rows in self._rows(step)]
 
     def _size(self, rows: Sequence[int]) -> BatchSize:
-        lengths = [self._lengths[row] for row in rows]
-        targets = sum(self._targets[row] for row in rows)
-        return BatchSize(sum(lengths), targets, len(rows), max(lengths))
+        lengths = self._lengths[rows]
+        targets = int(self._targets[rows].sum())
+        return BatchSize(int(lengths.sum()), targets, len(rows), int(lengths.max()))
 
     def _rows(self, step: int) -> Iterator[list[int]]:
         """Yield the row numbers of each micro-batch of a step."""
@@ -109,20 +145,25 @@ class BatchSchedule:
         if self._current[0] != epoch:
             self._current = (epoch, self._order(epoch))
         first = index * self._per_step
-        chosen = self._current[1][first : first + self._per_step]
-        return _micro_batches(chosen, self._micro_batch)
+        chosen = range(first, min(first + self._per_step, self.num_sequences))
+        return _micro_batches(self._current[1], chosen, self._micro_batch)
 
     def _order(self, epoch: int) -> Sequences:
         """Return the sequences of an epoch in the order in which they are trained."""
         # A string as seed is hashed by SHA-512: the same on every machine and Python version.
         rng = random.Random(f"{self._seed}/{epoch}")
-        rows = list(range(len(self._lengths)))
-        rng.shuffle(rows)
+        rows = _shuffled(len(self._lengths), rng)
         if not self._packing:
-            return [[row] for row in rows]
-        packed = pack([self._lengths[row] for row in rows], self._seq_len)
-        rng.shuffle(packed)
-        return [[rows[place] for place in sequence] for sequence in packed]
+            return Sequences.of(rows, np.ones(len(rows), np.int64))
+        packed = pack(self._lengths[rows], self._seq_len)
+        return packed.reordered(_shuffled(len(packed), rng), rows)
+
+
+def _shuffled(number: int, rng: random.Random) -> NDArray[np.int32]:
+    """Return the numbers below `number` in random order."""
+    numbers = list(range(number))
+    rng.shuffle(numbers)
+    return np.array(numbers, np.int32)
 
 
 def eval_batches(
@@ -138,16 +179,18 @@ def eval_batches(
     With packing, a sequence of at most `seq_len` tokens contains as many consecutive rows as fit.
     micro_batch: sequences per batch. collate: the function of the task that builds a batch.
     """
-    sequences: Sequences = []
+    lengths, _ = sizes(examples)
+    rows_in: list[int] = []
     space = 0
-    for row, example in enumerate(examples):
-        if packing and sequences and len(example.ids) <= space:
-            sequences[-1].append(row)
+    for length in lengths.tolist():
+        if packing and rows_in and length <= space:
+            rows_in[-1] += 1
         else:
-            sequences.append([row])
+            rows_in.append(1)
             space = seq_len
-        space -= len(example.ids)
-    for rows in _micro_batches(sequences, micro_batch):
+        space -= length
+    sequences = Sequences.of(np.arange(len(lengths), dtype=np.int32), rows_in)
+    for rows in _micro_batches(sequences, range(len(sequences)), micro_batch):
         yield collate([examples[row] for row in rows])
 
 
@@ -158,7 +201,9 @@ def peak_steps(schedule: BatchSchedule, steps: range) -> set[int]:
     return {sizes[index][0] for index in peaks}
 
 
-def _micro_batches(sequences: Sequences, micro_batch: int) -> Iterator[list[int]]:
-    """Yield the row numbers of each micro-batch."""
-    for first in range(0, len(sequences), micro_batch):
-        yield [row for sequence in sequences[first : first + micro_batch] for row in sequence]
+def _micro_batches(sequences: Sequences, chosen: range, micro_batch: int) -> Iterator[list[int]]:
+    """Yield the row numbers of each micro-batch of the chosen sequences."""
+    for first in chosen[::micro_batch]:
+        last = min(first + micro_batch, chosen.stop)
+        rows: list[int] = sequences.rows[sequences.bounds[first] : sequences.bounds[last]].tolist()
+        yield rows

@@ -27,6 +27,8 @@ _MAX_CELL_LENGTH = 2**31 - 1
 _SNIFFED = 4096
 """Bytes of a file's beginning that decide how it is read."""
 _BOM = b"\xef\xbb\xbf"
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""The escape sequence in JSON of one half of a character outside the basic plane."""
 
 
 def _jsonl(path: Path) -> Iterator[Item]:
@@ -42,7 +44,9 @@ def _jsonl(path: Path) -> Iterator[Item]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    yield number, _object(json.loads(text, object_pairs_hook=_no_duplicates))
+                    value = json.loads(text, object_pairs_hook=_no_duplicates)
+                    # A line in UTF-8 can contain a half character only as an escape sequence.
+                    yield number, _object(value, check=bool(_HALF.search(text)))
             except json.JSONDecodeError as error:
                 yield number, RowError(f"broken JSON at column {error.colno}: {error.msg}")
             except UnicodeDecodeError as error:
@@ -217,12 +221,16 @@ def _readable(path: Path) -> Path:
     return path
 
 
-def _object(value: Any) -> dict[str, Any]:
-    """Return a decoded row. Raises RowError if it is not an object of valid Unicode."""
+def _object(value: Any, check: bool = True) -> dict[str, Any]:
+    """Return a decoded row. Raises RowError if it is not an object of valid Unicode.
+
+    check: False if all its texts are known to be valid Unicode.
+    """
     if not isinstance(value, dict):
         raise RowError(f"a row must be an object with fields, not {_kind(value)}")
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        if check:
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise RowError(r"it contains half a character (a lone \ud800-\udfff)") from error
     return value

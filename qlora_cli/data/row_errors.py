@@ -28,17 +28,36 @@ class RowError(Exception):
         return Problem(origin, str(self), self.hint)
 
 
-def rows_error(problems: list[Problem], num_rows: int, use: str = "") -> DataError:
-    """Return one DataError that counts the faulty rows and lists the first of them.
+class RowProblems:
+    """The faulty rows of some data: their number, and the first of them. number: faulty rows."""
 
-    problems: one per faulty row. num_rows: number of rows read. use: what the rows cannot be used
-    as, for example "as completion rows".
-    """
-    counts = f"{format_count(len(problems))} of {format_count(num_rows)}"
-    what = f"{counts} rows cannot be used{f' {use}' if use else ''}"
-    if len(problems) > SHOWN_PROBLEMS:
-        what += f"; the first {SHOWN_PROBLEMS}"
-    return DataError(f"{what}:", problems[:SHOWN_PROBLEMS])
+    def __init__(self) -> None:
+        self.number = 0
+        self.first: list[Problem] = []
+
+    def add(self, origin: str, error: RowError) -> None:
+        """Add the error of the row at `origin`."""
+        self.number += 1
+        if len(self.first) < SHOWN_PROBLEMS:
+            self.first.append(error.problem(origin))
+
+    def raise_if_any(self, num_rows: int, use: str = "") -> None:
+        """Raise one DataError that counts the faulty rows and lists the first, if there are any.
+
+        num_rows: number of rows read. use: what the rows cannot be used as, for example
+        "as completion rows".
+        """
+        if not self.number:
+            return
+        counts = f"{format_count(self.number)} of {format_count(num_rows)}"
+        what = f"{counts} rows cannot be used{f' {use}' if use else ''}"
+        if self.number > SHOWN_PROBLEMS:
+            what += f"; the first {SHOWN_PROBLEMS}"
+        raise DataError(f"{what}:", self.first)
+
+
+class FieldsError(RowError):
+    """The fields or values of a row are not of its format."""
 
 
 def missing_field(

@@ -5,36 +5,30 @@ All faults of the files are found in one pass and reported in one error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.row_errors import RowError, rows_error
+import numpy as np
+
+from qlora_cli.data.formats import format_of
+from qlora_cli.data.row_errors import RowError, RowProblems
+from qlora_cli.data.row_store import Row, Rows, RowStore
 from qlora_cli.data.sources import Opened, open_sources
 from qlora_cli.errors import DataError, Problem
+from qlora_cli.events import Observer, Silent
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row as it is in the file.
-
-    origin: file and line that the row begins on, for example `rows.jsonl:42`.
-    fields: column or key -> value.
-    """
-
-    origin: str
-    fields: dict[str, Any]
-
-    @property
-    def file(self) -> str:
-        """Return the part of the origin that names the file or dataset."""
-        return self.origin.rpartition(":")[0]
+_SILENT = Silent()
+_LARGE = 64
+"""Size of all files in MB from which on the progress of reading is reported."""
+_BETWEEN_REPORTS = 10_000
+"""Rows between two reports of progress."""
 
 
 def read_rows(
     where: str, limit: int | None = None, *, columns: Mapping[str, str] | None = None
-) -> list[Row]:
+) -> Rows:
     """Return the rows of one place.
 
     where: path of a file, folder or pattern; `owner/name` or `owner/name:split` of a hub dataset
@@ -51,25 +45,34 @@ def read_places(
     *,
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
-) -> list[list[Row]]:
+    folder: Path | None = None,
+    observer: Observer = _SILENT,
+) -> list[Rows]:
     """Return the rows of each place. Errors and `limit` as of `read_rows`.
 
     columns: names of fields -> names of the columns that they are read from. A row without any of
     these columns stays as it is, so that files with and without them can be mixed.
+    folder: for the temporary file of many rows. observer: receives the progress of large files as
+    the stage `read`, in MB.
     """
-    problems: list[Problem] = []
-    result: list[list[Row]] = []
-    for sources in open_sources(places):
-        rows: list[Row] = []
+    store, problems = RowStore(folder), RowProblems()
+    opened = open_sources(places)
+    megabytes = sum(source.size for sources in opened for source in sources) // 10**6
+    if megabytes < _LARGE:
+        observer = _SILENT
+    observer.stage("read", megabytes)
+    result: list[Rows] = []
+    for sources in opened:
+        first = len(store)
         for source in sources:
-            _read(source, columns or {}, limit, rows, problems)
-        result.append(rows)
-    number = sum(map(len, result))
-    if problems:
-        raise rows_error(problems, number + len(problems))
+            for _ in _read(source, columns or {}, limit, store, problems):
+                # Pickled rows are about as large as the rows in the file.
+                observer.advance(min(store.num_bytes // 10**6, megabytes))
+        result.append(Rows(store, np.arange(first, len(store))))
+    problems.raise_if_any(len(store) + problems.number)
     _check_fields([row for rows in result for row in rows[:1]], columns or {})
-    if not number:
-        names = ", ".join(source.name for sources in open_sources(places) for source in sources)
+    if not len(store):
+        names = ", ".join(source.name for sources in opened for source in sources)
         raise DataError("no rows to train on", [Problem(names, "it contains no rows")])
     return result
 
@@ -78,18 +81,20 @@ def _read(
     source: Opened,
     columns: Mapping[str, str],
     limit: int | None,
-    rows: list[Row],
-    problems: list[Problem],
-) -> None:
-    """Add the rows of one file to `rows` and its faults to `problems`."""
-    for number, item in islice(source.read(), limit):
-        origin = f"{source.name}:{number}"
+    store: RowStore,
+    problems: RowProblems,
+) -> Iterator[None]:
+    """Add the rows of one file to `store` and its faults to `problems`. Yield now and then."""
+    for count, (number, item) in enumerate(islice(source.read(), limit), 1):
+        if count % _BETWEEN_REPORTS == 0:
+            yield
         try:
             if isinstance(item, RowError):
                 raise item
-            rows.append(Row(origin, _renamed(item, columns) if columns else item))
+            fields = _renamed(item, columns) if columns else item
+            store.add(source.name, number, fields, format_of(fields))
         except RowError as error:
-            problems.append(error.problem(origin))
+            problems.add(f"{source.name}:{number}", error)
 
 
 def _check_fields(first_rows: list[Row], columns: Mapping[str, str]) -> None:

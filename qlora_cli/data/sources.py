@@ -6,7 +6,7 @@ import difflib
 import glob
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_cli.data.readers import READERS, TEXT_SUFFIXES, Item, file_type, read_file, read_hub
@@ -21,12 +21,18 @@ class Opened:
     """One file or dataset that rows can be read from.
 
     path: as the user wrote it, or the path of a file in a folder or pattern. name: the short name
-    that origins of rows begin with. read: yields the items.
+    that origins of rows begin with. read: yields the items. is_file: False for a hub dataset.
     """
 
     path: str
     name: str
     read: Callable[[], Iterator[Item]]
+    is_file: bool = True
+
+    @property
+    def size(self) -> int:
+        """Return the file's size in bytes; 0 for a hub dataset."""
+        return Path(self.path).stat().st_size if self.is_file else 0
 
 
 def open_sources(places: Sequence[str]) -> list[list[Opened]]:
@@ -42,9 +48,7 @@ def open_sources(places: Sequence[str]) -> list[list[Opened]]:
         paths.setdefault(source.name, set()).add(source.path)
     return [
         [
-            source
-            if len(paths[source.name]) == 1
-            else Opened(source.path, source.path, source.read)
+            source if len(paths[source.name]) == 1 else replace(source, name=source.path)
             for source in sources
         ]
         for sources in opened
@@ -64,7 +68,7 @@ def _open(where: str) -> list[Opened]:
         return _open_pattern(str(path))
     if hub and file_type(path) is None:
         name, split = hub["name"], hub["split"] or "train"
-        return [Opened(where, where, lambda: read_hub(name, split))]
+        return [Opened(where, where, lambda: read_hub(name, split), is_file=False)]
     raise InputError(f"no file {path}", hint=_similar_files(path))
 
 

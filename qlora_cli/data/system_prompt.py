@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from qlora_cli.data.align import marker
 from qlora_cli.data.conversation import ROLES
 from qlora_cli.data.formats import FORMATS
-from qlora_cli.data.rows import Row
+from qlora_cli.data.row_store import Row
 from qlora_cli.errors import InputError
 from qlora_cli.recipe.schema import DataFormat
 

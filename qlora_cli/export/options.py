@@ -1,4 +1,4 @@
-"""The choices of `qlora merge`: the base, the output dtype and the encoding of a GGUF file.
+"""The choices of `qlora merge`: the base, the output dtype and the type of a GGUF file.
 
 This module imports no torch, so the command line can list the choices at once. To add an output
 dtype, add one entry to `OUTPUT_DTYPES`: the option `--dtype`, the range check of a merge and the
@@ -48,8 +48,14 @@ FALLBACK_DTYPE = "bfloat16"
 float32."""
 
 GgufEncoding = Literal["f16", "q8_0"]
-"""The encoding of the matrices in a GGUF file; `gguf/plan.py` maps it to llama.cpp's types."""
+"""Encodings that this package writes; `gguf/plan.py` maps them to llama.cpp's types."""
+QuantizedGguf = Literal["q4_k_m", "q5_k_m", "q6_k"]
+"""Types that llama.cpp's quantizer makes of a float16 file (`gguf/quantizer.py`)."""
+GgufType = GgufEncoding | QuantizedGguf
 GGUF_ENCODINGS: tuple[GgufEncoding, ...] = get_args(GgufEncoding)
+QUANTIZED_GGUFS: tuple[QuantizedGguf, ...] = get_args(QuantizedGguf)
+GGUF_TYPES: tuple[GgufType, ...] = (*GGUF_ENCODINGS, *QUANTIZED_GGUFS)
+"""What `--gguf` offers, from the largest file to types with smaller ones."""
 
 
 def has_narrow_range(dtype_name: str) -> bool:

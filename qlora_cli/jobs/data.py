@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_cli.data.checks import EncodedDataset, examine
 from qlora_cli.data.encode import Example
-from qlora_cli.data.load import ModelLimits, load_data
+from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.long_rows import LongRowsReport
 from qlora_cli.data.packing import pack
 from qlora_cli.data.positions import check_seq_len
@@ -18,7 +18,7 @@ from qlora_cli.events import Observer, Silent
 from qlora_cli.files.locate import find_base, find_tokenizer, read_config
 from qlora_cli.jobs.results import DataResult, ShownRow
 from qlora_cli.jobs.training_length import TrainingLength
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 
@@ -35,40 +35,49 @@ def run(recipe: Recipe, *, show: int, observer: Observer = _SILENT) -> DataResul
     rows that training refuses, too.
     """
     data = recipe.data
-    folder = find_tokenizer(recipe.model.name, recipe.model.revision)
-    tokenizer = with_template(load_tokenizer(str(folder)), data)
-    if tokenizer is None:
-        find_base(recipe.model.name, recipe.model.revision)  # Refuses a folder without a config.
-    limits = _model_limits(recipe, folder)
-    loaded = load_data(data, tokenizer, limits, encode=task_of(recipe).encode, observer=observer)
-    train = loaded.train
-    examples = train.examples
-    held_out = loaded.held_out.examples if loaded.held_out else []
-    lengths = [len(example.ids) for example in examples]
+    loader = _loader(recipe)
+    loaded = loader.load(observer)
+    train, examples = loaded.train, loaded.train.examples
+    lengths = examples.lengths
+    tokens, trained_tokens = (
+        int(column.sum(dtype="int64")) for column in (lengths, examples.targets)
+    )
     num_sequences = len(pack(lengths, data.seq_len)) if data.packing else len(lengths)
     dataset = EncodedDataset(
-        examples, held_out, train.format, tokenizer, data.seq_len, data.packing, num_sequences
+        examples,
+        loaded.held_out.examples if loaded.held_out else None,
+        train.format,
+        loader.tokenizer,
+        data.seq_len,
+        data.packing,
+        num_sequences,
     )
-    trained_tokens = sum(example.num_targets for example in examples)
-    length = TrainingLength.of_totals(
-        recipe, len(examples), num_sequences, sum(lengths), trained_tokens
-    )
+    length = TrainingLength.of_totals(recipe, len(examples), num_sequences, tokens, trained_tokens)
     return DataResult(
         rows=len(examples),
         sequences=num_sequences,
-        tokens=sum(lengths),
+        tokens=tokens,
         trained_tokens=trained_tokens,
-        longest_row=max(lengths),
+        longest_row=int(lengths.max()),
         format=train.format,
-        shown=tuple(_shown(example, tokenizer) for example in examples[:show]),
+        shown=tuple(_shown(example, loader.tokenizer) for example in examples[:show]),
         findings=(*loaded.notes, *examine(dataset)),
-        held_out_rows=len(held_out),
+        held_out_rows=len(loaded.held_out.examples) if loaded.held_out else 0,
         dropped=train.long_rows.dropped,
         long_rows=_long_rows(train.long_rows),
         sources=tuple(asdict(source) for source in loaded.sources),
         updates=length.updates,
         warning=length.warning(),
     )
+
+
+def _loader(recipe: Recipe) -> RowLoader:
+    """Return the loader of the recipe's rows, with the base's tokenizer."""
+    folder = find_tokenizer(recipe.model.name, recipe.model.revision)
+    tokenizer = with_template(load_tokenizer(str(folder)), recipe.data)
+    if tokenizer is None:
+        find_base(recipe.model.name, recipe.model.revision)  # Refuses a folder without a config.
+    return RowLoader(recipe.data, tokenizer, _model_limits(recipe, folder), task_of(recipe).encode)
 
 
 def _long_rows(report: LongRowsReport) -> dict[str, Any]:

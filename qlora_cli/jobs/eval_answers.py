@@ -17,8 +17,9 @@ from qlora_cli.files.atomic import report_write_errors
 from qlora_cli.jobs.text_generator import Sampling, TextGenerator
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.models.checkpoint_source import open_source
+from qlora_cli.models.inference import prepare_generation
 from qlora_cli.models.switch import AdapterSwitch
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.runs.open import OpenedModel
 
 
@@ -48,6 +49,7 @@ class AnswersFile:
         starts = _reference_starts(examples)
         device = torch.device(inspect_device().kind)
         switch = AdapterSwitch(opened.loaded, open_source(opened.weights, opened.loaded.family))
+        prepare_generation(opened.loaded, device, observer)
         generator = TextGenerator(opened, switch, tokenizer, device)
         observer.stage("generate", len(examples))
         with (

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from qlora_cli.data.load import ModelLimits, load_examples
+from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.packing import eval_batches
 from qlora_cli.data.template import with_template
 from qlora_cli.data.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ def run(
     task = task_of(opened.run.recipe) if opened.run is not None else CAUSAL
     tokenizer = with_template(load_tokenizer(str(opened.folder)), settings)
     limits = ModelLimits.of(opened.loaded.config)
-    rows = load_examples(data, settings, tokenizer, limits, encode=task.encode)
+    rows = RowLoader(settings, tokenizer, limits, task.encode).file(data)
     if note := rows.long_rows.text():
         observer.note(note)
     if answers is not None:
@@ -67,5 +67,5 @@ def _settings(opened: OpenedModel) -> Data:
         return opened.run.recipe.data
     if ModelLimits.of(opened.loaded.config).positions is None:
         return Data(train="", packing=False)
-    # The only limit of a plain model is its positions, which `load_examples` checks.
+    # The only limit of a plain model is its positions, which `RowLoader` checks.
     return Data(train="", packing=False, seq_len=sys.maxsize)

@@ -13,7 +13,7 @@ from torch import nn
 
 from qlora_cli.data.collate import Batch, BatchSize, synthetic_batch
 from qlora_cli.data.encode import Example
-from qlora_cli.data.load import LoadedData, ModelLimits, load_data
+from qlora_cli.data.load import LoadedData, ModelLimits, RowLoader
 from qlora_cli.data.packing import BatchSchedule, eval_batches
 from qlora_cli.data.positions import check_seq_len
 from qlora_cli.data.template import with_template
@@ -120,8 +120,8 @@ def read_rows(prepared: Prepared, observer: Observer = _SILENT) -> LoadedData:
     Raises InputError if a file cannot be read, DataError listing the rows that cannot be used.
     """
     recipe, limits = prepared.recipe, ModelLimits.of(prepared.config)
-    encode = task_of(recipe).encode
-    return load_data(recipe.data, prepared.tokenizer, limits, encode=encode, observer=observer)
+    loader = RowLoader(recipe.data, prepared.tokenizer, limits, task_of(recipe).encode)
+    return loader.load(observer)
 
 
 def read_job(prepared: Prepared, observer: Observer = _SILENT) -> TrainingJob:

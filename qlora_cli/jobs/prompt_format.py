@@ -14,7 +14,8 @@ from jinja2 import TemplateError
 from qlora_cli.data.chat_template import ChatTemplate
 from qlora_cli.data.formats import ALPACA, FORMATS, detect_format
 from qlora_cli.data.mixture import sources_of
-from qlora_cli.data.rows import Row, read_rows
+from qlora_cli.data.row_store import Row
+from qlora_cli.data.rows import read_rows
 from qlora_cli.data.system_prompt import add_system, writes_system
 from qlora_cli.errors import InputError, UsageError
 from qlora_cli.recipe.schema import DataFormat

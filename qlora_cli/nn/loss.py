@@ -18,8 +18,6 @@ from torch import Tensor
 
 from qlora_cli.memory.scopes import scope
 
-IGNORE_INDEX = -100
-"""The label of a token that does not contribute to the loss."""
 _HEAD_ROWS = 8192
 """Rows of the head whose gradient is updated at once."""
 CHUNK_ELEMENTS = 2**25

@@ -174,6 +174,11 @@ class Data(Section):
     """Use at most this number of training rows, chosen by `seed`; null uses all."""
     seed: int = 0
     """Seed that chooses the rows of `eval` as a share, of weights and of `max_rows`."""
+    cache: bool = True
+    """Keep the tokens of large files on disk for later runs with the same rows and tokenizer
+    (`qlora cache list`)."""
+    processes: Annotated[int, Field(ge=1)] | None = None
+    """Number of processes that tokenize; null uses one per CPU core if there are many rows."""
     packing: bool = True
     """Put several rows into one sequence instead of padding; attention, positions and loss do not
     cross the boundary between rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from qlora_cli.data.collate import Batch, collate
 from qlora_cli.data.encode import Example, encode
-from qlora_cli.data.rows import Row
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
-from qlora_cli.recipe.schema import DataFormat
+from qlora_cli.nn.labels import IGNORE_INDEX
+from qlora_cli.nn.loss import chunked_cross_entropy, score
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.task import EvalScore, eval_mode
 
@@ -23,6 +22,8 @@ class CausalTask:
 
     name = "causal"
     trained_head: tuple[str, ...] = ()
+    # Not a method: the processes that tokenize would have to import the models.
+    encode = staticmethod(encode)
 
     @property
     def model_class(self) -> Any:
@@ -30,18 +31,6 @@ class CausalTask:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM
-
-    def encode(
-        self,
-        rows: list[Row],
-        format: DataFormat,
-        tokenizer: Any,
-        *,
-        vocab_size: int | None = None,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> list[Example]:
-        """Return token ids and labels of each row, in order. See `data.encode.encode`."""
-        return encode(rows, format, tokenizer, vocab_size=vocab_size, on_progress=on_progress)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Concatenate the examples into one sequence without padding."""

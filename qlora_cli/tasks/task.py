@@ -7,7 +7,7 @@ schema (`Recipe.task`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.data.collate import Batch
-from qlora_cli.data.encode import Example
-from qlora_cli.data.rows import Row
+from qlora_cli.data.encode import Example, Result
+from qlora_cli.data.row_store import Row
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe.schema import DataFormat
 
@@ -52,19 +52,18 @@ class Task(Protocol):
 
     def encode(
         self,
-        rows: list[Row],
+        rows: Sequence[Row],
         format: DataFormat,
         tokenizer: Any,
         *,
         vocab_size: int | None = None,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> list[Example]:
-        """Return one example per row, in order, of any length.
+        only_check: bool = False,
+    ) -> list[Result]:
+        """Return one result per row, in order: an example of any length, or the row's error.
 
-        vocab_size: token ids must be smaller than it. on_progress: called with the number of rows
-        that are encoded so far.
-        Raises DataError naming every row that cannot be used, ModelError if the tokenizer cannot
-        encode this format.
+        It is called for a part of the rows at a time, also in other processes.
+        vocab_size: token ids must be smaller than it. only_check: check the fields and tokenize
+        nothing. Raises ModelError if the tokenizer cannot encode this format.
         """
 
     def collate(self, examples: Sequence[Example]) -> Batch:

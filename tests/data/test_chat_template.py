@@ -2,11 +2,15 @@
 
 import pytest
 
-from qlora_cli.data.encode import encode
-from qlora_cli.data.rows import Row, read_rows
+from qlora_cli.data.chat_template import ChatTemplate
+from qlora_cli.data.formats import content_of
+from qlora_cli.data.row_errors import RowError
+from qlora_cli.data.row_store import Row
+from qlora_cli.data.rows import read_rows
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError, ModelError
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
+from tests.helpers.encoding import encode
 from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
 
 TEMPLATES = sorted((SHARED_DATA / "chat_templates").glob("*/*.jinja"))
@@ -328,3 +332,30 @@ def test_chats_without_a_chat_template_are_refused(mistral):
     with pytest.raises(ModelError, match="has none") as caught:
         encoded(mistral, CHAT)
     assert "data.template" in str(caught.value)
+
+
+@needs_shared_data
+@pytest.mark.parametrize("path", TEMPLATES, ids=[path.stem for path in TEMPLATES])
+def test_a_rendering_that_rows_share_gives_the_spans_of_each_row_alone(path, mistral, monkeypatch):
+    """Real chats, with thinking and white space that some templates remove."""
+    use(mistral, path)
+    files = ("sharegpt_dummy/dummy_conversation.json", "llamafactory/v1_sft_demo.jsonl")
+    parts = [read_rows(str(SHARED_DATA / "instruct" / file), 30) for file in files]
+    rows = [row for part in parts for row in part]
+    answer = {"role": "assistant", "content": "<think>Hm.</think>\n\nYes. "}
+    chats = [CHAT, [SYSTEM, *CHAT], [CHAT[0], answer, CHAT[2], answer], [CHAT[0], answer]]
+    rows += [Row(f"chats.jsonl:{n}", {"messages": chat}) for n, chat in enumerate(chats, 1)]
+
+    def outcomes():
+        template = ChatTemplate(mistral)
+        for row in rows:
+            name = "messages" if "messages" in row.fields else "sharegpt"
+            content = content_of(row, name, has_chat_template=True)
+            try:
+                yield template.render(content)
+            except RowError as error:
+                yield str(error)
+
+    shared = list(outcomes())
+    monkeypatch.setattr(ChatTemplate, "_by_skeleton", lambda *_: None)
+    assert shared == list(outcomes())

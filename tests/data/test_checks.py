@@ -4,12 +4,15 @@ import pytest
 
 from qlora_cli.data.checks import EncodedDataset, examine
 from qlora_cli.data.encode import Example
+from tests.helpers.encoding import examples_of
 
 
 def dataset(rows, tokenizer=None, **changed):
     settings = {
-        "examples": [Example(ids, list(ids), f"rows.jsonl:{n}") for n, ids in enumerate(rows, 1)],
-        "held_out": [],
+        "examples": examples_of(
+            [Example(ids, list(ids), f"rows.jsonl:{n}") for n, ids in enumerate(rows, 1)]
+        ),
+        "held_out": None,
         "format": "text",
         "tokenizer": tokenizer,
         "seq_len": 100,
@@ -38,7 +41,10 @@ FINDINGS = [
     (dataset([[1, 5, 2]], FewTokens(), format="messages"), "today's date"),
     (dataset([[1, 5, 2]], FewTokens(), format="completion"), "has a chat template"),
     (dataset([[1, 5, 2], [1, 6, 2], [1, 5, 2]]), "rows.jsonl:3 is equal to rows.jsonl:1"),
-    (dataset([[1, 5, 2]], held_out=[Example([1, 5, 2], [1, 5, 2], "eval:7")]), "(eval:7)"),
+    (
+        dataset([[1, 5, 2]], held_out=examples_of([Example([1, 5, 2], [1, 5, 2], "eval:7")])),
+        "(eval:7)",
+    ),
     (dataset([[1, 2], [1, 5, 2]]), "train one token only"),
     (dataset([[*range(21)], *([n, n] for n in range(20, 26))]), "10 times as long as the median"),
     (dataset([[*range(97)]]), "nearly fill data.seq_len=100"),

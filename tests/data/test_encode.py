@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.data.encode import encode
 from qlora_cli.data.formats import ALPACA, detect_format
-from qlora_cli.data.rows import Row, read_rows
+from qlora_cli.data.row_store import Row
+from qlora_cli.data.rows import read_rows
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError, ModelError
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
+from tests.helpers.encoding import encode
 from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
 
 TOKENIZERS = [

@@ -6,20 +6,20 @@ from typing import get_args
 
 import pytest
 
-from qlora_cli.data.encode import encode
 from qlora_cli.data.formats import (
     FORMATS,
     PromptCompletion,
     RowFormat,
     detect_format,
-    parse_rows,
 )
 from qlora_cli.data.row_errors import SHOWN_PROBLEMS
-from qlora_cli.data.rows import Row, read_rows
+from qlora_cli.data.row_store import Row
+from qlora_cli.data.rows import read_rows
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError
 from qlora_cli.recipe.describe import settings
 from qlora_cli.recipe.schema import DataFormat
+from tests.helpers.encoding import encode, parse_rows
 from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
 
 INSTRUCT = SHARED_DATA / "instruct"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_cli.data import conversation
-from qlora_cli.data.load import ModelLimits, load_data, load_examples
+from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError
 from qlora_cli.events import Silent
@@ -90,7 +90,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     where = write_rows(tmp_path, {"text": "A day."})
     tokenizer = load_tokenizer("starter")
     with pytest.raises(DataError, match="the vocabulary ends at 9"):
-        load_examples(where, Data(train=where), tokenizer, ModelLimits(vocab_size=10))
+        RowLoader(Data(train=where), tokenizer, ModelLimits(vocab_size=10)).file(where)
 
 
 def test_the_conversation_of_a_row_is_built_once(tmp_path, monkeypatch):
@@ -101,20 +101,20 @@ def test_the_conversation_of_a_row_is_built_once(tmp_path, monkeypatch):
         conversation, "_conversation", lambda *given: built.append(given) or build(*given)
     )
     tokenizer = load_tokenizer("starter")
-    assert len(load_examples(where, Data(train=where), tokenizer, LIMITS).examples) == 3
+    assert len(RowLoader(Data(train=where), tokenizer, LIMITS).file(where).examples) == 3
     assert len(built) == 3
 
 
 def test_a_part_of_the_rows_can_be_selected(tmp_path):
     where = write_rows(tmp_path, *({"text": f"Day {n}."} for n in range(5)), {"text": 3})
     tokenizer = load_tokenizer("starter")
-    rows = load_examples(where, Data(train=where), tokenizer, LIMITS, select=slice(2))
+    rows = RowLoader(Data(train=where), tokenizer, LIMITS).file(where, slice(2))
     assert [example.origin for example in rows.examples] == ["rows.jsonl:1", "rows.jsonl:2"]
     assert rows.format == "text"
 
 
 def test_progress_is_reported_over_all_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_cli.data.encode._CHUNK", 2)
+    monkeypatch.setattr("qlora_cli.data.stream.PART_ROWS", 2)
 
     class Progress(Silent):
         def __init__(self):
@@ -129,5 +129,5 @@ def test_progress_is_reported_over_all_rows(tmp_path, monkeypatch):
     where = write_rows(tmp_path, *({"text": f"Day {n}."} for n in range(5)))
     (tmp_path / "eval.csv").write_text("prompt,completion\nq,a\n")
     data, observer = Data(train=where, eval=str(tmp_path / "eval.csv")), Progress()
-    load_data(data, load_tokenizer("starter"), LIMITS, observer=observer)
+    RowLoader(data, load_tokenizer("starter"), LIMITS).load(observer)
     assert observer.events == [("tokenize", 6), 2, 4, 5, 6]

@@ -5,12 +5,13 @@ import json
 import pytest
 
 from qlora_cli.data.encode import Example
-from qlora_cli.data.load import ModelLimits, load_data, load_examples
+from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.long_rows import LongRowsReport, fit_rows, policy_of
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Data
+from tests.helpers.encoding import examples_of
 
 LIMIT = 8
 
@@ -23,7 +24,7 @@ def example(length, trained_from=0, origin="rows.jsonl:1"):
 
 def fitted(policy, *examples):
     report = LongRowsReport(LIMIT)
-    return list(fit_rows(examples, policy, report)), report
+    return list(fit_rows(examples_of(examples), policy, report)), report
 
 
 @pytest.mark.parametrize("policy", ["drop", "truncate", "split", "error"])
@@ -94,15 +95,15 @@ def test_the_limit_is_the_smaller_of_seq_len_and_positions(tmp_path):
     for seq_len, positions in ((16, 512), (512, 16)):
         data = Data(train=str(path), seq_len=seq_len)
         limits = ModelLimits(positions=positions)
-        rows = load_examples(str(path), data, tokenizer, limits)
+        rows = RowLoader(data, tokenizer, limits).file(str(path))
         assert max(len(row.ids) for row in rows.examples) == 16
         assert len(rows.examples) == rows.long_rows.pieces > 1
-        assert "1 of 1 rows" in load_data(data, tokenizer, limits).notes[0]
+        assert "1 of 1 rows" in RowLoader(data, tokenizer, limits).load().notes[0]
 
 
 def test_no_row_left_is_an_error_with_the_length_needed(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"input_ids": [1] * 30}))
     with pytest.raises(DataError, match="no row is left") as caught:
-        load_examples(str(path), Data(train=str(path), seq_len=8), None, ModelLimits(vocab_size=9))
+        RowLoader(Data(train=str(path), seq_len=8), None, ModelLimits(vocab_size=9)).file(str(path))
     assert "30 tokens" in str(caught.value)

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from qlora_cli.data.load import ModelLimits, load_data, load_held_out, load_train
-from qlora_cli.data.mixture import read_data, sources_text
+from qlora_cli.data.load import ModelLimits, RowLoader
+from qlora_cli.data.mixture import choice_notes, read_data, sources_text
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError, InputError
 from qlora_cli.recipe.schema import Data
@@ -47,10 +47,10 @@ def test_a_share_is_at_least_one_row_and_leaves_one(tmp_path):
 
 def test_every_command_reads_the_same_share(tmp_path):
     settings = data(write_rows(tmp_path / "rows.jsonl", 40), eval=0.1, max_rows=20)
-    tokenizer, limits = load_tokenizer("starter"), ModelLimits()
-    loaded = load_data(settings, tokenizer, limits)
-    assert loaded.held_out.examples == load_held_out(settings, tokenizer, limits).examples
-    assert loaded.train.examples == load_train(settings, tokenizer, limits).examples
+    loader = RowLoader(settings, load_tokenizer("starter"), ModelLimits())
+    loaded = loader.load()
+    assert loaded.held_out.examples == loader.held_out().examples
+    assert loaded.train.examples == loader.train().examples
     assert (len(loaded.train.examples), len(loaded.held_out.examples)) == (20, 4)
     assert [note.split(":")[0] for note in loaded.notes] == ["data.eval=0.1", "data.max_rows=20"]
 
@@ -65,7 +65,7 @@ def test_weights_repeat_and_sample_rows(tmp_path):
     counts = Counter(row.origin for row in rows.train if row.file == "first.jsonl")
     assert sorted(counts.values()) == [2] * 5 + [3] * 5
     assert origins(rows.train) == origins(read_data(data(mixture)).train)
-    (note,) = rows.notes(data(mixture))
+    (note,) = choice_notes(data(mixture), rows.sources, 0)
     assert f"25 from {first} (weight 2.5)" in note
     assert sources_text(mixture and data(mixture).train) == f"{first}, {second}"
 
@@ -94,7 +94,7 @@ def test_files_of_a_mixture_may_have_different_formats(tmp_path):
     third = tmp_path / "c.txt"
     third.write_text("A novel. " * 200)
     settings = data([first, str(second), str(third)], seq_len=64)
-    rows = load_data(settings, load_tokenizer("starter"), ModelLimits()).train
+    rows = RowLoader(settings, load_tokenizer("starter"), ModelLimits()).load().train
     assert rows.format == "text"
     assert rows.long_rows.policies == ["split"]
     assert [row.origin for row in rows.examples[:3]] == ["a.jsonl:1", "a.jsonl:2", "b.csv:2"]

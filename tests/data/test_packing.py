@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qlora_cli.data.collate import collate, largest_batch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.packing import BatchSchedule, eval_batches, pack
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 
 LENGTHS = st.lists(st.integers(2, 32), min_size=1, max_size=60)
 
@@ -55,7 +55,7 @@ def test_the_number_of_sequences_depends_on_lengths_alone(lengths, random):
 
 def test_packing_finds_the_fewest_sequences_of_small_cases():
     assert len(pack([3, 5, 2, 6, 4, 4], 8)) == 3
-    assert pack([8, 8], 8) == [[0], [1]]
+    assert list(pack([8, 8], 8)) == [[0], [1]]
     with pytest.raises(ValueError, match="9 tokens"):
         pack([9], 8)
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from qlora_cli.data.formats import detect_format, parse_rows
+from qlora_cli.data.formats import detect_format
 from qlora_cli.data.rows import read_rows
 from qlora_cli.errors import DataError, InputError
+from tests.helpers.encoding import parse_rows
 from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
 
 INSTRUCT = SHARED_DATA / "instruct"

@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from qlora_cli.data.encode import encode
 from qlora_cli.data.formats import ALPACA
-from qlora_cli.data.load import ModelLimits, load_data
-from qlora_cli.data.rows import Row
+from qlora_cli.data.load import ModelLimits, RowLoader
+from qlora_cli.data.row_store import Row
 from qlora_cli.data.template import TEMPLATES, template_text, trained_template, with_template
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError, InputError, ModelError
 from qlora_cli.files.locate import STARTER_FOLDER
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Data
+from tests.helpers.encoding import encode
 
 CHAT = [
     {"role": "user", "content": "Who?"},
@@ -84,7 +84,7 @@ def load(tmp_path, template, *rows, **data):
     path.write_text("\n".join(map(json.dumps, rows)))
     settings = Data(train=str(path), template=template, **data)
     tokenizer = with_template(load_tokenizer("starter"), settings)
-    loaded = load_data(settings, tokenizer, ModelLimits())
+    loaded = RowLoader(settings, tokenizer, ModelLimits()).load()
     return [tokenizer.decode(row.ids) for row in loaded.train.examples], loaded.notes
 
 

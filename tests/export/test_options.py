@@ -18,6 +18,7 @@ from qlora_cli.export.options import (
     DEFAULT_DTYPE,
     FALLBACK_DTYPE,
     GGUF_ENCODINGS,
+    GGUF_TYPES,
     MERGE_BASES,
     OUTPUT_DTYPES,
     GgufEncoding,
@@ -32,7 +33,7 @@ from qlora_cli.files.dtype import torch_dtype
     [
         ("dtype", list(OUTPUT_DTYPES)),
         ("base", [*MERGE_BASES, AUTO_BASE]),
-        ("gguf", list(GGUF_ENCODINGS)),
+        ("gguf", list(GGUF_TYPES)),
     ],
 )
 def test_the_command_line_offers_the_table(option: str, choices: list[str]) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qlora_cli.nn import loss
-from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
+from qlora_cli.nn.labels import IGNORE_INDEX
+from qlora_cli.nn.loss import chunked_cross_entropy, score
 from tests.helpers.quantized import draw
 from tests.helpers.reference_loss import reference_cross_entropy, targets_of
 from tests.helpers.runs import CPU

@@ -455,6 +455,18 @@ def test_without_the_package_merge_prints_how_to_install_it(
     assert not out.exists()
 
 
+def test_without_llama_cpp_a_quantized_type_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # makes `import llama_cpp` fail
+    outcome = qlora("merge", run.path, "--out", out, "--gguf", "q4_k_m")
+    assert outcome.code == 2
+    assert "--gguf q4_k_m needs llama-cpp-python" in outcome.err
+    assert "pip install 'qlora-cli[llama]'" in outcome.err
+    assert not out.exists()
+
+
 def without_byte_token(unknown: str | None) -> Any:
     """Return a byte-level tokenizer that has no token for the byte 0xC0, like SmolLM2's."""
     tokenizer = byte_level_of("gpt-2")

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_cli.errors import UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.gguf.model import ARCHITECTURES
 from qlora_cli.export.gguf.write import export_gguf
-from qlora_cli.export.options import GgufEncoding
+from qlora_cli.export.options import GgufType
 from tests.helpers.families import LLAMA3_ROPE_SCALING
 from tests.helpers.vocabularies import (
     PRE_TOKENIZERS,
@@ -48,7 +50,7 @@ def opened(file: Path) -> Any:
     )
 
 
-def distance(folder: Path, encoding: GgufEncoding) -> float:
+def distance(folder: Path, encoding: GgufType) -> float:
     """Return the root mean square difference of the logits, relative to that of the logits."""
     file = export_gguf(folder, encoding, Silent())
     ids = [1, 80, 91, 7, 33, 250, 64, 12, 300, 5, 17, 200, 201, 44, 45, 46, 47, 81, 90, 3, 2, 9, 10]
@@ -65,7 +67,7 @@ def distance(folder: Path, encoding: GgufEncoding) -> float:
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize(("encoding", "allowed"), [("f16", 2e-3), ("q8_0", 3e-2)])
 def test_logits_are_those_of_transformers(
-    family: str, encoding: GgufEncoding, allowed: float, tmp_path: Path
+    family: str, encoding: GgufType, allowed: float, tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96}
     folder = make_model_with_tokenizer(tmp_path / "model", family, spread=0.1, **sizes)
@@ -100,3 +102,25 @@ def test_texts_are_tokenized_as_by_the_tokenizer(name: str, tmp_path: Path) -> N
     found = [model.tokenize(text.encode(), add_bos=True, special=True) for text in DIFFICULT_TEXTS]
     model.close()
     assert found == [own.encode(text) for text in DIFFICULT_TEXTS]
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("q6_k", 0.2), ("q5_k_m", 0.35), ("q4_k_m", 0.7)])
+def test_a_quantized_file_is_written_and_computes_nearly_the_same(
+    kind: GgufType, allowed: float, tmp_path: Path
+) -> None:
+    folder = make_model_with_tokenizer(
+        tmp_path / "model", "llama", spread=0.1, hidden_size=256, intermediate_size=256
+    )
+    assert 0 < distance(folder, kind) < allowed
+    assert [file.name for file in folder.glob("*gguf*")] == [f"model-{kind.upper()}.gguf"]
+    assert export_gguf(folder, kind, Silent()).is_file()
+
+
+def test_a_quantized_file_of_other_weights_is_refused(tmp_path: Path) -> None:
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama")
+    export_gguf(folder, "q4_k_m", Silent())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="is not the GGUF file of this merged model"):
+        export_gguf(folder, "q4_k_m", Silent())

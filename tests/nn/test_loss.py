@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.nn import loss
-from qlora_cli.nn.loss import IGNORE_INDEX, chunked_cross_entropy, score
+from qlora_cli.nn.labels import IGNORE_INDEX
+from qlora_cli.nn.loss import chunked_cross_entropy, score
 from tests.helpers.reference_loss import reference_cross_entropy, targets_of
 
 TOKENS, HIDDEN, WORDS = 23, 16, 50

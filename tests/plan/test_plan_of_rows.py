@@ -28,7 +28,7 @@ from qlora_cli.jobs import train
 from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.models.build import skeleton
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
 
 pytestmark = pytest.mark.slow

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from qlora_cli.data.encode import Example
-from qlora_cli.data.load import ModelLimits, load_held_out, load_train
+from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.mixture import sources_text
 from qlora_cli.data.template import with_template
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import InputError
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 
@@ -79,9 +79,8 @@ def _read(recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Examp
     select = slice(-MAX_ROWS, None) if from_end else slice(MAX_ROWS)
     tokenizer = with_template(load_tokenizer(str(base)), recipe.data)
     limits = ModelLimits.of(config)
-    encode = task_of(recipe).encode
-    load = load_train if from_end else load_held_out
-    loaded = load(recipe.data, tokenizer, limits, encode=encode, select=select)
+    loader = RowLoader(recipe.data, tokenizer, limits, task_of(recipe).encode)
+    loaded = (loader.train if from_end else loader.held_out)(select)
     kept: list[Example] = []
     for example in loaded.examples[-MAX_ROWS:] if from_end else loaded.examples[:MAX_ROWS]:
         if kept and sum(len(row.ids) for row in kept) + len(example.ids) > MAX_TOKENS:

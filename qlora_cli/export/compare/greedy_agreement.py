@@ -25,7 +25,7 @@ from torch import Tensor
 from qlora_cli.data.encode import Example
 from qlora_cli.export.compare.comparison_models import ComparisonModel
 from qlora_cli.export.compare.logit_comparison import ComparedLogits
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 
 NUM_TOKENS = 64
 _PASSES = 3

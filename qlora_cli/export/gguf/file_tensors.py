@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from gguf import GGUFReader, ReaderTensor
 
@@ -15,13 +14,21 @@ from qlora_cli.export.gguf.plan import GgufPlan
 _READ_ERRORS = (ValueError, IndexError, KeyError, OverflowError)
 """What `GGUFReader` raises for a damaged file."""
 
+MetadataFaults = Callable[[GGUFReader], Iterable[str]]
+"""Yields one line for each fault of a file's metadata."""
+
+
+def no_metadata_faults(reader: GGUFReader) -> Iterable[str]:
+    """Accept any metadata."""
+    return ()
+
 
 def tensor_faults(
     file: Path,
     plan: GgufPlan,
     observer: Observer,
     value_faults: Callable[[PlannedTensor, ReaderTensor], Iterable[str]],
-    metadata_faults: Callable[[Any], Iterable[str]] = lambda reader: (),
+    metadata_faults: MetadataFaults = no_metadata_faults,
 ) -> Iterator[str]:
     """Yield one line for each difference between a GGUF file and a plan.
 

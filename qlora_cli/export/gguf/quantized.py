@@ -17,7 +17,11 @@ from gguf.quants import dequantize
 
 from qlora_cli.events import Observer
 from qlora_cli.export.gguf.encode import Array
-from qlora_cli.export.gguf.file_tensors import tensor_faults
+from qlora_cli.export.gguf.file_tensors import (
+    MetadataFaults,
+    no_metadata_faults,
+    tensor_faults,
+)
 from qlora_cli.export.gguf.model import PlannedTensor
 from qlora_cli.export.gguf.plan import GgufPlan
 
@@ -27,6 +31,8 @@ _MAX_ERROR = {
     GGMLQuantizationType.BF16: 1e-2,
     GGMLQuantizationType.Q8_0: 0.02,
     GGMLQuantizationType.Q6_K: 0.06,
+    GGMLQuantizationType.Q5_0: 0.12,
+    GGMLQuantizationType.Q5_1: 0.1,
     GGMLQuantizationType.Q5_K: 0.1,
     GGMLQuantizationType.Q4_K: 0.2,
 }
@@ -36,12 +42,18 @@ _ROWS = 256
 """Rows of a tensor that are unpacked at a time."""
 
 
-def quantized_faults(file: Path, plan: GgufPlan, observer: Observer) -> Iterator[str]:
-    """Yield one line for each tensor of a GGUF file that is not the merged one.
+def quantized_faults(
+    file: Path,
+    plan: GgufPlan,
+    observer: Observer,
+    metadata_faults: MetadataFaults = no_metadata_faults,
+) -> Iterator[str]:
+    """Return an iterator over one line for each tensor of a GGUF file that is not the merged one.
 
     plan: the plan of the same folder in any encoding; only names, shapes and sources are used.
+    metadata_faults: yields the lines for the file's metadata.
     """
-    yield from tensor_faults(file, plan, observer, _value_faults)
+    return tensor_faults(file, plan, observer, _value_faults, metadata_faults)
 
 
 def _value_faults(planned: PlannedTensor, tensor: ReaderTensor) -> Iterator[str]:

@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, Keys, ReaderTensor
 
 from qlora_cli.errors import VerificationFailed
 from qlora_cli.events import Observer
@@ -22,6 +22,7 @@ from qlora_cli.export.gguf.encode import Array, encoded_rows
 from qlora_cli.export.gguf.file_tensors import tensor_faults
 from qlora_cli.export.gguf.model import PlannedTensor
 from qlora_cli.export.gguf.plan import GgufPlan
+from qlora_cli.export.gguf.quantized import quantized_faults
 from qlora_cli.export.verify.faults import shorten_faults
 
 _BLOCK_VALUES = 32
@@ -29,12 +30,21 @@ _BLOCK_BYTES = 34
 """A Q8_0 block: a float16 step and 32 int8 numbers."""
 
 
-def verify_gguf(file: Path, plan: GgufPlan, observer: Observer) -> None:
+def verify_gguf(
+    file: Path, plan: GgufPlan, observer: Observer, *, is_quantized: bool = False
+) -> None:
     """Check that a GGUF file is the one that was planned.
+
+    is_quantized: whether llama.cpp's quantizer made the file of the planned one. Its tensors must
+    then be within the error of their types, and only the type of the file may be other metadata.
 
     Raises VerificationFailed that names the metadata and tensors that differ.
     """
-    faults = list(gguf_faults(file, plan, observer))
+    if is_quantized:
+        metadata = partial(_metadata_faults, plan, ignored=(Keys.General.FILE_TYPE,))
+        faults = list(quantized_faults(file, plan, observer, metadata))
+    else:
+        faults = list(gguf_faults(file, plan, observer))
     if faults:
         raise VerificationFailed(
             "the GGUF file differs from the merged model: " + "; ".join(shorten_faults(faults)),
@@ -48,9 +58,13 @@ def gguf_faults(file: Path, plan: GgufPlan, observer: Observer) -> Iterator[str]
     return tensor_faults(file, plan, observer, _value_faults, partial(_metadata_faults, plan))
 
 
-def _metadata_faults(plan: GgufPlan, reader: GGUFReader) -> Iterator[str]:
+def _metadata_faults(
+    plan: GgufPlan, reader: GGUFReader, ignored: Sequence[str] = ()
+) -> Iterator[str]:
     (entries,) = plan.writer().kv_data
     for key, entry in entries.items():
+        if key in ignored:
+            continue
         field = reader.get_field(key)
         expected = entry.value
         if entry.type == GGUFValueType.FLOAT32:

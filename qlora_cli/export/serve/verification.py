@@ -28,7 +28,7 @@ from qlora_cli.export.serve.client import Answer, ServerClient
 from qlora_cli.export.serve.local_model import GreedyAnswer, LocalModel
 from qlora_cli.export.serve.variants import Messages, chat_ids, chat_variants, text_variants
 from qlora_cli.files.locate import read_config
-from qlora_cli.nn.loss import IGNORE_INDEX
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.runs.run import Run
 
 MAX_PROMPTS = 8

@@ -1,0 +1,230 @@
+"""Encoded rows as Arrow tables, in memory or mapped from a file.
+
+A table has one record batch per part of the rows that was encoded in one go. Columns:
+
+- `input_ids`: token ids, list of int32
+- `trained`: for each token whether its label is the token itself, list of uint8
+- `labels`: labels, list of int32; null if `trained` determines them
+- `targets`: number of trained tokens, int32
+- `file`, `line`: index of the file's name, int32, and the line of the row, int64
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from qlora_cli.data.encode import Example
+from qlora_cli.nn.labels import IGNORE_INDEX
+
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "trained": pa.list_(pa.uint8()),
+        "labels": pa.list_(pa.int32()),
+        "targets": pa.int32(),
+        "file": pa.int32(),
+        "line": pa.int64(),
+    }
+)
+
+
+def record_batch(
+    examples: Sequence[Example], files: NDArray[np.int32], lines: NDArray[np.int64]
+) -> pa.RecordBatch:
+    """Return examples as one record batch. files, lines: of each example."""
+    lengths = [len(example.ids) for example in examples]
+    bounds = np.cumsum([0, *lengths], dtype=np.int32)
+    ids = np.fromiter((token for row in examples for token in row.ids), np.int32, bounds[-1])
+    labels = np.fromiter((label for row in examples for label in row.labels), np.int32, bounds[-1])
+    is_trained = labels != IGNORE_INDEX
+    own_ids = bool(np.array_equal(labels[is_trained], ids[is_trained]))
+    columns = [
+        _lists(bounds, ids),
+        _lists(bounds, is_trained.astype(np.uint8)),
+        pa.nulls(len(examples), SCHEMA.field("labels").type) if own_ids else _lists(bounds, labels),
+        pa.array([example.num_targets for example in examples], pa.int32()),
+        pa.array(files, pa.int32()),
+        pa.array(lines, pa.int64()),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _lists(bounds: NDArray[np.int32], values: NDArray[Any]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(bounds), pa.array(values))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one record batch, as arrays without copies.
+
+    first: number of its first row. bounds: the tokens of its row i are [bounds[i], bounds[i + 1]).
+    labels: None if `trained` determines them.
+    """
+
+    first: int
+    bounds: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    trained: NDArray[np.uint8]
+    labels: NDArray[np.int32] | None
+
+
+class EncodedRows:
+    """Token ids and labels of rows, by the number of the row.
+
+    names: short names of the files that rows are from. lengths, targets: number of tokens and of
+    trained tokens of each row. files, lines: where each row is from.
+    """
+
+    def __init__(self, batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        batches = [batch for batch in batches if batch.num_rows]
+        self.parts: list[Part] = []
+        first = 0
+        for batch in batches:
+            self.parts.append(_part(batch, first))
+            first += batch.num_rows
+        self._firsts = [part.first for part in self.parts]
+        self._num_rows = first
+        self.lengths = _joined([np.diff(part.bounds) for part in self.parts], np.int32)
+        self.targets, self.files, self.lines = (
+            _joined([batch.column(name).to_numpy() for batch in batches], dtype)
+            for name, dtype in (("targets", np.int32), ("file", np.int32), ("line", np.int64))
+        )
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def ids(self, row: int, start: int = 0, length: int | None = None) -> NDArray[np.int32]:
+        """Return the token ids of a row, or `length` of them from `start` on."""
+        part, tokens = self._find(row, start, length)
+        return part.ids[tokens]
+
+    def labels(self, row: int, start: int = 0, length: int | None = None) -> NDArray[np.int32]:
+        """Return the labels of a row, or `length` of them from `start` on."""
+        part, tokens = self._find(row, start, length)
+        if part.labels is not None:
+            return part.labels[tokens]
+        return np.where(part.trained[tokens], part.ids[tokens], np.int32(IGNORE_INDEX))
+
+    def origin(self, row: int) -> str:
+        """Return file and line of a row."""
+        return f"{self.names[self.files[row]]}:{self.lines[row]}"
+
+    def _find(self, row: int, start: int, length: int | None) -> tuple[Part, slice]:
+        part = self.parts[bisect_right(self._firsts, row) - 1]
+        begin, end = part.bounds[row - part.first : row - part.first + 2].tolist()
+        stop = end if length is None else begin + start + length
+        return part, slice(begin + start, stop)
+
+
+def _part(batch: pa.RecordBatch, first: int) -> Part:
+    ids, trained, labels = (batch.column(name) for name in ("input_ids", "trained", "labels"))
+    return Part(
+        first,
+        ids.offsets.to_numpy(),
+        ids.values.to_numpy(),
+        trained.values.to_numpy(),
+        None if labels.null_count else labels.values.to_numpy(),
+    )
+
+
+def _joined(arrays: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype), *arrays])
+
+
+class Examples(Sequence[Example]):
+    """Examples of encoded rows, created when they are needed.
+
+    An example is a complete row or a part of it. encoded: the rows. rows: the row of each example.
+    starts, lengths: its first token in the row, and its number of tokens. targets: its number of
+    trained tokens. pieces: number of pieces that its row is split into, 0 if it is not split.
+    piece: its number among them, from 1.
+    """
+
+    def __init__(
+        self,
+        encoded: EncodedRows,
+        rows: NDArray[np.int64],
+        starts: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        targets: NDArray[np.int32],
+        piece: NDArray[np.int32],
+        pieces: NDArray[np.int32],
+    ) -> None:
+        self.encoded = encoded
+        self.rows, self.starts, self.lengths = rows, starts, lengths
+        self.targets, self.piece, self.pieces = targets, piece, pieces
+
+    @classmethod
+    def whole(cls, encoded: EncodedRows) -> Examples:
+        """Return all rows as they are."""
+        zero = np.zeros(len(encoded), np.int32)
+        rows = np.arange(len(encoded))
+        return cls(encoded, rows, zero, encoded.lengths, encoded.targets, zero, zero)
+
+    def take(self, places: Any) -> Examples:
+        """Return some examples, given as a slice, indices or one boolean per example."""
+        return Examples(self.encoded, *(column[places] for column in self._columns()))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Examples]) -> Examples:
+        """Return all examples of the parts in order. They are of the same rows."""
+        columns = zip(*(part._columns() for part in parts), strict=True)
+        return cls(parts[0].encoded, *map(np.concatenate, columns))
+
+    def _columns(self) -> tuple[NDArray[Any], ...]:
+        return self.rows, *self.part_columns()
+
+    def part_columns(self) -> tuple[NDArray[np.int32], ...]:
+        """Return the arrays starts, lengths, targets, piece and pieces."""
+        return self.starts, self.lengths, self.targets, self.piece, self.pieces
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.take(index)
+        ids, labels = self.arrays(index)
+        return Example(ids.tolist(), labels.tolist(), self.origin(index))
+
+    def arrays(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return the token ids and the labels of an example."""
+        row, start, length = (int(c[index]) for c in (self.rows, self.starts, self.lengths))
+        return self.encoded.ids(row, start, length), self.encoded.labels(row, start, length)
+
+    def where(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the file and the line of each example."""
+        return self.encoded.files[self.rows], self.encoded.lines[self.rows]
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def origin(self, index: int) -> str:
+        """Return file and line of an example, and the number of the piece if its row is split."""
+        origin = self.encoded.origin(int(self.rows[index]))
+        pieces = self.pieces[index]
+        return f"{origin} [{self.piece[index]}/{pieces}]" if pieces else origin
+
+
+def sizes(examples: Sequence[Example]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the number of tokens and of trained tokens of each example."""
+    if isinstance(examples, Examples):
+        return examples.lengths, examples.targets
+    lengths = [len(example.ids) for example in examples]
+    targets = [example.num_targets for example in examples]
+    return np.array(lengths, np.int32), np.array(targets, np.int32)
