@@ -22,6 +22,7 @@ from qlora_cli.cli.doctor import doctor
 from qlora_cli.cli.eval import eval_
 from qlora_cli.cli.generate import generate
 from qlora_cli.cli.merge import merge
+from qlora_cli.cli.models import models
 from qlora_cli.cli.output import emit_error
 from qlora_cli.cli.plan import plan
 from qlora_cli.cli.push import push
@@ -67,6 +68,7 @@ class _Commands(click.Group):
         eval_,
         data,
         doctor,
+        models,
         recipe,
         completion,
     ],

@@ -21,7 +21,8 @@ SWITCH = "QLORA_CACHE"
 """Environment variable that names another folder."""
 ENTRY = "entry.json"
 TOKENS = "tokens"
-KINDS = {TOKENS: "tokenized data"}
+PROOFS = "proofs"
+KINDS = {TOKENS: "tokenized data", PROOFS: "proofs of model types"}
 """Kind -> what its entries are. A new kind is one entry here."""
 _LOCK_SUFFIX = ".lock"
 

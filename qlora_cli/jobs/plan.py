@@ -10,6 +10,7 @@ from qlora_cli.data.positions import check_seq_len
 from qlora_cli.data.sources import open_sources
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import InputError
+from qlora_cli.events import Silent
 from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.jobs.results import PlanResult
 from qlora_cli.memory.device import inspect_device
@@ -22,9 +23,11 @@ from qlora_cli.plan.notes import plan_notes
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.results import Advice, Compared, DiskNeeds
+from qlora_cli.proof.prove import require_proof
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks.registry import task_of
 
 _COMPARED = (("full", 16), ("lora", 16), ("lora", 8), ("lora", 4))
 """(method, bits) of the rows of `--compare`."""
@@ -43,6 +46,7 @@ def run(
     profile = device_profile or inspect_device()
     config = read_config(find_config(recipe.model.name, recipe.model.revision))
     check_seq_len(recipe.data, config)
+    require_proof(config, task_of(recipe), Silent())
     resolved, _ = resolve(recipe, profile)
     planner = Planner(config, profile)
     plan = planner.plan(resolved)

@@ -26,12 +26,14 @@ from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.proof.prove import require_proof
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import read_steps
 from qlora_cli.runs.resume import add_last_checkpoint_hint, load_checkpoint
 from qlora_cli.runs.run import Run
+from qlora_cli.tasks.registry import task_of
 from qlora_cli.train.evaluation import Evaluator
 from qlora_cli.train.loop import LAST_LOSSES, Progress, TrainingLoop
 from qlora_cli.train.runtime import setup_device
@@ -81,6 +83,7 @@ def run(
 def _prepare(recipe: Recipe, observer: Observer) -> TrainingJob:
     """Check everything that needs no weights, read the data, and report choices and length."""
     prepared = prepare(recipe, inspect_device())
+    require_proof(prepared.config, task_of(prepared.recipe), observer)
     check_installed(prepared.recipe)
     check_initial_adapter(prepared)
     for choice in prepared.choices:

@@ -1,9 +1,9 @@
 """Derives the family of a model type that has no file in `families/`, from transformers' own model.
 
-The result describes what is found: paths, roles by name, and the norms and MLPs for which our layers
-compute the same values. Whether the package trains such a model correctly is not decided here:
-`jobs/model_proof.py` proves it on a small model before the first run. What a `Family` cannot describe
-is refused with the reason.
+The result describes what is found: paths, roles by name, and the norms and MLPs for which our
+layers compute the same values. Whether the package trains such a model correctly is not decided
+here: `proof/` proves it on a small model at the first use. What a `Family` cannot describe is
+refused with the reason.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _check_tensors(model: Any, block: nn.Module, blocks: str) -> None:
 def _head_path(model: Any) -> str:
     """Return the path of the head, a linear without bias."""
     head = model.get_output_embeddings()
-    path = next((path for path, module in model.named_modules() if module is head), None)
+    path: str | None = next((p for p, module in model.named_modules() if module is head), None)
     if path is None or not isinstance(head, nn.Linear):
         raise _refusal(model.config, "its head is not a linear")
     if head.bias is not None:

@@ -63,7 +63,13 @@ def merge(small: SmallModel) -> float:
     recipe = small.recipe()
     run = RunFolder(small.folder / "run")
     run.create()
-    run.write({"recipe": recipe.model_dump(mode="json"), "base_folder": str(small.folder), "status": "done"})
+    run.write(
+        {
+            "recipe": recipe.model_dump(mode="json"),
+            "base_folder": str(small.folder),
+            "status": "done",
+        }
+    )
     save_adapter(loaded, recipe, run.adapter)
     out = small.folder / "merged"
     tensors = open_merged_tensors(Run(run.path), "original", torch.float32, CPU)

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +21,7 @@ from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Observer
 from qlora_cli.files import cache
 from qlora_cli.files.atomic import atomic_folder, write_json
-from qlora_cli.memory.scopes import unallocated
-from qlora_cli.models.registry import known_family
+from qlora_cli.models.registry import alternative, known_family
 from qlora_cli.proof import job_laws, laws
 from qlora_cli.proof.small_config import small_config
 from qlora_cli.proof.small_model import SmallModel, small_model
@@ -111,7 +111,7 @@ def require_proof(config: Any, task: Task, observer: Observer) -> ModelProof | N
         return None
     proof = proof_of(config, task, observer)
     if (failed := proof.failed) is not None:
-        raise _refusal(proof, failed)
+        raise _refusal(config, failed)
     return proof
 
 
@@ -126,9 +126,10 @@ def proof_of(config: Any, task: Task, observer: Observer) -> ModelProof:
         return stored
     observer.note(f"model type {config.model_type}: first use; proving it on a small model")
     proof = _prove(config, task)
-    with cache.locked(folder), atomic_folder(folder) as partial:
+    # Without a writable cache the proof runs again at the next use.
+    with suppress(OSError), cache.locked(folder), atomic_folder(folder) as partial:
         write_json(partial / _RESULT, proof.to_dict())
-        write_json(partial / cache.ENTRY, {"description": f"proof of {config.model_type}"})
+        write_json(partial / cache.ENTRY, {"description": config.model_type})
     if proof.failed is None:
         observer.note(
             f"model type {config.model_type}: {len(proof.results)} laws hold "
@@ -137,10 +138,18 @@ def proof_of(config: Any, task: Task, observer: Observer) -> ModelProof:
     return proof
 
 
+def stored_proofs() -> list[ModelProof]:
+    """Return the proofs in the cache that are of the installed versions, by model type."""
+    folders = [cache.entry_folder(entry.kind, entry.key) for entry in cache.entries()]
+    proofs = (_read(folder / _RESULT) for folder in folders)
+    current = [proof for proof in proofs if proof is not None and proof.versions == _versions()]
+    return sorted(current, key=lambda proof: proof.model_type)
+
+
 def _prove(config: Any, task: Task) -> ModelProof:
     started = time.perf_counter()
-    # The laws must leave no trace in the job: neither memory that it counts nor random numbers.
-    with unallocated(), torch.random.fork_rng(devices=[]), small_model(config, task) as small:
+    # The random numbers of the job must not depend on whether a proof ran before it.
+    with torch.random.fork_rng(devices=[]), small_model(config, task) as small:
         results = tuple(_until_failure(small, LAWS))
     return ModelProof(config.model_type, results, time.perf_counter() - started, _versions())
 
@@ -165,14 +174,14 @@ def _check(small: SmallModel, law: Law) -> LawResult:
     return LawResult(law.name, value, law.holds(value))
 
 
-def _refusal(proof: ModelProof, failed: LawResult) -> ModelError:
+def _refusal(config: Any, failed: LawResult) -> ModelError:
     law = next(law for law in LAWS if law.name == failed.law)
     found = failed.error or f"{failed.value:.1e}, and the limit is {law.limit:.0e}"
     return ModelError(
-        f"model type {proof.model_type!r} is not supported: on a small model it is not true that "
+        f"model type {config.model_type!r} is not supported: on a small model it is not true that "
         f"{law.text} ({found})",
         where="model.name",
-        hint=f"use a base of a supported type, such as {alternative(proof)}",
+        hint=f"use a base of a supported type, such as {alternative(config)}",
     )
 
 

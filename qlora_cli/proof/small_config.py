@@ -1,8 +1,8 @@
 """Shrinks the config of a base, so that its model type can be tested on a CPU in seconds.
 
-Every choice that decides which code runs is kept: kinds of layers, biases, multipliers, the ratio of
-heads and key-value heads, partial rotary dimensions. Only sizes get smaller, and soft caps, which
-have no effect on the small values of a small model otherwise.
+Every choice that decides which code runs is kept: kinds of layers, biases, multipliers, the ratio
+of heads and key-value heads, partial rotary dimensions. Only sizes get smaller, and soft caps,
+which have no effect on the small values of a small model otherwise.
 """
 
 from __future__ import annotations

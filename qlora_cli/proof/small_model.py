@@ -1,4 +1,4 @@
-"""A small model of a base's type in a temporary folder: transformers' own, and ours of its files."""
+"""A small model of a base's type in a temporary folder, as transformers' model and as ours."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ LAYERS = (
     ("train",),
     ("export",),
     ("plan",),
+    ("proof",),
     ("jobs",),
     ("ui",),
     ("cli",),

@@ -1,0 +1,71 @@
+"""`qlora models`: the model types that can be trained, and the proof of one of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qlora_cli.events import Observer
+from qlora_cli.files.locate import find_config, read_config
+from qlora_cli.jobs.model_results import MeasuredLaw, ModelsResult, ModelType
+from qlora_cli.models.build import skeleton
+from qlora_cli.models.registry import FAMILIES, known_family
+from qlora_cli.models.sites import find_sites
+from qlora_cli.proof.prove import LAWS, ModelProof, proof_of, stored_proofs
+from qlora_cli.tasks.causal import CAUSAL
+
+
+def run(where: str | None, *, observer: Observer) -> ModelsResult:
+    """Return the known model types, or prove one.
+
+    where: a hub id, a model's folder or a config file; None for the list. Raises ModelError if it
+    is not found, or if no family can describe it.
+    """
+    if where is None:
+        return ModelsResult((*_tested(), *map(_summary, stored_proofs())))
+    config = read_config(find_config(where, None))
+    roles = _roles(config)
+    if known_family(config) is not None:
+        (known,) = (item for item in _tested() if item.model_type == config.model_type)
+        return ModelsResult((known,), roles)
+    proof = proof_of(config, CAUSAL, observer)
+    return ModelsResult((_summary(proof),), roles, _measured(proof))
+
+
+def _tested() -> list[ModelType]:
+    return [
+        ModelType(name, "tested", "by the test suite")
+        for family in FAMILIES
+        for name in family.model_types
+    ]
+
+
+def _summary(proof: ModelProof) -> ModelType:
+    failed = proof.failed
+    if failed is None:
+        detail = f"{len(proof.results)} laws, transformers {proof.versions['transformers']}"
+        return ModelType(proof.model_type, "proved", detail)
+    return ModelType(proof.model_type, "refused", f"{failed.law}: {failed.error or failed.value}")
+
+
+def _roles(config: Any) -> tuple[str, ...]:
+    """Return the roles of the model's linears, in the model's order."""
+    model, family = skeleton(config, torch.float32, CAUSAL.model_class)
+    roles = (role for site in find_sites(model, family, model.config) for role in site.roles)
+    return tuple(dict.fromkeys(roles))
+
+
+def _measured(proof: ModelProof) -> tuple[MeasuredLaw, ...]:
+    laws = {law.name: law for law in LAWS}
+    return tuple(
+        MeasuredLaw(
+            text=laws[result.law].text,
+            value=result.value,
+            limit=laws[result.law].limit,
+            is_lower_bound=laws[result.law].is_lower_bound,
+            holds=result.holds,
+            error=result.error,
+        )
+        for result in proof.results
+    )
