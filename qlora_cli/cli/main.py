@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from qlora_cli.cli.cache import cache
 from qlora_cli.cli.chat import chat
 from qlora_cli.cli.completion import completion
 from qlora_cli.cli.data import data
@@ -67,6 +68,7 @@ class _Commands(click.Group):
         chat,
         eval_,
         data,
+        cache,
         doctor,
         models,
         recipe,

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from operator import attrgetter
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qlora_cli.data.encode import Example
 from qlora_cli.nn.labels import IGNORE_INDEX
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BatchSize:
     """The sizes that the memory of a micro-batch depends on. It grows with each of them.
 
@@ -34,7 +35,12 @@ class BatchSize:
     @classmethod
     def upper_bound(cls, sizes: Sequence[BatchSize]) -> BatchSize:
         """Return the maximum of each field over all sizes."""
-        return cls(*map(max, zip(*map(astuple, sizes), strict=True)))
+        return cls(
+            max(size.tokens for size in sizes),
+            max(size.targets for size in sizes),
+            max(size.rows for size in sizes),
+            max(size.longest for size in sizes),
+        )
 
 
 def peak_batches(sizes: Sequence[BatchSize]) -> set[int]:
@@ -42,13 +48,25 @@ def peak_batches(sizes: Sequence[BatchSize]) -> set[int]:
 
     These are the ones with the most tokens, the most targets and the most rows.
     """
-    orders = (
-        attrgetter("tokens", "targets", "rows"),
-        attrgetter("targets", "tokens", "rows"),
-        attrgetter("rows", "tokens", "targets"),
-    )
-    ranked = ([order(size) for size in sizes] for order in orders)
-    return {ranks.index(max(ranks)) for ranks in ranked}
+    return largest_columns(np.array([astuple(size) for size in sizes], np.int64).reshape(-1, 4).T)
+
+
+def largest_columns(columns: NDArray[np.int64]) -> set[int]:
+    """Return the indices of the columns at which memory peaks, as `peak_batches`.
+
+    columns: one row per field of BatchSize, one column per micro-batch.
+    """
+    tokens, targets, rows, _ = columns
+    orders = ((tokens, targets, rows), (targets, tokens, rows), (rows, tokens, targets))
+    return {_first_largest(order) for order in orders if len(tokens)}
+
+
+def _first_largest(order: Sequence[NDArray[np.int64]]) -> int:
+    """Return the first index with the largest values, compared by the first array first."""
+    candidates = np.arange(len(order[0]))
+    for values in order:
+        candidates = candidates[values[candidates] == values[candidates].max()]
+    return int(candidates[0])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_cli.data.collate import Batch, BatchSize, collate, peak_batches
+from qlora_cli.data.collate import Batch, BatchSize, collate, largest_columns
 from qlora_cli.data.encode import Example
 from qlora_cli.data.encoded import sizes
 
@@ -86,6 +86,40 @@ def pack(lengths: Sequence[int] | NDArray[np.int32], seq_len: int) -> Sequences:
     return Sequences.of(longest_first[by_sequence], np.bincount(sequence_of, minlength=number))
 
 
+class _Epoch:
+    """The micro-batches of one epoch.
+
+    number: of the epoch. sequences: in the order of training. lengths, targets: of all rows.
+    sizes: one row per field of BatchSize, one column per micro-batch.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        sequences: Sequences,
+        lengths: NDArray[np.int32],
+        targets: NDArray[np.int32],
+        micro_batch: int,
+    ) -> None:
+        self.number = number
+        self.sequences = sequences
+        bounds = sequences.bounds
+        self._bounds = np.append(bounds[:-1][::micro_batch], bounds[-1])
+        self.num_batches = len(self._bounds) - 1
+        first, rows = self._bounds[:-1], sequences.rows
+        by_row = lengths[rows].astype(np.int64)
+        tokens = np.add.reduceat(by_row, first)
+        trained = np.add.reduceat(targets[rows].astype(np.int64), first)
+        longest = np.maximum.reduceat(by_row, first)
+        self.sizes = np.stack([tokens, trained, np.diff(self._bounds), longest])
+
+    def rows(self, batch: int) -> list[int]:
+        """Return the row numbers of a micro-batch."""
+        first, last = self._bounds[batch : batch + 2]
+        numbers: list[int] = self.sequences.rows[first:last].tolist()
+        return numbers
+
+
 class BatchSchedule:
     """The order of training: which micro-batches each optimizer step accumulates.
 
@@ -117,36 +151,56 @@ class BatchSchedule:
         self._per_step = micro_batch * grad_accum
         self._seed = seed
         self._collate = collate
-        self._current: tuple[int, Sequences] = (0, self._order(0))
-        self.num_sequences = len(self._current[1])
+        self._current = _Epoch(0, self._order(0), self._lengths, self._targets, micro_batch)
+        self.num_sequences = len(self._current.sequences)
         """Number of sequences in an epoch."""
         self.steps_per_epoch = -(-self.num_sequences // self._per_step)
         """Number of optimizer steps in an epoch, including a last step with fewer micro-batches."""
+
+    @property
+    def epoch_size(self) -> BatchSize:
+        """Return the tokens, trained tokens and rows of an epoch, and its longest row."""
+        lengths, targets = self._lengths, self._targets
+        tokens, trained = (int(column.sum(dtype=np.int64)) for column in (lengths, targets))
+        return BatchSize(tokens, trained, len(lengths), int(lengths.max()))
 
     def step_batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of an optimizer step, on the CPU.
 
         step: counted from 0 over all epochs.
         """
-        return [self._collate([self._examples[row] for row in rows]) for rows in self._rows(step)]
+        epoch, batches = self._find(step)
+        return [
+            self._collate([self._examples[row] for row in epoch.rows(index)]) for index in batches
+        ]
 
     def sizes(self, step: int) -> list[BatchSize]:
         """Return the sizes of the micro-batches of an optimizer step."""
-        return [self._size(rows) for rows in self._rows(step)]
+        epoch, batches = self._find(step)
+        columns = epoch.sizes[:, batches.start : batches.stop].T.tolist()
+        return [BatchSize(*column) for column in columns]
 
-    def _size(self, rows: Sequence[int]) -> BatchSize:
-        lengths = self._lengths[rows]
-        targets = int(self._targets[rows].sum())
-        return BatchSize(int(lengths.sum()), targets, len(rows), int(lengths.max()))
+    def size_columns(self, steps: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the sizes of all micro-batches of consecutive steps without a list of objects.
 
-    def _rows(self, step: int) -> Iterator[list[int]]:
-        """Yield the row numbers of each micro-batch of a step."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        if self._current[0] != epoch:
-            self._current = (epoch, self._order(epoch))
-        first = index * self._per_step
-        chosen = range(first, min(first + self._per_step, self.num_sequences))
-        return _micro_batches(self._current[1], chosen, self._micro_batch)
+        The first array has the step of each micro-batch, the second one row per field of BatchSize.
+        """
+        numbers, columns = [np.empty(0, np.int64)], [np.empty((4, 0), np.int64)]
+        for step in steps:
+            epoch, batches = self._find(step)
+            numbers.append(np.full(len(batches), step))
+            columns.append(epoch.sizes[:, batches.start : batches.stop])
+        return np.concatenate(numbers), np.concatenate(columns, axis=1)
+
+    def _find(self, step: int) -> tuple[_Epoch, range]:
+        """Return the epoch of a step and its micro-batches in the epoch."""
+        number, index = divmod(step, self.steps_per_epoch)
+        if self._current.number != number:
+            order = self._order(number)
+            self._current = _Epoch(number, order, self._lengths, self._targets, self._micro_batch)
+        per_step = self._per_step // self._micro_batch
+        first = index * per_step
+        return self._current, range(first, min(first + per_step, self._current.num_batches))
 
     def _order(self, epoch: int) -> Sequences:
         """Return the sequences of an epoch in the order in which they are trained."""
@@ -190,20 +244,13 @@ def eval_batches(
             space = seq_len
         space -= length
     sequences = Sequences.of(np.arange(len(lengths), dtype=np.int32), rows_in)
-    for rows in _micro_batches(sequences, range(len(sequences)), micro_batch):
+    for first in range(0, len(sequences), micro_batch):
+        last = min(first + micro_batch, len(sequences))
+        rows = range(*sequences.bounds[[first, last]].tolist())
         yield collate([examples[row] for row in rows])
 
 
 def peak_steps(schedule: BatchSchedule, steps: range) -> set[int]:
     """Return the steps that contain a micro-batch at which memory peaks."""
-    sizes = [(step, size) for step in steps for size in schedule.sizes(step)]
-    peaks = peak_batches([size for _, size in sizes]) if sizes else set()
-    return {sizes[index][0] for index in peaks}
-
-
-def _micro_batches(sequences: Sequences, chosen: range, micro_batch: int) -> Iterator[list[int]]:
-    """Yield the row numbers of each micro-batch of the chosen sequences."""
-    for first in chosen[::micro_batch]:
-        last = min(first + micro_batch, chosen.stop)
-        rows: list[int] = sequences.rows[sequences.bounds[first] : sequences.bounds[last]].tolist()
-        yield rows
+    numbers, columns = schedule.size_columns(steps)
+    return {int(numbers[index]) for index in largest_columns(columns)}

@@ -29,12 +29,12 @@ _LOCK_SUFFIX = ".lock"
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One entry. description: what it was made of. num_bytes: size of its files."""
+    """One entry. description: what it was made of. bytes: size of its files."""
 
     kind: str
     key: str
     description: str
-    num_bytes: int
+    bytes: int
 
 
 def cache_root() -> Path:

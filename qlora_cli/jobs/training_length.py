@@ -37,11 +37,10 @@ class TrainingLength:
     @classmethod
     def of(cls, recipe: Recipe, schedule: BatchSchedule, updates: int) -> TrainingLength:
         """Return the length of a recipe's job of `updates` optimizer steps."""
-        epoch = [size for step in range(schedule.steps_per_epoch) for size in schedule.sizes(step)]
-        rows, tokens, trained = (
-            sum(getattr(size, name) for size in epoch) for name in ("rows", "tokens", "targets")
+        epoch = schedule.epoch_size
+        length = cls.of_totals(
+            recipe, epoch.rows, schedule.num_sequences, epoch.tokens, epoch.targets
         )
-        length = cls.of_totals(recipe, rows, schedule.num_sequences, tokens, trained)
         return replace(length, updates=updates)
 
     @classmethod

@@ -13,3 +13,14 @@ class NoteRecorder(Silent):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+class StageRecorder(NoteRecorder):
+    """Records every stage of a job as well. stages: name and number of units of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages: list[tuple[str, int]] = []
+
+    def stage(self, name: str, total: int) -> None:
+        self.stages.append((name, total))

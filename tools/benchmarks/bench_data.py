@@ -5,7 +5,7 @@
 
 MODEL is a base's folder. CHATS is a JSONL file of rows with `question` and `answer`; a file of the
 wanted number of different chats is generated from them. Every command runs in a process of its own
-for each package, which is the folder of a checkout. Memory and processor time are sampled ten times
+for each package, which is the folder of a checkout. Memory and processor time are sampled twice
 per second: the peak of the anonymous memory of the command's process, of its children, and of all
 together. Pages of mapped files are not counted, because the system can drop them at any time.
 """
@@ -95,7 +95,7 @@ def measure(command: list[str], environment: dict[str, str], until: bytes | None
             command, env=environment, stdout=subprocess.DEVNULL, stderr=errors
         )
         while process.poll() is None:
-            time.sleep(0.1)
+            time.sleep(0.5)
             children = list(descendants(process.pid))
             for pid in (process.pid, *children):
                 cpu[pid] = max(cpu.get(pid, 0.0), cpu_seconds(pid))
