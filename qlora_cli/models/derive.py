@@ -207,7 +207,7 @@ def _activation_key(config: Any, module: nn.Module, projections: Projections) ->
                 check_mlp(module, "mlp", projections, ACTIVATIONS[name])
             except ModelError:
                 return None
-            return key
+            return str(key)
     return None
 
 

@@ -10,21 +10,25 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Observer
 from qlora_cli.files import cache
 from qlora_cli.files.atomic import atomic_folder, write_json
+from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.models.registry import alternative, known_family
 from qlora_cli.proof import job_laws, laws
 from qlora_cli.proof.small_config import small_config
 from qlora_cli.proof.small_model import SmallModel, small_model
+from qlora_cli.runs.run import Run
+from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.tasks.task import Task
 from qlora_cli.units import format_duration
 
@@ -115,6 +119,15 @@ def require_proof(config: Any, task: Task, observer: Observer) -> ModelProof | N
     return proof
 
 
+def require_proof_of_model(where: str, observer: Observer) -> None:
+    """Prove the model type of a model that is not a run. A run was proved when it was trained.
+
+    where: a run's folder, a model's folder or a hub id. Raises ModelError as `require_proof` does.
+    """
+    if Run.find(where) is None:
+        require_proof(read_config(find_config(where, None)), CAUSAL, observer)
+
+
 def proof_of(config: Any, task: Task, observer: Observer) -> ModelProof:
     """Return the proof of the model type of `config`, from the cache or new.
 
@@ -149,9 +162,25 @@ def stored_proofs() -> list[ModelProof]:
 def _prove(config: Any, task: Task) -> ModelProof:
     started = time.perf_counter()
     # The random numbers of the job must not depend on whether a proof ran before it.
-    with torch.random.fork_rng(devices=[]), small_model(config, task) as small:
+    with (
+        torch.random.fork_rng(devices=[]),
+        _without_progress_bars(),
+        small_model(config, task) as small,
+    ):
         results = tuple(_until_failure(small, LAWS))
     return ModelProof(config.model_type, results, time.perf_counter() - started, _versions())
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Disable transformers' progress bars inside the block: its models here are small."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _until_failure(small: SmallModel, checked: Sequence[Law]) -> list[LawResult]:

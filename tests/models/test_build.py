@@ -14,6 +14,7 @@ from transformers import AutoModelForMultipleChoice
 
 from qlora_cli.data.collate import largest_batch
 from qlora_cli.device import DeviceProfile
+from qlora_cli.errors import ModelError
 from qlora_cli.files.locate import read_config
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.models.build import ModelRequest, build
@@ -103,7 +104,7 @@ def test_the_attention_kernel_is_that_of_the_profile(
 def test_the_model_class_is_that_of_the_request(base: Path) -> None:
     """A config without such a head is refused by transformers, which shows that it was asked."""
     made = replace(on_meta(request(base)), model_class=AutoModelForMultipleChoice)
-    with pytest.raises(ValueError, match="AutoModelForMultipleChoice"):
+    with pytest.raises(ModelError, match="AutoModelForMultipleChoice"):
         build(made)
 
 
