@@ -116,7 +116,7 @@ def _stream(prompter: Prompter, prompt: Prompt) -> None:
 
     def show(name: str, piece: str) -> None:
         nonlocal current
-        if name != current and len(prompter.names) > 1:
+        if name != current and len(prompter.formats) > 1:
             click.echo(f"{chr(10) * 2 if current else ''}{name}:")
         current = name
         click.echo(piece, nl=False)

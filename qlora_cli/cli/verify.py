@@ -11,6 +11,7 @@ from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, s
 from qlora_cli.errors import VerificationFailed
 
 if TYPE_CHECKING:
+    from qlora_cli.jobs.gguf_results import GgufResult
     from qlora_cli.jobs.results import ServerResult, VerifyResult
 
 
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     metavar="URL",
     help="Check the answers of this OpenAI-compatible server instead of the files in MERGED.",
 )
+@click.option(
+    "--gguf",
+    is_flag=True,
+    help="Check what the GGUF files in MERGED compute in llama.cpp instead; needs the extra "
+    "`llama`.",
+)
 @click.option("--name", help="Name of the model on the server.  [default: the only one]")
 @json_option
 @click.pass_context
@@ -35,6 +42,7 @@ def verify(
     merged: Path,
     against: Path,
     server: str | None,
+    gguf: bool,
     name: str | None,
     as_json: bool,
 ) -> None:
@@ -46,16 +54,24 @@ def verify(
     With --server, sends held-out prompts to a server as text and as chats, and compares its greedy
     answers with those of MERGED. Reports whether template, special tokens, weights or quantization
     explain a difference.
+
+    With --gguf, compares tokens, logits and greedy answers of each GGUF file with those of MERGED,
+    and reports the KL divergence per type of file.
     """
+    if gguf and server is not None:
+        raise click.UsageError("--gguf and --server are two verifications; name one of them")
     if name is not None and server is None:
         raise click.UsageError("--name is the model's name on a server; add --server")
     with fast_import():
         from qlora_cli.jobs import verify as job
+        from qlora_cli.jobs import verify_gguf as gguf_job
         from qlora_cli.ui import tables
 
     with job_observer() as observer:
-        result: VerifyResult | ServerResult
-        if server is None:
+        result: VerifyResult | ServerResult | GgufResult
+        if gguf:
+            result = gguf_job.run(merged, against=against, observer=observer)
+        elif server is None:
             result = job.run(merged, against=against, observer=observer)
         else:
             result = job.run_server(

@@ -8,15 +8,12 @@ from pathlib import Path
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer
+from qlora_cli.jobs.answer_text import OnText
+from qlora_cli.jobs.open_generator import NO_ADAPTERS, open_generator
 from qlora_cli.jobs.prompt_format import PromptFormat, trained_format
-from qlora_cli.jobs.text_generator import (
-    NO_ADAPTERS,
-    OnText,
-    Sampling,
-    TextGenerator,
-    open_generator,
-)
+from qlora_cli.jobs.text_generator import Sampling, TextGenerator
 from qlora_cli.models.switch import BASE
+from qlora_cli.runs.run import Run
 
 CHAT_TOKENS = 512
 """Maximum number of tokens of one answer in a chat, unless the user sets another."""
@@ -42,23 +39,25 @@ def open_chat(
     """
     uses = () if use is None else (use,)
     generator = open_generator(run_or_model, observer, adapters, uses=uses, merged=merged)
-    if not generator.tokenizer.chat_template:
+    name = use or next(iter(generator.switch.adapters), BASE)
+    _check_template(generator, name)
+    _note_other_format(generator.prompt_source(name).run, observer)
+    generator.switch.use(name)
+    return Chat(generator, sampling or Sampling(CHAT_TOKENS), system)
+
+
+def _check_template(generator: TextGenerator, name: str) -> None:
+    """Raise ModelError if there is no chat template for an adapter."""
+    if not generator.prompt_source(name).tokenizer.chat_template:
         raise ModelError(
             "the tokenizer has no chat template",
-            where=run_or_model,
+            where=str(generator.opened.folder),
             hint="use `qlora generate`, or a model whose tokenizer has one",
         )
-    _note_other_format(generator, observer)
-    generator.switch.use(use or next(iter(generator.switch.adapters), BASE))
-    chat = Chat(generator, sampling or Sampling(CHAT_TOKENS))
-    run = generator.trained
-    chat.set_system(run.recipe.data.system if system is None and run is not None else system)
-    return chat
 
 
-def _note_other_format(generator: TextGenerator, observer: Observer) -> None:
+def _note_other_format(run: Run | None, observer: Observer) -> None:
     """Report a run whose training rows were no chats."""
-    run = generator.trained
     trained = trained_format(run) if run is not None else None
     if trained in ("completion", "text", "tokens"):
         observer.note(
@@ -71,7 +70,9 @@ def _note_other_format(generator: TextGenerator, observer: Observer) -> None:
 class Chat:
     """A conversation. Each answer is generated from all messages so far.
 
-    messages: of the user and the assistant in turn, without the system prompt.
+    system: the system prompt, empty for none; None for that of `data.system` in the recipe of the
+    run whose adapter answers. messages: of the user and the assistant in turn, without the system
+    prompt.
     """
 
     generator: TextGenerator
@@ -115,7 +116,7 @@ class Chat:
 
     def set_system(self, text: str | None) -> None:
         """Set the system prompt, None for none, and remove all messages."""
-        self.system = text or None
+        self.system = text or ""
         self.reset()
 
     def use_adapter(self, name: str) -> None:
@@ -123,9 +124,11 @@ class Chat:
 
         The messages are removed because the model would imitate the other adapter's answers. name:
         an adapter, or `base` for none. Raises UsageError if it is unknown, QloraError if it cannot
-        be merged into the weights.
+        be merged into the weights, ModelError if there is no chat template for it.
         """
         previous = self.current_adapter
+        self.generator.switch.check(name)
+        _check_template(self.generator, name)
         self.generator.switch.use(name)
         if self.current_adapter != previous:
             self.reset()
@@ -142,4 +145,8 @@ class Chat:
 
     @property
     def _format(self) -> PromptFormat:
-        return PromptFormat("chat", self.generator.tokenizer, "", self.system)
+        source = self.generator.prompt_source(self.current_adapter)
+        system = self.system
+        if system is None and source.run is not None:
+            system = source.run.recipe.data.system
+        return PromptFormat("chat", source.tokenizer, "", system)

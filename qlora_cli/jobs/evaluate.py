@@ -13,8 +13,8 @@ from qlora_cli.data.template import with_template
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.events import Observer
 from qlora_cli.jobs.eval_answers import AnswersFile
+from qlora_cli.jobs.open_generator import check_not_an_adapter
 from qlora_cli.jobs.results import EvalResult
-from qlora_cli.jobs.text_generator import check_not_an_adapter
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.recipe.schema import Data
 from qlora_cli.runs.open import OpenedModel, open_any

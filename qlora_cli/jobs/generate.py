@@ -11,9 +11,10 @@ from typing import Any
 from qlora_cli.data.rows import read_rows
 from qlora_cli.errors import DataError, InputError, Problem, UsageError
 from qlora_cli.events import Observer
+from qlora_cli.jobs.open_generator import NO_ADAPTERS, open_generator
 from qlora_cli.jobs.prompt_format import PromptFormat, prompt_format
 from qlora_cli.jobs.results import GenerateResult
-from qlora_cli.jobs.text_generator import NO_ADAPTERS, Sampling, TextGenerator, open_generator
+from qlora_cli.jobs.text_generator import Sampling, TextGenerator
 from qlora_cli.models.switch import BASE
 
 OnAnswerText = Callable[[str, str], None]
@@ -31,11 +32,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompter:
-    """A loaded model that answers prompts with each of the adapters `names`."""
+    """A loaded model that answers prompts with each of its adapters.
+
+    formats: adapter -> how its prompts are formatted, in the order of generation.
+    """
 
     generator: TextGenerator
-    format: PromptFormat
-    names: tuple[str, ...]
+    formats: Mapping[str, PromptFormat]
     sampling: Sampling
 
     def answer(self, prompt: Prompt, on_text: OnAnswerText | None = None) -> GenerateResult:
@@ -44,18 +47,22 @@ class Prompter:
         on_text: receives the answers in pieces while they are generated. Raises UsageError if the
         prompt is empty, too long or cannot be formatted.
         """
-        ids = (
-            self.format.ids(prompt.text)
-            if prompt.messages is None
-            else self.format.chat_ids(prompt.messages)
-        )
-        end = self.format.end_ids()
+        ids = {name: _ids(prompt, chosen) for name, chosen in self.formats.items()}
         answers = {}
-        for name in self.names:
+        for name, chosen in self.formats.items():
             self.generator.switch.use(name)
             piece = None if on_text is None else _named(on_text, name)
-            answers[name] = self.generator.continue_from(ids, self.sampling, piece, end)
-        return GenerateResult(prompt.text, next(iter(answers.values())), answers, self.format.name)
+            answers[name] = self.generator.continue_from(
+                ids[name], self.sampling, piece, chosen.end_ids()
+            )
+        first = next(iter(self.formats))
+        return GenerateResult(prompt.text, answers[first], answers, self.formats[first].name)
+
+
+def _ids(prompt: Prompt, chosen: PromptFormat) -> list[int]:
+    if prompt.messages is None:
+        return chosen.ids(prompt.text)
+    return chosen.chat_ids(prompt.messages)
 
 
 def open_prompter(
@@ -71,6 +78,8 @@ def open_prompter(
 ) -> Prompter:
     """Load a model to answer prompts with. The format of the prompts is reported as a note.
 
+    Prompts of several adapters are formatted for each as in its own training.
+
     run_or_model, adapters, merged: as of `open_generator`.
     raw, system: as of `prompt_format`.
     uses: names of the adapters to generate with, in this order; empty for all.
@@ -78,11 +87,23 @@ def open_prompter(
     Raises InputError if the model, an adapter, a name or the tokenizer does not exist.
     """
     generator = open_generator(run_or_model, observer, adapters, uses=uses, merged=merged)
-    chosen = prompt_format(generator.tokenizer, generator.trained, raw=raw, system=system)
+    formats = {
+        name: prompt_format(generator.prompt_source(name), raw=raw, system=system)
+        for name in uses or generator.switch.adapters or (BASE,)
+    }
     if not raw:
-        observer.note(chosen.reason)
-    names = tuple(uses) or generator.switch.adapters or (BASE,)
-    return Prompter(generator, chosen, names, sampling)
+        _note_formats(formats, observer)
+    return Prompter(generator, formats, sampling)
+
+
+def _note_formats(formats: Mapping[str, PromptFormat], observer: Observer) -> None:
+    """Report the reason of the formats, or of each one if they are for different reasons."""
+    reasons = {chosen.reason for chosen in formats.values()}
+    if len(reasons) == 1:
+        observer.note(reasons.pop())
+        return
+    for name, chosen in formats.items():
+        observer.note(f"{name}: {chosen.reason}")
 
 
 def read_prompts(file: Path) -> list[Prompt]:

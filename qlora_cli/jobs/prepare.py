@@ -50,6 +50,14 @@ class Prepared:
     config: Any
     tokenizer: Any
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text that `data.template` sets; None if the base's own template is used."""
+        if self.recipe.data.template is None:
+            return None
+        text: str = self.tokenizer.chat_template
+        return text
+
     def source(self, model: nn.Module, family: Family) -> FolderSource:
         """Return the tensors in the base's folder."""
         return open_source(self.folder, family)

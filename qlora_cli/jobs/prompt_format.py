@@ -29,6 +29,19 @@ _RAW = "--raw sends it as it is"
 
 
 @dataclass(frozen=True)
+class PromptSource:
+    """What decides how prompts are formatted.
+
+    tokenizer: the base's, with the chat template of the training. run: the run that was trained;
+    None for a plain model, or an adapter without its run. owner: whose chat template it is.
+    """
+
+    tokenizer: Any
+    run: Run | None = None
+    owner: Literal["model", "adapter"] = "model"
+
+
+@dataclass(frozen=True)
 class PromptFormat:
     """How a prompt becomes the token ids that the model reads.
 
@@ -91,20 +104,16 @@ def _chat_ids(tokenizer: Any, messages: Messages) -> list[int]:
 
 
 def prompt_format(
-    tokenizer: Any,
-    run: Run | None,
-    *,
-    raw: bool = False,
-    system: str | None = None,
+    source: PromptSource, *, raw: bool = False, system: str | None = None
 ) -> PromptFormat:
     """Return the format in which a model expects prompts.
 
-    tokenizer: the base's. run: the run that trained the model; None for a plain model, whose chat
-    template is used if it has one. raw: send prompts as they are. system: a system prompt;
-    None for that of `data.system` in a run's recipe.
+    source: without a run, the chat template is used if there is one. raw: send prompts as they are.
+    system: a system prompt; None for that of `data.system` in a run's recipe.
     Raises UsageError if there is a system prompt and the format is not `chat`.
     """
-    name, reason = _choose(tokenizer, run)
+    tokenizer, run = source.tokenizer, source.run
+    name, reason = _choose(source)
     if raw:
         name, reason = "plain", "the prompt is sent as it is (--raw)"
     if system is not None and name != "chat":
@@ -120,18 +129,19 @@ def prompt_format(
     return PromptFormat(name, tokenizer, reason, system)
 
 
-def _choose(tokenizer: Any, run: Run | None) -> tuple[Name, str]:
+def _choose(source: PromptSource) -> tuple[Name, str]:
     """Return the format and the reason for it."""
-    has_template = bool(tokenizer.chat_template)
+    run, has_template = source.run, bool(source.tokenizer.chat_template)
     if run is None:
         if has_template:
-            return "chat", f"the prompt is formatted with the model's chat template; {_RAW}"
+            owner = source.owner
+            return "chat", f"the prompt is formatted with the {owner}'s chat template; {_RAW}"
         return "plain", "the prompt is sent as it is: the tokenizer has no chat template"
     trained = trained_format(run)
     if trained is None:
         name: Name = "chat" if has_template else "plain"
         return name, f"the training rows cannot be read, so the prompt is formatted as {name}"
-    if FORMATS[trained].uses_chat_template(tokenizer):
+    if FORMATS[trained].uses_chat_template(source.tokenizer):
         return "chat", f"the prompt is formatted with the chat template, as in training; {_RAW}"
     if trained == "alpaca":
         return "alpaca", f"the prompt is formatted as an Alpaca instruction, as in training; {_RAW}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qlora_cli.events import Observer
-from qlora_cli.export.push.card import model_card
+from qlora_cli.export.push.card import license_of, model_card
 from qlora_cli.export.push.contents import select_contents
 from qlora_cli.export.push.hub import CARD, check_repo, upload, write_preview
 from qlora_cli.jobs.results import PushResult
@@ -34,18 +34,26 @@ def run(
     observer.note(f"the files are those in {contents.folder}")
     if contents.run is None:
         observer.note("the run of this model is not known, so the model card has no recipe")
+    for path in contents.replaced:
+        observer.note(f"{path} is sent with the name of the base's folder in place of its path")
+    if (license := license_of(contents)) == "unknown":
+        observer.note("the license of the base is not known: the model card states `unknown`")
+    else:
+        observer.note(f"the model card states the base's license, {license}")
     card = model_card(contents, repo)
+    files = (*(path.as_posix() for path in contents.files), CARD)
+    observer.note(f"{'to send' if preview is not None else 'sending'}: {', '.join(files)}")
     url = None
     if preview is not None:
         write_preview(contents, card, preview)
     else:
         url = upload(contents, card, repo, private=private)
-    sizes = [(contents.folder / path).stat().st_size for path in contents.files]
+    sizes = [contents.num_bytes(path) for path in contents.files]
     return PushResult(
         repo=repo,
         url=url,
         folder=preview,
-        files=(*(path.as_posix() for path in contents.files), CARD),
+        files=files,
         bytes=sum(sizes) + len(card.encode()),
         verified=bool(contents.verification and contents.verification.get("passed")),
     )

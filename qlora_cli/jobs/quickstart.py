@@ -18,8 +18,9 @@ from qlora_cli.events import Observer
 from qlora_cli.files.atomic import PARSE_ERRORS, partial_folders, report_write_errors, write_json
 from qlora_cli.files.locate import STARTER
 from qlora_cli.jobs import evaluate, merge, plan, train, verify
+from qlora_cli.jobs.open_generator import open_generator
 from qlora_cli.jobs.results import QuickstartResult
-from qlora_cli.jobs.text_generator import Sampling, open_generator
+from qlora_cli.jobs.text_generator import Sampling
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.shipped import find_recipe
 from qlora_cli.runs.layout import RunFolder

@@ -9,8 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.template import TEMPLATE_FILE, read_template
-from qlora_cli.files.atomic import atomic_file, report_write_errors
+from qlora_cli.data.template import read_template
 from qlora_cli.files.dtype import dtype_name
 from qlora_cli.files.source import fingerprint
 from qlora_cli.jobs.prepare import Prepared
@@ -93,14 +92,6 @@ def set_status(run: RunFolder, status: str, **more: Any) -> None:
     status: running, done, interrupted or failed.
     """
     run.write(run.read() | {"status": status, **more})
-
-
-def write_template(prepared: Prepared, run: RunFolder) -> None:
-    """Write the chat template next to the trained adapter if the recipe sets one."""
-    if prepared.recipe.data.template and run.adapter.is_dir():
-        path = run.adapter / TEMPLATE_FILE
-        with report_write_errors("the chat template", path), atomic_file(path) as file:
-            file.write_text(prepared.tokenizer.chat_template)
 
 
 def with_absolute_paths(recipe: dict[str, Any]) -> dict[str, Any]:

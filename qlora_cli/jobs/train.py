@@ -142,16 +142,23 @@ def _train(
         evaluator = Evaluator(
             state, job.held_out, job.steps, job.eval_every, job.run, instrument, observer, trackers
         )
-        base, save = prepared.folder, memory.write
         loop = TrainingLoop(
-            state, job.schedule, job.steps, job.run, instrument, observer, evaluator, base, save
+            state,
+            job.schedule,
+            job.steps,
+            job.run,
+            instrument,
+            observer,
+            evaluator,
+            prepared.folder,
+            prepared.chat_template,
+            memory.write,
         )
         with add_last_checkpoint_hint(job.run):
             progress = loop.train()
             # The last evaluation, if the process that trained the last step was stopped before it.
             evaluator.evaluate_if_due(lambda: False)
             exported = _export(job, state, evaluator, observer)
-            record.write_template(prepared, job.run)
         ledger = memory.write(progress)
         trackers.log(_peaks(ledger), state.step)
     return _finish(job, state.step, progress, evaluator, exported, ledger)
@@ -201,14 +208,14 @@ def _export(job: TrainingJob, state: State, evaluator: Evaluator, observer: Obse
     """
     best = evaluator.best
     if best is None or not state.recipe.train.keep_best or best.step == state.step:
-        write_weights(state, job.prepared.folder, job.run.path)
+        write_weights(state, job.prepared.folder, job.run.path, job.prepared.chat_template)
         return state.step
     if not job.run.checkpoint(best.step).is_dir():
         observer.note(
             f"warning: the checkpoint of step {best.step:,}, which has the lowest held-out loss, "
             "is gone; the exported weights are those of the last step"
         )
-        write_weights(state, job.prepared.folder, job.run.path)
+        write_weights(state, job.prepared.folder, job.run.path, job.prepared.chat_template)
         return state.step
     copy_weights(job.run.checkpoint(best.step), job.run.path)
     observer.note(

@@ -25,6 +25,7 @@ from qlora_cli.adapters.peft_file import (
     AdapterMetadata,
     open_adapter,
 )
+from qlora_cli.data.template import TEMPLATE_FILE
 from qlora_cli.errors import ModelError
 from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors, write_json
 from qlora_cli.files.finite import finite_cpu_copy
@@ -37,10 +38,13 @@ from qlora_cli.recipe import schema
 from qlora_cli.recipe.schema import Recipe
 
 
-def save_adapter(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
+def save_adapter(
+    loaded: LoadedModel, recipe: Recipe, folder: Path, chat_template: str | None = None
+) -> None:
     """Write the adapter of `loaded` atomically; an older adapter in `folder` is replaced.
 
-    recipe: the recipe that the adapter was trained with.
+    recipe: the recipe that the adapter was trained with. chat_template: the Jinja text of its
+    training if that is not the base's, which is written next to the adapter.
 
     Raises QloraError if it cannot be written, NotFinite if a value is NaN or infinite.
     """
@@ -62,6 +66,8 @@ def save_adapter(loaded: LoadedModel, recipe: Recipe, folder: Path) -> None:
         config = _peft_config(loaded, layers, recipe)
         write_json(partial / peft_config.CONFIG, config.model_dump(mode="json"))
         write_tensors(partial / peft_config.WEIGHTS, specs, compute, header)
+        if chat_template is not None:
+            (partial / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
 
 
 def _metadata(

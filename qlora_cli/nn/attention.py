@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -202,19 +203,24 @@ def _attend_row(
         grouped = False
     if query.is_meta:
         return _attend_row_on_meta(query, key, value, mask, causal, scaling, kernel)
+    attention = partial(
+        functional.scaled_dot_product_attention,
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=grouped,
+    )
+    if query.device.type == "cpu":
+        # SDPA has one fused kernel for CPUs and prefers it.
+        return attention()
     with sdpa_kernel(
         [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
         set_priority=True,
     ):
-        return functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=causal,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
+        return attention()
 
 
 def _attend_row_on_meta(

@@ -1,4 +1,4 @@
-"""The label of a token that is not trained. No torch, so that other processes need not import it."""
+"""The label of a token that is not trained. No torch: the processes that tokenize import this."""
 
 from __future__ import annotations
 

@@ -25,6 +25,8 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., d) to (..., d) in the dtype of x; differentiable in x only."""
+        if not torch.is_grad_enabled():
+            return _normalize(x, self.weight, self.epsilon)[0]
         y: Tensor = _RmsNorm.apply(x, self.weight, self.epsilon)
         return y
 
@@ -34,11 +36,9 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        accumulator = x.to(_accumulation_dtype(x), copy=True)
-        factor = accumulator.square_().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
-        del accumulator
+        y, factor = _normalize(x, weight, epsilon)
         ctx.save_for_backward(x, factor, weight)
-        return torch.mul(x, factor, out=torch.empty_like(x)).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -51,6 +51,14 @@ class _RmsNorm(torch.autograd.Function):
         grad_x = weighted * factor
         del weighted
         return grad_x.sub_(x * projection).to(x.dtype), None, None
+
+
+def _normalize(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return (y, factor)."""
+    accumulator = x.to(_accumulation_dtype(x), copy=True)
+    factor = accumulator.square_().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
+    del accumulator
+    return torch.mul(x, factor, out=torch.empty_like(x)).mul_(weight), factor
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

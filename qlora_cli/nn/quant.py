@@ -19,7 +19,6 @@ Shapes: x (tokens, in), y (tokens, out), weight (out, in). Sources: Dettmers et 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,19 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.memory.scopes import attribute, scope
-
-# On CPUs with AVX512-BF16 importing bitsandbytes warns that an optional package is missing.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-import bitsandbytes.functional as bnb_functional  # noqa: E402
+from qlora_cli.nn.codebook import scale_codebook
+from qlora_cli.nn.int8_product import TINY, int8_product, scaled_codes
 
 BLOCK_SIZE_4BIT = 64
 """NF4 and FP4: number of consecutive weights that share one scale (QLoRA's default is 64)."""
 BLOCK_SIZE_SCALES = 256
 """Double quantization: number of scales that share one scale of their own."""
-OUTLIER_DIVISOR = 8
-"""LLM.int8(): with more than in / 8 outlier columns, the complete product is computed in the
-compute dtype. About 0.1 % of the columns are outliers; the limit bounds the memory of the outlier
-part, so that it can be planned."""
 PACK_ELEMENTS = 2**20
 """Number of weights that are packed at once, a multiple of every block size. On a CPU bitsandbytes
 needs up to 28 temporary bytes per weight, which is 1.5 GiB for a gate projection of an 8B model."""
@@ -50,7 +43,6 @@ PIECES_ON_META = 2
 assert PACK_ELEMENTS % (BLOCK_SIZE_4BIT * BLOCK_SIZE_SCALES) == 0
 
 _T = TypeVar("_T")
-_TINY = torch.finfo(torch.float32).tiny
 _ops = torch.ops.bitsandbytes
 
 
@@ -79,7 +71,8 @@ class QuantLinear(nn.Module):
     """y = x W^T + b with W packed and frozen.
 
     A new layer has a weight on meta; `pack` replaces it. category: the category of the memory
-    ledger that counts the weight.
+    ledger that counts the weight. For generation, `keep_dequantized` and `fuse_token_product` make
+    the product of one token faster; training uses neither.
     """
 
     scale: nn.Parameter | None
@@ -107,6 +100,8 @@ class QuantLinear(nn.Module):
             )
         for constant in ("scale", "scale_of_scale", "offset_of_scale"):
             self.register_parameter(constant, None)
+        self._dequantized: Tensor | None = None
+        self._fuses_token_product = False
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
@@ -124,6 +119,8 @@ class QuantLinear(nn.Module):
                 self.weight = _frozen(weight.to(self.weight_format.storage).contiguous())
         attribute([self.weight], self.category)
         attribute(self.constants(), "quant_constants")
+        if self._dequantized is not None:
+            self.keep_dequantized()
 
     def _pack_4bit(self, weight: Tensor) -> None:
         flat, device = weight.reshape(-1), weight.device
@@ -157,7 +154,7 @@ class QuantLinear(nn.Module):
         pieces = zip(*(t.split(num_rows) for t in (weight, packed, scale)), strict=True)
         for rows, codes, row_scale in _pieces(list(pieces), weight):
             # The scale of an all-zero row is 0, and the row is divided by it.
-            row_scale.copy_(rows.abs().amax(dim=1).float() / 127).clamp_min_(_TINY)
+            row_scale.copy_(rows.abs().amax(dim=1).float() / 127).clamp_min_(TINY)
             codes.copy_(torch.div(rows, row_scale[:, None]).round_())
         self.weight, self.scale = _frozen(packed), _frozen(scale)
 
@@ -167,13 +164,45 @@ class QuantLinear(nn.Module):
             if constant is not None:
                 yield constant
 
+    @property
+    def dequantized_bytes(self) -> int:
+        """Return the bytes that `keep_dequantized` needs; 0 if it would change nothing.
+
+        LLM.int8() multiplies codes, and a 16-bit weight may be in the compute dtype already.
+        """
+        compute = self.weight_format.compute
+        if self.weight_format.bits == 8 or self.weight.dtype == compute:
+            return 0
+        return self.out_features * self.in_features * compute.itemsize
+
+    @torch.no_grad()
+    def keep_dequantized(self) -> None:
+        """Dequantize the weight once instead of in every product, which gives the same bits.
+
+        It needs `dequantized_bytes` in addition to the packed weight. `pack` renews the copy.
+        """
+        self._dequantized = None
+        self._dequantized = self.dequantize()
+
+    def fuse_token_product(self) -> None:
+        """Multiply single tokens by the packed 4-bit weight in one kernel of bitsandbytes.
+
+        The kernel adds in another order than `x @ dequantize().t()`, so results differ by rounding.
+        It has no effect on rows that are no multiple of a block, for which there is no kernel.
+        """
+        is_4bit = self.weight_format.bits == 4
+        self._fuses_token_product = is_4bit and self.in_features % BLOCK_SIZE_4BIT == 0
+
     def dequantize(self) -> Tensor:
         """Return the weight (out, in) that the layer computes with, in the compute dtype."""
+        if self._dequantized is not None:
+            return self._dequantized
         with scope("temporary"):
             if self.weight_format.bits == 16:
                 return self.weight.to(self.weight_format.compute)
             if self.weight_format.bits == 8:
-                return self._scaled(self.weight)
+                assert self.scale is not None
+                return scaled_codes(self.weight, self.scale, self.weight_format.compute)
             assert self.scale is not None
             return _ops.dequantize_4bit(  # type: ignore[no-any-return]
                 self.weight,
@@ -198,43 +227,36 @@ class QuantLinear(nn.Module):
         assert self.offset_of_scale is not None
         return scale.add_(self.offset_of_scale)
 
-    def _scaled(self, columns: Tensor) -> Tensor:
-        """Return int8 columns (out, n) in the compute dtype: scaled in float32, rounded once."""
-        assert self.scale is not None
-        out = torch.empty(columns.shape, dtype=self.weight_format.compute, device=columns.device)
-        return torch.mul(columns, self.scale[:, None], out=out)
-
     def product(self, x: Tensor) -> Tensor:
         """Return x W^T + b without recording a graph. x: (tokens, in)."""
         if self.weight_format.bits == 8:
             y = self._product_8bit(x)
             return y if self.bias is None else y.add_(self.bias)
+        if self._fuses_token_product and x.shape[0] == 1:
+            return self._fused_product(x)
         if self.bias is None:
             return x @ self.dequantize().t()
         return torch.addmm(self.bias, x, self.dequantize().t())
 
     def _product_8bit(self, x: Tensor) -> Tensor:
-        with scope("temporary"):
-            magnitudes = x.abs()
-            columns = _outlier_columns(magnitudes, self.weight_format.threshold)
-        if columns.numel() > self.in_features // OUTLIER_DIVISOR:
-            del magnitudes
-            return x @ self.dequantize().t()
-        with scope("temporary"):
-            # Outliers are set to zero in tensors that are computed from x, not in a copy of x.
-            row_scale = magnitudes.index_fill_(1, columns, 0).amax(dim=1, keepdim=True).float()
-            del magnitudes
-            row_scale = row_scale.clamp_min_(_TINY).div_(127)
-            codes = torch.div(x, row_scale).index_fill_(1, columns, 0).round_().to(torch.int8)
-            counts = _ops.int8_linear_matmul(codes, self.weight)
-            del codes
-            assert self.scale is not None
-            scaled = torch.mul(counts, row_scale).mul_(self.scale)
-            del counts
-        y = scaled.to(x.dtype)
-        if columns.numel():
-            y.addmm_(x.index_select(1, columns), self._scaled(self.weight[:, columns]).t())
-        return y
+        assert self.scale is not None
+        y = int8_product(x, self.weight, self.scale, self.weight_format.threshold)
+        return x @ self.dequantize().t() if y is None else y
+
+    def _fused_product(self, x: Tensor) -> Tensor:
+        is_nested = self.scale_of_scale is not None
+        return _ops.gemm_4bit(  # type: ignore[no-any-return]
+            x,
+            self.weight,
+            [self.out_features, self.in_features],
+            self.scale_of_scale if is_nested else self.scale,
+            BLOCK_SIZE_4BIT,
+            self.weight_format.quant_type,
+            bias=self.bias,
+            absmax_8bit=self.scale if is_nested else None,
+            absmax_code=scale_codebook(x.device) if is_nested else None,
+            absmax_offset=self.offset_of_scale,
+        )
 
     def grad_input(self, grad: Tensor) -> Tensor:
         """Return the gradient of the input (tokens, in). grad: (tokens, out), of the output."""
@@ -242,7 +264,11 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out); differentiable in x only."""
-        y: Tensor = _FrozenProduct.apply(x.reshape(-1, self.in_features), self)
+        flat = x.reshape(-1, self.in_features)
+        # Without gradients, autograd's bookkeeping would be a large part of one token's time.
+        y: Tensor = (
+            _FrozenProduct.apply(flat, self) if torch.is_grad_enabled() else self.product(flat)
+        )
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -257,38 +283,6 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.layer.grad_input(grad), None  # type: ignore[attr-defined]
-
-
-_codebooks: dict[torch.device, Tensor] = {}
-
-
-def clear_scale_codebook(device: torch.device) -> None:
-    """Remove the codebook of `device`, so that its memory is counted again, as in a new process."""
-    _codebooks.pop(device, None)
-
-
-def scale_codebook(device: torch.device) -> Tensor:
-    """Return the 256 values of the 8-bit codes of quantized scales, one tensor per device.
-
-    The cache is here and not in bitsandbytes, whose cache a dry run would fill with meta tensors.
-    """
-    if device not in _codebooks:
-        with scope("quant_constants"):
-            _codebooks[device] = bnb_functional.create_dynamic_map().to(device)
-    return _codebooks[device]
-
-
-def _outlier_columns(magnitudes: Tensor, threshold: float) -> Tensor:
-    """Return the indices of the columns of |x| with a value above the threshold.
-
-    On meta tensors: as many columns as the mixed product allows at most, an upper bound.
-    """
-    if threshold == 0:
-        return torch.empty(0, dtype=torch.long, device=magnitudes.device)
-    is_outlier = (magnitudes > threshold).any(dim=0)
-    if magnitudes.is_meta:
-        return torch.empty(is_outlier.shape[0] // OUTLIER_DIVISOR, dtype=torch.long, device="meta")
-    return is_outlier.nonzero().flatten()
 
 
 def _pieces(pieces: Sequence[_T], weight: Tensor) -> Sequence[_T]:

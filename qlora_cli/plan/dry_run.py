@@ -29,7 +29,7 @@ from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.tracker import StorageTracker, track_gradients
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.family import Family
-from qlora_cli.nn.quant import clear_scale_codebook
+from qlora_cli.nn.codebook import clear_scale_codebook
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.plan.recording import NUM_RECORDED_BLOCKS, NotAlike, Recording
 from qlora_cli.plan.replay import MemoryPlan, RecordedJob, replay

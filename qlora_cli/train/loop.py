@@ -105,6 +105,7 @@ class TrainingLoop:
 
     steps: total number of optimizer steps of the job, including those of an earlier process.
     evaluator: evaluates the held-out set when it is due. base: the folder of the base.
+    chat_template: the Jinja text that `data.template` sets, for the checkpoints.
     on_checkpoint: called after each checkpoint, to write what has been measured so far.
     """
 
@@ -116,6 +117,7 @@ class TrainingLoop:
     observer: Observer
     evaluator: Evaluator
     base: Path
+    chat_template: str | None
     on_checkpoint: Callable[[Progress], object]
 
     def train(self) -> Progress:
@@ -265,7 +267,7 @@ class TrainingLoop:
                 state.trainable,
                 state.optimizer,
                 state.loss_scale.state(),
-                partial(add_weights, state, self.base),
+                partial(add_weights, state, self.base, self.chat_template),
             )
         best = self.evaluator.best
         remove_old_checkpoints(

@@ -18,14 +18,15 @@ from qlora_cli.runs.resume import write_parameters
 from qlora_cli.train.state import State
 
 
-def write_weights(state: State, base: Path, folder: Path) -> None:
+def write_weights(state: State, base: Path, folder: Path, chat_template: str | None) -> None:
     """Write the trained weights to `folder`, a run's: the adapter, or all weights.
 
-    base: the folder of the base, whose config is copied after full fine-tuning. Raises QloraError
+    base: the folder of the base, whose config is copied after full fine-tuning. chat_template: the
+    Jinja text that `data.template` sets, which is written next to an adapter. Raises QloraError
     if they cannot be written, NotFinite if a weight is NaN or infinite.
     """
     if method_of(state.recipe.adapter).freezes_base:
-        save_adapter(state.loaded, state.recipe, folder / ADAPTER)
+        save_adapter(state.loaded, state.recipe, folder / ADAPTER, chat_template)
         return
     weights = folder / WEIGHTS
     with (
@@ -36,14 +37,17 @@ def write_weights(state: State, base: Path, folder: Path) -> None:
         write_parameters(state.trainable, partial / WEIGHTS_FILE)
 
 
-def add_weights(state: State, base: Path, checkpoint: Path, parameters: Path) -> None:
+def add_weights(
+    state: State, base: Path, chat_template: str | None, checkpoint: Path, parameters: Path
+) -> None:
     """Write the trained weights into a checkpoint's folder that is being written.
 
-    parameters: the checkpoint's file of all trained parameters. After full fine-tuning it contains
-    the complete model, which is then linked and not written again.
+    base, chat_template: as of `write_weights`. parameters: the checkpoint's file of all trained
+    parameters. After full fine-tuning it contains the complete model, which is then linked and not
+    written again.
     """
     if method_of(state.recipe.adapter).freezes_base:
-        save_adapter(state.loaded, state.recipe, checkpoint / ADAPTER)
+        save_adapter(state.loaded, state.recipe, checkpoint / ADAPTER, chat_template)
         return
     weights = checkpoint / WEIGHTS
     weights.mkdir()

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qlora_cli.jobs.gguf_results import GgufResult
 from qlora_cli.jobs.results import (
     DataResult,
     DoctorResult,
@@ -82,9 +83,32 @@ def verify(result: VerifyResult) -> RenderableType:
     return Group(*parts, fact_lines(facts), *explanation)
 
 
-def verification(result: VerifyResult | ServerResult) -> RenderableType:
-    """Render the result of `qlora verify`, of the files or of a server."""
+def verification(result: VerifyResult | ServerResult | GgufResult) -> RenderableType:
+    """Render the result of `qlora verify`, of the files, of a server or of GGUF files."""
+    if isinstance(result, GgufResult):
+        return verify_gguf(result)
     return verify(result) if isinstance(result, VerifyResult) else verify_server(result)
+
+
+def verify_gguf(result: GgufResult) -> RenderableType:
+    """Render each GGUF file's differences from the merged model."""
+    verdict, style = ("passed", "bold green") if result.passed else ("FAILED", "bold red")
+    parts = [Text(f"verification of GGUF files {verdict}", style=style)]
+    parts += [Text(f"  {fault}") for fault in result.faults]
+    table = Table(box=box.SIMPLE)
+    names = ("type", "size", "mean KL (nats)", "largest logit difference", "top-1", "same answers")
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number else "left")
+    for file in result.files:
+        table.add_row(
+            file.type,
+            format_bytes(file.bytes),
+            f"{file.mean_kl:.3g}",
+            f"{file.max_logit_difference:.3g}",
+            f"{file.top1_agreement:.1%}",
+            f"{file.same_answers} of {file.answers}",
+        )
+    return Group(*parts, table)
 
 
 def verify_server(result: ServerResult) -> RenderableType:

@@ -154,3 +154,22 @@ def test_an_error_of_the_hub_has_a_hint(
     assert outcome.code == 1
     assert "401 Client Error" in outcome.err
     assert "hf auth login" in outcome.err
+
+
+def test_an_adapter_is_sent_without_the_path_of_its_base_and_with_a_license(
+    world: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base = Path(json.loads((world[0] / "run.json").read_text())["base_folder"])
+    out = tmp_path / "unknown"
+    outcome = qlora("push", world[0], REPO, "--dry-run", "--out", out)
+    assert outcome.code == 0, outcome.err
+    assert "license: unknown" in (out / "README.md").read_text()
+    assert "to send: adapter_config.json, adapter_model.safetensors, README.md" in outcome.err
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base.name
+    assert not any(str(base.parent) in file.read_text() for file in out.glob("*[!s]"))
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    out = tmp_path / "known"
+    assert qlora("push", world[0], REPO, "--dry-run", "--out", out).code == 0
+    (base / "README.md").unlink()
+    assert "license: apache-2.0" in (out / "README.md").read_text()

@@ -89,6 +89,17 @@ def test_a_packed_linear(gpu: torch.device, bits: int, bias: bool, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fused_product_of_a_token(gpu: torch.device, bias: bool, dtype: torch.dtype) -> None:
+    x = draw(1, IN, seed=2).to(dtype)
+    wanted = frozen(4, torch.float32, bias).product(x.float())
+    layer = frozen(4, dtype, bias).to(gpu)
+    layer.fuse_token_product()
+    found = layer.product(x.to(gpu)).to(CPU).float()
+    assert (found - wanted).norm() / wanted.norm() < tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outliers", [False, True])
 def test_an_8_bit_linear(gpu: torch.device, outliers: bool, dtype: torch.dtype) -> None:
     """Both devices round the input to 8 bits; a tie may get either code."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qlora_cli.errors import UsageError
-from qlora_cli.jobs.text_generator import Sampling, _Answer
+from qlora_cli.jobs.answer_text import AnswerText
+from qlora_cli.jobs.text_generator import Sampling
 
 
 class Characters:
@@ -22,7 +23,7 @@ def generate(text: str, stop: tuple[str, ...] = ()) -> tuple[str, list[str]]:
     """Return the answer and the pieces that were passed on, if the model generates `text`."""
     pieces: list[str] = []
     ids = torch.tensor([[0, 0, *text.encode()]])
-    answer = _Answer(Characters(), 2, stop, pieces.append)
+    answer = AnswerText(Characters(), 2, stop, pieces.append)
     for end in range(3, ids.shape[1] + 1):
         if answer(ids[:, :end], None).any():
             return answer.finish(ids[0, :end]), pieces

@@ -18,7 +18,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.files.locate import read_config
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.models.build import ModelRequest, build
-from qlora_cli.nn.quant import clear_scale_codebook
+from qlora_cli.nn.codebook import clear_scale_codebook
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.runs.open import open_source

@@ -12,7 +12,7 @@ from plan_measure import Run, plan_case, profile_of_kind
 from qlora_cli.device import DeviceProfile
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.models.build import ModelRequest
-from qlora_cli.nn.quant import clear_scale_codebook
+from qlora_cli.nn.codebook import clear_scale_codebook
 from qlora_cli.train.state import build_state
 from qlora_cli.units import GIB
 from tests.helpers.runs import CPU

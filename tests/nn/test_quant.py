@@ -85,6 +85,32 @@ def test_16_bit_keeps_the_weight_of_the_file() -> None:
     assert torch.equal(packed(weight, 16).dequantize(), weight.float())
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fused_product_of_a_token_uses_the_dequantized_weight(
+    bias: bool, double_quant: bool, compute: torch.dtype
+) -> None:
+    layer = packed(draw(48, 192), 4, compute, double_quant=double_quant)
+    if bias:
+        layer.bias = torch.nn.Parameter(draw(48, seed=5, dtype=compute), requires_grad=False)
+    token, tokens = draw(1, 192, seed=1, dtype=compute), draw(3, 192, seed=2, dtype=compute)
+    wanted = [layer.product(x) for x in (token, tokens)]
+    weight = layer.dequantize()
+    layer.fuse_token_product()
+    torch.testing.assert_close(layer.product(token), wanted[0])
+    assert torch.equal(layer.product(tokens), wanted[1])
+    layer.weight.data[:, 0] ^= 0x10
+    assert not torch.equal(layer.dequantize(), weight)
+    assert not torch.allclose(layer.product(token), wanted[0], atol=0.1), "it reads packed weights"
+
+
+def test_rows_of_partial_blocks_have_no_fused_product() -> None:
+    layer, token = packed(draw(48, 172), 4), draw(1, 172, seed=1)
+    layer.fuse_token_product()
+    assert torch.equal(layer.product(token), token @ layer.dequantize().t())
+
+
 def int8_reference(layer: QuantLinear, x: Tensor) -> Tensor:
     """Return LLM.int8()'s equations 3 to 8, computed in float64."""
     assert layer.scale is not None

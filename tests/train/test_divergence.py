@@ -151,10 +151,10 @@ def test_trained_weights_that_are_not_finite_are_not_written(
     """Also if a weight becomes NaN after the last checkpoint."""
     original = train.write_weights
 
-    def write(state: Any, base: Path, folder: Path) -> None:
+    def write(state: Any, *arguments: Any) -> None:
         with torch.no_grad():
             next(iter(state.trainable.values())).view(-1)[0] = float("nan")
-        original(state, base, folder)
+        original(state, *arguments)
 
     monkeypatch.setattr(train, "write_weights", write)
     sections = {"base": {"bits": 16, "compute_dtype": "float32"}, "adapter": {"method": method}}

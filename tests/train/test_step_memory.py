@@ -20,8 +20,8 @@ from qlora_cli.memory.ledger import Phase
 from qlora_cli.models import convert
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.nn.codebook import scale_codebook
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
-from qlora_cli.nn.quant import scale_codebook
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks import causal

@@ -82,17 +82,20 @@ def descendants(pid: int) -> Iterator[int]:
         yield from descendants(child)
 
 
-def measure(command: list[str], environment: dict[str, str], until: bytes | None) -> dict[str, Any]:
+def measure(
+    command: list[str], environment: dict[str, str], folder: Path, until: bytes | None
+) -> dict[str, Any]:
     """Run a command and return its seconds, processor time and peaks of memory.
 
-    until: stop the command once its stderr contains this; None waits for its end.
+    folder: the current folder of the command. until: stop the command once its stderr contains
+    this; None waits for its end.
     """
     peaks = {"process": 0, "children": 0, "together": 0}
     cpu: dict[int, float] = {}
     with tempfile.TemporaryFile() as errors:
         start = time.monotonic()
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=errors
+            command, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors
         )
         while process.poll() is None:
             time.sleep(0.5)
@@ -141,7 +144,7 @@ def compare(options: argparse.Namespace, number: int, folder: Path) -> Iterator[
     write_chats(options.chats, rows, number)
     for package in options.package:
         environment = os.environ | {
-            "PYTHONPATH": str(package),
+            "PYTHONPATH": str(package.resolve()),
             "HF_HUB_OFFLINE": "1",
             _CACHE: str(folder / "cache" / package.resolve().name),
         }
@@ -150,7 +153,7 @@ def compare(options: argparse.Namespace, number: int, folder: Path) -> Iterator[
                 job = recipe(options.model, rows, Path(tempfile.mkdtemp(dir=folder)))
                 call = [sys.executable, "-c", "from qlora_cli.cli.main import main; main()"]
                 until = _FIRST_STEP if command == "train" else None
-                result = measure([*call, command, str(job)], environment, until)
+                result = measure([*call, command, str(job)], environment, package, until)
                 facts = {"rows": number, "bytes": rows.stat().st_size, "package": str(package)}
                 print(facts | {"command": command, "run": run + 1} | result, flush=True)
                 yield facts | {"command": command, "run": run + 1} | result

@@ -21,7 +21,7 @@ from qlora_cli.errors import QloraError
 from qlora_cli.memory.device import inspect_device, profile_of
 from qlora_cli.memory.host import host_capacity_bytes
 from qlora_cli.models.build import ModelRequest
-from qlora_cli.nn.quant import scale_codebook
+from qlora_cli.nn.codebook import scale_codebook
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.resolve import resolve

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -26,7 +27,7 @@ def require_llama_cpp(what: str, where: str = "--gguf") -> None:
 @cache
 def llama_cpp() -> ModuleType:
     """Return the module llama_cpp. Its log messages are dropped from now on."""
-    import llama_cpp as module
+    module = import_module("llama_cpp")
 
     callback = module.llama_log_callback(_ignore)
     module.llama_log_set(callback, ctypes.c_void_p(0))

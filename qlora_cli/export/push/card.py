@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from qlora_cli.errors import UsageError
-from qlora_cli.export.push.contents import UploadContents
+from qlora_cli.export.push.contents import UploadContents, is_hub_id
 from qlora_cli.files.atomic import read_json
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.recipe.describe import to_yaml
@@ -37,16 +39,26 @@ def _front_matter(contents: UploadContents) -> str:
     base = _hub_base(contents.run)
     if base is not None:
         lines.append(f"base_model: {base}")
+    lines.append(f"license: {license_of(contents)}")
     return "\n".join([*lines, "---"])
 
 
 def _hub_base(run: Run | None) -> str | None:
     """Return the hub id of the base; None if it is a local folder or not known."""
-    if run is None:
-        return None
-    name = run.recipe.model.name
-    is_hub_id = name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
-    return name if is_hub_id else None
+    name = "" if run is None else run.recipe.model.name
+    return name if name and is_hub_id(name) else None
+
+
+def license_of(contents: UploadContents) -> str:
+    """Return the license in the front matter of the base's own card; `unknown` without one."""
+    base = contents.run.record.get("base_folder") if contents.run is not None else None
+    try:
+        text = (Path(base) / "README.md").read_text(encoding="utf-8") if base else ""
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        front = None
+    name = front.get("license") if isinstance(front, dict) else None
+    return name if isinstance(name, str) and name else "unknown"
 
 
 def _summary(contents: UploadContents) -> Iterator[str]:

@@ -2,19 +2,24 @@
 
 A merged folder is uploaded only if its last verification passed and its weights have not changed
 since. merge.json and verification.json stay on this computer, because they contain local paths;
-their content is in the model card.
+their content is in the model card. adapter_config.json is uploaded without the path of a local
+base.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.errors import UsageError
+from qlora_cli.data.template import TEMPLATE_FILE
+from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.export.merge.folder import CONFIG, copied_files
 from qlora_cli.export.merge.manifest import MANIFEST, MergeManifest
 from qlora_cli.export.verify.record import read_record
+from qlora_cli.files.atomic import read_json
 from qlora_cli.files.source import WEIGHTS_INDEX, read_folder
 from qlora_cli.runs.run import Run
 
@@ -32,6 +37,7 @@ class UploadContents:
     run: the run that trained the model; None if it is not known.
     verification: the content of verification.json; None if there is no result of these weights.
     base, dtype: how the model was merged; None for an adapter and if there is no merge.json.
+    replaced: path -> content that is uploaded in place of the file's own.
     """
 
     folder: Path
@@ -41,6 +47,12 @@ class UploadContents:
     verification: dict[str, Any] | None = None
     base: str | None = None
     dtype: str | None = None
+    replaced: Mapping[Path, bytes] = field(default_factory=dict)
+
+    def num_bytes(self, path: Path) -> int:
+        """Return the size of one of the files as it is uploaded."""
+        content = self.replaced.get(path)
+        return (self.folder / path).stat().st_size if content is None else len(content)
 
 
 def select_contents(target: Path, *, unverified: bool) -> UploadContents:
@@ -68,7 +80,25 @@ def _of_run(run: Run) -> UploadContents:
         folder = run.trained_weights
         return UploadContents(folder, _model_files(folder), "full", run)
     folder = run.adapter_file.folder
-    return UploadContents(folder, tuple(map(Path, ADAPTER_FILES)), "adapter", run)
+    files = [*map(Path, ADAPTER_FILES)]
+    if (folder / TEMPLATE_FILE).is_file():
+        files.append(Path(TEMPLATE_FILE))
+    return UploadContents(folder, tuple(files), "adapter", run, replaced=_without_path(folder))
+
+
+def _without_path(folder: Path) -> dict[Path, bytes]:
+    """Return adapter_config.json with the base's name in place of a local path, if it has one."""
+    path = Path(ADAPTER_FILES[0])
+    config = read_json(folder / path, dict, ModelError)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or is_hub_id(base):
+        return {}
+    return {path: json.dumps(config | {"base_model_name_or_path": Path(base).name}).encode()}
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether the name of a base is `owner/name` on the hub, and not a local path."""
+    return name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
 
 
 def _of_merge(merged: Path, unverified: bool) -> UploadContents:

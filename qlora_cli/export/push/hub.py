@@ -38,7 +38,9 @@ def write_preview(contents: UploadContents, card: str, folder: Path) -> None:
         for path in contents.files:
             source, target = (contents.folder / path).resolve(), partial / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            if source.stat().st_size > _MAX_COPIED_BYTES:
+            if path in contents.replaced:
+                target.write_bytes(contents.replaced[path])
+            elif source.stat().st_size > _MAX_COPIED_BYTES:
                 target.symlink_to(source)
             else:
                 shutil.copyfile(source, target)
@@ -55,7 +57,10 @@ def upload(contents: UploadContents, card: str, repo: str, *, private: bool) -> 
     from huggingface_hub import CommitOperationAdd, HfApi
 
     operations = [
-        CommitOperationAdd(path.as_posix(), str(contents.folder / path)) for path in contents.files
+        CommitOperationAdd(
+            path.as_posix(), contents.replaced.get(path, str(contents.folder / path))
+        )
+        for path in contents.files
     ]
     operations.append(CommitOperationAdd(CARD, card.encode()))
     with _report_hub_errors(repo):

@@ -75,6 +75,13 @@ class LocalModel:
             inputs = [token]
         return GreedyAnswer(ids, self.decode(ids), log_probs)
 
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Return the logits (T, V) at every position, in float32 on the CPU. ids: T tokens."""
+        batch = torch.tensor([list(ids)], device=self.device)
+        logits: Tensor = self.model(input_ids=batch).logits[0].float().cpu()
+        return logits
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return tokens as text, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
