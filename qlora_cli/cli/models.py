@@ -11,7 +11,7 @@ from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
 @click.argument("where", required=False, metavar="[NAME_OR_FOLDER]")
 @json_option
 def models(where: str | None, as_json: bool) -> None:
-    """List the supported model types, or prove that one is supported.
+    """List the supported model types, or prove one.
 
     NAME_OR_FOLDER is a hub id, a model's folder or a config.json. A model type that the test suite
     does not cover is proved on a small model of the same type, in seconds on a CPU: logits,

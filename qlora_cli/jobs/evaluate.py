@@ -16,6 +16,7 @@ from qlora_cli.jobs.eval_answers import AnswersFile
 from qlora_cli.jobs.open_generator import check_not_an_adapter
 from qlora_cli.jobs.results import EvalResult
 from qlora_cli.memory.device import inspect_device
+from qlora_cli.proof.prove import require_proof_of_model
 from qlora_cli.recipe.schema import Data
 from qlora_cli.runs.open import OpenedModel, open_any
 from qlora_cli.tasks.causal import CAUSAL
@@ -38,6 +39,7 @@ def run(
     """
     check_not_an_adapter(where)
     device = torch.device(inspect_device().kind)
+    require_proof_of_model(where, observer)
     opened = open_any(where, device, observer)
     settings = _settings(opened)
     task = task_of(opened.run.recipe) if opened.run is not None else CAUSAL

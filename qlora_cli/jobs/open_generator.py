@@ -22,6 +22,7 @@ from qlora_cli.memory.device import inspect_device
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.inference import prepare_generation
 from qlora_cli.models.switch import BASE, OWN, AdapterSwitch, check_adapter_name
+from qlora_cli.proof.prove import require_proof_of_model
 from qlora_cli.runs.layout import ADAPTER
 from qlora_cli.runs.open import OpenedModel, open_any, open_for_adapters
 from qlora_cli.runs.run import Run
@@ -52,6 +53,7 @@ def open_generator(
     check_uses(run_or_model, adapters, uses)
     named = {name: _NamedAdapter.at(folder.expanduser()) for name, folder in adapters.items()}
     device = torch.device(inspect_device().kind)
+    require_proof_of_model(run_or_model, observer)
     open_model = open_for_adapters if adapters or merged else open_any
     opened = open_model(run_or_model, device, observer)
     tokenizer = load_tokenizer(str(opened.folder))

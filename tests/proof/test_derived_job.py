@@ -1,0 +1,52 @@
+"""A whole job on model types whose family is derived: train, merge, verify, generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.events import Silent
+from qlora_cli.files import cache
+from qlora_cli.jobs import merge, train, verify
+from tests.helpers.cli_helpers import qlora
+from tests.helpers.runs import make_base, make_recipe, make_rows
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has an empty cache."""
+    monkeypatch.setenv(cache.SWITCH, str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "olmo2"])
+def test_it_trains_merges_and_generates(model_type: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", model_type, spread=0.1)
+    rows = make_rows(tmp_path / "rows.jsonl")
+    recipe = make_recipe(base, rows, train={"steps": 2, "grad_accum": 1, "lr": 1e-2})
+    recipe = recipe.model_copy(update={"output": str(tmp_path / "run")})
+    assert train.run(recipe, recipe_path=None, resume=False, observer=Silent()).steps == 2
+    out = tmp_path / "merged"
+    merge.run(tmp_path / "run", out=out, dtype=None, base="dequantized", observer=Silent())
+    result = verify.run(out, against=tmp_path / "run", observer=Silent())
+    assert result.passed, result.faults
+    answer = qlora("generate", out, "--prompt", "ab", "--max-new-tokens", "3", "--raw", "--json")
+    assert answer.code == 0, answer.err
+
+
+def test_a_refused_type_is_refused_by_every_command(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bloom", spread=0.1)
+    rows = make_rows(tmp_path / "rows.jsonl")
+    recipe = tmp_path / "job.yaml"
+    recipe.write_text(f"model: {{name: {base}}}\ndata: {{train: {rows}}}\noutput: {tmp_path}/run\n")
+    for words in (
+        ("plan", recipe),
+        ("train", recipe),
+        ("generate", base, "--prompt", "a"),
+        ("eval", base, "--data", rows),
+    ):
+        outcome = qlora(*words)
+        assert outcome.code == 2, words
+        assert "model type 'bloom' is not supported" in outcome.err
