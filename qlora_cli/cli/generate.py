@@ -16,6 +16,7 @@ from qlora_cli.cli.step import at_step, step_option
 from qlora_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from qlora_cli.events import Observer
     from qlora_cli.jobs.generate import Prompt, Prompter
     from qlora_cli.jobs.results import GenerateResult
 
@@ -56,14 +57,9 @@ def generate(
     prompt: str | None,
     prompts: Path | None,
     out: Path | None,
-    raw: bool,
-    system: str | None,
     step: int | None,
-    adapters: dict[str, Path],
-    uses: tuple[str, ...],
-    merged: bool,
     as_json: bool,
-    **sampling: Any,
+    **options: Any,
 ) -> None:
     """Answer prompts with a run or a model.
 
@@ -76,26 +72,42 @@ def generate(
     _check(prompt, prompts, out, as_json)
     with fast_import():
         from qlora_cli.jobs import generate as job
-        from qlora_cli.jobs.text_generator import Sampling
 
     with job_observer() as observer:
         listed = job.read_prompts(prompts) if prompts is not None else []
-        prompter = job.open_prompter(
-            str(at_step(run_or_model, step)),
-            Sampling(**sampling),
-            observer,
-            raw=raw,
-            system=system,
-            adapters=adapters,
-            uses=uses,
-            merged=merged,
-        )
+        prompter = _open(str(at_step(run_or_model, step)), observer, **options)
     if prompts is not None:
         _write_answers(prompter, listed, out)
     elif as_json:
         emit_json(prompter.answer(job.Prompt(prompt or "")).to_dict())
     else:
         _stream(prompter, job.Prompt(prompt or ""))
+
+
+def _open(
+    run_or_model: str,
+    observer: Observer,
+    *,
+    raw: bool,
+    system: str | None,
+    adapters: dict[str, Path],
+    uses: tuple[str, ...],
+    merged: bool,
+    **sampling: Any,
+) -> Prompter:
+    from qlora_cli.jobs import generate as job
+    from qlora_cli.jobs.text_generator import Sampling
+
+    return job.open_prompter(
+        run_or_model,
+        Sampling(**sampling),
+        observer,
+        raw=raw,
+        system=system,
+        adapters=adapters,
+        uses=uses,
+        merged=merged,
+    )
 
 
 def _check(prompt: str | None, prompts: Path | None, out: Path | None, as_json: bool) -> None:

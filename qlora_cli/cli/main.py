@@ -22,6 +22,7 @@ from qlora_cli.cli.data import data
 from qlora_cli.cli.doctor import doctor
 from qlora_cli.cli.eval import eval_
 from qlora_cli.cli.generate import generate
+from qlora_cli.cli.init import init
 from qlora_cli.cli.merge import merge
 from qlora_cli.cli.models import models
 from qlora_cli.cli.output import emit_error
@@ -58,6 +59,7 @@ class _Commands(click.Group):
     cls=_Commands,
     commands=[
         quickstart,
+        init,
         plan,
         train,
         report,
@@ -83,8 +85,8 @@ def qlora() -> None:
     """Fine-tune a language model with LoRA on a quantized base, on one GPU or on a CPU.
 
     A job is described by a recipe, a YAML file. Start with `qlora quickstart`, which needs no
-    network. For your own data, copy a recipe (`qlora recipe list`, `qlora recipe copy`), then run
-    plan, train, report, merge and verify in this order.
+    network. For your own data, write a recipe with `qlora init`, then run data, plan, train,
+    report, merge and verify in this order.
     """
 
 

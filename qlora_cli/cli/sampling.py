@@ -10,6 +10,29 @@ import click
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+_COMMON = (
+    click.option(
+        "--temperature",
+        type=click.FloatRange(min=0.0),
+        default=0.0,
+        show_default=True,
+        help="Sampling temperature; 0 selects the most likely token at each step.",
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(min=0.0, max=1.0, min_open=True),
+        help="Sample from the most likely tokens whose probabilities add up to this; needs "
+        "--temperature above 0.  [default: the model's own setting]",
+    ),
+    click.option(
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        help="End an answer before this text. May be repeated.",
+    ),
+)
+
+
 def sampling_options(max_new_tokens: int, seed: int | None) -> Callable[[_F], _F]:
     """Return a decorator that adds the options.
 
@@ -24,25 +47,7 @@ def sampling_options(max_new_tokens: int, seed: int | None) -> Callable[[_F], _F
             show_default=True,
             help="Maximum number of tokens of an answer.",
         ),
-        click.option(
-            "--temperature",
-            type=click.FloatRange(min=0.0),
-            default=0.0,
-            show_default=True,
-            help="Sampling temperature; 0 selects the most likely token at each step.",
-        ),
-        click.option(
-            "--top-p",
-            type=click.FloatRange(min=0.0, max=1.0, min_open=True),
-            help="Sample from the most likely tokens whose probabilities add up to this; needs "
-            "--temperature above 0.  [default: the model's own setting]",
-        ),
-        click.option(
-            "--stop",
-            multiple=True,
-            metavar="TEXT",
-            help="End an answer before this text. May be repeated.",
-        ),
+        *_COMMON,
         click.option(
             "--seed",
             type=int,

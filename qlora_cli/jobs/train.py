@@ -142,18 +142,8 @@ def _train(
         evaluator = Evaluator(
             state, job.held_out, job.steps, job.eval_every, job.run, instrument, observer, trackers
         )
-        loop = TrainingLoop(
-            state,
-            job.schedule,
-            job.steps,
-            job.run,
-            instrument,
-            observer,
-            evaluator,
-            prepared.folder,
-            prepared.chat_template,
-            memory.write,
-        )
+        shared = (state, job.schedule, job.steps, job.run, instrument, observer, evaluator)
+        loop = TrainingLoop(*shared, prepared.folder, prepared.chat_template, memory.write)
         with add_last_checkpoint_hint(job.run):
             progress = loop.train()
             # The last evaluation, if the process that trained the last step was stopped before it.

@@ -57,7 +57,7 @@ def largest_sizes(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     peak_bytes = planner.plan(recipe).peak_bytes
     max_seq_len = num_positions(planner.config) or _MAX_SEQ_LEN
     max_micro_batch = max(_MAX_MICRO_BATCH, recipe.train.micro_batch)
-    one_row = _with(recipe, "train", micro_batch=1)
+    one_row = with_settings(recipe, "train", micro_batch=1)
     length, micro_batch = _sizes(recipe, max_seq_len, max_micro_batch, one_row)
     also = "" if recipe.train.micro_batch == 1 else " train.micro_batch=1"
     advice = []
@@ -72,6 +72,16 @@ def largest_sizes(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     return tuple(advice)
 
 
+def longest_sequence(recipe: Recipe, planner: Planner, max_seq_len: int) -> int | None:
+    """Return the longest sequence with which a resolved recipe fits, in steps of 64 tokens.
+
+    max_seq_len: upper end of the search. None if the job does not fit with any.
+    """
+    if not _weights_fit(recipe, planner):
+        return None
+    return _sizes(recipe, max_seq_len, 1, recipe)[0].largest(planner)
+
+
 def _weights_fit(recipe: Recipe, planner: Planner) -> bool:
     """Return whether the frozen weights alone fit the device; no batch can change that."""
     return planner.plan(recipe).frozen_bytes <= planner.profile.usable_bytes
@@ -80,30 +90,33 @@ def _weights_fit(recipe: Recipe, planner: Planner) -> bool:
 def _changes(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
     """Yield (override, changed recipe) for settings that save memory and cost speed or quality."""
     if not recipe.train.activation_checkpointing:
-        changed = _with(recipe, "train", activation_checkpointing=True)
+        changed = with_settings(recipe, "train", activation_checkpointing=True)
         yield "train.activation_checkpointing=true", changed
     if recipe.base.compute_dtype == "float32":
-        yield "base.compute_dtype=bfloat16", _with(recipe, "base", compute_dtype="bfloat16")
+        yield "base.compute_dtype=bfloat16", with_settings(recipe, "base", compute_dtype="bfloat16")
     if not method_of(recipe.adapter).freezes_base:
-        yield "adapter.method=lora", _with(recipe, "adapter", method="lora")
+        yield "adapter.method=lora", with_settings(recipe, "adapter", method="lora")
         return
     if recipe.train.optimizer == "adamw" and recipe.adapter.dtype == "float32":
         for optimizer in ("adamw8bit", *(["paged_adamw8bit"] if on_gpu else [])):
-            yield f"train.optimizer={optimizer}", _with(recipe, "train", optimizer=optimizer)
+            yield (
+                f"train.optimizer={optimizer}",
+                with_settings(recipe, "train", optimizer=optimizer),
+            )
     yield from _smaller_weights(recipe)
     if recipe.adapter.rank > 8:
-        yield "adapter.rank=8", _with(recipe, "adapter", rank=8)
+        yield "adapter.rank=8", with_settings(recipe, "adapter", rank=8)
     if recipe.adapter.targets == "all":
-        yield "adapter.targets=[q,v]", _with(recipe, "adapter", targets=["q", "v"])
+        yield "adapter.targets=[q,v]", with_settings(recipe, "adapter", targets=["q", "v"])
 
 
 def _smaller_weights(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """Yield (override, changed recipe) for smaller formats of the frozen weights."""
     for bits in (8, 4):
         if recipe.base.bits > bits:
-            yield f"base.bits={bits}", _with(recipe, "base", bits=bits)
+            yield f"base.bits={bits}", with_settings(recipe, "base", bits=bits)
     if recipe.base.bits == 4 and not recipe.base.double_quant:
-        yield "base.double_quant=true", _with(recipe, "base", double_quant=True)
+        yield "base.double_quant=true", with_settings(recipe, "base", double_quant=True)
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ class _Size:
 
     def changed(self, value: int) -> Recipe:
         """Return the recipe with this value."""
-        return _with(self.recipe, self.section, **{self.name: value})
+        return with_settings(self.recipe, self.section, **{self.name: value})
 
     def largest(self, planner: Planner) -> int | None:
         """Return the largest multiple of the unit with which the job fits, or None.
@@ -180,6 +193,7 @@ def _advice(change: str, changed: Recipe, peak_bytes: int, planner: Planner) -> 
     return Advice(change, peak_bytes - plan.peak_bytes, plan.peak_bytes, planner.fits(plan))
 
 
-def _with(recipe: Recipe, section: str, **changes: Any) -> Recipe:
+def with_settings(recipe: Recipe, section: str, **changes: Any) -> Recipe:
+    """Return the recipe with other values of settings in one section."""
     changed_section = getattr(recipe, section).model_copy(update=changes)
     return recipe.model_copy(update={section: changed_section})

@@ -21,7 +21,14 @@ from qlora_cli.models.attach import attach_adapter, load_adapter, remove_adapter
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe.schema import Recipe
 from tests.helpers.families import MODEL_TYPES
-from tests.helpers.runs import build_base, logits, make_base, make_recipe, randomize_b
+from tests.helpers.runs import (
+    build_base,
+    logits,
+    make_base,
+    make_recipe,
+    make_rows,
+    randomize_b,
+)
 
 IDS = torch.tensor([[5, 80, 91, 7]])
 BLOCKS = [f"model.layers.{n}.self_attn.{role}_proj" for n in range(12) for role in "qkvo"]
@@ -313,3 +320,12 @@ def test_endings_match_exactly_the_chosen_modules() -> None:
         chosen = {path for path, pick in zip(BLOCKS, picks.tolist(), strict=True) if pick}
         config = PeftConfig(r=1, lora_alpha=1.0, target_modules=shortest_endings(chosen, BLOCKS))
         assert {path for path in BLOCKS if config.targets(path)} == chosen
+
+
+def test_the_chat_template_of_the_training_is_written_next_to_the_adapter(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    recipe = make_recipe(base, make_rows(tmp_path / "rows.jsonl"))
+    save_adapter(build_base(recipe), recipe, tmp_path / "own", "{{ messages }}")
+    save_adapter(build_base(recipe), recipe, tmp_path / "bases")
+    assert (tmp_path / "own" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "bases" / "chat_template.jinja").exists()
