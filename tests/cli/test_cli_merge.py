@@ -53,3 +53,9 @@ def test_an_unknown_encoding_is_a_usage_error(run: Path, tmp_path: Path) -> None
     assert outcome.code == 2
     assert "--gguf" in outcome.err
     assert not (tmp_path / "merged").exists()
+
+
+def test_comparing_gguf_files_needs_one(run: Path, merged: Path) -> None:
+    outcome = qlora("verify", merged, "--against", run, "--gguf")
+    assert outcome.code == 2
+    assert "has no GGUF file" in outcome.err
