@@ -56,16 +56,15 @@ def init(
 ) -> None:
     """Write a recipe for a model, your rows and a GPU.
 
-    Reads the model's config and tokenizer and the rows, plans the memory, and chooses the length of
-    a sequence, the batch, the bits of the base, the learning rate and the number of passes. FILE
-    (default: recipe.yaml) contains each choice with its reason as a comment, and can be edited.
+    Reads the model's config, its tokenizer and the rows, plans the memory, and chooses sequence
+    length, batch, bits, learning rate and epochs. FILE (default: recipe.yaml) contains each choice
+    with its reason as a comment, and can be edited.
 
-    In a terminal, the model, the rows and the GPU are asked for if they are not given as options.
-    Exits with code 3 if the model does not fit the GPU with any settings.
+    In a terminal, missing options are asked for. Exits with code 3 if the model does not fit the
+    GPU with any settings.
     """
-    # Every option is checked before the slow imports, so that its problem is reported at once.
+    # Options are checked before the slow imports, so that problems are reported at once.
     gpu = None if vram is None else planned_gpu(vram)
-    eval_ = _held_out(held_out)
     if model is None or not train:
         model, train, vram = _ask(model, train, vram)
         gpu = None if vram is None else planned_gpu(vram)
@@ -78,15 +77,14 @@ def init(
             file,
             model=model,
             train=train[0] if len(train) == 1 else list(train),
-            held_out=eval_,
+            held_out=_held_out(held_out),
             device_profile=gpu,
             force=force,
             observer=observer,
         )
     emit(result, as_json, initialized.init)
-    target: list[str | Path] = [] if vram is None else ["--vram", vram]
     suggest("data", file)
-    suggest("plan", file, *target)
+    suggest("plan", file, *([] if vram is None else ["--vram", vram]))
     suggest("train", file)
 
 

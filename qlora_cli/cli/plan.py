@@ -66,7 +66,6 @@ def plan(
     and with code 2 if a data file is missing.
     """
     from qlora_cli.recipe.load import load_recipe
-    from qlora_cli.recipe.shipped import shipped_recipes
 
     # The recipe is checked before the slow imports, so that its problems are reported at once.
     profile = None if vram is None else planned_gpu(vram)
@@ -80,13 +79,17 @@ def plan(
     emit(result, as_json, partial(planned.plan, details=details))
     if result.fits is False:
         ctx.exit(DoesNotFit.exit_code)
-    # A shipped recipe names files that are not there yet.
-    is_example = recipe in shipped_recipes() and not any(
-        text.startswith(("data.train=", "data.eval=")) for text in overrides
-    )
-    if result.data_problem and not is_example:
+    if result.data_problem and not _names_example_data(recipe, overrides):
         click.echo(f"error: {result.data_problem}", err=True)
         ctx.exit(InputError.exit_code)
+
+
+def _names_example_data(recipe: str, overrides: tuple[str, ...]) -> bool:
+    """Return whether the data files are those of a shipped recipe, which are not there yet."""
+    from qlora_cli.recipe.shipped import shipped_recipes
+
+    is_named = any(text.startswith(("data.train=", "data.eval=")) for text in overrides)
+    return recipe in shipped_recipes() and not is_named
 
 
 def planned_gpu(vram: str) -> DeviceProfile:

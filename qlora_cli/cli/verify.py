@@ -55,13 +55,9 @@ def verify(
     answers with those of MERGED. Reports whether template, special tokens, weights or quantization
     explain a difference.
 
-    With --gguf, compares tokens, logits and greedy answers of each GGUF file with those of MERGED,
-    and reports the KL divergence per type of file.
+    With --gguf, compares each GGUF file with MERGED: tokens, logits, greedy answers, KL divergence.
     """
-    if gguf and server is not None:
-        raise click.UsageError("--gguf and --server are two verifications; name one of them")
-    if name is not None and server is None:
-        raise click.UsageError("--name is the model's name on a server; add --server")
+    _check_options(server, gguf, name)
     with fast_import():
         from qlora_cli.jobs import verify as job
         from qlora_cli.jobs import verify_gguf as gguf_job
@@ -81,3 +77,11 @@ def verify(
     if not result.passed:
         ctx.exit(VerificationFailed.exit_code)
     suggest("generate", merged, "--prompt", "...")
+
+
+def _check_options(server: str | None, gguf: bool, name: str | None) -> None:
+    """Raise UsageError for options that do not belong together."""
+    if gguf and server is not None:
+        raise click.UsageError("--gguf and --server are two verifications; name one of them")
+    if name is not None and server is None:
+        raise click.UsageError("--name is the model's name on a server; add --server")

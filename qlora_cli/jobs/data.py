@@ -43,14 +43,10 @@ def run(recipe: Recipe, *, show: int, observer: Observer = _SILENT) -> DataResul
         int(column.sum(dtype="int64")) for column in (lengths, examples.targets)
     )
     num_sequences = len(pack(lengths, data.seq_len)) if data.packing else len(lengths)
+    held_out = loaded.held_out.examples if loaded.held_out else None
+    tokenizer, seq_len, packing = loader.tokenizer, data.seq_len, data.packing
     dataset = EncodedDataset(
-        examples,
-        loaded.held_out.examples if loaded.held_out else None,
-        train.format,
-        loader.tokenizer,
-        data.seq_len,
-        data.packing,
-        num_sequences,
+        examples, held_out, train.format, tokenizer, seq_len, packing, num_sequences
     )
     length = TrainingLength.of_totals(recipe, len(examples), num_sequences, tokens, trained_tokens)
     return DataResult(
@@ -60,9 +56,9 @@ def run(recipe: Recipe, *, show: int, observer: Observer = _SILENT) -> DataResul
         trained_tokens=trained_tokens,
         longest_row=int(lengths.max()),
         format=train.format,
-        shown=tuple(_shown(example, loader.tokenizer) for example in examples[:show]),
+        shown=tuple(_shown(example, tokenizer) for example in examples[:show]),
         findings=(*loaded.notes, *examine(dataset)),
-        held_out_rows=len(loaded.held_out.examples) if loaded.held_out else 0,
+        held_out_rows=len(held_out) if held_out is not None else 0,
         dropped=train.long_rows.dropped,
         long_rows=_long_rows(train.long_rows),
         sources=tuple(asdict(source) for source in loaded.sources),

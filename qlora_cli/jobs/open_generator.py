@@ -42,8 +42,7 @@ def open_generator(
 
     run_or_model: a run's folder, one of its checkpoints, a model folder, a Hub id or `starter`.
     adapters: name -> folder of an adapter or a run, trained on the base of `run_or_model`.
-    uses: names that will be selected; they are checked before anything is loaded.
-    merged: merge the active adapter into the weights.
+    uses: names that will be selected. merged: merge the active adapter into the weights.
 
     A run's own adapter is active until the switch selects another one. Raises InputError if the
     model, an adapter, a name or the tokenizer does not exist, UsageError if `merged` is set and

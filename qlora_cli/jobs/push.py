@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora_cli.events import Observer
 from qlora_cli.export.push.card import license_of, model_card
-from qlora_cli.export.push.contents import select_contents
+from qlora_cli.export.push.contents import UploadContents, select_contents
 from qlora_cli.export.push.hub import CARD, check_repo, upload, write_preview
 from qlora_cli.jobs.results import PushResult
 
@@ -31,15 +31,7 @@ def run(
     """
     check_repo(repo)
     contents = select_contents(target, unverified=unverified)
-    observer.note(f"the files are those in {contents.folder}")
-    if contents.run is None:
-        observer.note("the run of this model is not known, so the model card has no recipe")
-    for path in contents.replaced:
-        observer.note(f"{path} is sent with the name of the base's folder in place of its path")
-    if (license := license_of(contents)) == "unknown":
-        observer.note("the license of the base is not known: the model card states `unknown`")
-    else:
-        observer.note(f"the model card states the base's license, {license}")
+    _describe(contents, observer)
     card = model_card(contents, repo)
     files = (*(path.as_posix() for path in contents.files), CARD)
     observer.note(f"{'to send' if preview is not None else 'sending'}: {', '.join(files)}")
@@ -57,3 +49,16 @@ def run(
         bytes=sum(sizes) + len(card.encode()),
         verified=bool(contents.verification and contents.verification.get("passed")),
     )
+
+
+def _describe(contents: UploadContents, observer: Observer) -> None:
+    """Report what is sent, what is changed in it and which license the model card states."""
+    observer.note(f"the files are those in {contents.folder}")
+    if contents.run is None:
+        observer.note("the run of this model is not known, so the model card has no recipe")
+    for path in contents.replaced:
+        observer.note(f"{path} is sent with the name of the base's folder in place of its path")
+    if (license := license_of(contents)) == "unknown":
+        observer.note("the license of the base is not known: the model card states `unknown`")
+    else:
+        observer.note(f"the model card states the base's license, {license}")

@@ -224,10 +224,11 @@ def _is_our_norm(module: nn.Module, path: str) -> bool:
 
 def _final_norm(model: Any, backbone: str, blocks: str) -> str | None:
     """Return the path of an RMSNorm of ours next to the list of blocks, if there is one."""
-    for path, module in model.get_submodule(backbone).named_modules(prefix=backbone):
-        if not path.startswith(f"{blocks}.") and _is_our_norm(module, path):
-            return path
-    return None
+    modules: Iterator[tuple[str, nn.Module]] = model.get_submodule(backbone).named_modules(
+        prefix=backbone
+    )
+    outside = ((path, module) for path, module in modules if not path.startswith(f"{blocks}."))
+    return next((path for path, module in outside if _is_our_norm(module, path)), None)
 
 
 def dropout_keys(config: Any) -> Iterator[str]:
