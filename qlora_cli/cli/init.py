@@ -56,15 +56,14 @@ def init(
 ) -> None:
     """Write a recipe for a model, your rows and a GPU.
 
-    Reads the model's config, its tokenizer and the rows, plans the memory, and chooses sequence
-    length, batch, bits, learning rate and epochs. FILE (default: recipe.yaml) contains each choice
-    with its reason as a comment, and can be edited.
+    Reads the model's config, its tokenizer and the rows, plans the memory, and writes sequence
+    length, batch, bits, learning rate and epochs to FILE (default: recipe.yaml), with reasons.
 
     In a terminal, missing options are asked for. Exits with code 3 if the model does not fit the
     GPU with any settings.
     """
     # Options are checked before the slow imports, so that problems are reported at once.
-    gpu = None if vram is None else planned_gpu(vram)
+    gpu, eval_ = None if vram is None else planned_gpu(vram), _held_out(held_out)
     if model is None or not train:
         model, train, vram = _ask(model, train, vram)
         gpu = None if vram is None else planned_gpu(vram)
@@ -77,7 +76,7 @@ def init(
             file,
             model=model,
             train=train[0] if len(train) == 1 else list(train),
-            held_out=_held_out(held_out),
+            held_out=eval_,
             device_profile=gpu,
             force=force,
             observer=observer,
