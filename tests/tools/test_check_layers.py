@@ -28,14 +28,22 @@ SOUND = {
 
 
 FAULTS = {
-    "to the right": ("nn/lora.py", "from house.jobs.train import run\n", "lies to its right"),
-    "late and to the right": (
+    "from a higher layer": (
+        "nn/lora.py",
+        "from house.jobs.train import run\n",
+        "in a higher layer",
+    ),
+    "late and from a higher layer": (
         "nn/lora.py",
         "def f():\n    import house.jobs.train\n",
-        "lies to its right",
+        "in a higher layer",
     ),
-    "relative and to the right": ("nn/lora.py", "from ..jobs import train\n", "lies to its right"),
-    "unknown room": ("attic/box.py", "import os\nX = 1\n", "no place in the order"),
+    "relative and from a higher layer": (
+        "nn/lora.py",
+        "from ..jobs import train\n",
+        "in a higher layer",
+    ),
+    "unknown layer": ("attic/box.py", "import os\nX = 1\n", "is not in LAYERS"),
     "ui imports torch": ("ui/tables.py", "import torch\n", "imports torch"),
     "the root loads torch at once": (
         "__init__.py",
@@ -58,19 +66,19 @@ FAULTS = {
         "from house.recipe.schema import Fault\ndef run(): ...\n",
         "Fault is not defined in house.recipe.schema",
     ),
-    "a room gathers names": (
+    "a layer re-exports names": (
         "jobs/__init__.py",
         "from house.jobs.train import run\n",
         "only the root",
     ),
     "from the root": ("jobs/train.py", "from house import run as r\ndef run(): ...\n", "the root"),
     "the root itself": ("jobs/train.py", "import house\ndef run(): ...\n", "the root"),
-    "accelerate elsewhere": ("train/step.py", "import accelerate\n", "train/runtime.py alone"),
+    "accelerate elsewhere": ("train/step.py", "import accelerate\n", "only train/runtime.py"),
     "peft": ("nn/lora.py", "def f():\n    from peft import PeftModel\n", "peft and trl"),
     "trl": ("nn/lora.py", "import trl.trainer\n", "peft and trl"),
     "two backwards": ("nn/lora.py", "def f(x):\n    x.sum().backward()\n", ".backward("),
     "no backward": ("train/step.py", "", "no .backward("),
-    "utils": ("nn/utils.py", "", "says nothing"),
+    "utils": ("nn/utils.py", "", "does not describe"),
 }
 
 

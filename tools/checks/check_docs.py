@@ -84,7 +84,7 @@ def _dead_paths(text: str, folder: Path, root: Path) -> Iterator[str]:
 def _wrong_layers(text: str) -> Iterator[str]:
     """Compare the first column of the layer table with the layers that check_layers.py enforces."""
     documented = _LAYER.findall(text)
-    enforced = [room for rooms in check_layers.LAYERS for room in rooms]
+    enforced = [layer for layers in check_layers.LAYERS for layer in layers]
     if documented != enforced:
         yield f"its layer table lists {documented}; check_layers.py enforces {enforced}"
 

@@ -1,8 +1,8 @@
-"""Proves from the source what the design says of the package's rooms; no module is imported.
+"""Check the package's layers from its source; no module is imported.
 
-    python tools/checks/check_layers.py [FOLDER OF THE PACKAGE]
+    python tools/checks/check_layers.py [PACKAGE]
 
-Prints each fault as `file:line: what` and exits 1 where there is any. The rules are the functions
+Prints each fault as `file:line: what` and exits with 1 if there is one. The rules are the functions
 in `RULES`; tests/tools/test_check_layers.py shows that each of them catches a fault.
 """
 
@@ -34,12 +34,12 @@ LAYERS = (
     ("ui",),
     ("cli",),
 )
-"""Imports go only to the left, or stay in the room."""
+"""From the lowest layer to the highest. A file imports from its own layer and from lower ones."""
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "torch", "transformers"}
-"""Take a second or more to import."""
-TALKATIVE = {"click", "rich"}
-"""Write on the user's terminal."""
+"""Libraries that take a second or more to import."""
+TERMINAL = {"click", "rich"}
+"""Libraries that write to the user's terminal."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Import:
 
 @dataclass(frozen=True)
 class Module:
-    """One file of the package. name: dotted. room: the part of the package it belongs to."""
+    """One file of the package. name: dotted name. layer: the folder or file below the root."""
 
     name: str
     path: Path
@@ -62,13 +62,13 @@ class Module:
     imports: tuple[Import, ...]
 
     @property
-    def room(self) -> str:
-        """`ui` of `package.ui.tables`; empty for the root and its `__main__`."""
+    def layer(self) -> str:
+        """Return the layer: `ui` for `package.ui.tables`, empty for the root and its `__main__`."""
         parts = self.name.split(".")
         return "" if len(parts) == 1 or parts[1] == "__main__" else parts[1]
 
     def fault(self, line: int, what: str) -> str:
-        """As compilers write it."""
+        """Return the line that is printed for a fault."""
         return f"{self.path}:{line}: {what}"
 
 
@@ -76,46 +76,46 @@ Modules = Mapping[str, Module]
 
 
 def check(package: Path) -> list[str]:
-    """Every fault of the package in this folder."""
+    """Return every fault of the package in this folder."""
     modules = _read(package)
     return [fault for rule in RULES for fault in rule(modules)]
 
 
-def goes_left(modules: Modules) -> Iterator[str]:
-    """Imports go only to the left; every room has its place in the order."""
-    places = {room: place for place, rooms in enumerate(LAYERS) for room in rooms}
+def imports_only_lower_layers(modules: Modules) -> Iterator[str]:
+    """Imports are from the own layer or lower ones, and every layer is in the order."""
+    places = {layer: place for place, layers in enumerate(LAYERS) for layer in layers}
     for module in modules.values():
-        is_data = len(module.tree.body) <= 1  # A folder of files, with an empty page of its own.
-        if module.room and module.room not in places and not is_data:
-            yield module.fault(1, f"{module.room} has no place in the order of rooms")
+        is_data = len(module.tree.body) <= 1  # A folder of data files with an empty __init__.py.
+        if module.layer and module.layer not in places and not is_data:
+            yield module.fault(1, f"{module.layer} is not in LAYERS, the order of the layers")
         for one, target in _inner_imports(module, modules):
-            here, there = places.get(module.room), places.get(modules[target].room)
+            here, there = places.get(module.layer), places.get(modules[target].layer)
             if here is not None and there is not None and there > here:
-                what = f"{module.room} imports {target}, which lies to its right"
+                what = f"{module.layer} imports {target}, which is in a higher layer"
                 yield module.fault(one.line, what)
 
 
-def is_light(modules: Modules) -> Iterator[str]:
-    """What starts fast imports nothing heavy, itself or through another file.
+def starts_fast(modules: Modules) -> Iterator[str]:
+    """The layers up to recipe, ui and cli import no heavy library, directly or indirectly.
 
-    recipe, ui and what lies left of recipe: in functions neither. cli: in functions it may.
+    cli may import one inside a function, the others may not.
     """
     for module in modules.values():
-        if module.room not in {*LAYERS[0], "recipe", "ui", "cli"}:
+        if module.layer not in {*LAYERS[0], "recipe", "ui", "cli"}:
             continue
-        late_too = module.room != "cli"
-        chain = _way_to_heavy(module, modules, late_too)
+        with_late = module.layer != "cli"
+        chain = _path_to_heavy(module, modules, with_late)
         if chain:
             yield module.fault(1, f"imports {chain[-1]} through {' -> '.join(chain)}")
 
 
-def keeps_quiet(modules: Modules) -> Iterator[str]:
-    """Only ui and cli write on the terminal."""
+def only_ui_and_cli_print(modules: Modules) -> Iterator[str]:
+    """Only ui and cli write to the terminal."""
     for module in modules.values():
-        if module.room in ("ui", "cli"):
+        if module.layer in ("ui", "cli"):
             continue
         for one in module.imports:
-            if one.target.partition(".")[0] in TALKATIVE:
+            if one.target.partition(".")[0] in TERMINAL:
                 yield module.fault(one.line, f"{one.target} is for ui and cli")
         for node in ast.walk(module.tree):
             match node:
@@ -125,46 +125,46 @@ def keeps_quiet(modules: Modules) -> Iterator[str]:
                     yield module.fault(node.lineno, f"sys.{stream} is for ui and cli")
 
 
-def takes_from_the_source(modules: Modules) -> Iterator[str]:
-    """A name is imported from the file that defines it, never through another one."""
+def imports_from_the_definition(modules: Modules) -> Iterator[str]:
+    """A name is imported from the file that defines it, not through another file."""
     for module in modules.values():
         for one in module.imports:
             origin = modules.get(one.target)
             if origin is None or one.name is None or f"{one.target}.{one.name}" in modules:
                 continue
-            if origin.room and one.name not in _defined(origin):
-                what = f"{one.name} is not defined in {one.target}; import it from where it is"
+            if origin.layer and one.name not in _defined(origin):
+                what = f"{one.name} is not defined in {one.target}, but imported from it"
                 yield module.fault(one.line, what)
         is_package = module.path.name == "__init__.py"
-        if is_package and module.room and module.imports:
-            yield module.fault(module.imports[0].line, "only the root package gathers names")
+        if is_package and module.layer and module.imports:
+            yield module.fault(module.imports[0].line, "only the root package re-exports names")
 
 
-def leaves_the_root_alone(modules: Modules) -> Iterator[str]:
-    """Nothing inside imports from the package root, which gathers names for others."""
+def imports_nothing_from_the_root(modules: Modules) -> Iterator[str]:
+    """No file of the package imports from the root, which re-exports names for users."""
     root = min(modules, key=len)
     for module in modules.values():
         for one in module.imports:
             submodule = one.name is not None and f"{root}.{one.name}" in modules
-            if module.room and one.target == root and not submodule:
+            if module.layer and one.target == root and not submodule:
                 yield module.fault(one.line, f"imports from the root {root}")
 
 
 def has_one_accelerate(modules: Modules) -> Iterator[str]:
-    """One door leads to accelerate."""
+    """Only train/runtime.py imports accelerate."""
     for module, line in _importers(modules, {"accelerate"}):
         if module.name.split(".")[1:] != ["train", "runtime"]:
-            yield module.fault(line, "accelerate is imported by train/runtime.py alone")
+            yield module.fault(line, "only train/runtime.py imports accelerate")
 
 
-def has_no_rivals(modules: Modules) -> Iterator[str]:
-    """PEFT and TRL are what tests compare with, not what the package is built on."""
+def needs_no_other_trainer(modules: Modules) -> Iterator[str]:
+    """PEFT and TRL are for tests and benchmarks; the package does not import them."""
     for module, line in _importers(modules, {"peft", "trl"}):
         yield module.fault(line, "peft and trl are not used by the package")
 
 
 def has_one_backward(modules: Modules) -> Iterator[str]:
-    """One training step, so that the plan runs the real one."""
+    """There is one `.backward()` call, so that the plan runs the step that trains."""
     calls = [
         module.fault(node.lineno, "one of several .backward( calls")
         for module in modules.values()
@@ -180,20 +180,20 @@ def has_one_backward(modules: Modules) -> Iterator[str]:
 
 
 def has_no_utils(modules: Modules) -> Iterator[str]:
-    """A file says by its name what is in it."""
+    """The name of a file describes its content."""
     for module in modules.values():
         if module.path.name in ("utils.py", "helpers.py", "misc.py", "common.py"):
-            yield module.fault(1, "a name that says nothing")
+            yield module.fault(1, "the name does not describe the content")
 
 
 RULES: tuple[Callable[[Modules], Iterator[str]], ...] = (
-    goes_left,
-    is_light,
-    keeps_quiet,
-    takes_from_the_source,
-    leaves_the_root_alone,
+    imports_only_lower_layers,
+    starts_fast,
+    only_ui_and_cli_print,
+    imports_from_the_definition,
+    imports_nothing_from_the_root,
     has_one_accelerate,
-    has_no_rivals,
+    needs_no_other_trainer,
     has_one_backward,
     has_no_utils,
 )
@@ -212,7 +212,7 @@ def _read(package: Path) -> Modules:
 
 
 def _imports(node: ast.AST, origin: str, late: bool) -> Iterator[Import]:
-    """The imports below a node, without those that only a type checker follows."""
+    """Yield the imports below a node, without those for type checkers only."""
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.Import():
@@ -231,7 +231,7 @@ def _imports(node: ast.AST, origin: str, late: bool) -> Iterator[Import]:
 
 
 def _absolute(node: ast.ImportFrom, origin: str) -> str:
-    """`..errors` from within `package.ui` is `package.errors`."""
+    """Return the absolute target: `..errors` inside `package.ui` is `package.errors`."""
     if not node.level:
         return node.module or ""
     above = origin.split(".")[: len(origin.split(".")) - node.level + 1]
@@ -239,7 +239,7 @@ def _absolute(node: ast.ImportFrom, origin: str) -> str:
 
 
 def _inner_imports(module: Module, modules: Modules) -> Iterator[tuple[Import, str]]:
-    """Each import of the package's own, with the file that it means."""
+    """Yield each import of a file of the package, with the name of that file."""
     for one in module.imports:
         submodule = f"{one.target}.{one.name}"
         if submodule in modules:
@@ -248,9 +248,12 @@ def _inner_imports(module: Module, modules: Modules) -> Iterator[tuple[Import, s
             yield one, one.target
 
 
-def _way_to_heavy(start: Module, modules: Modules, late_too: bool) -> list[str]:
-    """The chain of imports by which a heavy library is reached when `start` is; empty for none."""
-    waiting = deque([(start, [start.name], late_too)])
+def _path_to_heavy(start: Module, modules: Modules, with_late: bool) -> list[str]:
+    """Return the chain of imports from `start` to a heavy library; empty if there is none.
+
+    with_late: also follow the imports inside functions of `start`.
+    """
+    waiting = deque([(start, [start.name], with_late)])
     seen = {start.name}
     while waiting:
         module, way, late = waiting.popleft()
@@ -269,7 +272,7 @@ def _way_to_heavy(start: Module, modules: Modules, late_too: bool) -> list[str]:
 
 
 def _loaded_with(name: str) -> Iterator[str]:
-    """Importing `a.b.c` runs `a` and `a.b` before."""
+    """Yield the modules that importing `a.b.c` runs: `a`, `a.b` and itself."""
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         yield ".".join(parts[:end])
@@ -283,7 +286,7 @@ def _importers(modules: Modules, libraries: set[str]) -> Iterator[tuple[Module, 
 
 
 def _defined(module: Module) -> set[str]:
-    """Names that a file gives to something of its own, outside functions and classes."""
+    """Return the names that a file defines outside functions and classes."""
     names = set()
     waiting: list[ast.AST] = [module.tree]
     while waiting:
@@ -298,7 +301,7 @@ def _defined(module: Module) -> set[str]:
 
 
 def main() -> int:
-    """Checks the package beside this folder, or the one named on the command line."""
+    """Check the package of this checkout, or the one named on the command line."""
     default = Path(__file__).resolve().parents[2] / "qlora_cli"
     faults = check(Path(sys.argv[1]) if len(sys.argv) > 1 else default)
     for fault in faults:
