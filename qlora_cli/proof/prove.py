@@ -1,8 +1,8 @@
 """Proves that this package trains, plans and merges a model type correctly, on a small model of it.
 
 The proof runs at the first use of a model type that has no hand-written family, and takes some
-seconds on a CPU. Its result is kept in the cache, by the small config and the versions of the
-libraries. Hand-written families obey the same laws in the test suite.
+seconds on a CPU. Its result is kept in the cache, by the config and the versions of the libraries.
+Hand-written families obey the same laws in the test suite.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from qlora_cli.files.atomic import atomic_folder, write_json
 from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.models.registry import alternative, known_family
 from qlora_cli.proof import job_laws, laws
-from qlora_cli.proof.small_config import small_config
 from qlora_cli.proof.small_model import SmallModel, small_model
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.causal import CAUSAL
@@ -133,7 +132,7 @@ def proof_of(config: Any, task: Task, observer: Observer) -> ModelProof:
 
     Raises ModelError if no family can describe the type, or no small model of it can be made.
     """
-    key = cache.key_of({"config": small_config(config).to_json_string(), "versions": _versions()})
+    key = cache.key_of({"config": config.to_json_string(), "versions": _versions()})
     folder = cache.entry_folder(cache.PROOFS, key)
     if (stored := _read(folder / _RESULT)) is not None:
         return stored

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from qlora_cli.adapters.lora import adapted_layers
 from qlora_cli.data.collate import Batch, collate
 from qlora_cli.data.encode import Example
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.files.locate import read_config
 from qlora_cli.memory.device import profile_of
 from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.derive import dropout_keys
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.registry import alternative
 from qlora_cli.proof.small_config import small_config
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Bits, Recipe
@@ -108,19 +109,33 @@ class SmallModel:
 def small_model(config: Any, task: Task) -> Iterator[SmallModel]:
     """Write a small model of the type of `config`, and remove it after the block.
 
-    config: transformers' config of the base.
+    config: transformers' config of the base. Raises ModelError if no small model can be made.
     """
+    with TemporaryDirectory(prefix="qlora-proof-") as name:
+        folder = Path(name)
+        try:
+            _create(config, task).to(torch.float16).save_pretrained(folder)
+        except QloraError:
+            raise
+        except Exception as error:  # Code of any model class runs here.
+            raise ModelError(
+                f"model type {config.model_type!r} is not supported: no small model of it can be "
+                f"made for a proof: {str(error).strip().splitlines()[0]}",
+                where="model.name",
+                hint=f"use a base of a supported type, such as {alternative(config)}",
+            ) from error
+        yield SmallModel(folder, read_config(folder / "config.json"), task)
+
+
+def _create(config: Any, task: Task) -> Any:
+    """Return a small random model of the type of `config`, without dropout, in float32."""
     small = small_config(config)
-    created = deepcopy(small)
-    for key in dropout_keys(created):
-        setattr(created, key, 0.0)
-    _check_size(task, created)
-    model = task.model_class.from_config(created, dtype=torch.float32, trust_remote_code=False)
+    for key in dropout_keys(small):
+        setattr(small, key, 0.0)
+    _check_size(task, small)
+    model = task.model_class.from_config(small, dtype=torch.float32, trust_remote_code=False)
     _fill(model)
-    with TemporaryDirectory(prefix="qlora-proof-") as folder:
-        model.to(torch.float16).save_pretrained(folder)
-        config = read_config(Path(folder) / "config.json")
-        yield SmallModel(Path(folder), config, task)
+    return model
 
 
 def _check_size(task: Task, config: Any) -> None:
@@ -133,6 +148,7 @@ def _check_size(task: Task, config: Any) -> None:
             f"model type {config.model_type!r} is not supported: it cannot be proved on a small "
             f"model, because settings that are not known decide its size ({number:,} parameters)",
             where="model.name",
+            hint=f"use a base of a supported type, such as {alternative(config)}",
         )
 
 
