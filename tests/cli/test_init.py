@@ -18,6 +18,8 @@ from qlora_cli.units import GIB, format_bytes
 from tests.helpers.cli_checks import assert_refused
 from tests.helpers.cli_helpers import Outcome, qlora
 
+pytestmark = pytest.mark.slow
+
 
 class Terminal(io.StringIO):
     """Answers of a person at a terminal."""

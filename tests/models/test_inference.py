@@ -43,6 +43,7 @@ def linears(loaded: LoadedModel) -> list[QuantLinear]:
     return [module for module in loaded.model.modules() if isinstance(module, QuantLinear)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODEL_TYPES)
 @pytest.mark.parametrize("bits", [4, 16])
 def test_prepared_generation_gives_the_logits_of_training(
