@@ -41,6 +41,8 @@ from tests.helpers.vocabularies import (
     split,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def write(folder: Path, encoding: GgufEncoding = "f16") -> Path:
     return export_gguf(folder, encoding, Silent())

@@ -20,6 +20,8 @@ from qlora_cli.recipe.schema import Recipe
 from tests.helpers.marks import slow_after_first
 from tests.helpers.runs import make_base, make_recipe
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = 9
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

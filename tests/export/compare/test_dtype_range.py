@@ -24,6 +24,8 @@ from tests.helpers.cli_helpers import qlora
 from tests.helpers.observers import NoteRecorder
 from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, make_run
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 NORM = "model.layers.0.input_layernorm.weight"
 UP = "model.layers.1.mlp.up_proj.weight"

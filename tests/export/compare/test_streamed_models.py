@@ -30,6 +30,8 @@ from qlora_cli.tasks.causal import CAUSAL
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.runs import CPU, logits, make_base, make_recipe, make_rows, make_run
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 ROWS = [
     Example(ids, [-100, *ids[1:]], "row")
