@@ -19,7 +19,6 @@ from torch import nn
 from qlora_cli.adapters.method import AdapterMethod
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
-from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.dtype import file_dtype, torch_dtype
 from qlora_cli.files.source import TensorSource
@@ -30,7 +29,7 @@ from qlora_cli.models.derive import derive_family, dropout_keys
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
-from qlora_cli.models.registry import alternative, known_family
+from qlora_cli.models.registry import known_family, unsupported
 from qlora_cli.models.sites import find_sites, mlp_paths, norm_paths
 from qlora_cli.nn import attention
 from qlora_cli.nn.embedding import has_own_memory
@@ -132,12 +131,8 @@ def _create(config: Any, compute: torch.dtype, model_class: Any) -> Any:
                 trust_remote_code=False,
             )
     except (ValueError, TypeError, ImportError) as fault:
-        raise ModelError(
-            f"transformers cannot create a language model of type {config.model_type!r}: "
-            f"{str(fault).strip().splitlines()[0]}",
-            where="model.name",
-            hint=f"use a base of another type, such as {alternative(config)}",
-        ) from fault
+        reason = str(fault).strip().splitlines()[0]
+        raise unsupported(config, f"transformers cannot create it: {reason}") from fault
 
 
 def build(request: ModelRequest) -> LoadedModel:

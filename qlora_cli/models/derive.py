@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.errors import ModelError
 from qlora_cli.models.coverage import check_mlp, check_norm
 from qlora_cli.models.family import Family, LinearSpec, MlpSpec
-from qlora_cli.models.registry import alternative
+from qlora_cli.models.registry import unsupported
 from qlora_cli.nn.mlp import ACTIVATIONS, Projections
 
 ROLES: Mapping[str, str] = {
@@ -63,7 +63,7 @@ def derive_family(model: Any) -> Family:
     config = model.config
     backbone = model.base_model_prefix
     if not isinstance(getattr(model, backbone, None), nn.Module):
-        raise _refusal(config, f"it has no module {backbone!r} for its hidden states")
+        raise unsupported(config, f"it has no module {backbone!r} for its hidden states")
     blocks = _blocks_path(model, backbone)
     block = _first_of_equal_blocks(model, blocks)
     _check_tensors(model, block, blocks)
@@ -83,14 +83,6 @@ def derive_family(model: Any) -> Family:
     )
 
 
-def _refusal(config: Any, reason: str) -> ModelError:
-    return ModelError(
-        f"model type {config.model_type!r} is not supported: {reason}",
-        where="model.name",
-        hint=f"use a base of a supported type, such as {alternative(config)}",
-    )
-
-
 def is_linear(module: nn.Module) -> bool:
     """Return whether a module is a plain linear or transformers' transposed one."""
     return isinstance(module, nn.Linear | Conv1D)
@@ -105,7 +97,7 @@ def _blocks_path(model: Any, backbone: str) -> str:
             found.append(path)
     if len(found) != 1:
         lists = ", ".join(found) or "none"
-        raise _refusal(model.config, f"one list of blocks is needed; it has {lists}")
+        raise unsupported(model.config, f"one list of blocks is needed; it has {lists}")
     return found[0]
 
 
@@ -120,7 +112,7 @@ def _first_of_equal_blocks(model: Any, blocks: str) -> nn.Module:
     for index, block in enumerate(others, 1):
         if different := sorted(structure ^ _structure(block)):
             path, kind = different[0]
-            raise _refusal(
+            raise unsupported(
                 model.config, f"blocks 0 and {index} differ: only one has {path or kind} ({kind})"
             )
     return first  # type: ignore[no-any-return]
@@ -139,7 +131,7 @@ def _check_tensors(model: Any, block: nn.Module, blocks: str) -> None:
     for path, module in block.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1 and not is_linear(module):
-                raise _refusal(
+                raise unsupported(
                     model.config,
                     f"{blocks}.*.{path}.{name} of {type(module).__name__} has "
                     f"{parameter.dim()} dimensions and is not a linear",
@@ -148,7 +140,7 @@ def _check_tensors(model: Any, block: nn.Module, blocks: str) -> None:
         if any(True for _ in module.buffers(recurse=False)) and any(
             True for _ in module.parameters()
         ):
-            raise _refusal(model.config, f"{path or 'the model'} computes a buffer of its own")
+            raise unsupported(model.config, f"{path or 'the model'} computes a buffer of its own")
 
 
 def _head_path(model: Any) -> str:
@@ -156,9 +148,9 @@ def _head_path(model: Any) -> str:
     head = model.get_output_embeddings()
     path: str | None = next((p for p, module in model.named_modules() if module is head), None)
     if path is None or not isinstance(head, nn.Linear):
-        raise _refusal(model.config, "its head is not a linear")
+        raise unsupported(model.config, "its head is not a linear")
     if head.bias is not None:
-        raise _refusal(model.config, "its head has a bias")
+        raise unsupported(model.config, "its head has a bias")
     return path
 
 
@@ -169,7 +161,7 @@ def _embedding_paths(model: Any, blocks: str) -> Iterator[str]:
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module is not tokens:
             if path.startswith(f"{blocks}."):
-                raise _refusal(model.config, f"{path} is a table inside a block")
+                raise unsupported(model.config, f"{path} is a table inside a block")
             yield path
 
 

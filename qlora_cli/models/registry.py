@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qlora_cli.errors import ModelError
 from qlora_cli.models.families.gpt2 import GPT2
 from qlora_cli.models.families.llama import LLAMA, QWEN3
 from qlora_cli.models.family import Family
@@ -24,8 +25,17 @@ _ALTERNATIVES = (
 _LARGE_ALTERNATIVE = "Qwen/Qwen3-8B (qwen3) or Qwen/Qwen2.5-7B-Instruct (qwen2)"
 
 
-def alternative(config: Any) -> str:
+def _alternative(config: Any) -> str:
     """Return supported bases of a size similar to that of a refused base."""
     width = getattr(config, "hidden_size", None) or 0
     fitting = (names for limit, names in _ALTERNATIVES if width <= limit)
     return next(fitting, _LARGE_ALTERNATIVE)
+
+
+def unsupported(config: Any, reason: str) -> ModelError:
+    """Return the error that refuses the model type of `config`, with a supported base to use."""
+    return ModelError(
+        f"model type {config.model_type!r} is not supported: {reason}",
+        where="model.name",
+        hint=f"use a base of a supported type, such as {_alternative(config)}",
+    )

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from qlora_cli.events import Observer
 from qlora_cli.files import cache
 from qlora_cli.files.atomic import atomic_folder, write_json
 from qlora_cli.files.locate import find_config, read_config
-from qlora_cli.models.registry import alternative, known_family
+from qlora_cli.models.registry import known_family, unsupported
 from qlora_cli.proof import job_laws, laws
 from qlora_cli.proof.small_model import SmallModel, small_model
 from qlora_cli.runs.run import Run
@@ -95,7 +96,7 @@ class ModelProof:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content for JSON."""
-        return asdict(self) | {"results": [asdict(result) for result in self.results]}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ModelProof:
@@ -152,7 +153,8 @@ def proof_of(config: Any, task: Task, observer: Observer) -> ModelProof:
 
 def stored_proofs() -> list[ModelProof]:
     """Return the proofs in the cache that are of the installed versions, by model type."""
-    folders = [cache.entry_folder(entry.kind, entry.key) for entry in cache.entries()]
+    entries = [entry for entry in cache.entries() if entry.kind == cache.PROOFS]
+    folders = [cache.entry_folder(entry.kind, entry.key) for entry in entries]
     proofs = (_read(folder / _RESULT) for folder in folders)
     current = [proof for proof in proofs if proof is not None and proof.versions == _versions()]
     return sorted(current, key=lambda proof: proof.model_type)
@@ -205,12 +207,7 @@ def _check(small: SmallModel, law: Law) -> LawResult:
 def _refusal(config: Any, failed: LawResult) -> ModelError:
     law = next(law for law in LAWS if law.name == failed.law)
     found = failed.error or f"{failed.value:.1e}, and the limit is {law.limit:.0e}"
-    return ModelError(
-        f"model type {config.model_type!r} is not supported: on a small model it is not true that "
-        f"{law.text} ({found})",
-        where="model.name",
-        hint=f"use a base of a supported type, such as {alternative(config)}",
-    )
+    return unsupported(config, f"on a small model it is not true that {law.text} ({found})")
 
 
 def _versions() -> dict[str, str]:
@@ -218,7 +215,7 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def _read(file: Any) -> ModelProof | None:
+def _read(file: Path) -> ModelProof | None:
     """Return a stored proof; None if there is none or it is damaged."""
     try:
         return ModelProof.from_dict(json.loads(file.read_text()))

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from qlora_cli.adapters.lora import adapted_layers
 from qlora_cli.data.collate import Batch, collate
 from qlora_cli.data.encode import Example
-from qlora_cli.errors import ModelError, QloraError
+from qlora_cli.errors import QloraError
 from qlora_cli.files.locate import read_config
 from qlora_cli.memory.device import profile_of
 from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.derive import dropout_keys
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.models.registry import alternative
+from qlora_cli.models.registry import unsupported
 from qlora_cli.proof.small_config import small_config
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Bits, Recipe
@@ -118,12 +118,9 @@ def small_model(config: Any, task: Task) -> Iterator[SmallModel]:
         except QloraError:
             raise
         except Exception as error:  # Code of any model class runs here.
-            raise ModelError(
-                f"model type {config.model_type!r} is not supported: no small model of it can be "
-                f"made for a proof: {str(error).strip().splitlines()[0]}",
-                where="model.name",
-                hint=f"use a base of a supported type, such as {alternative(config)}",
-            ) from error
+            fault = str(error).strip().splitlines()[0]
+            reason = f"no small model of it can be made for a proof: {fault}"
+            raise unsupported(config, reason) from error
         yield SmallModel(folder, read_config(folder / "config.json"), task)
 
 
@@ -144,11 +141,10 @@ def _check_size(task: Task, config: Any) -> None:
         model = task.model_class.from_config(deepcopy(config), trust_remote_code=False)
     number = sum(parameter.numel() for parameter in model.parameters())
     if number > _MAX_PARAMETERS:
-        raise ModelError(
-            f"model type {config.model_type!r} is not supported: it cannot be proved on a small "
-            f"model, because settings that are not known decide its size ({number:,} parameters)",
-            where="model.name",
-            hint=f"use a base of a supported type, such as {alternative(config)}",
+        raise unsupported(
+            config,
+            "it cannot be proved on a small model, because settings that are not known decide its "
+            f"size ({number:,} parameters)",
         )
 
 
