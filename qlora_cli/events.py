@@ -25,7 +25,8 @@ class StepEvent:
     seconds_left: estimated time for the remaining steps.
     joules: energy of the step; None if the device does not measure it.
     eval_loss: the last loss on the held-out set, of this step or an earlier one; None before the
-    first evaluation. It is not part of the step's line in `metrics.jsonl`.
+    first evaluation. counts_process: the memory is that of the whole process, with Python and its
+    libraries, because the job runs on a CPU. These two are not in `metrics.jsonl`.
     """
 
     step: int
@@ -40,6 +41,7 @@ class StepEvent:
     seconds_left: float
     joules: float | None = None
     eval_loss: float | None = None
+    counts_process: bool = False
 
 
 class Observer(Protocol):

@@ -1,8 +1,8 @@
 """The folder of results that are kept between runs because computing them takes long.
 
 Each entry is a folder `KIND/KEY` with a file `entry.json`, whose `description` is shown to the
-user. It appears complete or not at all. The key contains everything that the content depends on, so
-an entry never has to be updated.
+user. Files appear complete or not at all. The key contains everything that the content depends on,
+so only a measured speed is ever updated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ SWITCH = "QLORA_CACHE"
 ENTRY = "entry.json"
 TOKENS = "tokens"
 PROOFS = "proofs"
-KINDS = {TOKENS: "tokenized data", PROOFS: "proofs of model types"}
+SPEEDS = "speeds"
+KINDS = {
+    TOKENS: "tokenized data",
+    PROOFS: "proofs of model types",
+    SPEEDS: "speeds of finished runs",
+}
 """Kind -> what its entries are. A new kind is one entry here."""
 _LOCK_SUFFIX = ".lock"
 

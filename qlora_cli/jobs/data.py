@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.checks import EncodedDataset, examine
 from qlora_cli.data.encode import Example
-from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.long_rows import LongRowsReport
 from qlora_cli.data.packing import pack
-from qlora_cli.data.positions import check_seq_len
-from qlora_cli.data.template import with_template
-from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.events import Observer, Silent
-from qlora_cli.files.locate import find_base, find_tokenizer, read_config
+from qlora_cli.jobs.data_survey import row_loader
 from qlora_cli.jobs.results import DataResult, ShownRow
 from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.registry import task_of
 
 _SILENT = Silent()
 _CONTEXT = 8
@@ -35,7 +29,7 @@ def run(recipe: Recipe, *, show: int, observer: Observer = _SILENT) -> DataResul
     rows that training refuses, too.
     """
     data = recipe.data
-    loader = _loader(recipe)
+    loader = row_loader(recipe)
     loaded = loader.load(observer)
     train, examples = loaded.train, loaded.train.examples
     lengths = examples.lengths
@@ -67,15 +61,6 @@ def run(recipe: Recipe, *, show: int, observer: Observer = _SILENT) -> DataResul
     )
 
 
-def _loader(recipe: Recipe) -> RowLoader:
-    """Return the loader of the recipe's rows, with the base's tokenizer."""
-    folder = find_tokenizer(recipe.model.name, recipe.model.revision)
-    tokenizer = with_template(load_tokenizer(str(folder)), recipe.data)
-    if tokenizer is None:
-        find_base(recipe.model.name, recipe.model.revision)  # Refuses a folder without a config.
-    return RowLoader(recipe.data, tokenizer, _model_limits(recipe, folder), task_of(recipe).encode)
-
-
 def _long_rows(report: LongRowsReport) -> dict[str, Any]:
     """Return the report on long rows for `--json`."""
     return {
@@ -87,19 +72,6 @@ def _long_rows(report: LongRowsReport) -> dict[str, Any]:
         "pieces": report.pieces,
         "first": [origin for origin, _ in report.first],
     }
-
-
-def _model_limits(recipe: Recipe, folder: Path) -> ModelLimits:
-    """Return the limits of the base in `folder`. A folder that has only a tokenizer has none.
-
-    Raises RecipeError if `data.seq_len` is larger than the base's number of positions.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        return ModelLimits()
-    config = read_config(file)
-    check_seq_len(recipe.data, config)
-    return ModelLimits.of(config)
 
 
 def _shown(example: Example, tokenizer: Any) -> ShownRow:

@@ -1,13 +1,18 @@
-"""The number and the lengths of a recipe's training rows, from a sample if there are many."""
+"""Open a recipe's rows; count them and their tokens, from a sample if there are many."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.encoded import sizes
 from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.mixture import read_data
+from qlora_cli.data.positions import check_seq_len
+from qlora_cli.data.template import with_template
+from qlora_cli.data.tokenizer import load_tokenizer
+from qlora_cli.files.locate import find_base, find_tokenizer, read_config
 from qlora_cli.recipe.schema import DataFormat, Recipe
 from qlora_cli.tasks.registry import task_of
 
@@ -59,3 +64,29 @@ def survey(recipe: Recipe, tokenizer: Any, limits: ModelLimits) -> Survey:
         targets=tuple(targets.tolist()),
         format=loaded.format,
     )
+
+
+def row_loader(recipe: Recipe) -> RowLoader:
+    """Return the loader of the recipe's rows, with the base's tokenizer and limits.
+
+    The weights are not needed. Raises ModelError if the base is not found, RecipeError if
+    `data.seq_len` is larger than its number of positions.
+    """
+    folder = find_tokenizer(recipe.model.name, recipe.model.revision)
+    tokenizer = with_template(load_tokenizer(str(folder)), recipe.data)
+    if tokenizer is None:
+        find_base(recipe.model.name, recipe.model.revision)  # Refuses a folder without a config.
+    return RowLoader(recipe.data, tokenizer, _model_limits(recipe, folder), task_of(recipe).encode)
+
+
+def _model_limits(recipe: Recipe, folder: Path) -> ModelLimits:
+    """Return the limits of the base in `folder`. A folder that has only a tokenizer has none.
+
+    Raises RecipeError if `data.seq_len` is larger than the base's number of positions.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return ModelLimits()
+    config = read_config(file)
+    check_seq_len(recipe.data, config)
+    return ModelLimits.of(config)

@@ -12,6 +12,7 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import InputError
 from qlora_cli.events import Silent
 from qlora_cli.files.locate import find_config, read_config
+from qlora_cli.jobs.planned_length import estimated_time, planned_length
 from qlora_cli.jobs.results import PlanResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.ledger import Allocator, Device, Ledger, peak_phase
@@ -53,6 +54,8 @@ def run(
     baseline = planner.plan(full_fine_tuning(resolved))
     ledger = _ledger(resolved, profile, plan, baseline)
     merge_phase = dry_run_merge(resolved, config, profile)
+    data_problem = _data_problem(recipe)
+    length, unknown = (None, None) if data_problem else planned_length(resolved)
     return PlanResult(
         device=profile.to_dict(),
         ledger=replace(ledger, phases=(*ledger.phases, merge_phase)),
@@ -67,9 +70,12 @@ def run(
         arithmetic=arithmetic_of(resolved, plan),
         notes=plan_notes(resolved, profile, plan),
         seconds=time.perf_counter() - began,
-        steps=recipe.train.steps,
+        steps=length.updates if length else recipe.train.steps,
+        length=length,
+        length_problem=unknown,
+        time=estimated_time(resolved, config, profile, length),
         disk=_disk_needs(resolved, plan),
-        data_problem=_data_problem(recipe),
+        data_problem=data_problem,
     )
 
 

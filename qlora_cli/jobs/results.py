@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.memory.timeline import PhaseTrace
 from qlora_cli.plan.results import Advice, Compared, DiskNeeds, Line, TimeEstimate
@@ -32,8 +33,8 @@ class PlanResult(Result):
     usable_bytes: memory of the device that the job may use. floor_bytes: lower bound of the job's
     memory. arithmetic: the same by the LoRA paper's formulas. seconds: time that planning took.
     notes: how the figures were obtained, one sentence each. steps: optimizer steps, None if they
-    depend on the rows, which a plan does not encode. data_problem: why the data cannot be read;
-    None if its files exist.
+    depend on the rows and these cannot be read. length: of the job. length_problem: why the rows
+    cannot be read though their files exist. data_problem: which file is missing; None if none is.
     """
 
     device: dict[str, Any]
@@ -50,6 +51,8 @@ class PlanResult(Result):
     notes: tuple[str, ...]
     seconds: float
     steps: int | None = None
+    length: TrainingLength | None = None
+    length_problem: str | None = None
     time: TimeEstimate = field(default_factory=TimeEstimate)
     disk: DiskNeeds | None = None
     data_problem: str | None = None

@@ -11,6 +11,7 @@ from qlora_cli.errors import DoesNotFit, Interrupted
 from qlora_cli.events import Observer
 from qlora_cli.jobs import record
 from qlora_cli.jobs.initial_adapter import check_initial_adapter, load_initial_adapter
+from qlora_cli.jobs.measured_speed import record_speed
 from qlora_cli.jobs.memory import EarlierProcess, MemoryRecord
 from qlora_cli.jobs.prepare import Prepared, TrainingJob, prepare, read_job
 from qlora_cli.jobs.results import TrainResult
@@ -247,4 +248,6 @@ def _finish(
     )
     summary = {key: value for key, value in result.to_dict().items() if key != "ledger"}
     record.set_status(job.run, "done", result=summary)
+    prepared = job.prepared
+    record_speed(prepared.recipe, prepared.config, prepared.profile, result.tokens_per_second)
     return result

@@ -21,7 +21,8 @@ class TrainingLength:
     updates: number of optimizer steps of the job. updates_per_epoch: the same of one epoch.
     sequences: number of sequences in an epoch. tokens, trained_tokens: of one epoch, with and
     without tokens that are not trained. grad_accum, micro_batch: the recipe's. has_fixed_steps: the
-    recipe sets `train.steps` and not the epochs.
+    recipe sets `train.steps` and not the epochs. is_estimate: the numbers are those of a sample of
+    the rows, by proportion.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class TrainingLength:
     micro_batch: int
     grad_accum: int
     has_fixed_steps: bool
+    is_estimate: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, schedule: BatchSchedule, updates: int) -> TrainingLength:
@@ -45,7 +47,13 @@ class TrainingLength:
 
     @classmethod
     def of_totals(
-        cls, recipe: Recipe, rows: int, sequences: int, tokens: int, trained_tokens: int
+        cls,
+        recipe: Recipe,
+        rows: int,
+        sequences: int,
+        tokens: int,
+        trained_tokens: int,
+        is_estimate: bool = False,
     ) -> TrainingLength:
         """Return the length of a recipe's job. The numbers are those of one epoch."""
         train = recipe.train
@@ -60,6 +68,7 @@ class TrainingLength:
             micro_batch=train.micro_batch,
             grad_accum=train.grad_accum,
             has_fixed_steps=train.steps is not None,
+            is_estimate=is_estimate,
         )
 
     @property
@@ -71,8 +80,9 @@ class TrainingLength:
         """Return one line: `40 rows in 2 sequences; 1 update in 1 epoch; 3,000 tokens (...)`."""
         total = round(self.tokens * self.epochs)
         trained = round(self.trained_tokens * self.epochs)
+        about = "about " if self.is_estimate else ""
         return (
-            f"{_count(self.rows, 'row')} in {_count(self.sequences, 'sequence')}; "
+            f"{about}{_count(self.rows, 'row')} in {_count(self.sequences, 'sequence')}; "
             f"{_count(self.updates, 'update')} of up to "
             f"{_count(self.micro_batch * self.grad_accum, 'sequence')}, "
             f"{_count(self.epochs, 'epoch')}; {format_count(total)} tokens, "

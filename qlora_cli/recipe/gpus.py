@@ -138,15 +138,16 @@ def size_that_fits(needed_bytes: int) -> str | None:
 
 def _find(text: str) -> Gpu | None:
     """Return the GPU with this name; the smaller one if a model exists with two sizes."""
-    wanted = _key(text)
+    wanted = short_name(text)
     if _BARE_NUMBER.fullmatch(text):
         return None  # A size. `4090` alone is not accepted as a name.
     for gpu in GPUS:
-        name = _key(_MEMORY_SUFFIX.sub("", gpu.name))
-        if wanted in (_key(gpu.name), name, f"{name}{gpu.gib}gb"):
+        name = short_name(_MEMORY_SUFFIX.sub("", gpu.name))
+        if wanted in (short_name(gpu.name), name, f"{name}{gpu.gib}gb"):
             return gpu
     return None
 
 
-def _key(name: str) -> str:
+def short_name(name: str) -> str:
+    """Return a GPU's name without manufacturer and series: `4090` of `NVIDIA GeForce RTX 4090`."""
     return _IGNORED.sub("", name).lower()

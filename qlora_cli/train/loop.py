@@ -236,6 +236,7 @@ class TrainingLoop:
             peak_bytes=peak,
             seconds_left=steps_left * progress.tokens_per_step / progress.tokens_per_second,
             eval_loss=self.evaluator.last.loss if self.evaluator.last else None,
+            counts_process=self.state.device.type == "cpu",
         )
 
     def _save_if_due(self, progress: Progress, is_stop_requested: bool, is_best: bool) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TextIO
 
 from rich.console import Console
 
 WIDTH_WITHOUT_TERMINAL = 100
-"""Columns if the output goes to a file or a pipe."""
+"""Columns if the output goes to a file or a pipe and COLUMNS is not set."""
 
 
 def results() -> Console:
@@ -22,6 +23,8 @@ def messages() -> Console:
 
 
 def _console(stream: TextIO) -> Console:
-    width = None if stream.isatty() else WIDTH_WITHOUT_TERMINAL
+    # The terminal has a width of its own, and rich reads the variable COLUMNS.
+    has_width = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    width = None if has_width else WIDTH_WITHOUT_TERMINAL
     # Highlighting would color every number. Here color always has a meaning.
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)

@@ -93,13 +93,29 @@ def _sentences(result: PlanResult) -> list[Text]:
         lines.append(Text(f"{text}{_LIMITS[lengths[0].limit]}."))
     else:
         lines.append(Text("Longest context that fits: --fit searches it."))
-    steps = "as many steps as the rows give (`qlora data`)"
-    if result.steps is not None:
-        steps = f"{format_count(result.steps)} steps"
-    lines.append(Text(f"Duration: {steps}; the time of a step is {result.time.source}."))
+    lines += [Text(text) for text in _duration(result)]
     if result.data_problem:
         lines.append(Text(result.data_problem, style="yellow"))
     return lines
+
+
+def _duration(result: PlanResult) -> list[str]:
+    """Return the length and the time of training, and a warning if it has too few updates."""
+    length, time = result.length, result.time
+    if length is None:
+        reason = f" ({result.length_problem})" if result.length_problem else ""
+        steps = f"as many steps as the rows give{reason}"
+        if result.steps is not None:
+            steps = f"{format_count(result.steps)} steps{reason}"
+        return [f"Duration: {steps}; the time of a step is {time.source}."]
+    lines = [f"Length: {length.text()}."]
+    if time.total_seconds is None:
+        lines.append(
+            "Duration: not measured on this device; training shows it after its first steps."
+        )
+    else:
+        lines.append(f"Duration: about {format_duration(time.total_seconds)}, {time.source}.")
+    return [*lines, *([warning] if (warning := length.warning()) else [])]
 
 
 def _size_table(sizes: Sequence[Advice]) -> RenderableType:

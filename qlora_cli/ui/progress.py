@@ -31,12 +31,13 @@ def watching(console: Console) -> Iterator[Observer]:
 
 def describe(event: StepEvent) -> str:
     """Return `loss 1.234 | 2,413 tokens/s | memory 5.70 GiB, peak 6.12 GiB | 3 min 20 s left`."""
+    memory = "process memory" if event.counts_process else "memory"
     held_out = "" if event.eval_loss is None else f", held-out {event.eval_loss:.3f}"
     return " | ".join(
         (
             f"loss {event.loss:.3f}{held_out}",
             f"{event.tokens_per_second:,.0f} tokens/s",
-            f"memory {format_bytes(event.live_bytes)}, peak {format_bytes(event.peak_bytes)}",
+            f"{memory} {format_bytes(event.live_bytes)}, peak {format_bytes(event.peak_bytes)}",
             f"{format_duration(event.seconds_left)} left",
         )
     )

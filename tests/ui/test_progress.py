@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -34,6 +35,10 @@ def stream() -> io.StringIO:
 def test_a_step_is_described_by_loss_speed_memory_and_time() -> None:
     text = describe(event(1))
     assert text == "loss 1.250 | 2,413 tokens/s | memory 5.00 GiB, peak 6.00 GiB | 3 min 20 s left"
+
+
+def test_memory_of_the_process_is_labelled() -> None:
+    assert "| process memory 5.00 GiB," in describe(replace(event(1), counts_process=True))
 
 
 def test_plain_lines_are_throttled_except_for_the_first_and_the_last_step(
