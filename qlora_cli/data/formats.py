@@ -123,15 +123,23 @@ def detect_format(rows: Sequence[Row], wanted: Literal["auto"] | DataFormat) -> 
 
 
 def _columns_hint(fields: Fields) -> str | None:
-    """Return the value of `data.columns` for fields with names that other tools use."""
+    """Return how to set `data.columns` for fields with names that other tools use."""
+    if (known := likely_columns(fields)) is None:
+        return None
+    columns, name = known
+    pairs = ", ".join(f"{field}: {column}" for field, column in columns.items())
+    return f"set data.columns to {{{pairs}}} to read them as {name} rows"
+
+
+def likely_columns(fields: Fields) -> tuple[dict[str, str], DataFormat] | None:
+    """Return (`data.columns`, format) for fields with names that other tools use, or None."""
     for known in FORMATS.values():
         columns: dict[str, str] = {}
         for name in known.required:
             names = [key for key in fields if known.aliases.get(key) == name]
             columns |= {name: names[0]} if names and name not in fields else {}
         if columns and all(name in columns or name in fields for name in known.required):
-            pairs = ", ".join(f"{name}: {column}" for name, column in columns.items())
-            return f"set data.columns to {{{pairs}}} to read them as {known.name} rows"
+            return columns, known.name
     return None
 
 

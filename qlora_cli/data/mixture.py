@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_cli.data.formats import FORMATS
+from qlora_cli.data.formats import FORMATS, format_of
 from qlora_cli.data.row_store import Rows
 from qlora_cli.data.rows import read_places
 from qlora_cli.errors import DataError, InputError, Problem
@@ -25,6 +25,8 @@ from qlora_cli.recipe.suggest import nearest_word
 from qlora_cli.units import format_count
 
 _SILENT = Silent()
+_MIN_CUT_CHARACTERS = 1000
+"""A single text with fewer characters is not divided into a training part and a held-out part."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,11 @@ def choice_notes(data: Data, sources: Sequence[SourceCount], held_out: int) -> l
         )
         notes.append(f"training rows: {counts}")
     if isinstance(data.eval, float):
-        notes.append(
-            f"data.eval={data.eval:g}: {format_count(held_out)} rows are held out and not trained "
-            f"on (data.seed={data.seed})"
-        )
+        chosen = f"{format_count(held_out)} rows are held out and not trained on"
+        chosen += f" (data.seed={data.seed})"
+        if sum(source.read for source in sources) == 1:
+            chosen = "the end of the only text is held out and not trained on"
+        notes.append(f"data.eval={data.eval:g}: {chosen}")
     if data.max_rows is not None:
         used = format_count(sum(source.used for source in sources))
         notes.append(
@@ -169,11 +172,14 @@ def _share(read: list[Rows], share: float, seed: int) -> tuple[Rows, list[Rows]]
     """Return the held-out rows and the rest of each source."""
     all_rows = Rows.joined(read)
     number = len(all_rows)
+    if number == 1 and (parts_of_text := _cut_text(all_rows, share)) is not None:
+        rest, held_out = parts_of_text
+        return held_out, [rest if len(rows) else rows for rows in read]
     if number < 2:
         raise DataError(
             "data.eval as a share needs at least two rows",
             [Problem(all_rows[0].origin, "it is the only row")],
-            hint="name a file of held-out rows, or divide the text into several files",
+            hint="name a file of held-out rows, or add more text",
         )
     size = min(max(round(share * number), 1), number - 1)
     is_held_out = np.zeros(number, bool)
@@ -181,6 +187,30 @@ def _share(read: list[Rows], share: float, seed: int) -> tuple[Rows, list[Rows]]
     bounds = np.cumsum([len(rows) for rows in read])[:-1]
     parts = zip(read, np.split(is_held_out, bounds), strict=True)
     return all_rows.take(is_held_out), [rows.take(~held_out) for rows, held_out in parts]
+
+
+def _cut_text(rows: Rows, share: float) -> tuple[Rows, Rows] | None:
+    """Return (training part, held-out part) of a single long text; None if there is no such row.
+
+    The end of the text is held out, from the beginning of a line or at least of a word.
+    """
+    row = rows[0]
+    if format_of(row.fields) != "text" or not isinstance(row.fields["text"], str):
+        return None
+    text = row.fields["text"]
+    if len(text) < _MIN_CUT_CHARACTERS:
+        return None
+    most = round(len(text) * (1 - share))
+    places = [text.rfind(separator, 0, most) + 1 for separator in ("\n", " ")]
+    store, first = rows.store, len(rows.store)
+    name, _, line = row.origin.rpartition(":")
+    for place in (*places, most):
+        parts = text[:place], text[place:]
+        if all(part.strip() for part in parts):
+            for part in parts:
+                store.add(name, int(line), {**row.fields, "text": part}, "text")
+            return Rows(store, np.array([first])), Rows(store, np.array([first + 1]))
+    return None
 
 
 def _weighted(rows: Rows, source: Source, seed: str) -> Rows:

@@ -10,10 +10,10 @@ from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer
 from qlora_cli.jobs.answer_text import OnText
 from qlora_cli.jobs.open_generator import NO_ADAPTERS, open_generator
-from qlora_cli.jobs.prompt_format import PromptFormat, trained_format
+from qlora_cli.jobs.prompt_format import PromptFormat
 from qlora_cli.jobs.text_generator import Sampling, TextGenerator
 from qlora_cli.models.switch import BASE
-from qlora_cli.runs.run import Run
+from qlora_cli.recipe.schema import DataFormat
 
 CHAT_TOKENS = 512
 """Maximum number of tokens of one answer in a chat, unless the user sets another."""
@@ -41,7 +41,7 @@ def open_chat(
     generator = open_generator(run_or_model, observer, adapters, uses=uses, merged=merged)
     name = use or next(iter(generator.switch.adapters), BASE)
     _check_template(generator, name)
-    _note_other_format(generator.prompt_source(name).run, observer)
+    _note_other_format(generator.prompt_source(name).trained_format, observer)
     generator.switch.use(name)
     return Chat(generator, sampling or Sampling(CHAT_TOKENS), system)
 
@@ -56,12 +56,11 @@ def _check_template(generator: TextGenerator, name: str) -> None:
         )
 
 
-def _note_other_format(run: Run | None, observer: Observer) -> None:
-    """Report a run whose training rows were no chats."""
-    trained = trained_format(run) if run is not None else None
+def _note_other_format(trained: DataFormat | None, observer: Observer) -> None:
+    """Report a model whose training rows, of the format `trained`, were no chats."""
     if trained in ("completion", "text", "tokens"):
         observer.note(
-            f"the run was trained on {trained} rows and not on chats; `qlora generate` sends "
+            f"the model was trained on {trained} rows and not on chats; `qlora generate` sends "
             "prompts as in training"
         )
 

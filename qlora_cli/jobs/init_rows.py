@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qlora_cli.data.formats import format_of, likely_columns
 from qlora_cli.data.load import ModelLimits
 from qlora_cli.data.long_rows import policy_of
+from qlora_cli.data.mixture import sources_of
 from qlora_cli.data.packing import pack
 from qlora_cli.data.positions import num_positions
+from qlora_cli.data.rows import read_rows
 from qlora_cli.data.template import with_template
 from qlora_cli.errors import ModelError
 from qlora_cli.jobs.data_survey import Survey, survey
@@ -35,6 +38,8 @@ _MIN_SHARED = 5
 """With fewer rows, none are held out."""
 _SHARES = ((50, 0.2), (None, 0.1))
 """(number of rows below which it applies, share that is held out)."""
+_SHARE_OF_TEXT, _MIN_TEXT_TOKENS = 0.05, 2000
+"""Share that is held out of a single text with at least this many tokens."""
 _MAX_HELD_OUT = 200
 """Number of rows that a chosen share holds out at most, about."""
 _NO_TEMPLATE = (
@@ -126,8 +131,9 @@ def find_rows(
     gets a chat template. config: transformers' config of the base. Raises the errors of
     `RowLoader`.
     """
+    columns = _columns(train)
     given = [Choice("model.name", model, ""), Choice("data.train", train, "")]
-    given.append(Choice("data.seq_len", _NO_LIMIT, ""))
+    given += [Choice("data.seq_len", _NO_LIMIT, ""), *columns]
     vocabulary = ModelLimits(ModelLimits.of(config).vocab_size)
     template: list[Choice] = []
     try:
@@ -140,17 +146,32 @@ def find_rows(
         found = survey(recipe, with_template(tokenizer, recipe.data), vocabulary)
     noun = "row" if found.rows == 1 else "rows"
     reason = f"{format_count(found.rows)} {noun} in the format `{found.format}`"
-    choices = [Choice("data.train", train, reason), *template, *_held_out(held_out, found.rows)]
+    choices = [Choice("data.train", train, reason), *columns, *template]
+    choices += _held_out(held_out, found)
     return FoundRows(found, tuple(choices), num_positions(config))
 
 
-def _held_out(setting: HeldOut, rows: int) -> list[Choice]:
+def _columns(train: Sources) -> list[Choice]:
+    """Return the choice of `data.columns` for rows whose fields have other tools' names."""
+    fields = read_rows(sources_of(train)[0].path, limit=1)[0].fields
+    known = likely_columns(fields) if format_of(fields) is None else None
+    if known is None:
+        return []
+    columns, name = known
+    return [Choice("data.columns", columns, f"reads the columns as the fields of `{name}` rows")]
+
+
+def _held_out(setting: HeldOut, found: Survey) -> list[Choice]:
     """Return the choice of `data.eval`; none if there are no held-out rows."""
+    rows = found.rows
     if setting is None:
         return []
     if setting != "auto":
         reason = "this share of the rows is" if isinstance(setting, float) else "these rows are"
         return [Choice("data.eval", setting, f"{reason} not trained on and shows what is learned")]
+    if rows == 1 and found.format == "text" and sum(found.lengths) >= _MIN_TEXT_TOKENS:
+        reason = "the end of the text is held out: its loss shows what is learned"
+        return [Choice("data.eval", _SHARE_OF_TEXT, reason)]
     if rows < _MIN_SHARED:
         few = f"{format_count(rows)} row{' is' if rows == 1 else 's are'} too few to hold some out"
         return [Choice("data.eval", None, f"{few}; name a file of held-out rows here")]

@@ -19,6 +19,7 @@ from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_ten
 from qlora_cli.export.merge.write import find_equal_merge, write_merged
 from qlora_cli.export.options import AUTO_BASE, DEFAULT_DTYPE
 from qlora_cli.files.dtype import dtype_name, torch_dtype
+from qlora_cli.jobs.prompt_format import trained_format
 from qlora_cli.jobs.results import MergeResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.host import return_freed_memory
@@ -177,5 +178,6 @@ def _manifest_details(run: Run, settings: MergeSettings) -> dict[str, Any]:
         "revision": run.recipe.model.revision,
         "method": run.recipe.adapter.method,
         "step": run.trained_step,
+        "data_format": trained_format(run),
         **settings.to_dict(),
     }

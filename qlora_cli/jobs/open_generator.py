@@ -16,6 +16,7 @@ from qlora_cli.data.template import TEMPLATE_FILE, read_template, with_template
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Observer
+from qlora_cli.export.merge.manifest import trained_row_format
 from qlora_cli.jobs.prompt_format import PromptSource
 from qlora_cli.jobs.text_generator import TextGenerator
 from qlora_cli.memory.device import inspect_device
@@ -117,8 +118,13 @@ def _source_of(run: Run, tokenizer: Any) -> PromptSource:
 def _prompt_sources(
     tokenizer: Any, opened: OpenedModel, named: Mapping[str, _NamedAdapter]
 ) -> dict[str, PromptSource]:
-    """Return name -> prompt source of the opened run and of each adapter that has one."""
-    sources = {} if opened.run is None else {OWN: _source_of(opened.run, tokenizer)}
+    """Return name -> prompt source of the opened run or merge, and of each adapter that has one."""
+    if opened.run is None:
+        merged_format = trained_row_format(opened.folder)
+        own = PromptSource(tokenizer, merged_format=merged_format)
+        sources = {BASE: own} if merged_format is not None else {}
+    else:
+        sources = {OWN: _source_of(opened.run, tokenizer)}
     for name, adapter in named.items():
         source = adapter.prompt_source(tokenizer)
         if source is not None:

@@ -33,12 +33,19 @@ class PromptSource:
     """What decides how prompts are formatted.
 
     tokenizer: the base's, with the chat template of the training. run: the run that was trained;
-    None for a plain model, or an adapter without its run. owner: whose chat template it is.
+    None for a plain model, a merged one, or an adapter without its run. merged_format: format of
+    the rows that a merged model was trained on. owner: whose chat template it is.
     """
 
     tokenizer: Any
     run: Run | None = None
+    merged_format: DataFormat | None = None
     owner: Literal["model", "adapter"] = "model"
+
+    @property
+    def trained_format(self) -> DataFormat | None:
+        """The format of the training rows; None if there was no training or it is not known."""
+        return self.merged_format if self.run is None else trained_format(self.run)
 
 
 @dataclass(frozen=True)
@@ -132,12 +139,12 @@ def prompt_format(
 def _choose(source: PromptSource) -> tuple[Name, str]:
     """Return the format and the reason for it."""
     run, has_template = source.run, bool(source.tokenizer.chat_template)
-    if run is None:
+    trained = source.trained_format
+    if run is None and trained not in FORMATS:
         if has_template:
             owner = source.owner
             return "chat", f"the prompt is formatted with the {owner}'s chat template; {_RAW}"
         return "plain", "the prompt is sent as it is: the tokenizer has no chat template"
-    trained = trained_format(run)
     if trained is None:
         name: Name = "chat" if has_template else "plain"
         return name, f"the training rows cannot be read, so the prompt is formatted as {name}"

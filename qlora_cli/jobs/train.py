@@ -54,6 +54,8 @@ def run(
     base or the data cannot be used, DoesNotFit if the job needs more memory than the device has,
     Interrupted after Ctrl-C, QloraError if training diverges or a file cannot be written.
     """
+    if not resume:
+        RunFolder(Path(recipe.output)).check_unused()
     job = _prepare(recipe, observer)
     description = record.describe_run(job.prepared, recipe_path, job.steps)
     earlier = Run(job.run.path) if resume else None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from qlora_cli.data.packing import BatchSchedule
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.units import format_count
+
+if TYPE_CHECKING:
+    from qlora_cli.data.packing import BatchSchedule
 
 MIN_UPDATES = 50
 """Below this number of optimizer steps a LoRA adapter, whose B starts at zero, hardly changes the

@@ -97,8 +97,8 @@ class RunFolder:
         """The memory figures of the report as one image."""
         return self.path / "memory.png"
 
-    def create(self) -> None:
-        """Create the folder for a new run. Raises UsageError if it contains files."""
+    def check_unused(self) -> None:
+        """Raise UsageError if the folder contains files, so that a new run cannot use it."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UsageError(
                 f"{self.path} is in use",
@@ -106,6 +106,10 @@ class RunFolder:
                 hint="name another folder with output=..., continue the run with --resume, or "
                 "remove the folder",
             )
+
+    def create(self) -> None:
+        """Create the folder for a new run. Raises UsageError if it contains files."""
+        self.check_unused()
         with report_write_errors(
             "the run's folder", self.path, hint="name another folder with output=..."
         ):

@@ -31,6 +31,18 @@ def test_a_prompt_is_formatted_as_the_training_rows_were(run: Path) -> None:
     assert raw["text"] != base.json["text"]
 
 
+def test_a_merged_model_gets_prompts_as_the_run_does(run: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert qlora("merge", run, "--out", merged).code == 0
+    outcome = qlora("generate", merged, *PROMPT, "--json")
+    assert outcome.json["format"] == "plain"
+    assert "as the completion rows in training were" in outcome.err
+    # A merge of an older version does not record the format.
+    manifest = json.loads((merged / "merge.json").read_text())
+    (merged / "merge.json").write_text(json.dumps({**manifest, "data_format": None}))
+    assert qlora("generate", merged, *PROMPT, "--json").json["format"] == "chat"
+
+
 def test_the_streamed_text_is_the_answer(run: Path) -> None:
     answer = qlora("generate", run, *PROMPT, "--json").json["text"]
     assert qlora("generate", run, *PROMPT).out == f"{answer}\n"

@@ -18,6 +18,9 @@ def test_a_folder_in_use_is_refused_and_not_changed(trained_recipe: Path) -> Non
     run = trained_recipe.parent / "run"
     before = file_contents(run)
     assert_refused(qlora("train", trained_recipe), 2, f"{run} is in use", "--resume", "output=...")
+    # The folder is checked before the data is read.
+    outcome = qlora("train", trained_recipe, "data.train=missing.jsonl")
+    assert_refused(outcome, 2, f"{run} is in use")
     outcome = qlora("train", trained_recipe, "--resume", "train.lr=0.1")
     assert_refused(outcome, 2, run / "run.json", "train.lr was 0.0002, is 0.1")
     assert file_contents(run) == before

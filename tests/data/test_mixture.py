@@ -26,6 +26,25 @@ def origins(rows):
     return [row.origin for row in rows]
 
 
+def test_the_end_of_a_single_text_is_held_out(tmp_path):
+    text = "".join(f"line {n}\n" for n in range(200))
+    (tmp_path / "book.txt").write_text(text)
+    rows = read_data(data(str(tmp_path / "book.txt"), eval=0.1))
+    assert (len(rows.train), len(rows.held_out)) == (1, 1)
+    first, last = rows.train[0].fields["text"], rows.held_out[0].fields["text"]
+    assert first + last == text
+    assert last.startswith("line ")
+    assert 0.1 <= len(last) / len(text) < 0.12
+    (note,) = choice_notes(data("x", eval=0.1), rows.sources, 1)
+    assert "the end of the only text is held out" in note
+
+
+def test_a_single_row_of_another_format_has_no_share(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    with pytest.raises(DataError, match="needs at least two rows"):
+        read_data(data(str(tmp_path / "rows.jsonl"), eval=0.1))
+
+
 def test_a_share_of_the_rows_is_held_out(tmp_path):
     where = write_rows(tmp_path / "rows.jsonl", 200)
     rows = read_data(data(where, eval=0.05))

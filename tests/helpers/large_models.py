@@ -16,7 +16,7 @@ from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 
-WIDTH, INNER, LAYERS, VOCAB = 2048, 5632, 5, 32000
+WIDTH, INNER, LAYERS, VOCAB = 2048, 5632, 4, 32000
 LARGEST_BYTES = VOCAB * WIDTH * 2
 """Size of the largest tensor, in bfloat16."""
 SHARD_BYTES = 400_000_000

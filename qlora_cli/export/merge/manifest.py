@@ -19,6 +19,7 @@ from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.options import MERGE_BASES, MergeBase
 from qlora_cli.files.atomic import read_json
 from qlora_cli.files.dtype import torch_dtype
+from qlora_cli.recipe.schema import DataFormat
 
 MANIFEST = "merge.json"
 """Name of the record in a merged folder."""
@@ -81,11 +82,21 @@ def merged_step(merged: Path) -> int | None:
 
     Returns None if the weights of a finished run were merged, or if merge.json does not have it.
     """
+    step: int | None = _entry(merged, "step")
+    return step
+
+
+def trained_row_format(merged: Path) -> DataFormat | None:
+    """Return the format of the rows that the merged run was trained on; None if not recorded."""
+    name: DataFormat | None = _entry(merged, "data_format")
+    return name
+
+
+def _entry(merged: Path, key: str) -> Any:
     manifest = merged / MANIFEST
     if not manifest.is_file():
         return None
-    step: int | None = read_json(manifest, lambda content: content.get("step"), ModelError)
-    return step
+    return read_json(manifest, lambda content: content.get(key), ModelError)
 
 
 def _config_dtype(config: dict[str, Any]) -> torch.dtype:
