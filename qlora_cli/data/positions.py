@@ -15,6 +15,12 @@ def num_positions(config: Any) -> int | None:
     return None if positions is None else int(positions)
 
 
+def row_limit(data: Data, config: Any) -> int | None:
+    """Return the base's positions if a packed sequence may be longer than them, else None."""
+    positions = num_positions(config)
+    return positions if positions is not None and data.seq_len > positions else None
+
+
 def check_seq_len(data: Data, config: Any) -> None:
     """Raise RecipeError if `data.seq_len` is larger than the base's number of positions.
 

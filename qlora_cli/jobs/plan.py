@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from qlora_cli.data.mixture import sources_of
-from qlora_cli.data.positions import check_seq_len
+from qlora_cli.data.positions import check_seq_len, row_limit
 from qlora_cli.data.sources import open_sources
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import InputError
@@ -76,6 +76,7 @@ def run(
         time=estimated_time(resolved, config, profile, length),
         disk=_disk_needs(resolved, plan),
         data_problem=data_problem,
+        row_limit=row_limit(recipe.data, config),
     )
 
 

@@ -35,6 +35,7 @@ class PlanResult(Result):
     notes: how the figures were obtained, one sentence each. steps: optimizer steps, None if they
     depend on the rows and these cannot be read. length: of the job. length_problem: why the rows
     cannot be read though their files exist. data_problem: which file is missing; None if none is.
+    row_limit: the base's positions if packed sequences are longer; rows are not longer than these.
     """
 
     device: dict[str, Any]
@@ -56,6 +57,7 @@ class PlanResult(Result):
     time: TimeEstimate = field(default_factory=TimeEstimate)
     disk: DiskNeeds | None = None
     data_problem: str | None = None
+    row_limit: int | None = None
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,10 @@ def _sentences(result: PlanResult) -> list[Text]:
         lines.append(Text(f"{text}{_LIMITS[lengths[0].limit]}."))
     else:
         lines.append(Text("Longest context that fits: --fit searches it."))
+    if result.row_limit is not None:
+        limit = format_count(result.row_limit)
+        text = f"A row may have {limit} tokens, the base's positions; data.seq_len is longer and "
+        lines.append(Text(f"{text}holds several rows."))
     lines += [Text(text) for text in _duration(result)]
     if result.data_problem:
         lines.append(Text(result.data_problem, style="yellow"))

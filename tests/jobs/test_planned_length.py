@@ -109,3 +109,11 @@ def test_a_finished_run_records_its_speed(recipe: Recipe, tmp_path: Path) -> Non
     speed = measured_speed(resolved, config, profile)
     assert speed is not None
     assert speed.tokens_per_second == result.tokens_per_second
+
+
+def test_packed_sequences_longer_than_the_positions_are_stated(recipe: Recipe) -> None:
+    assert planned(recipe).row_limit is None
+    longer = recipe.data.model_copy(update={"seq_len": 100_000})
+    result = planned(recipe.model_copy(update={"data": longer}))
+    assert result.row_limit is not None
+    assert result.row_limit < 100_000
