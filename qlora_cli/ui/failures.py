@@ -14,7 +14,7 @@ TRACEBACK_SWITCH = "QLORA_TRACEBACK"
 def show(error: QloraError, console: Console) -> None:
     """Print an error that qlora itself raised, with all its problems and hints."""
     if isinstance(error, Interrupted):
-        _line(console, "stopped: ", "bold yellow", str(error.what))
+        _line(console, "interrupted: ", "bold yellow", str(error.what))
     else:
         place = f"{error.where}: " if error.where else ""
         _line(console, "error: ", "bold red", f"{place}{error.what}")

@@ -44,7 +44,7 @@ def test_brackets_are_not_read_as_markup() -> None:
 
 
 def test_an_interrupted_job_is_not_printed_as_an_error() -> None:
-    assert shown(Interrupted("a checkpoint was written")).startswith("stopped: ")
+    assert shown(Interrupted("a checkpoint was written")).startswith("interrupted: ")
 
 
 def test_a_bug_of_the_program_is_printed_with_how_to_get_a_traceback() -> None:
