@@ -141,11 +141,15 @@ def partial_folders(folder: Path) -> list[Path]:
     return [path for path in _partial_paths(folder) if (path / _MARKER).is_file()]
 
 
+def partial_files(file: Path) -> list[Path]:
+    """Return the unfinished files that killed processes left of `atomic_file(file)`."""
+    return [path for path in _partial_paths(file) if path.is_file()]
+
+
 def remove_partial_files(file: Path) -> None:
     """Remove the unfinished files that killed processes left of `atomic_file(file)`."""
-    for path in _partial_paths(file):
-        if path.is_file():
-            path.unlink()
+    for path in partial_files(file):
+        path.unlink()
 
 
 def read_json(file: Path, parse: Callable[[Any], _T], error: type[InputError] = UsageError) -> _T:

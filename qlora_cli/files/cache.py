@@ -15,7 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from qlora_cli.files.lock import locked_file
 
 SWITCH = "QLORA_CACHE"
 """Environment variable that names another folder."""
@@ -66,25 +68,12 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of an entry, so that only one process writes it.
 
     wait: wait for another process that holds it; otherwise yield False if there is one.
-    The lock ends with the process. File systems without locks are used without.
+    As `locked_file`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}{_LOCK_SUFFIX}").open("w") as file:
-        yield _lock(file, wait)
-
-
-def _lock(file: IO[str], wait: bool) -> bool:
-    try:
-        import fcntl
-    except ImportError:
-        return True  # Not a POSIX system.
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+    lock = folder.parent / f".{folder.name}{_LOCK_SUFFIX}"
+    with locked_file(lock, wait=wait) as is_free:
+        yield is_free
 
 
 def entries() -> list[CacheEntry]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import QloraError, UsageError
+from qlora_cli.events import Observer
 from qlora_cli.jobs import record, report
 from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.jobs.results import TrainResult
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import read_steps, remove_lines_after
+from qlora_cli.runs.resume import last_good_step
 from qlora_cli.runs.run import Run
 from qlora_cli.train.schedule import learning_rate
 
@@ -21,12 +23,15 @@ _CHANGEABLE = ("train.checkpoint_every", "train.keep_checkpoints", "train.patien
 """Settings that may change on a resume, because they do not change the steps that were done."""
 
 
-def finished_result(earlier: Run, description: dict[str, Any]) -> TrainResult | None:
+def finished_result(
+    earlier: Run, description: dict[str, Any], observer: Observer
+) -> TrainResult | None:
     """Return the stored result of a run that is finished, None if steps are left to do.
 
     earlier: the run as it is on disk. description: of the job now, from `record.describe_run`. A
     finished run has steps left if `train.epochs` or `train.steps` has been raised, or if it stopped
-    early and `train.patience` has changed.
+    early and `train.patience` has changed. If its trained weights are missing or damaged, they have
+    to be written again, which `observer` receives a note about.
     Raises UsageError if another setting has changed, ModelError if the base has changed.
     """
     if earlier.require("status") != "done" or not earlier.folder.memory_json.is_file():
@@ -35,6 +40,9 @@ def finished_result(earlier: Run, description: dict[str, Any]) -> TrainResult | 
     result = earlier.require("result")
     stopped_early = result["steps"] < earlier.record.get("steps", result["steps"])
     if description["steps"] > _steps_of(earlier) or (stopped_early and "train.patience" in changed):
+        return None
+    if found := earlier.exported_damage():
+        observer.note(f"{found[0]}; the trained weights are written again from the last checkpoint")
         return None
     ledger = report.ledger_of(earlier)
     return TrainResult(**result | {"run": earlier.path, "ledger": ledger})
@@ -66,25 +74,24 @@ def _steps_of(earlier: Run) -> int:
 
 
 def open_or_resume(
-    job: TrainingJob, description: dict[str, Any], earlier: Run | None
+    job: TrainingJob, description: dict[str, Any], earlier: Run | None, observer: Observer
 ) -> Path | None:
     """Write run.json and return the checkpoint to resume from, None if there is none.
 
-    description: of the job, from `record.describe_run`. earlier: the run to resume; None creates a
-    new folder. Raises UsageError if the recipe has changed or a new run's folder exists, ModelError
-    if the base has changed.
+    description: of the job, from `record.describe_run`. earlier: the run to resume; None for a new
+    one. observer: receives a note per damaged checkpoint, which is not used. Raises UsageError if
+    the recipe has changed, ModelError if the base has changed or all checkpoints are damaged.
     """
     if earlier is None:
-        job.run.create()
         job.run.write(description)
         return None
     _check_unchanged(earlier, description)
     job.run.write(earlier.record | description)
-    steps = job.run.steps()
-    last = steps[-1] if steps else 0
+    good = last_good_step(job.run, observer.note)
+    last = good or 0
     # A process that only has to save evaluates again, so that its report has this phase.
     remove_lines_after(job.run.metrics, last, keep_evaluation=last < job.steps)
-    return job.run.checkpoint(last) if steps else None
+    return job.run.checkpoint(last) if good is not None else None
 
 
 def record_stop(run: RunFolder, status: str, resumed: bool) -> None:

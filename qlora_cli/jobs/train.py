@@ -39,8 +39,9 @@ from qlora_cli.train.evaluation import Evaluator
 from qlora_cli.train.loop import LAST_LOSSES, Progress, TrainingLoop
 from qlora_cli.train.runtime import setup_device
 from qlora_cli.train.state import State, build_state, tag_living
+from qlora_cli.train.stop_signals import endings_as_interrupt
 from qlora_cli.train.trackers import Trackers, check_installed
-from qlora_cli.train.trained_weights import copy_weights, write_weights
+from qlora_cli.train.trained_weights import copy_weights, weights_checksums, write_weights
 from qlora_cli.units import format_bytes
 
 
@@ -54,17 +55,21 @@ def run(
     base or the data cannot be used, DoesNotFit if the job needs more memory than the device has,
     Interrupted after Ctrl-C, QloraError if training diverges or a file cannot be written.
     """
-    if not resume:
-        RunFolder(Path(recipe.output)).check_unused()
+    with RunFolder(Path(recipe.output)).locked(new=not resume), endings_as_interrupt():
+        return _run(recipe, recipe_path, resume, observer)
+
+
+def _run(recipe: Recipe, recipe_path: Path | None, resume: bool, observer: Observer) -> TrainResult:
+    """Do what `run` does, in a run's folder that no other process uses."""
     job = _prepare(recipe, observer)
     description = record.describe_run(job.prepared, recipe_path, job.steps)
     earlier = Run(job.run.path) if resume else None
-    if earlier is not None and (finished := finished_result(earlier, description)):
+    if earlier is not None and (finished := finished_result(earlier, description, observer)):
         observer.note(f"{job.run.path} is finished; there is nothing to resume")
         return finished
     if earlier is not None and (extension := describe_extension(earlier, job)):
         observer.note(extension)
-    checkpoint = open_or_resume(job, description, earlier)
+    checkpoint = open_or_resume(job, description, earlier, observer)
     try:
         planned, baseline = _plan(job, observer)
         return _train(job, checkpoint, planned, baseline, observer)
@@ -249,7 +254,7 @@ def _finish(
         eval_loss_before=losses.get(0),
     )
     summary = {key: value for key, value in result.to_dict().items() if key != "ledger"}
-    record.set_status(job.run, "done", result=summary)
+    record.set_status(job.run, "done", result=summary, checksums=weights_checksums(job.run))
     prepared = job.prepared
     record_speed(prepared.recipe, prepared.config, prepared.profile, result.tokens_per_second)
     return result

@@ -7,6 +7,7 @@ values of a setting.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -46,7 +47,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         number = len(draft.problems)
         what = f"{file} has {'a problem' if number == 1 else f'{number} problems'}"
         raise RecipeError(what, draft.problems)
-    return recipe.model_copy(update={"output": recipe.output.replace(_NAME, file.stem)})
+    output = os.path.expanduser(recipe.output.replace(_NAME, file.stem))
+    return recipe.model_copy(update={"output": output})
 
 
 @dataclass

@@ -17,18 +17,26 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import UsageError
-from qlora_cli.files.atomic import report_write_errors, write_json
+from qlora_cli.files.atomic import (
+    partial_files,
+    remove_partial_files,
+    report_write_errors,
+    write_json,
+)
+from qlora_cli.files.lock import locked_file
 
 ADAPTER = "adapter"
 WEIGHTS = "weights"
 """Name of the folder with the trained weights, in a run and in each of its checkpoints."""
 _CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -97,15 +105,50 @@ class RunFolder:
         """The memory figures of the report as one image."""
         return self.path / "memory.png"
 
+    @contextmanager
+    def locked(self, *, new: bool) -> Iterator[None]:
+        """Hold the lock of the run inside the block, so that no other process trains it.
+
+        new: create the folder, and remove it at the end if no run.json has been written. Raises
+        UsageError if another process holds the lock, if a new run's folder contains files, or if
+        there is no run to resume.
+        """
+        if new:
+            self.create()
+        else:
+            self.require_run_json()
+        lock = self.path / _LOCK
+        with ExitStack() as stack:
+            with report_write_errors("the lock of the run", lock):
+                is_free = stack.enter_context(locked_file(lock, wait=False))
+            if not is_free:
+                raise UsageError(
+                    f"{self.path} is in use: another process trains this run now",
+                    where="output",
+                    hint="wait until it ends, or stop it",
+                )
+            try:
+                yield
+            finally:
+                if new and not self.run_json.is_file():
+                    self.discard()
+
     def check_unused(self) -> None:
         """Raise UsageError if the folder contains files, so that a new run cannot use it."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not self.path.exists():
+            return
+        if not self.path.is_dir() or any(map(self._is_foreign, self.path.iterdir())):
             raise UsageError(
                 f"{self.path} is in use",
                 where="output",
                 hint="name another folder with output=..., continue the run with --resume, or "
                 "remove the folder",
             )
+
+    def _is_foreign(self, path: Path) -> bool:
+        """Return whether a path is not one that a process left which was killed at its start."""
+        left_over = (self.path / _LOCK, *partial_files(self.run_json))
+        return path not in left_over
 
     def create(self) -> None:
         """Create the folder for a new run. Raises UsageError if it contains files."""
@@ -117,18 +160,23 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove the files of a run that has not completed a step; remove the folder if empty."""
-        self.run_json.unlink(missing_ok=True)
-        self.metrics.unlink(missing_ok=True)
+        for file in (self.run_json, self.metrics, self.path / _LOCK):
+            file.unlink(missing_ok=True)
+        remove_partial_files(self.run_json)
         with suppress(OSError):  # The folder stays if it contains files of the user.
             self.path.rmdir()
 
-    def read(self) -> dict[str, Any]:
-        """Return the content of `run.json`. Raises UsageError if it is missing or damaged."""
+    def require_run_json(self) -> None:
+        """Raise UsageError if the folder has no run.json."""
         if not self.run_json.is_file():
             raise UsageError(
                 f"{self.path} is not a run's folder",
                 hint="a run's folder contains run.json; `qlora train` creates one",
             )
+
+    def read(self) -> dict[str, Any]:
+        """Return the content of `run.json`. Raises UsageError if it is missing or damaged."""
+        self.require_run_json()
         try:
             content = json.loads(self.run_json.read_text())
         except ValueError as fault:
@@ -153,6 +201,16 @@ class RunFolder:
         shutil.rmtree(removed, ignore_errors=True)
         folder.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a damaged checkpoint, so that it is not used any more, and return its new path."""
+        folder = self.checkpoint(step)
+        aside = next(
+            path
+            for number in count(1)
+            if not (path := folder.with_name(f"{folder.name}.damaged-{number}")).exists()
+        )
+        return folder.rename(aside)
 
     def steps(self) -> list[int]:
         """Return the steps that have a complete checkpoint, in ascending order."""

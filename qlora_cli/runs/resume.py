@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qlora_cli.errors import ModelError, NotFinite, QloraError
 from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors
+from qlora_cli.files.checksums import damage_of_folder, write_checksums
 from qlora_cli.files.finite import finite_cpu_copy
 from qlora_cli.files.safetensors_io import (
     TensorSpec,
@@ -82,9 +83,39 @@ def save_checkpoint(
                 torch.save(state, stream)
             if add_files is not None:
                 add_files(partial, partial / _TENSORS)
+            write_checksums(partial)
     except NotFinite as fault:
         raise NotFinite(f"after step {step}: {fault.what}", hint=fault.hint) from fault
     return folder
+
+
+def last_good_step(run: RunFolder, note: Callable[[str], object]) -> int | None:
+    """Return the step of the last checkpoint whose files are as they were written.
+
+    Later, damaged checkpoints are renamed. note: receives one line for each of them. Returns None
+    if there is no checkpoint. Raises ModelError if all are damaged.
+    """
+    steps = run.steps()
+    good, damaged = None, dict[int, list[str]]()
+    for step in reversed(steps):
+        damaged[step] = damage_of_folder(run.checkpoint(step))
+        if not damaged[step]:
+            good = step
+            break
+    if good is None and steps:
+        raise ModelError(
+            f"every checkpoint is damaged; in the last one {damaged[steps[-1]][0]}",
+            where=str(run.checkpoints),
+            hint="start a new run with another output",
+        )
+    for step in steps:
+        if good is not None and step > good:
+            aside = run.set_aside(step)
+            note(
+                f"warning: the checkpoint of step {step:,} is damaged ({damaged[step][0]}); it is "
+                f"now {aside}, and the run continues from step {good:,}"
+            )
+    return good
 
 
 def load_checkpoint(

@@ -10,6 +10,7 @@ from typing import Any
 from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.errors import ModelError, UsageError
+from qlora_cli.files.checksums import damage, damage_of_folder
 from qlora_cli.files.source import fingerprint
 from qlora_cli.recipe.schema import Recipe, Section
 from qlora_cli.runs.layout import ADAPTER, WEIGHTS, RunFolder, checkpoint_step
@@ -118,11 +119,11 @@ class Run:
             )
         return open_adapter(self._trained(ADAPTER))
 
-    @property
+    @cached_property
     def trained_weights(self) -> Path:
         """The folder of the model that full fine-tuning wrote, of `trained_step`.
 
-        Raises UsageError if the run has no checkpoint yet.
+        Raises UsageError if the run has no checkpoint yet, ModelError if its files are damaged.
         """
         return self._trained(WEIGHTS)
 
@@ -174,10 +175,30 @@ class Run:
             f"(the run's status is {status})"
         )
 
+    def exported_damage(self) -> list[str]:
+        """Return one line per file of the exported weights that is missing or not as written.
+
+        Runs of older versions have no checksums; only a missing folder is found in them.
+        """
+        name = WEIGHTS if self.is_full_fine_tuning else ADAPTER
+        if not (self.path / name).is_dir():
+            return [f"the folder {name} is missing"]
+        return damage(self.path, self.record.get("checksums", {}))
+
     def _trained(self, name: str) -> Path:
-        """Return the folder `name` of the run, or of the checkpoint that is used instead."""
+        """Return the folder `name` of the run, or of the checkpoint that is used instead.
+
+        Raises ModelError if a file in it is not as it was written.
+        """
         step = self.trained_step
-        return (self.path if step is None else self.folder.checkpoint(step)) / name
+        folder = self.path if step is None else self.folder.checkpoint(step)
+        if step is None:
+            found, hint = self.exported_damage(), "`qlora train --resume` writes it again"
+        else:
+            found, hint = damage_of_folder(folder, f"{name}/"), "use another checkpoint"
+        if found:
+            raise ModelError(f"damaged: {found[0]}", where=str(folder / name), hint=hint)
+        return folder / name
 
     def _has_weights(self, step: int, name: str) -> bool:
         return (self.folder.checkpoint(step) / name).is_dir()

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors
+from qlora_cli.files.checksums import checksums_of
 from qlora_cli.files.source import WEIGHTS_FILE
 from qlora_cli.models.attach import save_adapter
-from qlora_cli.runs.layout import ADAPTER, WEIGHTS
+from qlora_cli.runs.layout import ADAPTER, WEIGHTS, RunFolder
 from qlora_cli.runs.resume import write_parameters
 from qlora_cli.train.state import State
 
@@ -66,6 +67,13 @@ def copy_weights(checkpoint: Path, folder: Path) -> None:
             atomic_folder(target) as partial,
         ):
             shutil.copytree(checkpoint / name, partial, dirs_exist_ok=True)
+
+
+def weights_checksums(run: RunFolder) -> dict[str, str]:
+    """Return path in the run's folder -> SHA-256 of the files of the exported weights."""
+    folders = (run.adapter, run.weights)
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return checksums_of(run.path, files)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -30,8 +30,12 @@ def test_a_job_that_does_not_fit_exits_3_and_writes_nothing(
     assert_folder_is_usable(job_recipe)
 
 
-def test_ctrl_c_exits_130_and_writes_a_checkpoint(
-    job_recipe: Path, monkeypatch: pytest.MonkeyPatch
+ENDINGS = ["SIGINT", "SIGTERM", "SIGHUP"]
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_signal_in_a_step_exits_130_and_writes_a_checkpoint(
+    job_recipe: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     from qlora_cli.train import loop
 
@@ -39,7 +43,7 @@ def test_ctrl_c_exits_130_and_writes_a_checkpoint(
 
     def interrupted(state: Any, *rest: Any) -> Any:
         if state.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), getattr(signal, name))
         return real(state, *rest)
 
     run = job_recipe.parent / "run"
@@ -52,6 +56,43 @@ def test_ctrl_c_exits_130_and_writes_a_checkpoint(
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
     assert qlora("train", job_recipe, "train.checkpoint_every=100", "--resume").code == 0
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_signal_while_loading_ends_a_resumed_run_in_order(
+    job_recipe: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from qlora_cli.jobs import train
+
+    assert qlora("train", job_recipe).code == 0
+    longer = ("train", job_recipe, "train.steps=5", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_state", lambda _: os.kill(os.getpid(), getattr(signal, name)))
+        assert qlora(*longer).code == 130
+    run_json = job_recipe.parent / "run" / "run.json"
+    assert json.loads(run_json.read_text())["status"] == "interrupted"
+    assert qlora(*longer, "--json").json["steps"] == 5
+
+
+def test_a_hangup_that_is_ignored_does_not_stop_a_run(
+    job_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after nohup."""
+    from qlora_cli.train import loop
+
+    real = loop.train_step
+
+    def hung_up(state: Any, *rest: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return real(state, *rest)
+
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "train_step", hung_up)
+            assert qlora("train", job_recipe).code == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_ctrl_c_before_the_first_step_writes_nothing(

@@ -15,6 +15,7 @@ from qlora_cli.errors import InputError, Interrupted, ModelError, QloraError, Us
 from qlora_cli.events import Silent, StepEvent
 from qlora_cli.export.compare.eval_rows import eval_rows
 from qlora_cli.files.atomic import make_partial_folder
+from qlora_cli.files.checksums import CHECKSUMS
 from qlora_cli.files.locate import read_config
 from qlora_cli.jobs import train
 from qlora_cli.recipe.schema import Model, Recipe
@@ -257,9 +258,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, good_checkpoint: Path, da
     assert str(folder) in str(caught.value)
 
 
-def test_the_checkpoint_before_a_damaged_one_can_be_used(stopped: tuple[Recipe, RunFolder]) -> None:
+def test_a_damaged_checkpoint_without_checksums_is_refused(
+    stopped: tuple[Recipe, RunFolder],
+) -> None:
+    """As older versions wrote them."""
     recipe, run = stopped
     newest = run.checkpoint(2)
+    (newest / CHECKSUMS).unlink()
     truncate(newest / "state.pt")
     with pytest.raises(
         ModelError, match="remove its folder; --resume then uses the checkpoint before it"
