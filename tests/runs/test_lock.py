@@ -38,23 +38,25 @@ def other_process(run: RunFolder, how: str) -> Iterator[None]:
         process.communicate()
 
 
+def assert_refused(run: RunFolder, message: str, *, new: bool) -> None:
+    with pytest.raises(UsageError, match=message), run.locked(new=new):
+        pass
+
+
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     with run.locked(new=True):
         run.write({})
     with other_process(run, "resume"):
-        with pytest.raises(UsageError, match="another process trains this run"):
-            with run.locked(new=False):
-                raise AssertionError("two processes have the lock")
+        assert_refused(run, "another process trains this run", new=False)
     with run.locked(new=False):
         assert run.run_json.is_file()
 
 
 def test_a_new_run_can_use_the_folder_of_a_process_killed_at_its_start(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    with other_process(run, "new"), pytest.raises(UsageError, match="another process"):
-        with run.locked(new=True):
-            raise AssertionError("two processes have the lock")
+    with other_process(run, "new"):
+        assert_refused(run, "another process", new=True)
     (run.path / f".run.json.{'0' * 16}.partial").write_text("{")
     with run.locked(new=True):
         pass
@@ -65,6 +67,5 @@ def test_foreign_files_are_not_touched(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     (tmp_path / "mine").touch()
     for new, message in ((True, "is in use"), (False, "is not a run's folder")):
-        with pytest.raises(UsageError, match=message), run.locked(new=new):
-            raise AssertionError
+        assert_refused(run, message, new=new)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
