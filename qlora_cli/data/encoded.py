@@ -11,6 +11,7 @@ A table has one record batch per part of the rows that was encoded in one go. Co
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,19 @@ class Examples(Sequence[Example]):
         """Return the token ids and the labels of an example."""
         row, start, length = (int(c[index]) for c in (self.rows, self.starts, self.lengths))
         return self.encoded.ids(row, start, length), self.encoded.labels(row, start, length)
+
+    def digest(self) -> str:
+        """Return a SHA-256 over token ids, labels and limits of all examples, in order."""
+        digests = [hashlib.sha256() for _ in range(3)]
+        for part in self.encoded.parts:
+            used = slice(part.bounds[0], part.bounds[-1])
+            labels = part.trained if part.labels is None else part.labels
+            for digest, values in zip(digests, (part.ids, labels), strict=False):
+                digest.update(np.ascontiguousarray(values[used]).data)
+            digests[2].update(np.diff(part.bounds).data)
+        for column in (self.rows, self.starts, self.lengths):
+            digests[2].update(np.ascontiguousarray(column).data)
+        return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
     def where(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return the file and the line of each example."""

@@ -25,10 +25,12 @@ ENTRY = "entry.json"
 TOKENS = "tokens"
 PROOFS = "proofs"
 SPEEDS = "speeds"
+CHECKSUMS = "checksums"
 KINDS = {
     TOKENS: "tokenized data",
     PROOFS: "proofs of model types",
     SPEEDS: "speeds of finished runs",
+    CHECKSUMS: "checksums of model files",
 }
 """Kind -> what its entries are. A new kind is one entry here."""
 _LOCK_SUFFIX = ".lock"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from qlora_cli.errors import ModelError
-from qlora_cli.files.atomic import read_json, write_json
+from qlora_cli.files import cache
+from qlora_cli.files.atomic import PARSE_ERRORS, read_json, write_json
 
+_LARGE_BYTES = 64 * 1024**2
+"""Hashing a smaller file takes less time than a person notices."""
 CHECKSUMS = "checksums.json"
 """Name of the file with the checksums of the other files in its folder."""
 
@@ -17,6 +22,26 @@ def sha256_of(file: Path) -> str:
     """Return the SHA-256 of a file's content. Raises OSError if it cannot be read."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cached_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's content; of a large file it is kept in the cache.
+
+    A file counts as unchanged if its path, size and time of change are the same. Raises OSError if
+    the file cannot be read.
+    """
+    stat = file.stat()
+    if stat.st_size < _LARGE_BYTES:
+        return sha256_of(file)
+    facts = {"file": str(file.resolve()), "size": stat.st_size, "time": stat.st_mtime_ns}
+    entry = cache.entry_folder(cache.CHECKSUMS, cache.key_of(facts)) / cache.ENTRY
+    with suppress(OSError, *PARSE_ERRORS):
+        return str(json.loads(entry.read_text())["sha256"])
+    digest = sha256_of(file)
+    with suppress(OSError):  # Without a cache, the file is read again the next time.
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        write_json(entry, {"description": str(file), "sha256": digest})
+    return digest
 
 
 def checksums_of(folder: Path, files: Iterable[Path]) -> dict[str, str]:

@@ -10,18 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files.atomic import read_json
+from qlora_cli.files.checksums import cached_sha256
 from qlora_cli.files.safetensors_io import TensorEntry, read_header, read_tensor
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-_FINGERPRINT_BYTES = 4096
-"""Bytes at each end of a tensor that enter the fingerprint."""
+_END_BYTES = 4096
+"""Bytes at each end of a tensor that enter the fingerprint of an older version."""
+_ALL_BYTES = "all:"
+"""Beginning of a fingerprint over all bytes."""
+_THREADS = 4
+"""Files that are hashed at the same time."""
 
 
 class TensorSource(Protocol):
@@ -82,16 +89,35 @@ class FolderSource:
         return read_tensor(self.entry(name))
 
 
-def fingerprint(folder: Path) -> str:
-    """Return a SHA-256 that identifies a checkpoint's weights.
+def fingerprint(folder: Path, like: str | None = None) -> str:
+    """Return a text that identifies a checkpoint's weights: a SHA-256 over all bytes of its files.
 
-    Covers each tensor's name, dtype, shape, first and last bytes. Hashing every byte would take as
-    long as loading the model. Raises ModelError if files are missing or damaged.
+    The checksums of large files are kept in the cache, so that only the first call reads them.
+    like: an earlier fingerprint, to compare with; if an older version made it, the result covers
+    the same bytes as that one. Raises ModelError if files are missing or damaged.
     """
+    if like is not None and not like.startswith(_ALL_BYTES):
+        return _fingerprint_of_ends(folder)
+    read_folder(folder)  # Refuses damaged headers.
+    files = _files(folder)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = list(pool.map(cached_sha256, files))
+    lines = (f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True))
+    return _ALL_BYTES + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def config_digest(folder: Path) -> str:
+    """Return a SHA-256 of the settings in a model's config.json. Raises ModelError if damaged."""
+    content = read_json(folder / "config.json", dict, ModelError)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint_of_ends(folder: Path) -> str:
+    """Return the fingerprint of older versions: names, dtypes, shapes and the ends of tensors."""
     digest = hashlib.sha256()
     for name, entry in sorted(read_folder(folder).items()):
         digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
-        size = min(_FINGERPRINT_BYTES, entry.num_bytes)
+        size = min(_END_BYTES, entry.num_bytes)
         with entry.file.open("rb") as stream:
             for start in (entry.start, entry.start + entry.num_bytes - size):
                 stream.seek(start)

@@ -30,7 +30,7 @@ def check_initial_adapter(prepared: Prepared) -> None:
     _open(where)
     run = Run.find(where)
     stored = run.record.get("base_fingerprint") if run is not None else None
-    if run is not None and stored is not None and stored != fingerprint(prepared.folder):
+    if run is not None and stored is not None and stored != fingerprint(prepared.folder, stored):
         raise UsageError(
             f"{where} was trained on another base ({run.recipe.model.name})",
             where="adapter.from",

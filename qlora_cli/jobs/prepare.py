@@ -73,6 +73,7 @@ class TrainingJob:
 
     run: the run's folder. schedule: the order of training. held_out: batches of the evaluation
     set, on the CPU; empty if there is none. steps: number of optimizer steps of the job.
+    data_digest: SHA-256 over the tokens and labels of the training rows, and of the held-out rows.
     """
 
     prepared: Prepared
@@ -80,6 +81,7 @@ class TrainingJob:
     schedule: BatchSchedule
     held_out: list[Batch]
     steps: int
+    data_digest: str
 
     @property
     def eval_every(self) -> int | None:
@@ -147,7 +149,9 @@ def read_job(prepared: Prepared, observer: Observer = _SILENT) -> TrainingJob:
     schedule = make_schedule(recipe, rows.train.examples)
     held_out = held_out_batches(recipe, rows.held_out.examples) if rows.held_out else []
     steps = recipe.train.steps or math.ceil(recipe.train.epochs * schedule.steps_per_epoch)
-    return TrainingJob(prepared, RunFolder(Path(recipe.output)), schedule, held_out, steps)
+    parts = [rows.train.examples, *([rows.held_out.examples] if rows.held_out else [])]
+    digest = " ".join(part.digest() for part in parts)
+    return TrainingJob(prepared, RunFolder(Path(recipe.output)), schedule, held_out, steps, digest)
 
 
 def make_schedule(recipe: Recipe, examples: Sequence[Example]) -> BatchSchedule:

@@ -11,8 +11,8 @@ from typing import Any
 
 from qlora_cli.data.template import read_template
 from qlora_cli.files.dtype import dtype_name
-from qlora_cli.files.source import fingerprint
-from qlora_cli.jobs.prepare import Prepared
+from qlora_cli.files.source import config_digest, fingerprint
+from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.quant import QuantLinear
@@ -21,23 +21,23 @@ from qlora_cli.runs.layout import RunFolder
 _PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers", "accelerate", "safetensors")
 
 
-def describe_run(prepared: Prepared, recipe_path: Path | None, steps: int) -> dict[str, Any]:
+def describe_run(job: TrainingJob, recipe_path: Path | None) -> dict[str, Any]:
     """Return the content of `run.json` before the base is loaded, with status `running`.
 
-    prepared: the recipe with its base, device and automatic choices.
-    recipe_path: the recipe's file, or None if there is none.
-    steps: number of optimizer steps of the complete run.
-
-    Raises ModelError if the base's files are damaged.
+    recipe_path: the recipe's file, or None if there is none. Raises ModelError if the base's files
+    are damaged.
     """
+    prepared = job.prepared
     profile = prepared.profile
     return {
         "status": "running",
-        "steps": steps,
+        "steps": job.steps,
         "recipe": with_absolute_paths(prepared.recipe.model_dump(mode="json")),
         "recipe_file": str(recipe_path) if recipe_path else None,
         "base_folder": str(prepared.folder.resolve()),
         "base_fingerprint": fingerprint(prepared.folder),
+        "base_config": config_digest(prepared.folder),
+        "data_digest": job.data_digest,
         "choices": [
             {"key": choice.key, "value": choice.value, "reason": choice.reason}
             for choice in prepared.choices

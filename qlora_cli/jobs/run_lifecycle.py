@@ -19,8 +19,13 @@ from qlora_cli.train.schedule import learning_rate
 
 _LENGTH = ("train.epochs", "train.steps")
 """Settings that may change on a resume if the run becomes longer."""
-_CHANGEABLE = ("train.checkpoint_every", "train.keep_checkpoints", "train.patience")
+_CHANGEABLE = ("output", "train.checkpoint_every", "train.keep_checkpoints", "train.patience")
 """Settings that may change on a resume, because they do not change the steps that were done."""
+_PLACES = {
+    "data_digest": ("data.train", "data.eval"),
+    "base_fingerprint": ("model.name", "model.revision"),
+}
+"""Key of run.json that identifies a content -> settings that name its place, which may change."""
 
 
 def finished_result(
@@ -86,7 +91,9 @@ def open_or_resume(
         job.run.write(description)
         return None
     _check_unchanged(earlier, description)
-    job.run.write(earlier.record | description)
+    _check_data(earlier, job, observer)
+    _note_other_versions(earlier, description, observer)
+    job.run.write(earlier.record | description | {"versions": earlier.record.get("versions")})
     good = last_good_step(job.run, observer.note)
     last = good or 0
     # A process that only has to save evaluates again, so that its report has this phase.
@@ -113,7 +120,7 @@ def _check_unchanged(earlier: Run, description: dict[str, Any]) -> list[str]:
 
     Raises UsageError if another setting differs, ModelError if the base does.
     """
-    earlier.check_fingerprint(description["base_fingerprint"])
+    earlier.check_base(Path(description["base_folder"]))
     # Older versions stored the paths of data files as they were written in the recipe. Settings
     # that a run of an older version does not have are at their defaults in it.
     stored = _flatten(record.with_absolute_paths(earlier.recipe.model_dump(mode="json")))
@@ -121,7 +128,9 @@ def _check_unchanged(earlier: Run, description: dict[str, Any]) -> list[str]:
     keys = sorted(stored.keys() | current.keys())
     changed = [key for key in keys if stored.get(key) != current.get(key)]
     is_longer = "steps" in earlier.record and description["steps"] > earlier.record["steps"]
-    refused = [key for key in changed if key not in (*_CHANGEABLE, *(_LENGTH if is_longer else ()))]
+    allowed = [*_CHANGEABLE, *(_LENGTH if is_longer else ())]
+    allowed += [key for record, keys in _PLACES.items() if record in earlier.record for key in keys]
+    refused = [key for key in changed if key not in allowed]
     if refused:
         raise UsageError(
             "the recipe has changed since this run began: "
@@ -133,6 +142,37 @@ def _check_unchanged(earlier: Run, description: dict[str, Any]) -> list[str]:
             "extended by more epochs or steps",
         )
     return changed
+
+
+def _check_data(earlier: Run, job: TrainingJob, observer: Observer) -> None:
+    """Raise UsageError if the tokens of the rows are not those that the run was trained on.
+
+    A chat template that writes today's date changes them every day; then they are only reported.
+    """
+    stored = earlier.record.get("data_digest")
+    if stored is None or stored == job.data_digest:
+        return
+    what = "the rows, or the tokens that they become, have changed since this run began"
+    if "strftime_now" in str(getattr(job.prepared.tokenizer, "chat_template", None)):
+        observer.note(f"warning: {what}; the chat template writes today's date")
+        return
+    raise UsageError(
+        what,
+        where=str(earlier.folder.run_json),
+        hint="restore the data files, the tokenizer and the chat template, or start a new run",
+    )
+
+
+def _note_other_versions(earlier: Run, description: dict[str, Any], observer: Observer) -> None:
+    """Report libraries that have another version than at the begin of the run."""
+    before, now = earlier.record.get("versions") or {}, description["versions"]
+    names = [name for name in before if now.get(name) != before[name]]
+    changed = [f"{name} {before[name]} -> {now.get(name)}" for name in names]
+    if changed:
+        observer.note(
+            f"warning: versions have changed since the run began ({', '.join(changed)}); the "
+            "result may differ from that of a run without a break"
+        )
 
 
 def _flatten(recipe: object, prefix: str = "") -> dict[str, object]:

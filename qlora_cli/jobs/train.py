@@ -62,7 +62,7 @@ def run(
 def _run(recipe: Recipe, recipe_path: Path | None, resume: bool, observer: Observer) -> TrainResult:
     """Do what `run` does, in a run's folder that no other process uses."""
     job = _prepare(recipe, observer)
-    description = record.describe_run(job.prepared, recipe_path, job.steps)
+    description = record.describe_run(job, recipe_path)
     earlier = Run(job.run.path) if resume else None
     if earlier is not None and (finished := finished_result(earlier, description, observer)):
         observer.note(f"{job.run.path} is finished; there is nothing to resume")

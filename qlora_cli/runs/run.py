@@ -11,7 +11,7 @@ from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.files.checksums import damage, damage_of_folder
-from qlora_cli.files.source import fingerprint
+from qlora_cli.files.source import config_digest, fingerprint
 from qlora_cli.recipe.schema import Recipe, Section
 from qlora_cli.runs.layout import ADAPTER, WEIGHTS, RunFolder, checkpoint_step
 from qlora_cli.runs.metrics import best_evaluation, read_evaluations
@@ -88,18 +88,25 @@ class Run:
                 hint="move it back, or set base_folder in run.json to its new path",
             )
         if not self.is_full_fine_tuning:
-            self.check_fingerprint(fingerprint(folder))
+            self.check_base(folder)
         return folder
 
-    def check_fingerprint(self, current: str) -> None:
-        """Compare the base's fingerprint `current` with the one stored when the run began.
+    def check_base(self, folder: Path) -> None:
+        """Compare the base in `folder` with the one at the begin of the run.
 
-        Runs of older versions stored none and pass. Raises ModelError if the two differ.
+        Runs of older versions recorded less of it. Raises ModelError if weights or config differ.
         """
-        if self.record.get("base_fingerprint", current) != current:
+        config = self.record.get("base_config")
+        if config is not None and config != config_digest(folder):
             raise ModelError(
-                f"the weights in {self.record['base_folder']} are not those that the run was "
-                "trained on",
+                f"{folder / 'config.json'} is not as it was when the run was trained",
+                where=str(self.folder.run_json),
+                hint="restore the original config.json",
+            )
+        stored = self.record.get("base_fingerprint")
+        if stored is not None and stored != fingerprint(folder, stored):
+            raise ModelError(
+                f"the weights in {folder} are not those that the run was trained on",
                 where=str(self.folder.run_json),
                 hint="restore the original weights; an adapter works only on the base that it was "
                 "trained on",

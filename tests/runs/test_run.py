@@ -51,9 +51,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             counts["run.json"] += 1
         return open_file(file, mode, *arguments, **options)
 
-    def counting_fingerprint(folder: Path) -> str:
+    def counting_fingerprint(folder: Path, like: str | None = None) -> str:
         counts["fingerprint"] += 1
-        return fingerprint(folder)
+        return fingerprint(folder, like)
 
     monkeypatch.setattr(io, "open", counting_open)  # which pathlib uses
     monkeypatch.setattr("builtins.open", counting_open)

@@ -46,7 +46,8 @@ def read_record(merged: Path) -> dict[str, Any] | None:
     if not (merged / RECORD).is_file():
         return None
     content: dict[str, Any] = read_json(merged / RECORD, dict, ModelError)
-    return content if content.get(_FINGERPRINT) == fingerprint(merged) else None
+    stored = content.get(_FINGERPRINT)
+    return content if stored is not None and stored == fingerprint(merged, stored) else None
 
 
 def _finite(result: Mapping[str, Any]) -> dict[str, Any]:
