@@ -22,7 +22,7 @@ from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.lora import LoraSettings
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.errors import ModelError, Problem, ProblemsError
-from qlora_cli.files.safetensors_io import TensorEntry, read_header, read_tensor
+from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
 from qlora_cli.nn.site import Site
 
 MAX_LISTED = 6
@@ -107,9 +107,17 @@ class AdapterLayer:
     def read(self) -> list[LoraUpdate]:
         """Read the updates of all roles.
 
-        Raises ModelError if B has values outside the blocks of the roles.
+        Raises ModelError if a value is not finite, or if B has values outside the blocks of the
+        roles.
         """
         a, b = read_tensor(self.a), read_tensor(self.b)
+        if not (is_finite(a) and is_finite(b)):
+            raise ModelError(
+                f"the adapter's A or B for {self.path} has values that are not finite",
+                where=str(self.a.file),
+                hint="the training diverged or the file is damaged; check the losses with "
+                "`qlora report`",
+            )
         rank, scaling = self.settings.rank, self.settings.scaling
         columns = [slice(i * rank, (i + 1) * rank) for i in range(len(self.rows))]
         blocks = list(zip(self.rows.values(), columns, strict=True))

@@ -34,6 +34,7 @@ from qlora_cli.cli.report import report
 from qlora_cli.cli.train import train
 from qlora_cli.cli.verify import verify
 from qlora_cli.errors import Interrupted, QloraError
+from qlora_cli.shortage import converted
 
 
 class _Commands(click.Group):
@@ -51,8 +52,11 @@ class _Commands(click.Group):
         except (click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            emit_error(ctx, error, getattr(error, "exit_code", 1))
-            raise
+            known = converted(error)
+            emit_error(ctx, known, getattr(known, "exit_code", 1))
+            if known is error:
+                raise
+            raise known from error
 
 
 @click.group(

@@ -75,12 +75,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             metadata = header.pop("__metadata__", {})
             start = _LENGTH_BYTES + length
             entries = {name: _entry(file, start, fields) for name, fields in header.items()}
-        ends = [entry.start + entry.num_bytes for entry in entries.values()]
-        if max(ends, default=start) != file.stat().st_size:
-            raise ValueError(
-                f"it has {file.stat().st_size} bytes; its header describes "
-                f"{max(ends, default=start)}"
-            )
+        end = _check_places(entries, start)
+        if end != file.stat().st_size:
+            raise ValueError(f"it has {file.stat().st_size} bytes; its header describes {end}")
     except OSError as fault:
         raise ModelError(f"cannot be read: {fault.strerror or fault}", where=str(file)) from fault
     except (ValueError, KeyError, TypeError, AttributeError) as fault:
@@ -88,6 +85,19 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             f"damaged safetensors file: {fault}", where=str(file), hint="fetch the file again"
         ) from fault
     return entries, metadata
+
+
+def _check_places(entries: Mapping[str, TensorEntry], start: int) -> int:
+    """Check that the tensors follow one another, as the format requires, and return their end.
+
+    start: position of the first tensor's first byte. Raises ValueError.
+    """
+    end = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if entry.start != end:
+            raise ValueError(f"the tensor {name} begins at byte {entry.start} instead of {end}")
+        end += entry.num_bytes
+    return end
 
 
 def _entry(file: Path, start: int, fields: Mapping[str, Any]) -> TensorEntry:

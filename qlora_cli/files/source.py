@@ -19,7 +19,7 @@ from torch import Tensor
 from qlora_cli.errors import ModelError
 from qlora_cli.files.atomic import read_json
 from qlora_cli.files.checksums import cached_sha256
-from qlora_cli.files.safetensors_io import TensorEntry, read_header, read_tensor
+from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -85,8 +85,19 @@ class FolderSource:
         return self.entries[self._file_names[name]]
 
     def read(self, name: str) -> Tensor:
-        """Read the tensor into CPU memory of its own size."""
-        return read_tensor(self.entry(name))
+        """Read the tensor into CPU memory of its own size.
+
+        Raises ModelError if a value is NaN or infinite: every result would be, too.
+        """
+        entry = self.entry(name)
+        tensor = read_tensor(entry)
+        if not is_finite(tensor):
+            raise ModelError(
+                f"{self.file_name(name)} of the base has values that are not finite",
+                where=str(entry.file),
+                hint="the base is damaged; download it again",
+            )
+        return tensor
 
 
 def fingerprint(folder: Path, like: str | None = None) -> str:
@@ -146,6 +157,11 @@ def _files(folder: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError) as fault:
             raise ModelError(f"damaged index: {fault!r}", where=str(index)) from fault
         files = [folder / name for name in names]
+        foreign = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+        if foreign:
+            raise ModelError(
+                f"damaged index: {foreign[0]} is not a file in this folder", where=str(index)
+            )
     else:
         files = [folder / WEIGHTS_FILE]
     missing = [file.name for file in files if not file.is_file()]

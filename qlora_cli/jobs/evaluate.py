@@ -11,6 +11,7 @@ from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.packing import eval_batches
 from qlora_cli.data.template import with_template
 from qlora_cli.data.tokenizer import load_tokenizer
+from qlora_cli.errors import NotFinite
 from qlora_cli.events import Observer
 from qlora_cli.jobs.eval_answers import AnswersFile
 from qlora_cli.jobs.open_generator import check_not_an_adapter
@@ -59,6 +60,13 @@ def run(
         collate=task.collate,
     )
     score = task.evaluate(opened.loaded, batches, device)
+    if not math.isfinite(score.loss):
+        raise NotFinite(
+            f"the loss is {score.loss}",
+            where=where,
+            hint="the weights are finite, so a computation in 16 bit overflows or the adapter is "
+            "damaged; evaluate with base.compute_dtype=bfloat16 or float32",
+        )
     perplexity = math.exp(min(score.loss, _MAX_PERPLEXITY_LOSS))
     return EvalResult(score.loss, perplexity, score.num_targets, score.metrics["accuracy"])
 

@@ -84,7 +84,7 @@ def _metrics(file: Path) -> tuple[dict[str, Any], ...]:
     if not file.is_file():
         return ()
     # Text after the last newline is an incomplete line: the process stopped while it wrote it.
-    *lines, _ = file.read_text().split("\n")
+    *lines, _ = file.read_text(errors="replace").split("\n")
     return tuple(_metric(line, f"{file}:{number}") for number, line in enumerate(lines, 1))
 
 

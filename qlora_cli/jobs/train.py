@@ -73,13 +73,6 @@ def _run(recipe: Recipe, recipe_path: Path | None, resume: bool, observer: Obser
     try:
         planned, baseline = _plan(job, observer)
         return _train(job, checkpoint, planned, baseline, observer)
-    except torch.OutOfMemoryError as fault:
-        record_stop(job.run, "failed", resume)
-        raise DoesNotFit(
-            f"the GPU is out of memory: {str(fault).splitlines()[0]}",
-            hint="find a size that fits with `qlora plan --fit`; check that no other process uses "
-            "the GPU",
-        ) from fault
     except (Interrupted, KeyboardInterrupt):
         record_stop(job.run, "interrupted", resume)
         raise

@@ -7,7 +7,8 @@ done before it: 0 before training. The line of a step has the key `loss` instead
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -57,6 +58,8 @@ def append_line(file: Path, line: Mapping[str, Any]) -> None:
     """Append one line to metrics.jsonl. Raises QloraError if it cannot be written."""
     with report_write_errors(file.name, file, hint=RESUME_HINT), file.open("a") as metrics:
         metrics.write(json.dumps(line) + "\n")
+        metrics.flush()
+        os.fsync(metrics.fileno())
 
 
 def remove_lines_after(file: Path, step: int, *, keep_evaluation: bool = True) -> None:
@@ -77,12 +80,26 @@ def remove_lines_after(file: Path, step: int, *, keep_evaluation: bool = True) -
         beside.write_text("".join(f"{text}\n" for text in kept))
 
 
-def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the text and the content of each line that is not damaged."""
-    for text in file.read_text().splitlines() if file.is_file() else ():
+def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the text and the content of each line that is not damaged.
+
+    Of several lines of the same step, or of the same evaluation, only the last one is returned.
+    """
+    lines: dict[tuple[int, bool], tuple[str, dict[str, Any]]] = {}
+    content = file.read_text(errors="replace") if file.is_file() else ""
+    for text in content.splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # The process was stopped while it wrote this line.
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            yield text, line
+        if isinstance(line, dict) and type(line.get("step")) is int and _has_loss(line):
+            place = line["step"], is_evaluation(line)
+            lines.pop(place, None)
+            lines[place] = text, line
+    return list(lines.values())
+
+
+def _has_loss(line: Mapping[str, Any]) -> bool:
+    """Return whether a line has the loss of a step or of an evaluation."""
+    loss = line.get(EVAL_LOSS, line.get("loss"))
+    return isinstance(loss, int | float) and not isinstance(loss, bool)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qlora_cli.files.source import WEIGHTS_FILE, WEIGHTS_INDEX
 from tests.helpers.cli_checks import assert_folder_is_usable, assert_refused, truncate
@@ -106,6 +107,30 @@ def test_a_missing_shard_and_a_damaged_index_are_refused(
     assert_refused(
         qlora("train", job_recipe, f"model.name={other}"), 2, other / WEIGHTS_INDEX, "damaged index"
     )
+    for foreign in ("../outside.safetensors", "/outside.safetensors"):
+        (other / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": foreign}}))
+        outcome = qlora("train", job_recipe, f"model.name={other}")
+        assert_refused(outcome, 2, other / WEIGHTS_INDEX, f"{foreign} is not a file in this folder")
+    assert_folder_is_usable(job_recipe)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_by_every_command(
+    job_recipe: Path, tiny_base: Path, tmp_path: Path, value: float
+) -> None:
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(other / WEIGHTS_FILE)
+    weights[name][3, 5] = value
+    save_file(weights, other / WEIGHTS_FILE, metadata={"format": "pt"})
+    commands: list[list[str | Path]] = [
+        ["train", job_recipe, f"model.name={other}"],
+        ["eval", other, "--data", "starter:held_out"],
+        ["generate", other, "--prompt", "a"],
+    ]
+    for command in commands:
+        outcome = qlora(*command)
+        assert_refused(outcome, 2, other / WEIGHTS_FILE, name, "values that are not finite")
     assert_folder_is_usable(job_recipe)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -138,6 +139,30 @@ def test_a_damaged_file_is_named(how: str, content: bytes, tmp_path: Path) -> No
     file.write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.safetensors: damaged safetensors file"):
         read_header(file)
+
+
+OFFSETS = {
+    "overlapping tensors": [[0, 24], [12, 36]],
+    "a hole between tensors": [[0, 24], [30, 54]],
+    "a negative offset": [[-4, 20], [20, 44]],
+}
+
+
+@pytest.mark.parametrize("how", OFFSETS)
+def test_tensors_that_do_not_follow_one_another_are_refused(how: str, tmp_path: Path) -> None:
+    """The library refuses them, too."""
+    header = {
+        name: {"dtype": "F32", "shape": [2, 3], "data_offsets": offsets}
+        for name, offsets in zip("ab", OFFSETS[how], strict=True)
+    }
+    text = json.dumps(header).encode().ljust(200)
+    file = tmp_path / "model.safetensors"
+    size = max(end for _, end in OFFSETS[how])
+    file.write_bytes((200).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(ModelError, match=r"damaged safetensors file: the tensor . begins at byte"):
+        read_header(file)
+    with pytest.raises(SafetensorError):
+        load_file(file)
 
 
 def test_a_file_that_shrank_since_its_header_was_read_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LAYERS = (
-    ("errors", "units", "events", "device"),
+    ("errors", "units", "events", "device", "shortage"),
     ("recipe",),
     ("files",),
     ("memory",),

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.adapters.peft_file import AdapterFile, LoraUpdate
-from qlora_cli.errors import QloraError, UsageError, VerificationFailed
+from qlora_cli.errors import UsageError, VerificationFailed
 from qlora_cli.export.merge.combine import WeightedAdapter, combine, open_other_adapters
 from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.merge.lora_sum import merged_rows, rounds_to
@@ -102,8 +102,6 @@ class MergedTensors:
         else:
             result = self._copied(name, count)
         if not is_finite(result):
-            if not all(is_finite(factor) for part in parts for factor in (part.a, part.b)):
-                raise self._not_finite(name)
             raise _too_large(file_name, self.dtype)
         return result
 
@@ -119,15 +117,6 @@ class MergedTensors:
             return False
         result = site.from_file(tensor)
         return rounds_to(result, self._base_weight(name, site), parts)
-
-    def _not_finite(self, name: str) -> QloraError:
-        assert self.adapter is not None
-        return QloraError(
-            f"the adapter's A or B for {name} has values that are not finite",
-            where=str(self.adapter.folder),
-            hint="the training diverged or the file is damaged; check the losses with "
-            "`qlora report`",
-        )
 
     @cached_property
     def _names(self) -> Mapping[str, str]:
@@ -147,19 +136,9 @@ class MergedTensors:
         layer = layers.get(name.removesuffix(".weight"))
         return layer.read() if layer is not None else []
 
-    def _read(self, name: str) -> Tensor:
-        tensor = self.source.read(name)
-        if not is_finite(tensor):
-            raise QloraError(
-                f"{self.source.file_name(name)} of the base has values that are not finite",
-                where=str(self.source.folder),
-                hint="the base is damaged; download it again",
-            )
-        return tensor
-
     def _base_weight(self, name: str, site: Site) -> Tensor:
         """Return the weight (out, in) that the adapter is added to."""
-        tensor = self._read(name)
+        tensor = self.source.read(name)
         weight = site.from_file(tensor)
         if self.base == "original":
             return weight
@@ -169,7 +148,7 @@ class MergedTensors:
         return layer.dequantize().cpu()
 
     def _copied(self, name: str, count: Count) -> Tensor:
-        own = self._read(name)
+        own = self.source.read(name)
         result = own.to(self._dtype_of(name))
         if result.dtype != own.dtype:
             count(own, result)
