@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qlora_cli.errors import UsageError
+from qlora_cli.files.paths import user_path
 
 step_option = click.option(
     "--step",
@@ -24,7 +25,7 @@ def at_step(run: str | Path, step: int | None) -> Path | str:
     """
     if step is None:
         return run
-    folder = Path(run).expanduser()
+    folder = user_path(run)
     if not (folder / "run.json").is_file():
         raise UsageError(
             f"{run} is not a run's folder", where="--step", hint="only a run has checkpoints"

@@ -86,6 +86,11 @@ def pack(lengths: Sequence[int] | NDArray[np.int32], seq_len: int) -> Sequences:
     return Sequences.of(longest_first[by_sequence], np.bincount(sequence_of, minlength=number))
 
 
+_NUM_ORDERS = 64
+"""Number of epochs with an order of their own. Without a limit, the plan of a job of many epochs,
+which looks at every step, would take minutes."""
+
+
 class _Epoch:
     """The micro-batches of one epoch.
 
@@ -127,6 +132,8 @@ class BatchSchedule:
     needs only that number. A step does not span epochs; the last step of an epoch may have fewer
     micro-batches.
 
+    The order differs in each of `_NUM_ORDERS` epochs and then repeats.
+
     examples: all rows. seq_len: maximum number of tokens in a sequence. packing: whether several
     rows share a sequence. micro_batch: sequences per micro-batch. grad_accum: micro-batches per
     step. seed: of the shuffling. collate: the function of the task that builds a micro-batch.
@@ -156,6 +163,8 @@ class BatchSchedule:
         """Number of sequences in an epoch."""
         self.steps_per_epoch = -(-self.num_sequences // self._per_step)
         """Number of optimizer steps in an epoch, including a last step with fewer micro-batches."""
+        self.distinct_steps = _NUM_ORDERS * self.steps_per_epoch
+        """Number of optimizer steps after which the order of the rows repeats."""
 
     @property
     def epoch_size(self) -> BatchSize:
@@ -194,7 +203,8 @@ class BatchSchedule:
 
     def _find(self, step: int) -> tuple[_Epoch, range]:
         """Return the epoch of a step and its micro-batches in the epoch."""
-        number, index = divmod(step, self.steps_per_epoch)
+        epoch, index = divmod(step, self.steps_per_epoch)
+        number = epoch % _NUM_ORDERS
         if self._current.number != number:
             order = self._order(number)
             self._current = _Epoch(number, order, self._lengths, self._targets, self._micro_batch)
@@ -251,6 +261,6 @@ def eval_batches(
 
 
 def peak_steps(schedule: BatchSchedule, steps: range) -> set[int]:
-    """Return the steps that contain a micro-batch at which memory peaks."""
-    numbers, columns = schedule.size_columns(steps)
+    """Return the steps that contain a micro-batch at which memory peaks, the first of each size."""
+    numbers, columns = schedule.size_columns(steps[: schedule.distinct_steps])
     return {int(numbers[index]) for index in largest_columns(columns)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from qlora_cli.data.readers import READERS, TEXT_SUFFIXES, Item, file_type, read_file, read_hub
 from qlora_cli.errors import InputError
 from qlora_cli.files.locate import STARTER, STARTER_FOLDER
+from qlora_cli.files.paths import user_path
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]%:+-]+))?")
 
@@ -58,7 +59,7 @@ def open_sources(places: Sequence[str]) -> list[list[Opened]]:
 def _open(where: str) -> list[Opened]:
     if where.startswith(f"{STARTER}:"):
         return [_open_starter(where)]
-    path = Path(where).expanduser()
+    path = user_path(where)
     if path.is_file():
         return [_open_file(path)]
     if path.is_dir():

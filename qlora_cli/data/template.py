@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import InputError, ModelError
+from qlora_cli.files.paths import user_path
 from qlora_cli.recipe.schema import Data
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -91,7 +92,7 @@ def read_template(setting: str) -> str:
     if setting in TEMPLATES or is_text(setting):
         return setting
     try:
-        return Path(setting).expanduser().read_text(encoding="utf-8")
+        return user_path(setting).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"no readable template {setting}",

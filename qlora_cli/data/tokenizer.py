@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files.locate import NO_CODE_HINT, STARTER, STARTER_FOLDER, check_auto_map
+from qlora_cli.files.paths import user_path
 
 _FILES = (
     "tokenizer.json",
@@ -27,7 +28,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     Raises ModelError if the tokenizer needs such code, is damaged, empty or slow, or cannot be
     downloaded.
     """
-    folder = STARTER_FOLDER if name == STARTER else Path(name).expanduser()
+    folder = STARTER_FOLDER if name == STARTER else user_path(name)
     local = folder.is_dir()
     if local and not any((folder / file).is_file() for file in _FILES):
         # From config.json alone, transformers would create an empty tokenizer without an error.

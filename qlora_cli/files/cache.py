@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.files.lock import locked_file
+from qlora_cli.files.paths import user_path
 
 SWITCH = "QLORA_CACHE"
 """Environment variable that names another folder."""
@@ -49,9 +50,9 @@ class CacheEntry:
 def cache_root() -> Path:
     """Return `$QLORA_CACHE`, else the folder `qlora` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if named := os.environ.get(SWITCH):
-        return Path(named).expanduser()
+        return user_path(named)
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path("~/.cache").expanduser()) / "qlora"
+    return (Path(home) if home else user_path("~/.cache")) / "qlora"
 
 
 def entry_folder(kind: str, key: str) -> Path:

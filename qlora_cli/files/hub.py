@@ -10,6 +10,7 @@ import errno
 from pathlib import Path
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files.paths import user_path
 
 _WHERE = "model.name"
 _GATED_OWNERS = ("meta-llama", "mistralai", "google")
@@ -116,7 +117,7 @@ def _first_line(fault: Exception) -> str:
 
 
 def _no_folder(name: str) -> ModelError:
-    parent = Path(name).expanduser().parent
+    parent = user_path(name).parent
     hint = _similar_folders(name)
     if not parent.is_dir():
         hint = f"{parent} is not a folder either"
@@ -125,7 +126,7 @@ def _no_folder(name: str) -> ModelError:
 
 def _similar_folders(name: str) -> str | None:
     """Return a hint with folders of a similar name, or None if there are none."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.parent.is_dir():
         return None
     names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]

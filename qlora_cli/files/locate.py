@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files.hub import download
+from qlora_cli.files.paths import user_path
 
 STARTER = "starter"
 """The value of `model.name` that selects the embedded base."""
@@ -19,6 +20,8 @@ _SIZE_KEYS = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
 )
 _MIN_ITEM_BYTES = 2
+_MAX_SIZE, _MAX_LAYERS = 2**31, 10_000
+"""Upper bounds of sizes in a config, above all known models by far."""
 NO_CODE_HINT = (
     "qlora does not run code from a model folder; use a base of a family that transformers supports"
 )
@@ -128,8 +131,11 @@ def _check_sizes(config: Any) -> None:
     """Raise ValueError for sizes that no model can have; transformers would fail much later."""
     for key in _SIZE_KEYS:
         size = getattr(config, key, None)
-        if size is not None and size < 1:
+        if size is not None and not 1 <= size <= _MAX_SIZE:
             raise ValueError(f"{key} is {size}")
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    if layers > _MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers is {layers}")
     heads = getattr(config, "num_attention_heads", None) or 1
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:
@@ -143,5 +149,5 @@ def _local(name: str) -> Path | None:
     """Return the local folder with this name, or None if there is none."""
     if name == STARTER:
         return STARTER_FOLDER
-    path = Path(name).expanduser()
+    path = user_path(name)
     return path if path.is_dir() else None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
 from qlora_cli.errors import InputError, UsageError
 from qlora_cli.events import Observer
+from qlora_cli.files.paths import user_path
 from qlora_cli.files.source import fingerprint
 from qlora_cli.jobs.prepare import Prepared
 from qlora_cli.models.attach import load_adapter
@@ -58,7 +57,7 @@ def load_initial_adapter(prepared: Prepared, state: State, observer: Observer) -
 
 def _open(where: str) -> AdapterFile:
     run = Run.find(where)
-    folder = Path(where).expanduser()
+    folder = user_path(where)
     if run is None and not folder.is_dir():
         raise UsageError(
             f"there is no folder {where}",

@@ -17,6 +17,7 @@ from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.export.merge.manifest import trained_row_format
+from qlora_cli.files.paths import user_path
 from qlora_cli.jobs.prompt_format import PromptSource
 from qlora_cli.jobs.text_generator import TextGenerator
 from qlora_cli.memory.device import inspect_device
@@ -51,7 +52,7 @@ def open_generator(
     """
     check_not_an_adapter(run_or_model)
     check_uses(run_or_model, adapters, uses)
-    named = {name: _NamedAdapter.at(folder.expanduser()) for name, folder in adapters.items()}
+    named = {name: _NamedAdapter.at(user_path(folder)) for name, folder in adapters.items()}
     device = torch.device(inspect_device().kind)
     require_proof_of_model(run_or_model, observer)
     open_model = open_for_adapters if adapters or merged else open_any
@@ -147,7 +148,7 @@ def check_uses(run_or_model: str, adapters: Mapping[str, Path], uses: Sequence[s
 
 def check_not_an_adapter(where: str) -> None:
     """Raise UsageError if `where` is an adapter's folder without a base, with the way to use it."""
-    folder = Path(where).expanduser()
+    folder = user_path(where)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return
     run = _run_around(folder)

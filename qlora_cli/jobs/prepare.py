@@ -96,7 +96,8 @@ class TrainingJob:
         There are one or two. The first is for the first micro-batch of every step, the second is
         for all later ones, during which gradients exist already.
         """
-        steps = [self.schedule.sizes(step) for step in range(self.steps)]
+        distinct = range(min(self.steps, self.schedule.distinct_steps))
+        steps = [self.schedule.sizes(step) for step in distinct]
         first = [sizes[0] for sizes in steps]
         later = [size for sizes in steps for size in sizes[1:]]
         return [self._batch(BatchSize.upper_bound(sizes)) for sizes in (first, later) if sizes]

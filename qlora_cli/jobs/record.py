@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_cli.data.template import read_template
 from qlora_cli.files.dtype import dtype_name
+from qlora_cli.files.paths import user_path
 from qlora_cli.files.source import config_digest, fingerprint
 from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.models.model import LoadedModel
@@ -118,7 +119,7 @@ def _absolute(where: Any) -> Any:
         return where | {"path": _absolute(where["path"])}
     if not isinstance(where, str):
         return where
-    path = Path(where).expanduser()
+    path = user_path(where)
     is_local = path.exists() or bool(has_magic(where) and glob(str(path), recursive=True))
     return str(path.absolute()) if is_local else where
 

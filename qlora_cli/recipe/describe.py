@@ -155,7 +155,7 @@ def _alternatives(annotation: Any, metadata: Sequence[Any]) -> list[str]:
     if get_origin(annotation) is dict:
         return ["a mapping of strings to strings"]
     bounds = [
-        f"{sign} {getattr(bound, attribute):g}"
+        f"{sign} {getattr(bound, attribute):.12g}"
         for kind, attribute, sign in _BOUNDS
         for bound in metadata
         if isinstance(bound, kind)

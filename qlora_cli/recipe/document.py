@@ -18,6 +18,9 @@ from yaml.constructor import ConstructorError
 
 KeyPath = tuple[str, ...]
 
+_MAX_CHARACTERS, _MAX_KEYS = 1_000_000, 2_000
+"""Limits of a recipe. Larger files are no recipes, and parsing them takes minutes."""
+
 _BOOL = "tag:yaml.org,2002:bool"
 _FLOAT = "tag:yaml.org,2002:float"
 _INT = "tag:yaml.org,2002:int"
@@ -85,13 +88,17 @@ class Document:
 
 
 def read_document(text: str) -> Document:
-    """Parse a YAML text. Raises DocumentError if it is not valid YAML."""
+    """Parse a YAML text. Raises DocumentError if it is not valid YAML, or too large."""
+    if len(text) > _MAX_CHARACTERS:
+        raise DocumentError(f"it has more than {_MAX_CHARACTERS:,} characters", None)
     try:
         return _parse(_Loader(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         what = error.problem or error.context or "this is not valid YAML"
         raise DocumentError(what, mark.line + 1 if mark else None) from error
+    except RecursionError as error:
+        raise DocumentError("its brackets or lists are nested too deeply", None) from error
     except yaml.YAMLError as error:
         raise DocumentError("it contains characters that YAML does not allow", None) from error
 
@@ -120,7 +127,12 @@ def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, document: Docume
         ]
     if isinstance(node, yaml.MappingNode):
         return _construct_mapping(loader, node, path, document)
-    return loader.construct_object(node)
+    try:
+        return loader.construct_object(node)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        kind = node.tag.rpartition(":")[2]
+        what = f"{str(node.value)[:40]!r} is not a valid {kind}"
+        raise DocumentError(what, node.start_mark.line + 1) from error
 
 
 def _construct_mapping(
@@ -132,6 +144,8 @@ def _construct_mapping(
         if not isinstance(key_node, yaml.ScalarNode):
             raise DocumentError("a key must be a plain word", line)
         key = key_node.value
+        if len(document.lines) > _MAX_KEYS:
+            raise DocumentError(f"it has more than {_MAX_KEYS:,} keys and is not a recipe", line)
         if key in content:
             document.duplicates.append(((*path, key), line))
         content[key] = _construct(loader, value_node, (*path, key), document)

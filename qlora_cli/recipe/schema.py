@@ -27,6 +27,9 @@ Optimizer = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**20)]
+
 
 class Section(BaseModel):
     """A section of the recipe. Unknown keys are errors, and values are not converted between types.
@@ -94,7 +97,7 @@ class Adapter(Section):
     method: Literal["lora", "full"] = "lora"
     """lora trains the adapter matrices A and B; full trains every weight of the base (full
     fine-tuning) and is meant for comparison."""
-    rank: Annotated[int, Field(ge=1)] = 16
+    rank: Annotated[int, Field(ge=1, le=65536)] = 16
     """LoRA rank, the number of rows of A and columns of B; a higher rank trains more parameters and
     needs more memory."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -154,7 +157,7 @@ class Data(Section):
     alpaca: {instruction, output, input?, system?, tools?}; sharegpt: {conversations, system?,
     tools?}; messages: {messages, tools?, functions?}; tokens: {input_ids, labels?,
     attention_mask?}; auto detects the format from the field names."""
-    seq_len: Annotated[int, Field(ge=8)] = 1024
+    seq_len: Annotated[int, Field(ge=8, le=2**24)] = 1024
     """Maximum length of a sequence in tokens, also the length that packing fills; `long_rows`
     applies to longer rows, and memory for activations grows with it."""
     long_rows: Literal["auto"] | LongRows = "auto"
@@ -172,7 +175,7 @@ class Data(Section):
     {prompt: question, completion: answer}."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use at most this number of training rows, chosen by `seed`; null uses all."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed that chooses the rows of `eval` as a share, of weights and of `max_rows`."""
     cache: bool = True
     """Keep the tokens of large files on disk for later runs with the same rows and tokenizer
@@ -194,13 +197,13 @@ class Data(Section):
 class Train(Section):
     """The training loop."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=10**9)] = 1.0
     """Number of passes over the training rows; set either `epochs` or `steps`."""
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Number of optimizer steps; null computes it from `epochs`."""
-    micro_batch: Annotated[int, Field(ge=1)] = 1
+    micro_batch: Count = 1
     """Sequences per forward pass; a larger value trains faster and needs more memory."""
-    grad_accum: Annotated[int, Field(ge=1)] = 8
+    grad_accum: Count = 8
     """Forward and backward passes per optimizer step; one step uses micro_batch x grad_accum
     sequences."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
@@ -236,7 +239,7 @@ class Train(Section):
     log_to: list[Tracker] = []
     """Trackers that receive the recipe and the figures of each step and evaluation: tensorboard
     writes to the run's folder, the others use their own login and environment variables."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of A's initial values, of the order of the rows and of dropout."""
 
     @model_validator(mode="after")

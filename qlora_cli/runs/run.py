@@ -11,6 +11,7 @@ from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.files.checksums import damage, damage_of_folder
+from qlora_cli.files.paths import user_path
 from qlora_cli.files.source import config_digest, fingerprint
 from qlora_cli.recipe.schema import Recipe, Section
 from qlora_cli.runs.layout import ADAPTER, WEIGHTS, RunFolder, checkpoint_step
@@ -40,7 +41,7 @@ class Run:
 
         where: a path that the user wrote, of a run or of one of its checkpoints; `~` is expanded.
         """
-        run = cls(Path(where).expanduser())
+        run = cls(user_path(where))
         return run if run.folder.run_json.is_file() else None
 
     @property
@@ -235,7 +236,7 @@ def adapter_at(where: Path) -> AdapterFile:
     Raises InputError if there is none or it is damaged.
     """
     run = Run.find(where)
-    return run.adapter_file if run is not None else open_adapter(where.expanduser())
+    return run.adapter_file if run is not None else open_adapter(user_path(where))
 
 
 def _without_defaults(content: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:

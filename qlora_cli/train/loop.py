@@ -159,8 +159,9 @@ class TrainingLoop:
         recipe = self.state.recipe
         trains_base = not method_of(recipe.adapter).freezes_base
         passes = 2 + trains_base + recipe.train.activation_checkpointing
-        sizes = [size for step in range(self.steps) for size in self.schedule.sizes(step)]
-        seconds = passes * sum(size.tokens for size in sizes) / self.evaluator.tokens_per_second
+        epochs = self.steps / self.schedule.steps_per_epoch
+        tokens = epochs * self.schedule.epoch_size.tokens
+        seconds = passes * tokens / self.evaluator.tokens_per_second
         self.observer.note(
             f"training takes about {format_duration(seconds)}, estimated from the speed of the "
             "evaluation; the time left is measured from the first step on"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qlora_cli.data.collate import collate, largest_batch
 from qlora_cli.data.encode import Example
-from qlora_cli.data.packing import BatchSchedule, eval_batches, pack
+from qlora_cli.data.packing import BatchSchedule, eval_batches, pack, peak_steps
 from qlora_cli.nn.labels import IGNORE_INDEX
 
 LENGTHS = st.lists(st.integers(2, 32), min_size=1, max_size=60)
@@ -86,6 +86,22 @@ def test_batches_are_a_pure_function_of_the_step():
         forwards[: schedule.steps_per_epoch]
         != forwards[schedule.steps_per_epoch :][: schedule.steps_per_epoch]
     )
+
+
+def test_a_job_of_very_many_steps_has_a_known_peak_before_it_starts():
+    """The order of the rows repeats, so looking at every distinct step is enough."""
+    schedule = schedule_of(range(2, 30))
+    steps = range(3, 10**12)
+    peaks = peak_steps(schedule, steps)
+    assert peaks
+    assert max(peaks) < 3 + schedule.distinct_steps
+    first, last = schedule.step_batches(0), schedule.step_batches(schedule.distinct_steps)
+    assert [rows_of(batch) for batch in first] == [rows_of(batch) for batch in last]
+    orders = {
+        tuple(tuple(rows_of(batch)) for batch in schedule.step_batches(step))
+        for step in range(0, schedule.distinct_steps, schedule.steps_per_epoch)
+    }
+    assert len(orders) > 60, "until then each epoch has an order of its own"
 
 
 def test_the_last_step_of_an_epoch_may_have_fewer_rows():

@@ -80,3 +80,25 @@ def test_an_invalid_document_is_refused_with_its_line(text: str, line: int | Non
     with pytest.raises(DocumentError) as caught:
         read_document(text)
     assert caught.value.line == line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "a: !!int foo",
+            "a: !!float x",
+            "a: !!bool x",
+            "a: !!timestamp x",
+            "a: !!python/name:os.x",
+        ),
+        *("a: " + "9" * 4400, "a: " + "[" * 900 + "]" * 900),
+        "".join(f"key{number}: 1\n" for number in range(3000)),
+        "a: " + "x" * 1_000_001,
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_hostile_document_is_refused(text: str) -> None:
+    with pytest.raises(DocumentError) as caught:
+        read_document(text)
+    assert len(str(caught.value)) < 200

@@ -147,9 +147,9 @@ def test_a_relation_is_not_checked_with_a_default_in_place_of_a_wrong_value(writ
         ("train: {lr: fast}", "is 'fast'; it must be a number > 0", None),
         ("train: {lr: .inf}", "is '.inf'; it must be a number > 0", None),
         ("train: {warmup: 1}", "is 1; it must be a number >= 0 and < 1", None),
-        ("train: {seed: 1.5}", "is 1.5; it must be an integer", None),
-        ("train: {seed: true}", "is true; it must be an integer", None),
-        ("train: {steps: 0}", "is 0; it must be an integer >= 1 or null", None),
+        ("train: {seed: 1.5}", "is 1.5; it must be an integer >= 0 and <= 4294967295", None),
+        ("train: {seed: true}", "is true; it must be an integer >= 0 and <= 4294967295", None),
+        ("train: {steps: 0}", "is 0; it must be an integer >= 1 and <= 1000000000 or null", None),
         (
             "data: {train: 3}",
             "is 3; it must be a string or a list of strings or {path, weight}",

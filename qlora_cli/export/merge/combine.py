@@ -20,6 +20,7 @@ from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.lora import LoraSettings
 from qlora_cli.adapters.peft_file import AdapterFile, AdapterLayer, LoraUpdate, open_adapter
 from qlora_cli.errors import UsageError
+from qlora_cli.files.paths import user_path
 from qlora_cli.nn.site import Site
 from qlora_cli.runs.run import Run
 
@@ -129,7 +130,7 @@ def _open_on_base_of(run: Run, where: Path) -> AdapterFile:
     if other is not None:
         named, same = str(other.base_folder), other.base_folder.resolve() == own.resolve()
     else:
-        adapter = open_adapter(where.expanduser())
+        adapter = open_adapter(user_path(where))
         named = adapter.config.base_model_name_or_path or str(own)
         same = named == run.recipe.model.name or Path(named).resolve() == own.resolve()
     if not same:
