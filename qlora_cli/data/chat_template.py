@@ -25,12 +25,12 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_cli.data.align import Span, align, common_prefix, exact_spans, marker, split
 from qlora_cli.data.conversation import Conversation, Message
 from qlora_cli.data.delimiters import TemplateDelimiters, closing_of
+from qlora_cli.data.render import TemplateFailed, limited, render_chat
 from qlora_cli.data.rendered_checks import check_contains, check_nothing_left_out, rewritten
 from qlora_cli.data.row_errors import RowError
 from qlora_cli.data.tool_calls import (
@@ -45,8 +45,6 @@ from qlora_cli.data.tool_calls import (
 Tools = list[dict[str, Any]] | None
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# A template is foreign code: it raises its own errors, or fails on absent or unexpected values.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -130,12 +128,8 @@ class ChatTemplate:
     def _text(self, messages: list[Message], tools: Tools, prompt: bool = False) -> str:
         """Return the rendered messages; with the generation prompt if `prompt`."""
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=prompt
-                )
-            )
-        except _TEMPLATE_ERRORS as error:
+            return render_chat(self.tokenizer, messages, tools=tools, add_generation_prompt=prompt)
+        except TemplateFailed as error:
             raise RowError(f"the chat template refuses this row: {error}") from error
 
     def _by_skeleton(
@@ -173,12 +167,14 @@ class ChatTemplate:
         source = self.tokenizer.get_chat_template(tools=tools)
         if not _GENERATION_TAG.search(source):
             return None
-        rendered: Any = render_jinja_template(
-            conversations=[messages],
-            tools=cast(Any, tools),
-            chat_template=source,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
+        rendered: Any = limited(
+            lambda: render_jinja_template(
+                conversations=[messages],
+                tools=cast(Any, tools),
+                chat_template=source,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
         )
         tagged = rendered[1][0]
         if len(tagged) != len(turns):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jinja2 import TemplateError
-
 from qlora_cli.data.align import marker
 from qlora_cli.data.conversation import ROLES
 from qlora_cli.data.formats import FORMATS
+from qlora_cli.data.render import TemplateFailed, render_chat
 from qlora_cli.data.row_store import Row
 from qlora_cli.errors import InputError
 from qlora_cli.recipe.schema import DataFormat
@@ -39,10 +38,9 @@ def writes_system(tokenizer: Any) -> bool:
     roles = ("system", "user", "assistant")
     chat = [{"role": role, "content": marker(index)} for index, role in enumerate(roles)]
     try:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        return marker(0) in render_chat(tokenizer, chat)
+    except TemplateFailed:
         return False
-    return marker(0) in text
 
 
 def _messages(fields: Fields, system: str) -> Fields:

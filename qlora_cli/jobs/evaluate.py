@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 
@@ -18,7 +17,7 @@ from qlora_cli.jobs.open_generator import check_not_an_adapter
 from qlora_cli.jobs.results import EvalResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.proof.prove import require_proof_of_model
-from qlora_cli.recipe.schema import Data
+from qlora_cli.recipe.schema import MAX_SEQ_LEN, Data
 from qlora_cli.runs.open import OpenedModel, open_any
 from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.tasks.registry import task_of
@@ -78,4 +77,4 @@ def _settings(opened: OpenedModel) -> Data:
     if ModelLimits.of(opened.loaded.config).positions is None:
         return Data(train="", packing=False)
     # The only limit of a plain model is its positions, which `RowLoader` checks.
-    return Data(train="", packing=False, seq_len=sys.maxsize)
+    return Data(train="", packing=False, seq_len=MAX_SEQ_LEN)

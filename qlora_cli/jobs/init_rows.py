@@ -18,7 +18,7 @@ from qlora_cli.data.template import with_template
 from qlora_cli.errors import ModelError
 from qlora_cli.jobs.data_survey import Survey, survey
 from qlora_cli.recipe.resolve import Choice
-from qlora_cli.recipe.schema import Data, Sources
+from qlora_cli.recipe.schema import MAX_SEQ_LEN, Data, Sources
 from qlora_cli.recipe.write import recipe_of
 from qlora_cli.units import format_count
 
@@ -32,8 +32,6 @@ _SHARE_OF_ROWS = 0.99
 """Share of the rows that a sequence holds at least, if some rows are very long."""
 _MAX_STRETCH = 2
 """All rows are held if the longest is at most this much longer than 99 % of the rows."""
-_NO_LIMIT = 2**30
-"""A length in tokens that no row reaches."""
 _MIN_SHARED = 5
 """With fewer rows, none are held out."""
 _SHARES = ((50, 0.2), (None, 0.1))
@@ -133,7 +131,7 @@ def find_rows(
     """
     columns = _columns(train)
     given = [Choice("model.name", model, ""), Choice("data.train", train, "")]
-    given += [Choice("data.seq_len", _NO_LIMIT, ""), *columns]
+    given += [Choice("data.seq_len", MAX_SEQ_LEN, ""), *columns]
     vocabulary = ModelLimits(ModelLimits.of(config).vocab_size)
     template: list[Choice] = []
     try:

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
 from qlora_cli.data.chat_template import ChatTemplate
 from qlora_cli.data.formats import ALPACA, FORMATS, detect_format
 from qlora_cli.data.mixture import sources_of
+from qlora_cli.data.render import TemplateFailed, render_chat
 from qlora_cli.data.row_store import Row
 from qlora_cli.data.rows import read_rows
 from qlora_cli.data.system_prompt import add_system, writes_system
@@ -100,11 +99,8 @@ class PromptFormat:
 def _chat_ids(tokenizer: Any, messages: Messages) -> list[int]:
     """Return the token ids of a chat with the start of the assistant's answer."""
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False
-        )
-    # A template is foreign code: it raises its own errors, or fails on unexpected values.
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        text = render_chat(tokenizer, messages, add_generation_prompt=True)
+    except TemplateFailed as error:
         raise UsageError(f"the chat template refuses the chat: {error}") from error
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

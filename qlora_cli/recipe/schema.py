@@ -27,6 +27,8 @@ Optimizer = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
+MAX_SEQ_LEN = 2**30
+"""Largest value of `data.seq_len`; no row reaches it."""
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Count = Annotated[int, Field(ge=1, le=2**20)]
 
@@ -157,7 +159,7 @@ class Data(Section):
     alpaca: {instruction, output, input?, system?, tools?}; sharegpt: {conversations, system?,
     tools?}; messages: {messages, tools?, functions?}; tokens: {input_ids, labels?,
     attention_mask?}; auto detects the format from the field names."""
-    seq_len: Annotated[int, Field(ge=8, le=2**24)] = 1024
+    seq_len: Annotated[int, Field(ge=8, le=MAX_SEQ_LEN)] = 1024
     """Maximum length of a sequence in tokens, also the length that packing fills; `long_rows`
     applies to longer rows, and memory for activations grows with it."""
     long_rows: Literal["auto"] | LongRows = "auto"

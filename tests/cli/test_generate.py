@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from qlora_cli.jobs import chat as chat_job
 from tests.helpers.cli_helpers import qlora
@@ -174,3 +175,15 @@ def test_eval_refuses_answers_to_rows_without_a_prompt(run: Path, tmp_path: Path
     assert outcome.code == 2
     assert "--generate needs rows with a prompt" in outcome.err
     assert not out.exists()
+
+
+def test_a_prompt_with_a_token_that_the_model_does_not_have_is_refused(
+    shared: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(shared / "data/models/stories260K", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    outcome = qlora("generate", model, "--prompt", "Once <new>")
+    assert outcome.code == 2
+    assert "the prompt contains '<new>', which the model does not have" in outcome.err
