@@ -100,7 +100,7 @@ def test_wandb_without_a_server_stores_the_recipe_and_the_figures(tmp_path: Path
     ]
     assert [line["step"] for line in figures] == [0, 1, 2, 3]
     assert {name for line in figures for name in line} >= FIGURES
-    assert [part.run.project for part in records if part.HasField("run")][0] == "qlora"
+    assert next(part.run.project for part in records if part.HasField("run")) == "qlora"
 
 
 @needs("wandb")
