@@ -79,11 +79,10 @@ def test_ctrl_c_keeps_the_generated_text(endless: Path) -> None:
     start = qlora(*prompt, "--max-new-tokens", "8").out[:3]
     with Terminal(*prompt, *LONG) as terminal:
         terminal.wait_for("--raw sends it as it is")
-        shown = terminal.wait_for_length(40)
+        terminal.wait_for(start)
         terminal.type(CTRL_C)
         code, rest = terminal.end()
     assert code == 130
-    assert start in shown
     assert "Traceback" not in rest
 
 
