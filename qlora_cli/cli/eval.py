@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from qlora_cli.cli.arguments import complete_path, run_or_model_argument
 from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
 from qlora_cli.cli.step import at_step, step_option
 from qlora_cli.errors import UsageError
@@ -14,9 +15,10 @@ _ANSWER_TOKENS = 256
 
 
 @click.command(name="eval")
-@click.argument("run_or_model")
+@run_or_model_argument
 @click.option(
     "--data",
+    shell_complete=complete_path,
     help="Held-out rows: a file or a Hub dataset, in any format that `data.train` accepts.",
 )
 @click.option(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from qlora_cli.cli.adapters import adapter_option, merged_option
+from qlora_cli.cli.arguments import run_or_model_argument
 from qlora_cli.cli.output import emit_json, fast_import, job_observer, json_option
 from qlora_cli.cli.sampling import sampling_options, system_option
 from qlora_cli.cli.step import at_step, step_option
@@ -24,7 +25,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("run_or_model")
+@run_or_model_argument
 @click.option("--prompt", metavar="TEXT", help="The prompt.")
 @click.option(
     "--prompts",

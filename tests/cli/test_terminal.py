@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.cli_helpers import qlora
 from tests.helpers.runs import make_base
-from tests.helpers.terminal import CTRL_C, CTRL_D, Terminal
+from tests.helpers.terminal import CTRL_C, CTRL_D, QLORA, Terminal
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_chat_goes_on_after_ctrl_c_and_wrong_commands(endless: Path) -> None:
-    with Terminal("chat", endless, *LONG) as terminal:
+    with Terminal(*QLORA, "chat", endless, *LONG) as terminal:
         terminal.wait_for("base answers. /help lists the commands.")
         terminal.wait_for("> ")
         terminal.type("Hello\n")
@@ -64,7 +64,7 @@ def test_a_chat_goes_on_after_ctrl_c_and_wrong_commands(endless: Path) -> None:
 
 
 def test_ctrl_c_at_the_prompt_ends_a_chat_at_the_second_time(endless: Path) -> None:
-    with Terminal("chat", endless) as terminal:
+    with Terminal(*QLORA, "chat", endless) as terminal:
         terminal.wait_for("> ")
         terminal.type("half a line")
         terminal.wait_for("half a line")
@@ -77,7 +77,7 @@ def test_ctrl_c_at_the_prompt_ends_a_chat_at_the_second_time(endless: Path) -> N
 def test_ctrl_c_keeps_the_generated_text(endless: Path) -> None:
     prompt = ("generate", endless, "--prompt", "Hello")
     start = qlora(*prompt, "--max-new-tokens", "8").out[:3]
-    with Terminal(*prompt, *LONG) as terminal:
+    with Terminal(*QLORA, *prompt, *LONG) as terminal:
         terminal.wait_for("--raw sends it as it is")
         terminal.wait_for(start)
         terminal.type(CTRL_C)
@@ -93,7 +93,7 @@ def test_ctrl_c_keeps_complete_answers(command: str, endless: Path, tmp_path: Pa
     rows.write_text(f"{row}\n" * 200)
     options = {"generate": ("--prompts", rows, "--out"), "eval": ("--data", rows, "--generate")}
     arguments = (command, endless, *options[command], out, "--max-new-tokens", "30")
-    with Terminal(*arguments) as terminal:
+    with Terminal(*QLORA, *arguments) as terminal:
         while not out.exists() or out.read_text().count("\n") < 2:
             time.sleep(0.02)
         terminal.type(CTRL_C)

@@ -1,4 +1,4 @@
-"""Run the `qlora` command in a terminal of its own and type into it, as a person does."""
+"""Run a command in a terminal of its own and type into it, as a person does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from types import TracebackType
 
 from tests.helpers.shared_data import ROOT
 
-CTRL_C, CTRL_D = "\x03", "\x04"
+CTRL_C, CTRL_D, CTRL_U = "\x03", "\x04", "\x15"
+QLORA = (sys.executable, "-m", "qlora_cli")
+"""The command `qlora`."""
 _SECONDS = 60
 """After this time without the expected output, the test fails."""
 
@@ -24,16 +26,16 @@ _SECONDS = 60
 class Terminal:
     """A process whose streams are a pseudo-terminal. Use it in a `with` block, which ends it."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *command: str | Path, **environment: str) -> None:
         self._master, slave = pty.openpty()
         # COLUMNS: wide enough that no message is broken over two lines.
         settings = {"PYTHONPATH": str(ROOT), "COLUMNS": "300", "TERM": "dumb"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "qlora_cli", *map(str, arguments)],
+            command,
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env={**os.environ, **settings},
+            env={**os.environ, **settings, **environment},
             # Ctrl-C reaches the process only if this is its controlling terminal.
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
