@@ -78,7 +78,7 @@ def eval_(
     step: int | None,
     as_json: bool,
 ) -> None:
-    """Compute loss, perplexity and accuracy on held-out rows, or the metrics of lm-eval's tasks.
+    """Measure loss and accuracy on rows, or run tasks of lm-eval.
 
     RUN_OR_MODEL is a run's folder, a model folder, a Hub id or `starter`.
     """

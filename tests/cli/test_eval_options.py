@@ -18,10 +18,6 @@ from tests.helpers.cli_helpers import qlora
         (("--tasks", "arc_easy", "--generate", "out.jsonl"), "--generate: it needs --data"),
         (("--tasks", "arc_easy", "--max-new-tokens", "3"), "--max-new-tokens: it needs --generate"),
         (("--data", "x.jsonl", "--max-new-tokens", "3"), "--max-new-tokens: it needs --generate"),
-        (("--data", "x.jsonl", "--num-fewshot", "0"), "--num-fewshot: it needs --tasks"),
-        (("--data", "x.jsonl", "--limit", "2"), "--limit: it needs --tasks"),
-        (("--data", "x.jsonl", "--include-path", "."), "--include-path: it needs --tasks"),
-        (("--data", "x.jsonl", "--apply-chat-template"), "--apply-chat-template: it needs --tasks"),
         (("--tasks", " , "), "--tasks: it names no task"),
     ],
 )
@@ -31,6 +27,18 @@ def test_options_that_do_not_go_together_are_refused(
     outcome = qlora("eval", tmp_path, *options)
     assert outcome.code == 2
     assert message in outcome.err
+
+
+def test_options_of_tasks_are_refused_with_rows() -> None:
+    rows = ("starter", "--data", "x.jsonl")
+    for option, outcome in {
+        "--num-fewshot": qlora("eval", *rows, "--num-fewshot", "0"),
+        "--limit": qlora("eval", *rows, "--limit", "2"),
+        "--include-path": qlora("eval", *rows, "--include-path", "."),
+        "--apply-chat-template": qlora("eval", *rows, "--apply-chat-template"),
+    }.items():
+        assert outcome.code == 2
+        assert f"{option}: it needs --tasks" in outcome.err
 
 
 def test_without_lm_eval_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
