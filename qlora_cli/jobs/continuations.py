@@ -9,6 +9,7 @@ import torch
 
 from qlora_cli.data.collate import collate
 from qlora_cli.data.encode import Example
+from qlora_cli.errors import NotFinite
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.nn.loss import score_targets
@@ -59,6 +60,7 @@ def score_continuations(
 
     max_length: number of tokens that the model can read; the first tokens of a longer context are
     removed. on_scored: receives the number of continuations that are scored so far.
+    Raises NotFinite if a log-probability is NaN or infinite.
     """
     scores: dict[int, ContinuationScore] = {}
     for rows in _packed(_rows(continuations, max_length)):
@@ -111,6 +113,11 @@ def _score(
     log_probabilities, is_top1 = score_targets(
         hidden, weight, torch.tensor(positions).to(device), torch.tensor(targets).to(device)
     )
+    if not log_probabilities.isfinite().all():
+        raise NotFinite(
+            "the model's log-probabilities are NaN or infinite",
+            hint="a computation in 16 bit overflows or the adapter is damaged",
+        )
     lengths = [length for _, length in wanted]
     parts = zip(
         wanted, log_probabilities.cpu().split(lengths), is_top1.cpu().split(lengths), strict=True

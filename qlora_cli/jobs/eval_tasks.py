@@ -96,7 +96,7 @@ def _load(options: TaskOptions, observer: Observer) -> Mapping[str, Any]:
 def _manager(options: TaskOptions) -> TaskManager:
     """Return lm-eval's index of tasks: of the user's folder if it is enough, else of all.
 
-    The index of the built-in tasks takes several seconds. The tasks of a group may be built-in ones.
+    The index of the built-in tasks takes seconds. The tasks of a group may be built-in ones.
     """
     from lm_eval.tasks import TaskManager
 

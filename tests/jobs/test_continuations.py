@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_cli.errors import NotFinite
 from qlora_cli.events import Silent
 from qlora_cli.jobs import continuations
 from qlora_cli.jobs.continuations import Continuation, ContinuationScore, score_continuations
@@ -77,3 +78,11 @@ def test_greedy_continuations_are_recognized(base: Path, loaded: LoadedModel) ->
     given = [Continuation(context, ids), Continuation(context, other)]
     scores = score_continuations(loaded, CPU, given, LENGTH)
     assert [score.is_greedy for score in scores] == [True, False]
+
+
+def test_a_result_that_is_not_finite_is_an_error(base: Path) -> None:
+    damaged = open_model(base, CPU, Silent())
+    with torch.no_grad():
+        damaged.model.get_submodule("model.norm").weight[0] = torch.nan
+    with pytest.raises(NotFinite):
+        score_continuations(damaged, CPU, CONTINUATIONS[:1], LENGTH)
