@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_cli.cli.adapters import adapter_option, merged_option
+from qlora_cli.cli.arguments import run_or_model_argument
 from qlora_cli.cli.output import fast_import, job_observer
 from qlora_cli.cli.sampling import sampling_options, system_option
 from qlora_cli.cli.step import at_step, step_option
@@ -27,7 +28,7 @@ Ctrl-C stops an answer. An empty line or Ctrl-D ends the chat."""
 
 
 @click.command()
-@click.argument("run_or_model")
+@run_or_model_argument
 @system_option
 @sampling_options(max_new_tokens=512, seed=None)
 @step_option

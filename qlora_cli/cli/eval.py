@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from qlora_cli.cli.arguments import complete_path, run_or_model_argument
 from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
 from qlora_cli.cli.step import at_step, step_option
 from qlora_cli.errors import UsageError
@@ -14,10 +15,10 @@ _ANSWER_TOKENS = 256
 
 
 @click.command(name="eval")
-@click.argument("run_or_model")
+@run_or_model_argument
 @click.option(
     "--data",
-    required=True,
+    shell_complete=complete_path,
     help="Held-out rows: a file or a Hub dataset, in any format that `data.train` accepts.",
 )
 @click.option(
@@ -26,29 +27,100 @@ _ANSWER_TOKENS = 256
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Also answer the prompt of each row and write the answers next to the references to this "
-    "new file, as JSON lines.",
+    "new file, as JSON lines; for --data.",
 )
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
     help="Maximum number of tokens of an answer; for --generate.  [default: 256]",
 )
+@click.option(
+    "--tasks",
+    metavar="NAME,...",
+    help="Tasks, groups or patterns of lm-eval, for example arc_easy,mmlu_*; needs the extra "
+    "`eval`.",
+)
+@click.option(
+    "--num-fewshot",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Examples before each question; for --tasks.  [default: the task's own]",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Use the first N rows of each task; for --tasks.",
+)
+@click.option(
+    "--include-path",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder with tasks of your own in lm-eval's YAML format; for --tasks.",
+)
+@click.option(
+    "--apply-chat-template",
+    is_flag=True,
+    help="Format the prompts with the chat template; for --tasks.",
+)
 @step_option
 @json_option
 def eval_(
     run_or_model: str,
-    data: str,
+    data: str | None,
     answers: Path | None,
     max_new_tokens: int | None,
+    tasks: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    include_path: Path | None,
+    apply_chat_template: bool,
     step: int | None,
     as_json: bool,
 ) -> None:
-    """Compute loss, perplexity and accuracy on held-out rows.
+    """Measure loss and accuracy on rows, or run tasks of lm-eval.
 
     RUN_OR_MODEL is a run's folder, a model folder, a Hub id or `starter`.
     """
-    if max_new_tokens is not None and answers is None:
-        raise UsageError("it needs --generate", where="--max-new-tokens")
+    if (data is None) == (tasks is None):
+        raise UsageError("name one of --data and --tasks")
+    _check_pairs(
+        ("--generate", answers, "--data", data),
+        ("--max-new-tokens", max_new_tokens, "--generate", answers),
+        ("--num-fewshot", num_fewshot, "--tasks", tasks),
+        ("--limit", limit, "--tasks", tasks),
+        ("--include-path", include_path, "--tasks", tasks),
+        ("--apply-chat-template", apply_chat_template or None, "--tasks", tasks),
+    )
+    where = str(at_step(run_or_model, step))
+    if tasks is None:
+        assert data is not None
+        _evaluate_rows(where, data, answers, max_new_tokens, as_json)
+        return
+    with fast_import():
+        from qlora_cli.jobs import eval_tasks as job
+        from qlora_cli.ui import task_scores
+
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not names:
+        raise UsageError("it names no task", where="--tasks")
+    options = job.TaskOptions(names, num_fewshot, limit, include_path, apply_chat_template)
+    with job_observer() as observer:
+        result = job.run(where, options, observer)
+    emit(result, as_json, task_scores.render)
+
+
+def _check_pairs(*pairs: tuple[str, object, str, object]) -> None:
+    """Raise UsageError for an option without the one it needs: (option, value, needed, value)."""
+    for option, value, needed, needed_value in pairs:
+        if value is not None and needed_value is None:
+            raise UsageError(f"it needs {needed}", where=option)
+
+
+def _evaluate_rows(
+    where: str, data: str, answers: Path | None, max_new_tokens: int | None, as_json: bool
+) -> None:
+    """Run and print the evaluation on the rows of `data`."""
     with fast_import():
         from qlora_cli.jobs import evaluate as job
         from qlora_cli.jobs.eval_answers import AnswersFile
@@ -56,7 +128,7 @@ def eval_(
 
     with job_observer() as observer:
         result = job.run(
-            str(at_step(run_or_model, step)),
+            where,
             data=data,
             observer=observer,
             answers=AnswersFile(answers, max_new_tokens or _ANSWER_TOKENS) if answers else None,

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from qlora_cli.cli.adapters import adapter_option, merged_option
+from qlora_cli.cli.arguments import run_or_model_argument
 from qlora_cli.cli.output import emit_json, fast_import, job_observer, json_option
 from qlora_cli.cli.sampling import sampling_options, system_option
 from qlora_cli.cli.step import at_step, step_option
-from qlora_cli.errors import UsageError
+from qlora_cli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from qlora_cli.events import Observer
@@ -24,7 +25,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("run_or_model")
+@run_or_model_argument
 @click.option("--prompt", metavar="TEXT", help="The prompt.")
 @click.option(
     "--prompts",
@@ -36,6 +37,11 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     help="New file for the answers to --prompts.  [default: stdout]",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep the answers that are already in --out and answer the prompts after them.",
 )
 @click.option("--raw", is_flag=True, help="Send the prompt as it is.")
 @system_option
@@ -57,6 +63,7 @@ def generate(
     prompt: str | None,
     prompts: Path | None,
     out: Path | None,
+    resume: bool,
     step: int | None,
     as_json: bool,
     **options: Any,
@@ -69,15 +76,16 @@ def generate(
     Alpaca instruction, or not at all. A model that is not a run gets its chat template, if it has
     one.
     """
-    _check(prompt, prompts, out, as_json)
+    _check(prompt, prompts, out, resume, as_json)
     with fast_import():
         from qlora_cli.jobs import generate as job
 
     with job_observer() as observer:
         listed = job.read_prompts(prompts) if prompts is not None else []
+        num_done = job.count_answers(out, listed) if out is not None and resume else 0
         prompter = _open(str(at_step(run_or_model, step)), observer, **options)
     if prompts is not None:
-        _write_answers(prompter, listed, out)
+        _write_answers(prompter, listed, out, num_done)
     elif as_json:
         emit_json(prompter.answer(job.Prompt(prompt or "")).to_dict())
     else:
@@ -110,7 +118,9 @@ def _open(
     )
 
 
-def _check(prompt: str | None, prompts: Path | None, out: Path | None, as_json: bool) -> None:
+def _check(
+    prompt: str | None, prompts: Path | None, out: Path | None, resume: bool, as_json: bool
+) -> None:
     """Raise UsageError if the options do not go together."""
     if (prompt is None) == (prompts is None):
         raise UsageError("name one of --prompt and --prompts")
@@ -118,8 +128,14 @@ def _check(prompt: str | None, prompts: Path | None, out: Path | None, as_json: 
         raise UsageError("it needs --prompts", where="--out")
     if prompts is not None and as_json:
         raise UsageError("--prompts writes JSON lines already", hint="omit --json")
-    if out is not None and out.exists():
-        raise UsageError(f"{out} exists", where="--out", hint="name a new file")
+    if out is None and resume:
+        raise UsageError("it needs --out", where="--resume")
+    if out is not None and out.exists() and not resume:
+        raise UsageError(
+            f"{out} exists",
+            where="--out",
+            hint="name a new file, or add --resume to answer the prompts that it lacks",
+        )
 
 
 def _stream(prompter: Prompter, prompt: Prompt) -> None:
@@ -147,24 +163,37 @@ def _warn_empty(result: GenerateResult) -> None:
             click.echo(f"{name}: the answer is empty; the first token ended it", err=True)
 
 
-def _write_answers(prompter: Prompter, prompts: list[Prompt], out: Path | None) -> None:
-    """Write one JSON object per prompt, each as soon as it is complete."""
+def _write_answers(
+    prompter: Prompter, prompts: list[Prompt], out: Path | None, num_done: int
+) -> None:
+    """Write one JSON object per prompt, each as soon as it is complete.
+
+    num_done: number of the first prompts whose answers are in `out` already.
+    """
     from qlora_cli.files.atomic import report_write_errors
 
     if out is None:
         _write_lines(prompter, prompts, sys.stdout)
         return
-    with report_write_errors("the answers", out), out.open("x", encoding="utf-8") as stream:
-        _write_lines(prompter, prompts, stream)
+    with report_write_errors("the answers", out), out.open("a", encoding="utf-8") as stream:
+        try:
+            _write_lines(prompter, prompts, stream, num_done)
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                "stopped; the complete answers are in the file",
+                where=str(out),
+                hint="add --resume to the same command to answer the other prompts",
+            ) from error
 
 
-def _write_lines(prompter: Prompter, prompts: list[Prompt], stream: TextIO) -> None:
+def _write_lines(
+    prompter: Prompter, prompts: list[Prompt], stream: TextIO, num_done: int = 0
+) -> None:
     with job_observer() as observer:
         observer.stage("generate", len(prompts))
-        for number, prompt in enumerate(prompts, 1):
-            content = prompter.answer(prompt).to_dict()
-            if prompt.messages is not None:
-                content = {**content, "prompt": prompt.messages}
+        observer.advance(num_done)
+        for number, prompt in enumerate(prompts[num_done:], num_done + 1):
+            content = {**prompter.answer(prompt).to_dict(), "prompt": prompt.content}
             stream.write(json.dumps(content, ensure_ascii=False) + "\n")
             stream.flush()
             observer.advance(number)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from qlora_cli.cli.arguments import complete_path
 from qlora_cli.cli.output import emit, fast_import, job_observer, json_option
 
 
 @click.command()
-@click.argument("where", required=False, metavar="[NAME_OR_FOLDER]")
+@click.argument("where", required=False, metavar="[NAME_OR_FOLDER]", shell_complete=complete_path)
 @json_option
 def models(where: str | None, as_json: bool) -> None:
     """List the supported model types, or prove one.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qlora_cli.cli.arguments import recipe_argument
 from qlora_cli.cli.output import (
     emit,
     fast_import,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("recipe")
+@recipe_argument
 @overrides_argument
 @click.option(
     "--vram",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from qlora_cli.cli.arguments import complete_recipe
 from qlora_cli.cli.output import emit_json
 from qlora_cli.errors import UsageError
 
@@ -31,7 +32,7 @@ def list_() -> None:
 
 
 @recipe.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_recipe)
 def show(name: str) -> None:
     """Print a recipe file.
 
@@ -43,7 +44,7 @@ def show(name: str) -> None:
 
 
 @recipe.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_recipe)
 @click.argument("destination", type=click.Path(path_type=Path), required=False)
 def copy(name: str, destination: Path | None) -> None:
     """Copy a recipe file, to edit the copy.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from qlora_cli.cli.arguments import recipe_argument
 from qlora_cli.cli.output import (
     emit,
     fast_import,
@@ -16,7 +17,7 @@ from qlora_cli.cli.output import (
 
 
 @click.command()
-@click.argument("recipe")
+@recipe_argument
 @overrides_argument
 @click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
 @json_option

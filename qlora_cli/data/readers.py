@@ -195,26 +195,6 @@ def _parquet(path: Path) -> Iterator[Item]:
         raise InputError(f"not a readable Parquet file: {error}", where=str(path)) from error
 
 
-def read_hub(name: str, split: str) -> Iterator[Item]:
-    """Yield the rows of a split of a hub dataset.
-
-    name: `owner/name`. Raises InputError if the dataset or split cannot be loaded.
-    """
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, split=split)
-        yield from enumerate((dict(fields) for fields in rows), 1)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, ImportError) as error:
-        summary = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{name!r} is not a local file, and its split {split!r} cannot be loaded from the hub: "
-            f"{summary}",
-            hint="check the name, the split (owner/name:split) and the network; log in for a "
-            "gated dataset (`hf auth login`)",
-        ) from error
-
-
 def _readable(path: Path) -> Path:
     """Return the path. Raises InputError if the file cannot be opened."""
     open_file(path).close()

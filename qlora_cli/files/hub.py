@@ -16,6 +16,10 @@ _WHERE = "model.name"
 _GATED_OWNERS = ("meta-llama", "mistralai", "google")
 """Owners whose models on the hub require that their license is accepted."""
 
+_REFUSED = (401, 403)
+"""HTTP status codes for a token that is not valid or has no access."""
+NO_SPACE_HINT = "free space there, or set HF_HOME to a folder on another disk"
+
 
 def download(name: str, revision: str | None, patterns: list[str]) -> Path:
     """Return the folder with the files of a hub model that match `patterns`.
@@ -64,6 +68,8 @@ def _hub_error(name: str, revision: str | None, fault: Exception) -> ModelError:
     elif isinstance(fault, HfHubHTTPError):
         what = f"the hub does not provide {name!r}: {_first_line(fault)}"
         hint = "try again later, or name a folder"
+        if getattr(getattr(fault, "response", None), "status_code", None) in _REFUSED:
+            hint = "the hub refuses the token: log in again with `hf auth login`, or unset HF_TOKEN"
     elif isinstance(fault, LocalEntryNotFoundError):
         what, hint = _unreachable(name)
     else:
@@ -105,11 +111,15 @@ def _cannot_store(name: str, fault: Exception) -> tuple[str, str]:
     """Return message and hint for an error of the file system or of the connection."""
     from huggingface_hub import constants
 
-    if getattr(fault, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        what = f"no space left to download {name!r} into {constants.HF_HUB_CACHE}"
-        return what, "free space there, or set HF_HOME to a folder on another disk"
+    if is_full_disk(fault):
+        return f"no space left to download {name!r} into {constants.HF_HUB_CACHE}", NO_SPACE_HINT
     what = f"{name!r} cannot be downloaded: {_first_line(fault)}"
     return what, f"check the network and the hub's cache, {constants.HF_HUB_CACHE}"
+
+
+def is_full_disk(fault: Exception) -> bool:
+    """Return whether an error means that the disk or the user's share of it is full."""
+    return getattr(fault, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _first_line(fault: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qlora_cli.data.encode import Example
-from qlora_cli.errors import DataError, Problem, UsageError
+from qlora_cli.errors import DataError, Interrupted, Problem, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.files.atomic import report_write_errors
 from qlora_cli.jobs.text_generator import Sampling, TextGenerator
@@ -40,7 +40,7 @@ class AnswersFile:
 
         The last trained part of a row is the reference, and all tokens before it are the prompt.
         Raises DataError if rows have no prompt, UsageError if there is no tokenizer or the file
-        exists.
+        exists, Interrupted at Ctrl-C.
         """
         if tokenizer is None:
             raise UsageError("the model has no tokenizer", where="--generate")
@@ -57,10 +57,15 @@ class AnswersFile:
             self.path.open("x", encoding="utf-8") as stream,
         ):
             lines = _lines(generator, examples, starts, Sampling(self.max_new_tokens))
-            for number, line in enumerate(lines, 1):
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-                stream.flush()
-                observer.advance(number)
+            try:
+                for number, line in enumerate(lines, 1):
+                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    stream.flush()
+                    observer.advance(number)
+            except KeyboardInterrupt as error:
+                raise Interrupted(
+                    "stopped; the complete answers are in the file", where=str(self.path)
+                ) from error
         observer.note(f"answers: {self.path}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from qlora_cli.data.rows import read_rows
 from qlora_cli.errors import DataError, InputError, Problem, UsageError
 from qlora_cli.events import Observer
+from qlora_cli.files.atomic import PARSE_ERRORS, report_write_errors
 from qlora_cli.jobs.open_generator import NO_ADAPTERS, open_generator
 from qlora_cli.jobs.prompt_format import PromptFormat, prompt_format
 from qlora_cli.jobs.results import GenerateResult
@@ -28,6 +29,11 @@ class Prompt:
 
     text: str
     messages: list[dict[str, Any]] | None = None
+
+    @property
+    def content(self) -> Any:
+        """Return what the file has: the messages of a chat, else the text."""
+        return self.text if self.messages is None else self.messages
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,48 @@ def read_prompts(file: Path) -> list[Prompt]:
             hint='write each line as {"prompt": "..."} or {"messages": [...]}',
         )
     return prompts
+
+
+def count_answers(file: Path, prompts: Sequence[Prompt]) -> int:
+    """Return the number of prompts that are answered in a file that `qlora generate` wrote.
+
+    file: it may be absent. An incomplete last line, of a process that was killed, is removed.
+    Raises UsageError if a line is not the answer to the prompt with its number.
+    """
+    if not file.exists():
+        return 0
+    with report_write_errors("the answers", file):
+        *lines, rest = file.read_bytes().split(b"\n")
+        for number, line in enumerate(lines):
+            if number >= len(prompts) or not _is_answer(line, prompts[number]):
+                raise _other_answers(file, number)
+        if rest:
+            if len(lines) >= len(prompts) or not _is_start(rest, prompts[len(lines)]):
+                raise _other_answers(file, len(lines))
+            with file.open("r+b") as stream:
+                stream.truncate(sum(len(line) + 1 for line in lines))
+    return len(lines)
+
+
+def _is_answer(line: bytes, prompt: Prompt) -> bool:
+    try:
+        return bool(json.loads(line)["prompt"] == prompt.content)
+    except PARSE_ERRORS:
+        return False
+
+
+def _is_start(line: bytes, prompt: Prompt) -> bool:
+    """Return whether an incomplete line is the start of an answer to the prompt."""
+    start = json.dumps({"prompt": prompt.content}, ensure_ascii=False)[:-1].encode()
+    return line.startswith(start) or start.startswith(line)
+
+
+def _other_answers(file: Path, number: int) -> UsageError:
+    return UsageError(
+        f"it is not the answer to prompt {number + 1} of --prompts",
+        where=f"{file}:{number + 1}",
+        hint="--resume continues a file that the same command has begun; else name a new file",
+    )
 
 
 def _lines(file: Path) -> list[str]:

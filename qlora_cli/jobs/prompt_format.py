@@ -72,9 +72,19 @@ class PromptFormat:
     def chat_ids(self, messages: Messages) -> list[int]:
         """Return the token ids of a chat, to which the model has to answer.
 
+        Errors are those of `chat_text`.
+        """
+        text = self.chat_text(messages)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def chat_text(self, messages: Messages, *, continues: bool = False) -> str:
+        """Return a chat as text, to which the model has to answer.
+
         The system prompt is added as in training: if the chat template does not write system
-        prompts, the first user message begins with it. Raises UsageError if the format is not
-        `chat` or the chat template fails.
+        prompts, the first user message begins with it. continues: the model has to continue the
+        last message instead. Raises UsageError if the format is not `chat` or the chat template
+        fails.
         """
         if self.name != "chat":
             raise UsageError(
@@ -85,7 +95,7 @@ class PromptFormat:
             row = Row("prompt", {"messages": list(messages)})
             added = add_system([row], "messages", self.tokenizer, self.system)
             messages = added[0].fields["messages"]
-        return _chat_ids(self.tokenizer, messages)
+        return _chat_text(self.tokenizer, messages, continues)
 
     def end_ids(self) -> list[int]:
         """Return the token that ends an answer of a chat, if the template writes one token."""
@@ -96,14 +106,17 @@ class PromptFormat:
         return ids if len(ids) == 1 else []
 
 
-def _chat_ids(tokenizer: Any, messages: Messages) -> list[int]:
-    """Return the token ids of a chat with the start of the assistant's answer."""
+def _chat_text(tokenizer: Any, messages: Messages, continues: bool) -> str:
+    """Return a chat with the start of the assistant's answer, or with an open last message."""
     try:
-        text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        return render_chat(
+            tokenizer,
+            messages,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+        )
     except TemplateFailed as error:
         raise UsageError(f"the chat template refuses the chat: {error}") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def prompt_format(

@@ -135,6 +135,9 @@ def _train(
     prepared = job.prepared
     device = setup_device(prepared.profile, prepared.recipe.train.seed)
     instrument = Instrument(device, prepared.profile)
+    if prepared.recipe.train.log_to:
+        # A server that does not answer can take minutes.
+        observer.note(f"starting {', '.join(prepared.recipe.train.log_to)}")
     with closing(Trackers.start(prepared.recipe, job.run, observer.note)) as trackers:
         state = load(prepared, device, instrument, observer)
         record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))

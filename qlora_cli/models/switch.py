@@ -147,7 +147,7 @@ def check_adapter_name(name: str, names: Sequence[str]) -> None:
     if name not in names:
         raise UsageError(
             f"there is no adapter {name!r}",
-            hint=nearest_word(name, list(names)) or f"there are {', '.join(names)}",
+            hint=nearest_word(name, list(names)) or f"valid names: {', '.join(names)}",
         )
 
 

@@ -98,13 +98,35 @@ def score(
     with scope("loss"):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-        for at, _, logits in _chunks(hidden, head.to(hidden.dtype), positions):
-            chosen = targets[at][:, None]
-            correct += (logits.argmax(dim=1, keepdim=True) == chosen).sum()
-            total += _losses(logits, chosen)[0].sum()
-            # Free them before the next chunk's logits are computed.
-            del logits
+        for is_top1, losses in _scored_chunks(hidden, head, positions, targets):
+            correct += is_top1.sum()
+            total += losses.sum()
         return total, correct
+
+
+@torch.no_grad()
+def score_targets(
+    hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each target (m,) float32, and whether it is top-1 (m,) bool.
+
+    The arguments are those of `chunked_cross_entropy`; there is at least one target.
+    """
+    chunks = list(_scored_chunks(hidden, head, positions, targets))
+    is_top1, losses = (torch.cat(parts).squeeze(1) for parts in zip(*chunks, strict=True))
+    return -losses, is_top1
+
+
+def _scored_chunks(
+    hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (whether each target is top-1 (c, 1), losses (c, 1)) per chunk."""
+    for at, _, logits in _chunks(hidden, head.to(hidden.dtype), positions):
+        chosen = targets[at][:, None]
+        is_top1 = logits.argmax(dim=1, keepdim=True) == chosen
+        yield is_top1, _losses(logits, chosen)[0]
+        # Free them before the next chunk's logits are computed.
+        del logits
 
 
 def _chunks(

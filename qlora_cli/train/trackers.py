@@ -78,8 +78,7 @@ class Trackers:
                 raise UsageError(
                     f"{name} cannot start: {_first_line(fault)}",
                     where="train.log_to",
-                    hint="check that its server is reachable and that you are logged in, or "
-                    f"remove {name} from train.log_to",
+                    hint=_start_hint(name, fault),
                 ) from fault
             trackers.active[name] = tracker
         return trackers
@@ -111,6 +110,15 @@ def _start(name: str, folder: Path) -> Tracker:
     tracker: Tracker = make_tracker(name, folder)
     tracker.start()
     return tracker
+
+
+def _start_hint(name: str, fault: Exception) -> str:
+    if isinstance(fault, ImportError):
+        return f"pip install --upgrade {_MODULES[name][0]}, or remove {name} from train.log_to"
+    return (
+        "check that its server is reachable and that you are logged in, or remove "
+        f"{name} from train.log_to"
+    )
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

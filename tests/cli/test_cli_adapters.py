@@ -128,6 +128,16 @@ def test_chat_switches_the_adapter_on_a_use_line(run: Path, loud: Path) -> None:
     assert outcome.err.rstrip().splitlines()[-2].endswith("base answers")
 
 
+def test_the_base_does_not_see_the_answers_of_an_adapter(run: Path, loud: Path) -> None:
+    chat = ("chat", run, "--adapter", f"loud={loud}", "--use")
+    outcome = qlora(*chat, "loud", stdin="Hello\nHello\n/use base\nHello\n\n")
+    assert outcome.code == 0, outcome.err
+    assert "the conversation starts over; base answers" in outcome.err
+    alone = qlora(*chat, "base", stdin="Hello\n\n")
+    assert outcome.out.endswith(alone.out)
+    assert alone.out.strip()
+
+
 def test_chat_with_merged_adapters_gives_the_same_answers(run: Path, loud: Path) -> None:
     arguments = ("--adapter", f"loud={loud}", "--adapter", f"run2={run}")
     lines = "Hello\n/use run2\nHello\n/use base\nHello\n\n"

@@ -33,6 +33,16 @@ def test_copy_writes_the_same_file(
     assert (tmp_path / "folder" / recipe.name).is_file()
 
 
+def test_copy_names_the_login_for_a_gated_model(tmp_path: Path) -> None:
+    gated = qlora("recipe", "copy", "llama-3.1-8b-8gb", tmp_path / "gated.yaml")
+    assert gated.code == 0
+    assert "meta-llama/Llama-3.1-8B is a gated model: accept its license at" in gated.err
+    assert "https://huggingface.co/meta-llama/Llama-3.1-8B" in gated.err
+    assert "`hf auth login`, or set HF_TOKEN" in gated.err
+    assert gated.out == f"{tmp_path / 'gated.yaml'}\n"
+    assert qlora("recipe", "copy", "chat", tmp_path / "open.yaml").err == ""
+
+
 def test_copy_overwrites_nothing(recipe: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("mine")

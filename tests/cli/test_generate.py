@@ -13,6 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_cli.jobs import chat as chat_job
+from qlora_cli.jobs import generate as generate_job
+from qlora_cli.jobs.results import GenerateResult
 from tests.helpers.cli_helpers import qlora
 
 pytestmark = pytest.mark.slow
@@ -69,6 +71,34 @@ def test_prompts_of_a_file_become_json_lines(run: Path, tmp_path: Path) -> None:
     assert [json.loads(line)["prompt"] for line in lines] == ["name: Copper Swan", "name: Red Fox"]
     assert qlora("generate", run, *arguments).out.splitlines() == lines
     assert f"{out} exists" in qlora("generate", run, *arguments, "--out", out).err
+
+
+def test_interrupted_answers_are_kept_and_resumed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, out, whole = (tmp_path / name for name in ("prompts.txt", "out", "whole"))
+    prompts.write_text("name: Copper Swan\nname: Red Fox\nname: Blue Hen\n")
+    arguments = ("generate", run, "--prompts", prompts, "--max-new-tokens", "4")
+    arguments += ("--temperature", "0.9")
+    assert qlora(*arguments, "--out", whole).code == 0
+    answer = generate_job.Prompter.answer
+
+    def interrupted(self: generate_job.Prompter, prompt: generate_job.Prompt) -> GenerateResult:
+        if prompt.text == "name: Red Fox":
+            raise KeyboardInterrupt
+        return answer(self, prompt)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_job.Prompter, "answer", interrupted)
+        stopped = qlora(*arguments, "--out", out)
+    assert stopped.code == 130
+    assert "add --resume to the same command" in stopped.err
+    assert out.read_text() == whole.read_text().splitlines(keepends=True)[0]
+    assert qlora(*arguments, "--out", out, "--resume").code == 0
+    assert out.read_text() == whole.read_text()
+    assert qlora(*arguments, "--out", out, "--resume").code == 0
+    assert out.read_text() == whole.read_text()
+    assert "--resume: it needs --out" in qlora(*arguments, "--resume").err
 
 
 def test_prompts_may_be_chats(tmp_path: Path) -> None:

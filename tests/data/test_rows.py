@@ -1,5 +1,7 @@
 """Rows are read with the place they come from, and all faults of a file are in one error."""
 
+import errno
+
 import pytest
 
 from qlora_cli.data.formats import detect_format
@@ -142,6 +144,29 @@ def test_hub_datasets(monkeypatch):
     assert asked == [("some/rows", "train"), ("some/rows", "test")]
     with pytest.raises(InputError, match="not on the hub"):
         read_rows("some/absent")
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_offline", "hint"),
+    [
+        (ConnectionError("no route"), False, "hf auth login"),
+        (ConnectionError("no route"), True, "HF_HUB_OFFLINE is set"),
+        (OSError(errno.ENOSPC, "No space left on device"), False, "HF_HOME"),
+    ],
+)
+def test_the_hint_of_a_hub_dataset_fits_the_error(fault, is_offline, hint, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    def fail(name, split):
+        raise fault
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
+    with pytest.raises(InputError) as caught:
+        read_rows("some/rows")
+    assert hint in caught.value.hint
+    assert fault.args[-1] in str(caught.value)
 
 
 def test_errors_of_missing_and_unknown_files_list_similar_ones(tmp_path):

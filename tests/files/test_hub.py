@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -12,6 +13,7 @@ from huggingface_hub import constants, errors
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files.hub import download
+from tests.helpers.cli_helpers import qlora
 
 NAME = "owner/model"
 
@@ -72,6 +74,39 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     error = refused(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     assert "no space left to download" in error.what
     assert "HF_HOME" in str(error.hint)
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "hf auth login"), (500, "try again later")])
+def test_an_http_error_names_the_status_and_what_to_do(
+    status: int, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = failure(errors.HfHubHTTPError)
+    vars(fault)["response"] = SimpleNamespace(status_code=status)
+    error = refused(monkeypatch, fault)
+    assert error.what == f"the hub does not provide {NAME!r}: the hub's words"
+    assert hint in str(error.hint)
+
+
+def test_another_error_of_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = refused(monkeypatch, ConnectionResetError(errno.ECONNRESET, "Connection reset"))
+    assert "cannot be downloaded" in error.what
+    assert "Connection reset" in error.what
+    assert "check the network" in str(error.hint)
+
+
+def test_the_command_prints_one_line_and_a_hint_in_offline_mode() -> None:
+    """The tests set HF_HUB_OFFLINE, so this is the hub's own library."""
+    outcome = qlora("plan", "starter", "model.name=owner/absent-model")
+    assert outcome.code == 2
+    message, hint = outcome.err.strip().splitlines()[-2:]
+    assert message.startswith("error: model.name: 'owner/absent-model' is not a folder")
+    assert "HF_HUB_OFFLINE is set, so nothing is downloaded" in message
+    assert "unset HF_HUB_OFFLINE" in hint
+    outcome = qlora("data", "starter", "data.train=owner/absent-data")
+    assert outcome.code == 2
+    message, hint = outcome.err.strip().splitlines()[-2:]
+    assert message.startswith("error: data.train: 'owner/absent-data' is not a local file")
+    assert "HF_HUB_OFFLINE is set" in hint
 
 
 @pytest.mark.parametrize("name", ["models/", "./models", "a/b/c", "not a name"])

@@ -237,7 +237,7 @@ Fault = Callable[[AdapterSwitch, dict[str, AdapterFile]], object]
     ("fault", "message"),
     [
         (lambda switch, _: switch.use("wode"), "there is no adapter 'wode'\n  did you mean wide?"),
-        (lambda switch, _: switch.use("?"), "there are base, wide, narrow, half"),
+        (lambda switch, _: switch.use("?"), "valid names: base, wide, narrow, half"),
         (lambda switch, found: switch.add("wide", found["half"]), "the name 'wide' is taken"),
         (lambda switch, found: switch.add("base", found["half"]), "the name 'base' is taken"),
         (lambda switch, found: switch.add("run", found["half"]), "the name 'run' is taken"),

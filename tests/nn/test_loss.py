@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlora_cli.nn import loss
 from qlora_cli.nn.labels import IGNORE_INDEX
-from qlora_cli.nn.loss import chunked_cross_entropy, score
+from qlora_cli.nn.loss import chunked_cross_entropy, score, score_targets
 from tests.helpers.reference_loss import reference_cross_entropy, targets_of
 
 TOKENS, HIDDEN, WORDS = 23, 16, 50
@@ -45,6 +45,16 @@ def test_loss_and_gradients_equal_torch(chunk: int, trained: bool, scale: float)
     found, other = (torch.autograd.grad(one, inputs) for one in (ours, wanted))
     for own, reference in zip(found, other, strict=True):
         torch.testing.assert_close(own, reference, rtol=1e-5, atol=1e-6 * max(1.0, scale))
+
+
+def test_the_scores_of_single_targets_equal_torch(chunk: int) -> None:
+    hidden, head, labels = draw()
+    positions, targets = targets_of(labels)
+    log_probabilities, is_top1 = score_targets(hidden, head, positions, targets)
+    logits = (hidden @ head.t())[positions]
+    wanted = logits.log_softmax(dim=1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(log_probabilities, wanted, rtol=1e-6, atol=1e-5)
+    assert is_top1.tolist() == (logits.argmax(dim=1) == targets).tolist()
 
 
 def test_a_later_factor_scales_the_gradients() -> None:

@@ -103,6 +103,19 @@ def test_a_tracker_that_cannot_start_is_an_error_before_the_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_package_that_cannot_be_imported_is_to_be_installed_again(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, folder: Path) -> None:
+        raise ImportError("cannot import name 'service'")
+
+    use(monkeypatch, RecordingTracker())
+    monkeypatch.setattr(trackers, "make_tracker", fail)
+    with pytest.raises(UsageError, match="cannot start: cannot import name 'service'") as error:
+        run(recipe_with(bases, tmp_path / "run", "mlflow"))
+    assert "pip install --upgrade mlflow" in str(error.value)
+
+
 def test_a_missing_package_is_an_error_before_the_run(
     bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
