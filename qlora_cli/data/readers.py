@@ -53,6 +53,8 @@ def _jsonl(path: Path) -> Iterator[Item]:
                 yield number, _not_utf8(error)
             except RowError as fault:
                 yield number, fault
+            except (ValueError, RecursionError) as error:
+                yield number, _too_large(error)
 
 
 def _json(path: Path) -> Iterator[Item]:
@@ -83,6 +85,9 @@ def _json_values(text: str) -> Iterator[Item]:
             return
         except RowError as fault:  # duplicate key; the end of the object is unknown
             yield line, fault
+            return
+        except (ValueError, RecursionError) as error:
+            yield line, _too_large(error)
             return
         try:
             yield line, _object(value)
@@ -191,7 +196,7 @@ def _parquet(path: Path) -> Iterator[Item]:
         batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1000))
         rows = (fields for batch in batches for fields in batch)
         yield from enumerate(rows, 1)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"not a readable Parquet file: {error}", where=str(path)) from error
 
 
@@ -229,6 +234,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         duplicate = next(key for key, count in counts.items() if count > 1)
         raise RowError(f"the key {duplicate!r} occurs twice")
     return fields
+
+
+def _too_large(error: Exception) -> RowError:
+    """Return the fault of a row whose JSON is valid and cannot be decoded."""
+    if isinstance(error, RecursionError):
+        return RowError("its lists or objects are nested too deeply")
+    return RowError("it contains a number with too many digits")
 
 
 def _not_utf8(error: UnicodeDecodeError) -> RowError:

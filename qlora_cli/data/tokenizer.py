@@ -42,6 +42,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
             where=name,
             hint="a tokenizer.json is needed; transformers writes one with save_pretrained",
         )
+    try:
+        tokenizer("a")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _unloadable(name, error) from error
     if len(tokenizer) < 2:
         raise ModelError("its tokenizer is empty", where=name, hint="its files are incomplete")
     return tokenizer

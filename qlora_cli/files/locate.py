@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files.atomic import PARSE_ERRORS
 from qlora_cli.files.hub import download
 from qlora_cli.files.paths import user_path
 
@@ -111,7 +112,7 @@ def read_config(file: Path) -> Any:
     try:
         config = AutoConfig.for_model(model_type, **content)
         _check_sizes(config)
-    except (ValueError, TypeError, StrictDataclassError) as fault:
+    except (*PARSE_ERRORS, ArithmeticError, StrictDataclassError) as fault:
         raise ModelError(f"it describes no model: {fault}", where=str(file)) from fault
     return config
 
@@ -140,6 +141,10 @@ def _check_sizes(config: Any) -> None:
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:
         raise ValueError(f"{heads} heads cannot share {groups} key and value heads")
+    pad = getattr(config, "pad_token_id", None)
+    vocab_size = getattr(config, "vocab_size", None)
+    if pad is not None and vocab_size is not None and pad >= vocab_size:
+        raise ValueError(f"pad_token_id is {pad}, and the vocabulary has {vocab_size} tokens")
     dtype = getattr(config, "dtype", None)
     if dtype is not None and dtype.itemsize < _MIN_ITEM_BYTES:
         raise ValueError(f"its weights are in {dtype}; 16 or 32 bits are required")

@@ -27,6 +27,8 @@ _END_BYTES = 4096
 """Bytes at each end of a tensor that enter the fingerprint of an older version."""
 _ALL_BYTES = "all:"
 """Beginning of a fingerprint over all bytes."""
+_MAX_NAME = 255
+"""Number of characters that the name of a file can have."""
 _THREADS = 4
 """Files that are hashed at the same time."""
 
@@ -153,15 +155,14 @@ def _files(folder: Path) -> list[Path]:
     index = folder / WEIGHTS_INDEX
     if index.is_file() and not (folder / WEIGHTS_FILE).is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
         except (ValueError, KeyError, AttributeError) as fault:
             raise ModelError(f"damaged index: {fault!r}", where=str(index)) from fault
+        for name in names:
+            if not isinstance(name, str) or len(name) > _MAX_NAME or _is_outside(name):
+                what = f"damaged index: {str(name)[:60]} is not a file in this folder"
+                raise ModelError(what, where=str(index))
         files = [folder / name for name in names]
-        foreign = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
-        if foreign:
-            raise ModelError(
-                f"damaged index: {foreign[0]} is not a file in this folder", where=str(index)
-            )
     else:
         files = [folder / WEIGHTS_FILE]
     missing = [file.name for file in files if not file.is_file()]
@@ -176,6 +177,10 @@ def _files(folder: Path) -> list[Path]:
             else "download the complete folder again",
         )
     return files
+
+
+def _is_outside(name: str) -> bool:
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def _model_name(name: str, prefix: str, head: str) -> str:

@@ -95,6 +95,14 @@ def _metric(line: str, where: str) -> dict[str, Any]:
         missing = sorted(required - content.keys())
     except PARSE_ERRORS as error:
         raise UsageError(f"damaged: {error}", where=where, hint=_REMOVE_LINE) from error
+    wrong = [key for key in _METRICS & content.keys() if not _is_number(content[key])]
+    if wrong:
+        what = f"damaged: {wrong[0]} is {str(content[wrong[0]])[:60]!r}"
+        raise UsageError(what, where=where, hint=_REMOVE_LINE)
     if missing:
         raise UsageError(f"damaged: {', '.join(missing)} missing", where=where, hint=_REMOVE_LINE)
     return content
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

@@ -20,6 +20,7 @@ from qlora_cli.adapters.method import AdapterMethod
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
+from qlora_cli.files.atomic import PARSE_ERRORS
 from qlora_cli.files.dtype import file_dtype, torch_dtype
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
@@ -130,8 +131,9 @@ def _create(config: Any, compute: torch.dtype, model_class: Any) -> Any:
                 dtype=compute,
                 trust_remote_code=False,
             )
-    except (ValueError, TypeError, ImportError) as fault:
-        reason = str(fault).strip().splitlines()[0]
+    except (*PARSE_ERRORS, ArithmeticError, ImportError) as fault:
+        text = str(fault) if isinstance(fault, ValueError) else repr(fault)
+        reason = text.strip().splitlines()[0]
         raise unsupported(config, f"transformers cannot create it: {reason}") from fault
 
 

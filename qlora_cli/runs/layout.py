@@ -37,6 +37,14 @@ WEIGHTS = "weights"
 """Name of the folder with the trained weights, in a run and in each of its checkpoints."""
 _CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("recipe", "result", "checksums", "versions", "device"), dict),
+    **dict.fromkeys(("status", "base_folder", "base_fingerprint", "base_config"), str),
+    **dict.fromkeys(("choices", "tensors"), list),
+    "data_digest": str,
+    "steps": int,
+}
+"""Type of the values in run.json that are read back."""
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -183,6 +191,10 @@ class RunFolder:
             raise UsageError(f"damaged: {fault}", where=str(self.run_json)) from fault
         if not isinstance(content, dict):
             raise UsageError("damaged: it is not a JSON object", where=str(self.run_json))
+        for key, kind in _KINDS.items():
+            if not isinstance(content.get(key), kind | None):
+                what = f"damaged: {key} is {str(content[key])[:60]!r}"
+                raise UsageError(what, where=str(self.run_json))
         return content
 
     def write(self, content: Mapping[str, Any]) -> None:
