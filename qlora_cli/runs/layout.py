@@ -117,6 +117,8 @@ class RunFolder:
     def locked(self, *, new: bool) -> Iterator[None]:
         """Hold the lock of the run inside the block, so that no other process trains it.
 
+        What a killed process left unfinished is removed.
+
         new: create the folder, and remove it at the end if no run.json has been written. Raises
         UsageError if another process holds the lock, if a new run's folder contains files, or if
         there is no run to resume.
@@ -135,6 +137,8 @@ class RunFolder:
                     where="output",
                     hint="wait until it ends, or stop it",
                 )
+            for file in (self.run_json, self.metrics, self.memory_json, self.timeline_json):
+                remove_partial_files(file)
             try:
                 yield
             finally:
