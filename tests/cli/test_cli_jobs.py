@@ -261,3 +261,15 @@ def test_quickstart_runs_all_jobs_twice_in_one_folder(
     assert result["verify"]["passed"] is True
     assert result["loss_after"] <= result["loss_before"] / 2
     assert result["samples"]
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_the_tables_of_a_plan_have_the_width_of_the_variable_columns(
+    columns: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = qlora("plan", recipe, "--compare", "--vram", "24GiB").out.splitlines()
+    table = lines[lines.index("Peak memory of each method, on the same data and batch size") :]
+    assert max(map(len, table)) <= int(columns)
+    labels = {line.split("  ")[0].strip() for line in table}
+    assert {"base", "quantization constants", "gradients", "activations", "full / this"} <= labels
