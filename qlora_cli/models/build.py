@@ -106,10 +106,11 @@ def skeleton(
     model_class: a transformers Auto class, for causal language models if not given. Raises
     ModelError if transformers cannot create the model or no family can describe it.
     """
-    check_logits(config)
+    family = known_family(config)
+    if family is not None:
+        check_logits(config)
     # transformers writes the dtype and the attention's name into the config that it is given.
     config = deepcopy(config)
-    family = known_family(config)
     # The base's own dropout is disabled: the adapter has its own, and dropout saves activations.
     for key in family.dropouts if family else dropout_keys(config):
         if hasattr(config, key):

@@ -60,17 +60,17 @@ _TOLERANCE = 1e-4
 
 
 def check_logits(config: Any) -> None:
-    """Raise ModelError if the model changes its logits after the head.
+    """Raise ModelError if a model of a hand-written family changes its logits after the head.
 
     The loss is computed from the hidden states and the weight of the head, in chunks, so it would
-    ignore the change.
+    ignore the change. A derived family measures it (`models/head.py`).
     """
     for key, neutral in _LOGIT_SETTINGS.items():
         value = getattr(config, key, None)
         if value is not None and value != neutral:
             raise ModelError(
-                f"{type(config).__name__} sets {key} to {value}, which changes the logits; the "
-                "loss of this package does not support it",
+                f"{type(config).__name__} sets {key} to {value}, which changes the logits; its "
+                "hand-written family does not support it",
                 where="model.name",
             )
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.errors import ModelError
 from qlora_cli.models.coverage import check_mlp, check_norm
 from qlora_cli.models.family import Family, LinearSpec, MlpSpec
+from qlora_cli.models.head import measured_transform
 from qlora_cli.models.registry import unsupported
 from qlora_cli.nn.mlp import ACTIVATIONS, Projections
 
@@ -67,12 +68,13 @@ def derive_family(model: Any) -> Family:
     blocks = _blocks_path(model, backbone)
     block = _first_of_equal_blocks(model, blocks)
     _check_tensors(model, block, blocks)
+    head = _head_path(model)
     return Family(
         name=config.model_type,
         model_types=(config.model_type,),
         backbone=backbone,
         blocks=blocks,
-        head=_head_path(model),
+        head=head,
         embeddings=tuple(_embedding_paths(model, blocks)),
         linears=tuple(_linears(block)),
         mlp=_mlp(model, block),
@@ -80,6 +82,7 @@ def derive_family(model: Any) -> Family:
         final_norm=_final_norm(model, backbone, blocks),
         dropouts=tuple(dropout_keys(config)),
         ignored=(".rotary_emb.inv_freq",),
+        logits=measured_transform(model, backbone, head),
     )
 
 
@@ -144,13 +147,11 @@ def _check_tensors(model: Any, block: nn.Module, blocks: str) -> None:
 
 
 def _head_path(model: Any) -> str:
-    """Return the path of the head, a linear without bias."""
+    """Return the path of the head, a linear."""
     head = model.get_output_embeddings()
     path: str | None = next((p for p, module in model.named_modules() if module is head), None)
     if path is None or not isinstance(head, nn.Linear):
         raise unsupported(model.config, "its head is not a linear")
-    if head.bias is not None:
-        raise unsupported(model.config, "its head has a bias")
     return path
 
 

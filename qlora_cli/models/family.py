@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_cli.nn.logits import IDENTITY, LogitTransform
 from qlora_cli.nn.mlp import Projections
 
 Rows = Callable[[Any], Mapping[str, slice]]
@@ -55,7 +56,8 @@ class Family:
     after it, of position tables. linears: the linears of a block. mlp: the MLP of a block, if it
     has one of the supported forms. norms: paths of the RMSNorms within a block. final_norm: path of
     an RMSNorm after the last block. dropouts: config keys of the base's own dropout, which is
-    disabled. ignored: endings of file tensors that are buffers and not weights.
+    disabled. ignored: endings of file tensors that are buffers and not weights. logits: what the
+    model does with the head's output.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Family:
     final_norm: str | None = None
     dropouts: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    logits: LogitTransform = IDENTITY
 
     @property
     def token_embedding(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from qlora_cli.adapters.lora import LoraLinear, adapted_layers
 from qlora_cli.data.collate import Batch
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.labels import IGNORE_INDEX
+from qlora_cli.nn.loss import head_output
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.proof.small_model import CPU, SmallModel
 from qlora_cli.tasks.backbone import hidden_states
@@ -112,8 +114,10 @@ def _compare_rows(small: SmallModel, loaded: LoadedModel, length: int) -> float:
 
 def _logits(loaded: LoadedModel, batch: Batch) -> Tensor:
     """Return the logits (tokens, V) as the loss computes them."""
-    hidden = hidden_states(loaded, batch, CPU)
-    return hidden @ loaded.head.weight.float().t()  # type: ignore[operator]
+    head: Any = loaded.head
+    bias = None if head.bias is None else head.bias.float()
+    output = head_output(hidden_states(loaded, batch, CPU), head.weight.float(), bias)
+    return loaded.family.logits.apply_(output)
 
 
 def _gradients(small: SmallModel, loaded: LoadedModel, batch: Batch) -> dict[int, Tensor]:

@@ -210,9 +210,11 @@ def _comparison_model(
     loaded.model.eval()
     loaded.model.requires_grad_(False)
     path = loaded.family.token_embedding if is_tied(loaded) else loaded.family.head
-    return ComparisonModel(
-        task, loaded, Head(source.entry(f"{path}.weight"), dtype), device, is_resident
-    )
+    bias = None
+    if (name := f"{loaded.family.head}.bias") in source.names():
+        bias = source.read(name).to(dtype)
+    head = Head(source.entry(f"{path}.weight"), dtype, bias, loaded.family.logits)
+    return ComparisonModel(task, loaded, head, device, is_resident)
 
 
 def _resident_bytes(tensors: MergedTensors) -> int:
