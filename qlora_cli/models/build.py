@@ -176,7 +176,7 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
         return method.wrap(linear, {role: site.rows[role] for role in roles}) if roles else linear
 
     convert.replace_linears(model, loaded.sites, weight_format, wrap)
-    convert.replace_embeddings(model, family.embeddings, weight_format)
+    convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
     # A tied table is also the head, and every step multiplies by all of it.
     if has_own_memory(device) and not is_tied(loaded):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
+from qlora_cli.models.family import Family
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
@@ -38,16 +39,19 @@ def replace_linears(
         replace_module(model, site.path, wrap(packed, site) if wrap is not None else packed)
 
 
-def replace_embeddings(model: nn.Module, paths: Sequence[str], weight_format: WeightFormat) -> None:
-    """Replace embedding tables by frozen ones in 16-bit storage.
+def replace_embeddings(model: nn.Module, family: Family, weight_format: WeightFormat) -> None:
+    """Replace the embedding tables of a family by frozen ones in 16-bit storage.
 
-    Raises ModelError if a module is not a plain embedding.
+    Raises ModelError if a module is not a plain embedding. A token table with a factor was measured
+    when its family was derived.
     """
-    for path in paths:
+    for path in family.embeddings:
         old: Any = model.get_submodule(path)
-        check_embedding(old, path)
+        scale = family.embedding_scale if path == family.token_embedding else 1.0
+        if scale == 1.0:
+            check_embedding(old, path)
         weight = old.weight.detach().to(weight_format.storage)
-        replace_module(model, path, FrozenEmbedding(weight, weight_format.compute))
+        replace_module(model, path, FrozenEmbedding(weight, weight_format.compute, scale))
 
 
 def replace_head(model: nn.Module, path: str, weight_format: WeightFormat) -> None:

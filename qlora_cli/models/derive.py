@@ -16,10 +16,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import ModelError
+from qlora_cli.models.buffers import created_buffers, persistent_buffers
 from qlora_cli.models.coverage import check_mlp, check_norm
 from qlora_cli.models.family import Family, LinearSpec, MlpSpec
 from qlora_cli.models.head import measured_transform
 from qlora_cli.models.registry import unsupported
+from qlora_cli.models.tables import is_plain_table, measured_scale
 from qlora_cli.nn.mlp import ACTIVATIONS, Projections
 
 ROLES: Mapping[str, str] = {
@@ -69,13 +71,16 @@ def derive_family(model: Any) -> Family:
     block = _first_of_equal_blocks(model, blocks)
     _check_tensors(model, block, blocks)
     head = _head_path(model)
+    embeddings = tuple(_embedding_paths(model, blocks))
+    table = model.get_submodule(embeddings[0])
     return Family(
         name=config.model_type,
         model_types=(config.model_type,),
         backbone=backbone,
         blocks=blocks,
         head=head,
-        embeddings=tuple(_embedding_paths(model, blocks)),
+        embeddings=embeddings,
+        embedding_scale=measured_scale(model, table, embeddings[0]),
         linears=tuple(_linears(block)),
         mlp=_mlp(model, block),
         norms=tuple(path for path, child in block.named_modules() if _is_our_norm(child, path)),
@@ -130,20 +135,24 @@ def _structure(block: nn.Module) -> set[tuple[str, str]]:
 
 
 def _check_tensors(model: Any, block: nn.Module, blocks: str) -> None:
-    """Raise ModelError for weights that are neither linears, tables nor vectors."""
+    """Raise ModelError for weights with more dimensions than a matrix, and for unknown buffers.
+
+    A matrix that is not a linear, such as a router, stays as it is.
+    """
     for path, module in block.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 1 and not is_linear(module):
+            if parameter.dim() > 2 and not isinstance(module, nn.Conv1d):
                 raise unsupported(
                     model.config,
                     f"{blocks}.*.{path}.{name} of {type(module).__name__} has "
                     f"{parameter.dim()} dimensions and is not a linear",
                 )
     for path, module in model.named_modules():
-        if any(True for _ in module.buffers(recurse=False)) and any(
-            True for _ in module.parameters()
-        ):
-            raise unsupported(model.config, f"{path or 'the model'} computes a buffer of its own")
+        for name, value in created_buffers(model, module).items():
+            if value is None and name not in persistent_buffers(module):
+                raise unsupported(
+                    model.config, f"it is not known how {path}.{name} is created, a buffer"
+                )
 
 
 def _head_path(model: Any) -> str:
@@ -156,13 +165,12 @@ def _head_path(model: Any) -> str:
 
 
 def _embedding_paths(model: Any, blocks: str) -> Iterator[str]:
-    """Yield the path of the token table, then those of other tables outside the blocks."""
+    """Yield the path of the token table, then those of other plain tables outside the blocks."""
     tokens = model.get_input_embeddings()
     yield next(path for path, module in model.named_modules() if module is tokens)
     for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and module is not tokens:
-            if path.startswith(f"{blocks}."):
-                raise unsupported(model.config, f"{path} is a table inside a block")
+        is_other = module is not tokens and not path.startswith(f"{blocks}.")
+        if isinstance(module, nn.Embedding) and is_other and is_plain_table(module, path):
             yield path
 
 

@@ -57,7 +57,7 @@ class Family:
     has one of the supported forms. norms: paths of the RMSNorms within a block. final_norm: path of
     an RMSNorm after the last block. dropouts: config keys of the base's own dropout, which is
     disabled. ignored: endings of file tensors that are buffers and not weights. logits: what the
-    model does with the head's output.
+    model does with the head's output. embedding_scale: factor of the rows of the token table.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Family:
     dropouts: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     logits: LogitTransform = IDENTITY
+    embedding_scale: float = 1.0
 
     @property
     def token_embedding(self) -> str:

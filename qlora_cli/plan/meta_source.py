@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.models.buffers import persistent_buffers
 from qlora_cli.models.family import Family
 
 
@@ -19,6 +20,9 @@ class MetaSource:
 
     def __init__(self, model: Any, family: Family, dtype: torch.dtype) -> None:
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for path, module in model.named_modules():
+            for name in persistent_buffers(module):
+                self._shapes[f"{path}.{name}"] = tuple(module.get_buffer(name).shape)
         if getattr(model.config, "tie_word_embeddings", False):
             self._shapes.pop(f"{family.head}.weight", None)
         self._dtype = dtype

@@ -156,7 +156,7 @@ def trained_on_meta(
     model, family = skeleton(config, weight_format.compute, task.model_class)
     loaded = LoadedModel(model, family, config, list(sites), {}, weight_format, kernel)
     convert.replace_linears(model, sites, weight_format)
-    convert.replace_embeddings(model, family.embeddings, weight_format)
+    convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
     return loaded
 
@@ -171,7 +171,7 @@ def merged_on_meta(
     """
     model, family = skeleton(config, compute, task.model_class)
     weight_format = WeightFormat(16, compute, storage)
-    convert.replace_embeddings(model, family.embeddings, weight_format)
+    convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
     return LoadedModel(model, family, config, [], {}, weight_format, kernel)
 

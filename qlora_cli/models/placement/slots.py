@@ -12,7 +12,7 @@ from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.errors import ModelError
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import attribute, host_memory
-from qlora_cli.models import convert
+from qlora_cli.models.buffers import created_buffers, persistent_buffers
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.nn.embedding import HostEmbedding, upload
 from qlora_cli.nn.quant import QuantLinear
@@ -78,6 +78,8 @@ def _slots(loaded: LoadedModel) -> Iterator[tuple[str, TensorSlot]]:
         elif not isinstance(module, LoraLinear) and path != tied_head:
             for key, _ in module.named_parameters(recurse=False):
                 yield f"{path}.{key}", _parameter_slot(module, key, _category(loaded, path))
+            for key in persistent_buffers(module):
+                yield f"{path}.{key}", _buffer_slot(module, key)
 
 
 def _packed_slot(module: QuantLinear, site: Site | None) -> TensorSlot:
@@ -94,6 +96,17 @@ def _parameter_slot(module: nn.Module, key: str, category: str) -> TensorSlot:
         value = tensor.to(old.dtype)
         attribute([value], category)
         setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
+
+    return TensorSlot(tuple(old.shape), put, dtype=old.dtype)
+
+
+def _buffer_slot(module: nn.Module, key: str) -> TensorSlot:
+    old = module.get_buffer(key)
+
+    def put(tensor: Tensor) -> None:
+        value = tensor.to(old.dtype)
+        attribute([value], "base")
+        module._buffers[key] = value
 
     return TensorSlot(tuple(old.shape), put, dtype=old.dtype)
 
@@ -133,11 +146,9 @@ def _check_shape(name: str, in_file: tuple[int, ...], in_model: tuple[int, ...])
 
 
 def rebuild_buffers(loaded: LoadedModel, device: torch.device) -> None:
-    """Create the buffers on `device` that no checkpoint contains (rotary frequencies).
-
-    The constructor of their module computes them.
-    """
-    for path, module in list(loaded.model.named_modules()):
-        if device.type != "meta" and any(b.is_meta for b in module.buffers(recurse=False)):
-            convert.replace_module(loaded.model, path, type(module)(loaded.config).to(device))
+    """Create the buffers on `device` that no checkpoint contains (rotary frequencies)."""
+    for module in loaded.model.modules() if device.type != "meta" else ():
+        for name, value in created_buffers(loaded.model, module).items():
+            if value is not None:
+                module._buffers[name] = value.to(device)
     attribute(loaded.model.buffers(), "base")
