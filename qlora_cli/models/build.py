@@ -122,18 +122,28 @@ def skeleton(
 
 
 def _create(config: Any, compute: torch.dtype, model_class: Any) -> Any:
-    """Return transformers' model on meta. Raises ModelError if transformers cannot create it."""
+    """Return transformers' model on meta, with this package's attention if the class allows it.
+
+    Raises ModelError if transformers cannot create it.
+    """
     try:
-        with torch.device("meta"):
-            return model_class.from_config(
-                config,
-                attn_implementation=attention.NAME,
-                dtype=compute,
-                trust_remote_code=False,
-            )
+        model = _from_config(config, compute, model_class, attention.NAME)
+        if type(model)._can_set_attn_implementation():
+            return model
+    except KeyError:  # A class with a table of its own attention modules.
+        pass
     except (ValueError, TypeError, ImportError) as fault:
         reason = str(fault).strip().splitlines()[0]
         raise unsupported(config, f"transformers cannot create it: {reason}") from fault
+    return _from_config(config, compute, model_class, "eager")
+
+
+def _from_config(config: Any, compute: torch.dtype, model_class: Any, name: str) -> Any:
+    """Return transformers' model on meta. name: of the attention."""
+    with torch.device("meta"):
+        return model_class.from_config(
+            config, attn_implementation=name, dtype=compute, trust_remote_code=False
+        )
 
 
 def build(request: ModelRequest) -> LoadedModel:

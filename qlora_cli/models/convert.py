@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
 from qlora_cli.models.family import Family
+from qlora_cli.nn.attention import checkpoint_contexts
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
@@ -116,6 +117,7 @@ def enable_activation_checkpointing(model: Any, preserve_random_state: bool) -> 
         "use_reentrant": False,
         "preserve_rng_state": preserve_random_state,
         "determinism_check": "none",
+        "context_fn": checkpoint_contexts,
     }
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(settings)

@@ -8,9 +8,11 @@ refused with the reason.
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -88,6 +90,9 @@ def derive_family(model: Any) -> Family:
         dropouts=tuple(dropout_keys(config)),
         ignored=(".rotary_emb.inv_freq",),
         logits=measured_transform(model, backbone, head),
+        own_attention=not type(model)._can_set_attn_implementation(),
+        packs=type(model)._can_set_attn_implementation() and not _mixes_tokens(block),
+        merged_attention=_merged_attention(model),
     )
 
 
@@ -153,6 +158,20 @@ def _check_tensors(model: Any, block: nn.Module, blocks: str) -> None:
                 raise unsupported(
                     model.config, f"it is not known how {path}.{name} is created, a buffer"
                 )
+
+
+def _mixes_tokens(block: nn.Module) -> bool:
+    """Return whether a part of a block other than attention mixes tokens, such as a convolution."""
+    return any(
+        isinstance(module, nn.Conv1d) or hasattr(module, "A_log") for module in block.modules()
+    )
+
+
+def _merged_attention(model: Any) -> Literal["sdpa", "eager"]:
+    """Return the attention of transformers that computes this model; SDPA if it does."""
+    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    has_soft_cap = eager is not None and "softcap" in inspect.signature(eager).parameters
+    return "sdpa" if model._supports_sdpa and not has_soft_cap else "eager"
 
 
 def _head_path(model: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qlora_cli.nn.logits import IDENTITY, LogitTransform
 from qlora_cli.nn.mlp import Projections
@@ -58,6 +58,10 @@ class Family:
     an RMSNorm after the last block. dropouts: config keys of the base's own dropout, which is
     disabled. ignored: endings of file tensors that are buffers and not weights. logits: what the
     model does with the head's output. embedding_scale: factor of the rows of the token table.
+    own_attention: the model's class computes attention itself, and not through transformers'
+    interface. packs: rows that share a sequence do not affect each other; otherwise each row is a
+    forward pass of its own. merged_attention: the attention of transformers that computes the same
+    model.
     """
 
     name: str
@@ -74,6 +78,9 @@ class Family:
     ignored: tuple[str, ...] = ()
     logits: LogitTransform = IDENTITY
     embedding_scale: float = 1.0
+    own_attention: bool = False
+    packs: bool = True
+    merged_attention: Literal["sdpa", "eager"] = "sdpa"
 
     @property
     def token_embedding(self) -> str:

@@ -182,7 +182,8 @@ def _transformers_model(
     kernel = kernel_for(profile_of(device), compute)
     loaded = merged_on_meta(task, read_config(folder / CONFIG), compute, storage, kernel)
     model, family = loaded.model, loaded.family
-    model.set_attn_implementation("sdpa")
+    if not family.own_attention:
+        model.set_attn_implementation(family.merged_attention)
     if compute is torch.float16 and device.type == "cpu":
         for path in set(convert.linear_paths(model)) - {*family.embeddings, family.head}:
             _multiply_in_two_steps(model.get_submodule(path))
