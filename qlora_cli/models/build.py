@@ -194,5 +194,5 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
     convert.replace_norms(model, norm_paths(model, family))
     if family.mlp is not None:
         activation = getattr(loaded.config, family.mlp.activation)
-        paths = mlp_paths(model, family.blocks, family.mlp)
+        paths = mlp_paths(model, family, family.mlp)
         convert.replace_mlps(model, paths, family.mlp.projections, activation)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import ModelError
 from qlora_cli.models.buffers import created_buffers, persistent_buffers
+from qlora_cli.models.conversions import parameter_names
 from qlora_cli.models.coverage import check_mlp, check_norm
 from qlora_cli.models.family import Family, LinearSpec, MlpSpec
 from qlora_cli.models.head import measured_transform
@@ -70,11 +71,11 @@ def derive_family(model: Any) -> Family:
     if not isinstance(getattr(model, backbone, None), nn.Module):
         raise unsupported(config, f"it has no module {backbone!r} for its hidden states")
     blocks = _blocks_path(model, backbone)
-    block = _first_of_equal_blocks(model, blocks)
-    _check_tensors(model, block, blocks)
+    found = list(model.get_submodule(blocks))
+    _check_tensors(model, found, blocks)
     head = _head_path(model)
     embeddings = tuple(_embedding_paths(model, blocks))
-    table = model.get_submodule(embeddings[0])
+    can_set_attention = type(model)._can_set_attn_implementation()
     return Family(
         name=config.model_type,
         model_types=(config.model_type,),
@@ -82,16 +83,18 @@ def derive_family(model: Any) -> Family:
         blocks=blocks,
         head=head,
         embeddings=embeddings,
-        embedding_scale=measured_scale(model, table, embeddings[0]),
-        linears=tuple(_linears(block)),
-        mlp=_mlp(model, block),
-        norms=tuple(path for path, child in block.named_modules() if _is_our_norm(child, path)),
+        embedding_scale=measured_scale(model, model.get_submodule(embeddings[0]), embeddings[0]),
+        linears=tuple(_linears(found)),
+        blocks_differ=any(_structure(block) != _structure(found[0]) for block in found),
+        mlp=_mlp(model, found),
+        norms=tuple(_norms(found)),
         final_norm=_final_norm(model, backbone, blocks),
         dropouts=tuple(dropout_keys(config)),
         ignored=(".rotary_emb.inv_freq",),
+        rename=parameter_names(model),
         logits=measured_transform(model, backbone, head),
-        own_attention=not type(model)._can_set_attn_implementation(),
-        packs=type(model)._can_set_attn_implementation() and not _mixes_tokens(block),
+        own_attention=not can_set_attention,
+        packs=can_set_attention and not any(map(_mixes_tokens, found)),
         merged_attention=_merged_attention(model),
     )
 
@@ -118,19 +121,6 @@ def _has_linears(module: nn.Module) -> bool:
     return any(is_linear(child) for child in module.modules())
 
 
-def _first_of_equal_blocks(model: Any, blocks: str) -> nn.Module:
-    """Return the first block. Raises ModelError if another one has other modules."""
-    first, *others = model.get_submodule(blocks)
-    structure = _structure(first)
-    for index, block in enumerate(others, 1):
-        if different := sorted(structure ^ _structure(block)):
-            path, kind = different[0]
-            raise unsupported(
-                model.config, f"blocks 0 and {index} differ: only one has {path or kind} ({kind})"
-            )
-    return first  # type: ignore[no-any-return]
-
-
 def _structure(block: nn.Module) -> set[tuple[str, str]]:
     """Return (path, class and shapes) of every module with tensors in a block."""
     return {
@@ -139,12 +129,12 @@ def _structure(block: nn.Module) -> set[tuple[str, str]]:
     }
 
 
-def _check_tensors(model: Any, block: nn.Module, blocks: str) -> None:
+def _check_tensors(model: Any, found: Sequence[nn.Module], blocks: str) -> None:
     """Raise ModelError for weights with more dimensions than a matrix, and for unknown buffers.
 
     A matrix that is not a linear, such as a router, stays as it is.
     """
-    for path, module in block.named_modules():
+    for path, module in _modules(found):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 2 and not isinstance(module, nn.Conv1d):
                 raise unsupported(
@@ -193,10 +183,24 @@ def _embedding_paths(model: Any, blocks: str) -> Iterator[str]:
             yield path
 
 
-def _linears(block: nn.Module) -> Iterator[LinearSpec]:
-    for path, module in block.named_modules():
-        if is_linear(module):
-            yield LinearSpec(path, (_role(path),), transposed=isinstance(module, Conv1D))
+def _modules(blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path in its block, module) of all blocks: those of the first block first."""
+    for block in blocks:
+        yield from block.named_modules()
+
+
+def _linears(blocks: Sequence[nn.Module]) -> Iterator[LinearSpec]:
+    linears = {path: module for path, module in _modules(blocks) if is_linear(module)}
+    for path, module in linears.items():
+        yield LinearSpec(path, (_role(path),), transposed=isinstance(module, Conv1D))
+
+
+def _norms(blocks: Sequence[nn.Module]) -> Iterator[str]:
+    """Yield the paths at which every block that has them has a norm of ours."""
+    is_ours: dict[str, bool] = {}
+    for path, module in _modules(blocks):
+        is_ours[path] = is_ours.get(path, True) and _is_our_norm(module, path)
+    yield from (path for path, ours in is_ours.items() if ours)
 
 
 def _role(path: str) -> str:
@@ -207,9 +211,9 @@ def _role(path: str) -> str:
     return ROLES.get(name, name)
 
 
-def _mlp(model: Any, block: nn.Module) -> MlpSpec | None:
+def _mlp(model: Any, blocks: Sequence[nn.Module]) -> MlpSpec | None:
     """Return the MLP that `Mlp` can replace, or None: then transformers' own one stays."""
-    for path, module in block.named_modules():
+    for path, module in _modules(blocks):
         linears = {name for name, child in module.named_children() if is_linear(child)}
         for projections in _PROJECTIONS:
             if linears == set(projections.names):

@@ -27,13 +27,15 @@ from qlora_cli.memory.gc_pause import gc_paused
 from qlora_cli.memory.ledger import FigureSource, MethodPeak, Phase, peak_phase
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.tracker import StorageTracker, track_gradients
-from qlora_cli.models.build import ModelRequest
+from qlora_cli.models.build import ModelRequest, skeleton
 from qlora_cli.models.family import Family
+from qlora_cli.models.registry import known_family
 from qlora_cli.nn.codebook import clear_scale_codebook
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.plan.recording import NUM_RECORDED_BLOCKS, NotAlike, Recording
 from qlora_cli.plan.replay import MemoryPlan, RecordedJob, replay
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks.registry import task_of
 from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
@@ -76,9 +78,18 @@ def with_blocks(config: Any, num_blocks: int) -> Any:
     """Return a copy of a transformers config with the first `num_blocks` blocks only."""
     shorter = deepcopy(config)
     shorter.num_hidden_layers = num_blocks
-    if getattr(config, "layer_types", None):
-        shorter.layer_types = config.layer_types[:num_blocks]
+    for key, values in _per_layer(config).items():
+        setattr(shorter, key, values[:num_blocks])
     return shorter
+
+
+def _per_layer(config: Any) -> dict[str, Sequence[Any]]:
+    """Return the settings of a config that have one value per block."""
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
+    }
 
 
 def method_peak(recipe: Recipe, phases: tuple[Phase, ...], source: FigureSource) -> MethodPeak:
@@ -93,8 +104,14 @@ def _blocks_may_be_alike(recipe: Recipe, config: Any) -> bool:
     """Return whether recipe and config treat all blocks the same, and there are enough of them."""
     targets = recipe.adapter.targets
     are_roles = isinstance(targets, str) or not any("." in target for target in targets)
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    return are_roles and len(layer_types) <= 1 and config.num_hidden_layers > NUM_RECORDED_BLOCKS
+    if not are_roles or config.num_hidden_layers <= NUM_RECORDED_BLOCKS:
+        return False
+    if any(value != values[0] for values in _per_layer(config).values() for value in values):
+        return False
+    if known_family(config) is not None:
+        return True
+    model_class = task_of(recipe).model_class
+    return not skeleton(config, torch.float32, model_class)[1].blocks_differ
 
 
 @dataclass(frozen=True)
