@@ -106,11 +106,25 @@ def read_config(file: Path) -> Any:
             hint=NO_CODE_HINT,
         )
     try:
-        config = AutoConfig.for_model(model_type, **content)
+        config = AutoConfig.for_model(model_type, **_with_floats(content))
         _check_sizes(config)
     except (ValueError, TypeError, StrictDataclassError) as fault:
         raise ModelError(f"it describes no model: {fault}", where=str(file)) from fault
     return config
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a config's content with the numbers that transformers stores as {"__float__": text}.
+
+    JSON has no infinity.
+    """
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _with_floats(item) for key, item in value.items()}
 
 
 def check_auto_map(content: dict[str, Any], file: Path) -> None:

@@ -9,11 +9,13 @@ calls the same function with a source of meta tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qlora_cli.adapters.method import AdapterMethod
@@ -117,7 +119,8 @@ def skeleton(
             setattr(config, key, 0.0)
     model = _create(config, compute, model_class or _causal_lm())
     # Batches have no padding. With a pad token set, GPT-2 would search for it in every batch.
-    model.config.pad_token_id = None
+    with suppress(StrictDataclassError):  # Some configs require a pad token.
+        model.config.pad_token_id = None
     return model, family or derive_family(model)
 
 
@@ -171,7 +174,9 @@ def build(request: ModelRequest) -> LoadedModel:
         parameter.requires_grad_(True)
     if recipe.train.activation_checkpointing:
         dropout = recipe.adapter.dropout
-        convert.enable_activation_checkpointing(model, preserve_random_state=dropout > 0)
+        convert.enable_activation_checkpointing(
+            model, family.blocks, preserve_random_state=dropout > 0
+        )
     model.config.use_cache = False
     return loaded
 

@@ -7,11 +7,12 @@ checks each module before it is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
 from qlora_cli.models.family import Family
@@ -108,10 +109,13 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
-def enable_activation_checkpointing(model: Any, preserve_random_state: bool) -> None:
+def enable_activation_checkpointing(
+    model: Any, blocks: str, preserve_random_state: bool
+) -> None:
     """Let each block save only its input and recompute the rest in the backward pass.
 
-    preserve_random_state: True if the adapter uses dropout; it costs time otherwise.
+    blocks: path of the list of blocks. preserve_random_state: True if the adapter uses dropout; it
+    costs time otherwise.
     """
     settings = {
         "use_reentrant": False,
@@ -119,10 +123,26 @@ def enable_activation_checkpointing(model: Any, preserve_random_state: bool) -> 
         "determinism_check": "none",
         "context_fn": checkpoint_contexts,
     }
-    if hasattr(model, "activation_checkpointing_enable"):
+    if not model.supports_gradient_checkpointing:
+        for block in model.get_submodule(blocks):
+            block.forward = _checkpointed(block, block.forward, settings)
+    elif hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(settings)
     else:
         model.gradient_checkpointing_enable(settings)
+
+
+def _checkpointed(
+    block: nn.Module, forward: Callable[..., Any], settings: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Return the forward method of a block of a class that has no checkpointing of its own."""
+
+    def forward_with_checkpointing(*args: Any, **kwargs: Any) -> Any:
+        if not block.training:
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **kwargs, **settings)
+
+    return forward_with_checkpointing
 
 
 def linear_paths(module: nn.Module) -> list[str]:

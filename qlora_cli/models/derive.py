@@ -75,6 +75,7 @@ def derive_family(model: Any) -> Family:
     _check_tensors(model, found, blocks)
     head = _head_path(model)
     embeddings = tuple(_embedding_paths(model, blocks))
+    unquantized = tuple(dict.fromkeys(_read_directly(found)))
     can_set_attention = type(model)._can_set_attn_implementation()
     return Family(
         name=config.model_type,
@@ -84,7 +85,8 @@ def derive_family(model: Any) -> Family:
         head=head,
         embeddings=embeddings,
         embedding_scale=measured_scale(model, model.get_submodule(embeddings[0]), embeddings[0]),
-        linears=tuple(_linears(found)),
+        linears=tuple(_linears(found, unquantized)),
+        unquantized=unquantized,
         blocks_differ=any(_structure(block) != _structure(found[0]) for block in found),
         mlp=_mlp(model, found),
         norms=tuple(_norms(found)),
@@ -189,10 +191,24 @@ def _modules(blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         yield from block.named_modules()
 
 
-def _linears(blocks: Sequence[nn.Module]) -> Iterator[LinearSpec]:
+def _linears(blocks: Sequence[nn.Module], unquantized: Sequence[str]) -> Iterator[LinearSpec]:
     linears = {path: module for path, module in _modules(blocks) if is_linear(module)}
     for path, module in linears.items():
-        yield LinearSpec(path, (_role(path),), transposed=isinstance(module, Conv1D))
+        if path not in unquantized:
+            yield LinearSpec(path, (_role(path),), transposed=isinstance(module, Conv1D))
+
+
+def _read_directly(blocks: Sequence[nn.Module]) -> Iterator[str]:
+    """Yield the paths of linears whose weights the code of their parent reads.
+
+    A packed weight or an adapter would be ignored there, so such linears stay as they are.
+    """
+    for path, module in _modules(blocks):
+        names = [name for name, child in module.named_children() if is_linear(child)]
+        if names and type(module).__module__.startswith("transformers."):
+            code = inspect.getsource(type(module))
+            prefix = f"{path}." if path else ""
+            yield from (prefix + name for name in names if f"self.{name}.weight" in code)
 
 
 def _norms(blocks: Sequence[nn.Module]) -> Iterator[str]:

@@ -58,7 +58,8 @@ class Family:
     an RMSNorm after the last block. dropouts: config keys of the base's own dropout, which is
     disabled. ignored: endings of file tensors that are buffers and not weights. logits: what the
     model does with the head's output. embedding_scale: factor of the rows of the token table.
-    blocks_differ: a block may lack some of the linears, norms and MLPs. rename: from the name of a
+    unquantized: linears of a block that stay in 16 bit, because the model's code reads their
+    weights directly. blocks_differ: a block may lack some of the linears, norms and MLPs. rename: from the name of a
     tensor in a checkpoint to that of its parameter; None if only the backbone's prefix may lack.
     own_attention: the model's class computes attention itself, and not through transformers'
     interface. packs: rows that share a sequence do not affect each other; otherwise each row is a
@@ -80,6 +81,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     logits: LogitTransform = IDENTITY
     embedding_scale: float = 1.0
+    unquantized: tuple[str, ...] = ()
     blocks_differ: bool = False
     rename: Callable[[str], str] | None = None
     own_attention: bool = False
