@@ -12,9 +12,10 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import ModelError
@@ -73,6 +74,8 @@ def derive_family(model: Any) -> Family:
     blocks = _blocks_path(model, backbone)
     found = list(model.get_submodule(blocks))
     _check_tensors(model, found, blocks)
+    buffers = created_buffers(model)
+    _check_buffers(model, buffers)
     head = _head_path(model)
     embeddings = tuple(_embedding_paths(model, blocks))
     unquantized = tuple(dict.fromkeys(_read_directly(found)))
@@ -84,7 +87,7 @@ def derive_family(model: Any) -> Family:
         blocks=blocks,
         head=head,
         embeddings=embeddings,
-        embedding_scale=measured_scale(model, model.get_submodule(embeddings[0]), embeddings[0]),
+        embedding_scale=measured_scale(model, embeddings[0], buffers),
         linears=tuple(_linears(found, unquantized)),
         unquantized=unquantized,
         blocks_differ=any(_structure(block) != _structure(found[0]) for block in found),
@@ -132,7 +135,7 @@ def _structure(block: nn.Module) -> set[tuple[str, str]]:
 
 
 def _check_tensors(model: Any, found: Sequence[nn.Module], blocks: str) -> None:
-    """Raise ModelError for weights with more dimensions than a matrix, and for unknown buffers.
+    """Raise ModelError for weights with more dimensions than a matrix.
 
     A matrix that is not a linear, such as a router, stays as it is.
     """
@@ -144,12 +147,14 @@ def _check_tensors(model: Any, found: Sequence[nn.Module], blocks: str) -> None:
                     f"{blocks}.*.{path}.{name} of {type(module).__name__} has "
                     f"{parameter.dim()} dimensions and is not a linear",
                 )
-    for path, module in model.named_modules():
-        for name, value in created_buffers(model, module).items():
-            if value is None and name not in persistent_buffers(module):
-                raise unsupported(
-                    model.config, f"it is not known how {path}.{name} is created, a buffer"
-                )
+
+
+def _check_buffers(model: Any, buffers: Mapping[str, Tensor | None]) -> None:
+    """Raise ModelError for a buffer that is in no checkpoint and that cannot be created."""
+    for path, value in buffers.items():
+        parent, _, name = path.rpartition(".")
+        if value is None and name not in persistent_buffers(model.get_submodule(parent)):
+            raise unsupported(model.config, f"it is not known how the buffer {path} is created")
 
 
 def _mixes_tokens(block: nn.Module) -> bool:
@@ -185,6 +190,11 @@ def _embedding_paths(model: Any, blocks: str) -> Iterator[str]:
             yield path
 
 
+@cache
+def _source(module_class: type[nn.Module]) -> str:
+    return inspect.getsource(module_class)
+
+
 def _modules(blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path in its block, module) of all blocks: those of the first block first."""
     for block in blocks:
@@ -206,7 +216,7 @@ def _read_directly(blocks: Sequence[nn.Module]) -> Iterator[str]:
     for path, module in _modules(blocks):
         names = [name for name, child in module.named_children() if is_linear(child)]
         if names and type(module).__module__.startswith("transformers."):
-            code = inspect.getsource(type(module))
+            code = _source(type(module))
             prefix = f"{path}." if path else ""
             yield from (prefix + name for name in names if f"self.{name}.weight" in code)
 

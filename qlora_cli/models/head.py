@@ -29,17 +29,22 @@ class _Output(tuple[Tensor]):
 
 
 class _StubBackbone(nn.Module):
-    """Returns `hidden` for any arguments. A part of it, such as `decoder`, is the stub itself."""
+    """Returns `hidden` for any arguments.
 
-    def __init__(self, hidden: Tensor) -> None:
+    Its attributes are those of the backbone `of`. A part, such as `decoder`, is the stub itself.
+    """
+
+    def __init__(self, of: nn.Module, hidden: Tensor) -> None:
         super().__init__()
+        self.__dict__["of"] = of
         self.__dict__["hidden"] = hidden
 
     def forward(self, *_: Any, **__: Any) -> _Output:
         return _Output((self.hidden,))
 
     def __getattr__(self, name: str) -> Any:
-        return self
+        value = getattr(self.of, name)
+        return self if isinstance(value, nn.Module) else value
 
 
 def measured_transform(model: Any, backbone: str, head: str) -> LogitTransform:
@@ -52,7 +57,8 @@ def measured_transform(model: Any, backbone: str, head: str) -> LogitTransform:
     z = torch.tensor(samples, device="cpu")[None, :, None].expand(1, -1, _WIDTH).contiguous()
     identity = nn.Linear(_WIDTH, _WIDTH, bias=False, device="cpu")
     identity.weight = nn.Parameter(torch.eye(_WIDTH, device="cpu"), requires_grad=False)
-    stubbed = _with_module(_with_module(model, backbone, _StubBackbone(z)), head, identity)
+    stub = _StubBackbone(model.get_submodule(backbone), z)
+    stubbed = _with_module(_with_module(model, backbone, stub), head, identity)
     ids = torch.zeros(1, len(samples), dtype=torch.long, device="cpu")
     try:
         with torch.no_grad():

@@ -202,7 +202,7 @@ def _reporting_forward(
         # output.
         recording.enter_module(path)
         output = forward(*args, **kwargs)
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         if hidden.requires_grad:
             hidden.register_hook(lambda _: recording.enter_module(path))
         return output

@@ -147,8 +147,9 @@ def _check_shape(name: str, in_file: tuple[int, ...], in_model: tuple[int, ...])
 
 def rebuild_buffers(loaded: LoadedModel, device: torch.device) -> None:
     """Create the buffers on `device` that no checkpoint contains (rotary frequencies)."""
-    for module in loaded.model.modules() if device.type != "meta" else ():
-        for name, value in created_buffers(loaded.model, module).items():
-            if value is not None:
-                module._buffers[name] = value.to(device)
+    buffers = created_buffers(loaded.model) if device.type != "meta" else {}
+    for path, value in buffers.items():
+        parent, _, name = path.rpartition(".")
+        if value is not None:
+            loaded.model.get_submodule(parent)._buffers[name] = value.to(device)
     attribute(loaded.model.buffers(), "base")
