@@ -43,6 +43,7 @@ def describe_run(prepared: Prepared, recipe_path: Path | None, steps: int) -> di
             for choice in prepared.choices
         ],
         "versions": versions(),
+        "proof": None if prepared.proof is None else prepared.proof.to_dict(),
         "device": {
             "kind": profile.kind,
             "name": profile.name,

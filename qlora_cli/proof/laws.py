@@ -31,17 +31,14 @@ _ROWS = (13, 9)
 
 def logits(small: SmallModel) -> float:
     """Compare the logits of a row with those of transformers, at 16 bit and without an adapter."""
-    loaded = small.build()
-    _zero_b(loaded)
-    return max(_compare_rows(small, loaded, length) for length in _ROWS)
+    with small.without_adapter() as loaded:
+        return max(_compare_rows(small, loaded, length) for length in _ROWS)
 
 
 def packing(small: SmallModel) -> float:
     """Compare the logits of packed rows with those of transformers for each row alone."""
-    loaded = small.build()
-    _zero_b(loaded)
     rows = small.rows(*_ROWS)
-    with torch.no_grad():
+    with torch.no_grad(), small.without_adapter() as loaded:
         packed = _logits(loaded, small.batch(*_ROWS)).split(_ROWS)
         alone = [small.reference(input_ids=torch.tensor([row.ids])).logits[0] for row in rows]
     return max(map(_difference, packed, alone))
@@ -52,20 +49,17 @@ def leak(small: SmallModel) -> float:
 
     It must be large: else the law of packing could not detect rows that attend to each other.
     """
-    loaded = small.build()
-    _zero_b(loaded)
     batch = small.batch(*_ROWS)
     merged = Batch(
         batch.input_ids, batch.position_ids, batch.labels, (sum(_ROWS),), batch.num_targets
     )
-    with torch.no_grad():
+    with torch.no_grad(), small.without_adapter() as loaded:
         return _difference(_logits(loaded, merged), _logits(loaded, batch))
 
 
 def gradients(small: SmallModel) -> float:
     """Compare the gradients of A and B with those through the composed weights W + sBA."""
-    loaded = small.build()
-    batch = small.batch(_ROWS[0])
+    loaded, batch = small.loaded, small.batch(_ROWS[0])
     found = _gradients(small, loaded, batch)
     expected: list[tuple[nn.Parameter, Tensor]] = []
     with _composed(small, loaded) as weights:
@@ -89,18 +83,17 @@ def checkpointing(small: SmallModel) -> float:
     """Compare the gradients with and without activation checkpointing, which must be equal bits."""
     batch = small.batch(*_ROWS)
     found: list[list[Tensor]] = []
-    for enabled in (False, True):
-        loaded = small.build(activation_checkpointing=enabled)
+    for loaded in (small.loaded, small.build(activation_checkpointing=True)):
         loaded.model.train()
         found.append(list(_gradients(small, loaded, batch).values()))
+        loaded.model.eval()
     same = [torch.equal(one, other) for one, other in zip(*found, strict=True)]
     return 0.0 if same and all(same) else 1.0
 
 
 def quantized(small: SmallModel) -> float:
     """Compare the logits of the 4-bit model with transformers' on the dequantized weights."""
-    loaded = small.build(bits=4)
-    _zero_b(loaded)
+    loaded = small.build(bits=4, with_adapter=False)
     with _weights(small, {path: layer.base for path, layer in adapted_layers(loaded.model)}):
         return _compare_rows(small, loaded, _ROWS[0])
 
@@ -132,12 +125,6 @@ def _difference(value: Tensor, expected: Tensor) -> float:
     """Return the largest difference relative to the largest expected value; inf if not finite."""
     difference = ((value - expected).abs().max() / expected.abs().max()).item()
     return difference if difference == difference else float("inf")
-
-
-def _zero_b(loaded: LoadedModel) -> None:
-    for _, layer in adapted_layers(loaded.model):
-        for b in layer.lora_b.parameters():
-            b.data.zero_()
 
 
 def _expected_gradients(layer: LoraLinear, grad: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:

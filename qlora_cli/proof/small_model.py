@@ -81,14 +81,36 @@ class SmallModel:
             model_class=self.task.model_class,
         )
 
-    def build(self, bits: Bits = 16, *, activation_checkpointing: bool = False) -> LoadedModel:
-        """Return this package's model of the same files, with random values in B."""
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """This package's model in 16 bit, with random values in B. Most laws share it."""
+        return self.build()
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[LoadedModel]:
+        """Give `loaded` with zeros in B inside the block."""
+        factors = _all_b(self.loaded)
+        values = [b.detach().clone() for b in factors]
+        for b in factors:
+            b.data.zero_()
+        try:
+            yield self.loaded
+        finally:
+            for b, value in zip(factors, values, strict=True):
+                b.data.copy_(value)
+
+    def build(
+        self, bits: Bits = 16, *, activation_checkpointing: bool = False, with_adapter: bool = True
+    ) -> LoadedModel:
+        """Return this package's model of the same files, with random values in B.
+
+        with_adapter: False leaves the zeros in B, so that the adapter has no effect.
+        """
         recipe = self.recipe(bits, activation_checkpointing=activation_checkpointing)
         loaded = build(self.request(recipe))
         generator = torch.Generator().manual_seed(3)
-        for _, layer in adapted_layers(loaded.model):
-            for b in layer.lora_b.parameters():
-                b.data.normal_(std=0.05, generator=generator)
+        for b in _all_b(loaded) if with_adapter else ():
+            b.data.normal_(std=0.05, generator=generator)
         return loaded
 
     def batch(self, *lengths: int) -> Batch:
@@ -103,6 +125,10 @@ class SmallModel:
             for length in lengths
         ]
         return [Example(row.tolist(), row.tolist(), f"row {i}") for i, row in enumerate(rows)]
+
+
+def _all_b(loaded: LoadedModel) -> list[nn.Parameter]:
+    return [b for _, layer in adapted_layers(loaded.model) for b in layer.lora_b.parameters()]
 
 
 @contextmanager
