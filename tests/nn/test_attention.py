@@ -178,8 +178,6 @@ def test_a_cache_and_several_new_tokens_at_once() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("softcap", 30.0),
-        ("s_aux", torch.zeros(4)),
         ("position_bias", torch.zeros(1, 4, 3, 3)),
         ("is_causal", False),
         ("attention_mask", torch.ones(1, 1, 3, 3)),
