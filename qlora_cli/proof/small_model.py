@@ -55,6 +55,7 @@ class SmallModel:
         model = self.task.model_class.from_pretrained(
             self.folder, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
         )
+        model.config.use_cache = False
         return model.eval()
 
     def recipe(self, bits: Bits = 16, *, activation_checkpointing: bool = False) -> Recipe:

@@ -9,6 +9,8 @@ import pytest
 from qlora_cli.events import Silent
 from qlora_cli.files import cache
 from qlora_cli.jobs import merge, train, verify
+from qlora_cli.proof.prove import ModelProof
+from qlora_cli.runs.layout import RunFolder
 from tests.helpers.cli_helpers import qlora
 from tests.helpers.runs import make_base, make_recipe, make_rows
 
@@ -21,13 +23,18 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cache.SWITCH, str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "olmo2"])
+@pytest.mark.parametrize("model_type", ["phi3", "gemma2", "bloom", "gpt_neox", "qwen3_5_text"])
 def test_it_trains_merges_and_generates(model_type: str, tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", model_type, spread=0.1)
+    kinds = {"layer_types": ["linear_attention", "full_attention"]}
+    settings = kinds if model_type == "qwen3_5_text" else {}
+    base = make_base(tmp_path / "base", model_type, spread=0.1, **settings)
     rows = make_rows(tmp_path / "rows.jsonl")
     recipe = make_recipe(base, rows, train={"steps": 2, "grad_accum": 1, "lr": 1e-2})
     recipe = recipe.model_copy(update={"output": str(tmp_path / "run")})
     assert train.run(recipe, recipe_path=None, resume=False, observer=Silent()).steps == 2
+    proof = ModelProof.from_dict(RunFolder(tmp_path / "run").read()["proof"])
+    assert proof.failed is None
+    assert proof.seconds > 0
     out = tmp_path / "merged"
     merge.run(tmp_path / "run", out=out, dtype=None, base="dequantized", observer=Silent())
     result = verify.run(out, against=tmp_path / "run", observer=Silent())
@@ -37,7 +44,7 @@ def test_it_trains_merges_and_generates(model_type: str, tmp_path: Path) -> None
 
 
 def test_a_refused_type_is_refused_by_every_command(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", "bloom", spread=0.1)
+    base = make_base(tmp_path / "base", "hrm_text", spread=0.1)
     rows = make_rows(tmp_path / "rows.jsonl")
     recipe = tmp_path / "job.yaml"
     recipe.write_text(f"model: {{name: {base}}}\ndata: {{train: {rows}}}\noutput: {tmp_path}/run\n")
@@ -49,4 +56,4 @@ def test_a_refused_type_is_refused_by_every_command(tmp_path: Path) -> None:
     ):
         outcome = qlora(*words)
         assert outcome.code == 2, words
-        assert "model type 'bloom' is not supported" in outcome.err
+        assert "model type 'hrm_text' is not supported" in outcome.err
