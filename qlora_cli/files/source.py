@@ -55,9 +55,7 @@ class FolderSource:
         endings = tuple(ignored)
         self.ignored = [name for name in self.entries if endings and name.endswith(endings)]
         self._file_names = {
-            rename(name): name
-            for name in self.entries
-            if name not in set(self.ignored)
+            rename(name): name for name in self.entries if name not in set(self.ignored)
         }
 
     def names(self) -> Sequence[str]:

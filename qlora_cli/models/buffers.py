@@ -79,9 +79,9 @@ def _initialize(module: nn.Module, owner: Any) -> None:
     for child in module.children():
         _initialize(child, owner)
     # A part of a module that another package has replaced, or that is on meta, may be read.
-    with suppress(AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError):
-        with torch.no_grad():
-            owner._init_weights(module)
+    errors = (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError)
+    with suppress(*errors), torch.no_grad():
+        owner._init_weights(module)
 
 
 def _constructed(model: Any, module: nn.Module) -> dict[str, Tensor | None]:

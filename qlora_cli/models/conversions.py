@@ -27,7 +27,9 @@ def parameter_names(model: Any) -> Callable[[str], str]:
             name, renamings, converters, model.base_model_prefix, names
         )
         if converter is not None:
-            raise unsupported(model.config, f"transformers merges or splits {name} when it loads it")
+            raise unsupported(
+                model.config, f"transformers merges or splits {name} when it loads it"
+            )
         return str(renamed)
 
     return rename

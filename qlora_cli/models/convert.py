@@ -109,9 +109,7 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
-def enable_activation_checkpointing(
-    model: Any, blocks: str, preserve_random_state: bool
-) -> None:
+def enable_activation_checkpointing(model: Any, blocks: str, preserve_random_state: bool) -> None:
     """Let each block save only its input and recompute the rest in the backward pass.
 
     blocks: path of the list of blocks. preserve_random_state: True if the adapter uses dropout; it

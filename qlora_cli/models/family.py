@@ -58,13 +58,14 @@ class Family:
     an RMSNorm after the last block. dropouts: config keys of the base's own dropout, which is
     disabled. ignored: endings of file tensors that are buffers and not weights. logits: what the
     model does with the head's output. embedding_scale: factor of the rows of the token table.
-    unquantized: linears of a block that stay in 16 bit, because the model's code reads their
-    weights directly. blocks_differ: a block may lack some of the linears, norms and MLPs. rename: from the name of a
-    tensor in a checkpoint to that of its parameter; None if only the backbone's prefix may lack.
-    own_attention: the model's class computes attention itself, and not through transformers'
-    interface. packs: rows that share a sequence do not affect each other; otherwise each row is a
-    forward pass of its own. merged_attention: the attention of transformers that computes the same
-    model.
+
+    The rest is for derived families. unquantized: linears of a block that stay in 16 bit, because
+    the model's code reads their weights directly. blocks_differ: a block may lack some of the
+    linears, norms and MLPs. rename: from the name of a tensor in a checkpoint to that of its
+    parameter; None if only the backbone's prefix may be missing. own_attention: the model's class
+    computes attention itself, and not through transformers' interface. packs: rows that share a
+    sequence do not affect each other; otherwise each row is a forward pass of its own.
+    merged_attention: the attention of transformers that computes the same model.
     """
 
     name: str

@@ -53,7 +53,11 @@ def measured_transform(model: Any, backbone: str, head: str) -> LogitTransform:
     model: on meta. backbone, head: paths of these modules. Raises ModelError if the method computes
     something else than a scale and a soft cap.
     """
-    samples = [_TINY, _HUGE, *(sign * 2.0**exponent for exponent in range(-3, 8) for sign in (1, -1))]
+    samples = [
+        _TINY,
+        _HUGE,
+        *(sign * 2.0**exponent for exponent in range(-3, 8) for sign in (1, -1)),
+    ]
     z = torch.tensor(samples, device="cpu")[None, :, None].expand(1, -1, _WIDTH).contiguous()
     identity = nn.Linear(_WIDTH, _WIDTH, bias=False, device="cpu")
     identity.weight = nn.Parameter(torch.eye(_WIDTH, device="cpu"), requires_grad=False)

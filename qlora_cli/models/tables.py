@@ -48,9 +48,7 @@ def measured_scale(model: Any, path: str, buffers: Mapping[str, Tensor | None]) 
     raise unsupported(model.config, f"{path} computes more than a factor times its rows")
 
 
-def _rows(
-    table: nn.Embedding, buffers: Mapping[str, Tensor | None], weight: Tensor
-) -> Tensor:
+def _rows(table: nn.Embedding, buffers: Mapping[str, Tensor | None], weight: Tensor) -> Tensor:
     """Return what the table's forward method returns for all rows of `weight`."""
     toy = copy.copy(table)
     parameters = {"weight": nn.Parameter(weight, requires_grad=False)}

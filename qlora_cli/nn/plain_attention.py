@@ -1,8 +1,8 @@
 """Causal attention in plain operations, a chunk of queries at a time.
 
-For what no fused kernel computes: a soft cap on the scores (Gemma 2), attention sinks (gpt-oss), and
-heads whose values have another size than queries and keys on a CPU (MLA). The probabilities of one
-chunk are in memory at a time; the backward pass computes them again.
+For what no fused kernel computes: a soft cap on the scores (Gemma 2), attention sinks (gpt-oss),
+and, on a CPU, values of another size than queries and keys (MLA). The probabilities of one chunk
+are in memory at a time; the backward pass computes them again.
 
     score = cap * tanh(q k / cap)          without a cap: q k
     p     = exp(score) / (exp(sink) + sum of exp(score))

@@ -91,7 +91,9 @@ def _layers(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     period = max((content[name] or 0 for name in content if _is_period(name, content)), default=0)
     kept = _kinds(kinds, number, min(max(period, _MIN_LAYERS), _MAX_LAYERS))
     result: dict[str, Any] = {key: len(kept)}
-    result |= {name: [_small(name, value[i], changes) for i in kept] for name, value in per_layer.items()}
+    result |= {
+        name: [_small(name, value[i], changes) for i in kept] for name, value in per_layer.items()
+    }
     result |= {name: [kept.index(i) for i in value if i in kept] for name, value in numbers.items()}
     if overrides:
         result["per_layer_config"] = {
@@ -128,7 +130,9 @@ def _kinds(per_layer: Sequence[Sequence[Any]], number: int, at_least: int) -> li
     for index in range(number):
         kinds.setdefault(repr([values[index] for values in per_layer]), index)
     kept = set(kinds.values())
-    kept |= {*[index for index in range(number) if index not in kept][: max(0, at_least - len(kept))]}
+    kept |= {
+        *[index for index in range(number) if index not in kept][: max(0, at_least - len(kept))]
+    }
     return sorted(kept)
 
 

@@ -66,7 +66,9 @@ def test_output_and_gradients_equal_the_definition(
     torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-6)
     grad = torch.randn(own.shape, generator=torch.Generator().manual_seed(3))
     for found, expected in zip(
-        torch.autograd.grad(own, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
+        torch.autograd.grad(own, inputs, grad),
+        torch.autograd.grad(wanted, inputs, grad),
+        strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

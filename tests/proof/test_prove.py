@@ -168,7 +168,8 @@ def test_a_fault_in_a_derived_family_is_detected(
     model_type: str, changes: dict[str, Any], law: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qlora_cli.models.build.derive_family", lambda model: replace(derive_family(model), **changes)
+        "qlora_cli.models.build.derive_family",
+        lambda model: replace(derive_family(model), **changes),
     )
     with small_model(AutoConfig.for_model(model_type), CAUSAL) as faulty:
         assert getattr(laws, law)(faulty) > 1e-3
