@@ -19,7 +19,7 @@ def parameter_names(model: Any) -> Callable[[str], str]:
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if not isinstance(one, WeightRenaming)]
+    converters: list[Any] = [one for one in transforms if not isinstance(one, WeightRenaming)]
     names = dict.fromkeys(model.state_dict(), True)
 
     def rename(name: str) -> str:

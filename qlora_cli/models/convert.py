@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
 from qlora_cli.models.family import Family
-from qlora_cli.nn.attention import checkpoint_contexts
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
+from qlora_cli.nn.spans import checkpoint_contexts
 
 
 def replace_linears(

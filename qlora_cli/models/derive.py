@@ -191,7 +191,7 @@ def _embedding_paths(model: Any, blocks: str) -> Iterator[str]:
 
 
 @cache
-def _source(module_class: type[nn.Module]) -> str:
+def _source(module_class: Any) -> str:
     return inspect.getsource(module_class)
 
 

@@ -19,11 +19,8 @@ head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar, Token
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +31,7 @@ from transformers import AttentionInterface
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import ModelError
 from qlora_cli.nn.plain_attention import PlainSettings, plain_attention
+from qlora_cli.nn.spans import Kernel, Spans, current_spans
 
 NAME = "qlora"
 """Name under which transformers finds this attention (`attn_implementation`)."""
@@ -46,67 +44,6 @@ UNUSED_ARGUMENTS = {
     "use_cache": "the model has already added the cached keys and values",
 }
 """Arguments that transformers passes and that do not change the result, with the reason."""
-
-Kernel = Literal["varlen", "efficient", "cpu"]
-"""varlen: FlashAttention over all rows. efficient: SDPA's memory-efficient kernel, one call per
-row. cpu: SDPA's FlashAttention for CPUs, one call per row."""
-
-
-@dataclass(frozen=True)
-class Spans:
-    """The rows of a sequence without padding.
-
-    lengths: tokens of each row, in order. kernel: the device's attention kernel. offsets: first
-    token of each row and the end, (rows + 1,) int32 on the device; None unless kernel is varlen.
-    """
-
-    lengths: tuple[int, ...]
-    kernel: Kernel
-    offsets: Tensor | None = None
-
-    @property
-    def longest(self) -> int:
-        """Return the number of tokens of the longest row."""
-        return max(self.lengths)
-
-    @classmethod
-    def on(cls, lengths: tuple[int, ...], device: torch.device, kernel: Kernel) -> Spans:
-        """Create the spans of rows of these lengths, with offsets if the kernel needs them."""
-        if kernel != "varlen":
-            return cls(lengths, kernel)
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        if device.type == "meta":
-            offsets = torch.empty(len(starts), dtype=torch.int32, device=device)
-        else:
-            offsets = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
-        return cls(lengths, kernel, offsets)
-
-
-_CURRENT: ContextVar[Spans | None] = ContextVar("spans", default=None)
-
-
-class use_spans:  # noqa: N801
-    """Let every attention inside the block compute the rows of `spans`.
-
-    A context and not an argument, because some models do not pass arguments on to the attention.
-    """
-
-    def __init__(self, spans: Spans | None) -> None:
-        self._spans = spans
-        self._tokens: list[Token[Spans | None]] = []
-
-    def __enter__(self) -> None:
-        self._tokens.append(_CURRENT.set(self._spans))
-
-    def __exit__(self, *_: object) -> None:
-        _CURRENT.reset(self._tokens.pop())
-
-
-def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a block's forward pass and of its recomputation, with equal spans."""
-    return nullcontext(), use_spans(_CURRENT.get())
 
 
 def kernel_for(profile: DeviceProfile, compute: torch.dtype) -> Kernel:
@@ -139,7 +76,7 @@ def attend(
     model.
     """
     refuse_arguments(module, {"attention_mask": attention_mask, "dropout": dropout or None}, others)
-    spans = _CURRENT.get()
+    spans = current_spans()
     kernel: Kernel = "cpu" if spans is None else spans.kernel
     if softcap is not None or s_aux is not None or _needs_plain_operations(query, value, kernel):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

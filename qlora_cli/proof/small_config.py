@@ -38,7 +38,7 @@ def small_config(config: Any) -> Any:
     config: transformers' config of a base; it is not modified.
     """
     content = config.to_dict()
-    changes = _sizes(content) | _key_value_heads(content)
+    changes: dict[str, Any] = {**_sizes(content), **_key_value_heads(content)}
     changes |= _state_heads(content, changes)
     changes |= _layers(content, changes)
     changes |= {

@@ -8,8 +8,8 @@ from torch import Tensor
 from qlora_cli.data.collate import Batch
 from qlora_cli.memory.scopes import scope
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.nn.attention import Spans, use_spans
 from qlora_cli.nn.embedding import HostEmbedding
+from qlora_cli.nn.spans import Spans, use_spans
 
 
 def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Tensor:

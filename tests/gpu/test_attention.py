@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.memory.device import profile_of
-from qlora_cli.nn.attention import FLASH_CAPABILITY, Spans, attend, kernel_for, use_spans
+from qlora_cli.nn.attention import FLASH_CAPABILITY, attend, kernel_for
+from qlora_cli.nn.spans import Spans, use_spans
 from tests.helpers.quantized import draw
 from tests.helpers.runs import CPU
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from qlora_cli.nn import plain_attention as module
-from qlora_cli.nn.attention import Spans, attend, use_spans
+from qlora_cli.nn.attention import attend
 from qlora_cli.nn.plain_attention import PlainSettings, plain_attention
+from qlora_cli.nn.spans import Spans, use_spans
 
 HEADS, GROUPS, SIZE, VALUE_SIZE = 4, 2, 8, 6
 SCALING = 0.3

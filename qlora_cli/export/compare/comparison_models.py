@@ -37,9 +37,10 @@ from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.placement.streamed import StreamedPlacement
-from qlora_cli.nn.attention import Kernel, kernel_for
+from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
+from qlora_cli.nn.spans import Kernel
 from qlora_cli.tasks.task import Task
 
 
