@@ -32,7 +32,7 @@ from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.registry import known_family, unsupported
-from qlora_cli.models.sites import find_sites, mlp_paths, norm_paths
+from qlora_cli.models.sites import experts_paths, find_sites, mlp_paths, norm_paths
 from qlora_cli.nn import attention
 from qlora_cli.nn.embedding import has_own_memory
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
@@ -191,6 +191,7 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
         return method.wrap(linear, {role: site.rows[role] for role in roles}) if roles else linear
 
     convert.replace_linears(model, loaded.sites, weight_format, wrap)
+    convert.replace_experts(model, family, experts_paths(model, family), weight_format)
     convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
     # A tied table is also the head, and every step multiplies by all of it.

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
 from qlora_cli.models.family import Family
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
+from qlora_cli.nn.experts import Experts
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
@@ -54,6 +55,22 @@ def replace_embeddings(model: nn.Module, family: Family, weight_format: WeightFo
             check_embedding(old, path)
         weight = old.weight.detach().to(weight_format.storage)
         replace_module(model, path, FrozenEmbedding(weight, weight_format.compute, scale))
+
+
+def replace_experts(
+    model: nn.Module, family: Family, paths: Sequence[str], weight_format: WeightFormat
+) -> None:
+    """Replace modules with stacked experts by ones with packed weights.
+
+    paths: of these modules.
+    """
+    for path in paths:
+        old: Any = model.get_submodule(path)
+
+        def num_parts(name: str, path: str = path, num_experts: int = old.num_experts) -> int:
+            return max(1, len(family.stacks.get(f"{path}.{name}", ())) // num_experts)
+
+        replace_module(model, path, Experts(old, weight_format, num_parts))
 
 
 def replace_head(model: nn.Module, path: str, weight_format: WeightFormat) -> None:

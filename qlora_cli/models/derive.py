@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import ModelError
 from qlora_cli.models.buffers import created_buffers, persistent_buffers
-from qlora_cli.models.conversions import parameter_names
+from qlora_cli.models.conversions import parameter_names, stacked_parts
 from qlora_cli.models.coverage import check_mlp, check_norm
 from qlora_cli.models.family import Family, LinearSpec, MlpSpec
 from qlora_cli.models.head import measured_transform
@@ -73,6 +73,11 @@ def derive_family(model: Any) -> Family:
         raise unsupported(config, f"it has no module {backbone!r} for its hidden states")
     blocks = _blocks_path(model, backbone)
     found = list(model.get_submodule(blocks))
+    experts = tuple(dict.fromkeys(path for path, module in _modules(found) if has_experts(module)))
+    stacks = stacked_parts(
+        model,
+        {n: p for n, p in model.named_parameters() if p.dim() == 3 and _is_in(n, blocks, experts)},
+    )
     _check_tensors(model, found, blocks)
     buffers = created_buffers(model)
     _check_buffers(model, buffers)
@@ -96,12 +101,26 @@ def derive_family(model: Any) -> Family:
         final_norm=_final_norm(model, backbone, blocks),
         dropouts=tuple(dropout_keys(config)),
         ignored=(".rotary_emb.inv_freq",),
-        rename=parameter_names(model),
+        rename=parameter_names(model, stacks),
+        experts=experts,
+        stacks=stacks,
         logits=measured_transform(model, backbone, head),
         own_attention=not can_set_attention,
         packs=can_set_attention and not any(map(_mixes_tokens, found)),
         merged_attention=_merged_attention(model),
     )
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Return whether a module has stacked experts that `Experts` can replace."""
+    is_stack = hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")
+    return is_stack and not getattr(module, "has_post_expert_norm", False)
+
+
+def _is_in(name: str, blocks: str, paths: Sequence[str]) -> bool:
+    """Return whether a parameter belongs to a module at one of `paths` of a block."""
+    within = name.removeprefix(f"{blocks}.").partition(".")[2].rpartition(".")[0]
+    return name.startswith(f"{blocks}.") and within in paths
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -141,7 +160,8 @@ def _check_tensors(model: Any, found: Sequence[nn.Module], blocks: str) -> None:
     """
     for path, module in _modules(found):
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 2 and not isinstance(module, nn.Conv1d):
+            is_known = isinstance(module, nn.Conv1d) or has_experts(module)
+            if parameter.dim() > 2 and not is_known:
                 raise unsupported(
                     model.config,
                     f"{blocks}.*.{path}.{name} of {type(module).__name__} has "

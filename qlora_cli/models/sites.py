@@ -38,6 +38,11 @@ def norm_paths(model: nn.Module, family: Family) -> list[str]:
     return paths if family.final_norm is None else [*paths, family.final_norm]
 
 
+def experts_paths(model: nn.Module, family: Family) -> list[str]:
+    """Return the paths of the modules with experts."""
+    return [path for name in family.experts for path in _in_blocks(model, family, name)]
+
+
 def mlp_paths(model: nn.Module, family: Family, mlp: MlpSpec) -> list[str]:
     """Return the paths of the MLPs of all blocks."""
     down = f"{mlp.path}.{mlp.projections.down}"

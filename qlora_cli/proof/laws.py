@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.adapters.lora import LoraLinear, adapted_layers
 from qlora_cli.data.collate import Batch
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.nn.experts import Experts
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.nn.loss import head_output
 from qlora_cli.nn.quant import QuantLinear
@@ -94,7 +95,8 @@ def checkpointing(small: SmallModel) -> float:
 def quantized(small: SmallModel) -> float:
     """Compare the logits of the 4-bit model with transformers' on the dequantized weights."""
     loaded = small.build(bits=4, with_adapter=False)
-    with _weights(small, {path: layer.base for path, layer in adapted_layers(loaded.model)}):
+    layers = {path: layer.base for path, layer in adapted_layers(loaded.model)}
+    with _weights(small, layers), _stacks(small, loaded):
         return _compare_rows(small, loaded, _ROWS[0])
 
 
@@ -178,3 +180,19 @@ def _weights(small: SmallModel, layers: dict[str, QuantLinear]) -> Iterator[None
     finally:
         for path, values in old.items():
             small.reference.get_submodule(path).weight.data.copy_(values)
+
+
+@contextmanager
+def _stacks(small: SmallModel, loaded: LoadedModel) -> Iterator[None]:
+    """Put the dequantized weights of experts into transformers' model inside the block."""
+    old: dict[str, Tensor] = {}
+    for path, module in loaded.model.named_modules():
+        for name in module.stacks if isinstance(module, Experts) else ():
+            target = small.reference.get_parameter(f"{path}.{name}")
+            old[f"{path}.{name}"] = target.detach().clone()
+            target.data.copy_(module.dequantized_stack(name))
+    try:
+        yield
+    finally:
+        for path, values in old.items():
+            small.reference.get_parameter(path).data.copy_(values)

@@ -38,6 +38,7 @@ from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.placement.streamed import StreamedPlacement
 from qlora_cli.nn.attention import kernel_for
+from qlora_cli.models.sites import experts_paths
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.nn.spans import Kernel
@@ -157,6 +158,7 @@ def trained_on_meta(
     model, family = skeleton(config, weight_format.compute, task.model_class)
     loaded = LoadedModel(model, family, config, list(sites), {}, weight_format, kernel)
     convert.replace_linears(model, sites, weight_format)
+    convert.replace_experts(model, family, experts_paths(model, family), weight_format)
     convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
     return loaded

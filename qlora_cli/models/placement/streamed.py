@@ -50,7 +50,9 @@ class StreamedPlacement:
                 convert.move_embedding_to_host(loaded.model, table, self.device)
         slots_by_module: dict[str, list[tuple[str, TensorSlot]]] = defaultdict(list)
         for name, slot in checked_slots(loaded, source).items():
-            slots_by_module[_reader(loaded, name.rpartition(".")[0])].append((name, slot))
+            slots_by_module[_reader(loaded, slot.module or name.rpartition(".")[0])].append(
+                (name, slot)
+            )
         if self.adapter is not None:
             attach_adapter(loaded, self.adapter)
         layers = self.adapter.layers if self.adapter is not None else {}
@@ -71,8 +73,9 @@ def _reader(loaded: LoadedModel, path: str) -> str:
     if not path.startswith(f"{family.blocks}."):
         return path
     index, _, within = path.removeprefix(f"{family.blocks}.").partition(".")
-    is_linear = isinstance(module, QuantLinear | LoraLinear | nn.Linear | Conv1D)
-    return path if is_linear and within not in family.unquantized else f"{family.blocks}.{index}"
+    has_own = isinstance(module, QuantLinear | LoraLinear | nn.Linear | Conv1D)
+    has_own = has_own or within in family.experts
+    return path if has_own and within not in family.unquantized else f"{family.blocks}.{index}"
 
 
 def _read_weights(
