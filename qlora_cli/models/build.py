@@ -33,7 +33,7 @@ from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.registry import known_family, unsupported
 from qlora_cli.models.sites import experts_paths, find_sites, mlp_paths, norm_paths
-from qlora_cli.nn import attention
+from qlora_cli.nn import attention, stacked_experts
 from qlora_cli.nn.embedding import has_own_memory
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
@@ -121,7 +121,10 @@ def skeleton(
     # Batches have no padding. With a pad token set, GPT-2 would search for it in every batch.
     with suppress(StrictDataclassError):  # Some configs require a pad token.
         model.config.pad_token_id = None
-    return model, family or derive_family(model)
+    family = family or derive_family(model)
+    if family.experts:
+        model.set_experts_implementation(stacked_experts.NAME)
+    return model, family
 
 
 def _create(config: Any, compute: torch.dtype, model_class: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoint tensors that transformers renames, or stacks to one parameter, when it loads a model."""
+"""Tensors of a checkpoint that transformers renames, or stacks to one parameter, when it loads."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def stacked_parts(model: Any, parameters: Mapping[str, Tensor]) -> Stacks:
         name: torch.arange(p.shape[0] * 4, device="cpu").view(-1, 2, 2)
         for name, p in parameters.items()
     }
-    names = {start: name for start, name in enumerate(codes)}
+    names = dict(enumerate(codes))
     largest = max((code.numel() for code in codes.values()), default=0)
     marked = {name: codes[name] + index * largest for index, name in names.items()}
     stacks: dict[str, list[StackPart]] = {}

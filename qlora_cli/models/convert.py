@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
 from qlora_cli.models.family import Family
@@ -161,9 +162,5 @@ def _checkpointed(
 
 
 def linear_paths(module: nn.Module) -> list[str]:
-    """Return the paths of all modules with a two-dimensional weight, embeddings included."""
-    return [
-        path
-        for path, child in module.named_modules()
-        if isinstance(getattr(child, "weight", None), Tensor) and child.weight.dim() == 2
-    ]
+    """Return the paths of all linears of transformers that were not replaced."""
+    return [path for path, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)]

@@ -28,6 +28,12 @@ def _limits(config: Any, model_class: Any) -> Iterator[str]:
             f"model type {family.name} runs one row at a time, because {cause} cannot separate "
             "rows that share a sequence; packing changes the order of rows, but saves no time"
         )
+    if family.experts:
+        number = _num_parameters(model, family.experts)
+        yield (
+            f"{number:,} parameters of experts are packed like the linears and get no adapter; the "
+            "router stays as it is"
+        )
     if family.unquantized:
         number = _num_parameters(model, family.unquantized)
         yield (

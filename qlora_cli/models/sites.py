@@ -43,6 +43,22 @@ def experts_paths(model: nn.Module, family: Family) -> list[str]:
     return [path for name in family.experts for path in _in_blocks(model, family, name)]
 
 
+def expert_tensors(model: nn.Module, family: Family) -> dict[str, bool]:
+    """Return the names of the tensors of a checkpoint with weights of experts.
+
+    The value is True for a stack whose matrices are (in, out).
+    """
+    found: dict[str, bool] = {}
+    for path in experts_paths(model, family):
+        module: Any = model.get_submodule(path)
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                name = f"{path}.{key}"
+                names = [part.name for part in family.stacks.get(name, ())] or [name]
+                found |= dict.fromkeys(names, module.is_transposed)
+    return found
+
+
 def mlp_paths(model: nn.Module, family: Family, mlp: MlpSpec) -> list[str]:
     """Return the paths of the MLPs of all blocks."""
     down = f"{mlp.path}.{mlp.projections.down}"

@@ -105,14 +105,6 @@ class Experts(nn.Module):
         """Return the biases (E, out) of a projection; None if it has none."""
         return self._parameters.get(f"{name}_bias")
 
-    def counts(self, index: Tensor) -> list[int]:
-        """Return the number of rows of each expert; any numbers with the right sum on meta."""
-        if index.is_meta:
-            number, rest = divmod(index.numel(), self.num_experts)
-            return [number + (expert < rest) for expert in range(self.num_experts)]
-        found: list[int] = torch.bincount(index.flatten(), minlength=self.num_experts).tolist()
-        return found
-
     def product(self, name: str, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Return x W^T + b of rows (n, in) that are sorted by expert."""
         out, bias, start = None, self.bias(name), 0
@@ -154,7 +146,7 @@ class _ExpertsProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor, index: Tensor, experts: Experts) -> Tensor:
         num_active = index.shape[-1]
         order = index.flatten().argsort(stable=True)
-        counts = experts.counts(index)
+        counts = rows_per_expert(index, experts.num_experts)
         rows = x[order // num_active]
         inner = experts.product(experts.up_name, rows, counts)
         del rows
@@ -162,7 +154,7 @@ class _ExpertsProduct(torch.autograd.Function):
         y.mul_(weights.flatten()[order].to(y.dtype)[:, None])
         ctx.save_for_backward(weights, order, inner)
         ctx.experts, ctx.counts = experts, counts
-        return _summed(y, order, num_active)
+        return sum_over_experts(y, order, num_active)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,10 +181,19 @@ class _ExpertsProduct(torch.autograd.Function):
         grad_x = experts.grad_input(experts.up_name, grad_inner, ctx.counts)
         in_order = torch.empty_like(grad_weights).index_copy_(0, order, grad_weights)
         grad_weights = in_order.view(weights.shape).to(weights.dtype)
-        return _summed(grad_x, order, num_active), grad_weights, None, None
+        return sum_over_experts(grad_x, order, num_active), grad_weights, None, None
 
 
-def _summed(y: Tensor, order: Tensor, num_active: int) -> Tensor:
+def rows_per_expert(index: Tensor, num_experts: int) -> list[int]:
+    """Return the number of rows of each expert; any numbers with the right sum on meta."""
+    if index.is_meta:
+        number, rest = divmod(index.numel(), num_experts)
+        return [number + (expert < rest) for expert in range(num_experts)]
+    found: list[int] = torch.bincount(index.flatten(), minlength=num_experts).tolist()
+    return found
+
+
+def sum_over_experts(y: Tensor, order: Tensor, num_active: int) -> Tensor:
     """Return the sums (T, d) over the experts of each token of rows (n, d), sorted by expert."""
-    in_order = torch.empty_like(y).index_copy_(0, order, y)
+    in_order = torch.empty_like(y).index_copy(0, order, y)
     return in_order.view(-1, num_active, y.shape[-1]).sum(dim=1)

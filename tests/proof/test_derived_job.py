@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,16 +18,25 @@ from tests.helpers.runs import make_base, make_recipe, make_rows
 pytestmark = pytest.mark.slow
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has an empty cache."""
     monkeypatch.setenv(cache.SWITCH, str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "gemma2", "bloom", "gpt_neox", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["phi3", "gemma2", "bloom", "gpt_neox", "qwen3_5_text", "qwen3_moe", "gpt_oss"],
+)
 def test_it_trains_merges_and_generates(model_type: str, tmp_path: Path) -> None:
-    kinds = {"layer_types": ["linear_attention", "full_attention"]}
-    settings = kinds if model_type == "qwen3_5_text" else {}
+    settings = SETTINGS.get(model_type, {})
     base = make_base(tmp_path / "base", model_type, spread=0.1, **settings)
     rows = make_rows(tmp_path / "rows.jsonl")
     recipe = make_recipe(base, rows, train={"steps": 2, "grad_accum": 1, "lr": 1e-2})

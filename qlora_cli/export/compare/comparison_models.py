@@ -37,8 +37,8 @@ from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.placement.streamed import StreamedPlacement
-from qlora_cli.nn.attention import kernel_for
 from qlora_cli.models.sites import experts_paths
+from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.nn.spans import Kernel
@@ -174,6 +174,7 @@ def merged_on_meta(
     """
     model, family = skeleton(config, compute, task.model_class)
     weight_format = WeightFormat(16, compute, storage)
+    convert.replace_experts(model, family, experts_paths(model, family), weight_format)
     convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
     return LoadedModel(model, family, config, [], {}, weight_format, kernel)
@@ -188,7 +189,7 @@ def _transformers_model(
     if not family.own_attention:
         model.set_attn_implementation(family.merged_attention)
     if compute is torch.float16 and device.type == "cpu":
-        for path in set(convert.linear_paths(model)) - {*family.embeddings, family.head}:
+        for path in convert.linear_paths(model):
             _multiply_in_two_steps(model.get_submodule(path))
     return loaded
 

@@ -28,9 +28,9 @@ class TensorSlot:
 
     file_shape: shape of the tensor in the file. put: stores the tensor, in the model's orientation,
     in the model. site: the linear whose weight it is. on_host: the tensor stays in host memory.
-    dtype: dtype in the model; None for a weight that is quantized. module: path of the module that has the tensor, if
-    its name differs. The tensor is transposed and
-    cast on the CPU, so that the device never stores it twice.
+    dtype: dtype in the model; None for a weight that is quantized. module: path of the module that
+    has the tensor, if the tensor's name is another one. The tensor is transposed and cast on the
+    CPU, so that the device never stores it twice.
     """
 
     file_shape: tuple[int, ...]
