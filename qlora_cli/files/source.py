@@ -44,7 +44,7 @@ class FolderSource:
     rename: returns the parameter's name for the name of a tensor in the files.
     ignored: endings of the names of file tensors that are buffers and are not loaded.
 
-    Raises ModelError if files are missing or damaged.
+    Raises ModelError if files are missing or damaged, or if two tensors have one parameter.
     """
 
     def __init__(
@@ -54,9 +54,18 @@ class FolderSource:
         self.entries = read_folder(folder)
         endings = tuple(ignored)
         self.ignored = [name for name in self.entries if endings and name.endswith(endings)]
-        self._file_names = {
-            rename(name): name for name in self.entries if name not in set(self.ignored)
-        }
+        ignored = set(self.ignored)
+        self._file_names: dict[str, str] = {}
+        for name in self.entries:
+            if name in ignored:
+                continue
+            other = self._file_names.setdefault(rename(name), name)
+            if other != name:
+                raise ModelError(
+                    f"the tensors {other} and {name} belong to one parameter, which this package "
+                    "does not support",
+                    where=str(folder),
+                )
 
     def names(self) -> Sequence[str]:
         """Return the parameter names in the order of the files."""

@@ -41,6 +41,7 @@ FLASH_CAPABILITY = (8, 0)
 
 UNUSED_ARGUMENTS = {
     "position_ids": "the model has already applied the positions to queries and keys",
+    "output_attentions": "attention weights are not returned, whether they are wanted or not",
     "output_router_logits": "it belongs to the router of experts",
     "use_cache": "the model has already added the cached keys and values",
 }

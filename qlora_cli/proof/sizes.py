@@ -20,7 +20,7 @@ _EXPERTS = (
     *("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
     *("num_routed_experts",),
 )
-_ACTIVE_EXPERTS = (
+ACTIVE_EXPERTS = (
     *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"),
     *("moe_top_k",),
 )
@@ -61,7 +61,7 @@ SIZES: Mapping[str, int] = {
     "original_max_position_embeddings": 32,
     **dict.fromkeys(_WINDOW, 4),
     **dict.fromkeys(_EXPERTS, 4),
-    **dict.fromkeys(_ACTIVE_EXPERTS, 2),
+    **dict.fromkeys(ACTIVE_EXPERTS, 2),
     **dict.fromkeys(_EXPERT_WIDTH, 32),
     **dict.fromkeys(_ONE, 1),
     **dict.fromkeys(_LATENT, 32),

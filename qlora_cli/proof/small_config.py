@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_cli.proof.sizes import SIZES
+from qlora_cli.models.registry import unsupported
+from qlora_cli.proof.sizes import ACTIVE_EXPERTS, SIZES
 
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -35,9 +36,12 @@ _LAYER_NUMBERS = re.compile("(_idxs|_indices|_ids|_only_layers)$")
 def small_config(config: Any) -> Any:
     """Return a small config of the same class.
 
-    config: transformers' config of a base; it is not modified.
+    config: transformers' config of a base; it is not modified. Raises ModelError for a model of
+    several parts, such as vision and text.
     """
     content = config.to_dict()
+    if "text_config" in content or "vision_config" in content:
+        raise unsupported(config, "it has several parts; only language models alone are supported")
     changes: dict[str, Any] = {**_sizes(content), **_key_value_heads(content)}
     changes |= _state_heads(content, changes)
     changes |= _layers(content, changes)
@@ -60,6 +64,7 @@ def _sizes(content: Mapping[str, Any]) -> dict[str, int]:
     has_heads = any(content.get(key) for key in _HEADS)
     if has_heads and "head_dim" in content and content["head_dim"] is None:
         changes["head_dim"] = SIZES["head_dim"]
+    changes |= {key: SIZES[key] for key in ACTIVE_EXPERTS if content.get(key, 0) is None}
     if "qk_rope_head_dim" in changes:
         changes["head_dim"] = changes["qk_rope_head_dim"]
     return changes

@@ -33,6 +33,9 @@ from qlora_cli.tasks.task import Task
 
 CPU = torch.device("cpu")
 _MAX_PARAMETERS = 2_000_000
+_GAIN = 0.5
+"""Standard deviation of the outputs of a random linear, for inputs of 1. With 1, rounding errors of
+float32 grow to more than 1e-5 in the gradients of models with recurrent layers."""
 _FIRST_TOKEN = 7
 """Smaller ids may be special tokens."""
 
@@ -186,6 +189,6 @@ def _fill(model: nn.Module) -> None:
         noise: Tensor = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
             if parameter.dim() >= 2:
-                parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+                parameter.copy_(noise * _GAIN / math.sqrt(parameter.shape[-1]))
             else:
                 parameter.add_(noise * 0.1)
