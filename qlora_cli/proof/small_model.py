@@ -33,9 +33,6 @@ from qlora_cli.tasks.task import Task
 
 CPU = torch.device("cpu")
 _MAX_PARAMETERS = 2_000_000
-_GAIN = 0.5
-"""Standard deviation of the outputs of a random linear, for inputs of 1. With 1, rounding errors of
-float32 grow to more than 1e-5 in the gradients of models with recurrent layers."""
 _FIRST_TOKEN = 7
 """Smaller ids may be special tokens."""
 
@@ -179,8 +176,13 @@ def _check_size(task: Task, config: Any) -> None:
 
 
 def _fill(model: nn.Module) -> None:
-    """Set random weights with which every part of the model has an effect on the logits."""
+    """Set random weights with which every part of the model has an effect on the logits.
+
+    The rows of a table have the size of a block's output. With smaller ones the first blocks would
+    decide everything, and rounding errors of float32 would grow from block to block.
+    """
     generator = torch.Generator().manual_seed(0)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     done: set[int] = set()
     for parameter in model.parameters():
         if id(parameter) in done or not parameter.is_floating_point():
@@ -188,7 +190,9 @@ def _fill(model: nn.Module) -> None:
         done.add(id(parameter))
         noise: Tensor = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
-            if parameter.dim() >= 2:
-                parameter.copy_(noise * _GAIN / math.sqrt(parameter.shape[-1]))
+            if id(parameter) in tables:
+                parameter.copy_(noise)
+            elif parameter.dim() >= 2:
+                parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
             else:
                 parameter.add_(noise * 0.1)

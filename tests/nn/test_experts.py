@@ -33,7 +33,7 @@ def make(model_type: str, bits: int = 16) -> tuple[Any, Experts]:
     theirs = CLASSES[model_type](config)
     generator = torch.Generator().manual_seed(0)
     for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.2, generator=generator)
+        nn.init.normal_(parameter, std=0.1, generator=generator)
     empty = CLASSES[model_type](config).to("meta")
     ours = Experts(empty, WeightFormat(bits, torch.float32, torch.float32), lambda _: 1)
     for name in ours.stacks:
