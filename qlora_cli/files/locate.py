@@ -141,16 +141,25 @@ def check_auto_map(content: dict[str, Any], file: Path) -> None:
 def _check_sizes(config: Any) -> None:
     """Raise ValueError for sizes that no model can have; transformers would fail much later."""
     for key in _SIZE_KEYS:
-        size = getattr(config, key, None)
+        size = _size(config, key)
         if size is not None and size < 1:
             raise ValueError(f"{key} is {size}")
-    heads = getattr(config, "num_attention_heads", None) or 1
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    heads = _size(config, "num_attention_heads") or 1
+    groups = _size(config, "num_key_value_heads") or heads
     if heads % groups:
         raise ValueError(f"{heads} heads cannot share {groups} key and value heads")
     dtype = getattr(config, "dtype", None)
     if dtype is not None and dtype.itemsize < _MIN_ITEM_BYTES:
         raise ValueError(f"its weights are in {dtype}; 16 or 32 bits are required")
+
+
+def _size(config: Any, key: str) -> int | None:
+    """Return a size of a config; None if it has none, or if it differs between layers."""
+    try:
+        size: int | None = getattr(config, key, None)
+    except RuntimeError:
+        return None
+    return size
 
 
 def _local(name: str) -> Path | None:

@@ -33,7 +33,7 @@ from qlora_cli.models.head import measured_transform
 from qlora_cli.models.registry import unsupported
 from qlora_cli.models.tables import is_plain_table, measured_scale
 
-_DROPOUT = re.compile(r"dropout|drop_rate|layerdrop|_pdrop|_drop$")
+_DROPOUT = re.compile(r"dropout|drop_rate|layerdrop|_pdrop|_drop$|jitter_noise$")
 
 
 def derive_family(model: Any) -> Family:
@@ -195,7 +195,7 @@ def _final_norm(model: Any, backbone: str, blocks: str) -> str | None:
 
 
 def dropout_keys(config: Any) -> Iterator[str]:
-    """Yield the keys of the config with a dropout rate."""
+    """Yield the keys of the config with a dropout rate, or with noise in the router of experts."""
     for key, value in config.to_dict().items():
         if isinstance(value, float) and _DROPOUT.search(key):
             yield key

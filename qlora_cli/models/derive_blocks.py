@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.errors import ModelError
 from qlora_cli.models.coverage import check_linear, check_mlp, check_norm
 from qlora_cli.models.family import LinearSpec, MlpSpec
+from qlora_cli.models.weight_reads import read_weights
 from qlora_cli.nn.mlp import ACTIVATIONS, Projections
 
 ROLES: Mapping[str, str] = {
@@ -86,17 +86,13 @@ def read_directly(blocks: Sequence[nn.Module]) -> Iterator[str]:
     That is the code of their parent, or of the linear if it is not a plain one. A packed weight or
     an adapter would be ignored there, so such linears stay as they are.
     """
-    codes: dict[type, str] = {}
     for path, module in modules_of(blocks):
         if is_linear(module) and not _is_plain(module, path):
             yield path
         names = [name for name, child in module.named_children() if is_linear(child)]
-        if names and type(module).__module__.startswith("transformers."):
-            kind = type(module)
-            if kind not in codes:
-                codes[kind] = inspect.getsource(kind)
-            prefix = f"{path}." if path else ""
-            yield from (prefix + name for name in names if f"self.{name}.weight" in codes[kind])
+        prefix = f"{path}." if path else ""
+        if names:
+            yield from (prefix + name for name in names if name in read_weights(module))
 
 
 def norms_of(blocks: Sequence[nn.Module]) -> Iterator[str]:

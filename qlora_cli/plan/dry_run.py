@@ -80,7 +80,25 @@ def with_blocks(config: Any, num_blocks: int) -> Any:
     shorter.num_hidden_layers = num_blocks
     for key, values in _per_layer(config).items():
         setattr(shorter, key, values[:num_blocks])
+    if overrides := _overrides(config):
+        shorter.per_layer_config = {i: v for i, v in overrides.items() if i < num_blocks}
     return shorter
+
+
+def num_kinds_prefix(config: Any) -> int:
+    """Return the smallest number of first blocks that contain a block of every kind."""
+    overrides = _overrides(config)
+    kinds = [
+        repr([*(values[i] for values in _per_layer(config).values()), overrides.get(i)])
+        for i in range(config.num_hidden_layers)
+    ]
+    return max(kinds.index(kind) for kind in kinds) + 1
+
+
+def _overrides(config: Any) -> dict[int, Any]:
+    """Return the number of a block -> settings that only this block has."""
+    overrides = config.to_dict().get("per_layer_config") or {}
+    return {int(index): settings for index, settings in overrides.items()}
 
 
 def _per_layer(config: Any) -> dict[str, Sequence[Any]]:
@@ -106,7 +124,9 @@ def _blocks_may_be_alike(recipe: Recipe, config: Any) -> bool:
     are_roles = isinstance(targets, str) or not any("." in target for target in targets)
     if not are_roles or config.num_hidden_layers <= NUM_RECORDED_BLOCKS:
         return False
-    if any(value != values[0] for values in _per_layer(config).values() for value in values):
+    if _overrides(config) or any(
+        value != values[0] for values in _per_layer(config).values() for value in values
+    ):
         return False
     if known_family(config) is not None:
         return True
