@@ -63,7 +63,7 @@ def derive_family(model: Any) -> Family:
         embedding_scale=measured_scale(model, embeddings[0], _buffers(model)),
         linears=tuple(linears_of(found, unquantized)),
         unquantized=unquantized,
-        blocks_differ=any(_structure(block) != _structure(found[0]) for block in found),
+        blocks_differ=any(structure_of(block) != structure_of(found[0]) for block in found),
         mlp=mlp_of(model, found),
         norms=tuple(norms_of(found)),
         final_norm=_final_norm(model, backbone, blocks),
@@ -113,7 +113,7 @@ def _has_linears(module: nn.Module) -> bool:
     return any(is_linear(child) for child in module.modules())
 
 
-def _structure(block: nn.Module) -> set[tuple[str, str]]:
+def structure_of(block: nn.Module) -> set[tuple[str, str]]:
     """Return (path, class and shapes) of every module with tensors in a block."""
     return {
         (path, f"{type(child).__name__}{[tuple(p.shape) for p in child.parameters(recurse=False)]}")
