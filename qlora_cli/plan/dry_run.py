@@ -133,7 +133,7 @@ def _groups(recipe: Recipe, config: Any) -> BlockGroups | None:
     targets = recipe.adapter.targets
     are_roles = isinstance(targets, str) or not any("." in target for target in targets)
     # Blocks that use the keys and values of earlier ones depend on the number of blocks.
-    if not are_roles or getattr(config, "num_kv_shared_layers", 0):
+    if not are_roles or getattr(config, "num_kv_shared_layers", None):
         return None
     kinds = _settings_of_blocks(config)
     if known_family(config) is None:

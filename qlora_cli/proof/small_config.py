@@ -85,12 +85,12 @@ def _layers(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
         for name, value in content.items()
         if isinstance(value, list | tuple) and len(value) == number > 1 and name not in numbers
     }
-    overrides = content.get("per_layer_config") or {}
+    overrides = {int(i): v for i, v in (content.get("per_layer_config") or {}).items()}
     shared = content.get("num_kv_shared_layers") or 0
     kinds = [
         *per_layer.values(),
         *([index in value for index in range(number)] for value in numbers.values()),
-        [overrides.get(index, overrides.get(str(index))) for index in range(number)],
+        [overrides.get(index) for index in range(number)],
         [index >= number - shared for index in range(number)],
     ]
     period = max((content[name] or 0 for name in content if _is_period(name, content)), default=0)
@@ -102,8 +102,11 @@ def _layers(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     result |= {name: [kept.index(i) for i in value if i in kept] for name, value in numbers.items()}
     if overrides:
         result["per_layer_config"] = {
-            kept.index(index): {name: _small(name, old, changes) for name, old in values.items()}
-            for index, values in ((int(text), values) for text, values in overrides.items())
+            kept.index(index): {
+                name: _in_proportion(old, content.get(name), changes.get(name))
+                for name, old in values.items()
+            }
+            for index, values in overrides.items()
             if index in kept
         }
     if shared:
@@ -127,6 +130,16 @@ def _small(name: str, value: Any, changes: Mapping[str, Any]) -> Any:
     if name in _KEY_VALUE_HEADS:
         return min(value, changes.get(name, value))
     return min(value, SIZES[name]) if name in SIZES and isinstance(value, int) else value
+
+
+def _in_proportion(value: Any, common: Any, small: Any) -> Any:
+    """Return the small value of a setting that one layer has instead of `common`.
+
+    small: the small value of `common`. It must stay different, so that the layer stays different.
+    """
+    if isinstance(value, int) and isinstance(common, int) and isinstance(small, int):
+        return max(1, value * small // common)
+    return value
 
 
 def _kinds(per_layer: Sequence[Sequence[Any]], number: int, at_least: int) -> list[int]:
