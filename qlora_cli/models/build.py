@@ -133,15 +133,16 @@ def _create(config: Any, compute: torch.dtype, model_class: Any) -> Any:
     Raises ModelError if transformers cannot create it.
     """
     try:
-        model = _from_config(config, compute, model_class, attention.NAME)
+        try:
+            model = _from_config(config, compute, model_class, attention.NAME)
+        except KeyError:  # A class with a table of its own attention modules.
+            return _from_config(config, compute, model_class, "eager")
         if type(model)._can_set_attn_implementation():
             return model
-    except KeyError:  # A class with a table of its own attention modules.
-        pass
-    except (ValueError, TypeError, ImportError) as fault:
+        return _from_config(config, compute, model_class, "eager")
+    except (KeyError, ValueError, TypeError, ImportError) as fault:
         reason = str(fault).strip().splitlines()[0]
         raise unsupported(config, f"transformers cannot create it: {reason}") from fault
-    return _from_config(config, compute, model_class, "eager")
 
 
 def _from_config(config: Any, compute: torch.dtype, model_class: Any, name: str) -> Any:

@@ -139,7 +139,7 @@ def _groups(recipe: Recipe, config: Any) -> BlockGroups | None:
     if known_family(config) is None:
         model, family = skeleton(config, torch.float32, task_of(recipe).model_class)
         blocks: Any = model.get_submodule(family.blocks)
-        kinds = [f"{kind} {structure_of(b)}" for kind, b in zip(kinds, blocks, strict=True)]
+        kinds = [f"{kind} {sorted(structure_of(b))}" for kind, b in zip(kinds, blocks, strict=True)]
     return find_groups(kinds)
 
 

@@ -5,10 +5,11 @@ module's tensors are in memory only while it computes. Only verification keeps t
 resident, if it fits into memory, because it generates tokens one by one.
 
 The trained model computes as it was trained, with this package's linears and attention. The merged
-model is transformers' own, with its own attention, because other programs will run it that way. It
-computes in float32, so that a comparison shows the rounding of the weights and not the rounding of
-the arithmetic. Only its embeddings and head keep the dtype of the file; their rows are cast when
-they are used.
+model is transformers' own, with its own attention, because other programs will run it that way.
+Only experts are this package's, in 16 bit: transformers' functions for them cannot run on meta. The
+merged model computes in float32, so that a comparison shows the rounding of the weights and not the
+rounding of the arithmetic. Only its embeddings and head keep the dtype of the file; their rows are
+cast when they are used.
 """
 
 from __future__ import annotations
