@@ -110,11 +110,25 @@ def read_config(file: Path) -> Any:
             hint=NO_CODE_HINT,
         )
     try:
-        config = AutoConfig.for_model(model_type, **content)
+        config = AutoConfig.for_model(model_type, **_with_floats(content))
         _check_sizes(config)
     except (*PARSE_ERRORS, ArithmeticError, StrictDataclassError) as fault:
         raise ModelError(f"it describes no model: {fault}", where=str(file)) from fault
     return config
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a config's content with the numbers that transformers stores as {"__float__": text}.
+
+    JSON has no infinity.
+    """
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _with_floats(item) for key, item in value.items()}
 
 
 def check_auto_map(content: dict[str, Any], file: Path) -> None:
@@ -131,14 +145,14 @@ def check_auto_map(content: dict[str, Any], file: Path) -> None:
 def _check_sizes(config: Any) -> None:
     """Raise ValueError for sizes that no model can have; transformers would fail much later."""
     for key in _SIZE_KEYS:
-        size = getattr(config, key, None)
+        size = _size(config, key)
         if size is not None and not 1 <= size <= _MAX_SIZE:
             raise ValueError(f"{key} is {size}")
-    layers = getattr(config, "num_hidden_layers", None) or 1
+    layers = _size(config, "num_hidden_layers") or 1
     if layers > _MAX_LAYERS:
         raise ValueError(f"num_hidden_layers is {layers}")
-    heads = getattr(config, "num_attention_heads", None) or 1
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    heads = _size(config, "num_attention_heads") or 1
+    groups = _size(config, "num_key_value_heads") or heads
     if heads % groups:
         raise ValueError(f"{heads} heads cannot share {groups} key and value heads")
     pad = getattr(config, "pad_token_id", None)
@@ -148,6 +162,15 @@ def _check_sizes(config: Any) -> None:
     dtype = getattr(config, "dtype", None)
     if dtype is not None and dtype.itemsize < _MIN_ITEM_BYTES:
         raise ValueError(f"its weights are in {dtype}; 16 or 32 bits are required")
+
+
+def _size(config: Any, key: str) -> int | None:
+    """Return a size of a config; None if it has none, or if it differs between layers."""
+    try:
+        size: int | None = getattr(config, key, None)
+    except RuntimeError:
+        return None
+    return size
 
 
 def _local(name: str) -> Path | None:

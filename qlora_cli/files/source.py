@@ -1,7 +1,7 @@
 """Sources of a base's tensors: a folder of safetensors files, or meta tensors for a dry run.
 
 Tensors are requested by the model's parameter names (`model.layers.0.self_attn.q_proj.weight`). The
-names in a file may lack the prefix of the backbone, as in GPT-2's checkpoint on the hub;
+names in a file may differ: GPT-2's checkpoint on the hub lacks the prefix of the backbone.
 `FolderSource` maps between the two, because a merge writes the names of the file.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -50,25 +50,31 @@ class FolderSource:
     """The tensors of a folder's safetensors files under the model's parameter names.
 
     folder: a single-file or sharded checkpoint.
-    prefix: the prefix of the backbone's parameters with its dot, "model.".
-    head: the path of the head, whose parameters have no prefix.
+    rename: returns the parameter's name for the name of a tensor in the files.
     ignored: endings of the names of file tensors that are buffers and are not loaded.
 
-    Raises ModelError if files are missing or damaged.
+    Raises ModelError if files are missing or damaged, or if two tensors have one parameter.
     """
 
     def __init__(
-        self, folder: Path, *, prefix: str, head: str, ignored: Iterable[str] = ()
+        self, folder: Path, rename: Callable[[str], str], ignored: Iterable[str] = ()
     ) -> None:
         self.folder = folder
         self.entries = read_folder(folder)
         endings = tuple(ignored)
         self.ignored = [name for name in self.entries if endings and name.endswith(endings)]
-        self._file_names = {
-            _model_name(name, prefix, head): name
-            for name in self.entries
-            if name not in set(self.ignored)
-        }
+        ignored = set(self.ignored)
+        self._file_names: dict[str, str] = {}
+        for name in self.entries:
+            if name in ignored:
+                continue
+            other = self._file_names.setdefault(rename(name), name)
+            if other != name:
+                raise ModelError(
+                    f"the tensors {other} and {name} belong to one parameter, which this package "
+                    "does not support",
+                    where=str(folder),
+                )
 
     def names(self) -> Sequence[str]:
         """Return the parameter names in the order of the files."""
@@ -181,10 +187,3 @@ def _files(folder: Path) -> list[Path]:
 
 def _is_outside(name: str) -> bool:
     return Path(name).is_absolute() or ".." in Path(name).parts
-
-
-def _model_name(name: str, prefix: str, head: str) -> str:
-    """Return the parameter name of a file tensor."""
-    if name.startswith((prefix, head + ".")):
-        return name
-    return prefix + name

@@ -13,7 +13,7 @@ from qlora_cli.errors import NotFinite
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.nn.loss import score_targets
-from qlora_cli.tasks.backbone import hidden_states
+from qlora_cli.tasks.backbone import head_of, hidden_states
 
 MAX_TOKENS = 2048
 """Tokens of a forward pass, unless one row alone has more. On a GPU each pass dequantizes all
@@ -108,11 +108,9 @@ def _score(
             positions += range(end - len(ids), end)
             targets += ids
             wanted.append((index, len(ids)))
-    weight = loaded.head.weight
-    assert isinstance(weight, torch.Tensor)
-    log_probabilities, is_top1 = score_targets(
-        hidden, weight, torch.tensor(positions).to(device), torch.tensor(targets).to(device)
-    )
+    weight, bias, transform = head_of(loaded)
+    places = torch.tensor(positions).to(device), torch.tensor(targets).to(device)
+    log_probabilities, is_top1 = score_targets(hidden, weight, *places, bias, transform)
     if not log_probabilities.isfinite().all():
         raise NotFinite(
             "the model's log-probabilities are NaN or infinite",

@@ -16,6 +16,7 @@ from qlora_cli.jobs.planned_length import estimated_time, planned_length
 from qlora_cli.jobs.results import PlanResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.ledger import Allocator, Device, Ledger, peak_phase
+from qlora_cli.models.limits import limits_of
 from qlora_cli.plan.advise import changes_that_fit, largest_sizes
 from qlora_cli.plan.arithmetic import arithmetic_of
 from qlora_cli.plan.dry_run import method_peak
@@ -47,7 +48,8 @@ def run(
     profile = device_profile or inspect_device()
     config = read_config(find_config(recipe.model.name, recipe.model.revision))
     check_seq_len(recipe.data, config)
-    require_proof(config, task_of(recipe), Silent())
+    task = task_of(recipe)
+    require_proof(config, task, Silent())
     resolved, _ = resolve(recipe, profile)
     planner = Planner(config, profile)
     plan = planner.plan(resolved)
@@ -68,7 +70,7 @@ def run(
         total_parameters=plan.total_parameters,
         adapter_bytes=plan.adapter_bytes,
         arithmetic=arithmetic_of(resolved, plan),
-        notes=plan_notes(resolved, profile, plan),
+        notes=(*plan_notes(resolved, profile, plan), *limits_of(config, task.model_class)),
         seconds=time.perf_counter() - began,
         steps=length.updates if length else recipe.train.steps,
         length=length,

@@ -25,6 +25,7 @@ from qlora_cli.files.source import FolderSource
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
+from qlora_cli.proof.prove import ModelProof
 from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
@@ -40,7 +41,7 @@ class Prepared:
 
     recipe: without `auto` values. choices: the automatic choices and their reasons.
     profile: of the device that the job runs on. folder: the base's. config: transformers' config.
-    tokenizer: the base's; None if it has none.
+    tokenizer: the base's; None if it has none. proof: of a model type whose family is derived.
     """
 
     recipe: Recipe
@@ -49,6 +50,7 @@ class Prepared:
     folder: Path
     config: Any
     tokenizer: Any
+    proof: ModelProof | None = None
 
     @property
     def chat_template(self) -> str | None:

@@ -44,6 +44,7 @@ def describe_run(job: TrainingJob, recipe_path: Path | None) -> dict[str, Any]:
             for choice in prepared.choices
         ],
         "versions": versions(),
+        "proof": None if prepared.proof is None else prepared.proof.to_dict(),
         "device": {
             "kind": profile.kind,
             "name": profile.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import Ledger
+from qlora_cli.models.limits import limits_of
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.proof.prove import require_proof
@@ -84,7 +86,10 @@ def _run(recipe: Recipe, recipe_path: Path | None, resume: bool, observer: Obser
 def _prepare(recipe: Recipe, observer: Observer) -> TrainingJob:
     """Check everything that needs no weights, read the data, and report choices and length."""
     prepared = prepare(recipe, inspect_device())
-    require_proof(prepared.config, task_of(prepared.recipe), observer)
+    task = task_of(prepared.recipe)
+    prepared = replace(prepared, proof=require_proof(prepared.config, task, observer))
+    for limit in limits_of(prepared.config, task.model_class):
+        observer.note(limit)
     check_installed(prepared.recipe)
     check_initial_adapter(prepared)
     for choice in prepared.choices:

@@ -9,11 +9,13 @@ calls the same function with a source of meta tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qlora_cli.adapters.method import AdapterMethod
@@ -31,8 +33,8 @@ from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.registry import known_family, unsupported
-from qlora_cli.models.sites import find_sites, mlp_paths, norm_paths
-from qlora_cli.nn import attention
+from qlora_cli.models.sites import experts_paths, find_sites, mlp_paths, norm_paths
+from qlora_cli.nn import attention, stacked_experts
 from qlora_cli.nn.embedding import has_own_memory
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
@@ -107,34 +109,50 @@ def skeleton(
     model_class: a transformers Auto class, for causal language models if not given. Raises
     ModelError if transformers cannot create the model or no family can describe it.
     """
-    check_logits(config)
+    family = known_family(config)
+    if family is not None:
+        check_logits(config)
     # transformers writes the dtype and the attention's name into the config that it is given.
     config = deepcopy(config)
-    family = known_family(config)
     # The base's own dropout is disabled: the adapter has its own, and dropout saves activations.
     for key in family.dropouts if family else dropout_keys(config):
         if hasattr(config, key):
             setattr(config, key, 0.0)
     model = _create(config, compute, model_class or _causal_lm())
     # Batches have no padding. With a pad token set, GPT-2 would search for it in every batch.
-    model.config.pad_token_id = None
-    return model, family or derive_family(model)
+    with suppress(StrictDataclassError):  # Some configs require a pad token.
+        model.config.pad_token_id = None
+    family = family or derive_family(model)
+    if family.experts:
+        model.set_experts_implementation(stacked_experts.NAME)
+    return model, family
 
 
 def _create(config: Any, compute: torch.dtype, model_class: Any) -> Any:
-    """Return transformers' model on meta. Raises ModelError if transformers cannot create it."""
+    """Return transformers' model on meta, with this package's attention if the class allows it.
+
+    Raises ModelError if transformers cannot create it.
+    """
     try:
-        with torch.device("meta"):
-            return model_class.from_config(
-                config,
-                attn_implementation=attention.NAME,
-                dtype=compute,
-                trust_remote_code=False,
-            )
+        try:
+            model = _from_config(config, compute, model_class, attention.NAME)
+        except KeyError:  # A class with a table of its own attention modules.
+            return _from_config(config, compute, model_class, "eager")
+        if type(model)._can_set_attn_implementation():
+            return model
+        return _from_config(config, compute, model_class, "eager")
     except (*PARSE_ERRORS, ArithmeticError, ImportError) as fault:
         text = str(fault) if isinstance(fault, ValueError) else repr(fault)
         reason = text.strip().splitlines()[0]
         raise unsupported(config, f"transformers cannot create it: {reason}") from fault
+
+
+def _from_config(config: Any, compute: torch.dtype, model_class: Any, name: str) -> Any:
+    """Return transformers' model on meta. name: of the attention."""
+    with torch.device("meta"):
+        return model_class.from_config(
+            config, attn_implementation=name, dtype=compute, trust_remote_code=False
+        )
 
 
 def build(request: ModelRequest) -> LoadedModel:
@@ -162,7 +180,9 @@ def build(request: ModelRequest) -> LoadedModel:
         parameter.requires_grad_(True)
     if recipe.train.activation_checkpointing:
         dropout = recipe.adapter.dropout
-        convert.enable_activation_checkpointing(model, preserve_random_state=dropout > 0)
+        convert.enable_activation_checkpointing(
+            model, family.blocks, preserve_random_state=dropout > 0
+        )
     model.config.use_cache = False
     return loaded
 
@@ -177,7 +197,8 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
         return method.wrap(linear, {role: site.rows[role] for role in roles}) if roles else linear
 
     convert.replace_linears(model, loaded.sites, weight_format, wrap)
-    convert.replace_embeddings(model, family.embeddings, weight_format)
+    convert.replace_experts(model, family, experts_paths(model, family), weight_format)
+    convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
     # A tied table is also the head, and every step multiplies by all of it.
     if has_own_memory(device) and not is_tied(loaded):
@@ -185,5 +206,5 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
     convert.replace_norms(model, norm_paths(model, family))
     if family.mlp is not None:
         activation = getattr(loaded.config, family.mlp.activation)
-        paths = mlp_paths(model, family.blocks, family.mlp)
+        paths = mlp_paths(model, family, family.mlp)
         convert.replace_mlps(model, paths, family.mlp.projections, activation)

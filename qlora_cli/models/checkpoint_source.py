@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from qlora_cli.files.source import FolderSource
@@ -13,6 +14,14 @@ def open_source(folder: Path, family: Family) -> FolderSource:
 
     Raises ModelError if files are missing or damaged.
     """
-    return FolderSource(
-        folder, prefix=f"{family.backbone}.", head=family.head, ignored=family.ignored
-    )
+    return FolderSource(folder, family.rename or _adds_prefix(family), ignored=family.ignored)
+
+
+def _adds_prefix(family: Family) -> Callable[[str], str]:
+    """Return the function that adds the backbone's prefix if a name of a file lacks it."""
+    prefix = f"{family.backbone}."
+
+    def rename(name: str) -> str:
+        return name if name.startswith((prefix, f"{family.head}.")) else prefix + name
+
+    return rename

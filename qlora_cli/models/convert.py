@@ -7,18 +7,23 @@ checks each module before it is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
+from qlora_cli.models.family import Family
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
+from qlora_cli.nn.experts import Experts
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
+from qlora_cli.nn.spans import checkpoint_contexts
 
 
 def replace_linears(
@@ -38,16 +43,35 @@ def replace_linears(
         replace_module(model, site.path, wrap(packed, site) if wrap is not None else packed)
 
 
-def replace_embeddings(model: nn.Module, paths: Sequence[str], weight_format: WeightFormat) -> None:
-    """Replace embedding tables by frozen ones in 16-bit storage.
+def replace_embeddings(model: nn.Module, family: Family, weight_format: WeightFormat) -> None:
+    """Replace the embedding tables of a family by frozen ones in 16-bit storage.
 
-    Raises ModelError if a module is not a plain embedding.
+    Raises ModelError if a module is not a plain embedding. A token table with a factor was measured
+    when its family was derived.
+    """
+    for path in family.embeddings:
+        old: Any = model.get_submodule(path)
+        scale = family.embedding_scale if path == family.token_embedding else 1.0
+        if scale == 1.0:
+            check_embedding(old, path)
+        weight = old.weight.detach().to(weight_format.storage)
+        replace_module(model, path, FrozenEmbedding(weight, weight_format.compute, scale))
+
+
+def replace_experts(
+    model: nn.Module, family: Family, paths: Sequence[str], weight_format: WeightFormat
+) -> None:
+    """Replace modules with stacked experts by ones with packed weights.
+
+    paths: of these modules.
     """
     for path in paths:
         old: Any = model.get_submodule(path)
-        check_embedding(old, path)
-        weight = old.weight.detach().to(weight_format.storage)
-        replace_module(model, path, FrozenEmbedding(weight, weight_format.compute))
+
+        def num_parts(name: str, path: str = path, num_experts: int = old.num_experts) -> int:
+            return max(1, len(family.stacks.get(f"{path}.{name}", ())) // num_experts)
+
+        replace_module(model, path, Experts(old, weight_format, num_parts))
 
 
 def replace_head(model: nn.Module, path: str, weight_format: WeightFormat) -> None:
@@ -103,26 +127,40 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
-def enable_activation_checkpointing(model: Any, preserve_random_state: bool) -> None:
+def enable_activation_checkpointing(model: Any, blocks: str, preserve_random_state: bool) -> None:
     """Let each block save only its input and recompute the rest in the backward pass.
 
-    preserve_random_state: True if the adapter uses dropout; it costs time otherwise.
+    blocks: path of the list of blocks. preserve_random_state: True if the adapter uses dropout; it
+    costs time otherwise.
     """
     settings = {
         "use_reentrant": False,
         "preserve_rng_state": preserve_random_state,
         "determinism_check": "none",
+        "context_fn": checkpoint_contexts,
     }
-    if hasattr(model, "activation_checkpointing_enable"):
+    if not model.supports_gradient_checkpointing:
+        for block in model.get_submodule(blocks):
+            block.forward = _checkpointed(block, block.forward, settings)
+    elif hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(settings)
     else:
         model.gradient_checkpointing_enable(settings)
 
 
+def _checkpointed(
+    block: nn.Module, forward: Callable[..., Any], settings: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Return the forward method of a block of a class that has no checkpointing of its own."""
+
+    def forward_with_checkpointing(*args: Any, **kwargs: Any) -> Any:
+        if not block.training:
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **kwargs, **settings)
+
+    return forward_with_checkpointing
+
+
 def linear_paths(module: nn.Module) -> list[str]:
-    """Return the paths of all modules with a two-dimensional weight, embeddings included."""
-    return [
-        path
-        for path, child in module.named_modules()
-        if isinstance(getattr(child, "weight", None), Tensor) and child.weight.dim() == 2
-    ]
+    """Return the paths of all linears of transformers that were not replaced."""
+    return [path for path, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)]

@@ -60,25 +60,43 @@ _TOLERANCE = 1e-4
 
 
 def check_logits(config: Any) -> None:
-    """Raise ModelError if the model changes its logits after the head.
+    """Raise ModelError if a model of a hand-written family changes its logits after the head.
 
     The loss is computed from the hidden states and the weight of the head, in chunks, so it would
-    ignore the change.
+    ignore the change. A derived family measures it (`models/head.py`).
     """
     for key, neutral in _LOGIT_SETTINGS.items():
         value = getattr(config, key, None)
         if value is not None and value != neutral:
             raise ModelError(
-                f"{type(config).__name__} sets {key} to {value}, which changes the logits; the "
-                "loss of this package does not support it",
+                f"{type(config).__name__} sets {key} to {value}, which changes the logits; its "
+                "hand-written family does not support it",
                 where="model.name",
             )
 
 
 def check_linear(module: nn.Module, path: str) -> None:
-    """Raise ModelError unless `module` is a plain nn.Linear or transformers' Conv1D."""
+    """Raise ModelError unless `module` computes what nn.Linear or transformers' Conv1D does."""
     _check(module, path, _LINEAR, parameters={"weight", "bias"})
-    _check_forward(module, path, (nn.Linear.forward, Conv1D.forward))
+    if not _computes_linear(module):
+        _check_forward(module, path, (nn.Linear.forward, Conv1D.forward))
+
+
+def _computes_linear(module: nn.Module) -> bool:
+    """Return whether a subclass of nn.Linear computes x W^T + b, on a small weight."""
+    if not isinstance(module, nn.Linear):
+        return False
+    weight, bias, x = _values(5, 3), _values(5), _values(4, 3)
+    toy = copy.copy(module)
+    toy.__dict__["in_features"], toy.__dict__["out_features"] = 3, 5
+    parameters = {"weight": weight, "bias": None if module.bias is None else bias}
+    toy.__dict__["_parameters"] = {
+        name: None if value is None else nn.Parameter(value, requires_grad=False)
+        for name, value in parameters.items()
+    }
+    with torch.no_grad():
+        found = toy(x)
+    return torch.allclose(found, functional.linear(x, weight, parameters["bias"]), atol=1e-6)
 
 
 def check_embedding(module: nn.Module, path: str) -> None:

@@ -8,51 +8,32 @@ refused with the reason.
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
-from qlora_cli.errors import ModelError
-from qlora_cli.models.coverage import check_mlp, check_norm
-from qlora_cli.models.family import Family, LinearSpec, MlpSpec
-from qlora_cli.models.registry import unsupported
-from qlora_cli.nn.mlp import ACTIVATIONS, Projections
-
-ROLES: Mapping[str, str] = {
-    "q_proj": "q",
-    "query": "q",
-    "k_proj": "k",
-    "key": "k",
-    "v_proj": "v",
-    "value": "v",
-    "o_proj": "o",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "fc1": "up",
-    "fc_in": "up",
-    "c_fc": "up",
-    "dense_h_to_4h": "up",
-    "down_proj": "down",
-    "fc2": "down",
-    "fc_out": "down",
-    "dense_4h_to_h": "down",
-}
-"""Name of a linear -> its role. A linear with another name has its own name as its role."""
-_OUTPUTS = ("out_proj", "dense", "c_proj", "proj")
-"""Names that are used for the last linear of attention and of an MLP."""
-_PROJECTIONS = (
-    Projections(gate="gate_proj", up="up_proj", down="down_proj"),
-    Projections(gate=None, up="up_proj", down="down_proj"),
-    Projections(gate=None, up="fc1", down="fc2"),
-    Projections(gate=None, up="c_fc", down="c_proj"),
-    Projections(gate=None, up="dense_h_to_4h", down="dense_4h_to_h"),
-    Projections(gate=None, up="fc_in", down="fc_out"),
+from qlora_cli.models.buffers import created_buffers, persistent_buffers
+from qlora_cli.models.conversions import Stacks, parameter_names, stacked_parts
+from qlora_cli.models.derive_blocks import (
+    has_experts,
+    is_linear,
+    is_our_norm,
+    linears_of,
+    mlp_of,
+    modules_of,
+    norms_of,
+    read_directly,
 )
-_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
-_DROPOUT = re.compile(r"dropout|drop_rate|layerdrop|_pdrop|_drop$")
+from qlora_cli.models.family import Family
+from qlora_cli.models.head import measured_transform
+from qlora_cli.models.registry import unsupported
+from qlora_cli.models.tables import is_plain_table, measured_scale
+
+_DROPOUT = re.compile(r"dropout|drop_rate|layerdrop|_pdrop|_drop$|jitter_noise$")
 
 
 def derive_family(model: Any) -> Family:
@@ -65,27 +46,54 @@ def derive_family(model: Any) -> Family:
     if not isinstance(getattr(model, backbone, None), nn.Module):
         raise unsupported(config, f"it has no module {backbone!r} for its hidden states")
     blocks = _blocks_path(model, backbone)
-    block = _first_of_equal_blocks(model, blocks)
-    _check_tensors(model, block, blocks)
+    found = list(model.get_submodule(blocks))
+    experts, stacks = _experts(model, blocks, found)
+    _check_tensors(model, found, blocks)
+    head = _head_path(model)
+    embeddings = tuple(_embedding_paths(model, blocks))
+    unquantized = tuple(dict.fromkeys(read_directly(found)))
+    can_set_attention = type(model)._can_set_attn_implementation()
     return Family(
         name=config.model_type,
         model_types=(config.model_type,),
         backbone=backbone,
         blocks=blocks,
-        head=_head_path(model),
-        embeddings=tuple(_embedding_paths(model, blocks)),
-        linears=tuple(_linears(block)),
-        mlp=_mlp(model, block),
-        norms=tuple(path for path, child in block.named_modules() if _is_our_norm(child, path)),
+        head=head,
+        embeddings=embeddings,
+        embedding_scale=measured_scale(model, embeddings[0], _buffers(model)),
+        linears=tuple(linears_of(found, unquantized)),
+        unquantized=unquantized,
+        blocks_differ=any(structure_of(block) != structure_of(found[0]) for block in found),
+        mlp=mlp_of(model, found),
+        norms=tuple(norms_of(found)),
         final_norm=_final_norm(model, backbone, blocks),
         dropouts=tuple(dropout_keys(config)),
         ignored=(".rotary_emb.inv_freq",),
+        rename=parameter_names(model, stacks),
+        experts=experts,
+        stacks=stacks,
+        logits=measured_transform(model, backbone, head),
+        own_attention=not can_set_attention,
+        packs=can_set_attention and not _has_recurrence(config, found),
+        merged_attention=_merged_attention(model),
     )
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a plain linear or transformers' transposed one."""
-    return isinstance(module, nn.Linear | Conv1D)
+def _experts(model: Any, blocks: str, found: Sequence[nn.Module]) -> tuple[tuple[str, ...], Stacks]:
+    """Return the paths of experts within a block, and the parts of their stacks in a checkpoint."""
+    paths = dict.fromkeys(path for path, module in modules_of(found) if has_experts(module))
+    stacks = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and _is_in(name, blocks, tuple(paths))
+    }
+    return tuple(paths), stacked_parts(model, stacks)
+
+
+def _is_in(name: str, blocks: str, paths: Sequence[str]) -> bool:
+    """Return whether a parameter belongs to a module at one of `paths` of a block."""
+    within = name.removeprefix(f"{blocks}.").partition(".")[2].rpartition(".")[0]
+    return name.startswith(f"{blocks}.") and within in paths
 
 
 def _blocks_path(model: Any, backbone: str) -> str:
@@ -105,20 +113,7 @@ def _has_linears(module: nn.Module) -> bool:
     return any(is_linear(child) for child in module.modules())
 
 
-def _first_of_equal_blocks(model: Any, blocks: str) -> nn.Module:
-    """Return the first block. Raises ModelError if another one has other modules."""
-    first, *others = model.get_submodule(blocks)
-    structure = _structure(first)
-    for index, block in enumerate(others, 1):
-        if different := sorted(structure ^ _structure(block)):
-            path, kind = different[0]
-            raise unsupported(
-                model.config, f"blocks 0 and {index} differ: only one has {path or kind} ({kind})"
-            )
-    return first  # type: ignore[no-any-return]
-
-
-def _structure(block: nn.Module) -> set[tuple[str, str]]:
+def structure_of(block: nn.Module) -> set[tuple[str, str]]:
     """Return (path, class and shapes) of every module with tensors in a block."""
     return {
         (path, f"{type(child).__name__}{[tuple(p.shape) for p in child.parameters(recurse=False)]}")
@@ -126,92 +121,68 @@ def _structure(block: nn.Module) -> set[tuple[str, str]]:
     }
 
 
-def _check_tensors(model: Any, block: nn.Module, blocks: str) -> None:
-    """Raise ModelError for weights that are neither linears, tables nor vectors."""
-    for path, module in block.named_modules():
+def _check_tensors(model: Any, found: Sequence[nn.Module], blocks: str) -> None:
+    """Raise ModelError for weights with more dimensions than a matrix.
+
+    A matrix that is not a linear, such as a router, stays as it is.
+    """
+    for path, module in modules_of(found):
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 1 and not is_linear(module):
+            is_known = isinstance(module, nn.Conv1d) or has_experts(module)
+            if parameter.dim() > 2 and not is_known:
                 raise unsupported(
                     model.config,
                     f"{blocks}.*.{path}.{name} of {type(module).__name__} has "
                     f"{parameter.dim()} dimensions and is not a linear",
                 )
-    for path, module in model.named_modules():
-        if any(True for _ in module.buffers(recurse=False)) and any(
-            True for _ in module.parameters()
-        ):
-            raise unsupported(model.config, f"{path or 'the model'} computes a buffer of its own")
+
+
+def _buffers(model: Any) -> Mapping[str, Tensor | None]:
+    """Return path -> value of the model's buffers.
+
+    Raises ModelError for a buffer that is in no checkpoint and that cannot be created.
+    """
+    buffers = created_buffers(model)
+    for path, value in buffers.items():
+        parent, _, name = path.rpartition(".")
+        if value is None and name not in persistent_buffers(model.get_submodule(parent)):
+            raise unsupported(model.config, f"it is not known how the buffer {path} is created")
+    return buffers
+
+
+def _has_recurrence(config: Any, blocks: Sequence[nn.Module]) -> bool:
+    """Return whether something other than attention mixes the tokens of a sequence."""
+    has_module = any(
+        isinstance(module, nn.Conv1d) or hasattr(module, "A_log")
+        for _, module in modules_of(blocks)
+    )
+    return has_module or "linear_attention" in (getattr(config, "layer_types", None) or ())
+
+
+def _merged_attention(model: Any) -> Literal["sdpa", "eager"]:
+    """Return the attention of transformers that computes this model; SDPA if it does."""
+    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    has_soft_cap = eager is not None and "softcap" in inspect.signature(eager).parameters
+    return "sdpa" if model._supports_sdpa and not has_soft_cap else "eager"
 
 
 def _head_path(model: Any) -> str:
-    """Return the path of the head, a linear without bias."""
+    """Return the path of the head, a linear."""
     head = model.get_output_embeddings()
     path: str | None = next((p for p, module in model.named_modules() if module is head), None)
     if path is None or not isinstance(head, nn.Linear):
         raise unsupported(model.config, "its head is not a linear")
-    if head.bias is not None:
-        raise unsupported(model.config, "its head has a bias")
     return path
 
 
 def _embedding_paths(model: Any, blocks: str) -> Iterator[str]:
-    """Yield the path of the token table, then those of other tables outside the blocks."""
+    """Yield the path of the token table, then those of other plain tables outside the blocks."""
     tokens = model.get_input_embeddings()
     yield next(path for path, module in model.named_modules() if module is tokens)
     for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and module is not tokens:
-            if path.startswith(f"{blocks}."):
-                raise unsupported(model.config, f"{path} is a table inside a block")
+        is_other = module is not tokens and not path.startswith(f"{blocks}.")
+        if isinstance(module, nn.Embedding) and is_other and is_plain_table(module, path):
             yield path
-
-
-def _linears(block: nn.Module) -> Iterator[LinearSpec]:
-    for path, module in block.named_modules():
-        if is_linear(module):
-            yield LinearSpec(path, (_role(path),), transposed=isinstance(module, Conv1D))
-
-
-def _role(path: str) -> str:
-    """Return the role of the linear at `path` within a block."""
-    parent, _, name = path.rpartition(".")
-    if name in _OUTPUTS:
-        return "o" if "att" in parent.lower() else "down"
-    return ROLES.get(name, name)
-
-
-def _mlp(model: Any, block: nn.Module) -> MlpSpec | None:
-    """Return the MLP that `Mlp` can replace, or None: then transformers' own one stays."""
-    for path, module in block.named_modules():
-        linears = {name for name, child in module.named_children() if is_linear(child)}
-        for projections in _PROJECTIONS:
-            if linears == set(projections.names):
-                key = _activation_key(model.config, module, projections)
-                return MlpSpec(path, projections, key) if key else None
-    return None
-
-
-def _activation_key(config: Any, module: nn.Module, projections: Projections) -> str | None:
-    """Return the key of the config that names the MLP's activation, if `Mlp` computes the same."""
-    for key in _ACTIVATION_KEYS:
-        name = getattr(config, key, None)
-        if isinstance(name, str) and name in ACTIVATIONS:
-            try:
-                check_mlp(module, "mlp", projections, ACTIVATIONS[name])
-            except ModelError:
-                return None
-            return str(key)
-    return None
-
-
-def _is_our_norm(module: nn.Module, path: str) -> bool:
-    """Return whether `RmsNorm` computes the same as this module."""
-    if any(True for _ in module.children()) or not hasattr(module, "variance_epsilon"):
-        return False
-    try:
-        check_norm(module, path)
-    except (ModelError, TypeError):
-        return False
-    return True
 
 
 def _final_norm(model: Any, backbone: str, blocks: str) -> str | None:
@@ -220,11 +191,11 @@ def _final_norm(model: Any, backbone: str, blocks: str) -> str | None:
         prefix=backbone
     )
     outside = ((path, module) for path, module in modules if not path.startswith(f"{blocks}."))
-    return next((path for path, module in outside if _is_our_norm(module, path)), None)
+    return next((path for path, module in outside if is_our_norm(module, path)), None)
 
 
 def dropout_keys(config: Any) -> Iterator[str]:
-    """Yield the keys of the config with a dropout rate."""
+    """Yield the keys of the config with a dropout rate, or with noise in the router of experts."""
     for key, value in config.to_dict().items():
         if isinstance(value, float) and _DROPOUT.search(key):
             yield key

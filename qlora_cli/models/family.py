@@ -8,9 +8,11 @@ is (out, in), and the parts of a fused projection are named sets of its rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from qlora_cli.nn.experts import StackPart
+from qlora_cli.nn.logits import IDENTITY, LogitTransform
 from qlora_cli.nn.mlp import Projections
 
 Rows = Callable[[Any], Mapping[str, slice]]
@@ -55,7 +57,18 @@ class Family:
     after it, of position tables. linears: the linears of a block. mlp: the MLP of a block, if it
     has one of the supported forms. norms: paths of the RMSNorms within a block. final_norm: path of
     an RMSNorm after the last block. dropouts: config keys of the base's own dropout, which is
-    disabled. ignored: endings of file tensors that are buffers and not weights.
+    disabled. ignored: endings of file tensors that are buffers and not weights. logits: what the
+    model does with the head's output. embedding_scale: factor of the rows of the token table.
+
+    The rest is for derived families. unquantized: linears of a block that stay in 16 bit, because
+    the model's code reads their weights directly. blocks_differ: a block may lack some of the
+    linears, norms and MLPs. rename: from the name of a tensor in a checkpoint to that of its
+    parameter; None if only the backbone's prefix may be missing. experts: modules of a block with
+    the stacked weights of experts. stacks: parts, in a checkpoint, of the stacked parameters that
+    it does not store whole. own_attention: the model's class
+    computes attention itself, and not through transformers' interface. packs: rows that share a
+    sequence do not affect each other; otherwise each row is a forward pass of its own.
+    merged_attention: the attention of transformers that computes the same model.
     """
 
     name: str
@@ -70,6 +83,16 @@ class Family:
     final_norm: str | None = None
     dropouts: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    logits: LogitTransform = IDENTITY
+    embedding_scale: float = 1.0
+    unquantized: tuple[str, ...] = ()
+    blocks_differ: bool = False
+    rename: Callable[[str], str] | None = None
+    experts: tuple[str, ...] = ()
+    stacks: Mapping[str, tuple[StackPart, ...]] = field(default_factory=dict)
+    own_attention: bool = False
+    packs: bool = True
+    merged_attention: Literal["sdpa", "eager"] = "sdpa"
 
     @property
     def token_embedding(self) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from qlora_cli.models.family import Family
-from qlora_cli.nn import attention
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
+from qlora_cli.nn.spans import Kernel
 
 
 @dataclass
@@ -28,7 +28,7 @@ class LoadedModel:
     sites: list[Site]
     adapted: dict[str, list[str]]
     weight_format: WeightFormat
-    kernel: attention.Kernel
+    kernel: Kernel
 
     @property
     def head(self) -> nn.Module:

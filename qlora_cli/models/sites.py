@@ -12,36 +12,73 @@ from qlora_cli.nn.site import Site
 
 
 def find_sites(model: nn.Module, family: Family, config: Any) -> list[Site]:
-    """Return every linear of every block, in the model's order.
+    """Return every linear of every block that the family describes, in the model's order.
 
-    Raises ModelError if the model does not have one of the linears.
+    Raises ModelError if a block lacks one of the linears, unless the family's blocks differ.
     """
     blocks: Any = model.get_submodule(family.blocks)
     return [
-        _site(model, f"{family.blocks}.{index}.{spec.path}", spec, config)
-        for index in range(len(blocks))
-        for spec in family.linears
+        _site(block, f"{family.blocks}.{index}", spec, config)
+        for index, block in enumerate(blocks)
+        for spec in _linears_of(block, family)
     ]
+
+
+def _linears_of(block: nn.Module, family: Family) -> list[LinearSpec]:
+    """Return the linears of one block, in its order."""
+    if not family.blocks_differ:
+        return list(family.linears)
+    specs = {spec.path: spec for spec in family.linears}
+    return [specs[path] for path, _ in block.named_modules() if path in specs]
 
 
 def norm_paths(model: nn.Module, family: Family) -> list[str]:
     """Return the paths of all RMSNorms that the family describes, in the model's order."""
-    blocks: Any = model.get_submodule(family.blocks)
-    paths = [
-        f"{family.blocks}.{index}.{path}" for index in range(len(blocks)) for path in family.norms
-    ]
+    paths = [path for name in family.norms for path in _in_blocks(model, family, name)]
     return paths if family.final_norm is None else [*paths, family.final_norm]
 
 
-def mlp_paths(model: nn.Module, blocks: str, mlp: MlpSpec) -> list[str]:
-    """Return the paths of the MLPs of all blocks. blocks: path of the list of blocks."""
-    num_blocks = len(model.get_submodule(blocks))  # type: ignore[arg-type]
-    return [f"{blocks}.{index}.{mlp.path}" for index in range(num_blocks)]
+def experts_paths(model: nn.Module, family: Family) -> list[str]:
+    """Return the paths of the modules with experts."""
+    return [path for name in family.experts for path in _in_blocks(model, family, name)]
 
 
-def _site(model: nn.Module, path: str, spec: LinearSpec, config: Any) -> Site:
-    try:
+def expert_tensors(model: nn.Module, family: Family) -> dict[str, bool]:
+    """Return the names of the tensors of a checkpoint with weights of experts.
+
+    The value is True for a stack whose matrices are (in, out).
+    """
+    found: dict[str, bool] = {}
+    for path in experts_paths(model, family):
         module: Any = model.get_submodule(path)
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                name = f"{path}.{key}"
+                names = [part.name for part in family.stacks.get(name, ())] or [name]
+                found |= dict.fromkeys(names, module.is_transposed)
+    return found
+
+
+def mlp_paths(model: nn.Module, family: Family, mlp: MlpSpec) -> list[str]:
+    """Return the paths of the MLPs of all blocks."""
+    down = f"{mlp.path}.{mlp.projections.down}"
+    return [path.rpartition(".")[0] for path in _in_blocks(model, family, down)]
+
+
+def _in_blocks(model: nn.Module, family: Family, path: str) -> list[str]:
+    """Return the paths of the module at `path` in all blocks, or in those that have it."""
+    blocks: Any = model.get_submodule(family.blocks)
+    return [
+        f"{family.blocks}.{index}.{path}"
+        for index, block in enumerate(blocks)
+        if not family.blocks_differ or path in dict(block.named_modules())
+    ]
+
+
+def _site(block: nn.Module, block_path: str, spec: LinearSpec, config: Any) -> Site:
+    path = f"{block_path}.{spec.path}"
+    try:
+        module: Any = block.get_submodule(spec.path)
     except AttributeError as missing:
         raise ModelError(f"the model has no linear {path}", where="model.name") from missing
     shape = tuple(module.weight.shape)

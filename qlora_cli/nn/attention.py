@@ -6,8 +6,9 @@ each other. This attention is registered without a mask function, so transformer
 A mask would have tokens x tokens entries, and with grouped heads it would select SDPA's slow MATH
 kernel, which needs much memory.
 
-There are two code paths. On a CUDA GPU with FlashAttention, one variable-length call computes all
-rows. Otherwise each row is one SDPA call. Rows come from `split` and not from slicing, because the
+There are three code paths. On a CUDA GPU with FlashAttention, one variable-length call computes all
+rows. Otherwise each row is one SDPA call, or plain operations if no kernel computes it
+(`plain_attention.py`). Rows come from `split` and not from slicing, because the
 backward pass of a slice allocates the whole tensor. A dry run uses the kernel of the target device
 (`kernel_for`): on meta tensors SDPA silently selects MATH, which no real device selects here.
 
@@ -17,10 +18,9 @@ head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from transformers import AttentionInterface
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import ModelError
+from qlora_cli.nn.plain_attention import PlainSettings, plain_attention
+from qlora_cli.nn.spans import Kernel, Spans, current_spans
 
 NAME = "qlora"
 """Name under which transformers finds this attention (`attn_implementation`)."""
@@ -39,45 +41,11 @@ FLASH_CAPABILITY = (8, 0)
 
 UNUSED_ARGUMENTS = {
     "position_ids": "the model has already applied the positions to queries and keys",
+    "output_attentions": "attention weights are not returned, whether they are wanted or not",
+    "output_router_logits": "it belongs to the router of experts",
     "use_cache": "the model has already added the cached keys and values",
 }
 """Arguments that transformers passes and that do not change the result, with the reason."""
-
-Kernel = Literal["varlen", "efficient", "cpu"]
-"""varlen: FlashAttention over all rows. efficient: SDPA's memory-efficient kernel, one call per
-row. cpu: SDPA's FlashAttention for CPUs, one call per row."""
-
-
-@dataclass(frozen=True)
-class Spans:
-    """The rows of a sequence without padding.
-
-    lengths: tokens of each row, in order. kernel: the device's attention kernel. offsets: first
-    token of each row and the end, (rows + 1,) int32 on the device; None unless kernel is varlen.
-    """
-
-    lengths: tuple[int, ...]
-    kernel: Kernel
-    offsets: Tensor | None = None
-
-    @property
-    def longest(self) -> int:
-        """Return the number of tokens of the longest row."""
-        return max(self.lengths)
-
-    @classmethod
-    def on(cls, lengths: tuple[int, ...], device: torch.device, kernel: Kernel) -> Spans:
-        """Create the spans of rows of these lengths, with offsets if the kernel needs them."""
-        if kernel != "varlen":
-            return cls(lengths, kernel)
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        if device.type == "meta":
-            offsets = torch.empty(len(starts), dtype=torch.int32, device=device)
-        else:
-            offsets = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
-        return cls(lengths, kernel, offsets)
 
 
 def kernel_for(profile: DeviceProfile, compute: torch.dtype) -> Kernel:
@@ -98,29 +66,51 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    spans: Spans | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention. query (B, H, T, D), key and value (B, G, S, D) -> (B, T, H, D).
 
-    Without `spans` the sequence is one row, and T < S means that the first S - T keys come from a
-    cache. Raises ModelError if transformers passes an argument that is not handled here, such as a
-    soft cap: ignoring it would compute another model.
+    Without `use_spans` the sequence is one row, and T < S means that the first S - T keys come from
+    a cache. softcap: soft cap on the scores. s_aux: (H,), attention sinks. Raises ModelError if
+    transformers passes an argument that is not handled here: ignoring it would compute another
+    model.
     """
     refuse_arguments(module, {"attention_mask": attention_mask, "dropout": dropout or None}, others)
-    if spans is not None and spans.offsets is not None and _supports_flash(query):
-        return _attend_flash(query, key, value, scaling, sliding_window, spans), None
+    spans = current_spans()
     kernel: Kernel = "cpu" if spans is None else spans.kernel
+    if softcap is not None or s_aux is not None or _needs_plain_operations(query, value, kernel):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        settings = PlainSettings(scaling, sliding_window, softcap)
+        attend_row = partial(plain_attention, sinks=s_aux, settings=settings)
+        return _attend_rows(attend_row, query, key, value, spans), None
+    if spans is not None and spans.offsets is not None and _supports_flash(query, value):
+        return _attend_flash(query, key, value, scaling, sliding_window, spans), None
+    attend_row = partial(_attend_row, scaling=scaling, window=sliding_window, kernel=kernel)
+    return _attend_rows(attend_row, query, key, value, spans), None
+
+
+def _needs_plain_operations(query: Tensor, value: Tensor, kernel: Kernel) -> bool:
+    """Return whether a CPU has no fused kernel: for values of another size than queries."""
+    is_on_cpu = query.device.type == "cpu" or (query.is_meta and kernel == "cpu")
+    return is_on_cpu and query.shape[-1] != value.shape[-1]
+
+
+def _attend_rows(
+    attend_row: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans | None,
+) -> Tensor:
+    """Compute each row on its own and return (B, T, H, D) of all."""
     lengths = (query.shape[2],) if spans is None else spans.lengths
     if len(lengths) == 1:
-        out = _attend_row(query, key, value, scaling, sliding_window, kernel)
-        return out.transpose(1, 2).contiguous(), None
+        return attend_row(query, key, value).transpose(1, 2).contiguous()
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    rows = [
-        _attend_row(*row, scaling, sliding_window, kernel)
-        for row in zip(queries, keys, values, strict=True)
-    ]
-    return torch.cat([row.transpose(1, 2) for row in rows], dim=1), None
+    rows = [attend_row(*row) for row in zip(queries, keys, values, strict=True)]
+    return torch.cat([row.transpose(1, 2) for row in rows], dim=1)
 
 
 def refuse_arguments(
@@ -151,8 +141,9 @@ def refuse_arguments(
         )
 
 
-def _supports_flash(query: Tensor) -> bool:
-    return query.dtype in FLASH_DTYPES and query.shape[-1] <= FLASH_HEAD_SIZE
+def _supports_flash(query: Tensor, value: Tensor) -> bool:
+    is_head_size = query.shape[-1] == value.shape[-1] <= FLASH_HEAD_SIZE
+    return query.dtype in FLASH_DTYPES and is_head_size
 
 
 def _attend_flash(

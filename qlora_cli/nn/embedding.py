@@ -15,16 +15,20 @@ from qlora_cli.memory.scopes import counts_host_memory, host_memory
 
 
 class FrozenEmbedding(nn.Module):
-    """A frozen table, weight (entries, hidden). Only the rows that are looked up are cast."""
+    """A frozen table, weight (entries, hidden). Only the rows that are looked up are cast.
 
-    def __init__(self, weight: Tensor, compute: torch.dtype) -> None:
+    scale: factor of the rows.
+    """
+
+    def __init__(self, weight: Tensor, compute: torch.dtype, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.compute = compute
+        self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids (...,) int64 to rows (..., hidden) in the compute dtype."""
-        return functional.embedding(ids, self.weight).to(self.compute)
+        return _scaled(functional.embedding(ids, self.weight).to(self.compute), self.scale)
 
 
 class HostEmbedding(nn.Module):
@@ -40,6 +44,7 @@ class HostEmbedding(nn.Module):
         super().__init__()
         self.weight = table.weight.detach()
         self.compute = table.compute
+        self.scale = table.scale
         self.device = device
 
     def put(self, weight: Tensor) -> None:
@@ -54,7 +59,7 @@ class HostEmbedding(nn.Module):
         """
         with host_memory():
             rows = self._gather(ids.to(self.weight.device))
-        return upload(rows, self.device).to(self.compute)
+        return _scaled(upload(rows, self.device).to(self.compute), self.scale)
 
     def _gather(self, ids: Tensor) -> Tensor:
         """Return the rows in pinned memory, which a GPU copies asynchronously."""
@@ -66,6 +71,11 @@ class HostEmbedding(nn.Module):
         )
         torch.index_select(self.weight, 0, ids.flatten(), out=rows)
         return rows.view(*ids.shape, -1)
+
+
+def _scaled(rows: Tensor, scale: float) -> Tensor:
+    """Multiply rows that were looked up by `scale`, in place."""
+    return rows if scale == 1.0 else rows.mul_(scale)
 
 
 def has_own_memory(device: torch.device) -> bool:

@@ -10,13 +10,14 @@ Letters: n positions, m of them with a target, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_cli.memory.scopes import scope
+from qlora_cli.nn.logits import IDENTITY, LogitTransform
 
 _HEAD_ROWS = 8192
 """Rows of the head whose gradient is updated at once."""
@@ -25,43 +26,72 @@ CHUNK_ELEMENTS = 2**25
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """scale * sum of -log softmax(h W^T)[target]; gradients of h, and of W if it is trained."""
+    """scale * sum of -log softmax(logits)[target].
+
+    Gradients of h, and of the head's weight and bias if they are trained.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor, scale: float
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        positions: Tensor,
+        targets: Tensor,
+        scale: float,
+        transform: LogitTransform,
     ) -> Tensor:
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]
         with scope("loss"):
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-            grad_head = torch.zeros_like(head) if needs_head else None
+            inputs = zip((hidden, head, bias), ctx.needs_input_grad, strict=False)
+            ctx.grads = [
+                torch.zeros_like(tensor) if tensor is not None and needed else None
+                for tensor, needed in inputs
+            ]
             weight = head.to(hidden.dtype)
-            for at, rows, logits in _chunks(hidden, weight, positions):
+            for at, rows, logits in _chunks(hidden, weight, bias, positions, transform):
                 chosen = targets[at][:, None]
+                needs_grad = any(grad is not None for grad in ctx.grads)
+                slope = transform.slope(logits) if needs_grad else None
                 losses, probabilities = _losses(logits, chosen)
                 total += losses.sum()
-                if not (needs_hidden or needs_head):
+                if not needs_grad:
                     continue
                 # d loss / d logits = softmax - one_hot, scaled before it is rounded to 16 bit.
                 probabilities.scatter_add_(
                     1, chosen, torch.full_like(chosen, -1, dtype=probabilities.dtype)
                 )
-                grad_logits = probabilities.mul_(scale).to(hidden.dtype)
-                del logits, probabilities
-                if grad_hidden is not None:
-                    grad_hidden.index_copy_(0, positions[at], grad_logits @ weight)
-                if grad_head is not None:
-                    _add_product(grad_head, grad_logits.to(head.dtype), rows.to(head.dtype))
-                del grad_logits, rows
-        ctx.grads = (grad_hidden, grad_head)
+                if slope is not None:
+                    probabilities.mul_(slope)
+                grad_output = probabilities.mul_(scale * transform.scale).to(hidden.dtype)
+                del logits, probabilities, slope
+                _add_gradients(ctx.grads, grad_output, rows, weight, positions[at])
+                del grad_output, rows
         return total.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         scaled = (None if saved is None else saved.mul_(grad.to(saved.dtype)) for saved in grads)
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
+
+
+def _add_gradients(
+    grads: Sequence[Tensor | None], grad_output: Tensor, rows: Tensor, weight: Tensor, at: Tensor
+) -> None:
+    """Add one chunk to the gradients of h, of the head's weight and of its bias.
+
+    grad_output: gradient (c, V) of the head's output. rows: its input (c, d). weight: (V, d).
+    at: (c,), the chunk's positions.
+    """
+    grad_hidden, grad_head, grad_bias = grads
+    if grad_hidden is not None:
+        grad_hidden.index_copy_(0, at, grad_output @ weight)
+    if grad_head is not None:
+        _add_product(grad_head, grad_output.to(grad_head.dtype), rows.to(grad_head.dtype))
+    if grad_bias is not None:
+        grad_bias += grad_output.sum(dim=0)
 
 
 def _add_product(grad_head: Tensor, grad_logits: Tensor, rows: Tensor) -> None:
@@ -75,21 +105,35 @@ def _add_product(grad_head: Tensor, grad_logits: Tensor, rows: Tensor) -> None:
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor, scale: float
+    hidden: Tensor,
+    head: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    transform: LogitTransform = IDENTITY,
 ) -> Tensor:
     """Return scale * sum of the cross entropies of all targets, a float32 scalar.
 
     hidden: (n, d). head: (V, d). positions: (m,) int64, the rows of `hidden` that have a target.
     targets: (m,) int64. scale: includes the loss scale of float16 training, so that it is applied
-    before gradients are rounded to 16 bit. `backward` can be called once.
+    before gradients are rounded to 16 bit. bias: (V,) of the head. transform: of the head's output.
+    `backward` can be called once.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head, positions, targets, scale)
+    loss: Tensor = _ChunkedCrossEntropy.apply(
+        hidden, head, bias, positions, targets, scale, transform
+    )
     return loss
 
 
 @torch.no_grad()
 def score(
-    hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    transform: LogitTransform = IDENTITY,
 ) -> tuple[Tensor, Tensor]:
     """Return (sum of the cross entropies, number of targets that are the top-1 token), scalars.
 
@@ -98,7 +142,7 @@ def score(
     with scope("loss"):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-        for is_top1, losses in _scored_chunks(hidden, head, positions, targets):
+        for is_top1, losses in _scored_chunks(hidden, head, positions, targets, bias, transform):
             correct += is_top1.sum()
             total += losses.sum()
         return total, correct
@@ -106,22 +150,32 @@ def score(
 
 @torch.no_grad()
 def score_targets(
-    hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    transform: LogitTransform = IDENTITY,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each target (m,) float32, and whether it is top-1 (m,) bool.
 
     The arguments are those of `chunked_cross_entropy`; there is at least one target.
     """
-    chunks = list(_scored_chunks(hidden, head, positions, targets))
+    chunks = list(_scored_chunks(hidden, head, positions, targets, bias, transform))
     is_top1, losses = (torch.cat(parts).squeeze(1) for parts in zip(*chunks, strict=True))
     return -losses, is_top1
 
 
 def _scored_chunks(
-    hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (whether each target is top-1 (c, 1), losses (c, 1)) per chunk."""
-    for at, _, logits in _chunks(hidden, head.to(hidden.dtype), positions):
+    for at, _, logits in _chunks(hidden, head.to(hidden.dtype), bias, positions, transform):
         chosen = targets[at][:, None]
         is_top1 = logits.argmax(dim=1, keepdim=True) == chosen
         yield is_top1, _losses(logits, chosen)[0]
@@ -130,14 +184,25 @@ def _scored_chunks(
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, positions: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    transform: LogitTransform,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield (slice of the targets, their hidden states (c, d), float32 logits (c, V)) per chunk."""
     size = max(1, CHUNK_ELEMENTS // weight.shape[0])
     for start in range(0, positions.shape[0], size):
         at = slice(start, start + size)
         rows = hidden.index_select(0, positions[at])
-        yield at, rows, (rows @ weight.t()).float()
+        yield at, rows, transform.apply_(head_output(rows, weight, bias).float())
+
+
+def head_output(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return rows W^T + b (c, V) of hidden states (c, d)."""
+    if bias is None:
+        return rows @ weight.t()
+    return torch.addmm(bias.to(rows.dtype), rows, weight.t())
 
 
 def _losses(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ around them. Only the weight source and the batches differ. Meta tensors are use
 FakeTensorMode, because FakeTensorMode cannot build packed weights, makes transformers build a mask
 and is three times slower.
 
-If the transformer blocks are alike, only a few of them run, and their recorded events are repeated
-for the others (`recording.py`). The events are then replayed to the memory model of the target
-device (`replay.py`).
+If groups of blocks are alike (`block_groups.py`), only a few of them run, and their recorded events
+are repeated for the others (`recording.py`). The events are then replayed to the memory model of
+the target device (`replay.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +28,17 @@ from qlora_cli.memory.gc_pause import gc_paused
 from qlora_cli.memory.ledger import FigureSource, MethodPeak, Phase, peak_phase
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.tracker import StorageTracker, track_gradients
-from qlora_cli.models.build import ModelRequest
+from qlora_cli.models.build import ModelRequest, skeleton
+from qlora_cli.models.derive import structure_of
 from qlora_cli.models.family import Family
+from qlora_cli.models.registry import known_family
 from qlora_cli.nn.codebook import clear_scale_codebook
+from qlora_cli.plan.block_groups import BlockGroups, find_groups
 from qlora_cli.plan.meta_source import MetaSource
-from qlora_cli.plan.recording import NUM_RECORDED_BLOCKS, NotAlike, Recording
+from qlora_cli.plan.recording import NotAlike, Recording
 from qlora_cli.plan.replay import MemoryPlan, RecordedJob, replay
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks.registry import task_of
 from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
@@ -62,23 +67,57 @@ def dry_run(
 
 
 def _plan(job: _DryRun, config: Any) -> MemoryPlan:
-    """Run a few blocks and repeat them if they are alike, else run all blocks."""
-    num_blocks = config.num_hidden_layers
-    if _blocks_may_be_alike(job.recipe, config):
+    """Run a few groups of blocks and repeat them if they are alike, else run all blocks."""
+    groups = _groups(job.recipe, config)
+    if groups is not None:
+        shorter = with_blocks(config, groups.num_recorded_blocks)
         try:
-            return replay(job.record(with_blocks(config, NUM_RECORDED_BLOCKS)), num_blocks)
+            return replay(job.record(shorter, groups), groups.number)
         except NotAlike:
             pass
-    return replay(job.record(config), num_blocks)
+    num_blocks = config.num_hidden_layers
+    return replay(job.record(config, BlockGroups(0, 1, num_blocks)), num_blocks)
 
 
 def with_blocks(config: Any, num_blocks: int) -> Any:
     """Return a copy of a transformers config with the first `num_blocks` blocks only."""
     shorter = deepcopy(config)
     shorter.num_hidden_layers = num_blocks
-    if getattr(config, "layer_types", None):
-        shorter.layer_types = config.layer_types[:num_blocks]
+    for key, values in _per_layer(config).items():
+        setattr(shorter, key, values[:num_blocks])
+    if overrides := _overrides(config):
+        shorter.per_layer_config = {i: v for i, v in overrides.items() if i < num_blocks}
     return shorter
+
+
+def num_kinds_prefix(config: Any) -> int:
+    """Return the smallest number of first blocks that contain a block of every kind."""
+    kinds = _settings_of_blocks(config)
+    return max(kinds.index(kind) for kind in kinds) + 1
+
+
+def _settings_of_blocks(config: Any) -> list[str]:
+    """Return the settings of each block that may differ between blocks."""
+    overrides, per_layer = _overrides(config), _per_layer(config).values()
+    return [
+        repr([*(values[index] for values in per_layer), overrides.get(index)])
+        for index in range(config.num_hidden_layers)
+    ]
+
+
+def _overrides(config: Any) -> dict[int, Any]:
+    """Return the number of a block -> settings that only this block has."""
+    overrides = config.to_dict().get("per_layer_config") or {}
+    return {int(index): settings for index, settings in overrides.items()}
+
+
+def _per_layer(config: Any) -> dict[str, Sequence[Any]]:
+    """Return the settings of a config that have one value per block."""
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
+    }
 
 
 def method_peak(recipe: Recipe, phases: tuple[Phase, ...], source: FigureSource) -> MethodPeak:
@@ -89,12 +128,19 @@ def method_peak(recipe: Recipe, phases: tuple[Phase, ...], source: FigureSource)
     )
 
 
-def _blocks_may_be_alike(recipe: Recipe, config: Any) -> bool:
-    """Return whether recipe and config treat all blocks the same, and there are enough of them."""
+def _groups(recipe: Recipe, config: Any) -> BlockGroups | None:
+    """Return the groups of blocks that recipe and config treat the same; None if there are none."""
     targets = recipe.adapter.targets
     are_roles = isinstance(targets, str) or not any("." in target for target in targets)
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    return are_roles and len(layer_types) <= 1 and config.num_hidden_layers > NUM_RECORDED_BLOCKS
+    # Blocks that use the keys and values of earlier ones depend on the number of blocks.
+    if not are_roles or getattr(config, "num_kv_shared_layers", None):
+        return None
+    kinds = _settings_of_blocks(config)
+    if known_family(config) is None:
+        model, family = skeleton(config, torch.float32, task_of(recipe).model_class)
+        blocks: Any = model.get_submodule(family.blocks)
+        kinds = [f"{kind} {sorted(structure_of(b))}" for kind, b in zip(kinds, blocks, strict=True)]
+    return find_groups(kinds)
 
 
 @dataclass(frozen=True)
@@ -106,19 +152,20 @@ class _DryRun:
     step_batches: Sequence[Batch]
     eval_batches: Sequence[Batch]
 
-    def record(self, config: Any) -> RecordedJob:
+    def record(self, config: Any, groups: BlockGroups) -> RecordedJob:
         """Run the complete job with a model of the config's number of blocks."""
-        recording = Recording()
+        recording = Recording(groups.group_of)
         memory_model = MemoryModel.of(self.profile)
         tracker = memory_model.new_tracker(recording, "meta")
         dtype = file_dtype(config)
         meta = torch.device("meta")
         total = (0, 0)
+        sums = partial(_sums, middle=groups.middle)
 
         def make_source(model: nn.Module, family: Family) -> MetaSource:
             nonlocal total
             recording.blocks = family.blocks
-            total = _sums(dict(model.named_parameters()), family, nn.Parameter.numel)
+            total = sums(dict(model.named_parameters()), family, nn.Parameter.numel)
             return MetaSource(model, family, dtype)
 
         clear_scale_codebook(meta)
@@ -130,17 +177,20 @@ class _DryRun:
             recording.release_cache()
             self._run_phases(state, tracker, recording)
         family = state.loaded.family
+        num_groups = BlockGroups(groups.first, groups.period, config.num_hidden_layers).number
         num_tokens = max(batch.num_tokens for batch in self.step_batches)
         return RecordedJob(
             segments=recording.segments,
-            num_blocks=config.num_hidden_layers,
+            num_blocks=num_groups,
             memory_model=memory_model,
             total=total,
-            trained=_sums(state.trainable, family, nn.Parameter.numel),
-            trained_bytes=_sums(state.trainable, family, lambda p: p.numel() * p.element_size()),
+            trained=sums(state.trainable, family, nn.Parameter.numel),
+            trained_bytes=sums(state.trainable, family, lambda p: p.numel() * p.element_size()),
             input_bytes=num_tokens
             * config.hidden_size
-            * state.loaded.weight_format.compute.itemsize,
+            * state.loaded.weight_format.compute.itemsize
+            * groups.period,
+            has_single_blocks=groups.period == 1,
         )
 
     def _run_phases(self, state: State, tracker: StorageTracker, recording: Recording) -> None:
@@ -162,12 +212,15 @@ class _DryRun:
 
 
 def _sums(
-    parameters: dict[str, nn.Parameter], family: Family, size: Callable[[nn.Parameter], int]
+    parameters: dict[str, nn.Parameter],
+    family: Family,
+    size: Callable[[nn.Parameter], int],
+    middle: range,
 ) -> tuple[int, int]:
-    """Return (sum of `size` over all parameters, sum over one middle block)."""
-    middle = f"{family.blocks}.{NUM_RECORDED_BLOCKS // 2}."
-    of_block = sum(size(p) for name, p in parameters.items() if name.startswith(middle))
-    return sum(map(size, parameters.values())), of_block
+    """Return (sum of `size` over all parameters, sum over the blocks `middle`)."""
+    prefixes = tuple(f"{family.blocks}.{block}." for block in middle)
+    of_group = sum(size(p) for name, p in parameters.items() if name.startswith(prefixes))
+    return sum(map(size, parameters.values())), of_group
 
 
 def _report_active_blocks(blocks: Any, recording: Recording) -> None:
@@ -185,7 +238,7 @@ def _reporting_forward(
         # output.
         recording.enter_module(path)
         output = forward(*args, **kwargs)
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         if hidden.requires_grad:
             hidden.register_hook(lambda _: recording.enter_module(path))
         return output

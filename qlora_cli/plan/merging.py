@@ -2,9 +2,10 @@
 
 Merging packs, dequantizes and adds one tensor at a time. Then it compares the trained model with
 the merged one. Both run streamed (`models/placement/streamed.py`): each module's tensors are in
-memory only while it computes. Two blocks therefore represent any number of blocks; the second one
-runs while the embedded tokens are still alive. The comparison uses rows of the recipe's length. How
-many rows there will be is not known, and attention needs a little more memory for many short rows.
+memory only while it computes. A few blocks, two at least and one of each kind, therefore represent
+any number of blocks; the second one runs while the embedded tokens are still alive. The comparison
+uses rows of the recipe's length. How many rows there will be is not known, and attention needs a
+little more memory for many short rows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.data.collate import BatchSize, synthetic_batch
+from qlora_cli.data.positions import num_positions
 from qlora_cli.device import DeviceProfile
 from qlora_cli.export.compare.comparison_models import merged_on_meta, trained_on_meta
 from qlora_cli.export.compare.eval_rows import MAX_TOKENS
@@ -33,7 +35,7 @@ from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.embedding import upload
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
-from qlora_cli.plan.dry_run import with_blocks
+from qlora_cli.plan.dry_run import num_kinds_prefix, with_blocks
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.backbone import hidden_states
@@ -41,7 +43,6 @@ from qlora_cli.tasks.registry import task_of
 from qlora_cli.tasks.task import Task
 
 _META = torch.device("meta")
-_NUM_BLOCKS = 2
 
 
 def dry_run_merge(recipe: Recipe, config: Any, profile: DeviceProfile) -> Phase:
@@ -51,7 +52,7 @@ def dry_run_merge(recipe: Recipe, config: Any, profile: DeviceProfile) -> Phase:
     """
     task, dtype = task_of(recipe), file_dtype(config)
     weight_format = weight_format_of(recipe, dtype)
-    shorter = with_blocks(config, min(_NUM_BLOCKS, config.num_hidden_layers))
+    shorter = with_blocks(config, max(min(2, config.num_hidden_layers), num_kinds_prefix(config)))
     model, family = skeleton(shorter, weight_format.compute, task.model_class)
     sites = find_sites(model, family, shorter)
     memory_model = MemoryModel.of(profile)
@@ -113,6 +114,6 @@ def _run(loaded: LoadedModel, source: MetaSource, seq_len: int) -> None:
     """Run one streamed forward pass over as many tokens as merging compares."""
     loaded.model.eval()
     StreamedPlacement(_META).place(loaded, source)
-    longest = min(seq_len, MAX_TOKENS, loaded.config.max_position_embeddings)
+    longest = min(seq_len, MAX_TOKENS, num_positions(loaded.config) or seq_len)
     rows = max(1, MAX_TOKENS // longest)
     hidden_states(loaded, synthetic_batch(BatchSize(rows * longest, 1, rows, longest)), _META)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.models.buffers import persistent_buffers
 from qlora_cli.models.family import Family
 
 
@@ -18,7 +19,12 @@ class MetaSource:
     """
 
     def __init__(self, model: Any, family: Family, dtype: torch.dtype) -> None:
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in model.named_parameters():
+            self._shapes |= _shapes_in_file(name, tuple(parameter.shape), family)
+        for path, module in model.named_modules():
+            for name in persistent_buffers(module):
+                self._shapes[f"{path}.{name}"] = tuple(module.get_buffer(name).shape)
         if getattr(model.config, "tie_word_embeddings", False):
             self._shapes.pop(f"{family.head}.weight", None)
         self._dtype = dtype
@@ -34,3 +40,14 @@ class MetaSource:
     def read(self, name: str) -> Tensor:
         """Return an empty tensor on meta."""
         return torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
+
+
+def _shapes_in_file(
+    name: str, shape: tuple[int, ...], family: Family
+) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the tensors that a checkpoint stores for a parameter."""
+    parts = family.stacks.get(name)
+    if parts is None:
+        return {name: shape}
+    _, rows, columns = shape
+    return {part.name: (rows * (part.stop - part.start) // 2, columns) for part in parts}

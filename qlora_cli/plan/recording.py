@@ -7,6 +7,8 @@ the middle block and its neighbour must have the same events with the same sizes
 must refer to each other's storages in the same way. Otherwise it raises NotAlike, and the planner
 runs all blocks.
 
+A block may stand for a group of consecutive blocks (`block_groups.py`).
+
 Which block an event belongs to: the block that is active (`enter_module`), else the block of the
 storage that the event is about, else the block of the previous event. Consecutive events of one
 block form a `BlockSegment`.
@@ -70,9 +72,13 @@ class BlockSegment:
 
 
 class Recording:
-    """A `MemoryListener` that stores all events."""
+    """A `MemoryListener` that stores all events.
 
-    def __init__(self) -> None:
+    group_of: returns the number that a block's events are recorded with, from the block's index.
+    """
+
+    def __init__(self, group_of: Callable[[int], int] = lambda block: block) -> None:
+        self._group_of = group_of
         self.segments: list[BlockSegment] = []
         self.blocks = ""
         """Module path of the list of blocks, such as `model.layers`; "" until it is known."""
@@ -84,7 +90,7 @@ class Recording:
         """Make the block that contains the module at `path` active; none if it is in no block."""
         prefix = f"{self.blocks}."
         index = path.removeprefix(prefix).split(".")[0] if path.startswith(prefix) else ""
-        self._active_block = int(index) if index.isdigit() else None
+        self._active_block = self._group_of(int(index)) if index.isdigit() else None
 
     def begin_phase(self) -> None:
         """Record that a phase begins; no block is active."""

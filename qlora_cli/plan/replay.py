@@ -69,6 +69,8 @@ class RecordedJob:
 
     total, trained, trained_bytes: (sum over all parameters, sum over one middle block), the first
     two in parameters. input_bytes: size of one block's input, which activation checkpointing keeps.
+    has_single_blocks: False if a block stands for a group of blocks; then one block's working set
+    is not known, and the lower bound of the memory leaves it out.
     """
 
     segments: list[BlockSegment]
@@ -78,6 +80,7 @@ class RecordedJob:
     trained: tuple[int, int]
     trained_bytes: tuple[int, int]
     input_bytes: int
+    has_single_blocks: bool
 
 
 def replay(job: RecordedJob, num_blocks: int) -> MemoryPlan:
@@ -93,7 +96,7 @@ def replay(job: RecordedJob, num_blocks: int) -> MemoryPlan:
     def measure_working_set(segment: BlockSegment) -> None:
         """Update the working set of the middle block; `counter.phases` is empty while loading."""
         nonlocal working_set_bytes, start_bytes
-        if segment.block == num_blocks // 2 and counter.phases:
+        if segment.block == num_blocks // 2 and counter.phases and job.has_single_blocks:
             working_set_bytes = max(working_set_bytes, counter.high_bytes - start_bytes)
         start_bytes = counter.high_bytes = counter.live_bytes
 

@@ -59,8 +59,7 @@ def merge(small: SmallModel) -> float:
 
     Returns infinity if transformers finds missing or unexpected tensors.
     """
-    loaded = small.build()
-    recipe = small.recipe()
+    loaded, recipe = small.loaded, small.recipe()
     run = RunFolder(small.folder / "run")
     run.create()
     run.write(

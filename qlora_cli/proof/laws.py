@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from qlora_cli.adapters.lora import LoraLinear, adapted_layers
 from qlora_cli.data.collate import Batch
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.nn.experts import Experts
 from qlora_cli.nn.labels import IGNORE_INDEX
+from qlora_cli.nn.loss import head_output
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.proof.small_model import CPU, SmallModel
 from qlora_cli.tasks.backbone import hidden_states
@@ -29,17 +32,14 @@ _ROWS = (13, 9)
 
 def logits(small: SmallModel) -> float:
     """Compare the logits of a row with those of transformers, at 16 bit and without an adapter."""
-    loaded = small.build()
-    _zero_b(loaded)
-    return max(_compare_rows(small, loaded, length) for length in _ROWS)
+    with small.without_adapter() as loaded:
+        return max(_compare_rows(small, loaded, length) for length in _ROWS)
 
 
 def packing(small: SmallModel) -> float:
     """Compare the logits of packed rows with those of transformers for each row alone."""
-    loaded = small.build()
-    _zero_b(loaded)
     rows = small.rows(*_ROWS)
-    with torch.no_grad():
+    with torch.no_grad(), small.without_adapter() as loaded:
         packed = _logits(loaded, small.batch(*_ROWS)).split(_ROWS)
         alone = [small.reference(input_ids=torch.tensor([row.ids])).logits[0] for row in rows]
     return max(map(_difference, packed, alone))
@@ -50,20 +50,17 @@ def leak(small: SmallModel) -> float:
 
     It must be large: else the law of packing could not detect rows that attend to each other.
     """
-    loaded = small.build()
-    _zero_b(loaded)
     batch = small.batch(*_ROWS)
     merged = Batch(
         batch.input_ids, batch.position_ids, batch.labels, (sum(_ROWS),), batch.num_targets
     )
-    with torch.no_grad():
+    with torch.no_grad(), small.without_adapter() as loaded:
         return _difference(_logits(loaded, merged), _logits(loaded, batch))
 
 
 def gradients(small: SmallModel) -> float:
     """Compare the gradients of A and B with those through the composed weights W + sBA."""
-    loaded = small.build()
-    batch = small.batch(_ROWS[0])
+    loaded, batch = small.loaded, small.batch(_ROWS[0])
     found = _gradients(small, loaded, batch)
     expected: list[tuple[nn.Parameter, Tensor]] = []
     with _composed(small, loaded) as weights:
@@ -87,19 +84,19 @@ def checkpointing(small: SmallModel) -> float:
     """Compare the gradients with and without activation checkpointing, which must be equal bits."""
     batch = small.batch(*_ROWS)
     found: list[list[Tensor]] = []
-    for enabled in (False, True):
-        loaded = small.build(activation_checkpointing=enabled)
+    for loaded in (small.loaded, small.build(activation_checkpointing=True)):
         loaded.model.train()
         found.append(list(_gradients(small, loaded, batch).values()))
+        loaded.model.eval()
     same = [torch.equal(one, other) for one, other in zip(*found, strict=True)]
     return 0.0 if same and all(same) else 1.0
 
 
 def quantized(small: SmallModel) -> float:
     """Compare the logits of the 4-bit model with transformers' on the dequantized weights."""
-    loaded = small.build(bits=4)
-    _zero_b(loaded)
-    with _weights(small, {path: layer.base for path, layer in adapted_layers(loaded.model)}):
+    loaded = small.build(bits=4, with_adapter=False)
+    layers = {path: layer.base for path, layer in adapted_layers(loaded.model)}
+    with _weights(small, layers), _stacks(small, loaded):
         return _compare_rows(small, loaded, _ROWS[0])
 
 
@@ -112,8 +109,10 @@ def _compare_rows(small: SmallModel, loaded: LoadedModel, length: int) -> float:
 
 def _logits(loaded: LoadedModel, batch: Batch) -> Tensor:
     """Return the logits (tokens, V) as the loss computes them."""
-    hidden = hidden_states(loaded, batch, CPU)
-    return hidden @ loaded.head.weight.float().t()  # type: ignore[operator]
+    head: Any = loaded.head
+    bias = None if head.bias is None else head.bias.float()
+    output = head_output(hidden_states(loaded, batch, CPU), head.weight.float(), bias)
+    return loaded.family.logits.apply_(output)
 
 
 def _gradients(small: SmallModel, loaded: LoadedModel, batch: Batch) -> dict[int, Tensor]:
@@ -128,12 +127,6 @@ def _difference(value: Tensor, expected: Tensor) -> float:
     """Return the largest difference relative to the largest expected value; inf if not finite."""
     difference = ((value - expected).abs().max() / expected.abs().max()).item()
     return difference if difference == difference else float("inf")
-
-
-def _zero_b(loaded: LoadedModel) -> None:
-    for _, layer in adapted_layers(loaded.model):
-        for b in layer.lora_b.parameters():
-            b.data.zero_()
 
 
 def _expected_gradients(layer: LoraLinear, grad: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -187,3 +180,19 @@ def _weights(small: SmallModel, layers: dict[str, QuantLinear]) -> Iterator[None
     finally:
         for path, values in old.items():
             small.reference.get_submodule(path).weight.data.copy_(values)
+
+
+@contextmanager
+def _stacks(small: SmallModel, loaded: LoadedModel) -> Iterator[None]:
+    """Put the dequantized weights of experts into transformers' model inside the block."""
+    old: dict[str, Tensor] = {}
+    for path, module in loaded.model.named_modules():
+        for name in module.stacks if isinstance(module, Experts) else ():
+            target = small.reference.get_parameter(f"{path}.{name}")
+            old[f"{path}.{name}"] = target.detach().clone()
+            target.data.copy_(module.dequantized_stack(name))
+    try:
+        yield
+    finally:
+        for path, values in old.items():
+            small.reference.get_parameter(path).data.copy_(values)

@@ -7,55 +7,47 @@ which have no effect on the small values of a small model otherwise.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SIZES: Mapping[str, int] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "d_model": 64,
-    "n_embd": 64,
-    "word_embed_proj_dim": 64,
-    "intermediate_size": 96,
-    "ffn_dim": 96,
-    "n_inner": 96,
-    "ffn_hidden_size": 96,
-    "expansion_ratio": 2,
-    "num_attention_heads": 4,
-    "n_head": 4,
-    "n_heads": 4,
-    "head_dim": 16,
-    "rotary_dim": 8,
-    "max_position_embeddings": 64,
-    "n_positions": 64,
-    "max_seq_len": 64,
-    "original_max_position_embeddings": 32,
-    "sliding_window": 4,
-}
-"""Key of a config -> its value in the small config, if the base's value is larger."""
-_NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+from qlora_cli.models.registry import unsupported
+from qlora_cli.proof.sizes import ACTIVE_EXPERTS, SIZES
+
+_NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+_STATE_HEADS = {
+    "mamba_d_head": ("mamba_n_heads", "mamba_expand"),
+    "mamba_head_dim": ("mamba_num_heads", "expand"),
+    "mamba_headdim": ("n_mamba_heads", "mamba_expand"),
+    "head_dim": ("num_heads", "expand"),
+}
+"""Head size of a state-space layer -> number of its heads, factor of the hidden size."""
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _SMALL_SOFT_CAP = 2.0
 _MIN_LAYERS = 2
+_MAX_LAYERS = 8
+_SOFT_CAP = re.compile("soft_?cap")
+_PERIOD = re.compile("(_period|_step|_interval|_pattern)$")
+_LAYER_NUMBERS = re.compile("(_idxs|_indices|_ids|_only_layers)$")
 
 
 def small_config(config: Any) -> Any:
     """Return a small config of the same class.
 
-    config: transformers' config of a base; it is not modified.
+    config: transformers' config of a base; it is not modified. Raises ModelError for a model of
+    several parts, such as vision and text.
     """
     content = config.to_dict()
-    changes: dict[str, Any] = {
-        key: min(size, content[key])
-        for key, size in SIZES.items()
-        if isinstance(content.get(key), int) and not isinstance(content[key], bool)
+    if "text_config" in content or "vision_config" in content:
+        raise unsupported(config, "it has several parts; only language models alone are supported")
+    changes: dict[str, Any] = {**_sizes(content), **_key_value_heads(content)}
+    changes |= _state_heads(content, changes)
+    changes |= _layers(content, changes)
+    changes |= {
+        key: _SMALL_SOFT_CAP for key, value in content.items() if value and _SOFT_CAP.search(key)
     }
-    changes |= _layers(content)
-    changes |= _key_value_heads(content)
-    changes |= {key: _SMALL_SOFT_CAP for key in _SOFT_CAPS if content.get(key)}
     changes |= {key: index for index, key in enumerate(_TOKENS) if content.get(key) is not None}
     if isinstance(rope := content.get("rope_parameters"), Mapping):
         changes["rope_parameters"] = _rope(rope, content, changes)
@@ -63,31 +55,102 @@ def small_config(config: Any) -> Any:
     return type(config)(**{**kept, **changes})
 
 
+def _sizes(content: Mapping[str, Any]) -> dict[str, int]:
+    changes = {
+        key: min(size, content[key])
+        for key, size in SIZES.items()
+        if isinstance(content.get(key), int) and not isinstance(content[key], bool)
+    }
+    has_heads = any(content.get(key) for key in _HEADS)
+    if has_heads and "head_dim" in content and content["head_dim"] is None:
+        changes["head_dim"] = SIZES["head_dim"]
+    changes |= {key: SIZES[key] for key in ACTIVE_EXPERTS if content.get(key, 0) is None}
+    if "qk_rope_head_dim" in changes:
+        changes["head_dim"] = changes["qk_rope_head_dim"]
+    return changes
+
+
 _NOT_ARGUMENTS = ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype")
 
 
-def _layers(content: Mapping[str, Any]) -> dict[str, Any]:
+def _layers(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the number of layers and the settings per layer: one layer of each kind."""
     key = next((key for key in _NUM_LAYERS if isinstance(content.get(key), int)), None)
     if key is None:
         return {}
     number = content[key]
+    numbers = {name: value for name, value in content.items() if _is_layer_numbers(name, value)}
     per_layer = {
         name: value
         for name, value in content.items()
-        if isinstance(value, list | tuple) and len(value) == number and number > 1
+        if isinstance(value, list | tuple) and len(value) == number > 1 and name not in numbers
     }
-    kept = _kinds(list(per_layer.values()), number)
-    return {key: len(kept), **{name: [v[i] for i in kept] for name, v in per_layer.items()}}
+    overrides = {int(i): v for i, v in (content.get("per_layer_config") or {}).items()}
+    shared = content.get("num_kv_shared_layers") or 0
+    kinds = [
+        *per_layer.values(),
+        *([index in value for index in range(number)] for value in numbers.values()),
+        [overrides.get(index) for index in range(number)],
+        [index >= number - shared for index in range(number)],
+    ]
+    period = max((content[name] or 0 for name in content if _is_period(name, content)), default=0)
+    kept = _kinds(kinds, number, min(max(period, _MIN_LAYERS), _MAX_LAYERS))
+    result: dict[str, Any] = {key: len(kept)}
+    result |= {
+        name: [_small(name, value[i], changes) for i in kept] for name, value in per_layer.items()
+    }
+    result |= {name: [kept.index(i) for i in value if i in kept] for name, value in numbers.items()}
+    if overrides:
+        result["per_layer_config"] = {
+            kept.index(index): {
+                name: _in_proportion(old, content.get(name), changes.get(name))
+                for name, old in values.items()
+            }
+            for index, values in overrides.items()
+            if index in kept
+        }
+    if shared:
+        result["num_kv_shared_layers"] = sum(index >= number - shared for index in kept)
+    return result
 
 
-def _kinds(per_layer: Sequence[Sequence[Any]], number: int) -> list[int]:
-    """Return the numbers of layers that contain every kind of layer, two at least, in order."""
+def _is_layer_numbers(name: str, value: Any) -> bool:
+    """Return whether a setting lists the numbers of some layers."""
+    is_list = isinstance(value, list | tuple) and bool(value)
+    return is_list and bool(_LAYER_NUMBERS.search(name)) and all(isinstance(i, int) for i in value)
+
+
+def _is_period(name: str, content: Mapping[str, Any]) -> bool:
+    """Return whether a setting is the distance between layers of one kind."""
+    return isinstance(content[name], int) and bool(_PERIOD.search(name))
+
+
+def _small(name: str, value: Any, changes: Mapping[str, Any]) -> Any:
+    """Return the small value of a setting of one layer."""
+    if name in _KEY_VALUE_HEADS:
+        return min(value, changes.get(name, value))
+    return min(value, SIZES[name]) if name in SIZES and isinstance(value, int) else value
+
+
+def _in_proportion(value: Any, common: Any, small: Any) -> Any:
+    """Return the small value of a setting that one layer has instead of `common`.
+
+    small: the small value of `common`. It must stay different, so that the layer stays different.
+    """
+    if isinstance(value, int) and isinstance(common, int) and isinstance(small, int):
+        return max(1, value * small // common)
+    return value
+
+
+def _kinds(per_layer: Sequence[Sequence[Any]], number: int, at_least: int) -> list[int]:
+    """Return the numbers of layers that contain every kind of layer, in order."""
     kinds: dict[str, int] = {}
     for index in range(number):
         kinds.setdefault(repr([values[index] for values in per_layer]), index)
     kept = set(kinds.values())
-    kept |= {*[index for index in range(number) if index not in kept][: _MIN_LAYERS - len(kept)]}
+    kept |= {
+        *[index for index in range(number) if index not in kept][: max(0, at_least - len(kept))]
+    }
     return sorted(kept)
 
 
@@ -99,7 +162,20 @@ def _key_value_heads(content: Mapping[str, Any]) -> dict[str, int]:
         number = content.get(key)
         if number is not None:
             changes[key] = 4 if number == heads else 1 if number == 1 else 2
+        elif key in content and heads is not None:
+            changes[key] = 4
     return changes
+
+
+def _state_heads(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, int]:
+    """Return the sizes of the heads of state-space layers, which follow from other sizes."""
+    result: dict[str, int] = {}
+    for key, (heads, factor) in _STATE_HEADS.items():
+        if content.get(key) and content.get(heads) and content.get(factor):
+            inner = int(content[factor] * changes["hidden_size"])
+            result[key] = inner // changes[heads]
+            result |= {"mamba_d_ssm": inner} if content.get("mamba_d_ssm") else {}
+    return result
 
 
 def _rope(

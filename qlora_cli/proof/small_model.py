@@ -55,6 +55,7 @@ class SmallModel:
         model = self.task.model_class.from_pretrained(
             self.folder, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
         )
+        model.config.use_cache = False
         return model.eval()
 
     def recipe(self, bits: Bits = 16, *, activation_checkpointing: bool = False) -> Recipe:
@@ -81,14 +82,36 @@ class SmallModel:
             model_class=self.task.model_class,
         )
 
-    def build(self, bits: Bits = 16, *, activation_checkpointing: bool = False) -> LoadedModel:
-        """Return this package's model of the same files, with random values in B."""
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """This package's model in 16 bit, with random values in B. Most laws share it."""
+        return self.build()
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[LoadedModel]:
+        """Give `loaded` with zeros in B inside the block."""
+        factors = _all_b(self.loaded)
+        values = [b.detach().clone() for b in factors]
+        for b in factors:
+            b.data.zero_()
+        try:
+            yield self.loaded
+        finally:
+            for b, value in zip(factors, values, strict=True):
+                b.data.copy_(value)
+
+    def build(
+        self, bits: Bits = 16, *, activation_checkpointing: bool = False, with_adapter: bool = True
+    ) -> LoadedModel:
+        """Return this package's model of the same files, with random values in B.
+
+        with_adapter: False leaves the zeros in B, so that the adapter has no effect.
+        """
         recipe = self.recipe(bits, activation_checkpointing=activation_checkpointing)
         loaded = build(self.request(recipe))
         generator = torch.Generator().manual_seed(3)
-        for _, layer in adapted_layers(loaded.model):
-            for b in layer.lora_b.parameters():
-                b.data.normal_(std=0.05, generator=generator)
+        for b in _all_b(loaded) if with_adapter else ():
+            b.data.normal_(std=0.05, generator=generator)
         return loaded
 
     def batch(self, *lengths: int) -> Batch:
@@ -103,6 +126,10 @@ class SmallModel:
             for length in lengths
         ]
         return [Example(row.tolist(), row.tolist(), f"row {i}") for i, row in enumerate(rows)]
+
+
+def _all_b(loaded: LoadedModel) -> list[nn.Parameter]:
+    return [b for _, layer in adapted_layers(loaded.model) for b in layer.lora_b.parameters()]
 
 
 @contextmanager
@@ -149,8 +176,13 @@ def _check_size(task: Task, config: Any) -> None:
 
 
 def _fill(model: nn.Module) -> None:
-    """Set random weights with which every part of the model has an effect on the logits."""
+    """Set random weights with which every part of the model has an effect on the logits.
+
+    The rows of a table have the size of a block's output. With smaller ones the first blocks would
+    decide everything, and rounding errors of float32 would grow from block to block.
+    """
     generator = torch.Generator().manual_seed(0)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     done: set[int] = set()
     for parameter in model.parameters():
         if id(parameter) in done or not parameter.is_floating_point():
@@ -158,7 +190,9 @@ def _fill(model: nn.Module) -> None:
         done.add(id(parameter))
         noise: Tensor = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
-            if parameter.dim() >= 2:
+            if id(parameter) in tables:
+                parameter.copy_(noise)
+            elif parameter.dim() >= 2:
                 parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
             else:
                 parameter.add_(noise * 0.1)

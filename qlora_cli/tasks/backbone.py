@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qlora_cli.data.collate import Batch
 from qlora_cli.memory.scopes import scope
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.nn.attention import Spans
 from qlora_cli.nn.embedding import HostEmbedding
+from qlora_cli.nn.logits import LogitTransform
+from qlora_cli.nn.spans import Spans, use_spans
 
 
 def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Tensor:
     """Return the last hidden state at every position of `batch`, of shape (tokens, d), on `device`.
 
-    batch: on the CPU. The rows of the batch do not attend to each other.
+    batch: on the CPU. The rows of the batch do not attend to each other. A family that cannot
+    separate rows in one sequence computes them one after the other.
     """
-    backbone = loaded.model.get_submodule(loaded.family.backbone)
     table = loaded.model.get_submodule(loaded.family.token_embedding)
     ids_device = torch.device("cpu") if isinstance(table, HostEmbedding) else device
     with scope("activations"):
-        spans = Spans.on(batch.segments, device, loaded.kernel)
-        output = backbone(
-            input_ids=batch.input_ids.to(ids_device, non_blocking=True),
-            position_ids=batch.position_ids.to(device, non_blocking=True),
-            use_cache=False,
-            spans=spans,
-        )
+        ids = batch.input_ids.to(ids_device, non_blocking=True)
+        if not loaded.family.packs:
+            rows = [_row(loaded, row, device) for row in ids.split(batch.segments, dim=1)]
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
+        backbone = loaded.model.get_submodule(loaded.family.backbone)
+        positions = batch.position_ids.to(device, non_blocking=True)
+        with use_spans(Spans.on(batch.segments, device, loaded.kernel)):
+            output = backbone(input_ids=ids, position_ids=positions, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden.squeeze(0)
+
+
+def _row(loaded: LoadedModel, ids: Tensor, device: torch.device) -> Tensor:
+    """Return the last hidden states (tokens, d) of one row. ids: (1, tokens)."""
+    backbone = loaded.model.get_submodule(loaded.family.backbone)
+    arguments: dict[str, Tensor] = {}
+    if loaded.family.own_attention:
+        # Without a mask some models search the positions for packed rows, which reads a value.
+        arguments["attention_mask"] = torch.ones(ids.shape, dtype=torch.long, device=device)
+    spans = Spans.on((ids.shape[1],), device, loaded.kernel)
+    with use_spans(spans):
+        hidden: Tensor = backbone(input_ids=ids, use_cache=False, **arguments)[0]
+    return hidden.squeeze(0)
+
+
+def head_of(loaded: LoadedModel) -> tuple[Tensor, Tensor | None, LogitTransform]:
+    """Return weight (V, d), bias (V,) or None, and transformation of the head."""
+    head: Any = loaded.head
+    return head.weight, head.bias, loaded.family.logits

@@ -13,7 +13,7 @@ from qlora_cli.data.encode import Example, encode
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.nn.loss import chunked_cross_entropy, score
-from qlora_cli.tasks.backbone import hidden_states
+from qlora_cli.tasks.backbone import head_of, hidden_states
 from qlora_cli.tasks.task import EvalScore, eval_mode
 
 
@@ -48,7 +48,8 @@ class CausalTask:
         """Return `scale` times the cross entropy summed over trained tokens, a float32 scalar."""
         hidden = hidden_states(loaded, batch, device)
         positions, targets = _targets(batch, device)
-        return chunked_cross_entropy(hidden, _head_weight(loaded), positions, targets, scale)
+        weight, bias, transform = head_of(loaded)
+        return chunked_cross_entropy(hidden, weight, positions, targets, scale, bias, transform)
 
     @torch.no_grad()
     def evaluate(
@@ -84,7 +85,8 @@ def _score(loaded: LoadedModel, batch: Batch, device: torch.device) -> tuple[Ten
     A function of its own, so that its hidden states are freed before the next batch is computed.
     """
     hidden = hidden_states(loaded, batch, device)
-    return score(hidden, _head_weight(loaded), *_targets(batch, device))
+    weight, bias, transform = head_of(loaded)
+    return score(hidden, weight, *_targets(batch, device), bias, transform)
 
 
 def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -95,9 +97,3 @@ def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     positions = (batch.labels != IGNORE_INDEX).nonzero().flatten()
     targets = batch.labels[positions]
     return positions.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-
-
-def _head_weight(loaded: LoadedModel) -> Tensor:
-    weight = loaded.head.weight
-    assert isinstance(weight, Tensor)
-    return weight

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.memory.device import profile_of
-from qlora_cli.nn.attention import FLASH_CAPABILITY, Spans, attend, kernel_for
+from qlora_cli.nn.attention import FLASH_CAPABILITY, attend, kernel_for
+from qlora_cli.nn.spans import Spans, use_spans
 from tests.helpers.quantized import draw
 from tests.helpers.runs import CPU
 
@@ -46,7 +47,8 @@ def on_gpu(
     """Return the output and the gradients of query, key and value, computed on the GPU."""
     spans = Spans.on(lengths, gpu, kernel_for(profile_of(gpu), inputs.query.dtype))
     given = [t.to(gpu).detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)]
-    out, _ = attend(torch.nn.Module(), *given, None, sliding_window=window, spans=spans)
+    with use_spans(spans):
+        out, _ = attend(torch.nn.Module(), *given, None, sliding_window=window)
     out.backward(inputs.grad.to(gpu))
     return [out.detach(), *(t.grad for t in given if t.grad is not None)]
 
@@ -126,7 +128,8 @@ def test_the_kernel_is_the_one_that_the_plan_uses(
         t.to(counting_gpu).detach().requires_grad_()
         for t in (inputs.query, inputs.key, inputs.value)
     ]
-    names = operation_names(attend(torch.nn.Module(), *given, None, spans=spans)[0])
+    with use_spans(spans):
+        names = operation_names(attend(torch.nn.Module(), *given, None)[0])
     assert not any("Softmax" in name for name in names), names
     varlen = flash and dtype != torch.float32
     assert (spans.kernel == "varlen") is varlen

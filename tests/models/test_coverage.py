@@ -45,10 +45,10 @@ def replaced(model_type: str = "llama", path: str = "", module: nn.Module | None
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
     replace_linears(model, sites, FORMAT)
-    replace_embeddings(model, family.embeddings, FORMAT)
+    replace_embeddings(model, family, FORMAT)
     replace_head(model, family.head, FORMAT)
     replace_norms(model, norm_paths(model, family))
-    paths = mlp_paths(model, family.blocks, family.mlp)
+    paths = mlp_paths(model, family, family.mlp)
     activation = getattr(model.config, family.mlp.activation)
     replace_mlps(model, paths, family.mlp.projections, activation)
     return model

@@ -15,6 +15,7 @@ from qlora_cli.data.encode import Example
 from qlora_cli.errors import ModelError
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn import attention
+from qlora_cli.nn.spans import Spans
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.causal import CAUSAL
 from tests.helpers.families import MODEL_TYPES
@@ -110,7 +111,7 @@ def test_these_tests_detect_a_leak(
     def leaking(lengths: tuple[int, ...], device: torch.device, flash: bool) -> None:
         return None
 
-    monkeypatch.setattr(attention.Spans, "on", leaking)
+    monkeypatch.setattr(Spans, "on", leaking)
     with torch.no_grad():
         one = hidden_states(loaded, collate([row(1, 9), mine]), CPU)[9:]
         other = hidden_states(loaded, collate([row(77, 9), mine]), CPU)[9:]
@@ -178,8 +179,6 @@ def test_a_cache_and_several_new_tokens_at_once() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("softcap", 30.0),
-        ("s_aux", torch.zeros(4)),
         ("position_bias", torch.zeros(1, 4, 3, 3)),
         ("is_causal", False),
         ("attention_mask", torch.ones(1, 1, 3, 3)),

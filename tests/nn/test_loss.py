@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qlora_cli.nn import loss
 from qlora_cli.nn.labels import IGNORE_INDEX
+from qlora_cli.nn.logits import LogitTransform
 from qlora_cli.nn.loss import chunked_cross_entropy, score, score_targets
 from tests.helpers.reference_loss import reference_cross_entropy, targets_of
 
@@ -55,6 +56,34 @@ def test_the_scores_of_single_targets_equal_torch(chunk: int) -> None:
     wanted = logits.log_softmax(dim=1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(log_probabilities, wanted, rtol=1e-6, atol=1e-5)
     assert is_top1.tolist() == (logits.argmax(dim=1) == targets).tolist()
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_scale_soft_cap_and_bias_equal_torch(
+    chunk: int, cap: float | None, factor: float, has_bias: bool
+) -> None:
+    hidden, head, labels = draw()
+    bias = torch.linspace(-1, 1, WORDS) if has_bias else None
+    inputs = [tensor.requires_grad_() for tensor in (hidden, head, bias) if tensor is not None]
+    transform = LogitTransform(factor, cap)
+    targets = targets_of(labels)
+    ours = chunked_cross_entropy(hidden, head, *targets, 0.5, bias, transform)
+    output = factor * torch.nn.functional.linear(hidden, head, bias)
+    capped = output if cap is None else cap * torch.tanh(output / cap)
+    wanted = 0.5 * torch.nn.functional.cross_entropy(
+        capped, labels, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    torch.testing.assert_close(ours, wanted)
+    for own, reference in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(wanted, inputs), strict=True
+    ):
+        torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-6)
+    total, right = score(hidden, head, *targets, bias, transform)
+    torch.testing.assert_close(total, 2 * wanted.detach())
+    kept = labels != IGNORE_INDEX
+    assert right == (capped.argmax(dim=1) == labels)[kept].sum()
 
 
 def test_a_later_factor_scales_the_gradients() -> None:

@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from qlora_cli.data.collate import largest_batch
 from qlora_cli.device import DeviceProfile
@@ -31,6 +32,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT2_SIZES: dict[str, Any] = {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64}
 DEVICES = {
     "cpu": DeviceProfile("cpu", "a CPU", 2**34),
@@ -106,7 +108,7 @@ def test_repeated_blocks_equal_blocks_that_ran(
     )
     short = plan(recipe, config, profile)
     assert requested == [BLOCKS], "all blocks ran, none was repeated"
-    monkeypatch.setattr(planner, "_blocks_may_be_alike", lambda *_: False)
+    monkeypatch.setattr(planner, "_groups", lambda *_: None)
     complete = plan(recipe, config, profile)
     assert requested == [BLOCKS]
     assert short.phases == complete.phases
@@ -115,6 +117,36 @@ def test_repeated_blocks_equal_blocks_that_ran(
     assert short.trainable_parameters == complete.trainable_parameters
     assert short.total_parameters == complete.total_parameters
     assert short.adapter_bytes == complete.adapter_bytes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "recorded"),
+    [
+        ("gemma2", {"num_hidden_layers": 14}, 8),
+        ("qwen3_moe", {"num_hidden_layers": 9, "mlp_only_layers": [0], **EXPERTS}, 5),
+        ("qwen3_5_text", {"num_hidden_layers": 20}, 16),
+    ],
+)
+def test_repeated_groups_equal_blocks_that_ran(
+    model_type: str, settings: dict[str, Any], recorded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(model_type, **{**sizes, **heads, **settings})
+    profile = DEVICES["cpu"]
+    content = {"model": {"name": "x"}, "data": {"train": "", "seq_len": 48}}
+    recipe = resolve(Recipe.model_validate(content), profile)[0]
+    groups = planner._groups(recipe, config)
+    assert groups is not None
+    assert groups.num_recorded_blocks == recorded
+    short = plan(recipe, config, profile)
+    monkeypatch.setattr(planner, "_groups", lambda *_: None)
+    complete = plan(recipe, config, profile)
+    assert short.phases == complete.phases
+    assert short.trainable_parameters == complete.trainable_parameters
+    assert short.total_parameters == complete.total_parameters
+    assert short.adapter_bytes == complete.adapter_bytes
+    assert short.floor_bytes <= complete.floor_bytes
 
 
 @pytest.mark.slow

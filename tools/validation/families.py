@@ -2,8 +2,9 @@
 
     tools/validation/families.py [--out FILE.json] [--page docs/models.md] [TYPE ...]
 
-Each type is proved with the default config of its class. The table of the types that pass is
-written between the marks of the page. No result is taken from the cache.
+Each type is proved with the default config of its class, and a type whose default lacks what its
+shipped models have also with their settings. The table of the types that pass is written between
+the marks of the page. No result is taken from the cache.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qlora_cli.events import Silent
 from qlora_cli.files import cache
 from qlora_cli.files.atomic import write_json
+from qlora_cli.models.build import skeleton
 from qlora_cli.models.registry import FAMILIES
 from qlora_cli.proof.prove import LAWS, ModelProof, proof_of
+from qlora_cli.proof.small_config import small_config
 from qlora_cli.tasks.causal import CAUSAL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,10 +37,31 @@ _BEGIN, _END = "<!-- measured types -->", "<!-- end of measured types -->"
 _COLUMNS = ("logits", "packing", "gradients", "quantized", "plan", "merge")
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.015625,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4},
+    "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
+    "gemma4_text": {"num_kv_shared_layers": 18, "final_logit_softcapping": 30.0},
+}
+"""Type -> settings of shipped models (granite-3.1, LFM2, Bamba, Gemma 4) that the class's default
+config lacks: multipliers, or a kind of layer."""
+
+
 def prove(model_type: str) -> dict[str, Any]:
     """Return the proof of one type as JSON; an error if its config or small model has one."""
+    settings = SETTINGS.get(model_type, {})
     try:
-        return proof_of(AutoConfig.for_model(model_type), CAUSAL, Silent()).to_dict()
+        config = AutoConfig.for_model(model_type, **settings)
+        proof = proof_of(config, CAUSAL, Silent())
+        packs = True
+        if proof.failed is None:
+            packs = skeleton(small_config(config), torch.float32, CAUSAL.model_class)[1].packs
+        return {"proof": proof.to_dict(), "packs": packs, "model_type": proof.model_type}
     except Exception as error:  # Any class of transformers runs here.
         text = str(error).strip().splitlines()
         return {"model_type": model_type, "error": f"{type(error).__name__}: {text[0][:200]}"}
@@ -45,22 +69,24 @@ def prove(model_type: str) -> dict[str, Any]:
 
 def table(content: dict[str, Any]) -> str:
     """Return the Markdown table of the types that pass, with how it was measured."""
-    proofs = [ModelProof.from_dict(item) for item in content["types"] if "results" in item]
     rows = []
-    for proof in proofs:
-        if proof.failed is None:
+    for item in content["types"]:
+        proof = ModelProof.from_dict(item["proof"]) if "proof" in item else None
+        if proof is not None and proof.failed is None:
             values = {result.law: result.value for result in proof.results}
             cells = " | ".join(f"{values[name]:.0e}" for name in _COLUMNS)
-            rows.append(f"| {proof.model_type} | {cells} | {proof.seconds:.1f} |")
+            together = "packed" if item["packs"] else "one at a time"
+            rows.append(f"| {proof.model_type} | {together} | {cells} | {proof.seconds:.1f} |")
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     return "\n".join(
         [
-            f"{len(rows)} more causal language model types of transformers pass with the default",
-            f"config of their class, of {len(content['types'])} that were tried",
+            f"{len(rows)} more causal language model types of transformers pass, of",
+            f"{len(content['types'])} that were tried with the default config of their class",
+            f"({', '.join(SETTINGS)} with settings of shipped models)",
             f"(`{content['command']}`, {content['device']}, {versions}):",
             "",
-            f"| type | {' | '.join(_COLUMNS)} | seconds |",
-            "|" + "---|" * (len(_COLUMNS) + 2),
+            f"| type | rows | {' | '.join(_COLUMNS)} | seconds |",
+            "|" + "---|" * (len(_COLUMNS) + 3),
             *rows,
         ]
     )
@@ -81,7 +107,7 @@ def main() -> int:
         tried = [prove(name) for name in arguments.types if name not in tested]
     # Some names of types have the config of another type, as gpt-sw3 has GPT-2's.
     types = [item for item in tried if item["model_type"] not in tested]
-    versions = next(item["versions"] for item in types if "versions" in item)
+    versions = next(item["proof"]["versions"] for item in types if "proof" in item)
     content = {
         "command": "python tools/validation/families.py",
         "device": f"CPU, {platform.machine()}, one thread",

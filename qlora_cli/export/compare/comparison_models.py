@@ -5,10 +5,11 @@ module's tensors are in memory only while it computes. Only verification keeps t
 resident, if it fits into memory, because it generates tokens one by one.
 
 The trained model computes as it was trained, with this package's linears and attention. The merged
-model is transformers' own, with its own attention, because other programs will run it that way. It
-computes in float32, so that a comparison shows the rounding of the weights and not the rounding of
-the arithmetic. Only its embeddings and head keep the dtype of the file; their rows are cast when
-they are used.
+model is transformers' own, with its own attention, because other programs will run it that way.
+Only experts are this package's, in 16 bit: transformers' functions for them cannot run on meta. The
+merged model computes in float32, so that a comparison shows the rounding of the weights and not the
+rounding of the arithmetic. Only its embeddings and head keep the dtype of the file; their rows are
+cast when they are used.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.placement.streamed import StreamedPlacement
-from qlora_cli.nn.attention import Kernel, kernel_for
+from qlora_cli.models.sites import experts_paths
+from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
+from qlora_cli.nn.spans import Kernel
 from qlora_cli.tasks.task import Task
 
 
@@ -156,7 +159,8 @@ def trained_on_meta(
     model, family = skeleton(config, weight_format.compute, task.model_class)
     loaded = LoadedModel(model, family, config, list(sites), {}, weight_format, kernel)
     convert.replace_linears(model, sites, weight_format)
-    convert.replace_embeddings(model, family.embeddings, weight_format)
+    convert.replace_experts(model, family, experts_paths(model, family), weight_format)
+    convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
     return loaded
 
@@ -171,7 +175,8 @@ def merged_on_meta(
     """
     model, family = skeleton(config, compute, task.model_class)
     weight_format = WeightFormat(16, compute, storage)
-    convert.replace_embeddings(model, family.embeddings, weight_format)
+    convert.replace_experts(model, family, experts_paths(model, family), weight_format)
+    convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
     return LoadedModel(model, family, config, [], {}, weight_format, kernel)
 
@@ -182,9 +187,10 @@ def _transformers_model(
     kernel = kernel_for(profile_of(device), compute)
     loaded = merged_on_meta(task, read_config(folder / CONFIG), compute, storage, kernel)
     model, family = loaded.model, loaded.family
-    model.set_attn_implementation("sdpa")
+    if not family.own_attention:
+        model.set_attn_implementation(family.merged_attention)
     if compute is torch.float16 and device.type == "cpu":
-        for path in set(convert.linear_paths(model)) - {*family.embeddings, family.head}:
+        for path in convert.linear_paths(model):
             _multiply_in_two_steps(model.get_submodule(path))
     return loaded
 
@@ -210,9 +216,11 @@ def _comparison_model(
     loaded.model.eval()
     loaded.model.requires_grad_(False)
     path = loaded.family.token_embedding if is_tied(loaded) else loaded.family.head
-    return ComparisonModel(
-        task, loaded, Head(source.entry(f"{path}.weight"), dtype), device, is_resident
-    )
+    bias = None
+    if (name := f"{loaded.family.head}.bias") in source.names():
+        bias = source.read(name).to(dtype)
+    head = Head(source.entry(f"{path}.weight"), dtype, bias, loaded.family.logits)
+    return ComparisonModel(task, loaded, head, device, is_resident)
 
 
 def _resident_bytes(tensors: MergedTensors) -> int:

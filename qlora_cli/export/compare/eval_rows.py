@@ -15,6 +15,7 @@ import torch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.mixture import sources_text
+from qlora_cli.data.positions import num_positions
 from qlora_cli.data.template import with_template
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import InputError
@@ -92,7 +93,7 @@ def _read(recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Examp
 def _random_rows(config: Any) -> list[Example]:
     """Return rows of random tokens, the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    length = min(_RANDOM_TOKENS, config.max_position_embeddings)
+    length = min(_RANDOM_TOKENS, num_positions(config) or _RANDOM_TOKENS)
     shape = (_RANDOM_ROWS, length)
     ids = torch.randint(config.vocab_size, shape, generator=generator).tolist()
     return [Example(row, [IGNORE_INDEX, *row[1:]], "random") for row in ids]

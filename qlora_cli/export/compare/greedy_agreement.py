@@ -91,9 +91,12 @@ def _generate(trained: ComparisonModel, prompt: Sequence[int], num: int) -> list
 
 def _top1_token(trained: ComparisonModel, hidden: Tensor) -> int:
     """Return the most likely token. hidden: (1, d), the final hidden state at one position."""
-    head: Any = trained.loaded.head.weight
-    logits = [hidden.float() @ rows.float().t() for rows in head.split(_HEAD_ROWS)]
-    return int(torch.cat(logits, dim=1).argmax())
+    head: Any = trained.loaded.head
+    outputs = [hidden.float() @ rows.float().t() for rows in head.weight.split(_HEAD_ROWS)]
+    output = torch.cat(outputs, dim=1)
+    if head.bias is not None:
+        output += head.bias
+    return int(trained.loaded.family.logits.apply_(output).argmax())
 
 
 def _verify_drafts(

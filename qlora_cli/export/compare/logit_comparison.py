@@ -20,6 +20,8 @@ from torch import Tensor
 from qlora_cli.data.encode import Example
 from qlora_cli.files.safetensors_io import TensorEntry, read_tensor
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.nn.logits import IDENTITY, LogitTransform
+from qlora_cli.nn.loss import head_output
 from qlora_cli.tasks.task import Task
 
 _CHUNK_ELEMENTS = 2**21
@@ -30,13 +32,16 @@ COMPARISON_BYTES = 12 * 4 * _CHUNK_ELEMENTS
 
 @dataclass(frozen=True)
 class Head:
-    """The weight (V, d) of a model's head, in a file.
+    """The head of a model, whose weight (V, d) is in a file.
 
-    entry: the tensor in the file. dtype: the dtype that the model casts it to.
+    entry: the weight in the file. dtype: the dtype that the model casts it to. bias: (V,) in
+    `dtype`, on the CPU; None if there is none. transform: of the head's output.
     """
 
     entry: TensorEntry
     dtype: torch.dtype
+    bias: Tensor | None = None
+    transform: LogitTransform = IDENTITY
 
     @property
     def vocab_size(self) -> int:
@@ -49,6 +54,12 @@ class Head:
         start = self.entry.start + vocabulary.start * width * self.entry.dtype.itemsize
         shape = (vocabulary.stop - vocabulary.start, width)
         return read_tensor(replace(self.entry, shape=shape, start=start)).to(self.dtype).float()
+
+    def logits(self, hidden: Tensor, vocabulary: slice) -> Tensor:
+        """Return the logits (n, c) of a chunk of the vocabulary. hidden: (n, d) float32."""
+        bias = None if self.bias is None else self.bias[vocabulary].to(hidden.device)
+        output = head_output(hidden, self.rows(vocabulary).to(hidden.device), bias)
+        return self.transform.apply_(output)
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class ComparedLogits:
         step = max(1, _CHUNK_ELEMENTS // max(hidden.shape))
         for start in range(0, self.head.vocab_size, step):
             vocabulary = slice(start, min(start + step, self.head.vocab_size))
-            yield vocabulary, hidden @ self.head.rows(vocabulary).to(hidden.device).t()
+            yield vocabulary, self.head.logits(hidden, vocabulary)
 
     def top1_tokens(self) -> Tensor:
         """Return the most likely token at each position, (n,) int64."""

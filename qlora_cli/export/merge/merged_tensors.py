@@ -21,7 +21,7 @@ Memory: one tensor of the file, its result, and what the base needs to unpack it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from qlora_cli.files.safetensors_io import TensorSpec, is_finite
 from qlora_cli.files.source import FolderSource
 from qlora_cli.models.build import skeleton, weight_format_of
 from qlora_cli.models.checkpoint_source import open_source
-from qlora_cli.models.sites import find_sites
+from qlora_cli.models.sites import expert_tensors, find_sites
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.runs.run import Run
@@ -62,6 +62,7 @@ class MergedTensors:
     dtype: dtype of the floating-point tensors of the merged checkpoint.
     device: device that packs weights. It should be of the kind that trained, because the kernels
         of another kind may round a tie between two codes differently.
+    experts: names of the tensors with weights of experts -> whether their matrices are (in, out).
     """
 
     source: FolderSource
@@ -72,6 +73,7 @@ class MergedTensors:
     base: MergeBase
     dtype: torch.dtype
     device: torch.device
+    experts: Mapping[str, bool] = field(default_factory=dict)
 
     def shapes(self) -> dict[str, TensorSpec]:
         """Return tensor name -> shape and dtype of the merged checkpoint, in the file's order."""
@@ -149,10 +151,22 @@ class MergedTensors:
 
     def _copied(self, name: str, count: Count) -> Tensor:
         own = self.source.read(name)
+        if name in self.experts and self.base == "dequantized":
+            own = self._unpacked(own, self.experts[name])
         result = own.to(self._dtype_of(name))
         if result.dtype != own.dtype:
             count(own, result)
         return result
+
+    def _unpacked(self, tensor: Tensor, is_transposed: bool) -> Tensor:
+        """Return the weights of experts as training used them. tensor: one matrix, or a stack."""
+        if tensor.dim() == 3:
+            return torch.stack([self._unpacked(matrix, is_transposed) for matrix in tensor])
+        weight = (tensor.t() if is_transposed else tensor).contiguous().to(self.device)
+        layer = QuantLinear(weight.shape[1], weight.shape[0], False, self.weight_format)
+        layer.pack(weight)
+        result = layer.dequantize().cpu()
+        return result.t() if is_transposed else result
 
     def _merged(self, name: str, site: Site, parts: Sequence[LoraUpdate], count: Count) -> Tensor:
         weight = self._base_weight(name, site)
@@ -208,7 +222,8 @@ def open_merged_tensors(
         adapter = combine([own, *open_other_adapters(run, others)])
         adapter.check(sites)
     source = open_source(folder, family)
-    return MergedTensors(source, task, sites, adapter, weight_format, base, dtype, device)
+    experts = expert_tensors(model, family)
+    return MergedTensors(source, task, sites, adapter, weight_format, base, dtype, device, experts)
 
 
 def _refuse_adapters(run: Run, weight: float, others: Sequence[tuple[Path, float]]) -> None:

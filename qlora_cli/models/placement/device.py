@@ -34,7 +34,7 @@ class DevicePlacement:
         slots = checked_slots(loaded, source)
         self.observer.stage("load", len(slots))
         for done, name in enumerate(loading_order(slots, loaded.family.blocks), 1):
-            with scope("temporary"), module_scope(name):
+            with scope("temporary"), module_scope(slots[name].module or name):
                 slots[name].fill(source, name, self.device)
             self.observer.advance(done)
         if is_tied(loaded):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,10 @@ from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.errors import ModelError
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import attribute, host_memory
-from qlora_cli.models import convert
+from qlora_cli.models.buffers import created_buffers, persistent_buffers
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.nn.embedding import HostEmbedding, upload
+from qlora_cli.nn.experts import Experts, StackPart
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
 
@@ -25,8 +28,9 @@ class TensorSlot:
 
     file_shape: shape of the tensor in the file. put: stores the tensor, in the model's orientation,
     in the model. site: the linear whose weight it is. on_host: the tensor stays in host memory.
-    dtype: dtype in the model; None for a weight that is quantized. The tensor is transposed and
-    cast on the CPU, so that the device never stores it twice.
+    dtype: dtype in the model; None for a weight that is quantized. module: path of the module that
+    has the tensor, if the tensor's name is another one. The tensor is transposed and cast on the
+    CPU, so that the device never stores it twice.
     """
 
     file_shape: tuple[int, ...]
@@ -34,6 +38,7 @@ class TensorSlot:
     site: Site | None = None
     on_host: bool = False
     dtype: torch.dtype | None = None
+    module: str | None = None
 
     def fill(self, source: TensorSource, name: str, device: torch.device) -> None:
         """Read the tensor `name` and store it in the model on `device`."""
@@ -64,7 +69,12 @@ def checked_slots(loaded: LoadedModel, source: TensorSource) -> dict[str, Tensor
 def _slots(loaded: LoadedModel) -> Iterator[tuple[str, TensorSlot]]:
     sites = {site.path: site for site in loaded.sites}
     tied_head = loaded.family.head if is_tied(loaded) else None
+    inside = tuple(f"{path}." for path, m in loaded.model.named_modules() if isinstance(m, Experts))
     for path, module in loaded.model.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        if isinstance(module, Experts):
+            yield from _experts_slots(loaded, path, module)
         if isinstance(module, QuantLinear):
             # A packed linear with an adapter is the adapter's `base`.
             name = path.removesuffix(".base")
@@ -77,7 +87,12 @@ def _slots(loaded: LoadedModel) -> Iterator[tuple[str, TensorSlot]]:
             yield f"{path}.weight", TensorSlot(shape, module.put, on_host=True)
         elif not isinstance(module, LoraLinear) and path != tied_head:
             for key, _ in module.named_parameters(recurse=False):
+                if parts := loaded.family.stacks.get(f"{path}.{key}"):
+                    yield from _stack_slots(path, module, key, parts)
+                    continue
                 yield f"{path}.{key}", _parameter_slot(module, key, _category(loaded, path))
+            for key in persistent_buffers(module):
+                yield f"{path}.{key}", _buffer_slot(module, key)
 
 
 def _packed_slot(module: QuantLinear, site: Site | None) -> TensorSlot:
@@ -87,6 +102,49 @@ def _packed_slot(module: QuantLinear, site: Site | None) -> TensorSlot:
     return TensorSlot(shape, module.pack, site=site, dtype=dtype)
 
 
+def _experts_slots(
+    loaded: LoadedModel, path: str, module: Experts
+) -> Iterator[tuple[str, TensorSlot]]:
+    """Yield the slots of packed experts: of whole stacks, or of their parts in a checkpoint."""
+    for name, shape in module.stacks.items():
+        parts = loaded.family.stacks.get(f"{path}.{name}")
+        storage = module.linears(name, 0)[0].weight_format
+        dtype = storage.storage if storage.bits == 16 else None
+        if parts is None:
+            put = partial(module.pack_stack, name)
+            yield f"{path}.{name}", TensorSlot(shape, put, dtype=dtype)
+            continue
+        linears: Any = module.get_submodule(name)
+        for part, linear in zip(parts, linears, strict=True):
+            part_shape = (linear.out_features, linear.in_features)
+            yield part.name, TensorSlot(part_shape, linear.pack, dtype=dtype, module=path)
+
+
+def _stack_slots(
+    path: str, module: nn.Module, key: str, parts: Sequence[StackPart]
+) -> Iterator[tuple[str, TensorSlot]]:
+    """Yield the slots of the parts of a stacked parameter of transformers' own module."""
+    old: nn.Parameter = getattr(module, key)
+    num_filled = 0
+
+    def put(tensor: Tensor, expert: int, rows: slice) -> None:
+        nonlocal num_filled
+        if num_filled % len(parts) == 0:
+            stack = torch.empty(old.shape, dtype=old.dtype, device=tensor.device)
+            attribute([stack], "base")
+            setattr(module, key, nn.Parameter(stack, requires_grad=old.requires_grad))
+        num_filled += 1
+        getattr(module, key).data[expert, rows] = tensor
+
+    half = old.shape[1] // 2
+    for part in parts:
+        is_whole = part.stop - part.start == 2
+        rows = slice(None) if is_whole else slice(part.start * half, part.stop * half)
+        shape = (old.shape[1] if is_whole else half, old.shape[2])
+        put_part = partial(put, expert=part.expert, rows=rows)
+        yield part.name, TensorSlot(shape, put_part, dtype=old.dtype, module=path)
+
+
 def _parameter_slot(module: nn.Module, key: str, category: str) -> TensorSlot:
     old: nn.Parameter = getattr(module, key)
 
@@ -94,6 +152,17 @@ def _parameter_slot(module: nn.Module, key: str, category: str) -> TensorSlot:
         value = tensor.to(old.dtype)
         attribute([value], category)
         setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
+
+    return TensorSlot(tuple(old.shape), put, dtype=old.dtype)
+
+
+def _buffer_slot(module: nn.Module, key: str) -> TensorSlot:
+    old = module.get_buffer(key)
+
+    def put(tensor: Tensor) -> None:
+        value = tensor.to(old.dtype)
+        attribute([value], "base")
+        module._buffers[key] = value
 
     return TensorSlot(tuple(old.shape), put, dtype=old.dtype)
 
@@ -133,11 +202,10 @@ def _check_shape(name: str, in_file: tuple[int, ...], in_model: tuple[int, ...])
 
 
 def rebuild_buffers(loaded: LoadedModel, device: torch.device) -> None:
-    """Create the buffers on `device` that no checkpoint contains (rotary frequencies).
-
-    The constructor of their module computes them.
-    """
-    for path, module in list(loaded.model.named_modules()):
-        if device.type != "meta" and any(b.is_meta for b in module.buffers(recurse=False)):
-            convert.replace_module(loaded.model, path, type(module)(loaded.config).to(device))
+    """Create the buffers on `device` that no checkpoint contains (rotary frequencies)."""
+    buffers = created_buffers(loaded.model) if device.type != "meta" else {}
+    for path, value in buffers.items():
+        parent, _, name = path.rpartition(".")
+        if value is not None:
+            loaded.model.get_submodule(parent)._buffers[name] = value.to(device)
     attribute(loaded.model.buffers(), "base")

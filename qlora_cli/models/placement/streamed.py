@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.adapters.peft_file import AdapterFile, AdapterLayer
@@ -24,6 +25,7 @@ from qlora_cli.models.attach import attach_adapter, load_lora_weights
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots, rebuild_buffers
 from qlora_cli.nn.embedding import HostEmbedding, has_own_memory
+from qlora_cli.nn.quant import QuantLinear
 
 _NamedSlots = Sequence[tuple[str, TensorSlot]]
 
@@ -48,7 +50,9 @@ class StreamedPlacement:
                 convert.move_embedding_to_host(loaded.model, table, self.device)
         slots_by_module: dict[str, list[tuple[str, TensorSlot]]] = defaultdict(list)
         for name, slot in checked_slots(loaded, source).items():
-            slots_by_module[name.rpartition(".")[0]].append((name, slot))
+            slots_by_module[_reader(loaded, slot.module or name.rpartition(".")[0])].append(
+                (name, slot)
+            )
         if self.adapter is not None:
             attach_adapter(loaded, self.adapter)
         layers = self.adapter.layers if self.adapter is not None else {}
@@ -57,6 +61,21 @@ class StreamedPlacement:
             read = _read_weights(slots, source, self.device, layers.get(path))
             module.register_forward_pre_hook(read)
             module.register_forward_hook(_free_weights)
+
+
+def _reader(loaded: LoadedModel, path: str) -> str:
+    """Return the path of the module whose forward pass reads the tensors of the module at `path`.
+
+    A linear reads its own. Other small modules of a block may be read by their parent without a
+    call, such as a convolution's weight, so the block reads them.
+    """
+    family, module = loaded.family, loaded.model.get_submodule(path)
+    if not path.startswith(f"{family.blocks}."):
+        return path
+    index, _, within = path.removeprefix(f"{family.blocks}.").partition(".")
+    has_own = isinstance(module, QuantLinear | LoraLinear | nn.Linear | Conv1D)
+    has_own = has_own or within in family.experts
+    return path if has_own and within not in family.unquantized else f"{family.blocks}.{index}"
 
 
 def _read_weights(

@@ -1,0 +1,50 @@
+"""What a derived family cannot do, as notes for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from qlora_cli.models.build import skeleton
+from qlora_cli.models.registry import known_family
+
+
+def limits_of(config: Any, model_class: Any) -> tuple[str, ...]:
+    """Return one sentence for each limit of the model type of a config.
+
+    config: transformers' config of a base. model_class: the transformers Auto class of the task.
+    Raises ModelError if no family can describe the type.
+    """
+    return () if known_family(config) is not None else tuple(_limits(config, model_class))
+
+
+def _limits(config: Any, model_class: Any) -> Iterator[str]:
+    model, family = skeleton(config, torch.float32, model_class)
+    if not family.packs:
+        cause = "its attention" if family.own_attention else "a part of its blocks"
+        yield (
+            f"model type {family.name} runs one row at a time, because {cause} cannot separate "
+            "rows that share a sequence; packing changes the order of rows, but saves no time"
+        )
+    if family.experts:
+        number = _num_parameters(model, family.experts)
+        yield (
+            f"{number:,} parameters of experts are packed like the linears and get no adapter; the "
+            "router stays as it is"
+        )
+    if family.unquantized:
+        number = _num_parameters(model, family.unquantized)
+        yield (
+            f"{number:,} parameters ({', '.join(family.unquantized)} of each block) stay in 16 bit "
+            f"without an adapter, because the code of model type {family.name} reads these weights "
+            "directly"
+        )
+
+
+def _num_parameters(model: Any, paths: tuple[str, ...]) -> int:
+    """Return the number of parameters of the modules whose path ends with one of `paths`."""
+    endings = tuple(f".{path}" for path in paths)
+    modules = (module for name, module in model.named_modules() if name.endswith(endings))
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

@@ -1,0 +1,33 @@
+"""What a derived family cannot do is a note of the plan and of the run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_cli.models.limits import limits_of
+from qlora_cli.proof.small_config import small_config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("llama", []),
+        ("olmo2", []),
+        ("bloom", ["one row at a time, because its attention cannot separate"]),
+        ("mixtral", ["147,456 parameters of experts are packed like the linears"]),
+        (
+            "mamba2",
+            ["a part of its blocks cannot separate", r"16,384 parameters \(mixer.out_proj of each"],
+        ),
+    ],
+)
+def test_the_notes_name_each_limit(model_type: str, expected: list[str]) -> None:
+    """Two blocks with 4 experts of 3 x 64 x 96 values each, and with 64 x 128 in `out_proj`."""
+    config = AutoConfig.for_model(model_type)
+    found = limits_of(small_config(config), AutoModelForCausalLM)
+    assert len(found) == len(expected)
+    for note, text in zip(found, expected, strict=True):
+        assert re.search(text, note)

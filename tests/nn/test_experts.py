@@ -1,0 +1,89 @@
+"""Experts with packed weights compute what transformers' own module computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+from qlora_cli.nn.experts import Experts
+from qlora_cli.nn.quant import WeightFormat
+from qlora_cli.nn.stacked_experts import run_stacked_experts
+from qlora_cli.proof.small_config import small_config
+
+CLASSES = {
+    "mixtral": MixtralExperts,
+    "gpt_oss": GptOssExperts,
+    "nemotron_h": NemotronHExperts,
+}
+"""With a gate, with biases and transposed, and without a gate."""
+TOKENS, ACTIVE = 7, 2
+
+
+def make(model_type: str, bits: int = 16) -> tuple[Any, Experts]:
+    """Return (transformers' module, ours) with the same weights."""
+    config = small_config(AutoConfig.for_model(model_type))
+    config._experts_implementation = "eager"
+    theirs = CLASSES[model_type](config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    empty = CLASSES[model_type](config).to("meta")
+    ours = Experts(empty, WeightFormat(bits, torch.float32, torch.float32), lambda _: 1)
+    for name in ours.stacks:
+        ours.pack_stack(name, theirs.get_parameter(name).detach())
+    for name in dict(ours.named_parameters(recurse=False)):
+        setattr(ours, name, theirs.get_parameter(name))
+    return theirs, ours
+
+
+def draw(module: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states, expert numbers and their weights; the last expert gets no token."""
+    generator = torch.Generator().manual_seed(1)
+    name = "down_proj"
+    width = module.get_parameter(name).shape[-1 if module.is_transposed else 1]
+    hidden = torch.randn(TOKENS, width, generator=generator).requires_grad_()
+    scores = torch.rand(TOKENS, module.num_experts - 1, generator=generator)
+    weights, index = scores.topk(ACTIVE, dim=-1)
+    return hidden, index, weights.requires_grad_()
+
+
+def compare(own: Tensor, wanted: Tensor, inputs: list[Tensor]) -> None:
+    torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-5)
+    grad = torch.randn(own.shape, generator=torch.Generator().manual_seed(2))
+    found, expected = (torch.autograd.grad(out, inputs, grad) for out in (own, wanted))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_output_and_gradients_equal_transformers(model_type: str) -> None:
+    theirs, ours = make(model_type)
+    hidden, index, weights = draw(theirs)
+    compare(ours(hidden, index, weights), theirs(hidden, index, weights), [hidden, weights])
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_trained_stacks_have_the_gradients_of_transformers(model_type: str) -> None:
+    theirs, _ = make(model_type)
+    hidden, index, weights = draw(theirs)
+    inputs = [hidden, weights, *theirs.parameters()]
+    own = run_stacked_experts(theirs, hidden, index, weights)
+    compare(own, theirs(hidden, index, weights), inputs)
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_packed_experts_compute_with_their_dequantized_weights(model_type: str) -> None:
+    theirs, ours = make(model_type, bits=4)
+    hidden, index, weights = draw(theirs)
+    wanted = theirs(hidden, index, weights)
+    assert not torch.allclose(ours(hidden, index, weights), wanted, rtol=1e-2, atol=1e-2)
+    for name in ours.stacks:
+        theirs.get_parameter(name).data.copy_(ours.dequantized_stack(name))
+    compare(ours(hidden, index, weights), theirs(hidden, index, weights), [hidden, weights])
