@@ -1,0 +1,194 @@
+"""Find the tokens of a server's answer, and how likely each of them is for the local model.
+
+A server returns text, and the same text may be several sequences of tokens. The local model follows
+the text: at each position it takes the token whose text the server reports. If the server reports
+none, it takes its first choice if the text can go on with it, else the longest of likely tokens.
+If the server computes the same model, each token is the first choice. Any other token has a gap:
+the nats by which it is less likely than the first choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from qlora_cli.export.serve.client import Answer
+from qlora_cli.export.serve.local_model import Decoder, LocalModel
+
+_GROUPS = (1, 64, 1024)
+"""Candidates for the next token are decoded in groups of these sizes, then all the others."""
+_REPLACEMENT = "\ufffd"
+"""What transformers decodes bytes to that are no character. Some servers omit them."""
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A penalty to tokens that occurred before: positive logits are divided by `factor`.
+
+    last: number of tokens before that are looked at. Negative logits are multiplied.
+    """
+
+    factor: float
+    last: int
+
+    def apply(self, logits: Tensor, before: Sequence[int]) -> Tensor:
+        """Return the logits (V,) with the penalty. before: prompt and answer so far."""
+        seen = torch.tensor(sorted(set(before[-self.last :])))
+        chosen = logits[seen]
+        changed = torch.where(chosen > 0, chosen / self.factor, chosen * self.factor)
+        return logits.index_copy(0, seen, changed)
+
+
+@dataclass(frozen=True)
+class AnswerPath:
+    """The tokens of an answer.
+
+    ids: the tokens. gaps: of each token, and of the end of the text if the model ended it, in nats.
+    log_probs: of each token. is_complete: whether the tokens are the whole text.
+    """
+
+    ids: list[int]
+    gaps: list[float]
+    log_probs: list[float]
+    is_complete: bool
+
+    @property
+    def is_greedy(self) -> bool:
+        """Return whether the answer is the local model's own greedy answer."""
+        return self.is_complete and not any(self.gaps)
+
+
+def answer_path(
+    model: LocalModel,
+    prompt: Sequence[int],
+    answer: Answer,
+    num: int,
+    penalty: Penalty | None = None,
+) -> AnswerPath:
+    """Return the tokens of an answer.
+
+    prompt: the tokens before it. num: largest number of tokens. penalty: that the server applies.
+    """
+    target = _without_partial(answer.text).rstrip()
+    piece_ends = _ends_of_pieces(answer, target)
+    decoder = Decoder(model, prompt)
+    gaps: list[float] = []
+    chosen: list[float] = []
+    text = ""
+    has_ended = answer.ended
+    while True:
+        logits = decoder.logits
+        if penalty is not None:
+            logits = penalty.apply(logits, [*prompt, *decoder.ids])
+        log_probs = logits.log_softmax(-1)
+        is_complete = _is_same(text, target)
+        if len(decoder.ids) == num or (is_complete and has_ended is False):
+            break
+        candidates = _Candidates(model, decoder.ids, log_probs, text, target)
+        found = candidates.reported(piece_ends[len(decoder.ids) :][:1]) or candidates.likely()
+        if found is None:
+            break
+        token, text = found
+        gaps.append(float(log_probs.max() - log_probs[token]))
+        chosen.append(float(log_probs[token]))
+        decoder.append(token)
+    if has_ended is None:
+        has_ended = len(decoder.ids) < num
+    if is_complete and has_ended and model.ends:
+        gaps.append(float(log_probs.max() - log_probs[sorted(model.ends)].max()))
+    elif not is_complete and len(decoder.ids) < num:
+        # No token continues the text: it is less likely than every token.
+        gaps.append(float(log_probs.max() - log_probs.min()))
+    return AnswerPath(decoder.ids, gaps, chosen, is_complete)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The tokens with which a text can go on.
+
+    ids: the tokens so far. log_probs: (V,), of the next one. text: the text so far. target: the
+    complete text.
+    """
+
+    model: LocalModel
+    ids: Sequence[int]
+    log_probs: Tensor
+    text: str
+    target: str
+
+    def reported(self, piece_end: Sequence[str]) -> tuple[int, str] | None:
+        """Return the most likely token after which the text is this one, and the text.
+
+        piece_end: the text with the token that the server reports; empty if it reports none.
+        """
+        if not piece_end:
+            return None
+        return next(
+            (item for group in self._groups() for item in group if item[1] in piece_end), None
+        )
+
+    def likely(self) -> tuple[int, str] | None:
+        """Return the first choice or the longest of the likely tokens, and the text with it."""
+        for group in self._groups():
+            if group:
+                return max(group, key=lambda item: len(item[1]))
+        return None
+
+    def _groups(self) -> Iterator[list[tuple[int, str]]]:
+        """Yield groups of tokens in descending order of probability, with the text after each.
+
+        The first group is the first choice.
+        """
+        first = int(self.log_probs.argmax())
+        # A token of half a character is possible if such a character comes next.
+        may_be_partial = not self.target[len(self.text) : len(self.text) + 1].isascii()
+        for tokens in self._by_probability():
+            texts = self.model.continuations([[*self.ids, token] for token in tokens])
+            yield [
+                (token, text)
+                for token, text in zip(tokens, map(_without_partial, texts), strict=True)
+                if token not in self.model.ends and _begins(text, self.target)
+                # The first choice may add no text, as a special token does.
+                if token == first or may_be_partial or len(text) > len(self.text)
+            ]
+
+    def _by_probability(self) -> Iterator[list[int]]:
+        start = 0
+        # If the text is complete, it can only go on with a first choice that adds no text.
+        sizes = _GROUPS[:1] if _is_same(self.text, self.target) else (*_GROUPS, len(self.log_probs))
+        for size in sizes:
+            stop = min(start + size, len(self.log_probs))
+            if stop > start:
+                yield self.log_probs.topk(stop).indices[start:].tolist()
+            start = stop
+
+
+def _ends_of_pieces(answer: Answer, target: str) -> list[str]:
+    """Return the text up to the end of each token that the server reports."""
+    ends = list(accumulate(map(_without_partial, answer.pieces)))
+    # Some servers report tokens in a form of their own.
+    return ends if ends and ends[-1].startswith(target) else []
+
+
+def _without_partial(text: str) -> str:
+    """Return a text without the replacements of bytes that are no character."""
+    return text.replace(_REPLACEMENT, "")
+
+
+def _begins(text: str, target: str) -> bool:
+    """Return whether a text begins with these characters, which may end with more spaces.
+
+    If it begins with no space, spaces at the begin of `text` do not count: a server may omit them.
+    """
+    if not target[:1].isspace():
+        text = text.lstrip()
+    return target.startswith(text) or text.rstrip() == target
+
+
+def _is_same(text: str, target: str) -> bool:
+    """Return whether texts are equal apart from outer spaces."""
+    return text.strip() == target.strip()
