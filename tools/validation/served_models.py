@@ -72,7 +72,10 @@ def provenance(script: str) -> dict[str, Any]:
     return {
         "command": f"python tools/validation/{script}",
         "device": f"CPU, {_processor()}, one thread",
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in names},
+        },
     }
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from qlora_cli.export.serve.client import Answer
 from qlora_cli.export.serve.local_model import Decoder, LocalModel
 
-_GROUPS = (1, 64, 1024)
-"""Candidates for the next token are decoded in groups of these sizes, then all the others."""
+_GROUPS = (1, 64, 1024, 2**31)
+"""Candidates for the next token are decoded in groups of these sizes."""
 _REPLACEMENT = "\ufffd"
 """What transformers decodes bytes to that are no character. Some servers omit them."""
 
@@ -48,7 +48,7 @@ class AnswerPath:
     """The tokens of an answer.
 
     ids: the tokens. gaps: of each token, and of the end of the text if the model ended it, in nats.
-    log_probs: of each token. is_complete: whether the tokens are the whole text.
+    log_probs: of each token, without a penalty. is_complete: whether the tokens are the whole text.
     """
 
     ids: list[int]
@@ -81,28 +81,28 @@ def answer_path(
     text = ""
     has_ended = answer.ended
     while True:
-        logits = decoder.logits
-        if penalty is not None:
-            logits = penalty.apply(logits, [*prompt, *decoder.ids])
-        log_probs = logits.log_softmax(-1)
+        log_probs = decoder.logits.log_softmax(-1)
         is_complete = _is_same(text, target)
-        if len(decoder.ids) == num or (is_complete and has_ended is False):
+        before = [*prompt, *decoder.ids]
+        scores = decoder.logits if penalty is None else penalty.apply(decoder.logits, before)
+        scores = scores.log_softmax(-1)
+        if len(decoder.ids) == num:
             break
-        candidates = _Candidates(model, decoder.ids, log_probs, text, target)
+        candidates = _Candidates(model, decoder.ids, scores, text, target, has_ended)
         found = candidates.reported(piece_ends[len(decoder.ids) :][:1]) or candidates.likely()
         if found is None:
             break
         token, text = found
-        gaps.append(float(log_probs.max() - log_probs[token]))
+        gaps.append(float(scores.max() - scores[token]))
         chosen.append(float(log_probs[token]))
         decoder.append(token)
     if has_ended is None:
         has_ended = len(decoder.ids) < num
     if is_complete and has_ended and model.ends:
-        gaps.append(float(log_probs.max() - log_probs[sorted(model.ends)].max()))
+        gaps.append(float(scores.max() - scores[sorted(model.ends)].max()))
     elif not is_complete and len(decoder.ids) < num:
         # No token continues the text: it is less likely than every token.
-        gaps.append(float(log_probs.max() - log_probs.min()))
+        gaps.append(float(scores.max() - scores.min()))
     return AnswerPath(decoder.ids, gaps, chosen, is_complete)
 
 
@@ -110,15 +110,16 @@ def answer_path(
 class _Candidates:
     """The tokens with which a text can go on.
 
-    ids: the tokens so far. log_probs: (V,), of the next one. text: the text so far. target: the
-    complete text.
+    ids: the tokens so far. scores: (V,), of the next one. text: the text so far. target: the
+    complete text. has_ended: whether it ends before the limit of tokens; None if that is unknown.
     """
 
     model: LocalModel
     ids: Sequence[int]
-    log_probs: Tensor
+    scores: Tensor
     text: str
     target: str
+    has_ended: bool | None
 
     def reported(self, piece_end: Sequence[str]) -> tuple[int, str] | None:
         """Return the most likely token after which the text is this one, and the text.
@@ -143,27 +144,32 @@ class _Candidates:
 
         The first group is the first choice.
         """
-        first = int(self.log_probs.argmax())
-        # A token of half a character is possible if such a character comes next.
-        may_be_partial = not self.target[len(self.text) : len(self.text) + 1].isascii()
-        for tokens in self._by_probability():
+        is_complete = _is_same(self.text, self.target)
+        # After the complete text only tokens without text may come. There are some if the limit of
+        # tokens is not reached, else only the first choice can be one.
+        sizes = _GROUPS[:1] if is_complete and self.has_ended is not False else _GROUPS
+        for tokens in self._by_probability(sizes):
             texts = self.model.continuations([[*self.ids, token] for token in tokens])
             yield [
                 (token, text)
                 for token, text in zip(tokens, map(_without_partial, texts), strict=True)
                 if token not in self.model.ends and _begins(text, self.target)
-                # The first choice may add no text, as a special token does.
-                if token == first or may_be_partial or len(text) > len(self.text)
+                if is_complete or self._has_progress(token, text)
             ]
 
-    def _by_probability(self) -> Iterator[list[int]]:
+    def _has_progress(self, token: int, text: str) -> bool:
+        """Return whether a token adds text. The first choice may add none, like a special token."""
+        # A token of half a character is possible if such a character comes next.
+        may_be_partial = not self.target[len(self.text) : len(self.text) + 1].isascii()
+        is_first = token == int(self.scores.argmax())
+        return is_first or may_be_partial or len(text) > len(self.text)
+
+    def _by_probability(self, sizes: Sequence[int]) -> Iterator[list[int]]:
         start = 0
-        # If the text is complete, it can only go on with a first choice that adds no text.
-        sizes = _GROUPS[:1] if _is_same(self.text, self.target) else (*_GROUPS, len(self.log_probs))
         for size in sizes:
-            stop = min(start + size, len(self.log_probs))
+            stop = min(start + size, len(self.scores))
             if stop > start:
-                yield self.log_probs.topk(stop).indices[start:].tolist()
+                yield self.scores.topk(stop).indices[start:].tolist()
             start = stop
 
 

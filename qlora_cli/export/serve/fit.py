@@ -70,15 +70,17 @@ class Fit:
         """Return whether the answers are so near to the model's own that no cause is needed."""
         return self.mean_gap < _CLOSE and not (self.mean_difference or 0) >= _CLOSE
 
-    def explains_better_than(self, other: Fit) -> bool:
+    def explains_better_than(self, other: Fit, *, by_gaps: bool = False) -> bool:
         """Return whether this explanation is clearly better, so that the other one is wrong.
 
         The log-probabilities decide if the server reports them, because they differ at every token.
+
+        by_gaps: decide without them, for explanations that differ only in what is chosen.
         """
         ours, theirs = self.mean_difference, other.mean_difference
         if self.mean_gap > other.mean_gap:
             return False
-        if ours is not None and theirs is not None:
+        if ours is not None and theirs is not None and not by_gaps:
             return theirs > _NOISE and _TIMES_BETTER * ours < theirs
         return (
             other.mean_gap >= _CLOSE

@@ -76,8 +76,9 @@ def verify_server(
     run: the run that was merged, for the held-out rows and the base. bits: per weight, of the
     strongest quantization that is allowed. device: runs the models.
 
-    Raises UsageError if `merged` is not a model's folder, ModelError if it cannot be loaded,
-    QloraError if the server fails.
+    Raises UsageError if `merged` is not a model's folder, or if `bits` is not 4 and the server
+    reports no log-probabilities; ModelError if the folder cannot be loaded; QloraError if the
+    server fails.
     """
     if not (merged / CONFIG).is_file():
         raise UsageError(
@@ -94,6 +95,13 @@ def verify_server(
     groups = dict(zip(("texts", "chats"), _sent(prompts, client, observer), strict=True))
     report = ServerReport(client.name, len(groups["texts"]), chats=len(groups["chats"]))
     report.explanation += _notes(model, client, groups["chats"])
+    if bits != 4 and not any(e.answer.logprobs for part in groups.values() for e in part):
+        raise UsageError(
+            "the server reports no log-probabilities, without which 8 and 16 bits do not differ "
+            "clearly",
+            where="--bits",
+            hint="leave --bits out, or let the server report log-probabilities",
+        )
     fits = {kind: fit(model, exchanges) for kind, exchanges in groups.items()}
     report.same_texts, report.same_chats = (fits[kind].num_greedy for kind in groups)
     left = [
@@ -190,7 +198,7 @@ def _cause(
             found.append((other.mean_gap, f"{variant.cause}: the server {variant.what}"))
     if not has_other_prompts:
         other = fit(model, exchanges, penalty=_PENALTY)
-        if other.explains_better_than(own):
+        if other.explains_better_than(own, by_gaps=True):
             text = f"sampling: the server applies a repetition penalty of {_PENALTY.factor:g}"
             found.append((other.mean_gap, text))
     return min(found)[1] if found else None

@@ -7,31 +7,44 @@ from collections.abc import Mapping
 from qlora_cli.export.serve.rounding import Change
 from qlora_cli.recipe.schema import Bits
 
-_TIMES = 3
-"""How many times the change by rounding is allowed. docs/merging.md has the measured values."""
-_ALLOWED = Change(mean_gap=0.02, mean_difference=0.02)
+_TIMES_DIFFERENCE = 2
+_TIMES_GAP = 3
+"""How many times the change by rounding is allowed. docs/merging.md has the measured values.
+
+Gaps vary more, because a few tokens decide them and a server may not report its tokens.
+"""
+_ALWAYS_ALLOWED = 0.02
 """Change in nats per token that is always allowed."""
+_LARGEST_GAP = 1.0
+"""Mean gap in nats per token that is never allowed. A rounding with this effect ruins the model."""
 
 
 def weight_fault(change: Change, rounding: Mapping[Bits, Change], bits: Bits) -> str | None:
-    """Return the fault if the weights differ too much; None if they do not.
+    """Return the fault if the answers differ too much; None if they do not.
 
     change: of the server. rounding: change by rounding the merged model. bits: per weight, of the
-    strongest quantization that is allowed.
+    strongest quantization that is allowed. If it is not 4, the server must report log-probabilities.
     """
-    if _is_within(change, rounding[bits]):
-        return None
     found = _text(change)
-    if not _is_within(change, rounding[4]):
+    if not change.mean_gap <= _LARGEST_GAP or not _is_within(change, rounding[4]):
         return (
             f"weights: the answers differ by {found}, and rounding the merged model to 4 bits "
             f"changes it by {_text(rounding[4])}: the server has another file, or a quantization "
             "that damages the model"
         )
-    return (
-        f"quantization: the answers differ by {found}, and rounding the merged model to {bits} "
-        f"bits changes it by {_text(rounding[bits])}: the server's quantization is stronger"
-    )
+    if not _is_within(change, rounding[bits]):
+        return (
+            f"quantization: the answers differ by {found}, and rounding the merged model to {bits} "
+            f"bits changes it by {_text(rounding[bits])}: the server's quantization is stronger"
+        )
+    nearest = next(level for level in rounding.values() if _is_within(change, level))
+    if change.mean_gap > max(_ALWAYS_ALLOWED, _TIMES_GAP * nearest.mean_gap):
+        return (
+            "sampling: the server's log-probabilities are the merged model's, but its tokens are "
+            f"{change.mean_gap:.2g} nats less likely than the first choice: it applies a penalty, "
+            "or does not decode greedily"
+        )
+    return None
 
 
 def quantization_text(change: Change, rounding: Mapping[Bits, Change]) -> str:
@@ -41,14 +54,14 @@ def quantization_text(change: Change, rounding: Mapping[Bits, Change]) -> str:
 
 
 def _is_within(change: Change, level: Change) -> bool:
-    allowed = max(_ALLOWED.mean_gap, _TIMES * level.mean_gap)
-    # `not <=` also reports NaN.
-    if not change.mean_gap <= allowed:
-        return False
+    """Return whether a change is that of a rounding. NaN is not.
+
+    The log-probabilities decide if they are known, because they differ at every token.
+    """
     if change.mean_difference is None or level.mean_difference is None:
-        return True
-    assert _ALLOWED.mean_difference is not None
-    return change.mean_difference <= max(_ALLOWED.mean_difference, _TIMES * level.mean_difference)
+        return change.mean_gap <= max(_ALWAYS_ALLOWED, _TIMES_GAP * level.mean_gap)
+    allowed = max(_ALWAYS_ALLOWED, _TIMES_DIFFERENCE * level.mean_difference)
+    return change.mean_difference <= allowed
 
 
 def _text(change: Change) -> str:
