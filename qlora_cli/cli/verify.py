@@ -11,13 +11,13 @@ from qlora_cli.cli.output import emit, fast_import, job_observer, json_option, s
 from qlora_cli.errors import VerificationFailed
 
 if TYPE_CHECKING:
+    from qlora_cli.export.serve.rounding import Bits
     from qlora_cli.jobs.gguf_results import GgufResult
     from qlora_cli.jobs.results import VerifyResult
     from qlora_cli.jobs.server_results import ServerResult
-    from qlora_cli.recipe.schema import Bits
 
 
-_BITS: dict[str, Bits] = {"16": 16, "8": 8, "4": 4}
+_BITS: dict[str, Bits] = {"8": 8, "4": 4}
 
 
 @click.command()

@@ -28,8 +28,8 @@ class ServerResult(Result):
     token of the server is less likely than the merged model's first choice; None if the server
     reads other prompts. mean_logprob_difference: mean difference of the tokens' log-probabilities;
     None also if the server does not report them. rounding: the same figures for roundings of the
-    merged model; empty if all answers are equal. faults: the causes of differences that are not
-    allowed, one line each. explanation: further sentences.
+    merged model; empty if the answers are so close that they are not needed. faults: the causes of
+    differences that are not allowed, one line each. explanation: further sentences.
     """
 
     passed: bool

@@ -8,11 +8,11 @@ import torch
 
 from qlora_cli.events import Observer
 from qlora_cli.export.serve.client import ServerClient
+from qlora_cli.export.serve.rounding import Bits
 from qlora_cli.export.serve.verification import verify_server
 from qlora_cli.jobs.server_results import PredictionChange, ServerResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.host import return_freed_memory
-from qlora_cli.recipe.schema import Bits
 from qlora_cli.runs.run import Run
 
 

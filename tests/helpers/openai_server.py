@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ class ServedModel:
     """What a server serves.
 
     template: chat template in place of the model's own. adds_bos: False to omit the BOS token.
-    drops_system: omits system messages. penalty: is applied, whatever the request asks for.
+    drops_system: omits system messages. texts_as_chats: applies the template to texts, as Ollama
+    does. penalty: is applied, whatever the request asks for.
     has_usage, has_logprobs, has_reason: whether these are reported. is_strict: refuses requests
     with fields that OpenAI's servers do not have. requests: the requests that were answered.
     """
@@ -32,6 +34,7 @@ class ServedModel:
     template: str | None = None
     adds_bos: bool = True
     drops_system: bool = False
+    texts_as_chats: bool = False
     penalty: Penalty | None = None
     has_usage: bool = True
     has_logprobs: bool = True
@@ -59,13 +62,17 @@ def serve(served: ServedModel) -> Iterator[str]:
             if served.is_strict and "repeat_penalty" in body:
                 return self._send({"error": "repeat_penalty is not a field"}, 400)
             served.requests.append(body)
-            if self.path == "/v1/completions":
+            is_text = self.path == "/v1/completions"
+            if is_text and not served.texts_as_chats:
                 ids = model.encode(body["prompt"], special=served.adds_bos)
             else:
+                chat = (
+                    [{"role": "user", "content": body["prompt"]}] if is_text else body["messages"]
+                )
                 text = model.tokenizer.apply_chat_template(
                     [
                         message
-                        for message in body["messages"]
+                        for message in chat
                         if not (served.drops_system and message["role"] == "system")
                     ],
                     tokenize=False,
@@ -80,13 +87,18 @@ def serve(served: ServedModel) -> Iterator[str]:
             choice: dict[str, Any] = {}
             if served.has_reason:
                 choice["finish_reason"] = "stop" if has_ended else "length"
-            text = model.continuations([answer])[0]
+            texts = model.continuations([answer[:num] for num in range(len(answer) + 1)])
+            pieces = [after[len(before) :] for before, after in pairwise(texts)]
+            text = texts[-1]
             if self.path.startswith("/v1/chat"):
                 choice["message"] = {"role": "assistant", "content": text}
-                reported: dict[str, Any] = {"content": [{"logprob": value} for value in log_probs]}
+                tokens = zip(pieces, log_probs, strict=True)
+                reported: dict[str, Any] = {
+                    "content": [{"token": piece, "logprob": value} for piece, value in tokens]
+                }
             else:
                 choice["text"] = text
-                reported = {"token_logprobs": log_probs}
+                reported = {"tokens": pieces, "token_logprobs": log_probs}
             if "logprobs" in body:
                 choice["logprobs"] = reported
             usage = {"usage": {"prompt_tokens": len(ids)}} if served.has_usage else {}

@@ -71,8 +71,10 @@ def answer_path(
 ) -> AnswerPath:
     """Return the tokens of an answer.
 
-    prompt: the tokens before it. num: largest number of tokens. penalty: that the server applies.
+    prompt: the tokens before it. num: number of tokens that was requested; some servers return
+    more, in order to complete a character. penalty: that the server applies.
     """
+    num = max(num, answer.tokens or 0)
     target = _without_partial(answer.text).rstrip()
     piece_ends = _ends_of_pieces(answer, target)
     decoder = Decoder(model, prompt)
@@ -86,7 +88,8 @@ def answer_path(
         before = [*prompt, *decoder.ids]
         scores = decoder.logits if penalty is None else penalty.apply(decoder.logits, before)
         scores = scores.log_softmax(-1)
-        if len(decoder.ids) == num:
+        is_end = is_complete and has_ended and int(scores.argmax()) in model.possible_ends
+        if is_end or len(decoder.ids) == num:
             break
         candidates = _Candidates(model, decoder.ids, scores, text, target, has_ended)
         found = candidates.reported(piece_ends[len(decoder.ids) :][:1]) or candidates.likely()
@@ -98,8 +101,8 @@ def answer_path(
         decoder.append(token)
     if has_ended is None:
         has_ended = len(decoder.ids) < num
-    if is_complete and has_ended and model.ends:
-        gaps.append(float(scores.max() - scores[sorted(model.ends)].max()))
+    if is_complete and has_ended and model.possible_ends:
+        gaps.append(float(scores.max() - scores[sorted(model.possible_ends)].max()))
     elif not is_complete and len(decoder.ids) < num:
         # No token continues the text: it is less likely than every token.
         gaps.append(float(scores.max() - scores.min()))
@@ -152,7 +155,7 @@ class _Candidates:
             texts = self.model.continuations([[*self.ids, token] for token in tokens])
             yield [
                 (token, text)
-                for token, text in zip(tokens, map(_without_partial, texts), strict=True)
+                for token, text in zip(tokens, texts, strict=True)
                 if token not in self.model.ends and _begins(text, self.target)
                 if is_complete or self._has_progress(token, text)
             ]

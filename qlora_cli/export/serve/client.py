@@ -43,7 +43,8 @@ class Answer:
     text: the generated text. prompt_tokens: number of tokens of the prompt as the server counts
     them; None if it does not report them. logprobs, pieces: log-probability and text of each
     generated token; empty if the server does not report them. ended: whether the model ended the
-    text, and not the limit of tokens; None if the server does not report it.
+    text, and not the limit of tokens; None if the server does not report it. tokens: number of
+    generated tokens; None if the server does not report it.
     """
 
     text: str
@@ -51,6 +52,7 @@ class Answer:
     logprobs: tuple[float, ...] = ()
     pieces: tuple[str, ...] = ()
     ended: bool | None = None
+    tokens: int | None = None
 
 
 class _Refused(QloraError):
@@ -171,13 +173,14 @@ def _parse_answer(content: Mapping[str, Any]) -> Answer:
         values, pieces = (reported.get(key) or [] for key in ("token_logprobs", "tokens"))
     return Answer(
         str(text or ""),
-        _prompt_tokens(content),
+        _count(content, "prompt_tokens"),
         tuple(math.nan if value is None else float(value) for value in values),
         tuple(map(str, pieces)),
         None if reason is None else reason == "stop",
+        _count(content, "completion_tokens"),
     )
 
 
-def _prompt_tokens(content: Mapping[str, Any]) -> int | None:
-    number = (content.get("usage") or {}).get("prompt_tokens")
+def _count(content: Mapping[str, Any], key: str) -> int | None:
+    number = (content.get("usage") or {}).get(key)
     return None if number is None else int(number)

@@ -20,7 +20,7 @@ NUM_TOKENS = 24
 """Largest number of tokens of an answer."""
 _TIMES_BETTER = 2
 """An explanation is better if it leaves at most the inverse of this part of the differences."""
-_CLOSE = 0.02
+CLOSE = 0.02
 """Mean gap and mean difference in nats per token below which no other explanation is needed."""
 _NOISE = 0.002
 """Mean difference of log-probabilities in nats that the order of additions causes."""
@@ -66,9 +66,14 @@ class Fit:
         return fmean(self.log_prob_differences) if self.log_prob_differences else None
 
     @property
+    def is_exact(self) -> bool:
+        """Return whether the answers are the model's own, up to the order of additions."""
+        return self.num_greedy == len(self.paths) and not (self.mean_difference or 0) > _NOISE
+
+    @property
     def is_close(self) -> bool:
         """Return whether the answers are so near to the model's own that no cause is needed."""
-        return self.mean_gap < _CLOSE and not (self.mean_difference or 0) >= _CLOSE
+        return self.mean_gap < CLOSE and not (self.mean_difference or 0) >= CLOSE
 
     def explains_better_than(self, other: Fit, *, by_gaps: bool = False) -> bool:
         """Return whether this explanation is clearly better, so that the other one is wrong.
@@ -83,7 +88,7 @@ class Fit:
         if ours is not None and theirs is not None and not by_gaps:
             return theirs > _NOISE and _TIMES_BETTER * ours < theirs
         return (
-            other.mean_gap >= _CLOSE
+            other.mean_gap >= CLOSE
             and _TIMES_BETTER * self.mean_gap < other.mean_gap
             and self.num_greedy >= other.num_greedy
         )

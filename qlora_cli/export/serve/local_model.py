@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,20 @@ from torch import Tensor
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""A token that is one byte, in tokenizers of SentencePiece's kind."""
+_REPLACEMENT = "\ufffd"
+"""What transformers decodes bytes to that are no character."""
+
 
 class LocalModel:
     """A model's folder in float32, with its tokenizer.
 
     folder: the model's folder. device: runs the model.
 
-    `ends` has the tokens that end an answer. The constructor raises ModelError if the folder has no
-    tokenizer or cannot be loaded.
+    `ends` has the tokens that end an answer, and `possible_ends` also those at which only some
+    servers end it: llama.cpp ends it at `<|im_end|>` and others of its own list. The constructor
+    raises ModelError if the folder has no tokenizer or cannot be loaded.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -39,6 +47,13 @@ class LocalModel:
         ends = self.model.generation_config.eos_token_id
         listed = ends if isinstance(ends, list) else [ends]
         self.ends = {*listed, self.tokenizer.eos_token_id} - {None}
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._bytes = {
+            number: int(token[3:5], 16)
+            for token, number in self.tokenizer.get_vocab().items()
+            if _BYTE.fullmatch(token)
+        }
+        self.possible_ends = self.ends | {number for number, token in added if token.special}
 
     def greedy(self, prompt: Sequence[int], num: int) -> list[int]:
         """Return up to `num` greedy tokens after a prompt, without the one that ends the text."""
@@ -64,11 +79,34 @@ class LocalModel:
     def continuations(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return several rows of tokens as texts that follow another text.
 
-        So a space at the begin is kept, which some tokenizers omit from the begin of a text.
+        So a space at the begin is kept, which some tokenizers omit from the begin of a text. Bytes
+        that are no character are left out.
         """
+        plain = [ids for ids in rows if self._bytes.keys().isdisjoint(ids)]
+        texts = iter(self._after_text(plain))
+        return [
+            next(texts) if self._bytes.keys().isdisjoint(ids) else self._with_bytes(ids)
+            for ids in rows
+        ]
+
+    def _with_bytes(self, ids: Sequence[int]) -> str:
+        """Return tokens as text, of which some are single bytes.
+
+        transformers replaces all bytes of a run if one of them is no character; servers do not.
+        """
+        parts = [
+            bytes(self._bytes[token] for token in run)
+            if is_byte
+            else self._after_text([list(run)])[0].encode()
+            for is_byte, run in groupby(ids, self._bytes.__contains__)
+        ]
+        return b"".join(parts).decode(errors="ignore")
+
+    def _after_text(self, rows: Sequence[Sequence[int]]) -> list[str]:
         before = self.encode("a", special=False)
         start = len(self.decode(before))
-        return [text[start:] for text in self._decoded([[*before, *ids] for ids in rows])]
+        texts = self._decoded([[*before, *ids] for ids in rows])
+        return [text[start:].replace(_REPLACEMENT, "") for text in texts]
 
     def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
         # A server does not remove spaces before punctuation, as some tokenizers' settings do.

@@ -28,6 +28,7 @@ _TEMPLATES = {
     "no template": _PLAIN,
     "role names and colons": _ROLES,
 }
+_AS_CHAT = "applies the chat template to a text"
 _Change = Callable[[Prompt], list[int]]
 
 
@@ -35,12 +36,14 @@ _Change = Callable[[Prompt], list[int]]
 class Variant:
     """Another form of all prompts.
 
-    cause: what is wrong. what: what the server does. prompts: the tokens of each prompt.
+    cause: what is wrong. what: what the server does. prompts: the tokens of each prompt. is_fault:
+    False if programs are made to do so, as Ollama, which treats a text as a chat.
     """
 
     cause: Literal["special tokens", "template"]
     what: str
     prompts: list[list[int]]
+    is_fault: bool = True
 
 
 def variants(model: LocalModel, prompts: Sequence[Prompt]) -> Iterator[Variant]:
@@ -54,7 +57,7 @@ def variants(model: LocalModel, prompts: Sequence[Prompt]) -> Iterator[Variant]:
             changed = [ids_of(prompt) for prompt in prompts]
         except (TemplateError, ValueError):
             continue  # The template does not render such messages.
-        yield Variant("template", what, changed)
+        yield Variant("template", what, changed, is_fault=what != _AS_CHAT)
         if bos is not None and first.messages is not None:
             with_bos = [[bos, *ids] for ids in changed]
             yield Variant("template", f"{what}, after a BOS token", with_bos)
@@ -72,7 +75,7 @@ def _text_changes(model: LocalModel) -> Iterator[tuple[str, _Change]]:
     yield "removes spaces at the ends", lambda prompt: _stripped(model, prompt.text, special=True)
     if model.tokenizer.chat_template:
         yield (
-            "applies the chat template to a text",
+            _AS_CHAT,
             lambda prompt: chat_ids(model, [{"role": "user", "content": prompt.text}]),
         )
 
@@ -92,10 +95,11 @@ def _chat_changes(model: LocalModel) -> Iterator[tuple[str, _Change]]:
         lambda prompt: _stripped(model, model.tokenizer.decode(prompt.ids), special=False),
     )
     for name, template in _TEMPLATES.items():
-        yield (
-            f"applies {name} instead of the model's own",
-            lambda prompt, text=template: chat_ids(model, _messages(prompt), chat_template=text),
-        )
+        yield f"applies {name} instead of the model's own", _rendered_by(model, template)
+
+
+def _rendered_by(model: LocalModel, template: str) -> _Change:
+    return lambda prompt: chat_ids(model, _messages(prompt), chat_template=template)
 
 
 def _messages(prompt: Prompt) -> Messages:

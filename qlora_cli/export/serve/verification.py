@@ -31,11 +31,10 @@ from qlora_cli.export.serve.client import Answer, ServerClient
 from qlora_cli.export.serve.fit import NUM_TOKENS, Exchange, Fit, fit
 from qlora_cli.export.serve.local_model import LocalModel
 from qlora_cli.export.serve.prompts import Prompt, chat_prompts, text_prompts
-from qlora_cli.export.serve.rounding import Change, changes_by_rounding
+from qlora_cli.export.serve.rounding import Bits, Change, changes_by_rounding
 from qlora_cli.export.serve.variants import variants
 from qlora_cli.export.serve.weight_checks import quantization_text, weight_fault
 from qlora_cli.files.locate import read_config
-from qlora_cli.recipe.schema import Bits
 from qlora_cli.runs.run import Run
 
 _PENALTY = Penalty(1.1, 64)
@@ -49,7 +48,7 @@ class ServerReport:
     model: its name on the server. texts, chats: number of prompts of each kind. same_texts,
     same_chats: number of equal answers. change: how much the answers differ, over those that no
     other prompt explains; None if there are none. rounding: change by rounding the merged model to
-    so many bits; empty if it was not needed. faults, explanation: one line each.
+    so many bits; empty if the answers are close. faults, explanation: one line each.
     """
 
     model: str
@@ -97,8 +96,7 @@ def verify_server(
     report.explanation += _notes(model, client, groups["chats"])
     if bits != 4 and not any(e.answer.logprobs for part in groups.values() for e in part):
         raise UsageError(
-            "the server reports no log-probabilities, without which 8 and 16 bits do not differ "
-            "clearly",
+            "the server reports no log-probabilities, without which 8 bits cannot be verified",
             where="--bits",
             hint="leave --bits out, or let the server report log-probabilities",
         )
@@ -113,11 +111,13 @@ def verify_server(
     own = Fit.joined([fits[kind] for kind in left])
     if exchanges:
         report.change = Change(own.mean_gap, own.mean_difference)
-    if own.num_greedy < len(exchanges) or own.mean_difference:
+    if own.is_exact:
+        return report
+    if not own.is_close:
         report.rounding = _rounding(model, exchanges, own)
-        del model
-        free_memory()
-        _explain_weights(report, own, fit(LocalModel(base, device), exchanges), bits)
+    del model
+    free_memory()
+    _explain_weights(report, own, fit(LocalModel(base, device), exchanges), bits)
     return report
 
 
@@ -167,21 +167,29 @@ def _has_other_prompt(
     if cause is None and num_other:
         first = next(exchange for exchange in exchanges if exchange.is_other_prompt)
         name = "special tokens" if kind == "texts" else "template"
-        cause = (
+        cause = _Cause(
             f"{name}: the server reads {first.answer.prompt_tokens} tokens where the model's own "
             f"prompt has {len(first.prompt.ids)}"
         )
     if cause is not None:
-        number = num_other or len(exchanges)
-        report.faults.append(f"{cause} ({number} of {len(exchanges)} {kind})")
+        lines = report.faults if cause.is_fault else report.explanation
+        lines.append(f"{cause.text} ({num_other or len(exchanges)} of {len(exchanges)} {kind})")
     return cause is not None
+
+
+@dataclass(frozen=True)
+class _Cause:
+    """Why answers differ. is_fault: whether the server must not do so."""
+
+    text: str
+    is_fault: bool = True
 
 
 def _cause(
     model: LocalModel, exchanges: Sequence[Exchange], own: Fit, has_other_prompts: bool
-) -> str | None:
+) -> _Cause | None:
     """Return the prompt or penalty that explains answers best; None if the own prompt does."""
-    found: list[tuple[float, str]] = []
+    found: list[tuple[float, _Cause]] = []
     counts = [exchange.answer.prompt_tokens for exchange in exchanges]
     own_ids = [exchange.prompt.ids for exchange in exchanges]
     for variant in variants(model, [exchange.prompt for exchange in exchanges]):
@@ -195,13 +203,14 @@ def _cause(
         # If the number of tokens is another one, the own prompt is wrong in any case.
         is_right = other.mean_gap <= own.mean_gap if has_other_prompts else False
         if is_right or other.explains_better_than(own):
-            found.append((other.mean_gap, f"{variant.cause}: the server {variant.what}"))
+            text = f"{variant.cause}: the server {variant.what}"
+            found.append((other.mean_gap, _Cause(text, variant.is_fault)))
     if not has_other_prompts:
         other = fit(model, exchanges, penalty=_PENALTY)
         if other.explains_better_than(own, by_gaps=True):
             text = f"sampling: the server applies a repetition penalty of {_PENALTY.factor:g}"
-            found.append((other.mean_gap, text))
-    return min(found)[1] if found else None
+            found.append((other.mean_gap, _Cause(text)))
+    return min(found, key=lambda item: item[0])[1] if found else None
 
 
 def _rounding(model: LocalModel, exchanges: Sequence[Exchange], own: Fit) -> dict[Bits, Change]:
@@ -227,6 +236,7 @@ def _explain_weights(report: ServerReport, own: Fit, of_base: Fit, bits: Bits) -
             f"({of_base.num_greedy} of {len(of_base.paths)} are its own)"
         )
         return
-    fault = weight_fault(report.change, report.rounding, bits)
-    report.faults += [fault] if fault else []
+    if report.rounding:
+        fault = weight_fault(report.change, report.rounding, bits)
+        report.faults += [fault] if fault else []
     report.explanation.append(quantization_text(report.change, report.rounding))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qlora_cli.export.serve.rounding import Change
-from qlora_cli.recipe.schema import Bits
+from qlora_cli.export.serve.fit import CLOSE
+from qlora_cli.export.serve.rounding import Bits, Change
 
 _TIMES_DIFFERENCE = 2
 _TIMES_GAP = 3
@@ -13,8 +13,6 @@ _TIMES_GAP = 3
 
 Gaps vary more, because a few tokens decide them and a server may not report its tokens.
 """
-_ALWAYS_ALLOWED = 0.02
-"""Change in nats per token that is always allowed."""
 _LARGEST_GAP = 1.0
 """Mean gap in nats per token that is never allowed. A rounding with this effect ruins the model."""
 
@@ -23,7 +21,7 @@ def weight_fault(change: Change, rounding: Mapping[Bits, Change], bits: Bits) ->
     """Return the fault if the answers differ too much; None if they do not.
 
     change: of the server. rounding: change by rounding the merged model. bits: per weight, of the
-    strongest quantization that is allowed. If it is not 4, the server must report log-probabilities.
+    strongest quantization that is allowed; if it is not 4, log-probabilities must be known.
     """
     found = _text(change)
     if not change.mean_gap <= _LARGEST_GAP or not _is_within(change, rounding[4]):
@@ -37,8 +35,9 @@ def weight_fault(change: Change, rounding: Mapping[Bits, Change], bits: Bits) ->
             f"quantization: the answers differ by {found}, and rounding the merged model to {bits} "
             f"bits changes it by {_text(rounding[bits])}: the server's quantization is stronger"
         )
+    # Weaker roundings come first.
     nearest = next(level for level in rounding.values() if _is_within(change, level))
-    if change.mean_gap > max(_ALWAYS_ALLOWED, _TIMES_GAP * nearest.mean_gap):
+    if change.mean_gap > max(CLOSE, _TIMES_GAP * nearest.mean_gap):
         return (
             "sampling: the server's log-probabilities are the merged model's, but its tokens are "
             f"{change.mean_gap:.2g} nats less likely than the first choice: it applies a penalty, "
@@ -49,8 +48,11 @@ def weight_fault(change: Change, rounding: Mapping[Bits, Change], bits: Bits) ->
 
 def quantization_text(change: Change, rounding: Mapping[Bits, Change]) -> str:
     """Return a sentence on how much the answers differ and how much roundings change the model."""
+    text = f"The answers differ by {_text(change)}."
+    if not rounding:
+        return text
     levels = ", ".join(f"to {bits} bits {_text(level)}" for bits, level in rounding.items())
-    return f"The answers differ by {_text(change)}. Rounding the merged model changes it: {levels}."
+    return f"{text} Rounding the merged model changes it: {levels}."
 
 
 def _is_within(change: Change, level: Change) -> bool:
@@ -59,8 +61,8 @@ def _is_within(change: Change, level: Change) -> bool:
     The log-probabilities decide if they are known, because they differ at every token.
     """
     if change.mean_difference is None or level.mean_difference is None:
-        return change.mean_gap <= max(_ALWAYS_ALLOWED, _TIMES_GAP * level.mean_gap)
-    allowed = max(_ALWAYS_ALLOWED, _TIMES_DIFFERENCE * level.mean_difference)
+        return change.mean_gap <= max(CLOSE, _TIMES_GAP * level.mean_gap)
+    allowed = max(CLOSE, _TIMES_DIFFERENCE * level.mean_difference)
     return change.mean_difference <= allowed
 
 
