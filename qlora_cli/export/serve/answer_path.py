@@ -81,39 +81,28 @@ def answer_path(
     gaps: list[float] = []
     chosen: list[float] = []
     text = ""
-    has_ended = answer.ended
     while True:
-        log_probs = decoder.logits.log_softmax(-1)
-        is_complete = _is_same(text, target)
         before = [*prompt, *decoder.ids]
         scores = decoder.logits if penalty is None else penalty.apply(decoder.logits, before)
-        scores = scores.log_softmax(-1)
-        is_end = is_complete and has_ended and int(scores.argmax()) in model.possible_ends
-        if is_end or len(decoder.ids) == num:
+        candidates = _Candidates(model, decoder.ids, scores, text, target, answer.ended)
+        if candidates.is_end or len(decoder.ids) == num:
             break
-        candidates = _Candidates(model, decoder.ids, scores, text, target, has_ended)
         found = candidates.reported(piece_ends[len(decoder.ids) :][:1]) or candidates.likely()
         if found is None:
             break
         token, text = found
         gaps.append(float(scores.max() - scores[token]))
-        chosen.append(float(log_probs[token]))
+        chosen.append(float(decoder.logits.log_softmax(-1)[token]))
         decoder.append(token)
-    if has_ended is None:
-        has_ended = len(decoder.ids) < num
-    if is_complete and has_ended and model.possible_ends:
-        gaps.append(float(scores.max() - scores[sorted(model.possible_ends)].max()))
-    elif not is_complete and len(decoder.ids) < num:
-        # No token continues the text: it is less likely than every token.
-        gaps.append(float(scores.max() - scores.min()))
-    return AnswerPath(decoder.ids, gaps, chosen, is_complete)
+    gaps += candidates.last_gaps(len(decoder.ids) < num)
+    return AnswerPath(decoder.ids, gaps, chosen, candidates.is_complete)
 
 
 @dataclass(frozen=True)
 class _Candidates:
     """The tokens with which a text can go on.
 
-    ids: the tokens so far. scores: (V,), of the next one. text: the text so far. target: the
+    ids: the tokens so far. scores: logits (V,) of the next one. text: the text so far. target: the
     complete text. has_ended: whether it ends before the limit of tokens; None if that is unknown.
     """
 
@@ -123,6 +112,29 @@ class _Candidates:
     text: str
     target: str
     has_ended: bool | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether the text is the complete one."""
+        return _is_same(self.text, self.target)
+
+    @property
+    def is_end(self) -> bool:
+        """Return whether the text is complete and the model ends it, as the server has done."""
+        is_possible = int(self.scores.argmax()) in self.model.possible_ends
+        return self.is_complete and bool(self.has_ended) and is_possible
+
+    def last_gaps(self, is_before_limit: bool) -> list[float]:
+        """Return the gap of the text's end, if it has one.
+
+        is_before_limit: whether more tokens were allowed.
+        """
+        if not self.is_complete:
+            # If no token continues the text, it is less likely than every token.
+            return [float(self.scores.max() - self.scores.min())] if is_before_limit else []
+        has_ended = is_before_limit if self.has_ended is None else self.has_ended
+        ends = sorted(self.model.possible_ends) if has_ended else []
+        return [float(self.scores.max() - self.scores[ends].max())] if ends else []
 
     def reported(self, piece_end: Sequence[str]) -> tuple[int, str] | None:
         """Return the most likely token after which the text is this one, and the text.
@@ -147,7 +159,7 @@ class _Candidates:
 
         The first group is the first choice.
         """
-        is_complete = _is_same(self.text, self.target)
+        is_complete = self.is_complete
         # After the complete text only tokens without text may come. There are some if the limit of
         # tokens is not reached, else only the first choice can be one.
         sizes = _GROUPS[:1] if is_complete and self.has_ended is not False else _GROUPS

@@ -15,7 +15,7 @@ cause is looked for:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,23 +94,8 @@ def verify_server(
     groups = dict(zip(("texts", "chats"), _sent(prompts, client, observer), strict=True))
     report = ServerReport(client.name, len(groups["texts"]), chats=len(groups["chats"]))
     report.explanation += _notes(model, client, groups["chats"])
-    if bits != 4 and not any(e.answer.logprobs for part in groups.values() for e in part):
-        raise UsageError(
-            "the server reports no log-probabilities, without which 8 bits cannot be verified",
-            where="--bits",
-            hint="leave --bits out, or let the server report log-probabilities",
-        )
-    fits = {kind: fit(model, exchanges) for kind, exchanges in groups.items()}
-    report.same_texts, report.same_chats = (fits[kind].num_greedy for kind in groups)
-    left = [
-        kind
-        for kind, exchanges in groups.items()
-        if exchanges and not _has_other_prompt(report, model, exchanges, fits[kind], kind)
-    ]
-    exchanges = [exchange for kind in left for exchange in groups[kind]]
-    own = Fit.joined([fits[kind] for kind in left])
-    if exchanges:
-        report.change = Change(own.mean_gap, own.mean_difference)
+    _require_log_probabilities(bits, groups)
+    exchanges, own = _explain_prompts(report, model, groups)
     if own.is_exact:
         return report
     if not own.is_close:
@@ -119,6 +104,16 @@ def verify_server(
     free_memory()
     _explain_weights(report, own, fit(LocalModel(base, device), exchanges), bits)
     return report
+
+
+def _require_log_probabilities(bits: Bits, groups: Mapping[str, Sequence[Exchange]]) -> None:
+    """Raise UsageError if `bits` is not 4 and the server reports no log-probabilities."""
+    if bits != 4 and not any(e.answer.logprobs for part in groups.values() for e in part):
+        raise UsageError(
+            "the server reports no log-probabilities, without which 8 bits cannot be verified",
+            where="--bits",
+            hint="leave --bits out, or let the server report log-probabilities",
+        )
 
 
 def _sent(
@@ -147,6 +142,26 @@ def _notes(model: LocalModel, client: ServerClient, chats: Sequence[Exchange]) -
         yield "No held-out row can be sent as a chat, so no chat was compared."
     if not client.accepts_penalties:
         yield "The server refuses requests that switch penalties to repeated tokens off."
+
+
+def _explain_prompts(
+    report: ServerReport, model: LocalModel, groups: Mapping[str, Sequence[Exchange]]
+) -> tuple[list[Exchange], Fit]:
+    """Set the number of equal answers and the change, and report causes other than the weights.
+
+    Returns the exchanges that have no such cause, and their fit.
+    """
+    fits = {kind: fit(model, exchanges) for kind, exchanges in groups.items()}
+    report.same_texts, report.same_chats = (fits[kind].num_greedy for kind in groups)
+    left = [
+        kind
+        for kind, exchanges in groups.items()
+        if exchanges and not _has_other_prompt(report, model, exchanges, fits[kind], kind)
+    ]
+    own = Fit.joined([fits[kind] for kind in left])
+    if left:
+        report.change = Change(own.mean_gap, own.mean_difference)
+    return [exchange for kind in left for exchange in groups[kind]], own
 
 
 def _has_other_prompt(
