@@ -82,14 +82,15 @@ def cases(made: FineTune, folder: Path) -> Iterator[Case]:
         yield Case("other weights", other, wanted="weights: ")
         what = "other weights, no log-probabilities"
         yield Case(what, other, wanted="weights: ", words=no_logprobs)
-    if _flag(files["f16"], folder / "flipped.gguf") is not None:
+    no_bos = _without_bos(files["f16"], folder / "no-bos.gguf")
+    if no_bos is not None:
         wanted = "special tokens: the server omits the BOS token"
-        yield Case("no BOS token", folder / "flipped.gguf", wanted=wanted)
+        yield Case("no BOS token", no_bos, wanted=wanted)
     if made.name == _LARGE:
-        wanted = "template: the server applies the template of Llama 2"
+        wanted = "template: the server "
         yield Case("template of Llama 2", files["f16"], 4, wanted, ("--chat_format", "llama-2"))
         template = _other_template(files["f16"], folder / "template.gguf")
-        yield Case("other template", template, wanted="template: the server ")
+        yield Case("other template", template, wanted=wanted)
 
 
 def _quantized(source: Path, file: Path, kind: str = "LLAMA_FTYPE_MOSTLY_Q2_K") -> Path:
@@ -125,8 +126,8 @@ def _other_file(merged: Path, folder: Path) -> Path:
     return export_gguf(folder, "f16", Silent())
 
 
-def _flag(source: Path, file: Path) -> Path | None:
-    """Write a copy that adds no BOS token; return None if the file itself adds none."""
+def _without_bos(source: Path, file: Path) -> Path | None:
+    """Write a copy that adds no BOS token; return None if the source adds none."""
     field = GGUFReader(source).get_field("tokenizer.ggml.add_bos_token")
     if field is None or not field.contents():
         return None
@@ -153,8 +154,8 @@ def served(command: Callable[[int], list[str]]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command(port), **silent)
+    silent = subprocess.DEVNULL
+    process = subprocess.Popen(command(port), stdout=silent, stderr=silent)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(_START_SECONDS * 5):

@@ -235,8 +235,10 @@ def _rounding(model: LocalModel, exchanges: Sequence[Exchange], own: Fit) -> dic
         path.ids if path.is_greedy else model.greedy(prompt, NUM_TOKENS)
         for prompt, path in zip(prompts, own.paths, strict=True)
     ]
+    # An empty answer is compared by the token that ends it.
+    end = sorted(model.ends)[:1]
     pairs = zip(prompts, answers, strict=True)
-    return changes_by_rounding(model, [(prompt, answer) for prompt, answer in pairs if answer])
+    return changes_by_rounding(model, [(prompt, answer or end) for prompt, answer in pairs])
 
 
 def _explain_weights(report: ServerReport, own: Fit, of_base: Fit, bits: Bits) -> None:
