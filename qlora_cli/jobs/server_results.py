@@ -25,7 +25,7 @@ class ServerResult(Result):
 
     model: its name on the server. texts, chats: number of prompts that were sent as text and as
     chat. same_texts, same_chats: number of equal answers. mean_gap: mean number of nats by which a
-    token of the server is less likely than the merged model's first choice; None if the server
+    token of the server is less likely than the merged model's top-1 token; None if the server
     reads other prompts. mean_logprob_difference: mean difference of the tokens' log-probabilities;
     None also if the server does not report them. rounding: the same figures for roundings of the
     merged model; empty if the answers are so close that they are not needed. faults: the causes of

@@ -2,9 +2,9 @@
 
 A server returns text, and the same text may be several sequences of tokens. The local model follows
 the text: at each position it takes the token whose text the server reports. If the server reports
-none, it takes its first choice if the text can go on with it, else the longest of likely tokens.
-If the server computes the same model, each token is the first choice. Any other token has a gap:
-the nats by which it is less likely than the first choice.
+none, it takes its top-1 token if that continues the text, else the longest of likely tokens.
+If the server computes the same model, each token is top-1. Any other token has a gap:
+the nats by which it is less likely than the top-1 token.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def answer_path(
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The tokens with which a text can go on.
+    """The tokens that can continue a text.
 
     ids: the tokens so far. scores: logits (V,) of the next one. text: the text so far. target: the
     complete text. has_ended: whether it ends before the limit of tokens; None if that is unknown.
@@ -148,7 +148,7 @@ class _Candidates:
         )
 
     def likely(self) -> tuple[int, str] | None:
-        """Return the first choice or the longest of the likely tokens, and the text with it."""
+        """Return the top-1 token or the longest of the likely tokens, and the text with it."""
         for group in self._groups():
             if group:
                 return max(group, key=lambda item: len(item[1]))
@@ -157,11 +157,11 @@ class _Candidates:
     def _groups(self) -> Iterator[list[tuple[int, str]]]:
         """Yield groups of tokens in descending order of probability, with the text after each.
 
-        The first group is the first choice.
+        The first group is the top-1 token.
         """
         is_complete = self.is_complete
         # After the complete text only tokens without text may come. There are some if the limit of
-        # tokens is not reached, else only the first choice can be one.
+        # tokens is not reached, else only the top-1 token can be one.
         sizes = _GROUPS[:1] if is_complete and self.has_ended is not False else _GROUPS
         for tokens in self._by_probability(sizes):
             texts = self.model.continuations([[*self.ids, token] for token in tokens])
@@ -173,7 +173,7 @@ class _Candidates:
             ]
 
     def _has_progress(self, token: int, text: str) -> bool:
-        """Return whether a token adds text. The first choice may add none, like a special token."""
+        """Return whether a token adds text. The top-1 token may add none, like a special token."""
         # A token of half a character is possible if such a character comes next.
         may_be_partial = not self.target[len(self.text) : len(self.text) + 1].isascii()
         is_first = token == int(self.scores.argmax())

@@ -56,7 +56,7 @@ class Fit:
 
     @property
     def mean_gap(self) -> float:
-        """Return by how many nats a token is less likely than the first choice; 0 if none is."""
+        """Return by how many nats a token is less likely than the top-1 token; 0 if none is."""
         gaps = [gap for path in self.paths for gap in path.gaps]
         return fmean(gaps) if gaps else 0.0
 

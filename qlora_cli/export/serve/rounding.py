@@ -26,7 +26,7 @@ _BLOCK = 32
 class Change:
     """How much predictions differ from the local model's, over the tokens of greedy answers.
 
-    mean_gap: nats by which a token is less likely than the first choice. mean_difference: of the
+    mean_gap: nats by which a token is less likely than the top-1 token. mean_difference: of the
     tokens' log-probabilities, in nats; None if they are not known.
     """
 

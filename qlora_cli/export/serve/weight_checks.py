@@ -40,7 +40,7 @@ def weight_fault(change: Change, rounding: Mapping[Bits, Change], bits: Bits) ->
     if change.mean_gap > max(CLOSE, _TIMES_GAP * nearest.mean_gap):
         return (
             "sampling: the server's log-probabilities are the merged model's, but its tokens are "
-            f"{change.mean_gap:.2g} nats less likely than the first choice: it applies a penalty, "
+            f"{change.mean_gap:.2g} nats less likely than the top-1 token: it applies a penalty, "
             "or does not decode greedily"
         )
     return None

@@ -1,4 +1,4 @@
-"""A server's differences are judged by those that rounding the model causes."""
+"""A server's differences are compared with those that rounding the model causes."""
 
 from __future__ import annotations
 
