@@ -116,28 +116,6 @@ class VerifyResult(Result):
 
 
 @dataclass(frozen=True)
-class ServerResult(Result):
-    """Result of `qlora verify --server`.
-
-    model: its name on the server. texts, chats: number of prompts that were sent as text and as
-    chat. same_texts, same_chats: number of equal answers. max_logprob_difference: over the tokens
-    of equal answers; None if the server reports no log-probabilities. faults: the causes of
-    differences that are not allowed, one line each. explanation: further sentences.
-    """
-
-    passed: bool
-    server: str
-    model: str
-    texts: int
-    same_texts: int
-    chats: int
-    same_chats: int
-    max_logprob_difference: float | None
-    faults: tuple[str, ...]
-    explanation: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class PushResult(Result):
     """Result of `qlora push`.
 

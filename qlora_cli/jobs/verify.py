@@ -1,4 +1,4 @@
-"""`qlora verify`: check that a merged model, or a server of it, computes what was trained."""
+"""`qlora verify`: check that a merged model computes what was trained."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import torch
 
 from qlora_cli.events import Observer
 from qlora_cli.export.merge.manifest import merged_step
-from qlora_cli.export.serve.client import ServerClient
-from qlora_cli.export.serve.verification import verify_server
 from qlora_cli.export.verify.record import write_record
 from qlora_cli.export.verify.verification import verify
-from qlora_cli.jobs.results import ServerResult, VerifyResult
+from qlora_cli.jobs.results import VerifyResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.host import return_freed_memory
 from qlora_cli.runs.run import Run
@@ -52,32 +50,3 @@ def _run_of(merged: Path, against: Path) -> Run:
     """
     run = Run(against)
     return run if run.step is not None else Run(against, merged_step(merged))
-
-
-def run_server(
-    merged: Path, *, against: Path, url: str, name: str | None, observer: Observer
-) -> ServerResult:
-    """Compare a server's answers with those of a merged model.
-
-    merged: folder of the merged model. against: the run's folder. url: the server's address. name:
-    the model's name on the server; None for the only one.
-
-    Raises InputError if a folder is missing or the server has no such model, QloraError if the
-    server fails.
-    """
-    return_freed_memory()
-    client = ServerClient(url, name)
-    device = torch.device(inspect_device().kind)
-    report = verify_server(merged, Run(against), client, device, observer)
-    return ServerResult(
-        passed=not report.faults,
-        server=client.url,
-        model=report.model,
-        texts=report.texts,
-        same_texts=report.same_texts,
-        chats=report.chats,
-        same_chats=report.same_chats,
-        max_logprob_difference=report.max_logprob_difference,
-        faults=tuple(report.faults),
-        explanation=tuple(report.explanation),
-    )

@@ -9,7 +9,7 @@ import torch
 
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
-from qlora_cli.export.compare.eval_rows import eval_rows
+from qlora_cli.export.compare.eval_rows import EvalRows, eval_rows, file_rows
 from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.serve.local_model import LocalModel
 from qlora_cli.export.verify.gguf_checks import gguf_file_faults
@@ -20,10 +20,11 @@ from qlora_cli.memory.host import return_freed_memory
 from qlora_cli.runs.run import Run
 
 
-def run(merged: Path, *, against: Path, observer: Observer) -> GgufResult:
+def run(merged: Path, *, against: Path | None, data: str | None, observer: Observer) -> GgufResult:
     """Compare every GGUF file of a merged folder with the folder's own model.
 
-    merged: folder of the merged model. against: the run's folder, for its held-out rows.
+    merged: folder of the merged model. against: the run's folder, for its held-out rows. data: a
+    data file, whose rows are used if `against` is None.
 
     A file whose tensors differ from the merged ones is not opened in llama.cpp. Raises UsageError
     if there is no GGUF file or llama-cpp-python is not installed, InputError if a folder is missing
@@ -40,7 +41,7 @@ def run(merged: Path, *, against: Path, observer: Observer) -> GgufResult:
     faults = list(gguf_file_faults(merged, can_compare=True, observer=observer))
     is_sound = [not any(fault.startswith(file.name) for fault in faults) for file in files]
     usable = [file for file, sound in zip(files, is_sound, strict=True) if sound]
-    results = _results(merged, Run(against), usable, observer) if usable else []
+    results = _results(merged, _rows(merged, against, data), usable, observer) if usable else []
     faults += [f"{result.file}: {fault}" for result in results for fault in result.faults]
     return GgufResult(not faults, tuple(results), tuple(faults))
 
@@ -57,11 +58,20 @@ def _check_packages() -> None:
         )
 
 
-def _results(merged: Path, run: Run, files: list[Path], observer: Observer) -> list[GgufFileResult]:
+def _rows(merged: Path, against: Path | None, data: str | None) -> EvalRows:
+    if against is None:
+        assert data is not None
+        return file_rows(data, merged, read_config(merged / CONFIG))
+    run = Run(against)
+    base = run.base_folder
+    return eval_rows(run.recipe, base, read_config(base / CONFIG))
+
+
+def _results(
+    merged: Path, rows: EvalRows, files: list[Path], observer: Observer
+) -> list[GgufFileResult]:
     from qlora_cli.export.gguf.predictions import Reference, compare_file
 
-    base = run.base_folder
-    rows = eval_rows(run.recipe, base, read_config(base / CONFIG))
     for note in rows.notes:
         observer.note(note)
     return_freed_memory()

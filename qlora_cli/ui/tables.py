@@ -19,11 +19,11 @@ from qlora_cli.jobs.results import (
     PushResult,
     QuickstartResult,
     ReportResult,
-    ServerResult,
     ShownRow,
     TrainResult,
     VerifyResult,
 )
+from qlora_cli.jobs.server_results import ServerResult
 from qlora_cli.ui import memory
 from qlora_cli.ui.memory_facts import counter_differences, planned_and_measured
 from qlora_cli.ui.summary import summary
@@ -116,12 +116,9 @@ def verify_server(result: ServerResult) -> RenderableType:
     verdict, style = ("passed", "bold green") if result.passed else ("FAILED", "bold red")
     parts = [Text(f"verification of {result.model} at {result.server} {verdict}", style=style)]
     parts += [Text(f"  {fault}") for fault in result.faults]
-    facts = {
-        "greedy answers to texts": f"{result.same_texts} of {result.texts} are the same",
-        "greedy answers to chats": f"{result.same_chats} of {result.chats} are the same",
-    }
-    if result.max_logprob_difference is not None:
-        facts["largest log-probability difference"] = f"{result.max_logprob_difference:.3g} nats"
+    facts = {"greedy answers to texts": f"{result.same_texts} of {result.texts} are the same"}
+    if result.chats:
+        facts["greedy answers to chats"] = f"{result.same_chats} of {result.chats} are the same"
     explanation = [Text(f"  {sentence}") for sentence in result.explanation]
     return Group(*parts, fact_lines(facts), *explanation)
 

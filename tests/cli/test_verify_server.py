@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.cli_helpers import qlora
 
 
@@ -24,3 +26,23 @@ def test_a_name_without_a_server_and_a_wrong_address_are_refused(tmp_path: Path)
     outcome = qlora("verify", tmp_path, "--against", tmp_path, "--server", "localhost")
     assert outcome.code == 2
     assert "is not an address" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "name the run that was merged with --against RUN"),
+        (("--gguf",), "or rows with --data FILE"),
+        (("--server", "http://127.0.0.1:9"), "name the run that was merged with --against RUN"),
+        (("--against", ".", "--bits", "8"), "add --server"),
+        (("--against", ".", "--data", "rows.jsonl"), "--data is for --gguf"),
+        (("--gguf", "--against", ".", "--data", "rows.jsonl"), "name one of them"),
+        (("--gguf", "--server", "http://127.0.0.1:9"), "name one of them"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_refused(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    outcome = qlora("verify", tmp_path, *words)
+    assert outcome.code == 2
+    assert message in " ".join(outcome.err.replace("│", " ").split())

@@ -6,14 +6,16 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_cli.export.serve.local_model import LocalModel
+from qlora_cli.export.serve.answer_path import Penalty
+from qlora_cli.export.serve.local_model import Decoder, LocalModel
 
 
 @dataclass
@@ -21,15 +23,24 @@ class ServedModel:
     """What a server serves.
 
     template: chat template in place of the model's own. adds_bos: False to omit the BOS token.
-    has_usage, has_logprobs: whether these are reported.
+    drops_system: omits system messages. texts_as_chats: applies the template to texts, as Ollama
+    does. penalty: is applied, whatever the request asks for.
+    has_usage, has_logprobs, has_reason: whether these are reported. is_strict: refuses requests
+    with fields that OpenAI's servers do not have. requests: the requests that were answered.
     """
 
     folder: Path
     name: str = "tuned"
     template: str | None = None
     adds_bos: bool = True
+    drops_system: bool = False
+    texts_as_chats: bool = False
+    penalty: Penalty | None = None
     has_usage: bool = True
     has_logprobs: bool = True
+    has_reason: bool = True
+    is_strict: bool = False
+    requests: list[dict[str, Any]] = field(default_factory=list)
 
 
 @contextmanager
@@ -48,11 +59,22 @@ def serve(served: ServedModel) -> Iterator[str]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if "logprobs" in body and not served.has_logprobs:
                 return self._send({"error": "logprobs are not supported"}, 400)
-            if self.path == "/v1/completions":
+            if served.is_strict and "repeat_penalty" in body:
+                return self._send({"error": "repeat_penalty is not a field"}, 400)
+            served.requests.append(body)
+            is_text = self.path == "/v1/completions"
+            if is_text and not served.texts_as_chats:
                 ids = model.encode(body["prompt"], special=served.adds_bos)
             else:
+                chat = (
+                    [{"role": "user", "content": body["prompt"]}] if is_text else body["messages"]
+                )
                 text = model.tokenizer.apply_chat_template(
-                    body["messages"],
+                    [
+                        message
+                        for message in chat
+                        if not (served.drops_system and message["role"] == "system")
+                    ],
                     tokenize=False,
                     add_generation_prompt=True,
                     chat_template=served.template,
@@ -61,13 +83,24 @@ def serve(served: ServedModel) -> Iterator[str]:
             return self._answer(ids, body)
 
         def _answer(self, ids: list[int], body: dict[str, Any]) -> None:
-            answer = model.greedy(ids, body["max_tokens"])
-            choice: dict[str, Any] = {"text": answer.text}
+            answer, log_probs, has_ended = _generate(model, ids, body["max_tokens"], served.penalty)
+            choice: dict[str, Any] = {}
+            if served.has_reason:
+                choice["finish_reason"] = "stop" if has_ended else "length"
+            texts = model.continuations([answer[:num] for num in range(len(answer) + 1)])
+            pieces = [after[len(before) :] for before, after in pairwise(texts)]
+            text = texts[-1]
             if self.path.startswith("/v1/chat"):
-                choice = {"message": {"role": "assistant", "content": answer.text}}
-            elif "logprobs" in body:
-                values = [float(vector.max()) for vector in answer.log_probs]
-                choice["logprobs"] = {"token_logprobs": values}
+                choice["message"] = {"role": "assistant", "content": text}
+                tokens = zip(pieces, log_probs, strict=True)
+                reported: dict[str, Any] = {
+                    "content": [{"token": piece, "logprob": value} for piece, value in tokens]
+                }
+            else:
+                choice["text"] = text
+                reported = {"tokens": pieces, "token_logprobs": log_probs}
+            if "logprobs" in body:
+                choice["logprobs"] = reported
             usage = {"usage": {"prompt_tokens": len(ids)}} if served.has_usage else {}
             self._send({"choices": [choice], **usage})
 
@@ -87,3 +120,21 @@ def serve(served: ServedModel) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _generate(
+    model: LocalModel, prompt: list[int], num: int, penalty: Penalty | None
+) -> tuple[list[int], list[float], bool]:
+    """Return greedy tokens, their log-probabilities, and whether the model ended the text."""
+    decoder = Decoder(model, prompt)
+    log_probs: list[float] = []
+    while len(decoder.ids) < num:
+        logits = decoder.logits
+        if penalty is not None:
+            logits = penalty.apply(logits, [*prompt, *decoder.ids])
+        token = int(logits.argmax())
+        if token in model.ends:
+            return decoder.ids, log_probs, True
+        log_probs.append(float(decoder.logits.log_softmax(-1)[token]))
+        decoder.append(token)
+    return decoder.ids, log_probs, False

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from qlora_cli.events import Silent
+from tests.helpers.observers import NoteRecorder
 from tests.helpers.vocabularies import byte_level_of, make_model_with_tokenizer
 
 pytest.importorskip("gguf")
 from qlora_cli.export.gguf.modelfile import go_template
 from qlora_cli.export.gguf.write import export_gguf
+from qlora_cli.export.options import GgufType
 
 CHATML = (
     "{% for m in messages %}"
@@ -41,11 +43,27 @@ def test_chatml_with_a_default_system_message(tmp_path: Path) -> None:
         'SYSTEM """Be kind."""\n'
         'PARAMETER stop "</s>"\n'
         'PARAMETER stop "<|im_end|>"\n'
+        "PARAMETER repeat_penalty 1\n"
     )
-    (folder / "Modelfile").write_text("mine")
-    (folder / "model-F16.gguf").unlink()
-    export_gguf(folder, "f16", Silent())
-    assert (folder / "Modelfile").read_text() == "mine"
+
+
+def test_the_file_that_was_exported_last_is_named(tmp_path: Path) -> None:
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama", tokenizer_with(CHATML))
+    modelfile = folder / "Modelfile"
+    kinds: tuple[GgufType, ...] = ("f16", "q8_0", "f16")
+    for kind in kinds:
+        export_gguf(folder, kind, Silent())
+        assert modelfile.read_text().startswith(f"FROM ./model-{kind.upper()}.gguf\n")
+
+
+@pytest.mark.parametrize("content", ["mine", "FROM ./model-F16.gguf\nPARAMETER num_ctx 4096\n"])
+def test_a_changed_modelfile_is_kept(content: str, tmp_path: Path) -> None:
+    folder = make_model_with_tokenizer(tmp_path / "model", "llama", tokenizer_with(CHATML))
+    (folder / "Modelfile").write_text(content)
+    notes = NoteRecorder()
+    export_gguf(folder, "q8_0", notes)
+    assert (folder / "Modelfile").read_text() == content
+    assert any("Modelfile was changed, so it is kept" in note for note in notes.notes)
 
 
 def test_a_bos_token_in_the_template_is_left_to_llama_cpp() -> None:

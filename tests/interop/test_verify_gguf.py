@@ -36,6 +36,9 @@ def test_kl_is_reported_per_type(tmp_path: Path) -> None:
     assert (f16["type"], q8_0["type"]) == ("F16", "Q8_0")
     assert 0 <= f16["mean_kl"] < q8_0["mean_kl"]
     assert f16["answers"] == 3
+    outcome = qlora("verify", out, "--gguf", "--data", tmp_path / "rows.jsonl", "--json")
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert outcome.json["files"][0]["mean_kl"] == pytest.approx(f16["mean_kl"])
 
 
 def test_wrong_metadata_is_found_by_the_predictions(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ those cannot be read, random tokens. A note states which rows were used.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from qlora_cli.data.template import with_template
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import InputError
 from qlora_cli.nn.labels import IGNORE_INDEX
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.schema import Data, Recipe
 from qlora_cli.tasks.registry import task_of
 
 MAX_ROWS = 32
@@ -70,6 +71,19 @@ def eval_rows(recipe: Recipe, base: Path, config: Any) -> EvalRows:
     return EvalRows(_random_rows(config), "random tokens", False, tuple(notes))
 
 
+def file_rows(where: str, folder: Path, config: Any) -> EvalRows:
+    """Return the first rows of a data file to compare models on.
+
+    where: a file or dataset with rows in any known format. folder: the model's folder, for its
+    tokenizer. config: the model's transformers config.
+
+    Raises InputError if the rows cannot be read or encoded.
+    """
+    loader = RowLoader(Data(train=where), load_tokenizer(str(folder)), ModelLimits.of(config))
+    rows = _first(loader.file(where, slice(MAX_ROWS)).examples)
+    return EvalRows(rows, f"{len(rows)} rows of {where}", True)
+
+
 def _read(recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Example]:
     """Return the first held-out rows, or the last training rows if `from_end`.
 
@@ -82,8 +96,13 @@ def _read(recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Examp
     limits = ModelLimits.of(config)
     loader = RowLoader(recipe.data, tokenizer, limits, task_of(recipe).encode)
     loaded = (loader.train if from_end else loader.held_out)(select)
+    return _first(loaded.examples[-MAX_ROWS:] if from_end else loaded.examples[:MAX_ROWS])
+
+
+def _first(examples: Iterable[Example]) -> list[Example]:
+    """Return the first examples, with at most `MAX_TOKENS` tokens in total."""
     kept: list[Example] = []
-    for example in loaded.examples[-MAX_ROWS:] if from_end else loaded.examples[:MAX_ROWS]:
+    for example in examples:
         if kept and sum(len(row.ids) for row in kept) + len(example.ids) > MAX_TOKENS:
             break
         kept.append(example)

@@ -1,5 +1,7 @@
 """Write a Modelfile for Ollama next to a GGUF file: template, system message and stop strings.
 
+It also switches off the penalty to repeated tokens that Ollama applies by default.
+
 Ollama does not run the model's Jinja template; it has Go templates. The texts that the Jinja
 template writes around each message are found by rendering marked messages. The Go template is
 written only if these texts also give what the Jinja template gives for other chats.
@@ -18,6 +20,7 @@ from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.files.atomic import atomic_file, report_write_errors
 
 MODELFILE = "Modelfile"
+_FROM = "FROM ./"
 _ROLES = ("system", "user", "assistant")
 _MARKS = {role: f"MARK{number}CONTENT" for number, role in enumerate(_ROLES)}
 _RESERVED = ("{{", "}}", '"""')
@@ -57,21 +60,31 @@ class GoTemplate:
 
 
 def write_modelfile(folder: Path, file: Path) -> str | None:
-    """Write `Modelfile` into a merged folder, unless there is one, and return a note on it.
+    """Write `Modelfile` into a merged folder and return a note on it.
 
-    file: the GGUF file in the folder. The note is None if there is a Modelfile already.
+    A Modelfile of another GGUF file is replaced if it is as it was written. One that was changed
+    since is kept. The note is None if the right one is there already.
+
+    file: the GGUF file in the folder that it names.
 
     Raises QloraError if it cannot be written.
     """
     target = folder / MODELFILE
-    if target.exists():
-        return None
     tokenizer = load_tokenizer(str(folder))
-    template = go_template(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    template = go_template(tokenizer) if has_template else None
+    content = _content(file.name, template, tokenizer)
+    if target.exists():
+        present = target.read_text(encoding="utf-8", errors="replace")
+        if present == content:
+            return None
+        named = present.partition("\n")[0].removeprefix(_FROM)
+        if present != _content(named, template, tokenizer):
+            return f"{MODELFILE} was changed, so it is kept; it may not name {file.name}"
     with report_write_errors(MODELFILE, target), atomic_file(target) as partial:
-        partial.write_text(_content(file.name, template, tokenizer))
+        partial.write_text(content, encoding="utf-8")
     how = "" if template else " without a template, because the chat template has no Go equivalent"
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_template:
         how = " without a template, because the model has none"
     return f"{MODELFILE} for Ollama written{how}: ollama create NAME -f {target}"
 
@@ -136,7 +149,7 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 def _content(file_name: str, template: GoTemplate | None, tokenizer: Any) -> str:
-    lines = [f"FROM ./{file_name}"]
+    lines = [_FROM + file_name]
     stops = [tokenizer.eos_token]
     if template is not None:
         lines.append(f'TEMPLATE """{template.text()}"""')
@@ -144,7 +157,7 @@ def _content(file_name: str, template: GoTemplate | None, tokenizer: Any) -> str
             lines.append(f'SYSTEM """{template.system}"""')
         stops.append(template.around["assistant"][1].strip())
     lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if _is_stop(stop)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "PARAMETER repeat_penalty 1"]) + "\n"
 
 
 def _is_stop(text: str | None) -> bool:

@@ -72,7 +72,7 @@ class Reference:
     def answers(self) -> list[tuple[list[int], list[int]]]:
         """The prompts of the first rows, with the greedy answer of each."""
         prompts = [_prompt(row) for row in self.rows[:NUM_PROMPTS]]
-        return [(prompt, self.model.greedy(prompt, NUM_TOKENS).ids) for prompt in prompts]
+        return [(prompt, self.model.greedy(prompt, NUM_TOKENS)) for prompt in prompts]
 
 
 def compare_file(file: Path, reference: Reference, observer: Observer) -> FilePredictions:

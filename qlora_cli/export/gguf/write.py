@@ -57,7 +57,7 @@ def check_exportable(base: Path, kind: GgufType, out: Path, merged_bytes: int) -
 def export_gguf(folder: Path, kind: GgufType, observer: Observer) -> Path:
     """Write a GGUF file such as `model-Q8_0.gguf` into a merged folder and return its path.
 
-    A new file gets a `Modelfile` for Ollama next to it, unless the folder has one. A type of
+    The `Modelfile` for Ollama next to it names this file, unless it was changed by hand. A type of
     llama.cpp's quantizer is made of a float16 file, which is removed unless the folder had it.
 
     If the file exists already and is the one that would be written, it is kept. The file appears
@@ -75,7 +75,16 @@ def export_gguf(folder: Path, kind: GgufType, observer: Observer) -> Path:
     file = folder / file_name(kind)
     if file.exists():
         _require_same(file, plan, observer)
-        return file
+    else:
+        _write_verified(plan, kind, file, observer)
+    written = write_modelfile(folder, file)
+    if written is not None:
+        observer.note(written)
+    return file
+
+
+def _write_verified(plan: GgufPlan, kind: GgufType, file: Path, observer: Observer) -> None:
+    """Write a file under a temporary name, read it back, and give it its name."""
     with report_write_errors("the GGUF file", file):
         remove_partial_files(file)
         with atomic_file(file) as partial:
@@ -84,10 +93,6 @@ def export_gguf(folder: Path, kind: GgufType, observer: Observer) -> Path:
             else:
                 _write(plan, partial, observer)
             verify_gguf(partial, plan, observer, is_quantized=kind in QUANTIZED_GGUFS)
-    written = write_modelfile(folder, file)
-    if written is not None:
-        observer.note(written)
-    return file
 
 
 def file_name(kind: GgufType) -> str:

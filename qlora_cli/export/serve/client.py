@@ -1,11 +1,14 @@
 """A client of an OpenAI-compatible server: models, completions and chat completions.
 
-Only the standard library is used. All requests are greedy (temperature 0).
+Only the standard library is used. All requests ask for greedy decoding without any penalty. Some
+servers apply a penalty to repeated tokens by default, also at temperature 0: llama-cpp-python's
+server divides their logits by 1.1.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +22,18 @@ from qlora_cli.files.atomic import PARSE_ERRORS
 _TIMEOUT_SECONDS = 300
 _MAX_MESSAGE = 200
 """Characters of a server's error message that are shown."""
+_GREEDY = {"temperature": 0, "seed": 0}
+_NO_PENALTIES = {
+    "top_p": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repeat_penalty": 1,  # llama.cpp
+    "repetition_penalty": 1,  # vLLM, which reads generation_config.json for its default
+}
+_LOGPROBS = {
+    "completions": {"logprobs": 1},
+    "chat/completions": {"logprobs": True, "top_logprobs": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -26,17 +41,28 @@ class Answer:
     """A server's answer.
 
     text: the generated text. prompt_tokens: number of tokens of the prompt as the server counts
-    them; None if it does not report them. logprobs: log-probability of each generated token; empty
-    if the server does not report them.
+    them; None if it does not report them. logprobs, pieces: log-probability and text of each
+    generated token; empty if the server does not report them. ended: whether the model ended the
+    text, and not the limit of tokens; None if the server does not report it. tokens: number of
+    generated tokens; None if the server does not report it.
     """
 
     text: str
     prompt_tokens: int | None
     logprobs: tuple[float, ...] = ()
+    pieces: tuple[str, ...] = ()
+    ended: bool | None = None
+    tokens: int | None = None
+
+
+class _Refused(QloraError):
+    """The server answered with an error status."""
 
 
 class ServerClient:
     """Sends requests to one model of a server.
+
+    accepts_penalties: whether the server accepted requests that switch penalties off.
 
     The constructor asks for the list of models and raises UsageError if `name` is not among them,
     QloraError if the server cannot be reached.
@@ -52,22 +78,36 @@ class ServerClient:
             )
         self.url = url.rstrip("/").removesuffix("/v1")
         self.name = self._model(name)
+        self.accepts_penalties = True
+        self._without_logprobs: set[str] = set()
 
     def complete(self, prompt: str, num: int) -> Answer:
         """Return the continuation of a text. num: largest number of generated tokens."""
-        body = {"prompt": prompt, "max_tokens": num}
-        try:
-            content = self._post("completions", {**body, "logprobs": 1})
-        except QloraError:  # Some servers have no log-probabilities and refuse the request.
-            content = self._post("completions", body)
-        answer: Answer = self._parsed(content, _completion)
-        return answer
+        return self._answer("completions", {"prompt": prompt, "max_tokens": num})
 
     def chat(self, messages: Sequence[Mapping[str, str]], num: int) -> Answer:
         """Return the reply to a chat. num: largest number of generated tokens."""
-        body = {"messages": list(messages), "max_tokens": num}
-        answer: Answer = self._parsed(self._post("chat/completions", body), _chat_completion)
-        return answer
+        return self._answer("chat/completions", {"messages": list(messages), "max_tokens": num})
+
+    def _answer(self, path: str, body: Mapping[str, Any]) -> Answer:
+        """Send a request, without the fields that this server refuses."""
+        while True:
+            optional = _NO_PENALTIES if self.accepts_penalties else {}
+            if path not in self._without_logprobs:
+                optional = {**optional, **_LOGPROBS[path]}
+            common = {"model": self.name, **_GREEDY}
+            try:
+                content = self._request(path, {**common, **optional, **body})
+            except _Refused:
+                if path not in self._without_logprobs:
+                    self._without_logprobs.add(path)
+                elif self.accepts_penalties:
+                    self.accepts_penalties = False
+                else:
+                    raise
+                continue
+            answer: Answer = self._parsed(content, _parse_answer)
+            return answer
 
     def _model(self, name: str | None) -> str:
         names = self._parsed(
@@ -84,10 +124,6 @@ class ServerClient:
             )
         return name
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        common = {"model": self.name, "temperature": 0, "seed": 0}
-        return self._request(path, {**common, **body})
-
     def _request(self, path: str, body: Mapping[str, Any] | None) -> Any:
         address = f"{self.url}/v1/{path}"
         data = None if body is None else json.dumps(body).encode()
@@ -98,7 +134,7 @@ class ServerClient:
         except HTTPError as fault:
             with fault:
                 message = fault.read().decode(errors="replace")[:_MAX_MESSAGE]
-            raise QloraError(
+            raise _Refused(
                 f"the server refused the request with status {fault.code}: {message}", where=address
             ) from fault
         except (URLError, OSError) as fault:
@@ -125,18 +161,26 @@ class ServerClient:
             ) from fault
 
 
-def _completion(content: Mapping[str, Any]) -> Answer:
+def _parse_answer(content: Mapping[str, Any]) -> Answer:
     choice = content["choices"][0]
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
-    known = tuple(float(value) for value in logprobs if value is not None)
-    return Answer(str(choice["text"]), _prompt_tokens(content), known)
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    reason = choice.get("finish_reason")
+    reported = choice.get("logprobs") or {}
+    if "content" in reported:
+        tokens = reported["content"] or []
+        values, pieces = ([item[key] for item in tokens] for key in ("logprob", "token"))
+    else:
+        values, pieces = (reported.get(key) or [] for key in ("token_logprobs", "tokens"))
+    return Answer(
+        str(text or ""),
+        _count(content, "prompt_tokens"),
+        tuple(math.nan if value is None else float(value) for value in values),
+        tuple(map(str, pieces)),
+        None if reason is None else reason == "stop",
+        _count(content, "completion_tokens"),
+    )
 
 
-def _chat_completion(content: Mapping[str, Any]) -> Answer:
-    text = content["choices"][0]["message"]["content"]
-    return Answer(text or "", _prompt_tokens(content))
-
-
-def _prompt_tokens(content: Mapping[str, Any]) -> int | None:
-    number = (content.get("usage") or {}).get("prompt_tokens")
+def _count(content: Mapping[str, Any], key: str) -> int | None:
+    number = (content.get("usage") or {}).get(key)
     return None if number is None else int(number)

@@ -1,10 +1,10 @@
-"""The merged model in transformers, which generates the answers that a server should return."""
+"""The merged model in transformers, with which a server or a GGUF file is compared."""
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,10 @@ from torch import Tensor
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError
 
-_MAX_LIKELY = 50
-"""Number of likely tokens that may be a server's choice."""
-
-
-@dataclass(frozen=True)
-class GreedyAnswer:
-    """A greedy continuation.
-
-    ids: the generated tokens without the one that ends the text. text: these tokens as text.
-    log_probs: one vector (V,) for each generated token and one for the token after the last.
-    """
-
-    ids: list[int]
-    text: str
-    log_probs: list[Tensor]
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""A token that is one byte, in tokenizers of SentencePiece's kind."""
+_REPLACEMENT = "\ufffd"
+"""What transformers decodes bytes to that are no character."""
 
 
 class LocalModel:
@@ -36,7 +25,9 @@ class LocalModel:
 
     folder: the model's folder. device: runs the model.
 
-    The constructor raises ModelError if the folder has no tokenizer or cannot be loaded.
+    `ends` has the tokens that end an answer, and `possible_ends` also those at which only some
+    servers end it: llama.cpp ends it at `<|im_end|>` and others of its own list. The constructor
+    raises ModelError if the folder has no tokenizer or cannot be loaded.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -56,24 +47,23 @@ class LocalModel:
         ends = self.model.generation_config.eos_token_id
         listed = ends if isinstance(ends, list) else [ends]
         self.ends = {*listed, self.tokenizer.eos_token_id} - {None}
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._bytes = {
+            number: int(token[3:5], 16)
+            for token, number in self.tokenizer.get_vocab().items()
+            if _BYTE.fullmatch(token)
+        }
+        self.possible_ends = self.ends | {number for number, token in added if token.special}
 
-    @torch.no_grad()
-    def greedy(self, prompt: Sequence[int], num: int) -> GreedyAnswer:
-        """Return up to `num` greedy tokens after a prompt."""
-        inputs, cache = list(prompt), None
-        ids: list[int] = []
-        log_probs: list[Tensor] = []
-        for _ in range(num):
-            batch = torch.tensor([inputs], device=self.device)
-            output = self.model(input_ids=batch, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            log_probs.append(output.logits[0, -1].float().log_softmax(-1).cpu())
-            token = int(log_probs[-1].argmax())
+    def greedy(self, prompt: Sequence[int], num: int) -> list[int]:
+        """Return up to `num` greedy tokens after a prompt, without the one that ends the text."""
+        decoder = Decoder(self, prompt)
+        while len(decoder.ids) < num:
+            token = int(decoder.logits.argmax())
             if token in self.ends:
                 break
-            ids.append(token)
-            inputs = [token]
-        return GreedyAnswer(ids, self.decode(ids), log_probs)
+            decoder.append(token)
+        return decoder.ids
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
@@ -84,44 +74,72 @@ class LocalModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return tokens as text, without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return self._decoded([ids])[0]
+
+    def continuations(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return several rows of tokens as texts that follow another text.
+
+        So a space at the begin is kept, which some tokenizers omit from the begin of a text. Bytes
+        that are no character are left out.
+        """
+        plain = [ids for ids in rows if self._bytes.keys().isdisjoint(ids)]
+        texts = iter(self._after_text(plain))
+        return [
+            next(texts) if self._bytes.keys().isdisjoint(ids) else self._with_bytes(ids)
+            for ids in rows
+        ]
+
+    def _with_bytes(self, ids: Sequence[int]) -> str:
+        """Return tokens as text, of which some are single bytes.
+
+        transformers replaces all bytes of a run if one of them is no character; servers do not.
+        """
+        parts = [
+            bytes(self._bytes[token] for token in run)
+            if is_byte
+            else self._after_text([list(run)])[0].encode()
+            for is_byte, run in groupby(ids, self._bytes.__contains__)
+        ]
+        return b"".join(parts).decode(errors="ignore")
+
+    def _after_text(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        before = self.encode("a", special=False)
+        start = len(self.decode(before))
+        texts = self._decoded([[*before, *ids] for ids in rows])
+        return [text[start:].replace(_REPLACEMENT, "") for text in texts]
+
+    def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        # A server does not remove spaces before punctuation, as some tokenizers' settings do.
+        settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return [str(text) for text in self.tokenizer.batch_decode(rows, **settings)]
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return the tokens of a text. special: add bos and eos as the tokenizer does."""
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    def gap(self, answer: GreedyAnswer, text: str) -> float:
-        """Return by how many nats another text is less likely at its first differing token.
 
-        A server returns text and no tokens, and the same text may be other tokens. So at every
-        position up to the first difference, the likely tokens that continue the text are compared
-        with the most likely one. The result is the smallest gap, that is, a lower bound.
+class Decoder:
+    """Adds one token after another to a prompt.
 
-        answer: this model's answer. text: the other one, not equal to `answer.text`.
-        """
-        if len(answer.ids) == len(answer.log_probs) and text.startswith(answer.text):
-            return 0.0  # The other text only continues after the last token.
-        prefixes = [self.decode(answer.ids[:num]) for num in range(len(answer.log_probs))]
-        gaps = [
-            self._gap_at(answer, num, text)
-            for num, prefix in enumerate(prefixes)
-            if text.startswith(prefix)
-        ]
-        return min(gaps)
+    ids: the tokens after the prompt. logits: (V,), of the token after the last, in float32 on the
+    CPU.
+    """
 
-    def _gap_at(self, answer: GreedyAnswer, num: int, text: str) -> float:
-        """Return the gap if the other text leaves this answer after `num` tokens."""
-        log_probs = answer.log_probs[num]
-        if text == self.decode(answer.ids[:num]):  # The other text ends here.
-            chosen = max((float(log_probs[end]) for end in self.ends), default=-math.inf)
-            return float(log_probs.max()) - chosen
-        values, tokens = log_probs.topk(min(_MAX_LIKELY, len(log_probs)))
-        own = answer.ids[num] if num < len(answer.ids) else None
-        for value, token in zip(values.tolist(), tokens.tolist(), strict=True):
-            if token != own and self._continues([*answer.ids[:num], token], text):
-                return float(values[0]) - float(value)
-        return float(values[0] - values[-1])
+    def __init__(self, model: LocalModel, prompt: Sequence[int]) -> None:
+        self._model = model
+        self._cache: Any = None
+        self.ids: list[int] = []
+        self.logits = self._forward(prompt)
 
-    def _continues(self, ids: Sequence[int], text: str) -> bool:
-        """Return whether a text may begin with these tokens. They may end within a character."""
-        return text.startswith(self.decode(ids).rstrip("\ufffd")) and ids[-1] not in self.ends
+    def append(self, token: int) -> None:
+        """Add a token."""
+        self.ids.append(token)
+        self.logits = self._forward([token])
+
+    @torch.no_grad()
+    def _forward(self, inputs: Sequence[int]) -> Tensor:
+        batch = torch.tensor([list(inputs)], device=self._model.device)
+        output = self._model.model(input_ids=batch, past_key_values=self._cache, use_cache=True)
+        self._cache = output.past_key_values
+        logits: Tensor = output.logits[0, -1].float().cpu()
+        return logits

@@ -1,43 +1,44 @@
-"""Verify what a server answers: the same greedy answers as the merged folder in transformers.
+"""Verify what a server answers: the greedy answers of the merged folder in transformers.
 
-The same prompts go to the server and to the merged model on this computer, as text (completions)
-and as chats (chat completions). An answer that differs is explained:
+Held-out rows go to the server as texts (completions) and as chats (chat completions). The merged
+model on this computer follows the server's answers (`answer_path.py`). If they are not its own, the
+cause is looked for:
 
-- special tokens or template: the server counts another number of prompt tokens, or the local model
-  gives the server's answer to another prompt (`variants.py`).
-- weights: the base without the adapter gives the server's answer, or the first token that differs
-  is much less likely than the local model's.
-- quantization or rounding: that token is almost as likely. This is reported and is not a fault.
+- special tokens, template: the server counts another number of prompt tokens, or another prompt
+  explains its answers (`variants.py`).
+- sampling: a penalty to repeated tokens explains them.
+- weights: the base without the adapter explains them, or they differ more than rounding the weights
+  to 4 bits changes this model (`weight_checks.py`).
+- quantization: they differ as much as a rounding does. It is a fault only if it is stronger than
+  expected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from qlora_cli.data.encode import Example
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
 from qlora_cli.export.compare.eval_rows import eval_rows
 from qlora_cli.export.compare.logit_comparison import free_memory
 from qlora_cli.export.merge.folder import CONFIG
+from qlora_cli.export.serve.answer_path import Penalty
 from qlora_cli.export.serve.client import Answer, ServerClient
-from qlora_cli.export.serve.local_model import GreedyAnswer, LocalModel
-from qlora_cli.export.serve.variants import Messages, chat_ids, chat_variants, text_variants
+from qlora_cli.export.serve.fit import NUM_TOKENS, Exchange, Fit, fit
+from qlora_cli.export.serve.local_model import LocalModel
+from qlora_cli.export.serve.prompts import Prompt, chat_prompts, text_prompts
+from qlora_cli.export.serve.rounding import Bits, Change, changes_by_rounding
+from qlora_cli.export.serve.variants import variants
+from qlora_cli.export.serve.weight_checks import quantization_text, weight_fault
 from qlora_cli.files.locate import read_config
-from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.runs.run import Run
 
-MAX_PROMPTS = 8
-NUM_TOKENS = 24
-_MAX_GAP = 1.0
-"""Nats by which quantization may make another token the most likely one."""
-_MAX_LOGPROB_DIFFERENCE = 1.0
-"""Nats by which quantization may change the log-probability of a generated token."""
-_MAX_CHARACTERS = 400
+_PENALTY = Penalty(1.1, 64)
+"""The default of llama.cpp's programs before 2024, of llama-cpp-python's server and of Ollama."""
 
 
 @dataclass
@@ -45,8 +46,9 @@ class ServerReport:
     """The result of the verification of a server.
 
     model: its name on the server. texts, chats: number of prompts of each kind. same_texts,
-    same_chats: number of equal answers. max_logprob_difference: over the tokens of equal answers;
-    None if the server reports no log-probabilities. faults, explanation: one line each.
+    same_chats: number of equal answers. change: how much the answers differ, over those that no
+    other prompt explains; None if there are none. rounding: change by rounding the merged model to
+    so many bits; empty if the answers are close. faults, explanation: one line each.
     """
 
     model: str
@@ -54,34 +56,28 @@ class ServerReport:
     same_texts: int = 0
     chats: int = 0
     same_chats: int = 0
-    max_logprob_difference: float | None = None
+    change: Change | None = None
+    rounding: dict[Bits, Change] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     explanation: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Exchange:
-    """One prompt with both answers. ids: the expected tokens. messages: None for a text."""
-
-    ids: list[int]
-    expected: GreedyAnswer
-    answer: Answer
-    messages: Messages | None = None
-
-    @property
-    def is_same(self) -> bool:
-        return self.expected.text.strip() == self.answer.text.strip()
-
-
 def verify_server(
-    merged: Path, run: Run, client: ServerClient, device: torch.device, observer: Observer
+    merged: Path,
+    run: Run,
+    client: ServerClient,
+    bits: Bits,
+    device: torch.device,
+    observer: Observer,
 ) -> ServerReport:
     """Compare a server's answers with those of the merged folder.
 
-    run: the run that was merged, for the held-out rows and the base. device: runs the models.
+    run: the run that was merged, for the held-out rows and the base. bits: per weight, of the
+    strongest quantization that is allowed. device: runs the models.
 
-    Raises UsageError if `merged` is not a model's folder, ModelError if it cannot be loaded,
-    QloraError if the server fails.
+    Raises UsageError if `merged` is not a model's folder, or if `bits` is not 4 and the server
+    reports no log-probabilities; ModelError if the folder cannot be loaded; QloraError if the
+    server fails.
     """
     if not (merged / CONFIG).is_file():
         raise UsageError(
@@ -93,155 +89,171 @@ def verify_server(
     for note in rows.notes:
         observer.note(note)
     model = LocalModel(merged, device)
-    prompts = _prompts(model, rows.rows)
-    has_template = bool(model.tokenizer.chat_template)
-    observer.stage("server", len(prompts) * (1 + has_template))
-    texts = list(_text_exchanges(model, client, prompts, observer))
-    chats = list(_chat_exchanges(model, client, prompts, observer)) if has_template else []
-    report = ServerReport(client.name, len(texts), sum(e.is_same for e in texts))
-    report.chats, report.same_chats = len(chats), sum(e.is_same for e in chats)
-    if not has_template:
-        report.explanation.append("The model has no chat template, so no chat was compared.")
-    _compare_logprobs(report, texts)
-    unexplained = [*_explain_prompts(report, model, texts), *_explain_prompts(report, model, chats)]
-    gaps = [model.gap(exchange.expected, exchange.answer.text) for exchange in unexplained]
+    prompts = text_prompts(model, rows.rows), chat_prompts(model, rows.rows, run.recipe.data)
+    observer.stage("server", sum(map(len, prompts)))
+    groups = dict(zip(("texts", "chats"), _sent(prompts, client, observer), strict=True))
+    report = ServerReport(client.name, len(groups["texts"]), chats=len(groups["chats"]))
+    report.explanation += _notes(model, client, groups["chats"])
+    _require_log_probabilities(bits, groups)
+    exchanges, own = _explain_prompts(report, model, groups)
+    if own.is_exact:
+        return report
+    if not own.is_close:
+        report.rounding = _rounding(model, exchanges, own)
     del model
     free_memory()
-    if unexplained:
-        _explain_weights(report, unexplained, gaps, base, device)
+    _explain_weights(report, own, fit(LocalModel(base, device), exchanges), bits)
     return report
 
 
-def _prompts(model: LocalModel, rows: Sequence[Example]) -> list[str]:
-    """Return the prompts of the first rows as texts, without a leading BOS token."""
-    texts = []
-    for row in rows[:MAX_PROMPTS]:
-        first = next((i for i, label in enumerate(row.labels) if label != IGNORE_INDEX), 0)
-        ids = list(row.ids[: first if first > 1 else max(1, len(row.ids) // 2)])
-        if ids[0] == model.tokenizer.bos_token_id and len(ids) > 1:
-            ids = ids[1:]
-        texts.append(str(model.tokenizer.decode(ids, skip_special_tokens=False)))
-    return texts
-
-
-def _text_exchanges(
-    model: LocalModel, client: ServerClient, prompts: Sequence[str], observer: Observer
-) -> Iterator[_Exchange]:
-    for done, prompt in enumerate(prompts, 1):
-        ids = model.encode(prompt, special=True)
-        yield _Exchange(ids, model.greedy(ids, NUM_TOKENS), client.complete(prompt, NUM_TOKENS))
-        observer.advance(done)
-
-
-def _chat_exchanges(
-    model: LocalModel, client: ServerClient, prompts: Sequence[str], observer: Observer
-) -> Iterator[_Exchange]:
-    for done, prompt in enumerate(prompts, 1):
-        words = model.decode(model.encode(prompt, special=False)).strip()[:_MAX_CHARACTERS]
-        messages = [{"role": "user", "content": words}]
-        ids = chat_ids(model, messages)
-        answer = client.chat(messages, NUM_TOKENS)
-        yield _Exchange(ids, model.greedy(ids, NUM_TOKENS), answer, messages)
-        observer.advance(len(prompts) + done)
-
-
-def _compare_logprobs(report: ServerReport, texts: Sequence[_Exchange]) -> None:
-    """Set the largest difference of log-probabilities and report it if it is too large."""
-    differences = [
-        abs(float(log_probs[token]) - value)
-        for exchange in texts
-        if exchange.is_same and len(exchange.answer.logprobs) >= len(exchange.expected.ids)
-        for token, log_probs, value in zip(
-            exchange.expected.ids,
-            exchange.expected.log_probs,
-            exchange.answer.logprobs,
-            strict=False,
+def _require_log_probabilities(bits: Bits, groups: Mapping[str, Sequence[Exchange]]) -> None:
+    """Raise UsageError if `bits` is not 4 and the server reports no log-probabilities."""
+    if bits != 4 and not any(e.answer.logprobs for part in groups.values() for e in part):
+        raise UsageError(
+            "the server reports no log-probabilities, without which 8 bits cannot be verified",
+            where="--bits",
+            hint="leave --bits out, or let the server report log-probabilities",
         )
-    ]
-    if not differences:
-        return
-    report.max_logprob_difference = max(differences)
-    # `not <=` also reports NaN.
-    if not report.max_logprob_difference <= _MAX_LOGPROB_DIFFERENCE:
-        report.faults.append(
-            "weights: the log-probability of a generated token differs by "
-            f"{report.max_logprob_difference:.3g} nats, which is more than quantization causes"
-        )
+
+
+def _sent(
+    prompts: Sequence[Sequence[Prompt]], client: ServerClient, observer: Observer
+) -> Iterator[list[Exchange]]:
+    done = 0
+    for group in prompts:
+        exchanges = []
+        for prompt in group:
+            exchanges.append(Exchange(prompt, _answer(client, prompt)))
+            done += 1
+            observer.advance(done)
+        yield exchanges
+
+
+def _answer(client: ServerClient, prompt: Prompt) -> Answer:
+    if prompt.messages is None:
+        return client.complete(prompt.text, NUM_TOKENS)
+    return client.chat(prompt.messages, NUM_TOKENS)
+
+
+def _notes(model: LocalModel, client: ServerClient, chats: Sequence[Exchange]) -> Iterator[str]:
+    if not model.tokenizer.chat_template:
+        yield "The model has no chat template, so no chat was compared."
+    elif not chats:
+        yield "No held-out row can be sent as a chat, so no chat was compared."
+    if not client.accepts_penalties:
+        yield "The server refuses requests that switch penalties to repeated tokens off."
 
 
 def _explain_prompts(
-    report: ServerReport, model: LocalModel, exchanges: Sequence[_Exchange]
-) -> list[_Exchange]:
-    """Report template and special tokens as causes; return the differences that are left."""
-    left: list[_Exchange] = []
-    causes: dict[str, int] = {}
-    for exchange in exchanges:
-        count = exchange.answer.prompt_tokens
-        is_other_prompt = count is not None and count != len(exchange.ids)
-        if exchange.is_same and not is_other_prompt:
-            continue
-        cause = _prompt_cause(model, exchange)
-        if cause is None and is_other_prompt:
-            kind = "special tokens" if exchange.messages is None else "template"
-            cause = f"{kind}: the server's prompt has other tokens than the model's"
-        if cause is None:
-            left.append(exchange)
-        else:
-            causes[cause] = causes.get(cause, 0) + 1
-    kind = "texts" if exchanges and exchanges[0].messages is None else "chats"
-    report.faults += [
-        f"{cause} ({num} of {len(exchanges)} {kind})" for cause, num in causes.items()
-    ]
-    return left
+    report: ServerReport, model: LocalModel, groups: Mapping[str, Sequence[Exchange]]
+) -> tuple[list[Exchange], Fit]:
+    """Set the number of equal answers and the change, and report causes other than the weights.
 
-
-def _prompt_cause(model: LocalModel, exchange: _Exchange) -> str | None:
-    """Return the other prompt that explains an answer; None if none does."""
-    if exchange.messages is None:
-        variants = text_variants(model, exchange.ids)
-    else:
-        variants = chat_variants(model, exchange.messages)
-    count = exchange.answer.prompt_tokens
-    for what, ids in variants:
-        if ids == exchange.ids or not ids or count not in (None, len(ids)):
-            continue
-        # If the answers agree, only the number of tokens shows the other prompt.
-        is_explained = model.greedy(ids, NUM_TOKENS).text.strip() == exchange.answer.text.strip()
-        if is_explained or (exchange.is_same and count is not None):
-            kind = "special tokens" if "BOS" in what and "applies" not in what else "template"
-            return f"{kind}: the server {what}"
-    return None
-
-
-def _explain_weights(
-    report: ServerReport,
-    exchanges: Sequence[_Exchange],
-    gaps: Sequence[float],
-    base: Path,
-    device: torch.device,
-) -> None:
-    """Report weights or quantization as the cause of differences that no prompt explains.
-
-    gaps: of each exchange, nats between the local and the server's first token that differs.
+    Returns the exchanges that have no such cause, and their fit.
     """
-    num = len(exchanges)
-    model = LocalModel(base, device)
-    num_base = sum(
-        model.greedy(exchange.ids, NUM_TOKENS).text.strip() == exchange.answer.text.strip()
-        for exchange in exchanges
-    )
-    if num_base == num:
+    fits = {kind: fit(model, exchanges) for kind, exchanges in groups.items()}
+    report.same_texts, report.same_chats = (fits[kind].num_greedy for kind in groups)
+    left = [
+        kind
+        for kind, exchanges in groups.items()
+        if exchanges and not _has_other_prompt(report, model, exchanges, fits[kind], kind)
+    ]
+    own = Fit.joined([fits[kind] for kind in left])
+    if left:
+        report.change = Change(own.mean_gap, own.mean_difference)
+    return [exchange for kind in left for exchange in groups[kind]], own
+
+
+def _has_other_prompt(
+    report: ServerReport,
+    model: LocalModel,
+    exchanges: Sequence[Exchange],
+    own: Fit,
+    kind: str,
+) -> bool:
+    """Report template, special tokens or a penalty and return True if they cause the differences.
+
+    own: the fit of the prompts that the model should read. kind: `texts` or `chats`.
+    """
+    num_other = sum(exchange.is_other_prompt for exchange in exchanges)
+    if own.is_close and not num_other:
+        return False
+    cause = _cause(model, exchanges, own, has_other_prompts=num_other > 0)
+    if cause is None and num_other:
+        first = next(exchange for exchange in exchanges if exchange.is_other_prompt)
+        name = "special tokens" if kind == "texts" else "template"
+        cause = _Cause(
+            f"{name}: the server reads {first.answer.prompt_tokens} tokens where the model's own "
+            f"prompt has {len(first.prompt.ids)}"
+        )
+    if cause is not None:
+        lines = report.faults if cause.is_fault else report.explanation
+        lines.append(f"{cause.text} ({num_other or len(exchanges)} of {len(exchanges)} {kind})")
+    return cause is not None
+
+
+@dataclass(frozen=True)
+class _Cause:
+    """Why answers differ. is_fault: whether the server must not do so."""
+
+    text: str
+    is_fault: bool = True
+
+
+def _cause(
+    model: LocalModel, exchanges: Sequence[Exchange], own: Fit, has_other_prompts: bool
+) -> _Cause | None:
+    """Return the prompt or penalty that explains answers best; None if the own prompt does."""
+    found: list[tuple[float, _Cause]] = []
+    counts = [exchange.answer.prompt_tokens for exchange in exchanges]
+    own_ids = [exchange.prompt.ids for exchange in exchanges]
+    for variant in variants(model, [exchange.prompt for exchange in exchanges]):
+        is_possible = all(
+            ids and count in (None, len(ids))
+            for ids, count in zip(variant.prompts, counts, strict=True)
+        )
+        if not is_possible or variant.prompts == own_ids:
+            continue
+        other = fit(model, exchanges, variant.prompts)
+        # If the number of tokens is another one, the own prompt is wrong in any case.
+        is_right = other.mean_gap <= own.mean_gap if has_other_prompts else False
+        if is_right or other.explains_better_than(own):
+            text = f"{variant.cause}: the server {variant.what}"
+            found.append((other.mean_gap, _Cause(text, variant.is_fault)))
+    if not has_other_prompts:
+        other = fit(model, exchanges, penalty=_PENALTY)
+        if other.explains_better_than(own, by_gaps=True):
+            text = f"sampling: the server applies a repetition penalty of {_PENALTY.factor:g}"
+            found.append((other.mean_gap, _Cause(text)))
+    return min(found, key=lambda item: item[0])[1] if found else None
+
+
+def _rounding(model: LocalModel, exchanges: Sequence[Exchange], own: Fit) -> dict[Bits, Change]:
+    """Return the change of the model's own answers by rounding its weights. It is changed."""
+    prompts = [exchange.prompt.ids for exchange in exchanges]
+    answers = [
+        path.ids if path.is_greedy else model.greedy(prompt, NUM_TOKENS)
+        for prompt, path in zip(prompts, own.paths, strict=True)
+    ]
+    # An empty answer is compared by the token that ends it.
+    end = sorted(model.ends)[:1]
+    pairs = zip(prompts, answers, strict=True)
+    return changes_by_rounding(model, [(prompt, answer or end) for prompt, answer in pairs])
+
+
+def _explain_weights(report: ServerReport, own: Fit, of_base: Fit, bits: Bits) -> None:
+    """Report weights or quantization as the cause of differences.
+
+    own, of_base: the fits of the merged model and of the base without the adapter.
+    """
+    assert report.change is not None
+    if of_base.explains_better_than(own):
         report.faults.append(
-            f"weights: the server gives the answers of the base without the adapter ({num} of them)"
+            "weights: the base without the adapter explains the server's answers "
+            f"({of_base.num_greedy} of {len(of_base.paths)} are its own)"
         )
-    elif not max(gaps) <= _MAX_GAP:
-        report.faults.append(
-            f"weights: {num} answers differ, and the first token that differs is up to "
-            f"{max(gaps):.3g} nats less likely than the merged model's, which is more than "
-            "quantization causes"
-        )
-    else:
-        report.explanation.append(
-            f"Quantization or rounding: {num} answers differ from a token on that is at most "
-            f"{max(gaps):.3g} nats less likely than the merged model's."
-        )
+        return
+    if report.rounding:
+        fault = weight_fault(report.change, report.rounding, bits)
+        report.faults += [fault] if fault else []
+    report.explanation.append(quantization_text(report.change, report.rounding))
