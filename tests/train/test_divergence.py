@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qlora_cli.data.collate import collate
 from qlora_cli.errors import ModelError, NotFinite, QloraError
 from qlora_cli.events import Silent
+from qlora_cli.files.checksums import CHECKSUMS
 from qlora_cli.jobs import train
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import read_steps
@@ -185,6 +186,7 @@ def test_a_checkpoint_of_an_older_version_that_is_not_finite_is_refused(
     values = load_file(file)
     next(iter(values.values())).view(-1)[0] = float("nan")
     save_file(values, file, metadata={"format": "pt"})
+    (run.checkpoint(2) / CHECKSUMS).unlink()  # Which older versions did not write.
     outcome = qlora("train", tmp_path / "job.yaml", "--resume")
     assert outcome.code == ModelError.exit_code, outcome.err
     assert "not finite" in outcome.err
