@@ -35,16 +35,16 @@ def test_a_model_type_without_proof_is_refused_with_the_reason(
     job_recipe: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     other = shutil.copytree(tiny_base, tmp_path / "other")
-    sizes = {"hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = {"model_type": "opt", "vocab_size": 300, "word_embed_proj_dim": 8, **sizes}
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = {"model_type": "roberta", "vocab_size": 300, "num_attention_heads": 1, **sizes}
     (other / "config.json").write_text(json.dumps(config))
     for command in ("train", "plan"):
         outcome = qlora(command, job_recipe, f"model.name={other}")
         assert_refused(
             outcome,
             2,
-            "'opt' is not supported",
-            "OPTLearnedPositionalEmbedding",
+            "'roberta' is not supported",
+            "the code around its head cannot be examined",
             "llama",
         )
     assert_folder_is_usable(job_recipe)
