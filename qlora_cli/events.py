@@ -6,7 +6,8 @@ the interface for the terminal; `Silent` ignores all events.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -27,6 +28,7 @@ class StepEvent:
     eval_loss: the last loss on the held-out set, of this step or an earlier one; None before the
     first evaluation. counts_process: the memory is that of the whole process, with Python and its
     libraries, because the job runs on a CPU. These two are not in `metrics.jsonl`.
+    metrics: the task's other metrics by name; `metrics.jsonl` has them with the prefix `train_`.
     """
 
     step: int
@@ -42,6 +44,7 @@ class StepEvent:
     joules: float | None = None
     eval_loss: float | None = None
     counts_process: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Observer(Protocol):

@@ -37,18 +37,21 @@ class TokenFacts:
     digest: hash of the token ids; rows with equal digests are taken as equal (of two million
     different rows, two have the same one with a probability of 1e-7). begin: the first two tokens.
     last_target: the last trained token. unknown: number of tokens that the tokenizer does not know.
+    equal_segments: whether the row has several segments and all have the same tokens.
     """
 
     digest: NDArray[np.uint64]
     begin: NDArray[np.int32]
     last_target: NDArray[np.int32]
     unknown: NDArray[np.int32]
+    equal_segments: NDArray[np.bool_]
 
     @classmethod
     def of(cls, examples: Examples, unknown_id: int | None) -> TokenFacts:
         """Return the facts about examples. Their tokens are read once, one row at a time."""
         number = len(examples)
         digest, unknown = np.zeros(number, np.uint64), np.zeros(number, np.int32)
+        equal = np.zeros(number, np.bool_)
         begin, last_target = np.full((number, 2), -1, np.int32), np.zeros(number, np.int32)
         for index in range(number):
             ids, labels = examples.arrays(index)
@@ -56,7 +59,10 @@ class TokenFacts:
             begin[index, : len(ids)] = ids[:2]
             last_target[index] = labels[labels != IGNORE_INDEX][-1]
             unknown[index] = np.count_nonzero(ids == unknown_id) if unknown_id is not None else 0
-        return cls(digest, begin, last_target, unknown)
+            lengths = examples.segments(index)
+            parts = np.split(ids, np.cumsum(lengths)[:-1]) if lengths else []
+            equal[index] = bool(parts) and all(np.array_equal(parts[0], p) for p in parts[1:])
+        return cls(digest, begin, last_target, unknown, equal)
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,15 @@ def _held_out_in_train(dataset: EncodedDataset) -> Iterator[str]:
         )
 
 
+def _equal_answers(dataset: EncodedDataset) -> Iterator[str]:
+    equal = np.flatnonzero(dataset.facts.equal_segments)
+    if len(equal):
+        yield (
+            f"{_rows(dataset.examples, equal)} have the same text as both answers, from which no "
+            "preference is learned"
+        )
+
+
 def _lengths(dataset: EncodedDataset) -> Iterator[str]:
     examples, lengths = dataset.examples, dataset.examples.lengths
     longest, median = int(lengths.max()), float(np.median(lengths))
@@ -241,6 +256,7 @@ CHECKS: tuple[Callable[[EncodedDataset], Iterator[str]], ...] = (
     _duplicates,
     _held_out_in_train,
     _few_targets,
+    _equal_answers,
     _lengths,
     _packing_efficiency,
 )

@@ -2,7 +2,8 @@
 
 All rows of a micro-batch, packed or not, are concatenated to one sequence. `segments` gives the
 length of each row, so that attention stays inside a row; positions start at 0 in each row; and the
-last token of a row predicts nothing. So no row attends to another or is trained on its tokens.
+last token of a row predicts nothing. So no row attends to another or is trained on its tokens. A
+row of several segments, such as a pair of answers, is treated in the same way at its segments.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from qlora_cli.nn.labels import IGNORE_INDEX
 class BatchSize:
     """The sizes that the memory of a micro-batch depends on. It grows with each of them.
 
-    tokens: number of tokens of all rows. targets: number of trained tokens. rows: number of rows.
-    longest: number of tokens of the longest row.
+    tokens: number of tokens of all rows. targets: number of trained tokens. segments: number of
+    segments, of which a row has one or several. longest: number of tokens of the longest segment.
     """
 
     tokens: int
     targets: int
-    rows: int
+    segments: int
     longest: int
 
     @classmethod
@@ -38,7 +39,7 @@ class BatchSize:
         return cls(
             max(size.tokens for size in sizes),
             max(size.targets for size in sizes),
-            max(size.rows for size in sizes),
+            max(size.segments for size in sizes),
             max(size.longest for size in sizes),
         )
 
@@ -46,7 +47,7 @@ class BatchSize:
 def peak_batches(sizes: Sequence[BatchSize]) -> set[int]:
     """Return the indices of the micro-batches at which memory peaks.
 
-    These are the ones with the most tokens, the most targets and the most rows.
+    These are the ones with the most tokens, the most targets and the most segments.
     """
     return largest_columns(np.array([astuple(size) for size in sizes], np.int64).reshape(-1, 4).T)
 
@@ -56,8 +57,12 @@ def largest_columns(columns: NDArray[np.int64]) -> set[int]:
 
     columns: one row per field of BatchSize, one column per micro-batch.
     """
-    tokens, targets, rows, _ = columns
-    orders = ((tokens, targets, rows), (targets, tokens, rows), (rows, tokens, targets))
+    tokens, targets, segments, _ = columns
+    orders = (
+        (tokens, targets, segments),
+        (targets, tokens, segments),
+        (segments, tokens, targets),
+    )
     return {_first_largest(order) for order in orders if len(tokens)}
 
 
@@ -73,10 +78,11 @@ def _first_largest(order: Sequence[NDArray[np.int64]]) -> int:
 class Batch:
     """A micro-batch of T tokens, on the CPU.
 
-    input_ids, position_ids: (1, T) int64; positions start at 0 in each row.
+    input_ids, position_ids: (1, T) int64; positions start at 0 in each segment.
     labels: (T,) int64, the token after each position; IGNORE_INDEX if that token is not trained,
-    and at the last position of each row. segments: length of each row; their sum is T.
-    num_targets: number of labels that are not IGNORE_INDEX.
+    and at the last position of each segment. segments: lengths of the segments of all rows, in
+    order; their sum is T. num_targets: number of labels that are not IGNORE_INDEX.
+    constants: (rows, k) float32, the constants of each row; None if the task computes none.
     """
 
     input_ids: Tensor
@@ -84,6 +90,7 @@ class Batch:
     labels: Tensor
     segments: tuple[int, ...]
     num_targets: int
+    constants: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -101,30 +108,44 @@ def collate(rows: Sequence[Example]) -> Batch:
     ids: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
+    segments: list[int] = []
     for row in rows:
         ids += row.ids
-        positions += range(len(row.ids))
-        labels += row.labels[1:]
-        labels.append(IGNORE_INDEX)
+        start = len(labels)
+        labels += row.labels
+        for length in row.segments or (len(row.ids),):
+            segments.append(length)
+            positions += range(length)
+            labels[start : start + length] = [*labels[start + 1 : start + length], IGNORE_INDEX]
+            start += length
+    constants = [row.constants for row in rows if row.constants]
     return Batch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
         labels=torch.tensor(labels),
-        segments=tuple(len(row.ids) for row in rows),
+        segments=tuple(segments),
         num_targets=sum(row.num_targets for row in rows),
+        constants=torch.tensor(constants) if constants else None,
     )
 
 
 def largest_batch(
-    seq_len: int, micro_batch: int, vocab_size: int = 1, device: str | torch.device = "cpu"
+    seq_len: int,
+    micro_batch: int,
+    vocab_size: int = 1,
+    device: str | torch.device = "cpu",
+    segments: int = 1,
 ) -> Batch:
     """Return the largest micro-batch that a recipe allows: full sequences, every token trained.
 
     seq_len: tokens per sequence; each sequence is one row. micro_batch: number of sequences.
-    vocab_size: token ids are smaller than it. device: `meta` in a dry run.
+    vocab_size: token ids are smaller than it. device: `meta` in a dry run. segments: number of
+    segments of a row.
     """
-    targets = micro_batch * (seq_len - 1)
-    size = BatchSize(micro_batch * seq_len, targets, micro_batch, seq_len)
+    num_segments, tokens = micro_batch * segments, micro_batch * seq_len
+    # The other segments of the row have two tokens, of which one is trained.
+    longest = seq_len - 2 * (segments - 1)
+    size = BatchSize(tokens, tokens - num_segments, num_segments, longest)
     return synthetic_batch(size, vocab_size, device)
 
 
@@ -133,18 +154,18 @@ def synthetic_batch(
 ) -> Batch:
     """Return a micro-batch of a given size whose tokens are not from any text.
 
-    One row has `size.longest` tokens and the others share the rest equally, with at least one
+    One segment has `size.longest` tokens and the others share the rest equally, with at least one
     token each. So the batch has more than `size.tokens` tokens if the size is an upper bound with
-    many rows. vocab_size: token ids are smaller than it. device: `meta` in a dry run.
+    many segments. vocab_size: token ids are smaller than it. device: `meta` in a dry run.
     """
-    others = size.rows - 1
+    others = size.segments - 1
     rest = max(size.tokens - size.longest, others)
     segments = (size.longest, *(rest // others + (n < rest % others) for n in range(others)))
     positions = torch.cat([torch.arange(length) for length in segments])
     ids = positions % vocab_size
     is_end = torch.zeros_like(ids)
     is_end[torch.tensor(segments).cumsum(0) - 1] = 1
-    # The last position of a row gets a target only if no other position is left.
+    # The last position of a segment gets a target only if no other position is left.
     targets = is_end.argsort(stable=True)[: size.targets]
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[targets] = ids.roll(-1)[targets]

@@ -6,7 +6,7 @@ To accept another role name, add it to `ROLES`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_cli.data.row_errors import RowError, check_strings, missing_field
@@ -30,6 +30,8 @@ ROLES = {
     "tool": "tool",
 }
 """Name in the `from` field of a sharegpt row -> role in a chat template."""
+PAIR = ("chosen", "rejected")
+"""The fields of a preference row with its two answers."""
 _CALLS = ("function_call", "tool_call")
 _WEIGHTS = ("weight", "loss_weight")
 
@@ -76,6 +78,47 @@ def from_messages(fields: Fields) -> Conversation:
     turns = _turns(fields, "messages", ("role",))
     messages = [_openai_message(turn) for turn in turns]
     return _conversation(messages, {**fields, "system": None})
+
+
+def from_pair(fields: Fields) -> tuple[Conversation, Conversation]:
+    """Return the two chats of a preference row (`chosen` and `rejected`, lists of messages).
+
+    The messages that both begin with are the prompt and are not trained; the last message never
+    belongs to them. `prompt` is a list of messages before both, or the text of a user message,
+    which the lists may contain, too. Raises RowError if the row is malformed or an answer has no
+    assistant message.
+    """
+    lists = [_turns(fields, key, ("role",)) for key in PAIR]
+    prompt = _prompt_messages(fields, lists)
+    chats = [from_messages({**fields, "messages": [*prompt, *turns]}) for turns in lists]
+    chosen, rejected = (chat.messages for chat in chats)
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    answers = []
+    for name, chat in zip(PAIR, chats, strict=True):
+        trained = [index >= shared and is_used for index, is_used in enumerate(chat.trained)]
+        if not any(trained):
+            raise RowError(f"{name!r} has no assistant message after the prompt")
+        answers.append(replace(chat, trained=trained))
+    return answers[0], answers[1]
+
+
+def _prompt_messages(fields: Fields, lists: list[list[Message]]) -> list[Message]:
+    """Return the messages of `prompt` that the lists of `chosen` and `rejected` do not contain."""
+    prompt = fields.get("prompt")
+    if prompt is None:
+        return []
+    if not isinstance(prompt, str):
+        return _turns(fields, "prompt", ("role",))
+    if all(turns[0]["role"] == "assistant" for turns in lists):
+        return [{"role": "user", "content": prompt}]
+    if not all(any(turn.get("content") == prompt for turn in turns) for turns in lists):
+        raise RowError(
+            "'prompt' is not a message of 'chosen' and 'rejected', which have their own prompt",
+            "remove the field 'prompt', or the prompt's messages from both lists",
+        )
+    return []
 
 
 def _conversation(messages: list[Message], fields: Fields) -> Conversation:

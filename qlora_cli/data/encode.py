@@ -13,15 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from qlora_cli.data.align import Span
 from qlora_cli.data.chat_template import ChatTemplate
+from qlora_cli.data.contents import Content, PromptCompletion, TokenIds
 from qlora_cli.data.conversation import Conversation
-from qlora_cli.data.formats import FORMATS, Content, RowFormat, TokenIds, content_of
+from qlora_cli.data.formats import FORMATS, content_of
 from qlora_cli.data.row_errors import FieldsError, RowError
 from qlora_cli.data.row_store import Row
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import InputError, ModelError
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
 
@@ -32,17 +34,31 @@ class Example:
 
     ids: token ids of the complete row. labels: of the same length and not shifted: the token's own
     id if it is trained, else IGNORE_INDEX. origin: file and line, for example `rows.jsonl:42`.
+    segments: lengths of the parts of the row that do not attend to each other, such as the two
+    answers of a preference pair; empty if the row is one part. constants: values that a task has
+    computed for the row before training, such as log-probabilities under a reference model.
     """
 
     ids: list[int]
     labels: list[int]
     origin: str
+    segments: tuple[int, ...] = ()
+    constants: tuple[float, ...] = ()
 
     @property
     def num_targets(self) -> int:
-        """Return the number of trained tokens; the first token is never predicted."""
-        first = self.labels[:1].count(IGNORE_INDEX)
-        return max(len(self.labels) - 1, 0) - self.labels.count(IGNORE_INDEX) + first
+        """Return the number of trained tokens; the first token of a segment is never predicted."""
+        starts = [0, *accumulate(self.segments[:-1])]
+        never = sum(self.labels[start : start + 1] != [IGNORE_INDEX] for start in starts)
+        return max(len(self.labels) - self.labels.count(IGNORE_INDEX) - never, 0)
+
+    def split(self) -> list[Example]:
+        """Return each segment as an example of its own."""
+        bounds = [0, *accumulate(self.segments or (len(self.ids),))]
+        return [
+            Example(self.ids[start:stop], self.labels[start:stop], self.origin)
+            for start, stop in pairwise(bounds)
+        ]
 
 
 Result = Example | RowError | None
@@ -50,7 +66,7 @@ Result = Example | RowError | None
 
 
 @dataclass(frozen=True)
-class _Text:
+class RenderedText:
     """A row's text and its trained spans.
 
     add_begin: whether the tokenizer adds its first tokens. add_end: whether an end token is added.
@@ -77,9 +93,15 @@ def encode(
     Rows are not tokenized either if the fields of one of them are faulty. A row is malformed
     (FieldsError), outside the vocabulary, without a trained token, or has tools that the chat
     template does not write (ToolsNotWritten).
-    Raises ModelError if the tokenizer cannot encode this format.
+    Raises ModelError if the tokenizer cannot encode this format, InputError if it is `preference`.
     """
     row_format = FORMATS[format]
+    if format == "preference":
+        raise InputError(
+            "the rows are pairs of a chosen and a rejected answer",
+            hint="set task: preference, or data.columns to train on one of the answers, such as "
+            "{completion: chosen}",
+        )
     has_chat_template = bool(getattr(tokenizer, "chat_template", None))
     parsed = [content_of(row, format, has_chat_template=has_chat_template) for row in rows]
     contents = [content for content in parsed if not isinstance(content, FieldsError)]
@@ -89,13 +111,19 @@ def encode(
         vocab_size = vocab_size or (tokenizer and len(tokenizer))
         results = _from_ids(rows, contents)
     else:
-        _check_tokenizer(tokenizer, row_format)
+        uses_template = row_format.chat_template == "required"
+        check_tokenizer(tokenizer, row_format.name, needs_template=uses_template)
         template = ChatTemplate(tokenizer)
-        results = _tokenized(rows, [_text(content, template) for content in contents], tokenizer)
-    return [_checked(result, vocab_size) for result in results]
+        texts = [rendered(content, template) for content in contents]
+        results = tokenized([row.origin for row in rows], texts, tokenizer)
+    return [checked(result, vocab_size) for result in results]
 
 
-def _checked(result: Example | RowError, vocab_size: int | None) -> Example | RowError:
+def checked(result: Example | RowError, vocab_size: int | None) -> Example | RowError:
+    """Return a result, or the error of an example that cannot be trained on.
+
+    vocab_size: token ids must be smaller than it; None skips this check.
+    """
     if isinstance(result, Example):
         try:
             _check_example(result, vocab_size)
@@ -109,11 +137,16 @@ def _check_example(example: Example, vocab_size: int | None) -> None:
         largest = max(max(values, default=0) for values in (example.ids, example.labels))
         if largest >= vocab_size:
             raise RowError(f"token id {largest}, but the vocabulary ends at {vocab_size - 1}")
-    if not example.num_targets:
+    segments = example.split() if example.segments else [example]
+    if not all(segment.num_targets for segment in segments):
         raise RowError("no token of this row would be trained")
 
 
-def _check_tokenizer(tokenizer: Any, row_format: RowFormat) -> None:
+def check_tokenizer(tokenizer: Any, format: DataFormat, *, needs_template: bool) -> None:
+    """Raise ModelError if the tokenizer cannot encode rows of a format.
+
+    needs_template: whether rows are written by its chat template.
+    """
     if tokenizer is None:
         raise ModelError(
             "the base has no tokenizer", hint="only rows of input_ids (format: tokens) can be used"
@@ -123,9 +156,9 @@ def _check_tokenizer(tokenizer: Any, row_format: RowFormat) -> None:
             "the base's tokenizer is a slow one, which reports no character offsets of its tokens",
             hint="a tokenizer.json is needed; transformers writes one with save_pretrained",
         )
-    if row_format.chat_template == "required" and not tokenizer.chat_template:
+    if needs_template and not tokenizer.chat_template:
         raise ModelError(
-            f"{row_format.name} rows need a chat template, and the base's tokenizer has none",
+            f"{format} rows need a chat template, and the base's tokenizer has none",
             hint="use the instruct variant of the base, set data.template (chatml, alpaca or a "
             "Jinja file), or write prompt and completion rows",
         )
@@ -139,31 +172,32 @@ def _from_ids(rows: Sequence[Row], contents: Sequence[Content]) -> list[Example 
     return examples
 
 
-def _text(content: Content, template: ChatTemplate) -> _Text | RowError:
+def rendered(content: Content, template: ChatTemplate) -> RenderedText | RowError:
+    """Return the text of a chat or of a prompt with its completion, or the row's error."""
     if isinstance(content, Conversation):
         try:
-            rendered = template.render(content)
+            chat = template.render(content)
         except RowError as error:
             return error
-        return _Text(rendered.text, rendered.spans, add_begin=False, add_end=False)
-    assert not isinstance(content, TokenIds)
+        return RenderedText(chat.text, chat.spans, add_begin=False, add_end=False)
+    assert isinstance(content, PromptCompletion)
     text, bos = content.prompt + content.completion, template.tokenizer.bos_token
     # A prompt copied from a rendered chat already begins with the BOS token.
     has_bos = bool(bos) and text.startswith(bos)
     span = (len(content.prompt), len(text))
-    return _Text(text, (span,), add_begin=not has_bos, add_end=True)
+    return RenderedText(text, (span,), add_begin=not has_bos, add_end=True)
 
 
-def _tokenized(
-    rows: Sequence[Row], texts: Sequence[_Text | RowError], tokenizer: Any
+def tokenized(
+    origins: Sequence[str], texts: Sequence[RenderedText | RowError], tokenizer: Any
 ) -> list[Example | RowError]:
-    """Return the example of each text, and each error as it is, in order."""
+    """Return the example of each text, and each error as it is, in order. origins: of the texts."""
     results: list[Any] = list(texts)
     for add_begin in (True, False):
         batch = [
             (index, text)
             for index, text in enumerate(texts)
-            if isinstance(text, _Text) and text.add_begin == add_begin
+            if isinstance(text, RenderedText) and text.add_begin == add_begin
         ]
         if not batch:
             continue
@@ -181,7 +215,7 @@ def _tokenized(
             labels = _labels(ids, offsets, text.spans)
             if text.add_end:
                 _add_end(ids, labels, tokenizer.eos_token_id)
-            results[index] = Example(ids, labels, rows[index].origin)
+            results[index] = Example(ids, labels, origins[index])
     return results
 
 

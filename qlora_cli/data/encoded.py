@@ -5,6 +5,8 @@ A table has one record batch per part of the rows that was encoded in one go. Co
 - `input_ids`: token ids, list of int32
 - `trained`: for each token whether its label is the token itself, list of uint8
 - `labels`: labels, list of int32; null if `trained` determines them
+- `segments`: lengths of the parts that do not attend to each other, list of int32; null if every
+  row of the batch is one part
 - `targets`: number of trained tokens, int32
 - `file`, `line`: index of the file's name, int32, and the line of the row, int64
 """
@@ -29,6 +31,7 @@ SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         "trained": pa.list_(pa.uint8()),
         "labels": pa.list_(pa.int32()),
+        "segments": pa.list_(pa.int32()),
         "targets": pa.int32(),
         "file": pa.int32(),
         "line": pa.int64(),
@@ -50,11 +53,20 @@ def record_batch(
         _lists(bounds, ids),
         _lists(bounds, is_trained.astype(np.uint8)),
         pa.nulls(len(examples), SCHEMA.field("labels").type) if own_ids else _lists(bounds, labels),
+        _segments(examples),
         pa.array([example.num_targets for example in examples], pa.int32()),
         pa.array(files, pa.int32()),
         pa.array(lines, pa.int64()),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _segments(examples: Sequence[Example]) -> pa.Array:
+    if not any(example.segments for example in examples):
+        return pa.nulls(len(examples), SCHEMA.field("segments").type)
+    lengths = [example.segments or (len(example.ids),) for example in examples]
+    bounds = np.cumsum([0, *map(len, lengths)], dtype=np.int32)
+    return _lists(bounds, np.array([n for row in lengths for n in row], np.int32))
 
 
 def _lists(bounds: NDArray[np.int32], values: NDArray[Any]) -> pa.ListArray:
@@ -66,7 +78,8 @@ class Part:
     """The rows of one record batch, as arrays without copies.
 
     first: number of its first row. bounds: the tokens of its row i are [bounds[i], bounds[i + 1]).
-    labels: None if `trained` determines them.
+    labels: None if `trained` determines them. segments: lengths of the segments of all rows, and
+    `segment_bounds` as `bounds`; None if every row is one segment.
     """
 
     first: int
@@ -74,13 +87,24 @@ class Part:
     ids: NDArray[np.int32]
     trained: NDArray[np.uint8]
     labels: NDArray[np.int32] | None
+    segment_bounds: NDArray[np.int32] | None
+    segments: NDArray[np.int32] | None
+
+    def segment_sizes(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return the number of segments of each row, and the length of its longest one."""
+        lengths = np.diff(self.bounds)
+        if self.segments is None or self.segment_bounds is None:
+            return np.ones_like(lengths), lengths
+        starts = self.segment_bounds[:-1]
+        return np.diff(self.segment_bounds), np.maximum.reduceat(self.segments, starts)
 
 
 class EncodedRows:
     """Token ids and labels of rows, by the number of the row.
 
     names: short names of the files that rows are from. lengths, targets: number of tokens and of
-    trained tokens of each row. files, lines: where each row is from.
+    trained tokens of each row. num_segments, longest: number of segments of each row, and length of
+    its longest one. files, lines: where each row is from.
     """
 
     def __init__(self, batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> None:
@@ -94,6 +118,10 @@ class EncodedRows:
         self._firsts = [part.first for part in self.parts]
         self._num_rows = first
         self.lengths = _joined([np.diff(part.bounds) for part in self.parts], np.int32)
+        segment_sizes = [part.segment_sizes() for part in self.parts]
+        self.num_segments, self.longest = (
+            _joined([sizes[index] for sizes in segment_sizes], np.int32) for index in (0, 1)
+        )
         self.targets, self.files, self.lines = (
             _joined([batch.column(name).to_numpy() for batch in batches], dtype)
             for name, dtype in (("targets", np.int32), ("file", np.int32), ("line", np.int64))
@@ -114,6 +142,14 @@ class EncodedRows:
             return part.labels[tokens]
         return np.where(part.trained[tokens], part.ids[tokens], np.int32(IGNORE_INDEX))
 
+    def segments(self, row: int) -> tuple[int, ...]:
+        """Return the lengths of a row's segments; empty if the row is one segment."""
+        part = self.parts[bisect_right(self._firsts, row) - 1]
+        if part.segments is None or part.segment_bounds is None:
+            return ()
+        start, stop = part.segment_bounds[row - part.first : row - part.first + 2].tolist()
+        return tuple(part.segments[start:stop].tolist())
+
     def origin(self, row: int) -> str:
         """Return file and line of a row."""
         return f"{self.names[self.files[row]]}:{self.lines[row]}"
@@ -126,13 +162,17 @@ class EncodedRows:
 
 
 def _part(batch: pa.RecordBatch, first: int) -> Part:
-    ids, trained, labels = (batch.column(name) for name in ("input_ids", "trained", "labels"))
+    names = ("input_ids", "trained", "labels", "segments")
+    ids, trained, labels, segments = (batch.column(name) for name in names)
+    is_split = not segments.null_count
     return Part(
         first,
         ids.offsets.to_numpy(),
         ids.values.to_numpy(),
         trained.values.to_numpy(),
         None if labels.null_count else labels.values.to_numpy(),
+        segments.offsets.to_numpy() if is_split else None,
+        segments.values.to_numpy() if is_split else None,
     )
 
 
@@ -194,7 +234,7 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return self.take(index)
         ids, labels = self.arrays(index)
-        return Example(ids.tolist(), labels.tolist(), self.origin(index))
+        return Example(ids.tolist(), labels.tolist(), self.origin(index), self.segments(index))
 
     def arrays(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the token ids and the labels of an example."""
@@ -210,9 +250,23 @@ class Examples(Sequence[Example]):
             for digest, values in zip(digests, (part.ids, labels), strict=False):
                 digest.update(np.ascontiguousarray(values[used]).data)
             digests[2].update(np.diff(part.bounds).data)
+            if part.segments is not None:
+                digests[2].update(np.ascontiguousarray(part.segments).data)
         for column in (self.rows, self.starts, self.lengths):
             digests[2].update(np.ascontiguousarray(column).data)
         return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+    def segments(self, index: int) -> tuple[int, ...]:
+        """Return the lengths of an example's segments; empty if it is one segment."""
+        return self.encoded.segments(int(self.rows[index]))
+
+    def segment_sizes(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return the number of segments of each example and the length of its longest one.
+
+        A piece of a split row is one segment: rows of several segments are never split.
+        """
+        longest = np.minimum(self.encoded.longest[self.rows], self.lengths)
+        return self.encoded.num_segments[self.rows], longest
 
     def where(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return the file and the line of each example."""
@@ -233,12 +287,3 @@ class Examples(Sequence[Example]):
         origin = self.encoded.origin(int(self.rows[index]))
         pieces = self.pieces[index]
         return f"{origin} [{self.piece[index]}/{pieces}]" if pieces else origin
-
-
-def sizes(examples: Sequence[Example]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return the number of tokens and of trained tokens of each example."""
-    if isinstance(examples, Examples):
-        return examples.lengths, examples.targets
-    lengths = [len(example.ids) for example in examples]
-    targets = [example.num_targets for example in examples]
-    return np.array(lengths, np.int32), np.array(targets, np.int32)

@@ -1,8 +1,8 @@
 """The data formats: which fields a row has and what they become.
 
 To add a format, add one entry to `FORMATS` and its name to `DataFormat` in recipe/schema.py. A
-format converts a row to one of three contents, which `data/encode.py` turns into token ids:
-a conversation, a prompt with its completion, or ready token ids.
+format converts a row to one of four contents, which `data/encode.py` turns into token ids:
+a conversation, a prompt with its completion, ready token ids, or a pair of answers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qlora_cli.data.contents import AnswerPair, Content, PromptCompletion, TokenIds
 from qlora_cli.data.conversation import (
-    Conversation,
+    PAIR,
     from_alpaca,
     from_messages,
+    from_pair,
     from_sharegpt,
     parsed_json,
 )
@@ -37,24 +39,6 @@ ALPACA_WITH_INPUT = (
 """Taori et al. 2023, `PROMPT_DICT` of stanford_alpaca's train.py, to the letter."""
 
 
-@dataclass(frozen=True)
-class PromptCompletion:
-    """A prompt, which the model reads, and a completion, on which it is trained."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """Ready token ids and their labels, of the same length and not shifted."""
-
-    ids: list[int]
-    labels: list[int]
-
-
-Content = Conversation | PromptCompletion | TokenIds
-"""What a row is converted to."""
 Fields = dict[str, Any]
 
 
@@ -66,7 +50,8 @@ class RowFormat:
     required: fields that must be present and not null. optional: other fields that are read.
     convert: function of a row's fields and of whether the tokenizer has a chat template; it checks
     the values, raises RowError, and returns the row's content.
-    chat_template: whether rows are written by the tokenizer's chat template.
+    chat_template: whether rows are written by the tokenizer's chat template; `for messages`: those
+    with lists of messages are.
     tokenized: False if rows are token ids already.
     aliases: names that other tools use for a field -> the field's name; used in hints.
     """
@@ -76,7 +61,7 @@ class RowFormat:
     required: tuple[str, ...]
     convert: Callable[[Fields, bool], Content]
     optional: tuple[str, ...] = ()
-    chat_template: Literal["required", "if present", "never"] = "never"
+    chat_template: Literal["required", "if present", "for messages", "never"] = "never"
     tokenized: bool = True
     aliases: Mapping[str, str] = field(default_factory=dict)
 
@@ -208,6 +193,19 @@ def _tokens(fields: Fields, has_chat_template: bool) -> TokenIds:
     return TokenIds(list(ids), list(ids if labels is None else labels))
 
 
+def _preference(fields: Fields, has_chat_template: bool) -> AnswerPair:
+    if isinstance(fields["chosen"], str) and isinstance(fields["rejected"], str):
+        check_strings(fields, "prompt")
+        if fields.get("prompt") is None:
+            raise RowError(
+                "no field 'prompt', which the texts in 'chosen' and 'rejected' answer",
+                "add the prompt, or write 'chosen' and 'rejected' as lists of messages",
+            )
+        prompt: str = fields["prompt"]
+        return AnswerPair(*(PromptCompletion(prompt, fields[key]) for key in PAIR))
+    return AnswerPair(*from_pair(fields))
+
+
 def _check_ids(name: str, values: Any, lowest: int) -> None:
     """Raise RowError unless `values` is a list of token ids; `lowest` may be IGNORE_INDEX."""
     if not isinstance(values, list) or not all(type(value) is int for value in values):
@@ -271,10 +269,21 @@ _ALL = (
         convert=_text,
         aliases={"content": "text"},
     ),
+    RowFormat(
+        "preference",
+        "A chosen and a rejected answer to one prompt, for `task: preference`: texts, or lists of "
+        "messages.",
+        required=PAIR,
+        optional=("prompt", "tools"),
+        convert=_preference,
+        chat_template="for messages",
+    ),
 )
 
 FORMATS: dict[DataFormat, RowFormat] = {known.name: known for known in _ALL}
 """All formats by name, in the order in which `auto` tries them.
 
-`text` is last because published Alpaca rows have their rendered prompt as `text`, too.
+`text` is after `alpaca` because published Alpaca rows have their rendered prompt as `text`, too.
+`preference` is last: rows of pairs often have the fields of another format as well, and `task:
+preference` sets the format.
 """

@@ -221,7 +221,8 @@ class RowLoader:
     def _fitted(self, part: EncodedPart) -> LoadedRows:
         """Apply `data.long_rows` to the rows."""
         seq_len, positions = self.data.seq_len, self.limits.positions
-        report = LongRowsReport(seq_len if positions is None else min(seq_len, positions))
+        limit = seq_len if positions is None else min(seq_len, positions)
+        report = LongRowsReport(limit, seq_len)
         whole = Examples.whole(part.rows)
         fitted: list[Examples] = []
         counts: Counter[DataFormat] = Counter()

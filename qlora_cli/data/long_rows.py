@@ -26,15 +26,17 @@ _VERBS = {"drop": "dropped", "truncate": "truncated", "split": "split"}
 class LongRowsReport:
     """Which rows were too long and what was done with them.
 
-    limit: maximum number of tokens in a row. rows, tokens: number of all rows and of their tokens.
-    long_rows, long_tokens: those of the rows above the limit. lost_tokens: tokens that are not
-    trained on because their rows were dropped or truncated. dropped: rows that were left out.
-    untrained: truncated rows, or pieces of split rows, that were left out because no token of them
-    is trained. pieces: pieces that split rows became. first: origin and number of tokens of the
-    first long rows. policies: what was done.
+    limit: maximum number of tokens in a row of one segment, or in a segment. row_limit: maximum
+    number of tokens in a row of several segments; None for no other limit.
+    rows, tokens: number of all rows and of their tokens. long_rows, long_tokens: those of the rows
+    above the limit. lost_tokens: tokens that are not trained on because their rows were dropped or
+    truncated. dropped: rows that were left out. untrained: truncated rows, or pieces of split rows,
+    that were left out because no token of them is trained. pieces: pieces that split rows became.
+    first: origin and number of tokens of the first long rows. policies: what was done.
     """
 
     limit: int
+    row_limit: int | None = None
     rows: int = 0
     tokens: int = 0
     long_rows: int = 0
@@ -90,7 +92,10 @@ def fit_rows(examples: Examples, policy: LongRows, report: LongRowsReport) -> Ex
     """
     report.rows += len(examples)
     report.tokens += int(examples.lengths.sum(dtype=np.int64))
-    is_long = examples.lengths > report.limit
+    _, longest = examples.segment_sizes()
+    is_long = longest > report.limit
+    if report.row_limit is not None:
+        is_long |= examples.lengths > report.row_limit
     long = np.flatnonzero(is_long)
     if not len(long):
         return examples

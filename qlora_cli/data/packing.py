@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.collate import Batch, BatchSize, collate, largest_columns
 from qlora_cli.data.encode import Example
-from qlora_cli.data.encoded import sizes
+from qlora_cli.data.example_sizes import segment_sizes, sizes
 
 Collate = Callable[[Sequence[Example]], Batch]
 """Function that builds one micro-batch of examples: `collate`, or the `collate` of a task."""
@@ -94,16 +94,15 @@ which looks at every step, would take minutes."""
 class _Epoch:
     """The micro-batches of one epoch.
 
-    number: of the epoch. sequences: in the order of training. lengths, targets: of all rows.
-    sizes: one row per field of BatchSize, one column per micro-batch.
+    number: of the epoch. sequences: in the order of training. row_sizes: one row per field of
+    BatchSize, one column per row of the data. sizes: the same with one column per micro-batch.
     """
 
     def __init__(
         self,
         number: int,
         sequences: Sequences,
-        lengths: NDArray[np.int32],
-        targets: NDArray[np.int32],
+        row_sizes: NDArray[np.int64],
         micro_batch: int,
     ) -> None:
         self.number = number
@@ -111,12 +110,10 @@ class _Epoch:
         bounds = sequences.bounds
         self._bounds = np.append(bounds[:-1][::micro_batch], bounds[-1])
         self.num_batches = len(self._bounds) - 1
-        first, rows = self._bounds[:-1], sequences.rows
-        by_row = lengths[rows].astype(np.int64)
-        tokens = np.add.reduceat(by_row, first)
-        trained = np.add.reduceat(targets[rows].astype(np.int64), first)
-        longest = np.maximum.reduceat(by_row, first)
-        self.sizes = np.stack([tokens, trained, np.diff(self._bounds), longest])
+        first, ordered = self._bounds[:-1], row_sizes[:, sequences.rows]
+        sums = np.add.reduceat(ordered[:3], first, axis=1)
+        longest = np.maximum.reduceat(ordered[3:], first, axis=1)
+        self.sizes = np.concatenate([sums, longest])
 
     def rows(self, batch: int) -> list[int]:
         """Return the row numbers of a micro-batch."""
@@ -151,14 +148,17 @@ class BatchSchedule:
         collate: Collate = collate,
     ) -> None:
         self._examples = examples
-        self._lengths, self._targets = sizes(examples)
+        self._lengths, targets = sizes(examples)
+        columns = (self._lengths, targets, *segment_sizes(examples))
+        self._row_sizes = np.stack([column.astype(np.int64) for column in columns])
+        self._constants: NDArray[np.float32] | None = None
         self._seq_len = seq_len
         self._packing = packing
         self._micro_batch = micro_batch
         self._per_step = micro_batch * grad_accum
         self._seed = seed
         self._collate = collate
-        self._current = _Epoch(0, self._order(0), self._lengths, self._targets, micro_batch)
+        self._current = _Epoch(0, self._order(0), self._row_sizes, micro_batch)
         self.num_sequences = len(self._current.sequences)
         """Number of sequences in an epoch."""
         self.steps_per_epoch = -(-self.num_sequences // self._per_step)
@@ -167,21 +167,39 @@ class BatchSchedule:
         """Number of optimizer steps after which the order of the rows repeats."""
 
     @property
-    def epoch_size(self) -> BatchSize:
-        """Return the tokens, trained tokens and rows of an epoch, and its longest row."""
-        lengths, targets = self._lengths, self._targets
-        tokens, trained = (int(column.sum(dtype=np.int64)) for column in (lengths, targets))
-        return BatchSize(tokens, trained, len(lengths), int(lengths.max()))
+    def num_rows(self) -> int:
+        """Return the number of rows in an epoch."""
+        return len(self._lengths)
+
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Return the number of tokens and of trained tokens in an epoch."""
+        tokens, trained = self._row_sizes[:2].sum(axis=1).tolist()
+        return tokens, trained
+
+    def set_constants(self, constants: NDArray[np.float32]) -> None:
+        """Give each row the constants of its examples from now on. constants: (rows, k)."""
+        self._constants = constants
+
+    def step_rows(self, step: int) -> list[list[int]]:
+        """Return the row numbers of each micro-batch of an optimizer step."""
+        epoch, batches = self._find(step)
+        return [epoch.rows(index) for index in batches]
 
     def step_batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of an optimizer step, on the CPU.
 
         step: counted from 0 over all epochs.
         """
-        epoch, batches = self._find(step)
         return [
-            self._collate([self._examples[row] for row in epoch.rows(index)]) for index in batches
+            self._collate([self._example(row) for row in rows]) for rows in self.step_rows(step)
         ]
+
+    def _example(self, row: int) -> Example:
+        example = self._examples[row]
+        if self._constants is None:
+            return example
+        return replace(example, constants=tuple(self._constants[row].tolist()))
 
     def sizes(self, step: int) -> list[BatchSize]:
         """Return the sizes of the micro-batches of an optimizer step."""
@@ -189,8 +207,8 @@ class BatchSchedule:
         columns = epoch.sizes[:, batches.start : batches.stop].T.tolist()
         return [BatchSize(*column) for column in columns]
 
-    def size_columns(self, steps: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the sizes of all micro-batches of consecutive steps without a list of objects.
+    def size_columns(self, steps: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the sizes of all micro-batches of some steps without a list of objects.
 
         The first array has the step of each micro-batch, the second one row per field of BatchSize.
         """
@@ -207,7 +225,7 @@ class BatchSchedule:
         number = epoch % _NUM_ORDERS
         if self._current.number != number:
             order = self._order(number)
-            self._current = _Epoch(number, order, self._lengths, self._targets, self._micro_batch)
+            self._current = _Epoch(number, order, self._row_sizes, self._micro_batch)
         per_step = self._per_step // self._micro_batch
         first = index * per_step
         return self._current, range(first, min(first + per_step, self._current.num_batches))
@@ -260,7 +278,7 @@ def eval_batches(
         yield collate([examples[row] for row in rows])
 
 
-def peak_steps(schedule: BatchSchedule, steps: range) -> set[int]:
+def peak_steps(schedule: BatchSchedule, steps: Sequence[int]) -> set[int]:
     """Return the steps that contain a micro-batch at which memory peaks, the first of each size."""
     numbers, columns = schedule.size_columns(steps[: schedule.distinct_steps])
     return {int(numbers[index]) for index in largest_columns(columns)}

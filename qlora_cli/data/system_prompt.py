@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora_cli.data.align import marker
-from qlora_cli.data.conversation import ROLES
+from qlora_cli.data.conversation import PAIR, ROLES
 from qlora_cli.data.formats import FORMATS
 from qlora_cli.data.render import TemplateFailed, render_chat
 from qlora_cli.data.row_store import Row
@@ -22,7 +22,8 @@ def add_system(rows: list[Row], format: DataFormat, tokenizer: Any, system: str)
     If the chat template does not write system prompts, the first user message begins with it.
     Raises InputError if rows of this format are not written by a chat template.
     """
-    if not FORMATS[format].uses_chat_template(tokenizer):
+    is_text = format == "preference" and any(isinstance(r.fields.get(PAIR[0]), str) for r in rows)
+    if is_text or not FORMATS[format].uses_chat_template(tokenizer):
         raise InputError(
             f"{format} rows without a chat template have no system prompt",
             where="data.system",
@@ -55,6 +56,25 @@ def _sharegpt(fields: Fields, system: str) -> Fields:
 
 def _alpaca(fields: Fields, system: str) -> Fields:
     return fields if fields.get("system") else {**fields, "system": system}
+
+
+def _preference(change: Callable[[Fields, str], Fields]) -> Callable[[Fields, str], Fields]:
+    """Return the change of a preference row by that of a `messages` row.
+
+    The chat begins with the prompt's messages if there are any, else with those of both answers.
+    """
+
+    def change_pair(fields: Fields, system: str) -> Fields:
+        if (
+            isinstance(fields.get("prompt"), str)
+            and _role(fields.get(PAIR[0]), 0, "role") != "user"
+        ):
+            fields = {**fields, "prompt": [{"role": "user", "content": fields["prompt"]}]}
+        keys = ("prompt",) if isinstance(fields.get("prompt"), list) else PAIR
+        changed = {key: change({"messages": fields.get(key)}, system)["messages"] for key in keys}
+        return {**fields, **changed}
+
+    return change_pair
 
 
 def _with_turn(fields: Fields, key: str, role: str, text: str, system: str) -> Fields:
@@ -94,9 +114,11 @@ _WITH_SYSTEM: dict[str, Callable[[Fields, str], Fields]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
+    "preference": _preference(_messages),
 }
 _FOLDED: dict[str, Callable[[Fields, str], Fields]] = {
     "messages": _folded("messages", "role", "content"),
     "sharegpt": _folded("conversations", "from", "value"),
     "alpaca": _folded_alpaca,
+    "preference": _preference(_folded("messages", "role", "content")),
 }

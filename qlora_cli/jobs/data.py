@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import zip_longest
 from typing import Any
 
 from qlora_cli.data.checks import EncodedDataset, examine
@@ -15,6 +17,7 @@ from qlora_cli.jobs.results import DataResult, ShownRow
 from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks.registry import task_of
 
 _SILENT = Silent()
 _CONTEXT = 8
@@ -50,7 +53,11 @@ def run(recipe: Recipe, *, show: int, observer: Observer = _SILENT) -> DataResul
         trained_tokens=trained_tokens,
         longest_row=int(lengths.max()),
         format=train.format,
-        shown=tuple(_shown(example, tokenizer) for example in examples[:show]),
+        shown=tuple(
+            shown
+            for example in examples[:show]
+            for shown in _shown_segments(example, task_of(recipe).segment_names, tokenizer)
+        ),
         findings=(*loaded.notes, *examine(dataset)),
         held_out_rows=len(held_out) if held_out is not None else 0,
         dropped=train.long_rows.dropped,
@@ -72,6 +79,13 @@ def _long_rows(report: LongRowsReport) -> dict[str, Any]:
         "pieces": report.pieces,
         "first": [origin for origin, _ in report.first],
     }
+
+
+def _shown_segments(example: Example, names: Sequence[str], tokenizer: Any) -> Iterator[ShownRow]:
+    """Yield the segments of an example. names: of the segments; empty for one segment."""
+    for segment, name in zip_longest(example.split(), names):
+        shown = _shown(segment, tokenizer)
+        yield replace(shown, origin=f"{shown.origin} {name}") if name else shown
 
 
 def _shown(example: Example, tokenizer: Any) -> ShownRow:

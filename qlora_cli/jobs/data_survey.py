@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.encoded import sizes
+from qlora_cli.data.example_sizes import sizes
 from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.mixture import read_data
 from qlora_cli.data.positions import check_seq_len

@@ -38,7 +38,8 @@ class AnswersFile:
     ) -> None:
         """Answer the prompt of each example; a line is written as soon as it is complete.
 
-        The last trained part of a row is the reference, and all tokens before it are the prompt.
+        The last trained part of a row is the reference, and all tokens before it are the prompt. Of
+        a pair it is the chosen answer.
         Raises DataError if rows have no prompt, UsageError if there is no tokenizer or the file
         exists, Interrupted at Ctrl-C.
         """
@@ -73,7 +74,8 @@ def _lines(
     generator: TextGenerator, examples: Sequence[Example], starts: Sequence[int], sampling: Sampling
 ) -> Iterator[dict[str, str]]:
     tokenizer = generator.tokenizer
-    for example, start in zip(examples, starts, strict=True):
+    for row, start in zip(examples, starts, strict=True):
+        example = row.split()[0]
         prompt, reference = example.ids[:start], example.ids[start:]
         # A chat's turn ends with the token that the template writes, which the model has learned.
         end = [label for label in example.labels if label != IGNORE_INDEX][-1:]
@@ -92,7 +94,8 @@ def _reference_starts(examples: Sequence[Example]) -> list[int]:
     Raises DataError listing the rows whose trained part begins with their first tokens.
     """
     starts, problems = [], []
-    for example in examples:
+    for row in examples:
+        example = row.split()[0]
         trained = [label != IGNORE_INDEX for label in example.labels]
         last = len(trained) - 1 - trained[::-1].index(True)
         before = [index for index in range(last) if not trained[index]]

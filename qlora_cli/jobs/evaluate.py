@@ -1,4 +1,4 @@
-"""`qlora eval`: loss, perplexity and accuracy on held-out rows."""
+"""`qlora eval`: loss, perplexity and accuracy on held-out rows, or the metrics of pairs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from qlora_cli.errors import NotFinite
 from qlora_cli.events import Observer
 from qlora_cli.jobs.eval_answers import AnswersFile
 from qlora_cli.jobs.open_generator import check_not_an_adapter
+from qlora_cli.jobs.pair_reference import with_reference
+from qlora_cli.jobs.pair_results import PairEvalResult
 from qlora_cli.jobs.results import EvalResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.proof.prove import require_proof_of_model
 from qlora_cli.recipe.schema import MAX_SEQ_LEN, Data
 from qlora_cli.runs.open import OpenedModel, open_any
 from qlora_cli.tasks.causal import CAUSAL
+from qlora_cli.tasks.preference import PREFERENCE
 from qlora_cli.tasks.registry import task_of
 
 _MAX_PERPLEXITY_LOSS = 700.0
@@ -28,7 +31,7 @@ _MAX_PERPLEXITY_LOSS = 700.0
 
 def run(
     where: str, *, data: str, observer: Observer, answers: AnswersFile | None = None
-) -> EvalResult:
+) -> EvalResult | PairEvalResult:
     """Evaluate a run or a model on every row of `data`, once.
 
     where: a run's folder, a model's folder or a hub id. data: a data file or dataset.
@@ -58,6 +61,8 @@ def run(
         micro_batch=1,
         collate=task.collate,
     )
+    if opened.run is not None:
+        batches = with_reference(task, opened.run.recipe, opened, batches, device)
     score = task.evaluate(opened.loaded, batches, device)
     if not math.isfinite(score.loss):
         raise NotFinite(
@@ -66,6 +71,8 @@ def run(
             hint="the weights are finite, so a computation in 16 bit overflows or the adapter is "
             "damaged; evaluate with base.compute_dtype=bfloat16 or float32",
         )
+    if task.name == PREFERENCE.name:
+        return PairEvalResult(score.loss, score.num_targets, **score.metrics)
     perplexity = math.exp(min(score.loss, _MAX_PERPLEXITY_LOSS))
     return EvalResult(score.loss, perplexity, score.num_targets, score.metrics["accuracy"])
 

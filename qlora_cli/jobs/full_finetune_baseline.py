@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlora_cli.data.packing import peak_steps
@@ -135,6 +136,10 @@ def _measure_phases(run: Path) -> tuple[Phase, ...]:
         )
     instrument = Instrument(device, profile)
     state = train.load(job.prepared, device, instrument, Silent())
+    if state.task.needs_constants:
+        # Their values do not change the memory.
+        width = len(state.task.segment_names)
+        job.schedule.set_constants(np.zeros((job.schedule.num_rows, width), np.float32))
     steps = sorted(peak_steps(job.schedule, range(job.steps)))
     first, later = STEP_PHASES
     with track_gradients(state.trainable.values(), instrument.tracker):

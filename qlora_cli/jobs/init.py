@@ -91,7 +91,10 @@ def run(
     chooser = SizeChooser(config, profile)
     length = _choose_sizes(draft, chooser, rows)
     plan = chooser.planner.plan(draft.recipe)
-    draft.put(learning_rate(plan.total_parameters, is_instruct=has_template))
+    is_preference = "task" in draft.chosen
+    draft.put(
+        learning_rate(plan.total_parameters, is_instruct=has_template, is_preference=is_preference)
+    )
     draft.put(Choice("model.name", model, _model_reason(plan, rows)))
     return _write(file, draft, plan, rows, length)
 

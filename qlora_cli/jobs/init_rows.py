@@ -129,9 +129,9 @@ def find_rows(
     gets a chat template. config: transformers' config of the base. Raises the errors of
     `RowLoader`.
     """
-    columns = _columns(train)
+    columns, task = _columns(train)
     given = [Choice("model.name", model, ""), Choice("data.train", train, "")]
-    given += [Choice("data.seq_len", MAX_SEQ_LEN, ""), *columns]
+    given += [Choice("data.seq_len", MAX_SEQ_LEN, ""), *columns, *task]
     vocabulary = ModelLimits(ModelLimits.of(config).vocab_size)
     template: list[Choice] = []
     try:
@@ -144,19 +144,27 @@ def find_rows(
         found = survey(recipe, with_template(tokenizer, recipe.data), vocabulary)
     noun = "row" if found.rows == 1 else "rows"
     reason = f"{format_count(found.rows)} {noun} in the format `{found.format}`"
-    choices = [Choice("data.train", train, reason), *columns, *template]
+    choices = [Choice("data.train", train, reason), *columns, *template, *task]
     choices += _held_out(held_out, found)
     return FoundRows(found, tuple(choices), num_positions(config))
 
 
-def _columns(train: Sources) -> list[Choice]:
-    """Return the choice of `data.columns` for rows whose fields have other tools' names."""
+def _columns(train: Sources) -> tuple[list[Choice], list[Choice]]:
+    """Return the choices of `data.columns` and of `task` by the fields of the first row.
+
+    The first is for rows whose fields have other tools' names, the second for preference pairs.
+    """
     fields = read_rows(sources_of(train)[0].path, limit=1)[0].fields
-    known = likely_columns(fields) if format_of(fields) is None else None
+    found = format_of(fields)
+    if found == "preference":
+        reason = "the rows are pairs of a chosen and a rejected answer"
+        return [], [Choice("task", "preference", reason)]
+    known = likely_columns(fields) if found is None else None
     if known is None:
-        return []
+        return [], []
     columns, name = known
-    return [Choice("data.columns", columns, f"reads the columns as the fields of `{name}` rows")]
+    reason = f"reads the columns as the fields of `{name}` rows"
+    return [Choice("data.columns", columns, reason)], []
 
 
 def _held_out(setting: HeldOut, found: Survey) -> list[Choice]:

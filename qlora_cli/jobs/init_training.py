@@ -23,6 +23,7 @@ _TINY_BASE = 50e6
 _LR_OF_LARGE_BASE = 1e-4
 _LR_OF_INSTRUCT_BASE = 1e-4
 _LR_OF_TINY_BASE = 3e-3
+_LR_OF_PAIRS = 5e-6
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,17 @@ class Length:
         )
 
 
-def learning_rate(parameters: int, *, is_instruct: bool) -> Choice:
+def learning_rate(parameters: int, *, is_instruct: bool, is_preference: bool = False) -> Choice:
     """Return the learning rate for a base.
 
-    parameters: of the base. is_instruct: its tokenizer has a chat template.
+    parameters: of the base. is_instruct: its tokenizer has a chat template. is_preference: pairs of
+    answers are trained.
     """
     default = Train.model_fields["lr"].default
     size = f"the base has {_billions(parameters)} parameters"
-    if parameters >= _LARGE_BASE:
+    if is_preference and parameters >= _TINY_BASE:
+        rate, reason = _LR_OF_PAIRS, "the rate of the alignment handbook's DPO recipe with QLoRA"
+    elif parameters >= _LARGE_BASE:
         rate, reason = _LR_OF_LARGE_BASE, f"{size}; the QLoRA paper's rate for 33B and 65B"
     elif parameters < _TINY_BASE:
         reason = f"{size}; the recipe of the embedded base, which is tiny too, learns with it"

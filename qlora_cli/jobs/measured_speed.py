@@ -74,6 +74,7 @@ def _file(recipe: Recipe, config: Any, profile: DeviceProfile) -> Path:
             "adapter": recipe.adapter.model_dump(
                 mode="json", include={"method", "rank", "targets"}
             ),
+            "task": recipe.task,
             "data": recipe.data.model_dump(mode="json", include={"seq_len", "packing"}),
             "train": recipe.train.model_dump(
                 mode="json", include={"micro_batch", "activation_checkpointing", "optimizer"}

@@ -15,6 +15,7 @@ from qlora_cli.jobs.report import read_ledger, read_timeline
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.instrument_cost import record_bytes
 from qlora_cli.memory.ledger import (
+    PHASE_ORDER,
     STEP_PHASES,
     Device,
     InstrumentCost,
@@ -30,8 +31,6 @@ from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.train.loop import Progress
-
-_PHASE_ORDER = ("load", *STEP_PHASES, "checkpoint", "eval", "merge")
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class MemoryRecord:
         if known is not None:
             phases = larger_of_each(known.phases, phases)
         # Evaluations take place between steps and before checkpoints, too.
-        phases = tuple(sorted(phases, key=lambda phase: _PHASE_ORDER.index(phase.name)))
+        phases = tuple(sorted(phases, key=lambda phase: PHASE_ORDER.index(phase.name)))
         has_step = _has_step(phases)
         before, before_planned_bytes = self._baseline(known)
         allocator = self.instrument.allocator()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qlora_cli.data.chat_template import ChatTemplate
+from qlora_cli.data.conversation import PAIR
 from qlora_cli.data.formats import ALPACA, FORMATS, detect_format
 from qlora_cli.data.mixture import sources_of
 from qlora_cli.data.render import TemplateFailed, render_chat
@@ -165,12 +166,17 @@ def _choose(source: PromptSource) -> tuple[Name, str]:
 
 
 def trained_format(run: Run) -> DataFormat | None:
-    """Return the format of a run's training rows; None if they cannot be read any more."""
+    """Return the format of a run's training rows; None if they cannot be read any more.
+
+    For pairs it is the format of rows that are written as one of their answers.
+    """
     data = run.recipe.data
-    if data.format != "auto":
+    if data.format != "auto" and data.format != "preference":
         return data.format
     try:
-        place = sources_of(data.train)[0].path
-        return detect_format(read_rows(place, _ROWS, columns=data.columns), "auto")
+        rows = read_rows(sources_of(data.train)[0].path, _ROWS, columns=data.columns)
+        if data.format == "preference":
+            return "completion" if isinstance(rows[0].fields.get(PAIR[0]), str) else "messages"
+        return detect_format(rows, "auto")
     except InputError:
         return None

@@ -37,6 +37,7 @@ from qlora_cli.runs.metrics import read_steps
 from qlora_cli.runs.resume import add_last_checkpoint_hint, load_checkpoint
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
+from qlora_cli.train.constants import add_constants
 from qlora_cli.train.evaluation import Evaluator
 from qlora_cli.train.loop import LAST_LOSSES, Progress, TrainingLoop
 from qlora_cli.train.runtime import setup_device
@@ -147,9 +148,19 @@ def _train(
         state = load(prepared, device, instrument, observer)
         record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))
         earlier = _restore(job, checkpoint, state, observer)
+        held_out = add_constants(
+            state,
+            job.schedule,
+            job.held_out,
+            job.steps,
+            job.run,
+            f"{job.data_digest} {job.run.read()['base_fingerprint']}",
+            instrument,
+            observer,
+        )
         memory = MemoryRecord(job, planned, baseline, instrument, earlier)
         evaluator = Evaluator(
-            state, job.held_out, job.steps, job.eval_every, job.run, instrument, observer, trackers
+            state, held_out, job.steps, job.eval_every, job.run, instrument, observer, trackers
         )
         shared = (state, job.schedule, job.steps, job.run, instrument, observer, evaluator)
         loop = TrainingLoop(*shared, prepared.folder, prepared.chat_template, memory.write)

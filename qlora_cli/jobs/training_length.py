@@ -42,10 +42,8 @@ class TrainingLength:
     @classmethod
     def of(cls, recipe: Recipe, schedule: BatchSchedule, updates: int) -> TrainingLength:
         """Return the length of a recipe's job of `updates` optimizer steps."""
-        epoch = schedule.epoch_size
-        length = cls.of_totals(
-            recipe, epoch.rows, schedule.num_sequences, epoch.tokens, epoch.targets
-        )
+        tokens, trained = schedule.num_tokens
+        length = cls.of_totals(recipe, schedule.num_rows, schedule.num_sequences, tokens, trained)
         return replace(length, updates=updates)
 
     @classmethod

@@ -31,6 +31,8 @@ tensors computed from them. temporary: memory that one operation needs while it 
 that the device's counter reports and the tracker does not attribute to a category."""
 
 STEP_PHASES = ("first_step", "step")
+PHASE_ORDER = ("load", *STEP_PHASES, "checkpoint", "eval", "merge")
+"""All phases in the order in which they are shown."""
 
 FigureSource = Literal["measured", "planned"]
 

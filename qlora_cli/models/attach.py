@@ -8,7 +8,8 @@ model's adapter by that of a folder, which may have other targets and ranks. See
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,20 @@ def _check_same(layer: LoraLinear, source: AdapterLayer, site: Site, folder: Pat
 def remove_adapter(loaded: LoadedModel) -> None:
     """Remove the adapter of `loaded`. The frozen base remains, quantized as in training."""
     set_adapter_layers(loaded, {})
+
+
+@contextmanager
+def adapter_replaced(loaded: LoadedModel, layers: Mapping[str, LoraLinear]) -> Iterator[None]:
+    """Make `layers` the adapter of `loaded` inside the block; none if it is empty.
+
+    layers: as of `set_adapter_layers`. No weight is copied.
+    """
+    own = dict(adapted_layers(loaded.model))
+    set_adapter_layers(loaded, layers)
+    try:
+        yield
+    finally:
+        set_adapter_layers(loaded, own)
 
 
 def attach_adapter(loaded: LoadedModel, adapter: AdapterFile) -> None:

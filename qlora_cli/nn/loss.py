@@ -26,7 +26,7 @@ CHUNK_ELEMENTS = 2**25
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """scale * sum of -log softmax(logits)[target].
+    """Sum of scale * -log softmax(logits)[target].
 
     Gradients of h, and of the head's weight and bias if they are trained.
     """
@@ -39,7 +39,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         positions: Tensor,
         targets: Tensor,
-        scale: float,
+        scale: float | Tensor,
         transform: LogitTransform,
     ) -> Tensor:
         with scope("loss"):
@@ -55,7 +55,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 needs_grad = any(grad is not None for grad in ctx.grads)
                 slope = transform.slope(logits) if needs_grad else None
                 losses, probabilities = _losses(logits, chosen)
-                total += losses.sum()
+                weights = scale[at, None] if isinstance(scale, Tensor) else scale
+                # One scale for all is applied to the sum, which is one rounding instead of many.
+                total += (losses * weights if isinstance(weights, Tensor) else losses).sum()
                 if not needs_grad:
                     continue
                 # d loss / d logits = softmax - one_hot, scaled before it is rounded to 16 bit.
@@ -64,11 +66,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 )
                 if slope is not None:
                     probabilities.mul_(slope)
-                grad_output = probabilities.mul_(scale * transform.scale).to(hidden.dtype)
+                grad_output = probabilities.mul_(weights * transform.scale).to(hidden.dtype)
                 del logits, probabilities, slope
                 _add_gradients(ctx.grads, grad_output, rows, weight, positions[at])
                 del grad_output, rows
-        return total.mul_(scale)
+        return total if isinstance(scale, Tensor) else total.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,15 +111,16 @@ def chunked_cross_entropy(
     head: Tensor,
     positions: Tensor,
     targets: Tensor,
-    scale: float,
+    scale: float | Tensor,
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
 ) -> Tensor:
-    """Return scale * sum of the cross entropies of all targets, a float32 scalar.
+    """Return the sum of the cross entropies of all targets times `scale`, a float32 scalar.
 
     hidden: (n, d). head: (V, d). positions: (m,) int64, the rows of `hidden` that have a target.
-    targets: (m,) int64. scale: includes the loss scale of float16 training, so that it is applied
-    before gradients are rounded to 16 bit. bias: (V,) of the head. transform: of the head's output.
+    targets: (m,) int64. scale: one for all targets, or (m,) float32 one for each; it includes the
+    loss scale of float16 training, so that it is applied before gradients are rounded to 16 bit.
+    bias: (V,) of the head. transform: of the head's output.
     `backward` can be called once.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(

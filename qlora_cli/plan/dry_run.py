@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ from qlora_cli.plan.recording import NotAlike, Recording
 from qlora_cli.plan.replay import MemoryPlan, RecordedJob, replay
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
+from qlora_cli.tasks.task import Task
 from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
@@ -197,18 +198,36 @@ class _DryRun:
         """Run all phases after loading."""
         loaded = state.loaded
         _report_active_blocks(loaded.model.get_submodule(loaded.family.blocks), recording)
+        if state.task.needs_constants:
+            recording.begin_phase()
+            for batch in (*self.step_batches, *self.eval_batches):
+                state.task.constants(loaded, batch, state.device)
+            recording.end_phase("eval")
+            recording.release_cache()
+        step_batches, eval_batches = (
+            [with_constants(batch, state.task) for batch in batches]
+            for batches in (self.step_batches, self.eval_batches)
+        )
         with track_gradients(state.trainable.values(), tracker):
             for step, name in enumerate(("first_step", "step")):
                 recording.begin_phase()
-                train_step(state, self.step_batches, learning_rate(self.recipe.train, step, 2))
+                train_step(state, step_batches, learning_rate(self.recipe.train, step, 2))
                 recording.end_phase(name)
         # Saving a checkpoint writes living tensors to files and allocates nothing on the device.
         recording.begin_phase()
         recording.end_phase("checkpoint")
-        if self.eval_batches:
+        if eval_batches:
             recording.begin_phase()
-            state.task.evaluate(loaded, self.eval_batches, state.device)
+            state.task.evaluate(loaded, eval_batches, state.device)
             recording.end_phase("eval")
+
+
+def with_constants(batch: Batch, task: Task) -> Batch:
+    """Return the batch with constants of any value, if the task needs them."""
+    if not task.needs_constants:
+        return batch
+    width = len(task.segment_names)
+    return replace(batch, constants=torch.zeros(len(batch.segments) // width, width))
 
 
 def _sums(

@@ -10,6 +10,7 @@ from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks.registry import task_of
 
 _MAX_TOKENS = 2**24
 """Largest number of tokens in a micro-batch that is planned."""
@@ -56,5 +57,11 @@ def plan_largest_batches(recipe: Recipe, config: Any, profile: DeviceProfile) ->
                 )
             ],
         )
-    batch = largest_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
+    sizes, segments = (recipe.data.seq_len, recipe.train.micro_batch), num_segments(recipe)
+    batch = largest_batch(*sizes, config.vocab_size, segments=segments)
     return dry_run(recipe, config, profile, [batch] * min(2, recipe.train.grad_accum), [batch])
+
+
+def num_segments(recipe: Recipe) -> int:
+    """Return the number of segments of a row of the recipe's task."""
+    return max(1, len(task_of(recipe).segment_names))

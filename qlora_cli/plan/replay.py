@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_cli.memory.allocator import OutOfMemory
-from qlora_cli.memory.ledger import Phase, peak_phase
+from qlora_cli.memory.ledger import PHASE_ORDER, Phase, peak_phase
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.plan.recording import BlockSegment, play, repeat
 
@@ -104,7 +104,7 @@ def replay(job: RecordedJob, num_blocks: int) -> MemoryPlan:
     step = next(phase for phase in counter.phases if phase.name == "step")
     permanent_bytes = sum(step.at_peak.get(category, 0) for category in _PERMANENT)
     return MemoryPlan(
-        phases=counter.phases,
+        phases=tuple(sorted(counter.phases, key=lambda phase: PHASE_ORDER.index(phase.name))),
         trainable_parameters=job.trained[0] + num_added * job.trained[1],
         total_parameters=job.total[0] + num_added * job.total[1],
         adapter_bytes=job.trained_bytes[0] + num_added * job.trained_bytes[1],

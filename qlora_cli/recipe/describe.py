@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from qlora_cli.recipe.schema import Recipe, Section
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.section import Section
 
 _TYPE_NAMES = {
     bool: "true or false",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_cli.device import DeviceProfile
+from qlora_cli.recipe.preference import Preference
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.section import Section
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,26 @@ def resolve(recipe: Recipe, device: DeviceProfile) -> tuple[Recipe, tuple[Choice
                 "the packed base is stored in the memory of the device that computes",
             )
         )
-    chosen = {choice.key.removeprefix("base."): choice.value for choice in choices}
-    return recipe.model_copy(update={"base": base.model_copy(update=chosen)}), tuple(choices)
+    if recipe.task == "preference" and recipe.preference.beta == "auto":
+        choices.append(_beta(recipe.preference))
+    sections = {
+        name: _with_choices(getattr(recipe, name), name, choices) for name in ("base", "preference")
+    }
+    return recipe.model_copy(update=sections), tuple(choices)
+
+
+def _with_choices(section: Section, name: str, choices: Sequence[Choice]) -> Section:
+    """Return a section of the recipe with the choices of its settings. name: of the section."""
+    prefix = f"{name}."
+    chosen = {c.key.removeprefix(prefix): c.value for c in choices if c.key.startswith(prefix)}
+    return section.model_copy(update=chosen)
+
+
+def _beta(preference: Preference) -> Choice:
+    if preference.loss == "simpo":
+        reason = "SimPO multiplies log-probabilities per token, and its paper uses 2.0 to 2.5"
+        return Choice("preference.beta", 2.0, reason)
+    return Choice("preference.beta", 0.1, f"a common value for {preference.loss}")
 
 
 def _compute_dtype(device: DeviceProfile) -> Choice:

@@ -1,8 +1,8 @@
 """The recipe schema: every setting with its type, bounds, default and description.
 
-This is the only place that defines a setting. The string under a field is its description: it is
-shown in `qlora recipe schema`, in error messages and in the documentation (`describe.py`). To add a
-setting, add a field here and the code that reads it.
+Settings are defined here and, for `task: preference`, in `preference.py`. The string under a field
+is its description: it is shown in `qlora recipe schema`, in error messages and in the documentation
+(`describe.py`). To add a setting, add a field here and the code that reads it.
 
 `auto` means that the program chooses the value, prints the choice with its reason and stores both
 in `run.json` (`resolve.py`). Every setting either takes effect or is refused. A setting that has no
@@ -12,16 +12,18 @@ it is the default.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, model_validator
+
+from qlora_cli.recipe.preference import Preference
+from qlora_cli.recipe.section import Section
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 Bits = Literal[4, 8, 16]
 Dtype = Literal["float32", "float16", "bfloat16"]
-DataFormat = Literal["text", "completion", "alpaca", "sharegpt", "messages", "tokens"]
+DataFormat = Literal["text", "completion", "alpaca", "sharegpt", "messages", "tokens", "preference"]
 LongRows = Literal["drop", "truncate", "split", "error"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -31,26 +33,6 @@ MAX_SEQ_LEN = 2**30
 """Largest value of `data.seq_len`; no row reaches it."""
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Count = Annotated[int, Field(ge=1, le=2**20)]
-
-
-class Section(BaseModel):
-    """A section of the recipe. Unknown keys are errors, and values are not converted between types.
-
-    `use_attribute_docstrings` makes the string under a field its description.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        use_attribute_docstrings=True,
-        serialize_by_alias=True,
-    )
-
-    @classmethod
-    def fields_by_key(cls) -> dict[str, FieldInfo]:
-        """Return key in a recipe -> field. The keys of fields with an alias are their aliases."""
-        return {info.alias or name: info for name, info in cls.model_fields.items()}
 
 
 class Model(Section):
@@ -108,7 +90,7 @@ class Adapter(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Fraction of the adapter's inputs that is set to zero in training; raise it if the held-out
     loss rises while the training loss falls."""
-    targets: Literal["all"] | list[str] = ["q", "v"]
+    targets: Literal["all"] | list[str] = Field(default=["q", "v"])
     """Linear layers that get an adapter: roles (q k v o gate up down, the same names for every
     family), exact module paths, or `all`; more layers need more memory."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -158,7 +140,8 @@ class Data(Section):
     """Fields of each row (`?`: optional); text: {text}; completion: {prompt, completion};
     alpaca: {instruction, output, input?, system?, tools?}; sharegpt: {conversations, system?,
     tools?}; messages: {messages, tools?, functions?}; tokens: {input_ids, labels?,
-    attention_mask?}; auto detects the format from the field names."""
+    attention_mask?}; preference: {chosen, rejected, prompt?, tools?} for task: preference; auto
+    detects the format from the field names."""
     seq_len: Annotated[int, Field(ge=8, le=MAX_SEQ_LEN)] = 1024
     """Maximum length of a sequence in tokens, also the length that packing fills; `long_rows`
     applies to longer rows, and memory for activations grows with it."""
@@ -238,7 +221,7 @@ class Train(Section):
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after this number of evaluations in a row without a lower held-out loss; null trains
     all steps."""
-    log_to: list[Tracker] = []
+    log_to: list[Tracker] = Field(default=[])
     """Trackers that receive the recipe and the figures of each step and evaluation: tensorboard
     writes to the run's folder, the others use their own login and environment variables."""
     seed: Seed = 0
@@ -259,11 +242,22 @@ class Recipe(Section):
     adapter: Adapter = Adapter()
     data: Data
     train: Train = Train()
-    task: Literal["causal", "classification"] = "causal"
-    """causal trains next-token prediction; classification is refused, because this version does not
-    implement it."""
+    task: Literal["causal", "classification", "preference"] = "causal"
+    """causal trains next-token prediction; preference trains on pairs of a chosen and a rejected
+    answer; classification is refused, because this version does not implement it."""
+    preference: Preference = Preference()
     output: str = "runs/{name}"
     """Folder of the run; {name} is replaced by the name of the recipe file without its suffix."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs_have_one_format(cls, content: Any) -> Any:
+        """Set `data.format` for `task: preference`, whose rows may have fields of other formats."""
+        if isinstance(content, dict) and content.get("task") == "preference":
+            data = content.get("data")
+            if isinstance(data, dict) and data.get("format", "auto") == "auto":
+                return content | {"data": data | {"format": "preference"}}
+        return content
 
     @model_validator(mode="after")
     def _evaluations_have_rows(self) -> Recipe:
@@ -284,4 +278,10 @@ class Recipe(Section):
             )
         if self.task == "classification":
             raise ValueError("task: classification is not supported by this version; use causal")
+        return self
+
+    @model_validator(mode="after")
+    def _preference_settings_match(self) -> Recipe:
+        data, initial = self.data, self.adapter.from_
+        self.preference.check_with(self.task, data.format, data.long_rows, initial)
         return self

@@ -5,6 +5,7 @@
 - weights/          the trained model after full fine-tuning, instead of adapter/
 - checkpoints/      step-000200/ ...; each folder is complete or absent, and contains what is needed
                     to resume and the adapter/ or weights/ of its step
+- constants.safetensors  log-probabilities under the reference model, of `task: preference`
 - memory.json       memory by phase and category
 - timeline.json     memory over time, of the phases that were tracked
 - metrics.jsonl     one line per optimizer step, one per evaluation (`runs/metrics.py`)
@@ -87,6 +88,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder that contains one folder per checkpoint."""
         return self.path / _CHECKPOINTS
+
+    @property
+    def constants(self) -> Path:
+        """What a task has computed for each row before the first step."""
+        return self.path / "constants.safetensors"
 
     @property
     def memory_json(self) -> Path:
@@ -172,7 +178,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove the files of a run that has not completed a step; remove the folder if empty."""
-        for file in (self.run_json, self.metrics, self.path / _LOCK):
+        for file in (self.run_json, self.metrics, self.constants, self.path / _LOCK):
             file.unlink(missing_ok=True)
         remove_partial_files(self.run_json)
         with suppress(OSError):  # The folder stays if it contains files of the user.

@@ -13,7 +13,8 @@ from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.files.checksums import damage, damage_of_folder
 from qlora_cli.files.paths import user_path
 from qlora_cli.files.source import config_digest, fingerprint
-from qlora_cli.recipe.schema import Recipe, Section
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.section import Section
 from qlora_cli.runs.layout import ADAPTER, WEIGHTS, RunFolder, checkpoint_step
 from qlora_cli.runs.metrics import best_evaluation, read_evaluations
 

@@ -1,4 +1,4 @@
-"""The forward pass through a model without its head, shared by all tasks."""
+"""The forward pass without the head, the head and the targets, shared by all tasks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from qlora_cli.data.collate import Batch
 from qlora_cli.memory.scopes import scope
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.embedding import HostEmbedding
+from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.nn.logits import LogitTransform
 from qlora_cli.nn.spans import Spans, use_spans
 
@@ -53,3 +54,13 @@ def head_of(loaded: LoadedModel) -> tuple[Tensor, Tensor | None, LogitTransform]
     """Return weight (V, d), bias (V,) or None, and transformation of the head."""
     head: Any = loaded.head
     return head.weight, head.bias, loaded.family.logits
+
+
+def targets_of(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (positions with a target, the targets), both (n,) int64 on `device`.
+
+    They are selected on the CPU, where the labels are, so that the GPU need not be synchronized.
+    """
+    positions = (batch.labels != IGNORE_INDEX).nonzero().flatten()
+    targets = batch.labels[positions]
+    return positions.to(device, non_blocking=True), targets.to(device, non_blocking=True)

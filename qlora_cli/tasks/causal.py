@@ -11,17 +11,15 @@ from torch import Tensor
 from qlora_cli.data.collate import Batch, collate
 from qlora_cli.data.encode import Example, encode
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.nn.loss import chunked_cross_entropy, score
-from qlora_cli.tasks.backbone import head_of, hidden_states
-from qlora_cli.tasks.task import EvalScore, eval_mode
+from qlora_cli.tasks.backbone import head_of, hidden_states, targets_of
+from qlora_cli.tasks.task import EvalScore, MetricSums, Task, eval_mode
 
 
-class CausalTask:
+class CausalTask(Task):
     """The task `causal`. A target is a token that is predicted and trained on."""
 
     name = "causal"
-    trained_head: tuple[str, ...] = ()
     # Not a method: the processes that tokenize would have to import the models.
     encode = staticmethod(encode)
 
@@ -44,10 +42,17 @@ class CausalTask:
         """
         return sum(batch.num_targets for batch in batches)
 
-    def loss(self, loaded: LoadedModel, batch: Batch, device: torch.device, scale: float) -> Tensor:
+    def loss(
+        self,
+        loaded: LoadedModel,
+        batch: Batch,
+        device: torch.device,
+        scale: float,
+        metrics: MetricSums | None = None,
+    ) -> Tensor:
         """Return `scale` times the cross entropy summed over trained tokens, a float32 scalar."""
         hidden = hidden_states(loaded, batch, device)
-        positions, targets = _targets(batch, device)
+        positions, targets = targets_of(batch, device)
         weight, bias, transform = head_of(loaded)
         return chunked_cross_entropy(hidden, weight, positions, targets, scale, bias, transform)
 
@@ -72,7 +77,7 @@ class CausalTask:
     ) -> tuple[Tensor, Tensor]:
         """Return the hidden states (n, d) that predict a trained token, and these tokens (n,)."""
         hidden = hidden_states(loaded, batch, device)
-        positions, targets = _targets(batch, device)
+        positions, targets = targets_of(batch, device)
         return hidden[positions], targets
 
 
@@ -86,14 +91,4 @@ def _score(loaded: LoadedModel, batch: Batch, device: torch.device) -> tuple[Ten
     """
     hidden = hidden_states(loaded, batch, device)
     weight, bias, transform = head_of(loaded)
-    return score(hidden, weight, *_targets(batch, device), bias, transform)
-
-
-def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (positions with a target, the targets), both (n,) int64 on `device`.
-
-    They are selected on the CPU, where the labels are, so that the GPU need not be synchronized.
-    """
-    positions = (batch.labels != IGNORE_INDEX).nonzero().flatten()
-    targets = batch.labels[positions]
-    return positions.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    return score(hidden, weight, *targets_of(batch, device), bias, transform)

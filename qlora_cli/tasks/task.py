@@ -19,7 +19,7 @@ from qlora_cli.data.collate import Batch
 from qlora_cli.data.encode import Example, Result
 from qlora_cli.data.row_store import Row
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.recipe.schema import DataFormat
+from qlora_cli.recipe.schema import DataFormat, Recipe
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,51 @@ class EvalScore:
     metrics: Mapping[str, float]
 
 
-class Task(Protocol):
-    """One kind of training objective. Implementations hold no state.
+class MetricSums:
+    """The sums of a task's metrics over the targets of an optimizer step, on the device.
 
-    name: the value of `task` in a recipe. trained_head: paths of head modules whose parameters
+    sums: name -> scalar.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add the sums of one micro-batch. metrics: name -> scalar."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+class Task(Protocol):
+    """One kind of training objective. Implementations hold no state except the recipe's settings.
+
+    A class inherits it and overrides what differs from a task without settings.
+
+    name: the value of `task` in a recipe. target_name: what is counted as a target, in the plural.
+    segment_names: names of the segments of a row, such as the two answers of a pair; empty if a row
+    is one segment. trained_head: paths of head modules whose parameters
     train in addition to the adapter; empty if the head stays frozen. Checkpoints contain a trained
     head; an adapter folder and a merged model do not yet, so the first such task must add it there.
     """
 
     name: str
-    trained_head: tuple[str, ...]
+    target_name: str = "tokens"
+    segment_names: tuple[str, ...] = ()
+    trained_head: tuple[str, ...] = ()
+
+    def configured(self, recipe: Recipe) -> Task:
+        """Return the task with the settings of a resolved recipe that names it."""
+        return self
+
+    @property
+    def needs_constants(self) -> bool:
+        """Whether `constants` is called for every row before training."""
+        return False
+
+    @property
+    def constants_need_start(self) -> bool:
+        """Whether `constants` depends on weights that training changes."""
+        return False
 
     @property
     def model_class(self) -> Any:
@@ -72,14 +107,30 @@ class Task(Protocol):
     def num_targets(self, batches: Sequence[Batch]) -> int:
         """Return the number of targets in all micro-batches of an optimizer step.
 
-        The loss of the step is divided by this number.
+        The loss of the step and its metrics are divided by this number.
         """
 
-    def loss(self, loaded: LoadedModel, batch: Batch, device: torch.device, scale: float) -> Tensor:
+    def constants(self, loaded: LoadedModel, batch: Batch, device: torch.device) -> Tensor:
+        """Return the constants (rows, k) float32 of the rows of a batch, on `device`.
+
+        They are computed with the model before the first step and given to the rows of every batch
+        from then on. Called only if `needs_constants`.
+        """
+        raise AssertionError(f"the task {self.name} computes no constants")
+
+    def loss(
+        self,
+        loaded: LoadedModel,
+        batch: Batch,
+        device: torch.device,
+        scale: float,
+        metrics: MetricSums | None = None,
+    ) -> Tensor:
         """Return `scale` times the sum of the loss over the targets of `batch`.
 
         The result is a float32 scalar on `device` with a gradient. scale: 1 / `num_targets` of the
-        step, times the loss scale if float16 training needs one.
+        step, times the loss scale if float16 training needs one. metrics: receives the sums of the
+        task's other metrics, if it has any in training.
         """
 
     def evaluate(

@@ -138,7 +138,7 @@ class Evaluator:
         line: dict[str, Any] = {
             "step": evaluation.step,
             EVAL_LOSS: score.loss,
-            "eval_tokens": score.num_targets,
+            f"eval_{self.state.task.target_name}": score.num_targets,
             **score.metrics,
             "seconds": seconds,
         }

@@ -160,7 +160,7 @@ class TrainingLoop:
         trains_base = not method_of(recipe.adapter).freezes_base
         passes = 2 + trains_base + recipe.train.activation_checkpointing
         epochs = self.steps / self.schedule.steps_per_epoch
-        tokens = epochs * self.schedule.epoch_size.tokens
+        tokens = epochs * self.schedule.num_tokens[0]
         seconds = passes * tokens / self.evaluator.tokens_per_second
         self.observer.note(
             f"training takes about {format_duration(seconds)}, estimated from the speed of the "
@@ -238,6 +238,7 @@ class TrainingLoop:
             seconds_left=steps_left * progress.tokens_per_step / progress.tokens_per_second,
             eval_loss=self.evaluator.last.loss if self.evaluator.last else None,
             counts_process=self.state.device.type == "cpu",
+            metrics=outcome.metrics,
         )
 
     def _save_if_due(self, progress: Progress, is_stop_requested: bool, is_best: bool) -> None:
@@ -280,5 +281,6 @@ class TrainingLoop:
         """Append the step's line to metrics.jsonl. Raises QloraError if it cannot be written."""
         values = asdict(event)
         line = {key: values[key] for key in _METRICS}
+        line |= {f"train_{name}": value for name, value in event.metrics.items()}
         append_line(self.run.metrics, line)
         self.evaluator.trackers.log(line, event.step)

@@ -6,8 +6,8 @@ The dry run calls the same function, and the package has no other `.backward()` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from qlora_cli.errors import NotFinite
 from qlora_cli.files.finite import DIVERGENCE_HINT
 from qlora_cli.files.safetensors_io import is_finite
 from qlora_cli.memory.scopes import mark, scope
+from qlora_cli.tasks.task import MetricSums
 from qlora_cli.train.state import State
 
 
@@ -26,13 +27,15 @@ class StepOutcome:
 
     loss: mean over the targets of all micro-batches, without the loss scale. grad_norm: before
     clipping. tokens: of all micro-batches, with or without a target. skipped: float16 gradients
-    overflowed, so no parameter was updated and the loss scale was halved.
+    overflowed, so no parameter was updated and the loss scale was halved. metrics: the task's other
+    metrics, each the mean over the targets.
     """
 
     loss: float
     grad_norm: float
     tokens: int
     skipped: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome:
@@ -43,11 +46,12 @@ def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome
     NotFinite if the loss is not finite, or if gradients are not finite and the loss scale cannot
     be the cause.
     """
-    total = _accumulate_gradients(state, batches)
+    metrics = MetricSums()
+    total = _accumulate_gradients(state, batches, metrics)
     mark("update")
     with scope("temporary"):
         norm = _gradient_norm(state)
-        loss_value, norm_value = _read(total, norm)
+        loss_value, norm_value, *sums = _read([total, norm, *metrics.sums.values()])
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             _update(state, norm_value, lr)
@@ -59,18 +63,22 @@ def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome
     state.loss_scale.update(finite)
     if not finite and state.loss_scale.exhausted:
         raise _diverged(state, f"the loss is {loss_value}, but its gradients are not finite")
-    tokens = sum(batch.num_tokens for batch in batches)
-    return StepOutcome(loss_value, norm_value, tokens, skipped=not finite)
+    tokens, targets = sum(batch.num_tokens for batch in batches), state.task.num_targets(batches)
+    means = {name: value / targets for name, value in zip(metrics.sums, sums, strict=True)}
+    return StepOutcome(loss_value, norm_value, tokens, not finite, means)
 
 
-def _accumulate_gradients(state: State, batches: Sequence[Batch]) -> Tensor:
-    """Run forward and backward of each micro-batch. Return the step's loss times the loss scale."""
+def _accumulate_gradients(state: State, batches: Sequence[Batch], metrics: MetricSums) -> Tensor:
+    """Run forward and backward of each micro-batch. Return the step's loss times the loss scale.
+
+    metrics: receives the sums of the task's other metrics.
+    """
     scale = state.loss_scale.value / state.task.num_targets(batches)
     with scope("loss"):
         total = torch.zeros((), dtype=torch.float32, device=state.device)
     for batch in batches:
         mark("forward")
-        loss = state.task.loss(state.loaded, batch, state.device, scale)
+        loss = state.task.loss(state.loaded, batch, state.device, scale, metrics)
         mark("backward")
         loss.backward()
         total += loss.detach()
@@ -97,16 +105,16 @@ def _update(state: State, norm: float, lr: float) -> None:
     state.optimizer.apply(factor, lr)
 
 
-def _read(loss: Tensor, norm: Tensor) -> tuple[float, float]:
-    """Copy loss and norm to the CPU. Return ones on meta.
+def _read(scalars: Sequence[Tensor]) -> list[float]:
+    """Copy the loss, the norm and the metrics to the CPU. Return ones on meta.
 
     These are the only values that a step reads back from the device, in one copy.
     """
-    pair = torch.stack([loss, norm.float()])
-    if pair.is_meta:
-        return 1.0, 1.0
-    loss_value, norm_value = pair.tolist()
-    return loss_value, norm_value
+    values = torch.stack([scalar.float() for scalar in scalars])
+    if values.is_meta:
+        return [1.0] * len(scalars)
+    read: list[float] = values.tolist()
+    return read
 
 
 def _check_overflow(state: State, loss: float) -> None:

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 _TEMPLATE = Path(__file__).with_name("report.html")
 _METRICS = (("loss", "Loss", "nats per token"), ("tokens_per_second", "Speed", "tokens/s"))
 """(key in metrics.jsonl, title of the figure, label of its axis)."""
+_PAIR_METRICS = (
+    ("loss", "Loss", "per pair"),
+    ("train_accuracy", "Accuracy", "share of pairs"),
+    ("train_margin", "Reward margin", "mean over pairs"),
+    _METRICS[1],
+)
+"""The same for preference training."""
 _PAGE_MARK = b'<meta name="generator" content="qlora">'
 """Bytes that identify a page of qlora; the template contains them."""
 _IMAGE_MARK = b"Software\0qlora"
@@ -148,7 +155,8 @@ def _metric_figures(result: ReportResult) -> Iterator[dict[str, str]]:
     from qlora_cli.ui import figures
 
     if result.metrics:
-        for key, title, label in _METRICS:
+        is_of_pairs = "train_margin" in result.metrics[0]
+        for key, title, label in _PAIR_METRICS if is_of_pairs else _METRICS:
             evaluations = result.evaluations if key == "loss" else ()
             source = _embed(figures.metric_figure(result.metrics, key, label, evaluations))
             yield {"title": title, "source": source}

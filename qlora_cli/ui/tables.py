@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_cli.jobs.gguf_results import GgufResult
+from qlora_cli.jobs.pair_results import PairEvalResult
 from qlora_cli.jobs.results import (
     DataResult,
     DoctorResult,
@@ -135,8 +136,20 @@ def push(result: PushResult) -> RenderableType:
     )
 
 
-def evaluation(result: EvalResult) -> RenderableType:
-    """Render loss, perplexity and accuracy over the trained tokens of a data file."""
+def evaluation(result: EvalResult | PairEvalResult) -> RenderableType:
+    """Render loss, perplexity and accuracy over trained tokens, or the metrics of pairs."""
+    if isinstance(result, PairEvalResult):
+        return fact_lines(
+            {
+                "loss": f"{result.loss:.4f} per pair",
+                "accuracy": f"{result.accuracy:.2%} of pairs have a higher reward for the chosen "
+                "answer",
+                "margin": f"{result.margin:.4f}",
+                "rewards": f"chosen {result.reward_chosen:.4f}, rejected "
+                f"{result.reward_rejected:.4f}",
+                "pairs": format_count(result.pairs),
+            }
+        )
     return fact_lines(
         {
             "loss": f"{result.loss:.4f} nats per token",

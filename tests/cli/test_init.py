@@ -40,6 +40,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write("chats.jsonl", [chat(f"Say {word}.", f"{word}!") for word in words(40)])
     alpaca = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in words(40)]
     write("alpaca.jsonl", alpaca)
+    pairs = [{"prompt": w, "chosen": f"{w}!", "rejected": "no", "id": w} for w in words(40)]
+    write("pairs.jsonl", pairs)
     write("questions.jsonl", [{"question": w, "answer": w, "id": w} for w in words(40)])
     Path("book.txt").write_text("Once upon a time there was a little girl. " * 400)
     return tmp_path
@@ -62,7 +64,9 @@ def reasons(outcome: Outcome) -> dict[str, tuple[Any, str]]:
     return {item["key"]: (item["value"], item["reason"]) for item in outcome.json["choices"]}
 
 
-@pytest.mark.parametrize("rows", ["chats.jsonl", "alpaca.jsonl", "book.txt", "questions.jsonl"])
+@pytest.mark.parametrize(
+    "rows", ["chats.jsonl", "alpaca.jsonl", "book.txt", "questions.jsonl", "pairs.jsonl"]
+)
 def test_the_written_recipe_plans_and_trains(rows: str, folder: Path, shared: Path) -> None:
     base = shutil.copytree(shared / "data/models/stories260K", folder / "base")
     outcome = qlora("init", "mine.yaml", "--model", base, "--data", rows)
@@ -70,13 +74,14 @@ def test_the_written_recipe_plans_and_trains(rows: str, folder: Path, shared: Pa
     assert "next: qlora train mine.yaml" in outcome.err
     content = read_document(Path("mine.yaml").read_text()).content
     assert {"bits", "seq_len", "micro_batch", "grad_accum", "lr"} <= {
-        key for section in content.values() for key in section
+        key for section in content.values() if isinstance(section, dict) for key in section
     }
     recipe = load_recipe("mine.yaml")
     assert recipe.output == "runs/mine"
     assert recipe.data.seq_len <= 512, "the base has 512 positions"
     assert (recipe.data.template == "chatml") == (rows == "chats.jsonl")
     assert (recipe.data.columns is not None) == (rows == "questions.jsonl")
+    assert (recipe.task == "preference") == (rows == "pairs.jsonl")
     assert isinstance(recipe.data.eval, float)
     assert qlora("plan", "mine.yaml").code == 0
     outcome = qlora("train", "mine.yaml", "train.epochs=", "train.steps=2", "--json")

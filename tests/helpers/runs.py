@@ -99,7 +99,9 @@ def make_rows(file: Path, num: int = 12, length: int = 12) -> Path:
     return file
 
 
-def make_recipe(model: Path, rows: Path, **sections: Mapping[str, Any]) -> Recipe:
+def make_recipe(
+    model: Path, rows: Path, task: str = "causal", **sections: Mapping[str, Any]
+) -> Recipe:
     """Return a resolved recipe. sections: settings that differ, such as `adapter={"rank": 3}`."""
     content = {
         "model": {"name": str(model)},
@@ -107,11 +109,12 @@ def make_recipe(model: Path, rows: Path, **sections: Mapping[str, Any]) -> Recip
         "adapter": {"rank": 3, "alpha": 6.0, "targets": "all"},
         "data": {"train": str(rows), "eval": str(rows), "seq_len": 32},
         "train": {},
+        "preference": {},
     }
     merged = {key: {**content.get(key, {}), **sections.get(key, {})} for key in content}
     if sections.get("adapter", {}).get("method") == "full":
         merged["adapter"] = {"method": "full"}
-    return Recipe.model_validate(merged)
+    return Recipe.model_validate({**merged, "task": task})
 
 
 def build_base(recipe: Recipe, device: torch.device = CPU) -> LoadedModel:

@@ -166,7 +166,7 @@ def test_a_relation_is_not_checked_with_a_default_in_place_of_a_wrong_value(writ
         ("adapter: {targets: {q: 1}}", "is a section; it must be all or a list of strings", None),
         (
             "task: casual",
-            "is 'casual'; it must be causal or classification",
+            "is 'casual'; it must be causal, classification or preference",
             "did you mean causal?",
         ),
     ],
@@ -190,7 +190,10 @@ def test_a_wrong_value_is_reported_with_the_accepted_values(
         ("tran.lr=1", "did you mean train.lr?"),
         ("adapter.r=1", "did you mean adapter.rank?"),
         ("adapter.frobnicate=1", "settings of adapter: method, rank"),
-        ("zzz=1", "top-level settings: model, base, adapter, data, train, task, output"),
+        (
+            "zzz=1",
+            "top-level settings: model, base, adapter, data, train, preference, task, output",
+        ),
         ("train.lr.x=1", "did you mean train.lr?"),
     ],
 )

@@ -25,7 +25,7 @@ from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.registry import TASKS, task_of
-from qlora_cli.tasks.task import EvalScore, Task, eval_mode
+from qlora_cli.tasks.task import EvalScore, MetricSums, Task, eval_mode
 from qlora_cli.train.state import State, build_state
 from qlora_cli.train.step import train_step
 from tests.helpers.runs import CPU, make_base, make_recipe, make_rows
@@ -34,11 +34,10 @@ from tests.helpers.training import ROWS
 PACKAGE = Path(qlora_cli.__file__).parent
 
 
-class SmallStates:
+class SmallStates(Task):
     """Make the first component of each hidden state small. Every token is a target."""
 
     name = "small_states"
-    trained_head: tuple[str, ...] = ()
 
     @property
     def model_class(self) -> Any:
@@ -55,7 +54,14 @@ class SmallStates:
     def num_targets(self, batches: Sequence[Batch]) -> int:
         return sum(batch.num_tokens for batch in batches)
 
-    def loss(self, loaded: LoadedModel, batch: Batch, device: torch.device, scale: float) -> Tensor:
+    def loss(
+        self,
+        loaded: LoadedModel,
+        batch: Batch,
+        device: torch.device,
+        scale: float,
+        metrics: MetricSums | None = None,
+    ) -> Tensor:
         first = hidden_states(loaded, batch, device)[:, 0].float()
         return first.square().sum() * scale
 
@@ -82,7 +88,14 @@ class WithTrainedHead(SmallStates):
     name = "with_trained_head"
     trained_head = ("lm_head",)
 
-    def loss(self, loaded: LoadedModel, batch: Batch, device: torch.device, scale: float) -> Tensor:
+    def loss(
+        self,
+        loaded: LoadedModel,
+        batch: Batch,
+        device: torch.device,
+        scale: float,
+        metrics: MetricSums | None = None,
+    ) -> Tensor:
         hidden = hidden_states(loaded, batch, device)
         return (hidden @ loaded.head.weight.to(hidden.dtype).t())[
             :, 3

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from qlora_cli.data.collate import Batch, largest_batch
 from qlora_cli.models.family import Family
 from qlora_cli.plan.meta_source import MetaSource
+from qlora_cli.plan.planner import num_segments
 from qlora_cli.recipe.override import Override, parse_override
 from qlora_cli.recipe.schema import Recipe
 
@@ -117,14 +118,15 @@ class Case:
         for text in self.changes:
             override = parse_override(text)
             assert isinstance(override, Override), override
-            section, _, key = override.key.partition(".")
-            content.setdefault(section, {})[key] = override.value
+            section, _, key = override.key.rpartition(".")
+            (content.setdefault(section, {}) if section else content)[key] = override.value
         return Recipe.model_validate(content)
 
 
 def step_batches_of(recipe: Recipe, config: Any) -> list[Batch]:
     """Return the largest micro-batches that the recipe allows, as many as a plan uses."""
-    batch = largest_batch(recipe.data.seq_len, recipe.train.micro_batch, config.vocab_size)
+    sizes, segments = (recipe.data.seq_len, recipe.train.micro_batch), num_segments(recipe)
+    batch = largest_batch(*sizes, config.vocab_size, segments=segments)
     return [batch] * min(2, recipe.train.grad_accum)
 
 

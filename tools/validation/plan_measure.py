@@ -16,17 +16,17 @@ from plan_cases import Case, SyntheticSource, random_values, step_batches_of
 from plan_estimates import accelerate_adam, accelerate_load, litgpt_training
 from profiler_peak import PeakProfiler
 
+from qlora_cli.data.collate import Batch
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import QloraError
 from qlora_cli.memory.device import inspect_device, profile_of
 from qlora_cli.memory.host import host_capacity_bytes
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.nn.codebook import scale_codebook
-from qlora_cli.plan.dry_run import dry_run
+from qlora_cli.plan.dry_run import dry_run, with_constants
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.train.runtime import setup_device
 from qlora_cli.train.state import State, build_state
 from qlora_cli.train.step import train_step
@@ -60,11 +60,19 @@ class Run:
         return cls(case, recipe, case.config(), device)
 
     def run_phases(self, phase: Callable[[str], Any]) -> None:
-        """Run load, first step, later steps and evaluation, each inside `phase(name)`."""
+        """Run load, first step, later steps and evaluation, each inside `phase(name)`.
+
+        The pass that computes the constants of the rows, if the task has one, counts as evaluation.
+        """
         with phase("load"):
             state = self.load()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if state.task.needs_constants:
+            with phase("eval"):
+                self.compute_constants(state)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         # The allocator's cache still changes after the second step; a CPU has no cache.
         for name in ("first_step", *("step",) * (3 if self.device.type == "cuda" else 1)):
             with phase(name):
@@ -84,11 +92,22 @@ class Run:
             )
         )
 
+    def batches(self, state: State) -> list[Batch]:
+        """Return the micro-batches of a step."""
+        batches = step_batches_of(self.recipe, self.config)
+        return [with_constants(batch, state.task) for batch in batches]
+
+    def compute_constants(self, state: State) -> None:
+        """Compute the constants of the rows of a step and of one evaluation batch."""
+        batches = step_batches_of(self.recipe, self.config)
+        for batch in (*batches, batches[0]):
+            state.task.constants(state.loaded, batch, self.device)
+
     def step(self, state: State) -> None:
         """Run optimizer steps until one is not skipped; a skipped one had too high a loss scale."""
         while True:
             try:
-                if not train_step(state, step_batches_of(self.recipe, self.config), 1e-3).skipped:
+                if not train_step(state, self.batches(state), 1e-3).skipped:
                     return
             except QloraError:
                 # A fake GPU copies nothing back. The previous content of CPU memory is read as the
@@ -98,7 +117,7 @@ class Run:
 
     def evaluate(self, state: State) -> None:
         """Evaluate one batch."""
-        CAUSAL.evaluate(state.loaded, step_batches_of(self.recipe, self.config)[:1], self.device)
+        state.task.evaluate(state.loaded, self.batches(state)[:1], self.device)
 
 
 def measure_with_profiler(case: Case, profile: DeviceProfile) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora_cli.data.encode import Example
 from qlora_cli.data.load import ModelLimits, RowLoader
@@ -38,6 +39,7 @@ class EvalRows:
     rows: token ids and labels.
     origin: which rows these are, as text for the user.
     is_task_data: False for random tokens, whose loss is meaningless for the task.
+    are_pairs: whether the rows are the chosen and the rejected answer of each pair, in turn.
     notes: lines for the user about rows that could not be used.
     """
 
@@ -45,6 +47,18 @@ class EvalRows:
     origin: str
     is_task_data: bool
     notes: tuple[str, ...] = ()
+    are_pairs: bool = False
+
+    @property
+    def signs(self) -> Tensor | None:
+        """Return -1 for each target of a rejected answer and 1 for the others; None without pairs.
+
+        Training raises the cross entropy of the former and lowers that of the others.
+        """
+        if not self.are_pairs:
+            return None
+        numbers = torch.tensor([row.num_targets for row in self.rows])
+        return (1 - 2 * (torch.arange(len(self.rows)) % 2)).repeat_interleave(numbers)
 
 
 def eval_rows(recipe: Recipe, base: Path, config: Any) -> EvalRows:
@@ -66,7 +80,8 @@ def eval_rows(recipe: Recipe, base: Path, config: Any) -> EvalRows:
         if from_end:
             origin = f"the last {len(rows)} training rows of {where}"
             notes.append(f"there are no held-out rows; the comparison uses {origin}")
-        return EvalRows(rows, origin, True, tuple(notes))
+        are_pairs = bool(task_of(recipe).segment_names)
+        return EvalRows(rows, origin, True, tuple(notes), are_pairs)
     notes.append("the comparison uses random tokens, which are not typical of the task")
     return EvalRows(_random_rows(config), "random tokens", False, tuple(notes))
 
@@ -105,7 +120,8 @@ def _first(examples: Iterable[Example]) -> list[Example]:
     for example in examples:
         if kept and sum(len(row.ids) for row in kept) + len(example.ids) > MAX_TOKENS:
             break
-        kept.append(example)
+        # The segments of a row do not attend to each other, so each is compared as a row.
+        kept += example.split()
     return kept
 
 

@@ -107,12 +107,15 @@ class Comparison:
     mean_kl: mean KL(reference || candidate) over the positions, in nats.
     top1_agreement: share of positions at which both models have the same most likely token.
     loss: the candidate's mean cross entropy, in nats.
+    signed_loss: the same with the cross entropies of rejected answers subtracted, which is what
+        preference training lowers; equal to `loss` without such answers.
     """
 
     max_logit_difference: float
     mean_kl: float
     top1_agreement: float
     loss: float
+    signed_loss: float
 
     @property
     def perplexity(self) -> float:
@@ -133,8 +136,12 @@ def compute_logits(
 
 
 @torch.no_grad()
-def compare(reference: ComparedLogits, candidate: ComparedLogits) -> Comparison:
+def compare(
+    reference: ComparedLogits, candidate: ComparedLogits, signs: Tensor | None = None
+) -> Comparison:
     """Compare a candidate with a reference.
+
+    signs: (n,), -1 at the targets of rejected answers, else 1; None if there are none.
 
     With p and q as their logits, P as softmax(p), and Z_p and Z_q as the normalizers sum(exp),
     KL(reference || candidate) = sum over the vocabulary of P (p - q) - log Z_p + log Z_q.
@@ -159,7 +166,8 @@ def compare(reference: ComparedLogits, candidate: ComparedLogits) -> Comparison:
     divergence = divergence - p_softmax.log_normalizer() + q_softmax.log_normalizer()
     is_same = (p_softmax.top1 == q_softmax.top1).double()
     loss = q_softmax.log_normalizer() - q_softmax.target_logit
-    means = (float(values.mean()) for values in (divergence, is_same, loss))
+    signed = loss if signs is None else loss * signs.to(loss.device)
+    means = (float(values.mean()) for values in (divergence, is_same, loss, signed))
     return Comparison(float(max_difference), *means)
 
 

@@ -7,7 +7,8 @@ of any size can be compared. The rule:
 
     Choose `original`, unless the merge into it loses the fine-tuning, that is, unless on these rows
     KL(trained || original) > KL(trained || dequantized) + 1/2 KL(trained || frozen base)
-    and the loss of `original` is higher than the loss of `dequantized`.
+    and the loss of `original` is higher than the loss of `dequantized`. For preference pairs this
+    loss is the cross entropy of the chosen answers minus that of the rejected ones.
 
 KL(trained || frozen base) measures how much the fine-tuning changed the model's predictions. A
 merge that is half as far from the trained model as the base without an adapter has lost much of
@@ -97,7 +98,7 @@ def loses_fine_tune(original: Comparison, dequantized: Comparison, frozen: Compa
     compared with the trained model on the same rows.
     """
     return not math.isfinite(original.mean_kl) or (
-        _is_far(original, dequantized, frozen) and original.loss > dequantized.loss
+        _is_far(original, dequantized, frozen) and original.signed_loss > dequantized.signed_loss
     )
 
 
@@ -109,12 +110,14 @@ def _compare_bases(tensors: MergedTensors, base: Path, rows: EvalRows) -> BaseCh
     model = trained_model(tensors, base, may_be_resident=False)
     reference = model.compared_logits(rows.rows)
     model = frozen_base_model(model, tensors, base)
-    frozen = compare(reference, model.compared_logits(rows.rows))
+    frozen = compare(reference, model.compared_logits(rows.rows), rows.signs)
     del model
     free_memory()
     original, dequantized = (
         compare(
-            reference, merged_model(replace(tensors, base=kind), base).compared_logits(rows.rows)
+            reference,
+            merged_model(replace(tensors, base=kind), base).compared_logits(rows.rows),
+            rows.signs,
         )
         for kind in MERGE_BASES
     )

@@ -91,7 +91,7 @@ def compare_predictions(
     model = folder_model(expected.task, merged, expected.dtype, expected.device)
     predictions = model.compared_logits([*rows.rows, continuation])
     num = trained.targets.numel()
-    comparison = compare(trained, predictions[:num])
+    comparison = compare(trained, predictions[:num], rows.signs)
     base_kl = _base_change_kl(expected, base, rows, frozen)
     faults += _divergence_faults(rows, base_kl, comparison)
     if rows.is_task_data and _is_base_changed(expected):
@@ -176,8 +176,8 @@ def _lost_fine_tune_faults(
     against merged.
     """
     dequantized = merged_model(replace(expected, base="dequantized"), base)
-    other = compare(trained, dequantized.compared_logits(rows.rows))
-    if loses_fine_tune(comparison, other, compare(trained, frozen)):
+    other = compare(trained, dequantized.compared_logits(rows.rows), rows.signs)
+    if loses_fine_tune(comparison, other, compare(trained, frozen, rows.signs)):
         yield (
             "the merge into the original base lost the fine-tuning; merge again with "
             "--base dequantized"

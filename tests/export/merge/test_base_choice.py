@@ -108,7 +108,7 @@ def test_large_weights_after_small_norms_are_merged_into_the_dequantized_base(
 
 
 def comparison(kl: float, loss: float) -> Comparison:
-    return Comparison(max_logit_difference=0.0, mean_kl=kl, top1_agreement=1.0, loss=loss)
+    return Comparison(0.0, mean_kl=kl, top1_agreement=1.0, loss=loss, signed_loss=loss)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,13 @@ def test_a_comparison_matches_the_formulas(tmp_path: Path, monkeypatch: pytest.M
     # With the complete vocabulary at once, and with two entries at a time.
     for elements in (logit_comparison._CHUNK_ELEMENTS, 14):
         monkeypatch.setattr(logit_comparison, "_CHUNK_ELEMENTS", elements)
-        found = compare(ours, theirs)
+        signs = torch.tensor([1, 1, -1, 1, -1, -1, 1])
+        found = compare(ours, theirs, signs)
+        losses = -q[torch.arange(7), targets]
+        assert found.signed_loss == pytest.approx(float((losses * signs).mean()), rel=1e-6)
+        assert compare(ours, theirs).signed_loss == found.loss
         assert found.mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-5)
-        assert found.loss == pytest.approx(float(-q[torch.arange(7), targets].mean()), rel=1e-6)
+        assert found.loss == pytest.approx(float(losses.mean()), rel=1e-6)
         assert found.top1_agreement == float((p.argmax(1) == q.argmax(1)).double().mean())
         assert found.max_logit_difference == pytest.approx(most, rel=1e-5)
         assert torch.equal(theirs.top1_tokens(), q.argmax(1))
