@@ -83,6 +83,7 @@ class Batch:
     and at the last position of each segment. segments: lengths of the segments of all rows, in
     order; their sum is T. num_targets: number of labels that are not IGNORE_INDEX.
     constants: (rows, k) float32, the constants of each row; None if the task computes none.
+    origins: file and line of each segment's row, for messages; empty if they are not known.
     """
 
     input_ids: Tensor
@@ -91,6 +92,7 @@ class Batch:
     segments: tuple[int, ...]
     num_targets: int
     constants: Tensor | None = None
+    origins: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -109,12 +111,14 @@ def collate(rows: Sequence[Example]) -> Batch:
     positions: list[int] = []
     labels: list[int] = []
     segments: list[int] = []
+    origins: list[str] = []
     for row in rows:
         ids += row.ids
         start = len(labels)
         labels += row.labels
         for length in row.segments or (len(row.ids),):
             segments.append(length)
+            origins.append(row.origin)
             positions += range(length)
             labels[start : start + length] = [*labels[start + 1 : start + length], IGNORE_INDEX]
             start += length
@@ -126,6 +130,7 @@ def collate(rows: Sequence[Example]) -> Batch:
         segments=tuple(segments),
         num_targets=sum(row.num_targets for row in rows),
         constants=torch.tensor(constants) if constants else None,
+        origins=tuple(origins),
     )
 
 

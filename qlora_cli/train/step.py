@@ -18,6 +18,7 @@ from qlora_cli.files.finite import DIVERGENCE_HINT
 from qlora_cli.files.safetensors_io import is_finite
 from qlora_cli.memory.scopes import mark, scope
 from qlora_cli.tasks.task import MetricSums
+from qlora_cli.train.nonfinite import describe_nonfinite
 from qlora_cli.train.state import State
 
 
@@ -59,7 +60,7 @@ def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome
     loss_value, norm_value = (v / state.loss_scale.value for v in (loss_value, norm_value))
     state.step += 1
     if not finite:
-        _check_overflow(state, loss_value)
+        _check_overflow(state, loss_value, batches)
     state.loss_scale.update(finite)
     if not finite and state.loss_scale.exhausted:
         raise _diverged(state, f"the loss is {loss_value}, but its gradients are not finite")
@@ -117,15 +118,17 @@ def _read(scalars: Sequence[Tensor]) -> list[float]:
     return read
 
 
-def _check_overflow(state: State, loss: float) -> None:
+def _check_overflow(state: State, loss: float, batches: Sequence[Batch]) -> None:
     """Check that the loss scale alone can explain gradients that are not finite.
 
-    loss: without the loss scale. Raises NotFinite if the loss or a parameter is not finite.
-    Parameters are checked on the CPU, because the planned memory of a step does not include a
-    check on the device.
+    loss: without the loss scale. batches: the micro-batches of the step. Raises NotFinite if the
+    loss or a parameter is not finite. Parameters are checked on the CPU, because the planned memory
+    of a step does not include a check on the device.
     """
     if not math.isfinite(loss):
-        raise _diverged(state, f"the loss is {loss}, which is not finite")
+        where = describe_nonfinite(state, batches)
+        place = f"; {where}" if where else ""
+        raise _diverged(state, f"the loss is {loss}, which is not finite{place}")
     for name, parameter in state.trainable.items():
         if not is_finite(parameter.detach().cpu()):
             raise _diverged(state, f"{name} is not finite")
