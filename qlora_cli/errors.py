@@ -9,6 +9,7 @@ QloraError                 exit 1    the job failed while it ran
 |     +- DataError                   the rows: every problem with its file and line
 +- NotFinite               exit 1    training diverged: a loss or a weight is NaN or infinite
 +- DoesNotFit              exit 3    the job needs more memory than the device has
+|  +- MicroBatchTooLarge             a pass ran out of memory; smaller micro-batches may fit
 +- VerificationFailed      exit 4    the merged model does not match the trained model
 +- Interrupted             exit 130  the user pressed Ctrl-C
 
@@ -102,6 +103,10 @@ class DoesNotFit(QloraError):
     """The job needs more memory than the device has."""
 
     exit_code = 3
+
+
+class MicroBatchTooLarge(DoesNotFit):
+    """The forward or backward pass of a micro-batch ran out of memory; no weight has changed."""
 
 
 class VerificationFailed(QloraError):

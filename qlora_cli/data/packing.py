@@ -186,14 +186,14 @@ class BatchSchedule:
         epoch, batches = self._find(step)
         return [epoch.rows(index) for index in batches]
 
-    def step_batches(self, step: int) -> list[Batch]:
+    def step_batches(self, step: int, parts: int = 1) -> list[Batch]:
         """Return the micro-batches of an optimizer step, on the CPU.
 
-        step: counted from 0 over all epochs.
+        step: counted from 0 over all epochs. parts: number of parts that each micro-batch is
+        divided into, if it has so many rows.
         """
-        return [
-            self._collate([self._example(row) for row in rows]) for rows in self.step_rows(step)
-        ]
+        divided = (part for rows in self.step_rows(step) for part in _divided(rows, parts))
+        return [self._collate([self._example(row) for row in part]) for part in divided]
 
     def _example(self, row: int) -> Example:
         example = self._examples[row]
@@ -239,6 +239,12 @@ class BatchSchedule:
             return Sequences.of(rows, np.ones(len(rows), np.int64))
         packed = pack(self._lengths[rows], self._seq_len)
         return packed.reordered(_shuffled(len(packed), rng), rows)
+
+
+def _divided(rows: list[int], parts: int) -> list[list[int]]:
+    """Return the rows in at most `parts` consecutive parts of about equal size."""
+    size = -(-len(rows) // parts)
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 def _shuffled(number: int, rng: random.Random) -> NDArray[np.int32]:

@@ -30,7 +30,7 @@ from qlora_cli.plan.dry_run import method_peak
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.train.loop import Progress
+from qlora_cli.train.progress import Progress
 
 
 @dataclass(frozen=True)

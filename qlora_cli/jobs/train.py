@@ -39,7 +39,8 @@ from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
 from qlora_cli.train.constants import add_constants
 from qlora_cli.train.evaluation import Evaluator
-from qlora_cli.train.loop import LAST_LOSSES, Progress, TrainingLoop
+from qlora_cli.train.loop import LAST_LOSSES, TrainingLoop
+from qlora_cli.train.progress import Progress
 from qlora_cli.train.runtime import setup_device
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.stop_signals import endings_as_interrupt

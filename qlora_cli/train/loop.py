@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.data.packing import BatchSchedule, peak_steps
-from qlora_cli.errors import Interrupted
+from qlora_cli.errors import Interrupted, MicroBatchTooLarge
 from qlora_cli.events import Observer, StepEvent
 from qlora_cli.memory.device import live_and_peak
 from qlora_cli.memory.instrument import Instrument
@@ -21,6 +21,7 @@ from qlora_cli.runs.metrics import append_line
 from qlora_cli.runs.resume import remove_old_checkpoints, save_checkpoint
 from qlora_cli.train.evaluation import Evaluator
 from qlora_cli.train.learning_checks import LearningChecks
+from qlora_cli.train.progress import Progress
 from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.state import State
 from qlora_cli.train.step import StepOutcome, train_step
@@ -44,59 +45,6 @@ _METRICS = (
     "joules",
 )
 """Fields of a StepEvent that metrics.jsonl stores."""
-
-
-@dataclass
-class StepTimes:
-    """Sums over steps of one kind. tokens: all tokens, with or without a target."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        """Add one step."""
-        self.steps += 1
-        self.tokens += tokens
-        self.seconds += seconds
-
-
-@dataclass
-class Progress:
-    """The steps that this process has done.
-
-    first: the first step, which is slower because kernels and memory are initialized. tracked,
-    plain: later steps with and without the memory tracker, which slows a step down. is_in_step: a
-    step is being computed now.
-    """
-
-    first: StepTimes = field(default_factory=StepTimes)
-    tracked: StepTimes = field(default_factory=StepTimes)
-    plain: StepTimes = field(default_factory=StepTimes)
-    is_in_step: bool = False
-
-    def add(self, tokens: int, seconds: float, tracked: bool) -> None:
-        """Add one step. tracked: whether the memory tracker was on."""
-        later = self.tracked if tracked else self.plain
-        (later if self.steps else self.first).add(tokens, seconds)
-
-    @property
-    def steps(self) -> int:
-        """Number of steps of all kinds."""
-        return self.first.steps + self.tracked.steps + self.plain.steps
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Mean number of tokens per step. There must be at least one step."""
-        return (self.first.tokens + self.tracked.tokens + self.plain.tokens) / self.steps
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed of plain steps, else of tracked ones, else of the first; 0 without a step."""
-        for times in (self.plain, self.tracked, self.first):
-            if times.seconds:
-                return times.tokens / times.seconds
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -196,7 +144,7 @@ class TrainingLoop:
         lr = learning_rate(self.state.recipe.train, step, self.steps)
         with self._measured(tracked):
             progress.is_in_step, start = True, time.perf_counter()
-            outcome = train_step(self.state, self.schedule.step_batches(step), lr)
+            outcome = self._train_step(progress, lr)
             progress.is_in_step, seconds = False, time.perf_counter() - start
         if outcome.skipped:
             self.observer.note(
@@ -206,6 +154,30 @@ class TrainingLoop:
             self.observer.note(warning)
         progress.add(outcome.tokens, seconds, tracked)
         return self._event(outcome, lr, seconds, progress)
+
+    def _train_step(self, progress: Progress, lr: float) -> StepOutcome:
+        """Do one optimizer step. If a micro-batch does not fit the memory, divide it and try again.
+
+        The gradient is the same up to rounding. Raises MicroBatchTooLarge if single rows do not
+        fit.
+        """
+        step = self.state.step
+        while True:
+            batches = self.schedule.step_batches(step, progress.parts)
+            try:
+                return train_step(self.state, batches, lr)
+            except MicroBatchTooLarge as error:
+                finer = self.schedule.step_batches(step, 2 * progress.parts)
+                if len(finer) == len(batches):
+                    raise
+                reason = error.what
+            # After the except block, so that the tensors of the failed pass are freed.
+            progress.parts *= 2
+            self.instrument.release_cache()
+            self.observer.note(
+                f"warning: step {step + 1}: {reason}; from now on each micro-batch is divided into "
+                f"{progress.parts} parts, which gives the same gradient and takes more time"
+            )
 
     @contextmanager
     def _measured(self, tracked: bool) -> Iterator[None]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from qlora_cli.data.collate import Batch
-from qlora_cli.errors import NotFinite
+from qlora_cli.errors import DoesNotFit, MicroBatchTooLarge, NotFinite
 from qlora_cli.files.finite import DIVERGENCE_HINT
 from qlora_cli.files.safetensors_io import is_finite
 from qlora_cli.memory.scopes import mark, scope
+from qlora_cli.shortage import converted
 from qlora_cli.tasks.task import MetricSums
 from qlora_cli.train.nonfinite import describe_nonfinite
 from qlora_cli.train.state import State
@@ -45,10 +46,17 @@ def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome
     batches: the micro-batches of the step. The loss of each is divided by the number of targets in
     all of them, so that accumulated micro-batches give the gradient of one large batch. Raises
     NotFinite if the loss is not finite, or if gradients are not finite and the loss scale cannot
-    be the cause.
+    be the cause; MicroBatchTooLarge if a pass runs out of memory, and then nothing has changed.
     """
     metrics = MetricSums()
-    total = _accumulate_gradients(state, batches, metrics)
+    try:
+        total = _accumulate_gradients(state, batches, metrics)
+    except (RuntimeError, MemoryError) as error:
+        state.optimizer.zero_grad(set_to_none=True)
+        shortage = converted(error)
+        if not isinstance(shortage, DoesNotFit):
+            raise
+        raise MicroBatchTooLarge(shortage.what, hint=shortage.hint) from error
     mark("update")
     with scope("temporary"):
         norm = _gradient_norm(state)

@@ -1,0 +1,94 @@
+"""A micro-batch that does not fit the memory is divided; the gradient stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_cli.errors import DoesNotFit
+from qlora_cli.jobs import train
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.metrics import read_steps
+from qlora_cli.tasks.causal import CausalTask
+from tests.helpers.observers import NoteRecorder
+from tests.helpers.runs import make_base, make_recipe, make_rows
+
+pytestmark = pytest.mark.slow
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+STEPS = 4
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    rows = make_rows(tmp_path / "rows.jsonl", num=24, length=12)
+    settings = {"steps": STEPS, "micro_batch": 2, "grad_accum": 2}
+    base = make_base(tmp_path / "base", "llama", spread=0.1)
+    return make_recipe(base, rows, data={"seq_len": 32}, train=settings)
+
+
+def run(recipe: Recipe, output: Path) -> tuple[list[tuple[float, float]], list[str]]:
+    """Return (loss, gradient norm) of each step and the notes of a run."""
+    recorder = NoteRecorder()
+    changed = recipe.model_copy(update={"output": str(output)})
+    train.run(changed, recipe_path=None, resume=False, observer=recorder)
+    lines = read_steps(RunFolder(output).metrics)
+    return [(line["loss"], line["grad_norm"]) for line in lines], recorder.notes
+
+
+def failing(where: str, max_segments: int, error: Exception) -> Callable[..., Any]:
+    """Return `CausalTask.loss` that fails on a batch with more rows than `max_segments`."""
+    real = CausalTask.loss
+
+    def loss(self: CausalTask, loaded: Any, batch: Any, *rest: Any) -> Any:
+        too_large = loaded.model.training and len(batch.segments) > max_segments
+        too_large = too_large and not batch.input_ids.is_meta and rest[0].type != "meta"
+        if too_large and where == "forward":
+            raise error
+        result = real(self, loaded, batch, *rest)
+        if too_large:
+            result.register_hook(lambda _: raise_(error))
+        return result
+
+    return loss
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, MemoryError()], ids=["gpu", "host"])
+def test_a_step_that_runs_out_of_memory_is_repeated_in_parts(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    whole, notes = run(recipe, tmp_path / "whole")
+    assert not any("divided" in note for note in notes)
+    monkeypatch.setattr(CausalTask, "loss", failing(where, 2, error))
+    divided, notes = run(recipe, tmp_path / "divided")
+    assert len(divided) == STEPS
+    for found, wanted in zip(divided, whole, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    assert sum("each micro-batch is divided into" in note for note in notes) >= 1
+    assert any("step 1: " in note and "out of memory" in note for note in notes)
+
+
+def test_a_single_row_that_does_not_fit_ends_the_run(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CausalTask, "loss", failing("forward", 0, OUT_OF_MEMORY))
+    with pytest.raises(DoesNotFit, match="qlora plan --fit"):
+        run(recipe, tmp_path / "run")
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CausalTask, "loss", failing("forward", 2, RuntimeError("a wrong shape")))
+    with pytest.raises(RuntimeError, match="a wrong shape"):
+        run(recipe, tmp_path / "run")
