@@ -12,7 +12,7 @@ get the tokens that the tokenizer adds at the beginning, and one end token, whic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_cli.data.align import Span
@@ -32,11 +32,13 @@ class Example:
 
     ids: token ids of the complete row. labels: of the same length and not shifted: the token's own
     id if it is trained, else IGNORE_INDEX. origin: file and line, for example `rows.jsonl:42`.
+    begins_inside_token: whether the completion begins inside a token, which is trained.
     """
 
     ids: list[int]
     labels: list[int]
     origin: str
+    begins_inside_token: bool = field(default=False, compare=False)
 
     @property
     def num_targets(self) -> int:
@@ -179,9 +181,11 @@ def _tokenized(
         for i, (index, text) in enumerate(batch):
             ids, offsets = tokens["input_ids"][i], tokens["offset_mapping"][i]
             labels = _labels(ids, offsets, text.spans)
+            # A chat template decides about the characters in front of a turn itself.
+            is_inside = text.add_end and _begins_inside(labels, offsets, text.spans[0][0])
             if text.add_end:
                 _add_end(ids, labels, tokenizer.eos_token_id)
-            results[index] = Example(ids, labels, rows[index].origin)
+            results[index] = Example(ids, labels, rows[index].origin, is_inside)
     return results
 
 
@@ -204,6 +208,12 @@ def _labels(ids: list[int], offsets: list[Span], spans: tuple[Span, ...]) -> lis
             if token_stop > start:
                 labels[i] = ids[i]
     return labels
+
+
+def _begins_inside(labels: list[int], offsets: list[Span], start: int) -> bool:
+    """Return whether the first trained token begins before the span at `start`."""
+    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), None)
+    return first is not None and offsets[first][0] < start
 
 
 def _add_end(ids: list[int], labels: list[int], eos: int | None) -> None:

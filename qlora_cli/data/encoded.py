@@ -7,6 +7,7 @@ A table has one record batch per part of the rows that was encoded in one go. Co
 - `labels`: labels, list of int32; null if `trained` determines them
 - `targets`: number of trained tokens, int32
 - `file`, `line`: index of the file's name, int32, and the line of the row, int64
+- `words`: digest of the row's words, uint64; 0 if it has no text
 """
 
 from __future__ import annotations
@@ -32,14 +33,20 @@ SCHEMA = pa.schema(
         "targets": pa.int32(),
         "file": pa.int32(),
         "line": pa.int64(),
+        "words": pa.uint64(),
     }
 )
 
+SCHEMA_DTYPES = {field.name: field.type.to_pandas_dtype() for field in SCHEMA}
+
 
 def record_batch(
-    examples: Sequence[Example], files: NDArray[np.int32], lines: NDArray[np.int64]
+    examples: Sequence[Example],
+    files: NDArray[np.int32],
+    lines: NDArray[np.int64],
+    words: Sequence[int],
 ) -> pa.RecordBatch:
-    """Return examples as one record batch. files, lines: of each example."""
+    """Return examples as one record batch. files, lines, words: of each example."""
     lengths = [len(example.ids) for example in examples]
     bounds = np.cumsum([0, *lengths], dtype=np.int32)
     ids = np.fromiter((token for row in examples for token in row.ids), np.int32, bounds[-1])
@@ -53,6 +60,7 @@ def record_batch(
         pa.array([example.num_targets for example in examples], pa.int32()),
         pa.array(files, pa.int32()),
         pa.array(lines, pa.int64()),
+        pa.array(words, pa.uint64()),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 
@@ -80,7 +88,8 @@ class EncodedRows:
     """Token ids and labels of rows, by the number of the row.
 
     names: short names of the files that rows are from. lengths, targets: number of tokens and of
-    trained tokens of each row. files, lines: where each row is from.
+    trained tokens of each row. files, lines: where each row is from. words: digest of each row's
+    words.
     """
 
     def __init__(self, batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> None:
@@ -94,9 +103,9 @@ class EncodedRows:
         self._firsts = [part.first for part in self.parts]
         self._num_rows = first
         self.lengths = _joined([np.diff(part.bounds) for part in self.parts], np.int32)
-        self.targets, self.files, self.lines = (
-            _joined([batch.column(name).to_numpy() for batch in batches], dtype)
-            for name, dtype in (("targets", np.int32), ("file", np.int32), ("line", np.int64))
+        self.targets, self.files, self.lines, self.words = (
+            _joined([batch.column(name).to_numpy() for batch in batches], SCHEMA_DTYPES[name])
+            for name in ("targets", "file", "line", "words")
         )
 
     def __len__(self) -> int:

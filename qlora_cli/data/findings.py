@@ -1,0 +1,358 @@
+"""What the data checks can find: one code per kind, with its severity and its remedy.
+
+To add a check, add its code to `CODES` and yield it from a function of `checks.CHECKS`, or from
+`text_checks.RowChecker` if it needs the row's own text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_cli.errors import DataError, Problem
+from qlora_cli.units import format_count
+
+Severity = Literal["error", "warning"]
+NAMED = 3
+"""Maximum number of rows that a finding names."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kind of finding.
+
+    name: the short word that `--allow` takes. severity: an error stops a job, a warning is shown.
+    what: what is wrong. remedy: what the user can do. share: share of all rows from which on the
+    rows are reported; in fewer, the same text is usually intended.
+    """
+
+    name: str
+    severity: Severity
+    what: str
+    remedy: str
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding about the rows of a recipe.
+
+    code: key of `CODES`. rows: number of rows; 0 if it is about all of them. first: origins of the
+    first rows. text: one sentence for the user. remedy: what the user can do.
+    """
+
+    code: str
+    severity: Severity
+    rows: int
+    first: tuple[str, ...]
+    text: str
+    remedy: str
+
+    @property
+    def line(self) -> str:
+        """Return the finding, its remedy and its code in one line."""
+        return f"{self.text}; {self.remedy} [{self.code}]"
+
+
+def finding(code: str, rows: int = 0, first: Sequence[str] = (), detail: str = "") -> Finding:
+    """Return the finding of a code.
+
+    rows: number of rows. first: origins of them; the first `NAMED` are shown. detail: text behind
+    the code's own.
+    """
+    kind = CODES[code]
+    text = f"{kind.what}{f' ({detail})' if detail else ''}"
+    if rows:
+        names = ", ".join(first[:NAMED]) + (", ..." if rows > NAMED else "")
+        text += f": {format_count(rows)} row{'' if rows == 1 else 's'} ({names})"
+    return Finding(code, kind.severity, rows, tuple(first[:NAMED]), text, kind.remedy)
+
+
+def stop_at_errors(findings: Iterable[Finding], allow: Collection[str]) -> None:
+    """Raise DataError listing the findings of severity `error` whose code is not in `allow`."""
+    errors = [found for found in findings if found.severity == "error" and found.code not in allow]
+    if errors:
+        options = " ".join(f"--allow {found.code}" for found in errors)
+        raise DataError(
+            "the rows cannot be meant like this:",
+            [Problem(found.code, found.text, found.remedy) for found in errors],
+            hint=f"change the rows; if they are meant like this, {options} trains on them",
+        )
+
+
+_ALL = (
+    Code(
+        "unknown-role",
+        "error",
+        "a message has a role that neither chats nor the chat template define",
+        "use the roles system, user, assistant and tool",
+    ),
+    Code(
+        "labels-shifted",
+        "error",
+        "the labels are those of the next or the previous token",
+        "write labels that are equal to input_ids, or -100; training shifts them itself",
+    ),
+    Code(
+        "padded-rows",
+        "error",
+        "rows of input_ids end or begin with padding",
+        "remove the padding; rows may differ in length",
+    ),
+    Code(
+        "double-bos",
+        "warning",
+        "the row begins with the BOS token twice, once from the text and once from the template",
+        "remove it from the text",
+    ),
+    Code(
+        "bos-inside",
+        "warning",
+        "the BOS token occurs again inside the row",
+        "remove it from the text; it is added once, at the beginning",
+    ),
+    Code(
+        "no-end",
+        "warning",
+        "the last trained token is not a special token, so the model may not learn to stop",
+        "use a chat template that ends each turn with a special token (data.template: chatml)",
+    ),
+    Code(
+        "no-end-token",
+        "warning",
+        "the tokenizer has no end token, so the model does not learn where to stop",
+        "set data.template, or name eos_token in the base's tokenizer_config.json",
+    ),
+    Code(
+        "masked-end",
+        "warning",
+        "the end token at the end of the row is not trained, as if it were padding",
+        "set its label to its id, not to -100",
+    ),
+    Code(
+        "outside-template",
+        "warning",
+        "the tokenizer has a chat template, but the rows are plain prompts and completions",
+        "write messages rows to train chats",
+    ),
+    Code(
+        "template-replaced",
+        "warning",
+        "data.template differs from the chat template of the base, which it replaces",
+        "remove data.template to train in the format that the base has learned",
+    ),
+    Code(
+        "dated-template",
+        "warning",
+        "the chat template writes today's date into every row, so the rows differ on another day",
+        "name a template without strftime_now with data.template",
+    ),
+    Code(
+        "unknown-tokens",
+        "warning",
+        "the tokenizer does not know some of the text",
+        "use a base with these characters, or remove them",
+    ),
+    Code(
+        "special-token",
+        "warning",
+        "a text contains a special token of the tokenizer, which is read as a token",
+        "remove it from the text; the template writes it",
+    ),
+    Code(
+        "foreign-markup",
+        "warning",
+        "a text contains markup of another chat template, which is read as plain characters",
+        "remove it, or write messages rows",
+    ),
+    Code(
+        "rendered-chat",
+        "warning",
+        "a message contains a rendered prompt, so the row is in two chat formats",
+        "split it into messages of user and assistant",
+    ),
+    Code(
+        "assistant-first",
+        "warning",
+        "the chat begins with the assistant",
+        "put the user's message in front of it",
+    ),
+    Code(
+        "role-order",
+        "warning",
+        "two messages of the user or of the assistant follow each other",
+        "join them, or add the message between them",
+    ),
+    Code(
+        "ends-with-user",
+        "warning",
+        "the chat does not end with the assistant, so its end is not trained",
+        "remove the last message, or add the answer",
+    ),
+    Code(
+        "system-inside",
+        "warning",
+        "a system message is not the first message",
+        "move it to the beginning of the chat",
+    ),
+    Code(
+        "tool-without-call",
+        "warning",
+        "a tool's message follows no call of a tool",
+        "add tool_calls to the assistant's message before it",
+    ),
+    Code(
+        "undeclared-function",
+        "warning",
+        "the assistant calls a function that `tools` does not define",
+        "add its definition to the row's tools",
+    ),
+    Code(
+        "empty-prompt",
+        "warning",
+        "a prompt, an instruction or a message of the user is empty",
+        "fill it, or remove the row",
+    ),
+    Code(
+        "empty-answer",
+        "warning",
+        "an answer is empty or only white space, so the model learns to stop at once",
+        "remove the row",
+    ),
+    Code(
+        "prompt-space",
+        "warning",
+        "the prompt ends with a space, which most tokenizers join with the next word",
+        "move the space to the beginning of the completion",
+    ),
+    Code(
+        "joined-words",
+        "warning",
+        "prompt and completion are joined without white space between two words",
+        "begin the completion with a space, or end the prompt with a line break",
+    ),
+    Code(
+        "inside-token",
+        "warning",
+        "the completion begins inside a token, so the prompt alone has other tokens",
+        "begin the completion with the white space, or end the prompt with a line break",
+    ),
+    Code(
+        "answer-space",
+        "warning",
+        "the answer ends with white space, which is trained before the end token",
+        "remove it",
+        share=0.2,
+    ),
+    Code(
+        "cut-answers",
+        "warning",
+        "many answers have one identical length and no end punctuation, as if they were cut",
+        "use the complete answers",
+    ),
+    Code(
+        "answer-in-prompt",
+        "warning",
+        "the prompt contains the complete answer",
+        "remove it from the prompt, unless copying is the task",
+        share=0.2,
+    ),
+    Code(
+        "one-answer",
+        "warning",
+        "nearly all rows have the same answer",
+        "check the column that is read as the answer",
+    ),
+    Code(
+        "contradictions",
+        "warning",
+        "the same prompt has different short answers",
+        "keep one answer per prompt",
+    ),
+    Code(
+        "duplicates",
+        "warning",
+        "the row has the same tokens as an earlier row",
+        "remove it, or set a weight to repeat rows on purpose",
+    ),
+    Code(
+        "near-duplicates",
+        "warning",
+        "the row differs from an earlier one only in case, white space or punctuation",
+        "keep one of them",
+    ),
+    Code(
+        "held-out-in-train",
+        "warning",
+        "the row of data.eval is also in data.train, so the held-out loss is too low",
+        "remove it from data.train",
+    ),
+    Code(
+        "held-out-prompts",
+        "warning",
+        "the prompt of the held-out row is also in data.train",
+        "hold out all rows of a prompt, with a file of their own in data.eval",
+    ),
+    Code(
+        "long-rows",
+        "warning",
+        "the row is more than 10 times as long as the median",
+        "check that it is one row",
+    ),
+    Code(
+        "mojibake",
+        "warning",
+        "UTF-8 text was read in another encoding (`Ã©` for `é`)",
+        "read the source as UTF-8 and write the file again",
+    ),
+    Code(
+        "replacement-character",
+        "warning",
+        "U+FFFD stands for characters that were lost in decoding",
+        "read the source in its own encoding and write the file again",
+    ),
+    Code(
+        "control-characters",
+        "warning",
+        "a text contains control or NUL characters",
+        "remove them",
+    ),
+    Code(
+        "byte-order-mark",
+        "warning",
+        "a text contains a byte order mark (U+FEFF)",
+        "read the source as utf-8-sig",
+    ),
+    Code(
+        "invisible-characters",
+        "warning",
+        "a text contains zero-width spaces or direction marks, which change its tokens",
+        "remove U+200B, U+2060 and U+202A to U+202E",
+    ),
+    Code(
+        "html",
+        "warning",
+        "texts contain HTML tags or entities such as `&amp;`",
+        "convert them to plain text (html.unescape)",
+        share=0.02,
+    ),
+    Code(
+        "literal-newlines",
+        "warning",
+        r"texts contain the two characters `\n` in place of a line break",
+        "replace them by line breaks",
+        share=0.02,
+    ),
+)
+CODES: dict[str, Code] = {code.name: code for code in _ALL}
+"""All codes by name, in the order in which findings are reported."""
+
+
+def codes_table() -> str:
+    """Return the Markdown table of all codes."""
+    lines = ["| code | severity | what is found | remedy |", "|---|---|---|---|"]
+    for code in CODES.values():
+        rare = f" (in {code.share:.0%} of the rows or more)" if code.share else ""
+        lines.append(f"| `{code.name}` | {code.severity} | {code.what}{rare} | {code.remedy} |")
+    return "\n".join(lines)
