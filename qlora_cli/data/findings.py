@@ -6,7 +6,7 @@ To add a check, add its code to `CODES` and yield it from a function of `checks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,9 +69,9 @@ def finding(code: str, rows: int = 0, first: Sequence[str] = (), detail: str = "
     return Finding(code, kind.severity, rows, tuple(first[:NAMED]), text, kind.remedy)
 
 
-def stop_at_errors(findings: Iterable[Finding], allow: Collection[str]) -> None:
-    """Raise DataError listing the findings of severity `error` whose code is not in `allow`."""
-    errors = [found for found in findings if found.severity == "error" and found.code not in allow]
+def stop_at_errors(findings: Iterable[Finding]) -> None:
+    """Raise DataError listing the findings of severity `error`, if there are any."""
+    errors = [found for found in findings if found.severity == "error"]
     if errors:
         options = " ".join(f"--allow {found.code}" for found in errors)
         raise DataError(
@@ -237,6 +237,7 @@ _ALL = (
         "warning",
         "the completion begins inside a token, so the prompt alone has other tokens",
         "begin the completion with the white space, or end the prompt with a line break",
+        share=0.1,
     ),
     Code(
         "answer-space",

@@ -217,7 +217,9 @@ def _has_literal_newlines(text: str) -> bool:
     r"""Return whether `\n` is written in place of line breaks, and not inside a quoted string."""
     if "\n" in text or "\\n" not in text:
         return False
-    return bool(re.search(r"\\n(?:\\n|[^a-z]|\Z)", text)) and not re.search(r"[\"'(]\\n|\\n[\"')]", text)
+    return bool(re.search(r"\\n(?:\\n|[^a-z]|\Z)", text)) and not re.search(
+        r"[\"'(]\\n|\\n[\"')]", text
+    )
 
 
 def _count_cut(cut: dict[str, int], answer: str, example: Example) -> None:

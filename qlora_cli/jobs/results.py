@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.jobs.training_length import TrainingLength
+from qlora_cli.data.findings import Finding
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.memory.timeline import PhaseTrace
 from qlora_cli.plan.results import Advice, Compared, DiskNeeds, Line, TimeEstimate
@@ -249,7 +250,8 @@ class DataResult(Result):
     """Result of `qlora data`.
 
     tokens, trained_tokens, longest_row: in tokens. format: the detected data format. shown: the
-    requested rows, token by token. findings: problems of the rows, one sentence each.
+    requested rows, token by token. findings: problems of the rows. stops: whether one of them
+    stops training. notes: other facts about the rows, one sentence each.
     """
 
     rows: int
@@ -259,7 +261,9 @@ class DataResult(Result):
     longest_row: int
     format: str
     shown: tuple[ShownRow, ...]
-    findings: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    stops: bool = False
+    notes: tuple[str, ...] = ()
     held_out_rows: int = 0
     dropped: int = 0
     long_rows: dict[str, Any] = field(default_factory=dict)

@@ -3,7 +3,8 @@
     python tools/checks/make_docs.py
 
 `<!-- commands -->` to `<!-- /commands -->` holds the help of every command, `<!-- settings -->` a
-table of the recipe's settings, `<!-- recipes -->` a table of the shipped recipes. `PAGES` lists
+table of the recipe's settings, `<!-- recipes -->` a table of the shipped recipes,
+`<!-- findings -->` a table of what the data checks find. `PAGES` lists
 which page has which section. check_docs.py reports a section that differs from the program.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import click
 
 from qlora_cli.cli.main import qlora
+from qlora_cli.data.findings import codes_table
 from qlora_cli.recipe.describe import Setting, settings
 from qlora_cli.recipe.shipped import shipped_recipes, summary
 
@@ -45,9 +47,11 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
     "commands": commands,
     "settings": settings_table,
     "recipes": recipes_table,
+    "findings": codes_table,
 }
 PAGES: Mapping[str, tuple[str, ...]] = {
     "docs/cli.md": ("commands",),
+    "docs/data.md": ("findings",),
     "docs/recipe.md": ("settings", "recipes"),
 }
 """Page -> its generated sections."""
