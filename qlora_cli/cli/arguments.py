@@ -26,7 +26,7 @@ recipe_argument = click.argument("recipe", shell_complete=complete_recipe)
 
 
 def _check_codes(_: click.Context, __: click.Parameter, codes: tuple[str, ...]) -> tuple[str, ...]:
-    from qlora_cli.data.findings import CODES
+    from qlora_cli.data.finding_codes import CODES
 
     for code in codes:
         if code not in CODES:
@@ -35,7 +35,7 @@ def _check_codes(_: click.Context, __: click.Parameter, codes: tuple[str, ...]) 
 
 
 def _complete_code(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from qlora_cli.data.findings import CODES
+    from qlora_cli.data.finding_codes import CODES
 
     return [CompletionItem(code) for code in CODES if code.startswith(incomplete)]
 
@@ -46,5 +46,6 @@ allow_option = click.option(
     metavar="CODE",
     callback=_check_codes,
     shell_complete=_complete_code,
-    help="Accept data findings with this code: training neither stops at them nor shows them. Can be repeated.",
+    help="Accept data findings with this code: training neither stops at them nor shows them. "
+    "Can be repeated.",
 )

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.encoded import Examples
-from qlora_cli.data.findings import CODES, NAMED, Finding, finding
+from qlora_cli.data.finding_codes import CODES
+from qlora_cli.data.findings import NAMED, Finding, finding
 from qlora_cli.data.formats import FORMATS, RowFormat
 from qlora_cli.data.text_checks import RowFaults
 from qlora_cli.data.token_facts import TokenFacts, TokenIds
@@ -35,7 +36,7 @@ _LEAST_ROWS = 10
 _SHORT_ANSWER = 8
 """Trained tokens of an answer that contradicts another one; longer texts have many wordings."""
 _OWN_PROMPTS = 0.3
-"""Share of different prompts among the rows; with fewer, a prompt has several answers on purpose."""
+"""Share of different prompts among the rows; with fewer, prompts are repeated on purpose."""
 _HELD_OUT_PROMPTS = 0.01
 """Share of the held-out rows whose prompts are reported if they are trained on, too."""
 
@@ -45,7 +46,8 @@ class EncodedDataset:
     """Encoded rows and how they are arranged.
 
     held_out: rows of the evaluation set; None if there is none. tokenizer: the base's; None if it
-    has none. faults: of the texts of the rows. replaces_template: whether `data.template` differs from the base's own chat template.
+    has none. faults: of the texts of the rows. replaces_template: whether
+    `data.template` differs from the base's own chat template.
     """
 
     examples: Examples
@@ -145,7 +147,8 @@ def _ids(dataset: EncodedDataset) -> Iterator[Finding]:
     ids = TokenIds.of(dataset.tokenizer)
     padding = getattr(dataset.tokenizer, "pad_token_id", None)
     known = [token for token in (padding, ids.eos, ids.unknown) if token is not None and token >= 0]
-    at_end = np.isin(facts.last, known) & (facts.tail > 1)
+    after_end = (facts.before_tail == ids.eos) & (ids.eos >= 0)
+    at_end = (np.isin(facts.last, known) | after_end) & (facts.tail > 1)
     at_begin = np.isin(facts.begin, known) & (facts.begin == facts.second)
     if dataset.tokenizer is None:
         # Rows of one length that end in different numbers of one token.

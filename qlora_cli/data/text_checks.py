@@ -12,8 +12,9 @@ from typing import Any
 from qlora_cli.data.chat_checks import LEAST_COPIED, chat_faults
 from qlora_cli.data.conversation import Conversation
 from qlora_cli.data.encode import Example
-from qlora_cli.data.findings import CODES, NAMED, Finding, finding
-from qlora_cli.data.formats import Content, Fields, PromptCompletion, content_of
+from qlora_cli.data.finding_codes import CODES
+from qlora_cli.data.findings import NAMED, Finding, finding
+from qlora_cli.data.formats import Fields, PromptCompletion, content_of
 from qlora_cli.data.row_store import Row
 from qlora_cli.recipe.schema import DataFormat
 
@@ -25,7 +26,9 @@ _MARKUP = (
 """Texts that chat templates write and people hardly do."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
 _INVISIBLE = re.compile("[\u200b\u2060\u202a-\u202e]")
-_MOJIBAKE = re.compile("Ã[\u0080-\u00bfŒœŠšŽžŸƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]|Â[\u00a0-\u00bf]|â€|ðŸ|ï¿½")
+_CONTINUATION = bytes(range(0x80, 0xC0)).decode("cp1252", "ignore") + "\x81\x8d\x8f\x90\x9d"
+"""The bytes of UTF-8 after the first one, as they look in Windows-1252."""
+_MOJIBAKE = re.compile(f"Ã[\u0080-\u00bf{_CONTINUATION}]|Â[\u00a0-\u00bf]|â€|ðŸ|ï¿½")
 _HTML = re.compile(
     r"&(?:amp|lt|gt|quot|nbsp|apos|#\d{2,5}|#x[0-9a-fA-F]{2,5});"
     r"|</?(?:p|br|div|span|a|li|ul|ol|strong|em|b|i|h[1-6]|table|tr|td|img)\b[^<>\n]*>"
@@ -139,7 +142,7 @@ class RowChecker:
                 yield "foreign-markup"
 
     def _ends_inside(self, completion: str) -> bool:
-        eos = getattr(self._tokenizer, "eos_token", None)
+        eos = str(getattr(self._tokenizer, "eos_token", None) or "")
         return bool(eos) and eos in completion.rstrip().removesuffix(eos)
 
 
@@ -180,7 +183,7 @@ def _pair_faults(
     if row_format != "completion" or not prompt or not completion:
         return
     last, first = prompt[-1], completion[0]
-    if last in " \t" and not first.isspace():
+    if last in " \t" and prompt.strip() and not first.isspace():
         yield "prompt-space"
     if (_is_word(last) or last in ".?!,;") and _is_word(first):
         yield "joined-words"

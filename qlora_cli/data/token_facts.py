@@ -42,7 +42,8 @@ class TokenFacts:
     the same one with a probability of 1e-6). first: position of the first trained token.
     second: the second token. bos, early_bos, unknown: number of BOS tokens, of those among the
     first four tokens, and of unknown tokens. last, last_target: the last token, and the last
-    trained one. tail: number of equal tokens at the end. is_shifted: whether the labels are those
+    trained one. tail: number of equal tokens at the end. before_tail: the token in front of
+    these. is_shifted: whether the labels are those
     of a neighbour.
     """
 
@@ -58,17 +59,18 @@ class TokenFacts:
     last: NDArray[np.int32]
     last_target: NDArray[np.int32]
     tail: NDArray[np.int32]
+    before_tail: NDArray[np.int32]
     is_shifted: NDArray[np.bool_]
 
     @classmethod
     def of(cls, examples: Examples, ids: TokenIds) -> TokenFacts:
-        """Return the facts about examples, part by part."""
+        """Return the facts about one or more examples, part by part."""
         places, pieces = [], []
         weights = _weights(int(examples.lengths.max(initial=0)))
         for part, chosen in _parts(examples):
             places.append(chosen)
             pieces.append(_facts(_Tokens.of(examples, part, chosen), ids, weights))
-        order = np.argsort(np.concatenate(places), kind="stable") if places else []
+        order = np.argsort(np.concatenate(places), kind="stable")
         return cls(
             *(np.concatenate([getattr(p, f.name) for p in pieces])[order] for f in fields(cls))
         )
@@ -139,12 +141,13 @@ def _facts(tokens: _Tokens, special: TokenIds, weights: NDArray[np.uint64]) -> T
     far = np.iinfo(np.int32).max
     first = np.minimum.reduceat(np.where(tokens.is_trained, position, far), starts)
     last = np.maximum.reduceat(np.where(tokens.is_trained, position, 0), starts)
-    rank = np.cumsum(tokens.is_trained)
-    rank -= tokens.of_rows(rank[starts])
+    trained = np.cumsum(tokens.is_trained, dtype=np.int64)
+    rank = trained - tokens.of_rows(trained[starts])
     answers = np.where(tokens.is_trained, values * weights[rank], np.uint64(0))
     is_bos = ids == special.bos
     ends = starts + tokens.lengths - 1
     differs = ids != tokens.of_rows(ids[ends])
+    last_other = np.maximum.reduceat(np.where(differs, position, -1), starts)
     labels = ids if tokens.labels is None else tokens.labels
     return TokenFacts(
         digest=tokens.sums(products),
@@ -158,7 +161,8 @@ def _facts(tokens: _Tokens, special: TokenIds, weights: NDArray[np.uint64]) -> T
         unknown=tokens.counts(ids == special.unknown),
         last=ids[ends],
         last_target=labels[starts + last],
-        tail=tokens.lengths - 1 - np.maximum.reduceat(np.where(differs, position, -1), starts),
+        tail=(tokens.lengths - 1 - last_other).astype(np.int32),
+        before_tail=np.where(last_other < 0, _NONE, ids[starts + np.maximum(last_other, 0)]),
         is_shifted=_is_shifted(tokens),
     )
 

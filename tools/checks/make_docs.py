@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from qlora_cli.cli.main import qlora
-from qlora_cli.data.findings import codes_table
+from qlora_cli.data.finding_codes import CODES
 from qlora_cli.recipe.describe import Setting, settings
 from qlora_cli.recipe.shipped import shipped_recipes, summary
 
@@ -43,11 +43,20 @@ def recipes_table() -> str:
     return "\n".join([*lines, *rows])
 
 
+def findings_table() -> str:
+    """Return one row per code of the data checks: its severity, what is found and the remedy."""
+    lines = ["| code | severity | what is found | remedy |", "|---|---|---|---|"]
+    for code in CODES.values():
+        share = f" (in {code.share:.0%} of the rows or more)" if code.share else ""
+        lines.append(f"| `{code.name}` | {code.severity} | {code.what}{share} | {code.remedy} |")
+    return "\n".join(lines)
+
+
 SECTIONS: Mapping[str, Callable[[], str]] = {
     "commands": commands,
     "settings": settings_table,
     "recipes": recipes_table,
-    "findings": codes_table,
+    "findings": findings_table,
 }
 PAGES: Mapping[str, tuple[str, ...]] = {
     "docs/cli.md": ("commands",),
