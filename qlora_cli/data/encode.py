@@ -32,13 +32,15 @@ class Example:
 
     ids: token ids of the complete row. labels: of the same length and not shifted: the token's own
     id if it is trained, else IGNORE_INDEX. origin: file and line, for example `rows.jsonl:42`.
-    begins_inside_token: whether the completion begins inside a token, which is trained.
+    begins_inside_token: whether the completion begins inside a token, which is trained. content:
+    what the row was converted to, for the checks of texts; None if it is not known.
     """
 
     ids: list[int]
     labels: list[int]
     origin: str
     begins_inside_token: bool = field(default=False, compare=False)
+    content: Content | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_targets(self) -> int:
@@ -93,7 +95,7 @@ def encode(
     else:
         _check_tokenizer(tokenizer, row_format)
         template = ChatTemplate(tokenizer)
-        results = _tokenized(rows, [_text(content, template) for content in contents], tokenizer)
+        results = _tokenized(rows, contents, template)
     return [_checked(result, vocab_size) for result in results]
 
 
@@ -157,9 +159,10 @@ def _text(content: Content, template: ChatTemplate) -> _Text | RowError:
 
 
 def _tokenized(
-    rows: Sequence[Row], texts: Sequence[_Text | RowError], tokenizer: Any
+    rows: Sequence[Row], contents: Sequence[Content], template: ChatTemplate
 ) -> list[Example | RowError]:
-    """Return the example of each text, and each error as it is, in order."""
+    """Return the example of each row's content, or its error, in order."""
+    texts, tokenizer = [_text(content, template) for content in contents], template.tokenizer
     results: list[Any] = list(texts)
     for add_begin in (True, False):
         batch = [
@@ -185,7 +188,8 @@ def _tokenized(
             is_inside = text.add_end and _begins_inside(labels, offsets, text.spans[0][0])
             if text.add_end:
                 _add_end(ids, labels, tokenizer.eos_token_id)
-            results[index] = Example(ids, labels, rows[index].origin, is_inside)
+            origin, content = rows[index].origin, contents[index]
+            results[index] = Example(ids, labels, origin, is_inside, content)
     return results
 
 

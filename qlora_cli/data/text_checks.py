@@ -14,7 +14,7 @@ from qlora_cli.data.conversation import Conversation
 from qlora_cli.data.encode import Example
 from qlora_cli.data.finding_codes import CODES
 from qlora_cli.data.findings import NAMED, Finding, finding
-from qlora_cli.data.formats import Fields, PromptCompletion, content_of
+from qlora_cli.data.formats import Content, Fields, PromptCompletion
 from qlora_cli.data.row_store import Row
 from qlora_cli.recipe.schema import DataFormat
 
@@ -103,9 +103,8 @@ class RowChecker:
         faults = RowFaults()
         digests = []
         for row, example in zip(rows, examples, strict=True):
-            content = content_of(row, row_format, has_chat_template=bool(self._template))
-            texts = _texts(content)
-            codes = {*self._faults(content, row.fields, row_format), *_text_faults(texts)}
+            texts = _texts(example.content)
+            codes = {*self._faults(example.content, row.fields, row_format), *_text_faults(texts)}
             if example.begins_inside_token:
                 codes.add("inside-token")
             faults.count(row.origin, [code for code in CODES if code in codes] if codes else ())
@@ -114,7 +113,9 @@ class RowChecker:
             digests.append(_digest(texts))
         return faults, digests
 
-    def _faults(self, content: Any, fields: Fields, row_format: DataFormat) -> Iterator[str]:
+    def _faults(
+        self, content: Content | None, fields: Fields, row_format: DataFormat
+    ) -> Iterator[str]:
         if isinstance(content, Conversation):
             yield from chat_faults(content, self._template)
             for message in content.messages:
@@ -155,7 +156,7 @@ def _special_tokens(tokenizer: Any) -> set[str]:
     return {token for token in tokens if len(token) > 2} - {tokenizer.unk_token}
 
 
-def _texts(content: Any) -> list[str]:
+def _texts(content: Content | None) -> list[str]:
     """Return the texts of a row, the last answer last; empty for rows of ids."""
     if isinstance(content, Conversation):
         return [message.get("content", "") for message in content.messages]

@@ -14,7 +14,8 @@ from qlora_cli.recipe.schema import Data
 from tests.helpers.checked_data import findings_of, tokenizer, write_rows
 
 Row = dict[str, Any]
-WORDS = ["amber", "birch", "cedar", "delta", "ember", "frost", "grove", "heron", "inlet", "jetty", "knoll", "larch"]
+_NAMES = "amber birch cedar delta ember frost grove heron inlet jetty knoll larch"
+WORDS = _NAMES.split()
 
 
 def user(text: str) -> Row:
@@ -104,7 +105,7 @@ CHAT_FAULTS = [
     ("mojibake", answered("CafÃ© in the bay.")),
     ("mojibake", asked("Itâ€™s late, isnâ€™t it?")),
     ("mojibake", answered("It costs Â£5.")),
-    ("mojibake", answered("Yes. ðŸ˜€")),
+    ("mojibake", answered("Yes. \U0001f600".encode().decode("cp1252"))),
     ("replacement-character", answered("Caf\ufffd in the bay.")),
     ("control-characters", asked("Where\x00 is it?")),
     ("control-characters", answered("It is \x1b[31mred\x1b[0m.")),
