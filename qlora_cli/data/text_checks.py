@@ -36,9 +36,10 @@ _HTML = re.compile(
 _OPEN_END = re.compile(r"[\w,]\Z")
 _WORDS = re.compile(r"[^\W_]+")
 _LEAST_CUT = 40
-"""Characters, or a quarter as many tokens, from which on an answer may have been cut."""
+"""Characters from which on an answer may have been cut."""
 _CUT_SHARE = 0.1
 _CUT_ROWS = 5
+"""Share of all rows, and number of rows, whose answers have one length if they are reported."""
 
 
 @dataclass

@@ -31,8 +31,8 @@ def run(
 
     show: number of rows that are returned token by token. observer: receives the progress. allow:
     codes of findings of severity `error` that training accepts. Only the base's tokenizer and
-    config are loaded. Raises InputError, DataError or ModelError for the
-    rows that training refuses, too.
+    config are loaded. Raises InputError, DataError or ModelError for the rows that cannot be
+    tokenized; findings do not raise.
     """
     data = recipe.data
     loader = row_loader(recipe)
