@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qlora_cli.cli.arguments import recipe_argument
+from qlora_cli.cli.arguments import allow_option, recipe_argument
 from qlora_cli.cli.output import (
     emit,
     fast_import,
@@ -13,6 +13,7 @@ from qlora_cli.cli.output import (
     overrides_argument,
     suggest,
 )
+from qlora_cli.errors import DataError
 
 
 @click.command()
@@ -25,11 +26,22 @@ from qlora_cli.cli.output import (
     show_default=True,
     help="Number of rows to show token by token.",
 )
+@allow_option
 @json_option
-def data(recipe: str, overrides: tuple[str, ...], show: int, as_json: bool) -> None:
+@click.pass_context
+def data(
+    ctx: click.Context,
+    recipe: str,
+    overrides: tuple[str, ...],
+    show: int,
+    allow: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Show a recipe's rows as tokens, and likely problems in them.
 
     Counts the tokens, marks those that are trained on, and lists findings such as duplicate rows.
+    Exits with code 2 if a finding is an error, which also stops training.
+
     RECIPE is a YAML file or the name of a shipped recipe; a key=value replaces one of its settings.
     """
     from qlora_cli.recipe.load import load_recipe
@@ -41,6 +53,8 @@ def data(recipe: str, overrides: tuple[str, ...], show: int, as_json: bool) -> N
         from qlora_cli.ui import tables
 
     with job_observer() as observer:
-        result = job.run(loaded, show=show, observer=observer)
+        result = job.run(loaded, show=show, observer=observer, allow=allow)
     emit(result, as_json, tables.data)
+    if result.stops:
+        ctx.exit(DataError.exit_code)
     suggest("plan", recipe, *overrides)

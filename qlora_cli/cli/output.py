@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -127,9 +128,9 @@ def emit_json(content: dict[str, Any]) -> None:
     context = click.get_current_context(silent=True)
     if context is not None:
         context.meta[_NEEDS_JSON] = False
-    click.echo(
-        json.dumps(_without_nonfinite(content), indent=1, ensure_ascii=False, allow_nan=False)
-    )
+    text = json.dumps(_without_nonfinite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    # JSON escapes the control characters below a space; a terminal obeys these, too.
+    click.echo(re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def _without_nonfinite(value: Any) -> Any:

@@ -81,7 +81,9 @@ def plan(
     if result.fits is False:
         ctx.exit(DoesNotFit.exit_code)
     if result.data_problem and not _names_example_data(recipe, overrides):
-        click.echo(f"error: {result.data_problem}", err=True)
+        from qlora_cli.ui.console import printable
+
+        click.echo(printable(f"error: {result.data_problem}"), err=True)
         ctx.exit(InputError.exit_code)
 
 

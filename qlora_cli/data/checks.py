@@ -1,13 +1,13 @@
-"""Findings about rows that can be trained on but may not be what the user intends.
+"""Findings about rows that can be tokenized but may not be what the user intends.
 
-Each check in `CHECKS` yields one sentence per finding. A finding is never an error.
+Each check in `CHECKS` yields the findings of one kind from the tokens of all rows. The checks of
+texts (`text_checks.py`) ran when the rows were tokenized; their result is in `faults`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.encoded import Examples
+from qlora_cli.data.finding_codes import CODES
+from qlora_cli.data.findings import NAMED, Finding, finding
 from qlora_cli.data.formats import FORMATS, RowFormat
-from qlora_cli.nn.labels import IGNORE_INDEX
+from qlora_cli.data.text_checks import RowFaults
+from qlora_cli.data.token_facts import TokenFacts, TokenIds
 from qlora_cli.recipe.schema import DataFormat
 from qlora_cli.units import format_count
 
@@ -26,43 +29,16 @@ _LONG = 10
 """Multiple of the median length above which a row is reported as long."""
 _TOO_LARGE = 0.9
 """Share of seq_len that the longest row should reach if rows are not packed."""
-_NAMED = 3
-"""Maximum number of rows that a finding names."""
-
-
-@dataclass(frozen=True)
-class TokenFacts:
-    """What the checks need of the tokens of each row, in arrays of one item per row.
-
-    digest: hash of the token ids; rows with equal digests are taken as equal (of two million
-    different rows, two have the same one with a probability of 1e-7). begin: the first two tokens.
-    last_target: the last trained token. unknown: number of tokens that the tokenizer does not know.
-    equal_segments: whether the row has several segments and all have the same tokens.
-    """
-
-    digest: NDArray[np.uint64]
-    begin: NDArray[np.int32]
-    last_target: NDArray[np.int32]
-    unknown: NDArray[np.int32]
-    equal_segments: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, examples: Examples, unknown_id: int | None) -> TokenFacts:
-        """Return the facts about examples. Their tokens are read once, one row at a time."""
-        number = len(examples)
-        digest, unknown = np.zeros(number, np.uint64), np.zeros(number, np.int32)
-        equal = np.zeros(number, np.bool_)
-        begin, last_target = np.full((number, 2), -1, np.int32), np.zeros(number, np.int32)
-        for index in range(number):
-            ids, labels = examples.arrays(index)
-            digest[index] = int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest())
-            begin[index, : len(ids)] = ids[:2]
-            last_target[index] = labels[labels != IGNORE_INDEX][-1]
-            unknown[index] = np.count_nonzero(ids == unknown_id) if unknown_id is not None else 0
-            lengths = examples.segments(index)
-            parts = np.split(ids, np.cumsum(lengths)[:-1]) if lengths else []
-            equal[index] = bool(parts) and all(np.array_equal(parts[0], p) for p in parts[1:])
-        return cls(digest, begin, last_target, unknown, equal)
+_SAME_ANSWER = 0.9
+"""Share of the rows that have one answer if it is reported."""
+_LEAST_ROWS = 10
+"""Rows from which on a property of nearly all rows is not by chance."""
+_SHORT_ANSWER = 8
+"""Trained tokens of an answer that contradicts another one; longer texts have many wordings."""
+_OWN_PROMPTS = 0.3
+"""Share of different prompts among the rows; with fewer, prompts are repeated on purpose."""
+_HELD_OUT_PROMPTS = 0.01
+"""Share of the held-out rows whose prompts are reported if they are trained on, too."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +46,8 @@ class EncodedDataset:
     """Encoded rows and how they are arranged.
 
     held_out: rows of the evaluation set; None if there is none. tokenizer: the base's; None if it
-    has none. num_sequences: number of sequences in an epoch.
+    has none. faults: of the texts of the rows. replaces_template: whether
+    `data.template` differs from the base's own chat template.
     """
 
     examples: Examples
@@ -79,185 +56,244 @@ class EncodedDataset:
     tokenizer: Any
     seq_len: int
     packing: bool
-    num_sequences: int
+    faults: RowFaults = field(default_factory=RowFaults)
+    replaces_template: bool = False
 
     @cached_property
     def facts(self) -> TokenFacts:
         """Return the facts about the tokens of `examples`."""
-        return TokenFacts.of(self.examples, getattr(self.tokenizer, "unk_token_id", None))
+        return TokenFacts.of(self.examples, TokenIds.of(self.tokenizer))
+
+    @cached_property
+    def held_out_facts(self) -> TokenFacts | None:
+        """Return the facts about the tokens of `held_out`."""
+        if self.held_out is None:
+            return None
+        return TokenFacts.of(self.held_out, TokenIds.of(self.tokenizer))
 
     @property
     def row_format(self) -> RowFormat:
         """Return the format's entry in the registry."""
         return FORMATS[self.format]
 
+    @property
+    def uses_template(self) -> bool:
+        """Return whether the chat template writes the rows."""
+        return self.row_format.uses_chat_template(self.tokenizer)
 
-def examine(dataset: EncodedDataset) -> tuple[str, ...]:
-    """Return the findings of all checks, one sentence each."""
-    return tuple(finding for check in CHECKS for finding in check(dataset))
+    @cached_property
+    def is_split(self) -> NDArray[np.bool_]:
+        """Return for each row whether it is a piece of a longer one."""
+        return self.examples.pieces > 0
 
-
-def _double_bos(dataset: EncodedDataset) -> Iterator[str]:
-    bos = getattr(dataset.tokenizer, "bos_token_id", None)
-    if bos is None:
-        return
-    twice = np.flatnonzero((dataset.facts.begin == bos).all(axis=1))
-    if len(twice):
-        yield (
-            f"{_rows(dataset.examples, twice)} begin with {dataset.tokenizer.bos_token} twice: the "
-            "texts contain one and the chat template adds another"
-        )
+    @cached_property
+    def has_prompt(self) -> NDArray[np.bool_]:
+        """Return for each row whether more than a BOS token is in front of its answer."""
+        return (self.facts.first > 1) & ~self.is_split
 
 
-def _no_end(dataset: EncodedDataset) -> Iterator[str]:
+def examine(dataset: EncodedDataset) -> tuple[Finding, ...]:
+    """Return the findings of all checks, in the order of `CODES`."""
+    found = [*dataset.faults.findings()]
+    found += [one for check in CHECKS for one in check(dataset)]
+    return tuple(sorted(found, key=lambda one: list(CODES).index(one.code)))
+
+
+def _about(code: str, examples: Examples, places: Any, detail: str = "") -> Iterator[Finding]:
+    """Yield the finding about some examples, given as indices or a mask, if there are any."""
+    places = np.asarray(places)
+    indices = np.flatnonzero(places) if places.dtype == bool else places
+    if len(indices):
+        first = [examples.origin(int(place)) for place in indices[:NAMED]]
+        yield finding(code, len(indices), first, detail)
+
+
+def _bos(dataset: EncodedDataset) -> Iterator[Finding]:
+    ids, facts = TokenIds.of(dataset.tokenizer), dataset.facts
+    is_double = (facts.begin == ids.bos) & (facts.second == ids.bos) & (ids.bos >= 0)
+    yield from _about("double-bos", dataset.examples, is_double)
+    # Some templates write it in front of every turn, and GPT-2 uses it between documents.
+    again = facts.early_bos > 1 if ids.bos == ids.eos else facts.bos > 1
+    if not dataset.uses_template:
+        yield from _about("bos-inside", dataset.examples, again & ~is_double)
+
+
+def _no_end(dataset: EncodedDataset) -> Iterator[Finding]:
     tokenizer, row_format = dataset.tokenizer, dataset.row_format
     if tokenizer is None:
         return
     adds_end = row_format.tokenized and not row_format.uses_chat_template(tokenizer)
     if tokenizer.eos_token_id is None and adds_end:
-        yield "the tokenizer has no end token, so the model does not learn where to stop"
+        yield finding("no-end-token")
         return
-    ends = {*tokenizer.get_added_vocab().values(), tokenizer.eos_token_id} - {None}
+    ends = [*{*tokenizer.get_added_vocab().values(), tokenizer.eos_token_id} - {None}]
     # A piece of a split row ends in the middle, except the last one.
     is_complete = dataset.examples.piece == dataset.examples.pieces
-    is_open = ~np.isin(dataset.facts.last_target, list(ends))
-    open_ended = np.flatnonzero(is_complete & is_open)
-    if len(open_ended):
-        yield (
-            f"in {_rows(dataset.examples, open_ended)} the last trained token is not a special "
-            "token: the chat template ends its turns with plain text or not at all, so the model "
-            "may not stop"
-        )
+    is_open = is_complete & ~np.isin(dataset.facts.last_target, ends)
+    is_masked = is_open & (dataset.facts.last == TokenIds.of(tokenizer).eos)
+    if row_format.tokenized:
+        yield from _about("no-end", dataset.examples, is_open)
+    else:
+        yield from _about("masked-end", dataset.examples, is_masked)
+        yield from _about("no-end", dataset.examples, is_open & ~is_masked)
 
 
-def _outside_template(dataset: EncodedDataset) -> Iterator[str]:
-    if getattr(dataset.tokenizer, "chat_template", None) and dataset.format == "completion":
-        yield (
-            "the tokenizer has a chat template, but the rows are plain prompts and completions: "
-            "the model learns these answers outside a chat; write messages rows to train chats"
-        )
-
-
-def _dated(dataset: EncodedDataset) -> Iterator[str]:
-    template = getattr(dataset.tokenizer, "chat_template", None)
-    if dataset.row_format.uses_chat_template(dataset.tokenizer) and "strftime_now" in str(template):
-        yield (
-            "the chat template writes today's date into every row, so the rows differ on another "
-            "day"
-        )
-
-
-def _unknown_tokens(dataset: EncodedDataset) -> Iterator[str]:
-    tokenizer = dataset.tokenizer
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+def _ids(dataset: EncodedDataset) -> Iterator[Finding]:
+    """Check rows of ready ids: shifted labels and padding."""
+    if dataset.row_format.tokenized:
         return
-    number = int(dataset.facts.unknown.sum(dtype=np.int64))
-    if number:
-        yield f"{format_count(number)} tokens are unknown to the tokenizer ({tokenizer.unk_token})"
+    facts, lengths = dataset.facts, dataset.examples.lengths
+    yield from _about("labels-shifted", dataset.examples, facts.is_shifted)
+    ids = TokenIds.of(dataset.tokenizer)
+    padding = getattr(dataset.tokenizer, "pad_token_id", None)
+    known = [token for token in (padding, ids.eos, ids.unknown) if token is not None and token >= 0]
+    after_end = (facts.before_tail == ids.eos) & (ids.eos >= 0)
+    at_end = (np.isin(facts.last, known) | after_end) & (facts.tail > 1)
+    at_begin = np.isin(facts.begin, known) & (facts.begin == facts.second)
+    if dataset.tokenizer is None:
+        # Rows of one length that end in different numbers of one token.
+        is_one = len(lengths) > 2 and len({*lengths.tolist()}) == len({*facts.last.tolist()}) == 1
+        at_end = (facts.tail > 1) & is_one & (facts.tail.max() > facts.tail.min())
+    yield from _about("padded-rows", dataset.examples, (at_end | at_begin) & ~dataset.is_split)
 
 
-def _duplicates(dataset: EncodedDataset) -> Iterator[str]:
+def _template(dataset: EncodedDataset) -> Iterator[Finding]:
+    template = getattr(dataset.tokenizer, "chat_template", None)
+    if template and dataset.format == "completion":
+        yield finding("outside-template")
+    if dataset.replaces_template and dataset.uses_template:
+        yield finding("template-replaced")
+    if dataset.uses_template and "strftime_now" in str(template):
+        yield finding("dated-template")
+
+
+def _unknown_tokens(dataset: EncodedDataset) -> Iterator[Finding]:
+    ids, unknown = TokenIds.of(dataset.tokenizer), dataset.facts.unknown
+    if ids.unknown in (ids.bos, ids.eos):
+        return
+    number = format_count(int(unknown.sum(dtype=np.int64)))
+    detail = f"{number} times {getattr(dataset.tokenizer, 'unk_token', None)}"
+    yield from _about("unknown-tokens", dataset.examples, unknown > 0, detail)
+
+
+def _duplicates(dataset: EncodedDataset) -> Iterator[Finding]:
     examples = dataset.examples
-    _, first, inverse = np.unique(dataset.facts.digest, return_index=True, return_inverse=True)
-    earlier = first[inverse]
+    words = examples.encoded.words[examples.rows]
+    same = _repeats(examples, dataset.facts.digest)
+    near = _repeats(examples, words) & ~same & (words != 0) & ~dataset.is_split
+    for code, repeated, values in (
+        ("duplicates", same, dataset.facts.digest),
+        ("near-duplicates", near, words),
+    ):
+        if repeated.any():
+            place = int(np.flatnonzero(repeated)[0])
+            earlier = examples.origin(int(np.flatnonzero(values == values[place])[0]))
+            detail = f"{examples.origin(place)} is like {earlier}"
+            yield from _about(code, examples, repeated, detail)
+
+
+def _repeats(examples: Examples, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return for each example whether an earlier one of another origin has the same digest."""
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     # A row that its weight repeats has the same origin.
     places = np.stack([*examples.where(), examples.piece])
-    is_other = (places != places[:, earlier]).any(axis=0)
-    repeated = np.flatnonzero(is_other)
-    if len(repeated):
-        names = [
-            f"{examples.origin(row)} is equal to {examples.origin(int(earlier[row]))}"
-            for row in repeated[: _NAMED + 1]
-        ]
-        yield (
-            f"{_count(len(repeated), 'row')} with the same tokens as an earlier row "
-            f"({_first_names(names)})"
-        )
+    result: NDArray[np.bool_] = (places != places[:, first[inverse]]).any(axis=0)
+    return result
 
 
-def _held_out_in_train(dataset: EncodedDataset) -> Iterator[str]:
-    if dataset.held_out is None:
+def _held_out(dataset: EncodedDataset) -> Iterator[Finding]:
+    facts, held_out = dataset.held_out_facts, dataset.held_out
+    if held_out is None or facts is None:
         return
-    held_out = TokenFacts.of(dataset.held_out, None)
-    shared = np.flatnonzero(np.isin(held_out.digest, dataset.facts.digest))
-    if len(shared):
-        yield (
-            f"{_rows(dataset.held_out, shared)} of data.eval are also in data.train, so the eval "
-            "loss is too optimistic"
-        )
+    train, examples = dataset.facts, dataset.examples
+    words = held_out.encoded.words[held_out.rows]
+    is_near = np.isin(words, examples.encoded.words[examples.rows]) & (words != 0)
+    shared = np.isin(facts.digest, train.digest) | (is_near & (held_out.pieces == 0))
+    yield from _about("held-out-in-train", held_out, shared)
+    prompts = train.prompt[dataset.has_prompt]
+    if len(np.unique(prompts)) < _OWN_PROMPTS * len(prompts):
+        return
+    same = np.isin(facts.prompt, prompts) & (facts.first > 1) & ~shared & (held_out.pieces == 0)
+    if same.sum() > _HELD_OUT_PROMPTS * len(held_out):
+        yield from _about("held-out-prompts", held_out, same)
 
 
-def _equal_answers(dataset: EncodedDataset) -> Iterator[str]:
-    equal = np.flatnonzero(dataset.facts.equal_segments)
-    if len(equal):
-        yield (
-            f"{_rows(dataset.examples, equal)} have the same text as both answers, from which no "
-            "preference is learned"
-        )
+def _answers(dataset: EncodedDataset) -> Iterator[Finding]:
+    facts, examples = dataset.facts, dataset.examples
+    chosen = np.flatnonzero(dataset.has_prompt)
+    if len(chosen) >= _LEAST_ROWS:
+        _, counts = np.unique(facts.answer[chosen], return_counts=True)
+        if counts.max() >= _SAME_ANSWER * len(examples):
+            yield finding("one-answer", detail=f"{counts.max()} of {len(examples)} rows")
+            return
+    _, first, inverse = np.unique(facts.prompt[chosen], return_index=True, return_inverse=True)
+    if len(first) < _OWN_PROMPTS * len(chosen):
+        return
+    other = facts.answer[chosen] != facts.answer[chosen][first[inverse]]
+    short = examples.targets[chosen] <= _SHORT_ANSWER
+    yield from _about("contradictions", examples, chosen[other & short & short[first[inverse]]])
 
 
-def _lengths(dataset: EncodedDataset) -> Iterator[str]:
-    examples, lengths = dataset.examples, dataset.examples.lengths
-    longest, median = int(lengths.max()), float(np.median(lengths))
-    long = np.flatnonzero(lengths > _LONG * median)
-    if len(long):
-        yield (
-            f"{_rows(examples, long)} are more than {_LONG} times as long as the median "
-            f"({median:g} tokens)"
-        )
-    is_whole = examples.pieces == 0
-    nearly_full = np.flatnonzero(is_whole & (lengths > _NEARLY_FULL * dataset.seq_len))
-    if len(nearly_full):
-        yield f"{_rows(examples, nearly_full)} nearly fill data.seq_len={dataset.seq_len}"
-    if not dataset.packing and longest < _TOO_LARGE * dataset.seq_len:
+def _equal_answers(dataset: EncodedDataset) -> Iterator[Finding]:
+    """Check pairs: both answers of one should differ."""
+    if dataset.format != "preference":
+        return
+    examples = dataset.examples
+    is_equal = np.zeros(len(examples), np.bool_)
+    for index in range(len(examples)):
+        ids, _ = examples.arrays(index)
+        first, *others = np.split(ids, np.cumsum(examples.segments(index))[:-1])
+        is_equal[index] = bool(others) and all(np.array_equal(first, part) for part in others)
+    yield from _about("equal-answers", examples, is_equal)
+
+
+def _lengths(dataset: EncodedDataset) -> Iterator[Finding]:
+    lengths = dataset.examples.lengths
+    median = float(np.median(lengths))
+    detail = f"of {median:g} tokens"
+    yield from _about("long-rows", dataset.examples, lengths > _LONG * median, detail)
+
+
+def _few_targets(dataset: EncodedDataset) -> Iterator[Finding]:
+    if dataset.row_format.tokenized and not dataset.faults.counts.get("empty-answer"):
+        is_empty = (dataset.examples.targets == 1) & ~dataset.is_split
+        yield from _about("empty-answer", dataset.examples, is_empty)
+
+
+CHECKS: tuple[Callable[[EncodedDataset], Iterator[Finding]], ...] = (
+    _bos,
+    _no_end,
+    _ids,
+    _template,
+    _unknown_tokens,
+    _duplicates,
+    _held_out,
+    _answers,
+    _few_targets,
+    _equal_answers,
+    _lengths,
+)
+
+
+def length_notes(dataset: EncodedDataset, num_sequences: int) -> Iterator[str]:
+    """Yield what is worth knowing about the lengths of the rows, one sentence each.
+
+    num_sequences: number of sequences in an epoch.
+    """
+    examples, seq_len = dataset.examples, dataset.seq_len
+    full = int(((examples.lengths > _NEARLY_FULL * seq_len) & ~dataset.is_split).sum())
+    if full:
+        plural = "" if full == 1 else "s"
+        yield f"{format_count(full)} row{plural} nearly fill data.seq_len={seq_len}"
+    longest = int(examples.lengths.max())
+    if not dataset.packing and longest < _TOO_LARGE * seq_len:
         yield (
             f"the longest row has {format_count(longest)} tokens: without packing, "
             f"data.seq_len={longest} is enough, and the plan needs less memory"
         )
-
-
-def _few_targets(dataset: EncodedDataset) -> Iterator[str]:
-    empty = np.flatnonzero(dataset.examples.targets == 1)
-    if len(empty) and dataset.row_format.tokenized:
-        yield (
-            f"{_rows(dataset.examples, empty)} train one token only: the answer is empty except "
-            "for its end token"
-        )
-
-
-def _packing_efficiency(dataset: EncodedDataset) -> Iterator[str]:
     if dataset.packing:
-        tokens = int(dataset.examples.lengths.sum(dtype=np.int64))
-        share = tokens / (dataset.num_sequences * dataset.seq_len)
-        sequences = _count(dataset.num_sequences, "sequence")
-        yield f"packing fills {sequences} of {dataset.seq_len} tokens to {share:.1%}"
-
-
-def _rows(examples: Examples, places: NDArray[np.int64]) -> str:
-    names = [examples.origin(int(place)) for place in places[: _NAMED + 1]]
-    return f"{_count(len(places), 'row')} ({_first_names(names)})"
-
-
-def _first_names(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{format_count(number)} {noun}{'' if number == 1 else 's'}"
-
-
-CHECKS: tuple[Callable[[EncodedDataset], Iterator[str]], ...] = (
-    _double_bos,
-    _no_end,
-    _outside_template,
-    _dated,
-    _unknown_tokens,
-    _duplicates,
-    _held_out_in_train,
-    _few_targets,
-    _equal_answers,
-    _lengths,
-    _packing_efficiency,
-)
-"""All checks, in the order in which their findings are reported."""
+        tokens = int(examples.lengths.sum(dtype=np.int64))
+        share = tokens / (num_sequences * seq_len)
+        number = f"{format_count(num_sequences)} sequence"
+        plural = "" if num_sequences == 1 else "s"
+        yield f"packing fills {number}{plural} of {seq_len} tokens to {share:.1%}"

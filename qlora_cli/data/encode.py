@@ -12,7 +12,7 @@ get the tokens that the tokenizer adds at the beginning, and one end token, whic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -37,6 +37,8 @@ class Example:
     segments: lengths of the parts of the row that do not attend to each other, such as the two
     answers of a preference pair; empty if the row is one part. constants: values that a task has
     computed for the row before training, such as log-probabilities under a reference model.
+    begins_inside_token: whether the completion begins inside a token, which is trained. content:
+    what the row was converted to, for the checks of texts; None if it is not known.
     """
 
     ids: list[int]
@@ -44,6 +46,8 @@ class Example:
     origin: str
     segments: tuple[int, ...] = ()
     constants: tuple[float, ...] = ()
+    begins_inside_token: bool = field(default=False, compare=False)
+    content: Content | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_targets(self) -> int:
@@ -115,7 +119,7 @@ def encode(
         check_tokenizer(tokenizer, row_format.name, needs_template=uses_template)
         template = ChatTemplate(tokenizer)
         texts = [rendered(content, template) for content in contents]
-        results = tokenized([row.origin for row in rows], texts, tokenizer)
+        results = tokenized([row.origin for row in rows], texts, tokenizer, contents)
     return [checked(result, vocab_size) for result in results]
 
 
@@ -189,9 +193,15 @@ def rendered(content: Content, template: ChatTemplate) -> RenderedText | RowErro
 
 
 def tokenized(
-    origins: Sequence[str], texts: Sequence[RenderedText | RowError], tokenizer: Any
+    origins: Sequence[str],
+    texts: Sequence[RenderedText | RowError],
+    tokenizer: Any,
+    contents: Sequence[Content] | None = None,
 ) -> list[Example | RowError]:
-    """Return the example of each text, and each error as it is, in order. origins: of the texts."""
+    """Return the example of each text, and each error as it is, in order.
+
+    origins, contents: of the texts.
+    """
     results: list[Any] = list(texts)
     for add_begin in (True, False):
         batch = [
@@ -213,9 +223,14 @@ def tokenized(
         for i, (index, text) in enumerate(batch):
             ids, offsets = tokens["input_ids"][i], tokens["offset_mapping"][i]
             labels = _labels(ids, offsets, text.spans)
+            # A chat template decides about the characters in front of a turn itself.
+            is_inside = text.add_end and _begins_inside(labels, offsets, text.spans[0][0])
             if text.add_end:
                 _add_end(ids, labels, tokenizer.eos_token_id)
-            results[index] = Example(ids, labels, origins[index])
+            content = contents[index] if contents is not None else None
+            results[index] = Example(
+                ids, labels, origins[index], begins_inside_token=is_inside, content=content
+            )
     return results
 
 
@@ -238,6 +253,12 @@ def _labels(ids: list[int], offsets: list[Span], spans: tuple[Span, ...]) -> lis
             if token_stop > start:
                 labels[i] = ids[i]
     return labels
+
+
+def _begins_inside(labels: list[int], offsets: list[Span], start: int) -> bool:
+    """Return whether the first trained token begins before the span at `start`."""
+    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), None)
+    return first is not None and offsets[first][0] < start
 
 
 def _add_end(ids: list[int], labels: list[int], eos: int | None) -> None:

@@ -9,6 +9,7 @@ A table has one record batch per part of the rows that was encoded in one go. Co
   row of the batch is one part
 - `targets`: number of trained tokens, int32
 - `file`, `line`: index of the file's name, int32, and the line of the row, int64
+- `words`: digest of the row's words, uint64; 0 if it has no text
 """
 
 from __future__ import annotations
@@ -35,14 +36,20 @@ SCHEMA = pa.schema(
         "targets": pa.int32(),
         "file": pa.int32(),
         "line": pa.int64(),
+        "words": pa.uint64(),
     }
 )
 
+SCHEMA_DTYPES = {field.name: field.type.to_pandas_dtype() for field in SCHEMA}
+
 
 def record_batch(
-    examples: Sequence[Example], files: NDArray[np.int32], lines: NDArray[np.int64]
+    examples: Sequence[Example],
+    files: NDArray[np.int32],
+    lines: NDArray[np.int64],
+    words: Sequence[int],
 ) -> pa.RecordBatch:
-    """Return examples as one record batch. files, lines: of each example."""
+    """Return examples as one record batch. files, lines, words: of each example."""
     lengths = [len(example.ids) for example in examples]
     bounds = np.cumsum([0, *lengths], dtype=np.int32)
     ids = np.fromiter((token for row in examples for token in row.ids), np.int32, bounds[-1])
@@ -57,6 +64,7 @@ def record_batch(
         pa.array([example.num_targets for example in examples], pa.int32()),
         pa.array(files, pa.int32()),
         pa.array(lines, pa.int64()),
+        pa.array(words, pa.uint64()),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 
@@ -104,7 +112,7 @@ class EncodedRows:
 
     names: short names of the files that rows are from. lengths, targets: number of tokens and of
     trained tokens of each row. num_segments, longest: number of segments of each row, and length of
-    its longest one. files, lines: where each row is from.
+    its longest one. files, lines: where each row is from. words: digest of each row's words.
     """
 
     def __init__(self, batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> None:
@@ -122,9 +130,9 @@ class EncodedRows:
         self.num_segments, self.longest = (
             _joined([sizes[index] for sizes in segment_sizes], np.int32) for index in (0, 1)
         )
-        self.targets, self.files, self.lines = (
-            _joined([batch.column(name).to_numpy() for batch in batches], dtype)
-            for name, dtype in (("targets", np.int32), ("file", np.int32), ("line", np.int64))
+        self.targets, self.files, self.lines, self.words = (
+            _joined([batch.column(name).to_numpy() for batch in batches], SCHEMA_DTYPES[name])
+            for name in ("targets", "file", "line", "words")
         )
 
     def __len__(self) -> int:

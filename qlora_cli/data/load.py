@@ -35,6 +35,7 @@ from qlora_cli.data.stream import (
     record_batches,
 )
 from qlora_cli.data.system_prompt import writes_system
+from qlora_cli.data.text_checks import RowFaults
 from qlora_cli.data.token_cache import (
     PART_FILES,
     CacheKey,
@@ -93,13 +94,14 @@ class LoadedData:
     """The training rows and the held-out rows of a recipe.
 
     held_out: None if `data.eval` is null. sources: of the training rows. notes: one line for the
-    user per choice or loss of rows.
+    user per choice or loss of rows. faults: of the texts of all rows.
     """
 
     train: LoadedRows
     held_out: LoadedRows | None
     sources: tuple[SourceCount, ...]
     notes: tuple[str, ...]
+    faults: RowFaults
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,11 @@ class RowLoader:
         notes += [text for text in [train.long_rows.text()] if text]
         if held_out is not None and (text := held_out.long_rows.text()):
             notes.append(f"held-out rows: {text}")
-        return LoadedData(train, held_out, encoded.sources, tuple(notes))
+        faults = RowFaults()
+        for part in (encoded.train, encoded.held_out):
+            if part is not None:
+                faults.add(part.faults)
+        return LoadedData(train, held_out, encoded.sources, tuple(notes), faults)
 
     def train(self, select: slice = slice(None)) -> LoadedRows:
         """Return the training rows. select: the part of them."""
@@ -206,7 +212,8 @@ class RowLoader:
         with workers(encoder, num_processes(number, self.data), encoder.modules) as apply:
             for part, name in zip(chosen, PART_FILES, strict=False):
                 groups = groups_of(part, self.data)
-                batches = record_batches(groups, apply, observer.advance, done)
+                faults = RowFaults()
+                batches = record_batches(groups, apply, observer.advance, faults, done)
                 names = part.store.names
                 if folder is None:
                     encoded = EncodedRows(list(batches), names)
@@ -214,7 +221,7 @@ class RowLoader:
                     checksums.append(write_batches(folder / name, batches))
                     encoded = mapped(folder / name, names)
                 formats = tuple((row_format, len(group)) for row_format, group in groups)
-                parts.append(EncodedPart(encoded, formats))
+                parts.append(EncodedPart(encoded, formats, faults))
                 done += len(part)
         return EncodedData(parts[0], parts[1] if parts[1:] else None, rows.sources), checksums
 

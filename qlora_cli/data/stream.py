@@ -21,6 +21,7 @@ from qlora_cli.data.processes import num_cores
 from qlora_cli.data.row_errors import FieldsError, RowError, RowProblems
 from qlora_cli.data.row_store import Row, Rows, unpickled
 from qlora_cli.data.system_prompt import add_system
+from qlora_cli.data.text_checks import RowChecker, RowFaults
 from qlora_cli.data.tool_calls import ToolsNotWritten
 from qlora_cli.errors import DataError
 from qlora_cli.recipe.schema import Data, DataFormat
@@ -72,11 +73,13 @@ class Outcome:
     """What became of a job.
 
     batch: None if there are errors or rows were only checked. errors: of faulty rows, by origin.
+    faults: of rows that can be used.
     """
 
     num_rows: int
     batch: pa.RecordBatch | None
     errors: list[tuple[str, RowError]] = field(default_factory=list)
+    faults: RowFaults = field(default_factory=RowFaults)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,9 @@ class Encoder:
         examples = [result for result in results if isinstance(result, Example)]
         if errors or len(examples) < len(rows):
             return Outcome(len(rows), None, errors)
-        return Outcome(len(rows), record_batch(examples, job.files, job.lines))
+        faults, words = RowChecker(self.tokenizer).check(rows, job.format, examples)
+        batch = record_batch(examples, job.files, job.lines, words)
+        return Outcome(len(rows), batch, faults=faults)
 
 
 def num_processes(num_rows: int, data: Data) -> int:
@@ -130,12 +135,13 @@ def record_batches(
     groups: Sequence[Group],
     apply: Callable[[Iterator[Job]], Iterator[Outcome]],
     advance: Callable[[int], None],
+    faults: RowFaults,
     done: int = 0,
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of all groups as record batches, in order.
 
     apply: calls an `Encoder` for each job. advance: called with the number of rows done so far.
-    done: number of rows done before.
+    faults: receives the faults of all rows. done: number of rows done before.
     Raises DataError listing every row of a group that cannot be used, and what `encode` raises.
     """
     for row_format, rows in groups:
@@ -144,6 +150,7 @@ def record_batches(
             problems.add(outcome.errors)
             done += outcome.num_rows
             advance(done)
+            faults.add(outcome.faults)
             if outcome.batch is not None:
                 yield outcome.batch
         problems.raise_if_any(len(rows), row_format)

@@ -117,6 +117,17 @@ def _end(tokenizer: Any) -> str:
     return "{{ eos_token }}" if tokenizer.eos_token else "{{ '<|im_end|>' }}"
 
 
+def replaces_template(data: Data, base: Path, tokenizer: Any) -> bool:
+    """Return whether `data.template` differs from the base's own chat template.
+
+    base: the base's folder. tokenizer: its tokenizer with the chat template of `data`.
+    """
+    if data.template is None:
+        return False
+    own = load_tokenizer(str(base)).chat_template
+    return bool(own) and own != tokenizer.chat_template
+
+
 def trained_template(data: Data, base: Path) -> str | None:
     """Return the chat template that a merged model needs in place of the base's, None for its own.
 

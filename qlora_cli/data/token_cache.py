@@ -7,7 +7,7 @@ import json
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +18,13 @@ import pyarrow as pa
 from qlora_cli.data.encoded import SCHEMA, EncodedRows
 from qlora_cli.data.mixture import SourceCount, sources_of, sources_text
 from qlora_cli.data.sources import Opened, open_sources
+from qlora_cli.data.text_checks import RowFaults
 from qlora_cli.errors import InputError
 from qlora_cli.files.atomic import PARSE_ERRORS, report_write_errors
 from qlora_cli.files.cache import ENTRY, TOKENS, entry_folder, key_of
 from qlora_cli.recipe.schema import Data, DataFormat, Source
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Version of the files of an entry."""
 _MIN_BYTES = 8 * 1024**2
 """Size of the data files from which on tokens are kept; fewer are tokenized in a few seconds."""
@@ -37,10 +38,14 @@ _HINT = "free disk space, name a folder on another disk with QLORA_CACHE, or set
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """The training rows or the held-out rows. formats: format and number of consecutive rows."""
+    """The training rows or the held-out rows.
+
+    formats: format and number of consecutive rows. faults: of the texts of the rows.
+    """
 
     rows: EncodedRows
     formats: tuple[tuple[DataFormat, int], ...]
+    faults: RowFaults
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,13 @@ def write_entry(folder: Path, key: CacheKey, data: EncodedData, checksums: Seque
     """
     parts = [data.train, *([data.held_out] if data.held_out else [])]
     described = [
-        {"file": name, "checksum": checksum, "names": part.rows.names, "formats": part.formats}
+        {
+            "file": name,
+            "checksum": checksum,
+            "names": part.rows.names,
+            "formats": part.formats,
+            "faults": asdict(part.faults),
+        }
         for name, checksum, part in zip(PART_FILES, checksums, parts, strict=False)
     ]
     content = {
@@ -177,7 +188,8 @@ def _read_part(folder: Path, content: dict[str, Any]) -> EncodedPart:
     if _checksum(path) != content["checksum"]:
         raise ValueError("the checksum differs")
     formats = tuple((name, number) for name, number in content["formats"])
-    return EncodedPart(mapped(path, content["names"]), formats)
+    faults = RowFaults(**content["faults"])
+    return EncodedPart(mapped(path, content["names"]), formats, faults)
 
 
 def mapped(path: Path, names: Sequence[str]) -> EncodedRows:

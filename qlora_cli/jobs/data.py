@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from typing import Any
 
-from qlora_cli.data.checks import EncodedDataset, examine
+from qlora_cli.data.checks import examine, length_notes
 from qlora_cli.data.encode import Example
 from qlora_cli.data.long_rows import LongRowsReport
 from qlora_cli.data.packing import pack
 from qlora_cli.events import Observer, Silent
+from qlora_cli.files.locate import find_tokenizer
+from qlora_cli.jobs.data_findings import dataset_of
 from qlora_cli.jobs.data_survey import row_loader
 from qlora_cli.jobs.results import DataResult, ShownRow
 from qlora_cli.jobs.training_length import TrainingLength
@@ -24,12 +26,15 @@ _CONTEXT = 8
 """Tokens that are decoded before a token, so that its text has its spaces."""
 
 
-def run(recipe: Recipe, *, show: int, observer: Observer = _SILENT) -> DataResult:
+def run(
+    recipe: Recipe, *, show: int, observer: Observer = _SILENT, allow: Collection[str] = ()
+) -> DataResult:
     """Encode the recipe's rows and check them.
 
-    show: number of rows that are returned token by token. observer: receives the progress. Only
-    the base's tokenizer and config are loaded. Raises InputError, DataError or ModelError for the
-    rows that training refuses, too.
+    show: number of rows that are returned token by token. observer: receives the progress. allow:
+    codes of findings of severity `error` that training accepts. Only the base's tokenizer and
+    config are loaded. Raises InputError, DataError or ModelError for the rows that cannot be
+    tokenized; findings do not raise.
     """
     data = recipe.data
     loader = row_loader(recipe)
@@ -40,11 +45,9 @@ def run(recipe: Recipe, *, show: int, observer: Observer = _SILENT) -> DataResul
         int(column.sum(dtype="int64")) for column in (lengths, examples.targets)
     )
     num_sequences = len(pack(lengths, data.seq_len)) if data.packing else len(lengths)
-    held_out = loaded.held_out.examples if loaded.held_out else None
-    tokenizer, seq_len, packing = loader.tokenizer, data.seq_len, data.packing
-    dataset = EncodedDataset(
-        examples, held_out, train.format, tokenizer, seq_len, packing, num_sequences
-    )
+    base = find_tokenizer(recipe.model.name, recipe.model.revision)
+    dataset = dataset_of(data, loaded, loader.tokenizer, base)
+    findings = examine(dataset)
     length = TrainingLength.of_totals(recipe, len(examples), num_sequences, tokens, trained_tokens)
     return DataResult(
         rows=len(examples),
@@ -56,10 +59,12 @@ def run(recipe: Recipe, *, show: int, observer: Observer = _SILENT) -> DataResul
         shown=tuple(
             shown
             for example in examples[:show]
-            for shown in _shown_segments(example, task_of(recipe).segment_names, tokenizer)
+            for shown in _shown_segments(example, task_of(recipe).segment_names, loader.tokenizer)
         ),
-        findings=(*loaded.notes, *examine(dataset)),
-        held_out_rows=len(held_out) if held_out is not None else 0,
+        findings=findings,
+        stops=any(found.severity == "error" and found.code not in allow for found in findings),
+        notes=(*loaded.notes, *length_notes(dataset, num_sequences)),
+        held_out_rows=0 if dataset.held_out is None else len(dataset.held_out),
         dropped=train.long_rows.dropped,
         long_rows=_long_rows(train.long_rows),
         sources=tuple(asdict(source) for source in loaded.sources),

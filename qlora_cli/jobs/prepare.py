@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.locate import find_base, read_config
 from qlora_cli.files.source import FolderSource
+from qlora_cli.jobs.data_findings import dataset_of, report_findings
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
@@ -137,18 +138,25 @@ def read_rows(prepared: Prepared, observer: Observer = _SILENT) -> LoadedData:
     return loader.load(observer)
 
 
-def read_job(prepared: Prepared, observer: Observer = _SILENT) -> TrainingJob:
+def read_job(
+    prepared: Prepared, observer: Observer = _SILENT, allow: Collection[str] | None = None
+) -> TrainingJob:
     """Read the recipe's rows and return the job with its schedule and number of steps.
 
-    observer: receives a note for each choice or loss of rows.
-    Raises InputError if a file cannot be read, DataError listing the rows that cannot be used,
-    RecipeError if the sequences are longer than the base's positions.
+    observer: receives a note for each choice or loss of rows. allow: codes of findings that are
+    neither reported nor stop the job; None runs no checks.
+    Raises InputError if a file cannot be read, DataError listing the rows that cannot be used or
+    the findings that stop the job, RecipeError if the sequences are longer than the base's
+    positions.
     """
     recipe = prepared.recipe
     check_seq_len(recipe.data, prepared.config)
     rows = read_rows(prepared, observer)
     for note in rows.notes:
         observer.note(note)
+    if allow is not None:
+        dataset = dataset_of(recipe.data, rows, prepared.tokenizer, prepared.folder)
+        report_findings(dataset, allow, observer)
     schedule = make_schedule(recipe, rows.train.examples)
     held_out = held_out_batches(recipe, rows.held_out.examples) if rows.held_out else []
     steps = recipe.train.steps or math.ceil(recipe.train.epochs * schedule.steps_per_epoch)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.data.findings import Finding
 from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.memory.timeline import PhaseTrace
@@ -226,8 +227,8 @@ class ShownRow:
 class DataResult(Result):
     """Result of `qlora data`.
 
-    tokens, trained_tokens, longest_row: in tokens. format: the detected data format. shown: the
-    requested rows, token by token. findings: problems of the rows, one sentence each.
+    longest_row: in tokens. shown: the requested rows, token by token. stops: whether a finding
+    stops training. updates: optimizer steps. warning: what to change if they are too few to learn.
     """
 
     rows: int
@@ -237,15 +238,15 @@ class DataResult(Result):
     longest_row: int
     format: str
     shown: tuple[ShownRow, ...]
-    findings: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    stops: bool = False
+    notes: tuple[str, ...] = ()
     held_out_rows: int = 0
     dropped: int = 0
     long_rows: dict[str, Any] = field(default_factory=dict)
     sources: tuple[dict[str, Any], ...] = ()
     updates: int = 0
-    """Optimizer steps of the job."""
     warning: str | None = None
-    """What to change if there are too few updates to learn."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -50,22 +51,31 @@ from qlora_cli.units import format_bytes
 
 
 def run(
-    recipe: Recipe, *, recipe_path: Path | None, resume: bool, observer: Observer
+    recipe: Recipe,
+    *,
+    recipe_path: Path | None,
+    resume: bool,
+    observer: Observer,
+    allow: Collection[str] = (),
 ) -> TrainResult:
     """Train the recipe and return the result of the run.
 
     recipe_path: the recipe's file, recorded in run.json. resume: continue the run in the recipe's
-    output folder; a finished run returns its stored result. Raises InputError if the recipe, the
+    output folder; a finished run returns its stored result. allow: codes of data findings that
+    are neither shown nor stop a new run. Raises InputError if the recipe, the
     base or the data cannot be used, DoesNotFit if the job needs more memory than the device has,
     Interrupted after Ctrl-C, QloraError if training diverges or a file cannot be written.
     """
     with RunFolder(Path(recipe.output)).locked(new=not resume), endings_as_interrupt():
-        return _run(recipe, recipe_path, resume, observer)
+        # The rows of a resumed run are those that were checked when it began.
+        job = _prepare(recipe, observer, None if resume else allow)
+        return _run(job, recipe_path, resume, observer)
 
 
-def _run(recipe: Recipe, recipe_path: Path | None, resume: bool, observer: Observer) -> TrainResult:
-    """Do what `run` does, in a run's folder that no other process uses."""
-    job = _prepare(recipe, observer)
+def _run(
+    job: TrainingJob, recipe_path: Path | None, resume: bool, observer: Observer
+) -> TrainResult:
+    """Train a prepared job, in a run's folder that no other process uses."""
     description = record.describe_run(job, recipe_path)
     earlier = Run(job.run.path) if resume else None
     if earlier is not None and (finished := finished_result(earlier, description, observer)):
@@ -85,8 +95,11 @@ def _run(recipe: Recipe, recipe_path: Path | None, resume: bool, observer: Obser
         raise
 
 
-def _prepare(recipe: Recipe, observer: Observer) -> TrainingJob:
-    """Check everything that needs no weights, read the data, and report choices and length."""
+def _prepare(recipe: Recipe, observer: Observer, allow: Collection[str] | None) -> TrainingJob:
+    """Check everything that needs no weights, read the data, and report choices and length.
+
+    allow: as of `read_job`.
+    """
     prepared = prepare(recipe, inspect_device())
     task = task_of(prepared.recipe)
     prepared = replace(prepared, proof=require_proof(prepared.config, task, observer))
@@ -96,7 +109,7 @@ def _prepare(recipe: Recipe, observer: Observer) -> TrainingJob:
     check_initial_adapter(prepared)
     for choice in prepared.choices:
         observer.note(f"{choice.key} = {choice.value}: {choice.reason}")
-    job = read_job(prepared, observer)
+    job = read_job(prepared, observer, allow)
     length = TrainingLength.of(prepared.recipe, job.schedule, job.steps)
     observer.note(length.text())
     if warning := length.warning():

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qlora_cli.data.findings import Finding
 from qlora_cli.jobs.gguf_results import GgufResult
 from qlora_cli.jobs.pair_results import PairEvalResult
 from qlora_cli.jobs.results import (
@@ -173,12 +174,20 @@ def data(result: DataResult) -> RenderableType:
         facts["held-out rows"] = format_count(result.held_out_rows)
     if result.updates:
         facts["updates"] = format_count(result.updates)
-    warnings = (result.warning,) if result.warning else ()
-    findings = [Text(f"! {finding}", style="yellow") for finding in (*result.findings, *warnings)]
+    findings = [_finding(found) for found in result.findings]
+    notes = (*result.notes, *([result.warning] if result.warning else []))
+    lines = [Text(f"! {note}", style="yellow") for note in notes]
     opening, closing = _BRACKETS
     legend = Text(f"Trained tokens are green and between {opening} and {closing}.", style="dim")
     rows = [_row(shown) for shown in result.shown]
-    return Group(fact_lines(facts), *findings, *([legend] if rows else []), *rows)
+    return Group(fact_lines(facts), *findings, *lines, *([legend] if rows else []), *rows)
+
+
+def _finding(found: Finding) -> RenderableType:
+    """Render a finding, with its code, and what to do."""
+    style = "bold red" if found.severity == "error" else "yellow"
+    lead = (f"{found.severity} [{found.code}]: ", style)
+    return Text.assemble(lead, found.text, (f"\n  {found.remedy}", "dim"))
 
 
 def _row(shown: ShownRow) -> RenderableType:

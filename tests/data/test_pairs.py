@@ -102,9 +102,9 @@ def test_equal_answers_are_trained_and_reported(tmp_path: Path) -> None:
         "".join(json.dumps(fields | change) + "\n" for change in ({}, {"chosen": "We"}))
     )
     result = show_data(starter_recipe(rows), show=0)
-    found = [finding for finding in result.findings if "same text as both answers" in finding]
-    assert len(found) == 1
-    assert "1 row (rows.jsonl:1)" in found[0]
+    (found,) = (finding for finding in result.findings if finding.code == "equal-answers")
+    assert found.rows == 1
+    assert found.first == ("rows.jsonl:1",)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from qlora_cli.data.formats import Content, content_of
 from qlora_cli.data.row_errors import FieldsError, RowError
 from qlora_cli.data.row_store import Row, Rows, RowStore
 from qlora_cli.data.stream import Encoder, record_batches
+from qlora_cli.data.text_checks import RowFaults
 from qlora_cli.recipe.schema import DataFormat
 
 
@@ -32,7 +33,9 @@ def encode(
     """Return the example of each row. Raises DataError listing every row that has an error."""
     kept = stored(rows)
     encoder = Encoder(encode_rows, tokenizer, vocab_size, None)
-    batches = record_batches([(format, kept)], lambda jobs: map(encoder, jobs), lambda _: None)
+    batches = record_batches(
+        [(format, kept)], lambda jobs: map(encoder, jobs), lambda _: None, RowFaults()
+    )
     return list(Examples.whole(EncodedRows(list(batches), kept.store.names)))
 
 
@@ -52,5 +55,5 @@ def examples_of(examples: Sequence[Example]) -> Examples:
     names = list(dict.fromkeys(name for name, _, _ in origins))
     files = np.array([names.index(name) for name, _, _ in origins], np.int32)
     lines = np.array([int(line) for _, _, line in origins], np.int64)
-    batches = [record_batch(examples, files, lines)] if examples else []
+    batches = [record_batch(examples, files, lines, [0] * len(examples))] if examples else []
     return Examples.whole(EncodedRows(batches, names))

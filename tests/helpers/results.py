@@ -6,6 +6,7 @@ import itertools
 import math
 from pathlib import Path
 
+from qlora_cli.data.findings import finding
 from qlora_cli.jobs.results import (
     Check,
     Compared,
@@ -100,7 +101,8 @@ DATA = DataResult(
     longest_row=800,
     format="messages",
     shown=(ShownRow("rows.jsonl:7", (("<s>", False), ("Hi", False), (" you", True))),),
-    findings=("3 rows are longer than seq_len",),
+    findings=(finding("html", 3, ("rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3")),),
+    notes=("3 rows are longer than seq_len",),
 )
 DOCTOR = DoctorResult((Check("device", "ok", "a CPU"), Check("disk", "limited", "small", "more")))
 REPORT = ReportResult(

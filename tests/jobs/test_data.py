@@ -27,8 +27,8 @@ def test_the_starter():
     trained_text = "".join(text for text, trained in shown if trained)
     assert trained_text.startswith(("The", "There", "You", "Open"))
     assert trained_text.endswith("<|im_end|>")
-    assert not any("held-out" in finding or "data.eval" in finding for finding in result.findings)
-    assert any("packing fills" in finding for finding in result.findings)
+    assert [finding.code for finding in result.findings] == ["outside-template"]
+    assert any("packing fills" in note for note in result.notes)
     json.dumps(result.to_dict())
 
 

@@ -19,7 +19,9 @@ from tests.helpers.runs import make_base, make_recipe, make_rows
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    # The speeds of other tests' runs do not count.
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     rows = make_rows(tmp_path / "rows.jsonl", num=200)
     train = {"epochs": 2, "micro_batch": 1, "grad_accum": 2}
     base = make_base(tmp_path / "base", "llama")

@@ -3,7 +3,8 @@
     python tools/checks/make_docs.py
 
 `<!-- commands -->` to `<!-- /commands -->` holds the help of every command, `<!-- settings -->` a
-table of the recipe's settings, `<!-- recipes -->` a table of the shipped recipes. `PAGES` lists
+table of the recipe's settings, `<!-- recipes -->` a table of the shipped recipes,
+`<!-- findings -->` a table of what the data checks find. `PAGES` lists
 which page has which section. check_docs.py reports a section that differs from the program.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import click
 
 from qlora_cli.cli.main import qlora
+from qlora_cli.data.finding_codes import CODES
 from qlora_cli.recipe.describe import Setting, settings
 from qlora_cli.recipe.shipped import shipped_recipes, summary
 
@@ -41,13 +43,24 @@ def recipes_table() -> str:
     return "\n".join([*lines, *rows])
 
 
+def findings_table() -> str:
+    """Return one row per code of the data checks: its severity, what is found and the remedy."""
+    lines = ["| code | severity | what is found | remedy |", "|---|---|---|---|"]
+    for code in CODES.values():
+        share = f" (in {code.share:.0%} of the rows or more)" if code.share else ""
+        lines.append(f"| `{code.name}` | {code.severity} | {code.what}{share} | {code.remedy} |")
+    return "\n".join(lines)
+
+
 SECTIONS: Mapping[str, Callable[[], str]] = {
     "commands": commands,
     "settings": settings_table,
     "recipes": recipes_table,
+    "findings": findings_table,
 }
 PAGES: Mapping[str, tuple[str, ...]] = {
     "docs/cli.md": ("commands",),
+    "docs/data.md": ("findings",),
     "docs/recipe.md": ("settings", "recipes"),
 }
 """Page -> its generated sections."""
