@@ -46,3 +46,12 @@ def test_options_that_do_not_belong_together_are_refused(
     outcome = qlora("verify", tmp_path, *words)
     assert outcome.code == 2
     assert message in " ".join(outcome.err.replace("│", " ").split())
+
+
+def test_bits_and_rows_belong_to_one_verification_each(tmp_path: Path) -> None:
+    outcome = qlora("verify", tmp_path, "--against", tmp_path, "--bits", "8")
+    assert outcome.code == 2
+    assert "add --server" in outcome.err
+    outcome = qlora("verify", tmp_path, "--data", "rows.jsonl")
+    assert outcome.code == 2
+    assert "--data is for --gguf" in outcome.err
