@@ -34,8 +34,6 @@ def test_a_name_without_a_server_and_a_wrong_address_are_refused(tmp_path: Path)
         ((), "name the run that was merged with --against RUN"),
         (("--gguf",), "or rows with --data FILE"),
         (("--server", "http://127.0.0.1:9"), "name the run that was merged with --against RUN"),
-        (("--against", ".", "--bits", "8"), "add --server"),
-        (("--against", ".", "--data", "rows.jsonl"), "--data is for --gguf"),
         (("--gguf", "--against", ".", "--data", "rows.jsonl"), "name one of them"),
         (("--gguf", "--server", "http://127.0.0.1:9"), "name one of them"),
     ],
