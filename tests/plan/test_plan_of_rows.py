@@ -140,7 +140,7 @@ def test_no_batch_of_any_epoch_exceeds_the_bound(
     for batch in itertools.chain.from_iterable(map(schedule.step_batches, steps)):
         pairs = zip(astuple(batch.size), astuple(largest.size), strict=True)
         assert all(own <= limit for own, limit in pairs)
-    assert largest.size == bound or largest.num_tokens == bound.longest + bound.rows - 1
+    assert largest.size == bound or largest.num_tokens == bound.longest + bound.segments - 1
 
 
 @given(ROWS, st.booleans())
@@ -152,10 +152,10 @@ def test_peak_steps_contain_the_most_tokens_targets_and_rows(
     sizes = [size for step in peak_steps(schedule, steps) for size in schedule.sizes(step)]
     bound = BatchSize.upper_bound([size for step in steps for size in schedule.sizes(step)])
     at_peaks = BatchSize.upper_bound(sizes)
-    assert (at_peaks.tokens, at_peaks.targets, at_peaks.rows) == (
+    assert (at_peaks.tokens, at_peaks.targets, at_peaks.segments) == (
         bound.tokens,
         bound.targets,
-        bound.rows,
+        bound.segments,
     )
     assert not peak_steps(schedule, range(5, 5))
 

@@ -198,10 +198,10 @@ def test_swapped_experts_are_detected() -> None:
 
 
 def test_a_loss_without_the_bias_of_the_head_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = causal._head
+    original = causal.head_of
     with small_model(AutoConfig.for_model("phi"), CAUSAL) as biased:
         assert laws.gradients(biased) < 1e-5
-        monkeypatch.setattr(causal, "_head", lambda loaded: (original(loaded)[0], None, IDENTITY))
+        monkeypatch.setattr(causal, "head_of", lambda loaded: (original(loaded)[0], None, IDENTITY))
         assert laws.gradients(biased) > 1e-3
 
 
