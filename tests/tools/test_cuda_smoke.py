@@ -49,7 +49,7 @@ def run_with(folder: Path, ledger: Ledger) -> RunFolder:
     run.write({"status": "done"})
     run.adapter.mkdir()
     run.report.touch()
-    run.metrics.write_text('{"step": 1}\n' * 3)
+    run.metrics.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in (1, 2, 3)))
     write_json(run.memory_json, ledger.to_dict())
     return run
 
@@ -88,7 +88,10 @@ def test_a_fault_of_the_ledger_is_found(
         (lambda run: run.adapter.rmdir(), "no trained weights"),
         (lambda run: run.report.unlink(), "no report"),
         (lambda run: run.write({"status": "failed"}), "the status in run.json is failed"),
-        (lambda run: run.metrics.write_text('{"step": 1}\n'), "1 lines of metrics, 3 steps"),
+        (
+            lambda run: run.metrics.write_text('{"step": 1, "loss": 1.0}\n'),
+            "1 lines of metrics, 3 steps",
+        ),
     ],
 )
 def test_a_fault_of_the_folder_is_found(
