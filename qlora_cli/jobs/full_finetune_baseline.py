@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from qlora_cli.data.packing import peak_steps
 from qlora_cli.errors import DoesNotFit, InputError, QloraError, UsageError
@@ -32,6 +31,7 @@ from qlora_cli.memory.tracker import track_gradients
 from qlora_cli.plan.dry_run import method_peak
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.runs.run import Run
+from qlora_cli.shortage import converted
 from qlora_cli.train.runtime import setup_device
 from qlora_cli.train.step import train_step
 from qlora_cli.units import format_bytes
@@ -101,17 +101,12 @@ def main(run: Path, result_file: Path) -> None:
     try:
         content: dict[str, Any] = {"phases": [asdict(phase) for phase in _measure_phases(run)]}
     except (DoesNotFit, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+        if not isinstance(converted(error), DoesNotFit):
             raise
         content = {"does_not_fit": str(error).splitlines()[0]}
     except QloraError as error:
         content = {"failed": str(error), "exit_code": error.exit_code}
     write_json(result_file, content)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether the GPU or the CPU is out of memory; for the CPU torch has only a message."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _measure_phases(run: Path) -> tuple[Phase, ...]:

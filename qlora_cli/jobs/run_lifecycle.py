@@ -164,7 +164,7 @@ def _check_data(earlier: Run, job: TrainingJob, observer: Observer) -> None:
 
 
 def _note_other_versions(earlier: Run, description: dict[str, Any], observer: Observer) -> None:
-    """Report libraries that have another version than at the begin of the run."""
+    """Report libraries that have another version than when the run began."""
     before, now = earlier.record.get("versions") or {}, description["versions"]
     names = [name for name in before if now.get(name) != before[name]]
     changed = [f"{name} {before[name]} -> {now.get(name)}" for name in names]

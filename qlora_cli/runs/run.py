@@ -94,7 +94,7 @@ class Run:
         return folder
 
     def check_base(self, folder: Path) -> None:
-        """Compare the base in `folder` with the one at the begin of the run.
+        """Compare the base in `folder` with the base that the run was begun with.
 
         Runs of older versions recorded less of it. Raises ModelError if weights or config differ.
         """

@@ -14,7 +14,7 @@ from qlora_cli.errors import UsageError
 def require_llama_cpp(what: str, where: str = "--gguf") -> None:
     """Raise UsageError if llama-cpp-python is not installed.
 
-    what: what needs it, the begin of the message. where: the option that asked for it.
+    what: what needs it, the beginning of the message. where: the option that asked for it.
     """
     if find_spec("llama_cpp") is None:
         raise UsageError(

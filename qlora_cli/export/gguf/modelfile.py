@@ -40,7 +40,7 @@ class GoTemplate:
     system: str | None
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """Return a chat with the begin of an answer, as Ollama renders it."""
+        """Return a chat with the beginning of an answer, as Ollama renders it."""
         has_system = messages[0]["role"] == "system"
         default = [] if has_system or self.system is None else [_message("system", self.system)]
         parts = [

@@ -203,7 +203,7 @@ def _without_partial(text: str) -> str:
 def _begins(text: str, target: str) -> bool:
     """Return whether a text begins with these characters, which may end with more spaces.
 
-    If it begins with no space, spaces at the begin of `text` do not count: a server may omit them.
+    If it begins with no space, spaces at the start of `text` do not count: a server may omit them.
     """
     if not target[:1].isspace():
         text = text.lstrip()

@@ -79,7 +79,7 @@ class LocalModel:
     def continuations(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return several rows of tokens as texts that follow another text.
 
-        So a space at the begin is kept, which some tokenizers omit from the begin of a text. Bytes
+        So a space at the beginning is kept, which some tokenizers omit from the start of a text. Bytes
         that are no character are left out.
         """
         plain = [ids for ids in rows if self._bytes.keys().isdisjoint(ids)]
