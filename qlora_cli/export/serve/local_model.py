@@ -79,8 +79,8 @@ class LocalModel:
     def continuations(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return several rows of tokens as texts that follow another text.
 
-        So a space at the beginning is kept, which some tokenizers omit from the start of a text. Bytes
-        that are no character are left out.
+        So a space at the beginning is kept, which some tokenizers omit from the start of a text.
+        Bytes that are no character are left out.
         """
         plain = [ids for ids in rows if self._bytes.keys().isdisjoint(ids)]
         texts = iter(self._after_text(plain))
