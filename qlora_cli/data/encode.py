@@ -23,6 +23,7 @@ from qlora_cli.data.conversation import Conversation
 from qlora_cli.data.formats import FORMATS, content_of
 from qlora_cli.data.row_errors import FieldsError, RowError
 from qlora_cli.data.row_store import Row
+from qlora_cli.data.trained_tokens import begins_inside_token, trained_labels
 from qlora_cli.errors import InputError, ModelError
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import DataFormat
@@ -215,16 +216,15 @@ def tokenized(
         tokens = tokenizer(
             [text.text for _, text in batch],
             add_special_tokens=add_begin,
-            return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
         for i, (index, text) in enumerate(batch):
-            ids, offsets = tokens["input_ids"][i], tokens["offset_mapping"][i]
-            labels = _labels(ids, offsets, text.spans)
+            ids, encoding = tokens["input_ids"][i], tokens.encodings[i]
+            labels = trained_labels(encoding, ids, text.spans, len(text.text))
             # A chat template decides about the characters in front of a turn itself.
-            is_inside = text.add_end and _begins_inside(labels, offsets, text.spans[0][0])
+            is_inside = text.add_end and begins_inside_token(encoding, labels, text.spans[0][0])
             if text.add_end:
                 _add_end(ids, labels, tokenizer.eos_token_id)
             content = contents[index] if contents is not None else None
@@ -232,33 +232,6 @@ def tokenized(
                 ids, labels, origins[index], begins_inside_token=is_inside, content=content
             )
     return results
-
-
-def _labels(ids: list[int], offsets: list[Span], spans: tuple[Span, ...]) -> list[int]:
-    """Return the id of each token that has a character in a span, else IGNORE_INDEX.
-
-    offsets: [start, stop) of each token in characters. spans: in ascending order.
-    """
-    labels = [IGNORE_INDEX] * len(ids)
-    first = 0
-    for start, stop in spans:
-        while first < len(ids) and offsets[first][1] <= start:
-            first += 1
-        for i in range(first, len(ids)):
-            token_start, token_stop = offsets[i]
-            # A tokenizer that removes white space from its offsets gives an empty range for a
-            # token of white space; its character is the one before `token_stop`.
-            if token_start >= stop and token_stop > stop:
-                break
-            if token_stop > start:
-                labels[i] = ids[i]
-    return labels
-
-
-def _begins_inside(labels: list[int], offsets: list[Span], start: int) -> bool:
-    """Return whether the first trained token begins before the span at `start`."""
-    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), None)
-    return first is not None and offsets[first][0] < start
 
 
 def _add_end(ids: list[int], labels: list[int], eos: int | None) -> None:

@@ -18,6 +18,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,8 @@ def record_batch(
     """Return examples as one record batch. files, lines, words: of each example."""
     lengths = [len(example.ids) for example in examples]
     bounds = np.cumsum([0, *lengths], dtype=np.int32)
-    ids = np.fromiter((token for row in examples for token in row.ids), np.int32, bounds[-1])
-    labels = np.fromiter((label for row in examples for label in row.labels), np.int32, bounds[-1])
+    ids = _flat([example.ids for example in examples], bounds[-1])
+    labels = _flat([example.labels for example in examples], bounds[-1])
     is_trained = labels != IGNORE_INDEX
     own_ids = bool(np.array_equal(labels[is_trained], ids[is_trained]))
     columns = [
@@ -67,6 +68,10 @@ def record_batch(
         pa.array(words, pa.uint64()),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _flat(rows: Sequence[Sequence[int]], length: int) -> NDArray[np.int32]:
+    return np.fromiter(chain.from_iterable(rows), np.int32, length)
 
 
 def _segments(examples: Sequence[Example]) -> pa.Array:
