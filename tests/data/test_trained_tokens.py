@@ -9,7 +9,9 @@ from qlora_cli.data.trained_tokens import _labels_by_offsets, trained_labels
 from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
 
 TOKENIZERS = ["tokenizers/gpt2", "tokenizers/mistral_v3_hf", "models/stories260K"]
-PIECES = st.sampled_from(["a", "the day", " ", "  ", "\n", "é", "🙂", "日本", "</s>", "x.", "\t", "Ω"])
+PIECES = st.sampled_from(
+    ["a", "the day", " ", "  ", "\n", "é", "🙂", "日本", "</s>", "x.", "\t", "Ω"]
+)
 pytestmark = needs_shared_data
 
 
