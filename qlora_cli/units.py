@@ -68,6 +68,11 @@ def format_count(number: int) -> str:
     return f"{number:,}"
 
 
+def format_rows(number: int) -> str:
+    """Format a number of rows: `1 row`, `1,319 rows`."""
+    return f"{format_count(number)} row{'' if number == 1 else 's'}"
+
+
 def format_ratio(ratio: float, digits: int = 1) -> str:
     """Format a ratio: `3.1x`. digits: decimal places; ratios of 100 and more have none."""
     return f"{ratio:.{digits}f}x" if ratio < 100 else f"{ratio:,.0f}x"

@@ -22,7 +22,7 @@ from qlora_cli.errors import DataError, InputError, Problem
 from qlora_cli.events import Observer, Silent
 from qlora_cli.recipe.schema import Data, Source, Sources
 from qlora_cli.recipe.suggest import nearest_word
-from qlora_cli.units import format_count
+from qlora_cli.units import format_count, format_rows
 
 _SILENT = Silent()
 _MIN_CUT_CHARACTERS = 1000
@@ -65,7 +65,8 @@ def choice_notes(data: Data, sources: Sequence[SourceCount], held_out: int) -> l
         )
         notes.append(f"training rows: {counts}")
     if isinstance(data.eval, float):
-        chosen = f"{format_count(held_out)} rows are held out and not trained on"
+        verb = "is" if held_out == 1 else "are"
+        chosen = f"{format_rows(held_out)} {verb} held out and not trained on"
         chosen += f" (data.seed={data.seed})"
         if sum(source.read for source in sources) == 1:
             chosen = "the end of the only text is held out and not trained on"
@@ -220,7 +221,8 @@ def _weighted(rows: Rows, source: Source, seed: str) -> Rows:
     result = Rows.joined([*[rows] * int(times), sample])
     if len(rows) and not len(result):
         raise InputError(
-            f"weight {source.weight:g} leaves no row of {source.path}, which has {len(rows)} rows",
+            f"weight {source.weight:g} leaves no row of {source.path}, which has "
+            f"{format_rows(len(rows))}",
             where="data.train",
         )
     return result

@@ -20,7 +20,7 @@ from qlora_cli.jobs.data_survey import Survey, survey
 from qlora_cli.recipe.resolve import Choice
 from qlora_cli.recipe.schema import MAX_SEQ_LEN, Data, Sources
 from qlora_cli.recipe.write import recipe_of
-from qlora_cli.units import format_count
+from qlora_cli.units import format_count, format_rows
 
 HeldOut = Literal["auto"] | Sources | float | None
 """What `data.eval` is: chosen, files, a share, or no held-out rows."""
@@ -86,7 +86,7 @@ class FoundRows:
         lengths = self.survey.lengths
         held = sum(length <= seq_len for length in lengths)
         longest = f"the longest has {format_count(max(lengths))} tokens"
-        rows = f"{format_count(len(lengths))} rows"
+        rows = format_rows(len(lengths))
         if self.survey.is_sample:
             rows += f", a random sample of {format_count(self.survey.rows)}"
         if self.is_split and held < len(lengths):

@@ -24,6 +24,7 @@ from qlora_cli.errors import InputError
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Data, Recipe
 from qlora_cli.tasks.registry import task_of
+from qlora_cli.units import format_rows
 
 MAX_ROWS = 32
 MAX_TOKENS = 2048
@@ -96,7 +97,7 @@ def file_rows(where: str, folder: Path, config: Any) -> EvalRows:
     """
     loader = RowLoader(Data(train=where), load_tokenizer(str(folder)), ModelLimits.of(config))
     rows = _first(loader.file(where, slice(MAX_ROWS)).examples)
-    return EvalRows(rows, f"{len(rows)} rows of {where}", True)
+    return EvalRows(rows, f"{format_rows(len(rows))} of {where}", True)
 
 
 def _read(recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Example]:
