@@ -40,9 +40,9 @@ def packing(small: SmallModel) -> float:
     """Compare the logits of packed rows with those of transformers for each row alone."""
     rows = small.rows(*_ROWS)
     with torch.no_grad(), small.without_adapter() as loaded:
-        packed = _logits(loaded, small.batch(*_ROWS)).split(_ROWS)
+        packed = logits_of(loaded, small.batch(*_ROWS)).split(_ROWS)
         alone = [small.reference(input_ids=torch.tensor([row.ids])).logits[0] for row in rows]
-    return max(map(_difference, packed, alone))
+    return max(map(difference, packed, alone))
 
 
 def leak(small: SmallModel) -> float:
@@ -55,7 +55,7 @@ def leak(small: SmallModel) -> float:
         batch.input_ids, batch.position_ids, batch.labels, (sum(_ROWS),), batch.num_targets
     )
     with torch.no_grad(), small.without_adapter() as loaded:
-        return _difference(_logits(loaded, merged), _logits(loaded, batch))
+        return difference(logits_of(loaded, merged), logits_of(loaded, batch))
 
 
 def gradients(small: SmallModel) -> float:
@@ -104,10 +104,10 @@ def _compare_rows(small: SmallModel, loaded: LoadedModel, length: int) -> float:
     batch = small.batch(length)
     with torch.no_grad():
         expected = small.reference(input_ids=batch.input_ids).logits[0]
-        return _difference(_logits(loaded, batch), expected)
+        return difference(logits_of(loaded, batch), expected)
 
 
-def _logits(loaded: LoadedModel, batch: Batch) -> Tensor:
+def logits_of(loaded: LoadedModel, batch: Batch) -> Tensor:
     """Return the logits (tokens, V) as the loss computes them."""
     head: Any = loaded.head
     bias = None if head.bias is None else head.bias.float()
@@ -123,10 +123,10 @@ def _gradients(small: SmallModel, loaded: LoadedModel, batch: Batch) -> dict[int
     return {id(parameter): grad for parameter, grad in zip(parameters, gradients, strict=True)}
 
 
-def _difference(value: Tensor, expected: Tensor) -> float:
+def difference(value: Tensor, expected: Tensor) -> float:
     """Return the largest difference relative to the largest expected value; inf if not finite."""
-    difference = ((value - expected).abs().max() / expected.abs().max()).item()
-    return difference if difference == difference else float("inf")
+    found = ((value - expected).abs().max() / expected.abs().max()).item()
+    return found if found == found else float("inf")
 
 
 def _expected_gradients(layer: LoraLinear, grad: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:

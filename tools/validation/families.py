@@ -4,7 +4,8 @@
 
 Each type is proved with the default config of its class, and a type whose default lacks what its
 shipped models have also with their settings. The table of the types that pass is written between
-the marks of the page. No result is taken from the cache.
+the marks of the page. No result is taken from the cache. The column PEFT is measured here only: the
+package does not use PEFT.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft_law import LIMIT, peft_logits
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from qlora_cli.events import Silent
 from qlora_cli.files import cache
@@ -30,6 +33,7 @@ from qlora_cli.models.build import skeleton
 from qlora_cli.models.registry import FAMILIES
 from qlora_cli.proof.prove import LAWS, ModelProof, proof_of
 from qlora_cli.proof.small_config import small_config
+from qlora_cli.proof.small_model import small_model
 from qlora_cli.tasks.causal import CAUSAL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,13 +62,30 @@ def prove(model_type: str) -> dict[str, Any]:
     try:
         config = AutoConfig.for_model(model_type, **settings)
         proof = proof_of(config, CAUSAL, Silent())
-        packs = True
-        if proof.failed is None:
-            packs = skeleton(small_config(config), torch.float32, CAUSAL.model_class)[1].packs
-        return {"proof": proof.to_dict(), "packs": packs, "model_type": proof.model_type}
+        found: dict[str, Any] = {"proof": proof.to_dict(), "model_type": proof.model_type}
+        if proof.failed is not None:
+            return found
+        packs = skeleton(small_config(config), torch.float32, CAUSAL.model_class)[1].packs
+        return found | {"packs": packs, "peft": _peft(config)}
     except Exception as error:  # Any class of transformers runs here.
         text = str(error).strip().splitlines()
         return {"model_type": model_type, "error": f"{type(error).__name__}: {text[0][:200]}"}
+
+
+def _peft(config: Any) -> float | str:
+    """Return the difference to PEFT's logits, or the error of PEFT."""
+    with small_model(config, CAUSAL) as small:
+        try:
+            return peft_logits(small)
+        except Exception as error:  # Code of PEFT and of any model class runs here.
+            return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _peft_cell(value: float | str) -> str:
+    """Return the difference, or that PEFT does not read the adapter."""
+    if isinstance(value, str):
+        return "not read"
+    return f"{value:.0e}" if value <= LIMIT else f"differs: {value:.0e}"
 
 
 def table(content: dict[str, Any]) -> str:
@@ -76,7 +97,8 @@ def table(content: dict[str, Any]) -> str:
             values = {result.law: result.value for result in proof.results}
             cells = " | ".join(f"{values[name]:.0e}" for name in _COLUMNS)
             together = "packed" if item["packs"] else "one at a time"
-            rows.append(f"| {proof.model_type} | {together} | {cells} | {proof.seconds:.1f} |")
+            cells = f"{cells} | {_peft_cell(item['peft'])} | {proof.seconds:.1f}"
+            rows.append(f"| {proof.model_type} | {together} | {cells} |")
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     return "\n".join(
         [
@@ -85,8 +107,8 @@ def table(content: dict[str, Any]) -> str:
             f"({', '.join(SETTINGS)} with settings of shipped models)",
             f"(`{content['command']}`, {content['device']}, {versions}):",
             "",
-            f"| type | rows | {' | '.join(_COLUMNS)} | seconds |",
-            "|" + "---|" * (len(_COLUMNS) + 3),
+            f"| type | rows | {' | '.join(_COLUMNS)} | PEFT | seconds |",
+            "|" + "---|" * (len(_COLUMNS) + 4),
             *rows,
         ]
     )
@@ -101,6 +123,7 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     tested = {name for family in FAMILIES for name in family.model_types}
     with tempfile.TemporaryDirectory() as folder:
         os.environ[cache.SWITCH] = folder
