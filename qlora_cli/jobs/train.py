@@ -39,6 +39,7 @@ from qlora_cli.runs.resume import add_last_checkpoint_hint, load_checkpoint
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
 from qlora_cli.train.constants import add_constants
+from qlora_cli.train.energy import energy_counter
 from qlora_cli.train.evaluation import Evaluator
 from qlora_cli.train.loop import LAST_LOSSES, TrainingLoop
 from qlora_cli.train.progress import Progress
@@ -177,7 +178,9 @@ def _train(
             state, held_out, job.steps, job.eval_every, job.run, instrument, observer, trackers
         )
         shared = (state, job.schedule, job.steps, job.run, instrument, observer, evaluator)
-        loop = TrainingLoop(*shared, prepared.folder, prepared.chat_template, memory.write)
+        energy = energy_counter(device)
+        record.set_status(job.run, "running", energy=energy.source)
+        loop = TrainingLoop(*shared, prepared.folder, prepared.chat_template, energy, memory.write)
         with add_last_checkpoint_hint(job.run):
             progress = loop.train()
             # The last evaluation, if the process that trained the last step was stopped before it.

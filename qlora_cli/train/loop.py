@@ -19,6 +19,7 @@ from qlora_cli.memory.tracker import track_gradients
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import append_line
 from qlora_cli.runs.resume import remove_old_checkpoints, save_checkpoint
+from qlora_cli.train.energy import EnergyCounter
 from qlora_cli.train.evaluation import Evaluator
 from qlora_cli.train.learning_checks import LearningChecks
 from qlora_cli.train.progress import Progress
@@ -54,6 +55,7 @@ class TrainingLoop:
     steps: total number of optimizer steps of the job, including those of an earlier process.
     evaluator: evaluates the held-out set when it is due. base: the folder of the base.
     chat_template: the Jinja text that `data.template` sets, for the checkpoints.
+    energy: counts the joules of each step.
     on_checkpoint: called after each checkpoint, to write what has been measured so far.
     """
 
@@ -66,6 +68,7 @@ class TrainingLoop:
     evaluator: Evaluator
     base: Path
     chat_template: str | None
+    energy: EnergyCounter
     on_checkpoint: Callable[[Progress], object]
 
     def train(self) -> Progress:
@@ -144,7 +147,9 @@ class TrainingLoop:
         lr = learning_rate(self.state.recipe.train, step, self.steps)
         with self._measured(tracked):
             progress.is_in_step, start = True, time.perf_counter()
+            energy_before = self.energy.read()
             outcome = self._train_step(progress, lr)
+            joules = self.energy.since(energy_before)
             progress.is_in_step, seconds = False, time.perf_counter() - start
         if outcome.skipped:
             self.observer.note(
@@ -153,7 +158,7 @@ class TrainingLoop:
         for warning in checks.after_step(outcome, lr):
             self.observer.note(warning)
         progress.add(outcome.tokens, seconds, tracked)
-        return self._event(outcome, lr, seconds, progress)
+        return self._event(outcome, lr, seconds, joules, progress)
 
     def _train_step(self, progress: Progress, lr: float) -> StepOutcome:
         """Do one optimizer step. If a micro-batch does not fit the memory, divide it and try again.
@@ -193,7 +198,12 @@ class TrainingLoop:
             yield
 
     def _event(
-        self, outcome: StepOutcome, lr: float, seconds: float, progress: Progress
+        self,
+        outcome: StepOutcome,
+        lr: float,
+        seconds: float,
+        joules: float | None,
+        progress: Progress,
     ) -> StepEvent:
         live, peak = live_and_peak(self.state.device)
         steps_left = self.steps - self.state.step
@@ -209,6 +219,7 @@ class TrainingLoop:
             peak_bytes=peak,
             seconds_left=steps_left * progress.tokens_per_step / progress.tokens_per_second,
             eval_loss=self.evaluator.last.loss if self.evaluator.last else None,
+            joules=joules,
             counts_process=self.state.device.type == "cpu",
             metrics=outcome.metrics,
         )

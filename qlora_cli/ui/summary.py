@@ -22,7 +22,8 @@ def summary(result: ReportResult) -> dict[str, str]:
     if peak := memory_facts.planned_and_measured(result.ledger):
         facts["peak memory"] = peak
     facts |= memory_facts.reliability(result.ledger)
-    facts |= _progress(result.metrics) if result.metrics else {}
+    if result.metrics:
+        facts |= _progress(result.metrics) | _energy(result)
     return facts | held_out_loss(result.evaluations)
 
 
@@ -56,14 +57,25 @@ def settings(run: Mapping[str, Any]) -> dict[str, str]:
 def _progress(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     first, last = metrics[0], metrics[-1]
     speeds = [line["tokens_per_second"] for line in metrics]
-    joules = [line["joules"] for line in metrics if line.get("joules") is not None]
-    facts = {
+    return {
         "steps": format_count(last["step"]),
         "loss": f"{first['loss']:.3f} in the first step, {last['loss']:.3f} in the last",
         "tokens": format_count(sum(line["tokens"] for line in metrics)),
         "speed": f"{sum(speeds) / len(speeds):,.0f} tokens/s",
     }
-    return facts | ({"energy": f"{sum(joules) / 3600:.1f} Wh"} if joules else {})
+
+
+def _energy(result: ReportResult) -> dict[str, str]:
+    """Return the energy of the steps and the tokens per joule, or why it was not measured."""
+    lines = [line for line in result.metrics if line.get("joules") is not None]
+    source = result.run.get("energy")
+    if joules := sum(line["joules"] for line in lines):
+        tokens = sum(line["tokens"] for line in lines)
+        text = f"{joules / 3600:.3g} Wh, {tokens / joules:,.3g} tokens/J ({source})"
+        if len(lines) < len(result.metrics):
+            text += f"; of {format_count(len(lines))} steps"
+        return {"energy": text}
+    return {"energy": source} if source else {}
 
 
 def _flatten(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
