@@ -26,11 +26,13 @@ ENTRY = "entry.json"
 TOKENS = "tokens"
 PROOFS = "proofs"
 SPEEDS = "speeds"
+DEVICES = "devices"
 CHECKSUMS = "checksums"
 KINDS = {
     TOKENS: "tokenized data",
     PROOFS: "proofs of model types",
     SPEEDS: "speeds of finished runs",
+    DEVICES: "speeds of devices",
     CHECKSUMS: "checksums of model files",
 }
 """Kind -> what its entries are. A new kind is one entry here."""

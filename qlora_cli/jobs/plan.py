@@ -75,7 +75,7 @@ def run(
         steps=length.updates if length else recipe.train.steps,
         length=length,
         length_problem=unknown,
-        time=estimated_time(resolved, config, profile, length),
+        time=estimated_time(resolved, config, profile, plan, length),
         disk=_disk_needs(resolved, plan),
         data_problem=data_problem,
         row_limit=row_limit(recipe.data, config),

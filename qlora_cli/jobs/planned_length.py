@@ -1,17 +1,24 @@
-"""How long a planned job is: its updates and tokens, from the rows, and its time if known."""
+"""How long a planned job is: its updates and tokens, from the rows, and its estimated time."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from qlora_cli.data.packing import pack
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import QloraError
 from qlora_cli.jobs.data_survey import row_loader, survey
+from qlora_cli.jobs.device_speed import device_speed
 from qlora_cli.jobs.measured_speed import measured_speed
 from qlora_cli.jobs.training_length import TrainingLength
+from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.results import TimeEstimate
+from qlora_cli.plan.step_time import micro_batches, update_work
 from qlora_cli.recipe.schema import Recipe
+
+_UNKNOWN_GPU = "not estimated: --vram with the name of a GPU, such as RTX 4090, gives its speed"
 
 
 def planned_length(recipe: Recipe) -> tuple[TrainingLength | None, str | None]:
@@ -40,15 +47,38 @@ def planned_length(recipe: Recipe) -> tuple[TrainingLength | None, str | None]:
 
 
 def estimated_time(
-    recipe: Recipe, config: Any, profile: DeviceProfile, length: TrainingLength | None
+    recipe: Recipe,
+    config: Any,
+    profile: DeviceProfile,
+    plan: MemoryPlan,
+    length: TrainingLength | None,
 ) -> TimeEstimate:
-    """Return the time of training at the speed of an earlier run of the same kind.
+    """Return the time of training without evaluations.
 
-    recipe: without `auto` values. config: transformers' config of the base. length: of the job.
-    The time is None without such a run on this device, or if the length is not known.
+    It is computed from the speed of an earlier run of the same kind on this device; without one,
+    from the work of the planned step and the speed of the device. recipe: without `auto` values.
+    config: transformers' config of the base. plan: of the recipe. length: of the job; without it
+    the time of all steps is known only if the recipe sets their number.
     """
-    speed = measured_speed(recipe, config, profile)
-    if speed is None or length is None:
-        return TimeEstimate()
-    total = length.tokens * length.epochs / speed.tokens_per_second
-    return TimeEstimate(total / length.updates, total, speed.source)
+    train = recipe.train
+    if (run := measured_speed(recipe, config, profile)) and length:
+        total = length.tokens * length.epochs / run.tokens_per_second
+        return TimeEstimate(total / length.updates, total, run.source)
+    speed = device_speed(profile, getattr(torch, recipe.base.compute_dtype))
+    if speed is None:
+        return TimeEstimate(source=_UNKNOWN_GPU)
+    work = micro_batches(plan.segments)[-1]
+    micro_batch = speed.seconds(work)
+    update = speed.seconds([update_work(plan.trainable_parameters)])
+    tera_flops = sum(item.flops for item in work) / 1e12
+    gigabytes = sum(item.num_bytes for item in work) / 1e9
+    source = (
+        f"{speed.source}; a micro-batch computes {tera_flops:,.3g} TFLOP and moves "
+        f"{gigabytes:,.3g} GB"
+    )
+    if length is None:
+        step = micro_batch * train.grad_accum + update
+        return TimeEstimate(step, step * train.steps if train.steps else None, source)
+    share = length.tokens * length.epochs / (recipe.data.seq_len * train.micro_batch)
+    total = share * micro_batch + length.updates * update
+    return TimeEstimate(total / length.updates, total, source)

@@ -14,6 +14,7 @@ from collections.abc import Hashable, Iterator
 from qlora_cli.memory.allocator import CachingAllocator
 from qlora_cli.memory.ledger import CATEGORIES, Phase
 from qlora_cli.memory.timeline import Timeline
+from qlora_cli.memory.work import Work
 
 
 class Counter:
@@ -101,6 +102,9 @@ class Counter:
         """Add a mark to the timeline: a part of a training step begins."""
         if self._timeline is not None:
             self._timeline.mark(name)
+
+    def work(self, work: Work) -> None:
+        """Do nothing; a counter counts memory only."""
 
     def enter_module(self, path: str) -> None:
         """Do nothing; a counter does not count by module."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Protocol
 
+from qlora_cli.memory.work import Work
+
 
 class MemoryListener(Protocol):
     """Receives memory events in the order in which they happen."""
@@ -34,6 +36,9 @@ class MemoryListener(Protocol):
 
     def end_phase(self, name: str) -> None:
         """End the phase that began last and give it its name."""
+
+    def work(self, work: Work) -> None:
+        """Report the work of an operation of a dry run."""
 
     def mark(self, name: str) -> None:
         """Report that a part of a training step begins: forward, backward, update."""

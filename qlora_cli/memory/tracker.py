@@ -30,6 +30,7 @@ from qlora_cli.memory.ledger import CATEGORIES
 from qlora_cli.memory.listener import MemoryListener
 from qlora_cli.memory.operations import accumulates_in_place, origins, written_into
 from qlora_cli.memory.scopes import Location, activate, deactivate
+from qlora_cli.memory.work import work_of
 
 TemporaryRule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], Sequence[int]]
 """(args, kwargs, output) of an operation -> bytes of each temporary inside its kernel."""
@@ -137,6 +138,10 @@ class StorageTracker(TorchDispatchMode):
         if output is None:
             output = func(*args, **kwargs)
         self._track_output(output, args)
+        if self._device_type == "meta" and self.location == "device":
+            work = work_of(func, args, kwargs, output)
+            if work is not None:
+                self.listener.work(work)
         rule = self._rules.temporaries.get(name)
         if rule is not None and self.location == "device":
             self._allocate_temporaries(rule(args, kwargs, output))

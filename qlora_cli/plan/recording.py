@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qlora_cli.memory.listener import MemoryListener
+from qlora_cli.memory.work import Work
 
 NUM_RECORDED_BLOCKS = 4
 """Blocks of a dry run: the first, the last, one to repeat, and its neighbour to compare it with."""
@@ -48,14 +49,16 @@ class StorageId(NamedTuple):
 class Event(NamedTuple):
     """One event.
 
-    kind: allocate, free, recategorize, begin, end or release. category: the storage's category; for
-    `end` the name of the phase.
+    kind: allocate, free, recategorize, begin, end, release, mark or work. category: the storage's
+    category; for `end` the name of the phase, for `mark` of the part of the step, for `work` the
+    kind of work. num_bytes: of the storage, or those that work reads and writes. flops: of work.
     """
 
     kind: str
     storage: StorageId | None = None
     num_bytes: int = 0
     category: str = ""
+    flops: int = 0
 
 
 @dataclass
@@ -107,8 +110,13 @@ class Recording:
         self._append(Event("release"), None)
 
     def mark(self, name: str) -> None:
-        """Make no block active, because a part of a step begins."""
+        """Record that a part of a step begins; no block is active."""
         self.enter_module("")
+        self._append(Event("mark", category=name), None)
+
+    def work(self, work: Work) -> None:
+        """Record the work of an operation."""
+        self._append(Event("work", None, work.num_bytes, work.kind, work.flops), None)
 
     def allocate(
         self, key: Hashable, num_bytes: int, category: str, origin: Hashable = None
@@ -151,12 +159,12 @@ def play(
     listener: MemoryListener,
     after_segment: Callable[[BlockSegment], None] = lambda _: None,
 ) -> None:
-    """Send every recorded event to `listener`, in order.
+    """Send every recorded event about memory to `listener`, in order.
 
     after_segment: called after each segment.
     """
     for segment in segments:
-        for kind, storage, num_bytes, category in segment.events:
+        for kind, storage, num_bytes, category, _ in segment.events:
             if kind == "allocate":
                 listener.allocate(storage, num_bytes, category)
             elif kind == "free":
@@ -167,7 +175,7 @@ def play(
                 listener.begin_phase()
             elif kind == "end":
                 listener.end_phase(category)
-            else:
+            elif kind == "release":
                 listener.release_cache()
         after_segment(segment)
 

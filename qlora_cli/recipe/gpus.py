@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.units import GIB, MIB, parse_bytes
@@ -20,62 +21,127 @@ _IGNORED = re.compile(r"nvidia|geforce|tesla|quadro|\brtx|\bgtx|[\s_-]+", re.IGN
 
 
 @dataclass(frozen=True)
+class PublishedSpeed:
+    """Peak speeds of a GPU by the manufacturer.
+
+    matrix_tflops: matrix products of float16 or bfloat16 with sums in float32, without sparsity.
+    float32_tflops: float32. gigabytes_per_second: memory bandwidth, 10^9 bytes.
+    """
+
+    matrix_tflops: float
+    float32_tflops: float
+    gigabytes_per_second: float
+
+
+@dataclass(frozen=True)
 class Gpu:
     """A GPU by the manufacturer's published figures.
 
     gib: memory in GiB. capability: CUDA compute capability. multiprocessors: number of streaming
-    multiprocessors.
+    multiprocessors. speed: None if no figure of its matrix products was found.
     """
 
     name: str
     gib: int
     capability: tuple[int, int]
     multiprocessors: int
+    speed: PublishedSpeed | None
 
     def profile(self) -> DeviceProfile:
         """Return the profile to plan for."""
         return planned_profile(self.name, self.gib * GIB, self.capability, self.multiprocessors)
 
 
-def _gpus(capability: tuple[int, int], *rows: tuple[str, int, int]) -> tuple[Gpu, ...]:
-    return tuple(Gpu(name, gib, capability, count) for name, gib, count in rows)
+def _gpus(capability: tuple[int, int], *rows: tuple[Any, ...]) -> tuple[Gpu, ...]:
+    return tuple(
+        Gpu(name, gib, capability, count, PublishedSpeed(*speed) if speed else None)
+        for name, gib, count, *speed in rows
+    )
 
 
 GPUS = (
-    *_gpus((6, 0), ("P100", 16, 56)),
-    *_gpus((6, 1), ("GTX 1070", 8, 15), ("GTX 1080", 8, 20), ("GTX 1080 Ti", 11, 28)),
-    *_gpus((7, 0), ("V100", 16, 80), ("V100 32GB", 32, 80)),
+    *_gpus((6, 0), ("P100", 16, 56, 9.3, 9.3, 732)),
+    *_gpus(
+        (6, 1),
+        ("GTX 1070", 8, 15, 6.5, 6.5, 256),
+        ("GTX 1080", 8, 20, 8.9, 8.9, 320),
+        ("GTX 1080 Ti", 11, 28, 11.3, 11.3, 484),
+    ),
+    *_gpus((7, 0), ("V100", 16, 80, 125, 15.7, 900), ("V100 32GB", 32, 80, 125, 15.7, 900)),
     *_gpus(
         (7, 5),
-        *(("GTX 1650", 4, 14), ("GTX 1660", 6, 22), ("RTX 2060", 6, 30), ("RTX 2070", 8, 36)),
-        *(("RTX 2080", 8, 46), ("RTX 2080 Ti", 11, 68), ("T4", 16, 40)),
+        ("GTX 1650", 4, 14, 6, 3, 128),
+        ("GTX 1660", 6, 22, 10, 5, 192),
+        ("RTX 2060", 6, 30, 25.8, 6.5, 336),
+        ("RTX 2070", 8, 36, 29.9, 7.5, 448),
+        ("RTX 2080", 8, 46, 40.3, 10.1, 448),
+        ("RTX 2080 Ti", 11, 68, 53.8, 13.4, 616),
+        ("T4", 16, 40, 65, 8.1, 320),
     ),
-    *_gpus((8, 0), ("A30", 24, 56), ("A100 40GB", 40, 108), ("A100 80GB", 80, 108)),
+    *_gpus(
+        (8, 0),
+        ("A30", 24, 56, 165, 10.3, 933),
+        ("A100 40GB", 40, 108, 312, 19.5, 1555),
+        ("A100 80GB", 80, 108, 312, 19.5, 2039),
+    ),
     *_gpus(
         (8, 6),
-        *(("RTX 3050", 8, 20), ("RTX 3060", 12, 28), ("RTX 3060 Ti", 8, 38), ("RTX 3070", 8, 46)),
-        *(("RTX 3070 Ti", 8, 48), ("RTX 3080", 10, 68), ("RTX 3080 12GB", 12, 70)),
-        *(("RTX 3080 Ti", 12, 80), ("RTX 3090", 24, 82), ("RTX 3090 Ti", 24, 84)),
-        *(("RTX A4000", 16, 48), ("RTX A5000", 24, 64), ("RTX A6000", 48, 84)),
-        *(("A10", 24, 72), ("A10G", 24, 80), ("A40", 48, 84)),
+        ("RTX 3050", 8, 20, 18.2, 9.1, 224),
+        ("RTX 3060", 12, 28, 25.5, 12.7, 360),
+        ("RTX 3060 Ti", 8, 38, 32.4, 16.2, 448),
+        ("RTX 3070", 8, 46, 40.6, 20.3, 448),
+        ("RTX 3070 Ti", 8, 48, 43.5, 21.7, 608),
+        ("RTX 3080", 10, 68, 59.5, 29.8, 760),
+        ("RTX 3080 12GB", 12, 70, 61.3, 30.6, 912),
+        ("RTX 3080 Ti", 12, 80, 68.2, 34.1, 912),
+        ("RTX 3090", 24, 82, 71, 35.6, 936),
+        ("RTX 3090 Ti", 24, 84, 80, 40, 1008),
+        ("RTX A4000", 16, 48, 76.7, 19.2, 448),
+        ("RTX A5000", 24, 64, 111.1, 27.8, 768),
+        ("RTX A6000", 48, 84, 154.8, 38.7, 768),
+        ("A10", 24, 72, 125, 31.2, 600),
+        ("A10G", 24, 80, 70, 35, 600),
+        ("A40", 48, 84, 149.7, 37.4, 696),
     ),
     *_gpus(
         (8, 9),
-        *(("RTX 4060", 8, 24), ("RTX 4060 Ti", 8, 34), ("RTX 4060 Ti 16GB", 16, 34)),
-        *(("RTX 4070", 12, 46), ("RTX 4070 Super", 12, 56), ("RTX 4070 Ti", 12, 60)),
-        *(("RTX 4070 Ti Super", 16, 66), ("RTX 4080", 16, 76), ("RTX 4080 Super", 16, 80)),
-        *(("RTX 4090", 24, 128), ("RTX 4000 Ada", 20, 48), ("RTX 5000 Ada", 32, 100)),
-        *(("RTX 6000 Ada", 48, 142), ("L4", 24, 58), ("L40", 48, 142), ("L40S", 48, 142)),
+        ("RTX 4060", 8, 24, 30.2, 15.1, 272),
+        ("RTX 4060 Ti", 8, 34, 44.1, 22.1, 288),
+        ("RTX 4060 Ti 16GB", 16, 34, 44.1, 22.1, 288),
+        ("RTX 4070", 12, 46, 58.3, 29.1, 504),
+        ("RTX 4070 Super", 12, 56, 70.9, 35.5, 504),
+        ("RTX 4070 Ti", 12, 60, 80.2, 40.1, 504),
+        ("RTX 4070 Ti Super", 16, 66, 88.2, 44.1, 672),
+        ("RTX 4080", 16, 76, 97.5, 48.7, 717),
+        ("RTX 4080 Super", 16, 80, 104.4, 52.2, 736),
+        ("RTX 4090", 24, 128, 165.2, 82.6, 1008),
+        ("RTX 4000 Ada", 20, 48),
+        ("RTX 5000 Ada", 32, 100, 261.1, 65.3, 576),
+        ("RTX 6000 Ada", 48, 142, 364.2, 91.1, 960),
+        ("L4", 24, 58, 121, 30.3, 300),
+        ("L40", 48, 142, 181, 90.5, 864),
+        ("L40S", 48, 142, 362, 91.6, 864),
     ),
-    *_gpus((9, 0), ("H100", 80, 132), ("H200", 141, 132)),
+    *_gpus((9, 0), ("H100", 80, 132, 989, 67, 3350), ("H200", 141, 132, 989, 67, 4800)),
     *_gpus(
         (12, 0),
-        *(("RTX 5060", 8, 30), ("RTX 5060 Ti", 8, 36), ("RTX 5060 Ti 16GB", 16, 36)),
-        *(("RTX 5070", 12, 48), ("RTX 5070 Ti", 16, 70), ("RTX 5080", 16, 84)),
-        *(("RTX 5090", 32, 170),),
+        ("RTX 5060", 8, 30, 38.3, 19.2, 448),
+        ("RTX 5060 Ti", 8, 36, 47.4, 23.7, 448),
+        ("RTX 5060 Ti 16GB", 16, 36, 47.4, 23.7, 448),
+        ("RTX 5070", 12, 48, 61.7, 30.9, 672),
+        ("RTX 5070 Ti", 16, 70, 87.9, 43.9, 896),
+        ("RTX 5080", 16, 84, 112.6, 56.3, 960),
+        ("RTX 5090", 32, 170, 209.5, 104.8, 1792),
     ),
 )
-"""NVIDIA GPUs that `--vram` accepts by name: desktop and data center models."""
+"""NVIDIA GPUs that `--vram` accepts by name: desktop and data center models.
+
+Columns: name, GiB, multiprocessors, and the fields of `PublishedSpeed`. Sources: NVIDIA's
+whitepapers of the Pascal, Volta, Turing, Ampere (A100, GA102), Ada, Hopper and RTX Blackwell
+architectures, and the data sheets of the products; data center GPUs in the SXM form if there is
+one. GeForce GPUs sum in float32 at half speed. GPUs without tensor cores have the speed of float32,
+those of Turing twice that of float32.
+"""
 
 _EXAMPLE_SIZES = (
     *((8, "RTX 4060"), (12, "RTX 4070"), (16, "RTX 4080"), (24, "RTX 4090"), (32, "RTX 5090")),
@@ -123,6 +189,12 @@ def planned_profile(
         context_bytes=CONTEXT_BYTES,
         is_planned=True,
     )
+
+
+def published_speed(profile: DeviceProfile) -> PublishedSpeed | None:
+    """Return the published speed of a GPU, by its name; None if it is not in the table."""
+    gpu = _find(profile.name)
+    return None if gpu is None else gpu.speed
 
 
 def size_that_fits(needed_bytes: int) -> str | None:

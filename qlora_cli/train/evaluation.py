@@ -42,7 +42,7 @@ class Evaluator:
     batches: of the held-out set, on the CPU; if there are none, nothing is evaluated.
     steps: number of optimizer steps of the job. every: steps between two evaluations.
     done: the evaluations of the run, also those of an earlier process. is_running: an evaluation is
-    being done now. tokens_per_second: speed of the last evaluation of this process; 0 before.
+    being done now. seconds: time of the last evaluation of this process; 0 before.
     """
 
     state: State
@@ -54,7 +54,7 @@ class Evaluator:
     observer: Observer
     trackers: Trackers
     done: list[Evaluation] = field(default_factory=list)
-    tokens_per_second: float = 0.0
+    seconds: float = 0.0
     is_running: bool = False
     _is_tracked: bool = False
 
@@ -79,6 +79,23 @@ class Evaluator:
             return False
         return sum(evaluation.step > best.step for evaluation in self.done) >= patience
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the last evaluation of this process; 0 before."""
+        return sum(batch.num_tokens for batch in self.batches) / self.seconds if self.seconds else 0
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimated time of all evaluations that follow."""
+        step, every = self.state.step, self.every
+        if not self.batches or step >= self.steps:
+            return 0
+        left = 1 if every is None else -(-self.steps // every) - step // every
+        return left * self.seconds
+
+    def _is_due(self, step: int) -> bool:
+        return step in (0, self.steps) or (self.every is not None and step % self.every == 0)
+
     def evaluate_if_due(self, is_stop_requested: StopRequested) -> Evaluation | None:
         """Evaluate and return the result; None if no evaluation is due after the state's step.
 
@@ -87,16 +104,18 @@ class Evaluator:
         that resumes the run then evaluates.
         """
         step = self.state.step
-        is_due = step in (0, self.steps) or (self.every is not None and step % self.every == 0)
-        if not is_due or not self.batches or any(item.step == step for item in self.done):
+        if (
+            not self._is_due(step)
+            or not self.batches
+            or any(item.step == step for item in self.done)
+        ):
             return None
         start = time.perf_counter()
         self.is_running = True
         with suppress(_Stopped):
             score = self._score(is_stop_requested)
-            self.is_running, seconds = False, time.perf_counter() - start
-            self.tokens_per_second = sum(batch.num_tokens for batch in self.batches) / seconds
-            return self._record(score, seconds)
+            self.is_running, self.seconds = False, time.perf_counter() - start
+            return self._record(score)
         self.is_running = False
         return None
 
@@ -131,7 +150,7 @@ class Evaluator:
         self.observer.stage("evaluate", len(self.batches))
         return self.observer.advance
 
-    def _record(self, score: EvalScore, seconds: float) -> Evaluation:
+    def _record(self, score: EvalScore) -> Evaluation:
         """Write the line of metrics.jsonl, report the result and return it."""
         earlier_best = self.best
         evaluation = Evaluation(self.state.step, score.loss)
@@ -140,7 +159,7 @@ class Evaluator:
             EVAL_LOSS: score.loss,
             f"eval_{self.state.task.target_name}": score.num_targets,
             **score.metrics,
-            "seconds": seconds,
+            "seconds": self.seconds,
         }
         append_line(self.run.metrics, line)
         self.trackers.log(line, evaluation.step)

@@ -206,7 +206,7 @@ class TrainingLoop:
         progress: Progress,
     ) -> StepEvent:
         live, peak = live_and_peak(self.state.device)
-        steps_left = self.steps - self.state.step
+        tokens_left = (self.steps - self.state.step) * progress.tokens_per_step
         return StepEvent(
             step=self.state.step,
             steps=self.steps,
@@ -217,7 +217,7 @@ class TrainingLoop:
             tokens_per_second=outcome.tokens / seconds,
             live_bytes=live,
             peak_bytes=peak,
-            seconds_left=steps_left * progress.tokens_per_step / progress.tokens_per_second,
+            seconds_left=tokens_left / progress.tokens_per_second + self.evaluator.seconds_left,
             eval_loss=self.evaluator.last.loss if self.evaluator.last else None,
             joules=joules,
             counts_process=self.state.device.type == "cpu",

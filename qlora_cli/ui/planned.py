@@ -111,12 +111,11 @@ def _duration(result: PlanResult) -> list[str]:
         steps = f"as many steps as the rows give{reason}"
         if result.steps is not None:
             steps = f"{format_count(result.steps)} steps{reason}"
-        return [f"Duration: {steps}; the time of a step is {time.source}."]
+        step = "not known" if time.step_seconds is None else format_duration(time.step_seconds)
+        return [f"Duration: {steps}; a step takes {step}, {time.source}."]
     lines = [f"Length: {length.text()}."]
     if time.total_seconds is None:
-        lines.append(
-            "Duration: not measured on this device; training shows it after its first steps."
-        )
+        lines.append(f"Duration: {time.source}.")
     else:
         lines.append(f"Duration: about {format_duration(time.total_seconds)}, {time.source}.")
     return [*lines, *([warning] if (warning := length.warning()) else [])]

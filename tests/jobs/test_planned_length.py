@@ -10,9 +10,10 @@ import pytest
 
 from qlora_cli.events import Silent
 from qlora_cli.files.locate import find_config, read_config
-from qlora_cli.jobs import data, data_survey, plan
+from qlora_cli.jobs import data, data_survey, device_speed, plan
 from qlora_cli.jobs.measured_speed import measured_speed, record_speed
 from qlora_cli.memory.device import inspect_device
+from qlora_cli.recipe.gpus import planned_gpu
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
 from tests.helpers.runs import make_base, make_recipe, make_rows
@@ -69,7 +70,7 @@ def test_rows_that_cannot_be_read_are_named(recipe: Recipe) -> None:
 
 
 def test_the_time_comes_from_a_like_run_on_the_same_device(recipe: Recipe) -> None:
-    assert planned(recipe).time.total_seconds is None
+    assert "single operations" in planned(recipe).time.source
     profile = inspect_device()
     config = read_config(find_config(recipe.model.name, None))
     resolved, _ = resolve(recipe, profile)
@@ -119,3 +120,33 @@ def test_packed_sequences_longer_than_the_positions_are_stated(recipe: Recipe) -
     result = planned(recipe.model_copy(update={"data": longer}))
     assert result.row_limit is not None
     assert result.row_limit < 100_000
+
+
+def test_the_time_on_a_named_gpu_comes_from_its_published_speed(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Starting the kernels of a tiny model takes longer than their work.
+    monkeypatch.setattr(device_speed, "CALL_SECONDS", 0.0)
+    slow, fast = (
+        plan.run(recipe, device_profile=planned_gpu(name), fit=False, compare=False).time
+        for name in ("RTX 3060", "RTX 5090")
+    )
+    assert slow.total_seconds is not None
+    assert fast.total_seconds is not None
+    assert slow.total_seconds > fast.total_seconds
+    assert "published 25.5 TFLOP/s and 360 GB/s of RTX 3060" in slow.source
+    assert "not measured" in slow.source
+
+
+def test_the_time_on_a_gpu_without_a_name_is_not_estimated(recipe: Recipe) -> None:
+    time = plan.run(recipe, device_profile=planned_gpu("24GiB"), fit=False, compare=False).time
+    assert (time.step_seconds, time.total_seconds) == (None, None)
+    assert "RTX 4090" in time.source
+
+
+def test_the_speed_of_this_device_is_measured_once(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = planned(recipe).time
+    monkeypatch.setattr(device_speed, "measure", None)
+    assert planned(recipe).time == first

@@ -16,6 +16,7 @@ from qlora_cli.plan import replay
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.recording import NUM_RECORDED_BLOCKS, NotAlike, Recording, repeat
 from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.plan.step_time import micro_batches
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
 from tests.helpers.marks import slow_after_first
@@ -117,6 +118,7 @@ def test_repeated_blocks_equal_blocks_that_ran(
     assert short.trainable_parameters == complete.trainable_parameters
     assert short.total_parameters == complete.total_parameters
     assert short.adapter_bytes == complete.adapter_bytes
+    assert micro_batches(short.segments) == micro_batches(complete.segments)
 
 
 @pytest.mark.parametrize(

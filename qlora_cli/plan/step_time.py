@@ -1,0 +1,69 @@
+"""Estimates the time of training from the work that a dry run recorded and the device's speeds.
+
+Each operation takes as long as the slowest of three things: its floating-point operations, the
+bytes that it moves, and the time of a call. Operations do not overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from qlora_cli.memory.work import Work, WorkKind
+from qlora_cli.plan.recording import BlockSegment
+
+
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """What a device does per second. source: of the figures.
+
+    flops_per_second: of matrix products in the compute dtype. bytes_per_second: read and written,
+    by the kind of work; `other` is the value of kinds that are not named. call_seconds: least time
+    of an operation.
+    """
+
+    flops_per_second: float
+    bytes_per_second: Mapping[WorkKind, float]
+    call_seconds: float
+    source: str
+
+    def seconds(self, work: Iterable[Work]) -> float:
+        """Return the time of all operations together."""
+        return sum(map(self._seconds_of_one, work))
+
+    def _seconds_of_one(self, work: Work) -> float:
+        speed = self.bytes_per_second.get(work.kind, self.bytes_per_second["other"])
+        return max(work.flops / self.flops_per_second, work.num_bytes / speed, self.call_seconds)
+
+
+def micro_batches(segments: Iterable[BlockSegment]) -> list[list[Work]]:
+    """Return the work of the micro-batches of the phase `step` of a recorded dry run.
+
+    It is that of the forward and backward pass: of the largest micro-batch, or of the largest first
+    and the largest later one.
+    """
+    found: list[list[Work]] = []
+    part = ""
+    for segment in segments:
+        for event in segment.events:
+            if event.kind == "begin":
+                found, part = [], ""
+            elif event.kind == "mark":
+                part = event.category
+                found += [[]] if part == "forward" else []
+            elif event.kind == "work" and part in ("forward", "backward"):
+                kind = cast(WorkKind, event.category)
+                found[-1].append(Work(kind, event.flops, event.num_bytes))
+            elif event.kind == "end" and event.category == "step":
+                return found
+    raise ValueError("the recording has no step")
+
+
+def update_work(trained_parameters: int) -> Work:
+    """Return the work of one update by Adam.
+
+    Parameter, gradient and two states are read, all but the gradient are written, in float32. This
+    is a formula, because the operations on lists of tensors are not recorded by block.
+    """
+    return Work("other", 0, 7 * 4 * trained_parameters)
