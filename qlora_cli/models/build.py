@@ -33,7 +33,7 @@ from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.registry import known_family, unsupported
-from qlora_cli.models.sites import experts_paths, find_sites, mlp_paths, norm_paths
+from qlora_cli.models.sites import experts_paths, find_sites, find_stacks, mlp_paths, norm_paths
 from qlora_cli.nn import attention, stacked_experts
 from qlora_cli.nn.embedding import has_own_memory
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
@@ -190,7 +190,8 @@ def build(request: ModelRequest) -> LoadedModel:
 def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.device) -> None:
     """Replace the modules of a model whose base is frozen, and wrap the adapted linears."""
     model, family, weight_format = loaded.model, loaded.family, loaded.weight_format
-    loaded.adapted = method.adapted_roles(loaded.sites)
+    loaded.stacks = find_stacks(model, family)
+    loaded.adapted = method.adapted_roles([*loaded.sites, *loaded.stacks])
 
     def wrap(linear: QuantLinear, site: Site) -> nn.Module:
         roles = loaded.adapted.get(site.path)
@@ -198,6 +199,10 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
 
     convert.replace_linears(model, loaded.sites, weight_format, wrap)
     convert.replace_experts(model, family, experts_paths(model, family), weight_format)
+    for stack in loaded.stacks:
+        if stack.path in loaded.adapted:
+            packed: Any = model.get_submodule(stack.path)
+            convert.replace_module(model, stack.path, method.wrap_stack(packed))
     convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
     # A tied table is also the head, and every step multiplies by all of it.

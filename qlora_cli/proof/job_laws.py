@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers, adapted_stacks
 from qlora_cli.events import Silent
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.memory.device import profile_of
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.tracker import track_gradients
-from qlora_cli.models.attach import save_adapter
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.plan.dry_run import dry_run
+from qlora_cli.proof.laws import stack_as_matrices, stack_delta
 from qlora_cli.proof.small_model import CPU, SmallModel
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run
@@ -82,6 +83,8 @@ def merge(small: SmallModel) -> float:
         delta = layer.delta()
         name = f"{path}.weight"
         expected[name] = expected[name] + (delta.t() if is_transposed else delta)
+    for path, stack in adapted_stacks(loaded.model):
+        expected[path] = expected[path] + stack_as_matrices(small, path, stack_delta(stack))
     return max(_difference(tensor, expected[name]) for name, tensor in merged.items())
 
 

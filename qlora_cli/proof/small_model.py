@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_modules
+from qlora_cli.adapters.targets import ALL, EXPERTS
 from qlora_cli.data.collate import Batch, collate
 from qlora_cli.data.encode import Example
 from qlora_cli.errors import QloraError
 from qlora_cli.files.locate import read_config
 from qlora_cli.memory.device import profile_of
-from qlora_cli.models.build import ModelRequest, build
+from qlora_cli.models.build import ModelRequest, build, skeleton
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.derive import dropout_keys
 from qlora_cli.models.model import LoadedModel
@@ -59,17 +60,23 @@ class SmallModel:
         return model.eval()
 
     def recipe(self, bits: Bits = 16, *, activation_checkpointing: bool = False) -> Recipe:
-        """Return the recipe that the laws are checked with: LoRA on every linear, in float32."""
+        """Return the recipe of the laws: float32, LoRA on all linears and experts."""
         recipe = Recipe.model_validate(
             {
                 "model": {"name": str(self.folder)},
                 "base": {"bits": bits, "compute_dtype": "float32"},
-                "adapter": {"rank": 2, "alpha": 4.0, "targets": "all"},
+                "adapter": {"rank": 2, "alpha": 4.0, "targets": self.targets},
                 "data": {"train": ""},
                 "train": {"activation_checkpointing": activation_checkpointing},
             }
         )
         return resolve(recipe, profile_of(CPU))[0]
+
+    @cached_property
+    def targets(self) -> list[str]:
+        """The targets of the adapter: everything that can be adapted."""
+        family = skeleton(self.config, torch.float32, self.task.model_class)[1]
+        return [ALL, EXPERTS] if family.experts else [ALL]
 
     def request(self, recipe: Recipe) -> ModelRequest:
         """Return the request for this package's model."""
@@ -129,7 +136,7 @@ class SmallModel:
 
 
 def _all_b(loaded: LoadedModel) -> list[nn.Parameter]:
-    return [b for _, layer in adapted_layers(loaded.model) for b in layer.lora_b.parameters()]
+    return [b for _, layer in adapted_modules(loaded.model) for b in layer.lora_b.parameters()]
 
 
 @contextmanager

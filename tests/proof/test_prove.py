@@ -192,7 +192,7 @@ def test_a_soft_cap_that_the_attention_ignores_is_detected() -> None:
 def test_swapped_experts_are_detected() -> None:
     with small_model(AutoConfig.for_model("mixtral"), CAUSAL) as routed:
         assert laws.logits(routed) < 1e-5
-        experts = routed.loaded.model.model.layers[0].mlp.experts.down_proj
+        experts = routed.loaded.model.model.layers[0].mlp.experts.down_proj.base
         experts[0], experts[1] = experts[1], experts[0]
         assert laws.logits(routed) > 1e-3
 

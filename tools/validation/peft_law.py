@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from qlora_cli.models.attach import save_adapter
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.proof.laws import difference, logits_of
 from qlora_cli.proof.small_model import SmallModel
 
