@@ -61,7 +61,7 @@ def derive_family(model: Any) -> Family:
         head=head,
         embeddings=embeddings,
         embedding_scale=measured_scale(model, embeddings[0], _buffers(model)),
-        linears=tuple(linears_of(found, unquantized)),
+        linears=tuple(linears_of(config, found, unquantized)),
         unquantized=unquantized,
         blocks_differ=any(structure_of(block) != structure_of(found[0]) for block in found),
         mlp=mlp_of(model, found),
