@@ -23,10 +23,12 @@ from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.atomic import PARSE_ERRORS
+from qlora_cli.files.composed import text_config_of, whole_config
 from qlora_cli.files.dtype import file_dtype, torch_dtype
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
+from qlora_cli.models.composed import auto_class, remove_other_parts
 from qlora_cli.models.coverage import check_logits
 from qlora_cli.models.derive import derive_family, dropout_keys
 from qlora_cli.models.family import Family
@@ -118,11 +120,13 @@ def skeleton(
     for key in family.dropouts if family else dropout_keys(config):
         if hasattr(config, key):
             setattr(config, key, 0.0)
-    model = _create(config, compute, model_class or _causal_lm())
+    model_class = auto_class(config, model_class or _causal_lm())
+    model = _create(whole_config(config), compute, model_class)
     # Batches have no padding. With a pad token set, GPT-2 would search for it in every batch.
     with suppress(StrictDataclassError):  # Some configs require a pad token.
-        model.config.pad_token_id = None
+        text_config_of(model).pad_token_id = None
     family = family or derive_family(model)
+    remove_other_parts(model, family.others)
     if family.experts:
         model.set_experts_implementation(stacked_experts.NAME)
     return model, family
@@ -167,9 +171,10 @@ def build(request: ModelRequest) -> LoadedModel:
     with unallocated():
         model, family = skeleton(request.config, weight_format.compute, request.model_class)
     source = request.make_source(model, family)
-    sites = find_sites(model, family, model.config)
+    config = text_config_of(model)
+    sites = find_sites(model, family, config)
     kernel = attention.kernel_for(request.profile, weight_format.compute)
-    loaded = LoadedModel(model, family, model.config, sites, {}, weight_format, kernel)
+    loaded = LoadedModel(model, family, config, sites, {}, weight_format, kernel)
     if method.freezes_base:
         with unallocated():
             _replace_modules(loaded, method, device)
@@ -183,7 +188,7 @@ def build(request: ModelRequest) -> LoadedModel:
         convert.enable_activation_checkpointing(
             model, family.blocks, preserve_random_state=dropout > 0
         )
-    model.config.use_cache = False
+    config.use_cache = False
     return loaded
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files.composed import text_config_of
 from qlora_cli.models.coverage import check_linear, check_mlp, check_norm
 from qlora_cli.models.family import LinearSpec, MlpSpec, Rows
 from qlora_cli.models.fused import fused_rows
@@ -131,7 +132,7 @@ def mlp_of(model: Any, blocks: Sequence[nn.Module]) -> MlpSpec | None:
         linears = {name for name, child in module.named_children() if is_linear(child)}
         for projections in _PROJECTIONS:
             if linears == set(projections.names):
-                key = _activation_key(model.config, module, projections)
+                key = _activation_key(text_config_of(model), module, projections)
                 return MlpSpec(path, projections, key) if key else None
     return None
 

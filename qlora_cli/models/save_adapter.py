@@ -139,6 +139,7 @@ class _Targets:
     def of(cls, loaded: LoadedModel, layers: Iterable[str]) -> _Targets:
         """Return the targets of a model. layers: paths of the adapted linears."""
         paths = [name for name, _ in loaded.model.named_modules()]
+        paths += loaded.family.other_modules
         stacks = frozenset(path for path, _ in adapted_stacks(loaded.model))
         has_name = {path: path.rpartition(".")[2] in EXPERT_LINEARS for path in layers}
         weights = frozenset(path for path in layers if loaded.stacks and has_name[path])

@@ -17,6 +17,7 @@ from qlora_cli.export.merge.write import write_merged
 from qlora_cli.memory.device import profile_of
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.tracker import track_gradients
+from qlora_cli.models.composed import auto_class
 from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.proof.laws import stack_as_matrices, stack_delta
@@ -90,7 +91,8 @@ def merge(small: SmallModel) -> float:
 
 def _load(small: SmallModel, folder: Path) -> dict[str, Tensor] | None:
     """Return the tensors of a folder as transformers loads them; None if some do not match."""
-    model, info = small.task.model_class.from_pretrained(
+    model_class = auto_class(small.config, small.task.model_class)
+    model, info = model_class.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     problems: list[Any] = [info[key] for key in ("missing_keys", "unexpected_keys")]
@@ -100,5 +102,6 @@ def _load(small: SmallModel, folder: Path) -> dict[str, Tensor] | None:
 
 
 def _difference(value: Tensor, expected: Tensor) -> float:
-    largest = expected.abs().max().item() or 1.0
-    return (value - expected).abs().max().item() / largest if value.is_floating_point() else 0.0
+    if not value.numel() or not value.is_floating_point():
+        return 0.0
+    return (value - expected).abs().max().item() / (expected.abs().max().item() or 1.0)

@@ -180,7 +180,9 @@ def _check_names(
     present = set(names)
     missing = sorted(set(slots) - present)
     allowed = {f"{loaded.family.head}.weight"} if is_tied(loaded) else set()
-    unexpected = sorted(present - set(slots) - allowed)
+    others = tuple(f"{path}." for path in loaded.family.others)
+    kept = {name for name in present if others and name.startswith(others)}
+    unexpected = sorted(present - set(slots) - allowed - kept)
     if missing or unexpected:
         groups = [
             f"{word}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
