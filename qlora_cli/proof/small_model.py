@@ -36,7 +36,7 @@ from qlora_cli.tasks.task import Task
 CPU = torch.device("cpu")
 _MAX_PARAMETERS = 2_000_000
 _MAX_OTHER_PARAMETERS = 20_000_000
-"""Of the head and of the other parts of a composed model, which are only stored."""
+"""The limit for the head and the other parts of a composed model, which are only stored."""
 _FIRST_TOKEN = 7
 """Smaller ids may be special tokens."""
 
