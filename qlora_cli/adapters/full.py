@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
+from qlora_cli.nn.expert_stack import ExpertStack
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
 from qlora_cli.recipe import schema
@@ -33,6 +34,10 @@ class FullFineTuning:
     def wrap(self, linear: QuantLinear, lora_slices: Mapping[str, slice]) -> NoReturn:
         """Never called, because no linear has an adapter."""
         raise AssertionError("full fine-tuning wraps no linear")
+
+    def wrap_stack(self, stack: ExpertStack) -> NoReturn:
+        """Never called, because no expert has an adapter."""
+        raise AssertionError("full fine-tuning wraps no experts")
 
     def initialize(self, model: nn.Module, device: torch.device, seed: int) -> None:
         """Do nothing: the method has no parameters of its own."""

@@ -13,20 +13,16 @@ Shapes: x (tokens, in), lora_a (rank, in), lora_b (rows, rank), y (tokens, out).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.adapters.targets import adapted_roles
-from qlora_cli.files.dtype import torch_dtype
-from qlora_cli.memory.scopes import host_memory, module_scope, scope
+from qlora_cli.memory.scopes import host_memory
 from qlora_cli.nn.lora_matmul import AdaptedLinear, LoraMatmul, draw_seed
 from qlora_cli.nn.quant import QuantLinear
-from qlora_cli.nn.site import Site
-from qlora_cli.recipe import schema
 
 
 @dataclass(frozen=True)
@@ -70,18 +66,10 @@ class LoraLinear(AdaptedLinear):
         for role, rows in self.lora_slices.items():
             num_rows = rows.stop - rows.start
             b = torch.zeros(num_rows, settings.rank, device=device, dtype=settings.dtype)
-            self.lora_a[role] = nn.Parameter(self._draw_a(device, generator))
+            shape = (settings.rank, self.base.in_features)
+            a = drawn_a(shape, settings.dtype, device, generator)
+            self.lora_a[role] = nn.Parameter(a)
             self.lora_b[role] = nn.Parameter(b)
-
-    def _draw_a(self, device: torch.device, generator: torch.Generator) -> Tensor:
-        """Draw in float32 on the CPU, then copy: devices have different generators."""
-        shape = (self.settings.rank, self.base.in_features)
-        a = torch.empty(shape, device=device, dtype=self.settings.dtype)
-        with host_memory():
-            drawn = torch.empty(shape, device="meta" if a.is_meta else "cpu")
-            if not a.is_meta:
-                drawn.normal_(generator=generator)
-        return a.copy_(drawn.mul_(self.base.in_features**-0.5))
 
     def delta(self) -> Tensor:
         """Return (alpha / rank) B A as (out, in) in float32: what merging adds to W."""
@@ -140,51 +128,16 @@ class _LoraProduct(torch.autograd.Function):
         return (matmul.grad_input(grad, grad_activations, factors), None, *grads)
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """Yield (path, layer) of every LoRA layer, in the model's order."""
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            yield path, module
+def drawn_a(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    """Return random values from N(0, 1/in). shape: (..., in).
 
-
-@dataclass(frozen=True)
-class LoraMethod:
-    """The adapter method `lora`: A and B of the targeted linears train, the base is frozen.
-
-    targets: role names, module paths, or `all`.
+    They are drawn in float32 on the CPU, then copied: devices have different generators.
     """
-
-    targets: str | Sequence[str]
-    settings: LoraSettings
-
-    name = "lora"
-    freezes_base = True
-
-    @classmethod
-    def from_recipe(cls, section: schema.Adapter) -> LoraMethod:
-        """Create the method from the recipe's section `adapter`."""
-        dtype = torch_dtype(section.dtype)
-        settings = LoraSettings(section.rank, section.alpha, section.dropout, dtype, section.rslora)
-        return cls(section.targets, settings)
-
-    def adapted_roles(self, sites: Sequence[Site]) -> dict[str, list[str]]:
-        """Return path -> adapted roles of each targeted site. Raises ProblemsError."""
-        return adapted_roles(sites, self.targets)
-
-    def wrap(self, linear: QuantLinear, lora_slices: Mapping[str, slice]) -> LoraLinear:
-        """Return a LoRA layer around a packed linear. lora_slices: adapted role -> its rows."""
-        return LoraLinear(linear, lora_slices, self.settings)
-
-    def initialize(self, model: nn.Module, device: torch.device, seed: int) -> None:
-        """Create A and B of every LoRA layer on `device`."""
-        generator = torch.Generator().manual_seed(seed)
-        with scope("adapter"):
-            for path, layer in adapted_layers(model):
-                with module_scope(path):
-                    layer.initialize(device, generator)
-
-    def trained_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
-        """Yield A and B of every LoRA layer."""
-        for _, layer in adapted_layers(model):
-            yield from layer.lora_a.values()
-            yield from layer.lora_b.values()
+    a = torch.empty(shape, device=device, dtype=dtype)
+    with host_memory():
+        drawn = torch.empty(shape, device="meta" if a.is_meta else "cpu")
+        if not a.is_meta:
+            drawn.normal_(generator=generator)
+    return a.copy_(drawn.mul_(shape[-1] ** -0.5))

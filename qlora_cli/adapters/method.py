@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from qlora_cli.nn.expert_stack import AdaptedStack, ExpertStack
 from qlora_cli.nn.lora_matmul import AdaptedLinear
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
@@ -44,6 +45,9 @@ class AdapterMethod(Protocol):
         lora_slices: adapted role -> its rows of the weight. The layer's `delta` is what merging
         adds to the weight.
         """
+
+    def wrap_stack(self, stack: ExpertStack) -> AdaptedStack:
+        """Return the module that replaces the packed weights of experts with an adapter."""
 
     def initialize(self, model: nn.Module, device: torch.device, seed: int) -> None:
         """Create the method's own parameters on `device`, after the base is loaded."""

@@ -56,7 +56,8 @@ class PeftConfig(BaseModel):
     lora_alpha: float
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    target_modules: str | list[str]
+    target_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
@@ -69,11 +70,17 @@ class PeftConfig(BaseModel):
 
     def rank(self, path: str) -> int:
         """Return the rank of the layer at `path`: the number of rows of A."""
-        return self.rank_pattern.get(_pattern_of(self.rank_pattern, path), self.r)
+        return self.rank_pattern.get(_pattern_of(self.rank_pattern, self._key(path)), self.r)
 
     def alpha(self, path: str) -> float:
         """Return the alpha of the layer at `path`."""
-        return self.alpha_pattern.get(_pattern_of(self.alpha_pattern, path), self.lora_alpha)
+        key = _pattern_of(self.alpha_pattern, self._key(path))
+        return self.alpha_pattern.get(key, self.lora_alpha)
+
+    def _key(self, path: str) -> str:
+        """Return what patterns are compared with: the parameter of a linear that targets it."""
+        weight = f"{path}.weight"
+        return weight if self.targets_parameter(weight) else path
 
     def scaling(self, path: str) -> float:
         """Return the factor of B A at `path`: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
@@ -84,12 +91,19 @@ class PeftConfig(BaseModel):
         """Return whether PEFT adapts the linear layer at `path`."""
         if self.exclude_modules and _matches(self.exclude_modules, path):
             return False
+        if self.targets_parameter(f"{path}.weight"):
+            return True
         if isinstance(self.target_modules, str):
             is_all = self.target_modules.lower() == "all-linear"
             return is_all or _matches(self.target_modules, path)
         # PEFT does not check the block's number if the list contains the complete path.
-        matches = _matches(self.target_modules, path)
-        return path in self.target_modules or (matches and self._is_in_adapted_block(path))
+        targets = self.target_modules or []
+        matches = _matches(targets, path)
+        return path in targets or (matches and self._is_in_adapted_block(path))
+
+    def targets_parameter(self, path: str) -> bool:
+        """Return whether PEFT adapts the parameter at `path`, a stack of experts."""
+        return _matches(self.target_parameters or [], path)
 
     def _is_in_adapted_block(self, path: str) -> bool:
         """Return whether `layers_to_transform` includes the block of `path`."""
@@ -123,6 +137,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
         first = fault.errors()[0]
         key = f"{first['loc'][0]}: " if first["loc"] else ""
         raise ModelError(f"{key}{first['msg']}", where=str(file)) from fault
+    if config.target_modules is None and not config.target_parameters:
+        raise ModelError("target_modules: neither modules nor parameters", where=str(file))
     for pattern in (*config.rank_pattern, *config.alpha_pattern, *_expressions(config)):
         _check_expression(pattern, file)
     return config
@@ -141,7 +157,7 @@ def _refuse_features(content: Mapping[str, Any], file: Path) -> None:
             f"the adapter uses settings that are not supported: {text}",
             where=str(file),
             hint="supported: LoRA on linear layers of a causal language model, with alpha / rank "
-            "or rsLoRA scaling, rank patterns and alpha patterns",
+            "or rsLoRA scaling, rank patterns and alpha patterns, and on stacked experts",
         )
 
 
@@ -191,21 +207,27 @@ def parse_tensor_name(name: str) -> tuple[str, str] | None:
     return (match["path"], match["factor"]) if match else None
 
 
-def shortest_endings(chosen: Collection[str], modules: Iterable[str]) -> list[str]:
+def shortest_endings(
+    chosen: Collection[str], modules: Iterable[str], min_parts: int = 1
+) -> list[str]:
     """Return the shortest endings of paths that PEFT resolves to exactly the `chosen` modules.
 
     The ending is `q_proj` if every q_proj of the model is chosen. Otherwise it is longer; the
     longest one is the complete path.
 
-    chosen: paths of the adapted modules. modules: paths of all modules of the model.
+    chosen: paths of the adapted modules. modules: paths of all modules of the model. min_parts:
+    number of names that an ending has at least.
     """
     wanted = set(chosen)
     paths_by_ending: dict[str, set[str]] = {}
     for module in modules:
-        for ending in _endings(module):
+        for ending in _endings(module)[min_parts - 1 :]:
             paths_by_ending.setdefault(ending, set()).add(module)
     return sorted(
-        {next(e for e in _endings(path) if paths_by_ending[e] <= wanted) for path in chosen}
+        {
+            next(e for e in _endings(path)[min_parts - 1 :] if paths_by_ending[e] <= wanted)
+            for path in chosen
+        }
     )
 
 

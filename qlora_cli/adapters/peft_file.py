@@ -10,9 +10,8 @@ its rows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,52 +20,15 @@ from torch import Tensor
 from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.lora import LoraSettings
 from qlora_cli.adapters.peft_config import PeftConfig
+from qlora_cli.adapters.peft_metadata import AdapterMetadata
+from qlora_cli.adapters.peft_stacks import AdapterStack, stack_paths, unused_targets
 from qlora_cli.errors import ModelError, Problem, ProblemsError
 from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
 from qlora_cli.nn.site import Site
 
 MAX_LISTED = 6
 """Number of layers that an error message names; of the others it gives the number."""
-_HEADER_KEY = "qlora"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class AdapterMetadata:
-    """What `save_adapter` adds to the safetensors header. The field names are the JSON keys.
-
-    rank, alpha, rslora: the settings of one role's A and B, before they are stacked.
-    blocks: path of a fused layer -> role -> (first, end) of its rows of B, in the order of the
-        columns of B.
-    """
-
-    rank: int
-    alpha: float
-    rslora: bool
-    blocks: Mapping[str, Mapping[str, tuple[int, int]]]
-
-    def header(self) -> dict[str, str]:
-        """Return the entry for the safetensors header, whose values must be text."""
-        return {_HEADER_KEY: json.dumps(vars(self))}
-
-    @classmethod
-    def of(cls, header: Mapping[str, str], file: Path) -> AdapterMetadata | None:
-        """Parse a safetensors header. Return None if another program wrote the file.
-
-        Raises ModelError if the entry is damaged.
-        """
-        if _HEADER_KEY not in header:
-            return None
-        try:
-            content = json.loads(header[_HEADER_KEY])
-            blocks = {
-                path: {role: (int(first), int(end)) for role, (first, end) in spans.items()}
-                for path, spans in content["blocks"].items()
-            }
-            rank, alpha = int(content["rank"]), float(content["alpha"])
-            return cls(rank, alpha, bool(content["rslora"]), blocks)
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
-            raise ModelError(f"damaged header: {fault!r}", where=str(file)) from fault
 
 
 @dataclass(frozen=True)
@@ -144,16 +106,23 @@ class AdapterLayer:
 class AdapterFile:
     """An adapter on disk: its folder, its settings, and the layers that it adapts.
 
-    No tensor is in memory. Not to be confused with `schema.Adapter`, the recipe's section.
+    stacks: the stacked parameters of experts that it adapts, by path. No tensor is in memory.
+    Not to be confused with `schema.Adapter`, the recipe's section.
     """
 
     folder: Path
     config: PeftConfig
     layers: Mapping[str, AdapterLayer]
+    stacks: Mapping[str, AdapterStack] = field(default_factory=dict)
 
     def check(self, sites: Sequence[Site]) -> None:
-        """Raise ProblemsError if the adapter does not fit a base with these linear layers."""
-        problems = list(self._problems({site.path: site for site in sites}))
+        """Raise ProblemsError if the adapter does not fit a base.
+
+        sites: its linear layers and its stacks of experts.
+        """
+        linears = {site.path: site for site in sites if not site.num_experts}
+        stacks = {site.path: site for site in sites if site.num_experts}
+        problems = [*self._problems(linears), *self._stack_problems(stacks)]
         if problems:
             rest = len(problems) - MAX_LISTED
             more = [Problem("and so on", f"{rest} more")] if rest > 0 else []
@@ -177,6 +146,20 @@ class AdapterFile:
             if path not in self.layers and self.config.targets(path):
                 yield Problem(path, f"{peft_config.CONFIG} targets it, but it has no weights")
 
+    def _stack_problems(self, sites: Mapping[str, Site]) -> Iterator[Problem]:
+        for path, stack in self.stacks.items():
+            site = sites.get(path)
+            if site is None:
+                yield Problem(path, "the base has no such experts")
+                continue
+            found = (stack.num_experts, *stack.shape)
+            needed = (site.num_experts, site.out_features, site.in_features)
+            if found != needed:
+                yield Problem(path, f"for experts of shape {found}; the base has {needed}")
+        for path in sites:
+            if path not in self.stacks and self.config.targets_parameter(path):
+                yield Problem(path, f"{peft_config.CONFIG} targets it, but it has no weights")
+
 
 def open_adapter(folder: Path) -> AdapterFile:
     """Check the adapter in `folder` and return it without reading its tensors.
@@ -197,8 +180,19 @@ def open_adapter(folder: Path) -> AdapterFile:
     entries, header = read_header(file)
     metadata = AdapterMetadata.of(header, file)
     pairs = _pairs(entries, file)
+    paths = stack_paths(config, pairs)
+    stacks = {
+        stack: _stack(stack, *pairs.pop(path), config)
+        for path, stack in paths.items()
+        if path in pairs
+    }
     layers = {path: _layer(path, *pairs[path], config, metadata) for path in sorted(pairs)}
-    return AdapterFile(folder, config, layers)
+    for target in unused_targets(config, [*stacks, *(f"{path}.weight" for path in layers)]):
+        raise ModelError(
+            f"{peft_config.CONFIG} targets {target}, but the file has no adapter of it",
+            where=str(file),
+        )
+    return AdapterFile(folder, config, layers, stacks)
 
 
 def _pairs(
@@ -231,6 +225,25 @@ def _pairs(
     return {path: (factors["A"], factors["B"]) for path, factors in pairs.items()}
 
 
+def _stack(path: str, a: TensorEntry, b: TensorEntry, config: PeftConfig) -> AdapterStack:
+    rank = config.rank(path)
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] % rank or a.shape[0] != b.shape[1]:
+        raise ModelError(
+            f"{path}: rank {rank} means A (experts {rank}, in) and B (out, {rank} experts), but "
+            f"the file has {a.shape} and {b.shape}",
+            where=str(a.file),
+        )
+    _check_dtypes(path, a, b)
+    alpha = config.alpha(path)
+    settings = LoraSettings(rank, alpha, config.lora_dropout, a.dtype, config.use_rslora)
+    return AdapterStack(path, a, b, settings)
+
+
+def _check_dtypes(path: str, a: TensorEntry, b: TensorEntry) -> None:
+    if a.dtype != b.dtype or a.dtype not in _FLOATS:
+        raise ModelError(f"{path}: A is {a.dtype} and B is {b.dtype}", where=str(a.file))
+
+
 def _layer(
     path: str, a: TensorEntry, b: TensorEntry, config: PeftConfig, metadata: AdapterMetadata | None
 ) -> AdapterLayer:
@@ -241,8 +254,7 @@ def _layer(
             f"{a.shape} and {b.shape}",
             where=str(a.file),
         )
-    if a.dtype != b.dtype or a.dtype not in _FLOATS:
-        raise ModelError(f"{path}: A is {a.dtype} and B is {b.dtype}", where=str(a.file))
+    _check_dtypes(path, a, b)
     rows = {"": slice(0, b.shape[0])}
     alpha, rslora = config.alpha(path), config.use_rslora
     if metadata is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qlora_cli.adapters.full import FullFineTuning
-from qlora_cli.adapters.lora import LoraMethod
+from qlora_cli.adapters.lora_method import LoraMethod
 from qlora_cli.adapters.method import AdapterMethod
 from qlora_cli.recipe import schema
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files.atomic import PARSE_ERRORS
+from qlora_cli.files.composed import language_config
 from qlora_cli.files.hub import download
 from qlora_cli.files.paths import user_path
 
@@ -79,6 +80,9 @@ def find_tokenizer(name: str, revision: str | None) -> Path:
 def read_config(file: Path) -> Any:
     """Return the transformers config object of a config.json.
 
+    For a composed model, such as vision and text, that is the config of its language model (see
+    `composed.py`).
+
     Code that `auto_map` names is never run.
 
     Raises ModelError if the file is damaged, describes no model, describes a quantized model or
@@ -111,6 +115,7 @@ def read_config(file: Path) -> Any:
         )
     try:
         config = AutoConfig.for_model(model_type, **_with_floats(content))
+        config = language_config(config)
         _check_sizes(config)
     except (*PARSE_ERRORS, ArithmeticError, StrictDataclassError) as fault:
         raise ModelError(f"it describes no model: {fault}", where=str(file)) from fault

@@ -11,7 +11,7 @@ from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.jobs.model_results import MeasuredLaw, ModelsResult, ModelType
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.registry import FAMILIES, known_family
-from qlora_cli.models.sites import find_sites
+from qlora_cli.models.sites import find_sites, find_stacks
 from qlora_cli.proof.prove import LAWS, ModelProof, proof_of, stored_proofs
 from qlora_cli.tasks.causal import CAUSAL
 
@@ -50,10 +50,10 @@ def _summary(proof: ModelProof) -> ModelType:
 
 
 def _roles(config: Any) -> tuple[str, ...]:
-    """Return the roles of the model's linears, in the model's order."""
+    """Return the roles of the model's linears and experts, in the model's order."""
     model, family = skeleton(config, torch.float32, CAUSAL.model_class)
-    roles = (role for site in find_sites(model, family, model.config) for role in site.roles)
-    return tuple(dict.fromkeys(roles))
+    sites = [*find_sites(model, family, model.config), *find_stacks(model, family)]
+    return tuple(dict.fromkeys(role for site in sites for role in site.roles))
 
 
 def _measured(proof: ModelProof) -> tuple[MeasuredLaw, ...]:

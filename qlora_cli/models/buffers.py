@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.files.composed import text_config_of
+
 _UNSET_INTEGER = -(2**15)
 
 
@@ -89,7 +91,7 @@ def _constructed(model: Any, module: nn.Module) -> dict[str, Tensor | None]:
     if any(True for _ in module.parameters()):
         return {}
     with suppress(AttributeError, RuntimeError, TypeError, ValueError):
-        return dict(type(module)(model.config)._buffers)
+        return dict(type(module)(text_config_of(model))._buffers)
     return {}
 
 

@@ -23,17 +23,19 @@ from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.atomic import PARSE_ERRORS
+from qlora_cli.files.composed import text_config_of, whole_config
 from qlora_cli.files.dtype import file_dtype, torch_dtype
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
+from qlora_cli.models.composed import auto_class, remove_other_parts
 from qlora_cli.models.coverage import check_logits
 from qlora_cli.models.derive import derive_family, dropout_keys
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.registry import known_family, unsupported
-from qlora_cli.models.sites import experts_paths, find_sites, mlp_paths, norm_paths
+from qlora_cli.models.sites import experts_paths, find_sites, find_stacks, mlp_paths, norm_paths
 from qlora_cli.nn import attention, stacked_experts
 from qlora_cli.nn.embedding import has_own_memory
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
@@ -118,11 +120,13 @@ def skeleton(
     for key in family.dropouts if family else dropout_keys(config):
         if hasattr(config, key):
             setattr(config, key, 0.0)
-    model = _create(config, compute, model_class or _causal_lm())
+    model_class = auto_class(config, model_class or _causal_lm())
+    model = _create(whole_config(config), compute, model_class)
     # Batches have no padding. With a pad token set, GPT-2 would search for it in every batch.
     with suppress(StrictDataclassError):  # Some configs require a pad token.
-        model.config.pad_token_id = None
+        text_config_of(model).pad_token_id = None
     family = family or derive_family(model)
+    remove_other_parts(model, family.others)
     if family.experts:
         model.set_experts_implementation(stacked_experts.NAME)
     return model, family
@@ -167,9 +171,10 @@ def build(request: ModelRequest) -> LoadedModel:
     with unallocated():
         model, family = skeleton(request.config, weight_format.compute, request.model_class)
     source = request.make_source(model, family)
-    sites = find_sites(model, family, model.config)
+    config = text_config_of(model)
+    sites = find_sites(model, family, config)
     kernel = attention.kernel_for(request.profile, weight_format.compute)
-    loaded = LoadedModel(model, family, model.config, sites, {}, weight_format, kernel)
+    loaded = LoadedModel(model, family, config, sites, {}, weight_format, kernel)
     if method.freezes_base:
         with unallocated():
             _replace_modules(loaded, method, device)
@@ -183,14 +188,15 @@ def build(request: ModelRequest) -> LoadedModel:
         convert.enable_activation_checkpointing(
             model, family.blocks, preserve_random_state=dropout > 0
         )
-    model.config.use_cache = False
+    config.use_cache = False
     return loaded
 
 
 def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.device) -> None:
     """Replace the modules of a model whose base is frozen, and wrap the adapted linears."""
     model, family, weight_format = loaded.model, loaded.family, loaded.weight_format
-    loaded.adapted = method.adapted_roles(loaded.sites)
+    loaded.stacks = find_stacks(model, family)
+    loaded.adapted = method.adapted_roles([*loaded.sites, *loaded.stacks])
 
     def wrap(linear: QuantLinear, site: Site) -> nn.Module:
         roles = loaded.adapted.get(site.path)
@@ -198,6 +204,10 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
 
     convert.replace_linears(model, loaded.sites, weight_format, wrap)
     convert.replace_experts(model, family, experts_paths(model, family), weight_format)
+    for stack in loaded.stacks:
+        if stack.path in loaded.adapted:
+            packed: Any = model.get_submodule(stack.path)
+            convert.replace_module(model, stack.path, method.wrap_stack(packed))
     convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
     # A tied table is also the head, and every step multiplies by all of it.

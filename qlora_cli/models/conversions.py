@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +21,20 @@ Stacks = Mapping[str, tuple[StackPart, ...]]
 """Name of a stacked parameter (E, out, in) -> its parts in a checkpoint."""
 
 
-def parameter_names(model: Any, stacks: Stacks) -> Callable[[str], str]:
+def parameter_names(model: Any, stacks: Stacks, others: Sequence[str] = ()) -> Callable[[str], str]:
     """Return the function from the name of a tensor in a checkpoint to its parameter's name.
 
     model: transformers' model. stacks: its stacked parameters, whose parts keep their names. The
-    function raises ModelError for another tensor that transformers splits or merges.
+    others: paths of modules whose tensors are not loaded: they keep the names of the file inside
+    such a path. The function raises ModelError for another tensor that transformers splits or
+    merges.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters: list[Any] = [one for one in transforms if not isinstance(one, WeightRenaming)]
     names = dict.fromkeys(model.state_dict(), True)
     parts = {part.name for found in stacks.values() for part in found}
+    inside = tuple(f"{path}." for path in others)
 
     def rename(name: str) -> str:
         if name in parts:
@@ -39,6 +42,8 @@ def parameter_names(model: Any, stacks: Stacks) -> Callable[[str], str]:
         renamed, converter = rename_source_key(
             name, renamings, converters, model.base_model_prefix, names
         )
+        if others and renamed.startswith(inside):
+            return renamed if converter is None else f"{others[0]}.{name}"
         if converter is not None and renamed not in names:
             raise unsupported(
                 model.config, f"transformers merges or splits {name} when it loads it"

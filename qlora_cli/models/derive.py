@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from qlora_cli.files.composed import text_config_of
 from qlora_cli.models.buffers import created_buffers, persistent_buffers
+from qlora_cli.models.composed import language_model_path, modules_inside, other_parts
 from qlora_cli.models.conversions import Stacks, parameter_names, stacked_parts
 from qlora_cli.models.derive_blocks import (
     has_experts,
@@ -41,27 +43,28 @@ def derive_family(model: Any) -> Family:
 
     Raises ModelError, with the reason, for a model that a `Family` cannot describe.
     """
-    config = model.config
-    backbone = model.base_model_prefix
-    if not isinstance(getattr(model, backbone, None), nn.Module):
+    config = text_config_of(model)
+    backbone = language_model_path(model)
+    if not backbone or backbone not in dict(model.named_modules()):
         raise unsupported(config, f"it has no module {backbone!r} for its hidden states")
     blocks = _blocks_path(model, backbone)
     found = list(model.get_submodule(blocks))
     experts, stacks = _experts(model, blocks, found)
     _check_tensors(model, found, blocks)
     head = _head_path(model)
-    embeddings = tuple(_embedding_paths(model, blocks))
+    others = other_parts(model, backbone, head)
+    embeddings = tuple(_embedding_paths(model, blocks, others))
     unquantized = tuple(dict.fromkeys(read_directly(found)))
-    can_set_attention = type(model)._can_set_attn_implementation()
+    can_set_attention = _can_set_attention(model, backbone)
     return Family(
-        name=config.model_type,
-        model_types=(config.model_type,),
+        name=model.config.model_type,
+        model_types=(model.config.model_type,),
         backbone=backbone,
         blocks=blocks,
         head=head,
         embeddings=embeddings,
-        embedding_scale=measured_scale(model, embeddings[0], _buffers(model)),
-        linears=tuple(linears_of(found, unquantized)),
+        embedding_scale=measured_scale(model, embeddings[0], _buffers(model, others)),
+        linears=tuple(linears_of(config, found, unquantized)),
         unquantized=unquantized,
         blocks_differ=any(structure_of(block) != structure_of(found[0]) for block in found),
         mlp=mlp_of(model, found),
@@ -69,13 +72,15 @@ def derive_family(model: Any) -> Family:
         final_norm=_final_norm(model, backbone, blocks),
         dropouts=tuple(dropout_keys(config)),
         ignored=(".rotary_emb.inv_freq",),
-        rename=parameter_names(model, stacks),
+        rename=parameter_names(model, stacks, others),
         experts=experts,
         stacks=stacks,
-        logits=measured_transform(model, backbone, head),
+        logits=measured_transform(model, model.base_model_prefix, head),
         own_attention=not can_set_attention,
         packs=can_set_attention and not _has_recurrence(config, found),
-        merged_attention=_merged_attention(model),
+        merged_attention=_merged_attention(model, backbone),
+        others=others,
+        other_modules=modules_inside(model, others),
     )
 
 
@@ -137,7 +142,7 @@ def _check_tensors(model: Any, found: Sequence[nn.Module], blocks: str) -> None:
                 )
 
 
-def _buffers(model: Any) -> Mapping[str, Tensor | None]:
+def _buffers(model: Any, others: Sequence[str]) -> Mapping[str, Tensor | None]:
     """Return path -> value of the model's buffers.
 
     Raises ModelError for a buffer that is in no checkpoint and that cannot be created.
@@ -145,7 +150,9 @@ def _buffers(model: Any) -> Mapping[str, Tensor | None]:
     buffers = created_buffers(model)
     for path, value in buffers.items():
         parent, _, name = path.rpartition(".")
-        if value is None and name not in persistent_buffers(model.get_submodule(parent)):
+        if value is not None or path.startswith(tuple(f"{other}." for other in others)):
+            continue
+        if name not in persistent_buffers(model.get_submodule(parent)):
             raise unsupported(model.config, f"it is not known how the buffer {path} is created")
     return buffers
 
@@ -159,9 +166,17 @@ def _has_recurrence(config: Any, blocks: Sequence[nn.Module]) -> bool:
     return has_module or "linear_attention" in (getattr(config, "layer_types", None) or ())
 
 
-def _merged_attention(model: Any) -> Literal["sdpa", "eager"]:
+def _can_set_attention(model: Any, backbone: str) -> bool:
+    """Return whether the classes of a model and of its language model use the interface."""
+    parts = (model, model.get_submodule(backbone))
+    checks = (getattr(part, "_can_set_attn_implementation", lambda: True) for part in parts)
+    return all(check() for check in checks)
+
+
+def _merged_attention(model: Any, backbone: str) -> Literal["sdpa", "eager"]:
     """Return the attention of transformers that computes this model; SDPA if it does."""
-    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    module = sys.modules[type(model.get_submodule(backbone)).__module__]
+    eager = getattr(module, "eager_attention_forward", None)
     has_soft_cap = eager is not None and "softcap" in inspect.signature(eager).parameters
     return "sdpa" if model._supports_sdpa and not has_soft_cap else "eager"
 
@@ -175,12 +190,13 @@ def _head_path(model: Any) -> str:
     return path
 
 
-def _embedding_paths(model: Any, blocks: str) -> Iterator[str]:
+def _embedding_paths(model: Any, blocks: str, others: Sequence[str]) -> Iterator[str]:
     """Yield the path of the token table, then those of other plain tables outside the blocks."""
+    outside = tuple(f"{path}." for path in (blocks, *others))
     tokens = model.get_input_embeddings()
     yield next(path for path, module in model.named_modules() if module is tokens)
     for path, module in model.named_modules():
-        is_other = module is not tokens and not path.startswith(f"{blocks}.")
+        is_other = module is not tokens and not path.startswith(outside)
         if isinstance(module, nn.Embedding) and is_other and is_plain_table(module, path):
             yield path
 

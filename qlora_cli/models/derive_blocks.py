@@ -9,8 +9,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files.composed import text_config_of
 from qlora_cli.models.coverage import check_linear, check_mlp, check_norm
-from qlora_cli.models.family import LinearSpec, MlpSpec
+from qlora_cli.models.family import LinearSpec, MlpSpec, Rows
+from qlora_cli.models.fused import fused_rows
 from qlora_cli.models.weight_reads import read_weights
 from qlora_cli.nn.mlp import ACTIVATIONS, Projections
 
@@ -29,6 +31,7 @@ ROLES: Mapping[str, str] = {
     "c_fc": "up",
     "dense_h_to_4h": "up",
     "down_proj": "down",
+    "output_linear": "down",
     "fc2": "down",
     "fc_out": "down",
     "dense_4h_to_h": "down",
@@ -72,12 +75,24 @@ def modules_of(blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         yield from block.named_modules()
 
 
-def linears_of(blocks: Sequence[nn.Module], unquantized: Sequence[str]) -> Iterator[LinearSpec]:
+def linears_of(
+    config: Any, blocks: Sequence[nn.Module], unquantized: Sequence[str]
+) -> Iterator[LinearSpec]:
     """Yield the linears of all blocks except `unquantized`, each path once."""
     linears = {path: module for path, module in modules_of(blocks) if is_linear(module)}
     for path, module in linears.items():
-        if path not in unquantized:
-            yield LinearSpec(path, (_role(path),), transposed=isinstance(module, Conv1D))
+        if path in unquantized:
+            continue
+        transposed = isinstance(module, Conv1D)
+        if (rows := fused_rows(config, path, blocks)) is not None:
+            yield LinearSpec(path, tuple(rows), transposed, _constant(rows))
+        else:
+            yield LinearSpec(path, (_role(path),), transposed)
+
+
+def _constant(rows: Mapping[str, slice]) -> Rows:
+    """Return the function of a spec that gives these rows: they are those of the same config."""
+    return lambda _config: rows
 
 
 def read_directly(blocks: Sequence[nn.Module]) -> Iterator[str]:
@@ -117,7 +132,7 @@ def mlp_of(model: Any, blocks: Sequence[nn.Module]) -> MlpSpec | None:
         linears = {name for name, child in module.named_children() if is_linear(child)}
         for projections in _PROJECTIONS:
             if linears == set(projections.names):
-                key = _activation_key(model.config, module, projections)
+                key = _activation_key(text_config_of(model), module, projections)
                 return MlpSpec(path, projections, key) if key else None
     return None
 

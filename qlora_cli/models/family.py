@@ -68,7 +68,9 @@ class Family:
     it does not store whole. own_attention: the model's class
     computes attention itself, and not through transformers' interface. packs: rows that share a
     sequence do not affect each other; otherwise each row is a forward pass of its own.
-    merged_attention: the attention of transformers that computes the same model.
+    merged_attention: the attention of transformers that computes the same model. others: paths of
+    the other parts of a composed model, which are not loaded and which a merge copies.
+    other_modules: paths of all modules in these parts.
     """
 
     name: str
@@ -93,6 +95,8 @@ class Family:
     own_attention: bool = False
     packs: bool = True
     merged_attention: Literal["sdpa", "eager"] = "sdpa"
+    others: tuple[str, ...] = ()
+    other_modules: tuple[str, ...] = ()
 
     @property
     def token_embedding(self) -> str:

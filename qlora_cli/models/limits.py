@@ -31,8 +31,8 @@ def _limits(config: Any, model_class: Any) -> Iterator[str]:
     if family.experts:
         number = _num_parameters(model, family.experts)
         yield (
-            f"{number:,} parameters of experts are packed like the linears and get no adapter; the "
-            "router stays as it is"
+            f"{number:,} parameters of experts are packed like the linears; they get adapters if "
+            "adapter.targets contains experts; the router stays as it is"
         )
     if family.unquantized:
         number = _num_parameters(model, family.unquantized)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,8 @@ class LoadedModel:
 
     model: transformers' model. sites: every linear that the family describes. adapted: path ->
     roles with an adapter. weight_format: format of the linears' weights. kernel: attention kernel
-    of the device, in a dry run of the planned device.
+    of the device, in a dry run of the planned device. stacks: every stacked parameter of experts,
+    if the experts are packed.
     """
 
     model: Any
@@ -29,6 +30,7 @@ class LoadedModel:
     adapted: dict[str, list[str]]
     weight_format: WeightFormat
     kernel: Kernel
+    stacks: list[Site] = field(default_factory=list)
 
     @property
     def head(self) -> nn.Module:

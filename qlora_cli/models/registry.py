@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files.composed import is_composed, model_type_of
 from qlora_cli.models.families.gpt2 import GPT2
 from qlora_cli.models.families.llama import LLAMA, QWEN3
 from qlora_cli.models.family import Family
@@ -13,7 +14,12 @@ FAMILIES = (LLAMA, QWEN3, GPT2)
 
 
 def known_family(config: Any) -> Family | None:
-    """Return the hand-written family of a transformers config; None if there is none."""
+    """Return the hand-written family of a transformers config; None if there is none.
+
+    The language model of a composed model has other paths, so its family is derived.
+    """
+    if is_composed(config):
+        return None
     return next((family for family in FAMILIES if config.model_type in family.model_types), None)
 
 
@@ -35,7 +41,7 @@ def _alternative(config: Any) -> str:
 def unsupported(config: Any, reason: str) -> ModelError:
     """Return the error that refuses the model type of `config`, with a supported base to use."""
     return ModelError(
-        f"model type {config.model_type!r} is not supported: {reason}",
+        f"model type {model_type_of(config)!r} is not supported: {reason}",
         where="model.name",
         hint=f"use a base of a supported type, such as {_alternative(config)}",
     )

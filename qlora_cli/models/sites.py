@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from qlora_cli.adapters.targets import EXPERTS
 from qlora_cli.errors import ModelError
 from qlora_cli.models.family import Family, LinearSpec, MlpSpec
 from qlora_cli.nn.site import Site
@@ -43,20 +44,30 @@ def experts_paths(model: nn.Module, family: Family) -> list[str]:
     return [path for name in family.experts for path in _in_blocks(model, family, name)]
 
 
-def expert_tensors(model: nn.Module, family: Family) -> dict[str, bool]:
-    """Return the names of the tensors of a checkpoint with weights of experts.
-
-    The value is True for a stack whose matrices are (in, out).
-    """
-    found: dict[str, bool] = {}
+def find_stacks(model: nn.Module, family: Family) -> list[Site]:
+    """Return every stacked parameter of experts of transformers' model, in the model's order."""
+    found: list[Site] = []
     for path in experts_paths(model, family):
         module: Any = model.get_submodule(path)
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3:
-                name = f"{path}.{key}"
-                names = [part.name for part in family.stacks.get(name, ())] or [name]
-                found |= dict.fromkeys(names, module.is_transposed)
+                sizes = parameter.shape[:0:-1] if module.is_transposed else parameter.shape[1:]
+                found.append(_stack(f"{path}.{key}", module, *sizes))
     return found
+
+
+def _stack(path: str, module: Any, out_features: int, in_features: int) -> Site:
+    rows = {EXPERTS: slice(0, out_features)}
+    return Site(
+        path=path,
+        roles=(EXPERTS,),
+        rows=rows,
+        in_features=in_features,
+        out_features=out_features,
+        bias=False,
+        transposed=module.is_transposed,
+        num_experts=module.num_experts,
+    )
 
 
 def mlp_paths(model: nn.Module, family: Family, mlp: MlpSpec) -> list[str]:

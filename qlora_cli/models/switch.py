@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_cli.adapters.lora import LoraLinear, adapted_layers
+from qlora_cli.adapters.adapted_modules import LoraModule, adapted_modules
+from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.adapters.peft_file import AdapterFile
 from qlora_cli.errors import ModelError, QloraError, UsageError
 from qlora_cli.files.source import FolderSource
@@ -58,9 +59,9 @@ class AdapterSwitch:
         self._stamps = {entry.file: _stamp(entry.file) for entry in source.entries.values()}
         self._is_merged = merged
         self._changed: dict[str, QuantLinear] = {}
-        self._layers: dict[str, dict[str, LoraLinear]] = {BASE: {}}
+        self._layers: dict[str, dict[str, LoraModule]] = {BASE: {}}
         self.current = BASE
-        own = dict(adapted_layers(loaded.model))
+        own = dict(adapted_modules(loaded.model))
         if own:
             self._layers[OWN] = own
             self.use(OWN)
@@ -90,11 +91,19 @@ class AdapterSwitch:
     def use(self, name: str) -> None:
         """Make this adapter active; `base` for none.
 
-        Raises UsageError if there is no adapter with this name, QloraError if a merged weight
+        Raises UsageError if there is no adapter with this name or if it would be merged and adapts
+        experts, QloraError if a merged weight
         overflows (the base is then active), ModelError if the base's file has changed since loading
         (the model must then be opened again).
         """
         self.check(name)
+        stacks = [m for m in self._layers[name].values() if not isinstance(m, LoraLinear)]
+        if self._is_merged and stacks:
+            raise UsageError(
+                f"the adapter {name!r} adapts experts, which cannot be added to loaded weights",
+                where="--merged",
+                hint="omit it, or merge the run with `qlora merge`",
+            )
         self._restore()
         set_adapter_layers(self._loaded, {})
         self.current = BASE
@@ -108,6 +117,7 @@ class AdapterSwitch:
     def _merge(self, name: str) -> None:
         """Add an adapter to the weights of the base. Raises QloraError if a weight overflows."""
         for path, layer in self._layers[name].items():
+            assert isinstance(layer, LoraLinear)
             weight = layer.base.weight
             merged = (weight.float() + layer.delta()).to(weight.dtype)
             if not merged.isfinite().all():

@@ -10,14 +10,15 @@ Letters: T tokens, k experts per token, n = T k rows, E experts, d hidden size, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.expert_stack import AdaptedStack, ExpertStack, StackLora
+from qlora_cli.nn.quant import WeightFormat
 
 UP_NAMES = ("gate_up_proj", "up_proj")
 DOWN_NAME = "down_proj"
@@ -51,12 +52,8 @@ class Experts(nn.Module):
         self.up_name = next(name for name in UP_NAMES if name in self.stacks)
         for name, shape in self.stacks.items():
             rows, columns = shape[1:] if not self.is_transposed else reversed(shape[1:])
-            number = parts(name)
-            linears = [
-                QuantLinear(columns, rows // number, False, weight_format)
-                for _ in range(self.num_experts * number)
-            ]
-            self.add_module(name, nn.ModuleList(linears))
+            stack = ExpertStack(self.num_experts, parts(name), columns, rows, weight_format)
+            self.add_module(name, stack)
         for name, parameter in old._parameters.items():
             if name not in self.stacks:
                 self.register_parameter(name, nn.Parameter(parameter, requires_grad=False))
@@ -64,22 +61,26 @@ class Experts(nn.Module):
         old._parameters = {}
         self.__dict__["_activation"] = old._apply_gate if old.has_gate else old.act_fn
 
-    def linears(self, name: str, expert: int) -> Sequence[QuantLinear]:
-        """Return the packed linears of one expert, whose rows form its matrix (out, in)."""
-        modules: Any = self.get_submodule(name)
-        number = len(modules) // self.num_experts
-        return modules[expert * number : (expert + 1) * number]  # type: ignore[no-any-return]
+    def stack(self, name: str) -> ExpertStack:
+        """Return the packed weights of a stacked parameter, without its adapter."""
+        module = self.get_submodule(name)
+        return module.base if isinstance(module, AdaptedStack) else cast(ExpertStack, module)
+
+    def lora(self, name: str) -> StackLora | None:
+        """Return the adapter of a stacked parameter; None if it has none."""
+        module = self.get_submodule(name)
+        return module.lora() if isinstance(module, AdaptedStack) else None
 
     def pack_stack(self, name: str, stack: Tensor) -> None:
         """Quantize the matrices of all experts. stack: in the shape of transformers' parameter."""
         for expert, matrix in enumerate(stack):
             weight = matrix.t() if self.is_transposed else matrix
-            (linear,) = self.linears(name, expert)
+            (linear,) = self.stack(name).linears(expert)
             linear.pack(weight.contiguous())
 
     def dequantized_stack(self, name: str) -> Tensor:
         """Return the weights that the experts compute with, as transformers' parameter has them."""
-        weights = [self._weight(name, expert) for expert in range(self.num_experts)]
+        weights = map(self.stack(name).weight, range(self.num_experts))
         return torch.stack([w.t() if self.is_transposed else w for w in weights])
 
     def forward(
@@ -93,7 +94,9 @@ class Experts(nn.Module):
         """Map hidden states (T, d), expert numbers (T, k) and their weights (T, k) to (T, d)."""
         index = top_k_index if top_k_index is not None else router_indices
         weights = top_k_weights if top_k_weights is not None else routing_weights
-        out: Tensor = _ExpertsProduct.apply(hidden_states, weights, index, self)
+        adapters = (self.lora(self.up_name), self.lora(DOWN_NAME))
+        factors = [f for lora in adapters for f in ((lora.a, lora.b) if lora else (None, None))]
+        out: Tensor = _ExpertsProduct.apply(hidden_states, weights, index, self, adapters, *factors)
         return out
 
     def activation(self, inner: Tensor) -> Tensor:
@@ -105,83 +108,101 @@ class Experts(nn.Module):
         """Return the biases (E, out) of a projection; None if it has none."""
         return self._parameters.get(f"{name}_bias")
 
-    def product(self, name: str, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return x W^T + b of rows (n, in) that are sorted by expert."""
-        out, bias, start = None, self.bias(name), 0
-        for expert, count in enumerate(counts):
-            if count:
-                rows, weight = slice(start, start + count), self._weight(name, expert)
-                out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
-                torch.mm(x[rows], weight.t(), out=out[rows])
-                if bias is not None:
-                    out[rows] += bias[expert].to(x.dtype)
-                del weight
-            start += count
-        assert out is not None
-        return out
-
-    def grad_input(self, name: str, grad: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return the gradient (n, in) of the input of `product`. grad: (n, out)."""
-        out, start = None, 0
-        for expert, count in enumerate(counts):
-            if count:
-                rows, weight = slice(start, start + count), self._weight(name, expert)
-                out = grad.new_empty(grad.shape[0], weight.shape[1]) if out is None else out
-                torch.mm(grad[rows], weight, out=out[rows])
-                del weight
-            start += count
-        assert out is not None
-        return out
-
-    def _weight(self, name: str, expert: int) -> Tensor:
-        """Return one expert's matrix (out, in) in the compute dtype."""
-        parts = [linear.dequantize() for linear in self.linears(name, expert)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
 
 class _ExpertsProduct(torch.autograd.Function):
-    """Gradients of hidden states and routing weights. The backward pass dequantizes again."""
+    """Gradients of hidden states, routing weights and adapters.
+
+    The backward pass dequantizes again. It saves the hidden states only if the first projection has
+    an adapter.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, index: Tensor, experts: Experts) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        index: Tensor,
+        experts: Experts,
+        adapters: tuple[StackLora | None, StackLora | None],
+        *factors: Tensor | None,
+    ) -> Tensor:
+        up, down = adapters
         num_active = index.shape[-1]
         order = index.flatten().argsort(stable=True)
         counts = rows_per_expert(index, experts.num_experts)
         rows = x[order // num_active]
-        inner = experts.product(experts.up_name, rows, counts)
+        stack, bias = experts.stack(experts.up_name), experts.bias(experts.up_name)
+        inner, up_xa = stack.product(rows, counts, bias, up)
         del rows
-        y = experts.product(DOWN_NAME, experts.activation(inner), counts)
+        y, down_xa = experts.stack(DOWN_NAME).product(
+            experts.activation(inner), counts, experts.bias(DOWN_NAME), down
+        )
         y.mul_(weights.flatten()[order].to(y.dtype)[:, None])
-        ctx.save_for_backward(weights, order, inner)
+        saved_x = None if up is None else x
+        ctx.save_for_backward(weights, order, inner, saved_x, up_xa, down_xa, *factors)
         ctx.experts, ctx.counts = experts, counts
+        ctx.scalings = [None if lora is None else lora.scaling for lora in adapters]
         return sum_over_experts(y, order, num_active)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, order, inner = ctx.saved_tensors
-        experts: Experts = ctx.experts
+        weights, order, inner, x, up_xa, down_xa, *factors = ctx.saved_tensors
+        experts, counts = ctx.experts, ctx.counts
+        up, down = _adapters(factors, ctx.scalings)
         num_active = weights.shape[-1]
+        row_weights = weights.flatten()[order].to(grad.dtype)[:, None]
         grad_rows = grad[order // num_active]
-        grad_act = experts.grad_input(DOWN_NAME, grad_rows, ctx.counts)
+        grad_act, grad_xa = experts.stack(DOWN_NAME).grad_input(grad_rows, counts, down)
         with torch.enable_grad():
             inner = inner.detach().requires_grad_()
             activated = experts.activation(inner)
-        grad_weights = (grad_act * activated.detach()).sum(dim=-1)
-        if (bias := experts.bias(DOWN_NAME)) is not None:
-            numbers = torch.repeat_interleave(
-                torch.arange(experts.num_experts, device=grad.device),
-                torch.tensor(ctx.counts, device=grad.device),
-                output_size=order.shape[0],
-            )
-            grad_weights += (grad_rows * bias[numbers].to(grad.dtype)).sum(dim=-1)
-        del grad_rows
-        grad_act.mul_(weights.flatten()[order].to(grad_act.dtype)[:, None])
+        grad_weights = _grad_weights(experts, counts, grad_rows, grad_act, activated.detach())
+        grads: list[Tensor | None] = [None] * 4
+        if down is not None:
+            # The rows of y are multiplied by their routing weights after this product.
+            grad_rows.mul_(row_weights)
+            grad_xa.mul_(row_weights)
+            grads[2:] = down.gradients(activated.detach(), grad_rows, down_xa, grad_xa, counts)
+        del grad_rows, grad_xa
+        grad_act.mul_(row_weights)
         (grad_inner,) = torch.autograd.grad(activated, inner, grad_act)
         del activated, grad_act
-        grad_x = experts.grad_input(experts.up_name, grad_inner, ctx.counts)
+        grad_x, grad_xa = experts.stack(experts.up_name).grad_input(grad_inner, counts, up)
+        if up is not None:
+            rows = x[order // num_active]
+            grads[:2] = up.gradients(rows, grad_inner, up_xa, grad_xa, counts)
+            del rows
+        del grad_inner, grad_xa
         in_order = torch.empty_like(grad_weights).index_copy_(0, order, grad_weights)
         grad_weights = in_order.view(weights.shape).to(weights.dtype)
-        return sum_over_experts(grad_x, order, num_active), grad_weights, None, None
+        grad_x = sum_over_experts(grad_x, order, num_active)
+        return (grad_x, grad_weights, None, None, None, *grads)
+
+
+def _adapters(
+    factors: Sequence[Tensor | None], scalings: Sequence[float | None]
+) -> Iterator[StackLora | None]:
+    """Yield the adapter of each projection from A and B of both."""
+    for a, b, scaling in zip(factors[::2], factors[1::2], scalings, strict=True):
+        if a is None or b is None or scaling is None:
+            yield None
+        else:
+            yield StackLora(a, b, scaling)
+
+
+def _grad_weights(
+    experts: Experts, counts: Sequence[int], grad_rows: Tensor, grad_act: Tensor, activated: Tensor
+) -> Tensor:
+    """Return the gradient (n,) of each row's routing weight: its output times the gradient."""
+    grad_weights = (grad_act * activated).sum(dim=-1)
+    if (bias := experts.bias(DOWN_NAME)) is not None:
+        numbers = torch.repeat_interleave(
+            torch.arange(experts.num_experts, device=grad_rows.device),
+            torch.tensor(counts, device=grad_rows.device),
+            output_size=grad_rows.shape[0],
+        )
+        grad_weights += (grad_rows * bias[numbers].to(grad_rows.dtype)).sum(dim=-1)
+    return grad_weights
 
 
 def rows_per_expert(index: Tensor, num_experts: int) -> list[int]:

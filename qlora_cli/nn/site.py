@@ -1,4 +1,4 @@
-"""One linear layer of a model, and the orientation of its weight in a checkpoint file."""
+"""One linear layer, or one stack of experts, and the orientation of its weight in a file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Site:
-    """One linear layer that the model's family describes.
+    """One linear layer, or one stacked parameter of experts, that the model's family describes.
 
     path: path of the module, `model.layers.0.self_attn.q_proj`. roles: the layer's roles, several
     for a fused projection. rows: each role's rows of the weight (out, in). bias: whether the layer
     has a bias. transposed: the file stores the weight as (in, out). Use `from_file`, `to_file` and
     `file_shape` instead of this flag.
+    num_experts: 0 for a linear; else `path` is that of a stacked parameter, and everything else
+    describes the matrix of one expert.
     """
 
     path: str
@@ -25,6 +27,7 @@ class Site:
     out_features: int
     bias: bool
     transposed: bool
+    num_experts: int = 0
 
     @property
     def file_shape(self) -> tuple[int, int]:

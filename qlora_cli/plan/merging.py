@@ -22,7 +22,7 @@ from qlora_cli.export.compare.comparison_models import merged_on_meta, trained_o
 from qlora_cli.export.compare.eval_rows import MAX_TOKENS
 from qlora_cli.export.compare.logit_comparison import COMPARISON_BYTES
 from qlora_cli.export.merge.lora_sum import CHUNK_ELEMENTS
-from qlora_cli.export.merge.merged_tensors import pack_linear
+from qlora_cli.export.merge.merged_tensors import pack_weight
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.memory.ledger import Phase
 from qlora_cli.memory.profile import MemoryModel
@@ -30,7 +30,7 @@ from qlora_cli.memory.scopes import host_memory, scope, unallocated
 from qlora_cli.models.build import skeleton, weight_format_of
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.streamed import StreamedPlacement
-from qlora_cli.models.sites import find_sites
+from qlora_cli.models.sites import find_sites, find_stacks
 from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.embedding import upload
 from qlora_cli.nn.quant import WeightFormat
@@ -61,6 +61,8 @@ def dry_run_merge(recipe: Recipe, config: Any, profile: DeviceProfile) -> Phase:
     with tracker, counter.phase("merge"), torch.no_grad():
         largest = max(sites, key=lambda site: site.in_features * site.out_features)
         _merge_one_tensor(largest, weight_format, dtype)
+        for stack in find_stacks(model, family):
+            _merge_stack(stack, stack.path in family.stacks, weight_format, dtype)
         if weight_format.bits < 16:
             models = _compared_models(task, shorter, weight_format, sites, profile)
             for loaded, source_class in zip(models, (MetaSource, _MergedSource), strict=True):
@@ -76,10 +78,26 @@ def _merge_one_tensor(site: Site, weight_format: WeightFormat, dtype: torch.dtyp
         with host_memory():
             weight = torch.empty((site.out_features, site.in_features), dtype=dtype, device=_META)
         if weight_format.bits < 16:
-            layer = pack_linear(site, weight_format, upload(weight, _META))
+            layer = pack_weight(weight_format, upload(weight, _META))
             del weight
             weight = layer.dequantize()
         _add_adapter(weight)
+
+
+def _merge_stack(
+    stack: Site, is_split: bool, weight_format: WeightFormat, dtype: torch.dtype
+) -> None:
+    """Allocate what merging experts allocates, one expert at a time.
+
+    is_split: each expert is a tensor of its own in the file.
+    """
+    number = 0 if is_split else stack.num_experts
+    shape = (number, stack.out_features, stack.in_features)
+    with scope("temporary"), host_memory():
+        whole = torch.empty(shape, dtype=dtype, device=_META)
+        merged = torch.empty(shape, dtype=torch.float16, device=_META)
+    _merge_one_tensor(stack, weight_format, dtype)
+    del whole, merged
 
 
 def _add_adapter(weight: Tensor) -> Tensor:

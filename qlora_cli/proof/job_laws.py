@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers, adapted_stacks
 from qlora_cli.events import Silent
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.memory.device import profile_of
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.tracker import track_gradients
-from qlora_cli.models.attach import save_adapter
+from qlora_cli.models.composed import auto_class
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.plan.dry_run import dry_run
+from qlora_cli.proof.laws import stack_as_matrices, stack_delta
 from qlora_cli.proof.small_model import CPU, SmallModel
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run
@@ -82,12 +84,15 @@ def merge(small: SmallModel) -> float:
         delta = layer.delta()
         name = f"{path}.weight"
         expected[name] = expected[name] + (delta.t() if is_transposed else delta)
+    for path, stack in adapted_stacks(loaded.model):
+        expected[path] = expected[path] + stack_as_matrices(small, path, stack_delta(stack))
     return max(_difference(tensor, expected[name]) for name, tensor in merged.items())
 
 
 def _load(small: SmallModel, folder: Path) -> dict[str, Tensor] | None:
     """Return the tensors of a folder as transformers loads them; None if some do not match."""
-    model, info = small.task.model_class.from_pretrained(
+    model_class = auto_class(small.config, small.task.model_class)
+    model, info = model_class.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     problems: list[Any] = [info[key] for key in ("missing_keys", "unexpected_keys")]
@@ -97,5 +102,6 @@ def _load(small: SmallModel, folder: Path) -> dict[str, Tensor] | None:
 
 
 def _difference(value: Tensor, expected: Tensor) -> float:
-    largest = expected.abs().max().item() or 1.0
-    return (value - expected).abs().max().item() / largest if value.is_floating_point() else 0.0
+    if not value.numel() or not value.is_floating_point():
+        return 0.0
+    return (value - expected).abs().max().item() / (expected.abs().max().item() or 1.0)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.adapters.lora import LoraLinear, adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers, adapted_stacks
+from qlora_cli.adapters.lora import LoraLinear
+from qlora_cli.adapters.lora_experts import LoraStack
 from qlora_cli.data.collate import Batch
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.experts import Experts
@@ -63,17 +65,18 @@ def gradients(small: SmallModel) -> float:
     loaded, batch = small.loaded, small.batch(_ROWS[0])
     found = _gradients(small, loaded, batch)
     expected: list[tuple[nn.Parameter, Tensor]] = []
-    with _composed(small, loaded) as weights:
+    with _composed(small, loaded) as weights, _composed_stacks(small, loaded) as stacks:
         output = small.reference(input_ids=batch.input_ids).logits[0]
         loss = functional.cross_entropy(
             output, batch.labels, ignore_index=IGNORE_INDEX, reduction="sum"
         )
-        grads = torch.autograd.grad(loss / batch.num_targets, list(weights.values()))
-        for (path, grad), (other, layer) in zip(
-            zip(weights, grads, strict=True), adapted_layers(loaded.model), strict=True
-        ):
-            assert path == other
-            expected += _expected_gradients(layer, grad)
+        composed = {**weights, **stacks}
+        grads = torch.autograd.grad(loss / batch.num_targets, list(composed.values()))
+        by_path = dict(zip(composed, grads, strict=True))
+    for path, layer in adapted_layers(loaded.model):
+        expected += _expected_gradients(layer, by_path[path])
+    for path, stack in adapted_stacks(loaded.model):
+        expected += _expected_stack_gradients(stack, stack_as_matrices(small, path, by_path[path]))
     scale = max(value.abs().max().item() for _, value in expected)
     return max(
         (value - found[id(parameter)]).abs().max().item() / scale for parameter, value in expected
@@ -138,6 +141,54 @@ def _expected_gradients(layer: LoraLinear, grad: Tensor) -> Iterator[tuple[nn.Pa
         assert isinstance(b, nn.Parameter)
         yield a, scaling * b.detach().t() @ grad[rows]
         yield b, scaling * grad[rows] @ a.detach().t()
+
+
+def _expected_stack_gradients(
+    stack: LoraStack, grad: Tensor
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yield (A or B, its gradient) of experts. grad: gradient (E, out, in) of W + sBA."""
+    lora = stack.lora()
+    assert isinstance(lora.a, nn.Parameter)
+    assert isinstance(lora.b, nn.Parameter)
+    yield lora.a, lora.scaling * lora.b.detach().mT @ grad
+    yield lora.b, lora.scaling * grad @ lora.a.detach().mT
+
+
+def stack_as_matrices(small: SmallModel, path: str, stack: Tensor) -> Tensor:
+    """Return (E, out, in) of a stacked parameter of transformers, or the reverse."""
+    owner: Any = small.reference.get_submodule(path.rpartition(".")[0])
+    return stack.mT if owner.is_transposed else stack
+
+
+@contextmanager
+def _composed_stacks(small: SmallModel, loaded: LoadedModel) -> Iterator[dict[str, Tensor]]:
+    """Put W + sBA of experts into transformers' model inside the block.
+
+    Yields path -> stacked weight of transformers, with a gradient.
+    """
+    weights: dict[str, Tensor] = {}
+    old: dict[str, nn.Parameter] = {}
+    for path, stack in adapted_stacks(loaded.model):
+        owner, _, name = path.rpartition(".")
+        module = small.reference.get_submodule(owner)
+        old[path] = module.get_parameter(name)
+        delta = stack_as_matrices(small, path, stack_delta(stack))
+        weights[path] = (old[path].detach() + delta).requires_grad_()
+        del module._parameters[name]
+        setattr(module, name, weights[path])
+    try:
+        yield weights
+    finally:
+        for path, parameter in old.items():
+            owner, _, name = path.rpartition(".")
+            module = small.reference.get_submodule(owner)
+            delattr(module, name)
+            module.register_parameter(name, parameter)
+
+
+def stack_delta(stack: LoraStack) -> Tensor:
+    """Return (E, out, in), what merging adds to the matrices of all experts."""
+    return torch.stack([stack.delta(expert) for expert in range(stack.base.num_experts)])
 
 
 @contextmanager

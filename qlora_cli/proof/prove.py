@@ -23,6 +23,7 @@ from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Observer
 from qlora_cli.files import cache
 from qlora_cli.files.atomic import atomic_folder, write_json
+from qlora_cli.files.composed import model_type_of
 from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.models.registry import known_family, unsupported
 from qlora_cli.proof import job_laws, laws
@@ -137,15 +138,15 @@ def proof_of(config: Any, task: Task, observer: Observer) -> ModelProof:
     folder = cache.entry_folder(cache.PROOFS, key)
     if (stored := _read(folder / _RESULT)) is not None:
         return stored
-    observer.note(f"model type {config.model_type}: first use; proving it on a small model")
+    observer.note(f"model type {model_type_of(config)}: first use; proving it on a small model")
     proof = _prove(config, task)
     # Without a writable cache the proof runs again at the next use.
     with suppress(OSError), cache.locked(folder), atomic_folder(folder) as partial:
         write_json(partial / _RESULT, proof.to_dict())
-        write_json(partial / cache.ENTRY, {"description": config.model_type})
+        write_json(partial / cache.ENTRY, {"description": model_type_of(config)})
     if proof.failed is None:
         observer.note(
-            f"model type {config.model_type}: {len(proof.results)} laws hold "
+            f"model type {model_type_of(config)}: {len(proof.results)} laws hold "
             f"({format_duration(proof.seconds)})"
         )
     return proof
@@ -169,7 +170,7 @@ def _prove(config: Any, task: Task) -> ModelProof:
         small_model(config, task) as small,
     ):
         results = tuple(_until_failure(small, LAWS))
-    return ModelProof(config.model_type, results, time.perf_counter() - started, _versions())
+    return ModelProof(model_type_of(config), results, time.perf_counter() - started, _versions())
 
 
 @contextmanager

@@ -11,8 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlora_cli.files.composed import WHOLE, is_composed, whole_config
 from qlora_cli.models.registry import unsupported
 from qlora_cli.proof.sizes import ACTIVE_EXPERTS, SIZES
+from qlora_cli.proof.small_parts import small_whole
 
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -36,12 +38,13 @@ _LAYER_NUMBERS = re.compile("(_idxs|_indices|_ids|_only_layers)$")
 def small_config(config: Any) -> Any:
     """Return a small config of the same class.
 
-    config: transformers' config of a base; it is not modified. Raises ModelError for a model of
-    several parts, such as vision and text.
+    config: transformers' config of a base; it is not modified. Raises ModelError for a model whose
+    language model has parts of its own.
     """
     content = config.to_dict()
+    content.pop(WHOLE, None)
     if "text_config" in content or "vision_config" in content:
-        raise unsupported(config, "it has several parts; only language models alone are supported")
+        raise unsupported(config, "its language model has several parts")
     changes: dict[str, Any] = {**_sizes(content), **_key_value_heads(content)}
     changes |= _state_heads(content, changes)
     changes |= _layers(content, changes)
@@ -52,7 +55,11 @@ def small_config(config: Any) -> Any:
     if isinstance(rope := content.get("rope_parameters"), Mapping):
         changes["rope_parameters"] = _rope(rope, content, changes)
     kept = {key: value for key, value in content.items() if key not in _NOT_ARGUMENTS}
-    return type(config)(**{**kept, **changes})
+    small = type(config)(**{**kept, **changes})
+    if is_composed(config):
+        small.tie_word_embeddings = config.tie_word_embeddings
+        small.__dict__[WHOLE] = small_whole(whole_config(config))
+    return small
 
 
 def _sizes(content: Mapping[str, Any]) -> dict[str, int]:
@@ -188,6 +195,10 @@ def _rope(
             result[key] = _rope(value, content, changes)
         elif key == "original_max_position_embeddings":
             result[key] = min(value, SIZES[key])
+        elif key == "mrope_section":
+            total, number = sum(value), _num_frequencies(rope, content, changes)
+            result[key] = [size * number // total for size in value]
+            result[key][0] += number - sum(result[key])
         elif isinstance(value, list):
             result[key] = value[: _num_frequencies(rope, content, changes)]
         else:

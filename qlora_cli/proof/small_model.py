@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_modules
+from qlora_cli.adapters.targets import ALL, EXPERTS
 from qlora_cli.data.collate import Batch, collate
 from qlora_cli.data.encode import Example
 from qlora_cli.errors import QloraError
+from qlora_cli.files.composed import text_config_of, whole_config
 from qlora_cli.files.locate import read_config
 from qlora_cli.memory.device import profile_of
-from qlora_cli.models.build import ModelRequest, build
+from qlora_cli.models.build import ModelRequest, build, skeleton
 from qlora_cli.models.checkpoint_source import open_source
+from qlora_cli.models.composed import auto_class, language_model_path
 from qlora_cli.models.derive import dropout_keys
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.registry import unsupported
@@ -33,6 +35,8 @@ from qlora_cli.tasks.task import Task
 
 CPU = torch.device("cpu")
 _MAX_PARAMETERS = 2_000_000
+_MAX_OTHER_PARAMETERS = 20_000_000
+"""The limit for the head and the other parts of a composed model, which are only stored."""
 _FIRST_TOKEN = 7
 """Smaller ids may be special tokens."""
 
@@ -52,24 +56,30 @@ class SmallModel:
     @cached_property
     def reference(self) -> Any:
         """Transformers' own model in float32, with transformers' own attention."""
-        model = self.task.model_class.from_pretrained(
+        model = auto_class(self.config, self.task.model_class).from_pretrained(
             self.folder, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
         )
-        model.config.use_cache = False
+        text_config_of(model).use_cache = False
         return model.eval()
 
     def recipe(self, bits: Bits = 16, *, activation_checkpointing: bool = False) -> Recipe:
-        """Return the recipe that the laws are checked with: LoRA on every linear, in float32."""
+        """Return the recipe of the laws: float32, LoRA on all linears and experts."""
         recipe = Recipe.model_validate(
             {
                 "model": {"name": str(self.folder)},
                 "base": {"bits": bits, "compute_dtype": "float32"},
-                "adapter": {"rank": 2, "alpha": 4.0, "targets": "all"},
+                "adapter": {"rank": 2, "alpha": 4.0, "targets": self.targets},
                 "data": {"train": ""},
                 "train": {"activation_checkpointing": activation_checkpointing},
             }
         )
         return resolve(recipe, profile_of(CPU))[0]
+
+    @cached_property
+    def targets(self) -> list[str]:
+        """The targets of the adapter: everything that can be adapted."""
+        family = skeleton(self.config, torch.float32, self.task.model_class)[1]
+        return [ALL, EXPERTS] if family.experts else [ALL]
 
     def request(self, recipe: Recipe) -> ModelRequest:
         """Return the request for this package's model."""
@@ -129,7 +139,7 @@ class SmallModel:
 
 
 def _all_b(loaded: LoadedModel) -> list[nn.Parameter]:
-    return [b for _, layer in adapted_layers(loaded.model) for b in layer.lora_b.parameters()]
+    return [b for _, layer in adapted_modules(loaded.model) for b in layer.lora_b.parameters()]
 
 
 @contextmanager
@@ -157,7 +167,9 @@ def _create(config: Any, task: Task) -> Any:
     for key in dropout_keys(small):
         setattr(small, key, 0.0)
     _check_size(task, small)
-    model = task.model_class.from_config(small, dtype=torch.float32, trust_remote_code=False)
+    model = auto_class(config, task.model_class).from_config(
+        whole_config(small), dtype=torch.float32, trust_remote_code=False
+    )
     _fill(model)
     return model
 
@@ -165,9 +177,15 @@ def _create(config: Any, task: Task) -> Any:
 def _check_size(task: Task, config: Any) -> None:
     """Raise ModelError if a config that should be small describes a large model."""
     with torch.device("meta"):
-        model = task.model_class.from_config(deepcopy(config), trust_remote_code=False)
-    number = sum(parameter.numel() for parameter in model.parameters())
-    if number > _MAX_PARAMETERS:
+        model = auto_class(config, task.model_class).from_config(
+            whole_config(config), trust_remote_code=False
+        )
+    language_model = model.get_submodule(language_model_path(model))
+    own, number = (
+        sum(parameter.numel() for parameter in module.parameters())
+        for module in (language_model, model)
+    )
+    if own > _MAX_PARAMETERS or number - own > _MAX_OTHER_PARAMETERS:
         raise unsupported(
             config,
             "it cannot be proved on a small model, because settings that are not known decide its "
@@ -184,7 +202,9 @@ def _fill(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     done: set[int] = set()
-    for parameter in model.parameters():
+    # A language model has the same values whether it is a part of a composed model or not.
+    language_model = model.get_submodule(language_model_path(model))
+    for parameter in (*language_model.parameters(), *model.parameters()):
         if id(parameter) in done or not parameter.is_floating_point():
             continue
         done.add(id(parameter))

@@ -92,7 +92,8 @@ class Adapter(Section):
     loss rises while the training loss falls."""
     targets: Literal["all"] | list[str] = Field(default=["q", "v"])
     """Linear layers that get an adapter: roles (q k v o gate up down, the same names for every
-    family), exact module paths, or `all`; more layers need more memory."""
+    family), exact module paths, or `all`; more layers need more memory. Experts of a mixture get
+    adapters only if the list contains `experts`, as in [all, experts]."""
     dtype: Literal["float32", "float16"] = "float32"
     """Dtype of A and B; float16 halves the size of the adapter file and can overflow."""
     rslora: bool = False

@@ -162,7 +162,7 @@ def _ready(loaded: LoadedModel, folder: Path) -> LoadedModel:
 
     loaded.model.eval()
     loaded.model.requires_grad_(False)
-    loaded.model.config.use_cache = True
+    loaded.config.use_cache = True
     if (folder / _GENERATION_CONFIG).is_file():
         loaded.model.generation_config = GenerationConfig.from_pretrained(folder)
     return loaded

@@ -13,7 +13,7 @@ from qlora_cli.adapters.registry import method_of
 from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors
 from qlora_cli.files.checksums import checksums_of
 from qlora_cli.files.source import WEIGHTS_FILE
-from qlora_cli.models.attach import save_adapter
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.runs.layout import ADAPTER, WEIGHTS, RunFolder
 from qlora_cli.runs.resume import write_parameters
 from qlora_cli.train.state import State

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.data.collate import collate
 from qlora_cli.data.encode import Example
 from qlora_cli.errors import ProblemsError

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from qlora_cli.adapters import registry
 from qlora_cli.adapters.full import FullFineTuning
-from qlora_cli.adapters.lora import LoraMethod, LoraSettings
+from qlora_cli.adapters.lora import LoraSettings
+from qlora_cli.adapters.lora_method import LoraMethod
 from qlora_cli.adapters.method import AdapterMethod
 from qlora_cli.adapters.targets import adapted_roles
 from qlora_cli.nn.lora_matmul import AdaptedLinear, LoraMatmul

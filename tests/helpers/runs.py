@@ -17,15 +17,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_modules
 from qlora_cli.files.locate import read_config
 from qlora_cli.files.source import FolderSource
 from qlora_cli.memory.device import profile_of
-from qlora_cli.models.attach import save_adapter
 from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from tests.helpers.families import small_config
@@ -132,7 +132,7 @@ def _source(folder: Path, _: Any, family: Family) -> FolderSource:
 def randomize_b(loaded: LoadedModel, spread: float = 0.02, seed: int = 3) -> None:
     """Set B of every adapted layer to random values, which a new adapter has as zeros."""
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in adapted_layers(loaded.model):
+    for _, layer in adapted_modules(loaded.model):
         for parameter in layer.lora_b.values():
             assert isinstance(parameter, nn.Parameter)
             noise = torch.randn(parameter.shape, generator=generator)

@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.adapters.peft_file import open_adapter
 from qlora_cli.events import Silent
-from qlora_cli.models.attach import attach_adapter, save_adapter
+from qlora_cli.models.attach import attach_adapter
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.runs.open import open_run
 from qlora_cli.runs.run import Run
 from tests.helpers.families import MODEL_TYPES, as_in_file

@@ -10,15 +10,16 @@ from peft_law import LIMIT, peft_logits
 from transformers import AutoConfig
 
 from qlora_cli.adapters import peft_config
-from qlora_cli.models.attach import save_adapter
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.proof.small_model import SmallModel, small_model
 from qlora_cli.tasks.causal import CAUSAL
 
 # PEFT 0.21 uses an attribute that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-TYPES = ["phi3", "gemma2", "gpt_neox", "bloom", "qwen3_5_text", "mamba2"]
-"""Fused projections, soft caps, renamed tensors, own attention, linear attention, state space."""
+TYPES = ["phi3", "gemma2", "gpt_neox", "bloom", "qwen3_5_text", "mamba2", "gpt_oss", "deepseek_v3"]
+"""Fused projections, soft caps, renamed tensors, own attention, linear attention, state space,
+transposed experts, and linears with the names of former experts."""
 
 
 @pytest.fixture(scope="module")

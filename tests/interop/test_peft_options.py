@@ -88,6 +88,11 @@ PEFT_LLAMA: dict[str, dict[str, Any]] = {
         "rank_pattern": {"(q|k)_proj": 3, "q_proj": 5},
         "alpha_pattern": {r"layers\.\d\.self_attn\.q_proj": 2, ".*_proj": 7},
     },
+    "parameters": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "target_parameters": ["down_proj.weight", "up_proj.weight"],
+    },
     "gaussian": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
     "orthogonal": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
     "random": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False},
@@ -205,7 +210,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "init_lora_weights": {"init_lora_weights": "pissa"},
     "init_lora_weights olora": {"init_lora_weights": "olora"},
     "layer_replication": {"layer_replication": [(0, 2), (1, 2)]},
-    "target_parameters": {"target_modules": [], "target_parameters": ["down_proj.weight"]},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_cli.data.encode import Example
 from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.tokenizer import load_tokenizer
-from qlora_cli.models.attach import save_adapter
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.tasks.task import MetricSums
 from qlora_cli.train.state import State
 from tests.helpers.pairs import make_pair_rows, make_pair_state, with_reference

@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora_cli.events import Silent
 from qlora_cli.jobs.generate import Prompter, open_prompter
 from qlora_cli.jobs.text_generator import Sampling
-from qlora_cli.models.attach import save_adapter
+from qlora_cli.models.save_adapter import save_adapter
 from tests.helpers.observers import NoteRecorder
 from tests.helpers.runs import build_base, make_base, make_recipe, make_rows
 

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.adapters.peft_config import PeftConfig, shortest_endings
 from qlora_cli.adapters.peft_file import open_adapter
 from qlora_cli.errors import InputError, ModelError, ProblemsError, QloraError
-from qlora_cli.models.attach import attach_adapter, load_adapter, remove_adapter, save_adapter
+from qlora_cli.models.attach import attach_adapter, load_adapter, remove_adapter
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.recipe.schema import Recipe
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.runs import (
@@ -165,7 +166,6 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"lora_bias": True},
     {"modules_to_save": ["lm_head"]},
     {"trainable_token_indices": [1, 2]},
-    {"target_parameters": ["mlp.experts.gate_up_proj"]},
     {"layer_replication": [[0, 1]]},
     {"init_lora_weights": "pissa_niter_4"},
     {"init_lora_weights": "loftq"},

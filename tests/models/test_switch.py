@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
 from qlora_cli.errors import ModelError, ProblemsError, QloraError, UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors
-from qlora_cli.models.attach import attach_adapter, remove_adapter, save_adapter
+from qlora_cli.models.attach import attach_adapter, remove_adapter
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.models.switch import BASE, OWN, AdapterSwitch
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder

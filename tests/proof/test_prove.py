@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Silent
 from qlora_cli.files import cache
+from qlora_cli.files.composed import language_config
 from qlora_cli.models.derive import derive_family
 from qlora_cli.nn import attention
 from qlora_cli.nn.logits import IDENTITY
@@ -51,6 +52,8 @@ PROVED = {
     "mamba2": "a state-space model, linears that the code reads",
 }
 """Model type -> the mechanism that it needs."""
+COMPOSED = ["gemma3", "llava", "qwen3_vl", "qwen3_5", "gemma4"]
+"""Types of vision and text."""
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +78,15 @@ def test_a_model_type_obeys_every_law(model_type: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_type", COMPOSED)
+def test_the_language_model_of_a_composed_model_obeys_every_law(model_type: str) -> None:
+    config = language_config(AutoConfig.for_model(model_type))
+    proof = prove.proof_of(config, CAUSAL, Silent())
+    assert proof.failed is None, proof.failed
+    assert proof.model_type == model_type
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "law"),
     [("doge", "logits"), ("plbart", "packing")],
@@ -92,7 +104,6 @@ def test_an_unsupported_type_is_refused_with_the_law(model_type: str, law: str) 
     ("model_type", "reason"),
     [
         ("jetmoe", "has 3 dimensions and is not a linear"),
-        ("gemma3", "it has several parts"),
         ("roberta", "the code around its head cannot be examined"),
         ("olmo_hybrid", "belong to one parameter"),
         ("hrm_text", "one list of blocks is needed"),
@@ -192,7 +203,7 @@ def test_a_soft_cap_that_the_attention_ignores_is_detected() -> None:
 def test_swapped_experts_are_detected() -> None:
     with small_model(AutoConfig.for_model("mixtral"), CAUSAL) as routed:
         assert laws.logits(routed) < 1e-5
-        experts = routed.loaded.model.model.layers[0].mlp.experts.down_proj
+        experts = routed.loaded.model.model.layers[0].mlp.experts.down_proj.base
         experts[0], experts[1] = experts[1], experts[0]
         assert laws.logits(routed) > 1e-3
 

@@ -12,7 +12,7 @@ import bench_inference
 import pytest
 import torch
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers
 
 
 @pytest.fixture(scope="module")

@@ -36,17 +36,17 @@ from peft import __version__ as peft_version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.events import Silent
 from qlora_cli.files.atomic import write_json
 from qlora_cli.files.locate import read_config
 from qlora_cli.jobs.open_generator import open_generator
 from qlora_cli.jobs.record import versions
 from qlora_cli.memory.device import inspect_device, profile_of
-from qlora_cli.models.attach import save_adapter
 from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.inference import prepare_generation
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.recipe.schema import Recipe
 
 PROMPT_TOKENS = 32

@@ -32,16 +32,16 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.events import Silent
 from qlora_cli.files.atomic import write_json
 from qlora_cli.files.locate import read_config
 from qlora_cli.jobs.record import versions
 from qlora_cli.memory.device import inspect_device, profile_of
-from qlora_cli.models.attach import save_adapter
 from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.models.switch import BASE, AdapterSwitch
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.open import open_for_adapters

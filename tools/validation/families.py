@@ -29,6 +29,7 @@ from transformers.utils import logging
 from qlora_cli.events import Silent
 from qlora_cli.files import cache
 from qlora_cli.files.atomic import write_json
+from qlora_cli.files.composed import language_config
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.registry import FAMILIES
 from qlora_cli.proof.prove import LAWS, ModelProof, proof_of
@@ -60,7 +61,7 @@ def prove(model_type: str) -> dict[str, Any]:
     """Return the proof of one type as JSON; an error if its config or small model has one."""
     settings = SETTINGS.get(model_type, {})
     try:
-        config = AutoConfig.for_model(model_type, **settings)
+        config = language_config(AutoConfig.for_model(model_type, **settings))
         proof = proof_of(config, CAUSAL, Silent())
         found: dict[str, Any] = {"proof": proof.to_dict(), "model_type": proof.model_type}
         if proof.failed is not None:

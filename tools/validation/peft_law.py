@@ -13,7 +13,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from qlora_cli.models.attach import save_adapter
+from qlora_cli.files.composed import text_config_of
+from qlora_cli.models.composed import auto_class
+from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.proof.laws import difference, logits_of
 from qlora_cli.proof.small_model import SmallModel
 
@@ -31,10 +33,10 @@ def peft_logits(small: SmallModel) -> float:
     batch = small.batch(_LENGTH)
     folder = small.folder / "peft"
     save_adapter(small.loaded, small.recipe(), folder)
-    base = small.task.model_class.from_pretrained(
+    base = auto_class(small.config, small.task.model_class).from_pretrained(
         small.folder, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
     )
-    base.config.use_cache = False
+    text_config_of(base).use_cache = False
     with _strict_warnings():
         model = PeftModel.from_pretrained(base, folder).eval()
     with torch.no_grad():

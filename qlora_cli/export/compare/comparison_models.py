@@ -38,7 +38,7 @@ from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.placement.streamed import StreamedPlacement
-from qlora_cli.models.sites import experts_paths
+from qlora_cli.models.sites import experts_paths, find_stacks
 from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
@@ -157,7 +157,8 @@ def trained_on_meta(
     weight_format: how training stored the base's linears. sites: these linears. kernel: attention.
     """
     model, family = skeleton(config, weight_format.compute, task.model_class)
-    loaded = LoadedModel(model, family, config, list(sites), {}, weight_format, kernel)
+    stacks = find_stacks(model, family)
+    loaded = LoadedModel(model, family, config, list(sites), {}, weight_format, kernel, stacks)
     convert.replace_linears(model, sites, weight_format)
     convert.replace_experts(model, family, experts_paths(model, family), weight_format)
     convert.replace_embeddings(model, family, weight_format)

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from qlora_cli.errors import QloraError
 from qlora_cli.export.gguf.unsupported import unsupported
+from qlora_cli.files.composed import model_type_of
 from qlora_cli.files.safetensors_io import TensorEntry, read_tensor
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.registry import known_family
@@ -97,10 +98,10 @@ def architecture(config: Any) -> MODEL_ARCH:
 
     Raises UsageError if llama.cpp has no such architecture or computes it differently.
     """
-    arch = ARCHITECTURES.get(config.model_type)
+    arch = ARCHITECTURES.get(model_type_of(config))
     if arch is None:
         raise unsupported(
-            f"GGUF export supports {', '.join(ARCHITECTURES)}, not {config.model_type}"
+            f"GGUF export supports {', '.join(ARCHITECTURES)}, not {model_type_of(config)}"
         )
     if config.hidden_act != "silu":
         raise unsupported(f"llama.cpp has no {config.hidden_act} activation in {config.model_type}")

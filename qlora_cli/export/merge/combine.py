@@ -19,8 +19,10 @@ import torch
 from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.lora import LoraSettings
 from qlora_cli.adapters.peft_file import AdapterFile, AdapterLayer, LoraUpdate, open_adapter
+from qlora_cli.adapters.peft_stacks import AdapterStack
 from qlora_cli.errors import UsageError
 from qlora_cli.files.paths import user_path
+from qlora_cli.nn.expert_stack import StackLora
 from qlora_cli.nn.site import Site
 from qlora_cli.runs.run import Run
 
@@ -74,18 +76,41 @@ class _StackedLayer(AdapterLayer):
 
 
 @dataclass(frozen=True)
+class _CombinedStack(AdapterStack):
+    """The stacked factors of the experts of one parameter.
+
+    sources: the parameter's stack in each adapter that has one, and the adapter's weight. a, b:
+    entries of the first adapter; only their shapes are used.
+    """
+
+    sources: tuple[tuple[AdapterStack, float], ...]
+
+    @property
+    def num_experts(self) -> int:
+        """Return the number of experts."""
+        return self.sources[0][0].num_experts
+
+    def read(self) -> StackLora:
+        """Return one stacked product for each expert, with scaling 1, on the CPU."""
+        parts = [(source.read(), weight) for source, weight in self.sources]
+        a = torch.cat([part.a.double() for part, _ in parts], dim=1)
+        b = torch.cat([part.b.double() * (weight * part.scaling) for part, weight in parts], dim=2)
+        return StackLora(a, b, 1.0)
+
+
+@dataclass(frozen=True)
 class CombinedAdapter(AdapterFile):
     """The weighted sum of several adapters.
 
     weighted_adapters: the adapters of the sum. folder, config: those of the first adapter.
     """
 
-    weighted_adapters: tuple[WeightedAdapter, ...]
+    weighted_adapters: tuple[WeightedAdapter, ...] = ()
 
     def check(self, sites: Sequence[Site]) -> None:
         """Check that every adapter fits the base. Raises ProblemsError if one does not.
 
-        sites: the linears of the base.
+        sites: the linears and the stacks of experts of the base.
         """
         for weighted in self.weighted_adapters:
             weighted.adapter.check(sites)
@@ -101,7 +126,9 @@ def combine(weighted_adapters: Sequence[WeightedAdapter]) -> AdapterFile:
         return first
     paths = sorted({path for weighted in weighted_adapters for path in weighted.adapter.layers})
     layers = {path: _stacked(path, weighted_adapters) for path in paths}
-    return CombinedAdapter(first.folder, first.config, layers, tuple(weighted_adapters))
+    paths = sorted({path for weighted in weighted_adapters for path in weighted.adapter.stacks})
+    stacks = {path: _combined_stack(path, weighted_adapters) for path in paths}
+    return CombinedAdapter(first.folder, first.config, layers, stacks, tuple(weighted_adapters))
 
 
 def weighted_adapters_of(adapter: AdapterFile) -> tuple[WeightedAdapter, ...]:
@@ -152,5 +179,20 @@ def _stacked(path: str, weighted_adapters: Sequence[WeightedAdapter]) -> _Stacke
     first = layers[0][0]
     rows = {role: own for layer, _ in layers for role, own in layer.rows.items()}
     rank = sum(layer.settings.rank for layer, _ in layers)
-    settings = LoraSettings(rank, float(rank), 0.0, torch.float64, False)
-    return _StackedLayer(path, first.a, first.b, rows, settings, tuple(layers))
+    return _StackedLayer(path, first.a, first.b, rows, _settings(rank), tuple(layers))
+
+
+def _combined_stack(path: str, weighted_adapters: Sequence[WeightedAdapter]) -> _CombinedStack:
+    sources = [
+        (weighted.adapter.stacks[path], weighted.weight)
+        for weighted in weighted_adapters
+        if path in weighted.adapter.stacks
+    ]
+    first = sources[0][0]
+    rank = sum(source.settings.rank for source, _ in sources)
+    return _CombinedStack(path, first.a, first.b, _settings(rank), tuple(sources))
+
+
+def _settings(rank: int) -> LoraSettings:
+    """Return the settings of stacked factors: scaling 1."""
+    return LoraSettings(rank, float(rank), 0.0, torch.float64, False)

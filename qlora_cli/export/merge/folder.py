@@ -30,11 +30,14 @@ _COPIED_PATTERNS = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
 )
-"""Tokenizer, chat templates, generation settings, and the license of the weights."""
+"""Tokenizer, chat templates, settings of generation and of images, the license of the weights."""
 _DROPPED_KEYS = ("quantization_config", "torch_dtype")
 """Keys of the base's config.json that a merged one does not have: the merged weights are not
 quantized, and `torch_dtype` is the old name of `dtype`."""

@@ -20,7 +20,7 @@ Memory: one tensor of the file, its result, and what the base needs to unpack it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch import Tensor
 from qlora_cli.adapters.peft_file import AdapterFile, LoraUpdate
 from qlora_cli.errors import UsageError, VerificationFailed
 from qlora_cli.export.merge.combine import WeightedAdapter, combine, open_other_adapters
+from qlora_cli.export.merge.expert_tensors import ExpertTensor, expert_tensors
 from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.merge.lora_sum import merged_rows, rounds_to
 from qlora_cli.export.merge.underflow import Count, Underflow
@@ -41,7 +42,8 @@ from qlora_cli.files.safetensors_io import TensorSpec, is_finite
 from qlora_cli.files.source import FolderSource
 from qlora_cli.models.build import skeleton, weight_format_of
 from qlora_cli.models.checkpoint_source import open_source
-from qlora_cli.models.sites import expert_tensors, find_sites
+from qlora_cli.models.sites import find_sites, find_stacks
+from qlora_cli.nn.expert_stack import StackLora
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.runs.run import Run
@@ -62,7 +64,7 @@ class MergedTensors:
     dtype: dtype of the floating-point tensors of the merged checkpoint.
     device: device that packs weights. It should be of the kind that trained, because the kernels
         of another kind may round a tie between two codes differently.
-    experts: names of the tensors with weights of experts -> whether their matrices are (in, out).
+    experts: name in the model -> tensor, of all tensors with weights of experts.
     """
 
     source: FolderSource
@@ -73,7 +75,7 @@ class MergedTensors:
     base: MergeBase
     dtype: torch.dtype
     device: torch.device
-    experts: Mapping[str, bool] = field(default_factory=dict)
+    experts: Mapping[str, ExpertTensor] = field(default_factory=dict)
 
     def shapes(self) -> dict[str, TensorSpec]:
         """Return tensor name -> shape and dtype of the merged checkpoint, in the file's order."""
@@ -84,8 +86,11 @@ class MergedTensors:
 
     def adapted_names(self) -> frozenset[str]:
         """Return the names, in the file, of the tensors that the adapter changes."""
-        layers = self.adapter.layers if self.adapter is not None else {}
-        return frozenset(self.source.file_name(f"{path}.weight") for path in layers)
+        if self.adapter is None:
+            return frozenset()
+        names = [f"{path}.weight" for path in self.adapter.layers]
+        names += [n for n, t in self.experts.items() if t.site.path in self.adapter.stacks]
+        return frozenset(map(self.source.file_name, names))
 
     def compute(self, file_name: str, underflow: Underflow | None = None) -> Tensor:
         """Return one tensor as the merged checkpoint contains it, on the CPU.
@@ -100,7 +105,10 @@ class MergedTensors:
         site, parts = self._sites.get(name), self._parts(name)
         count = underflow.of_tensor(file_name) if underflow is not None else _ignore
         if site is not None and (parts or self.base == "dequantized"):
-            result = self._merged(name, site, parts, count)
+            result = site.to_file(self._sum(self._base_weight(name, site), parts, count))
+        elif name in self.experts and (self._adapts_experts(name) or self.base == "dequantized"):
+            sums = (self._sum(*matrix, count) for matrix in self._expert_matrices(name))
+            result = self.experts[name].tensor(sums, self.dtype)
         else:
             result = self._copied(name, count)
         if not is_finite(result):
@@ -115,10 +123,13 @@ class MergedTensors:
         """
         name = self._names[file_name]
         site, parts = self._sites.get(name), self._parts(name)
-        if site is None or not parts:
+        if site is not None and parts:
+            return rounds_to(site.from_file(tensor), self._base_weight(name, site), parts)
+        if name not in self.experts or not self._adapts_experts(name):
             return False
-        result = site.from_file(tensor)
-        return rounds_to(result, self._base_weight(name, site), parts)
+        found = (matrix for _, _, matrix in self.experts[name].matrices(tensor))
+        expected = self._expert_matrices(name)
+        return all(rounds_to(f, w, p) for f, (w, p) in zip(found, expected, strict=True))
 
     @cached_property
     def _names(self) -> Mapping[str, str]:
@@ -138,50 +149,72 @@ class MergedTensors:
         layer = layers.get(name.removesuffix(".weight"))
         return layer.read() if layer is not None else []
 
+    def _adapts_experts(self, name: str) -> bool:
+        return self.adapter is not None and self.experts[name].site.path in self.adapter.stacks
+
+    def _expert_matrices(self, name: str) -> Iterator[tuple[Tensor, list[LoraUpdate]]]:
+        """Yield (weight (rows, in) that the adapter is added to, updates) of each expert."""
+        expert_tensor = self.experts[name]
+        lora = self._stack_lora(expert_tensor.site.path) if self._adapts_experts(name) else None
+        for expert, rows, matrix in expert_tensor.matrices(self.source.read(name)):
+            weight = matrix
+            if self.base == "dequantized":
+                packed = pack_weight(self.weight_format, matrix.contiguous().to(self.device))
+                weight = packed.dequantize().cpu()
+            updates = []
+            if lora is not None:
+                every = slice(0, weight.shape[0])
+                updates = [LoraUpdate(every, lora.a[expert], lora.b[expert, rows], lora.scaling)]
+            yield weight, updates
+
+    def _stack_lora(self, path: str) -> StackLora:
+        """Return the adapters of a stack.
+
+        Those of one module are kept in memory, because a file mixes its tensors.
+        """
+        assert self.adapter is not None
+        if path not in self._read_stacks:
+            module = path.rpartition(".")[0]
+            for other in [key for key in self._read_stacks if key.rpartition(".")[0] != module]:
+                del self._read_stacks[other]
+            self._read_stacks[path] = self.adapter.stacks[path].read()
+        return self._read_stacks[path]
+
+    @cached_property
+    def _read_stacks(self) -> dict[str, StackLora]:
+        return {}
+
     def _base_weight(self, name: str, site: Site) -> Tensor:
         """Return the weight (out, in) that the adapter is added to."""
         tensor = self.source.read(name)
         weight = site.from_file(tensor)
         if self.base == "original":
             return weight
-        layer = pack_linear(site, self.weight_format, weight.contiguous().to(self.device))
+        layer = pack_weight(self.weight_format, weight.contiguous().to(self.device))
         # The unpacked weight is as large as the tensor; both together would be the job's peak.
         del tensor, weight
         return layer.dequantize().cpu()
 
     def _copied(self, name: str, count: Count) -> Tensor:
         own = self.source.read(name)
-        if name in self.experts and self.base == "dequantized":
-            own = self._unpacked(own, self.experts[name])
         result = own.to(self._dtype_of(name))
         if result.dtype != own.dtype:
             count(own, result)
         return result
 
-    def _unpacked(self, tensor: Tensor, is_transposed: bool) -> Tensor:
-        """Return the weights of experts as training used them. tensor: one matrix, or a stack."""
-        if tensor.dim() == 3:
-            return torch.stack([self._unpacked(matrix, is_transposed) for matrix in tensor])
-        weight = (tensor.t() if is_transposed else tensor).contiguous().to(self.device)
-        layer = QuantLinear(weight.shape[1], weight.shape[0], False, self.weight_format)
-        layer.pack(weight)
-        result = layer.dequantize().cpu()
-        return result.t() if is_transposed else result
-
-    def _merged(self, name: str, site: Site, parts: Sequence[LoraUpdate], count: Count) -> Tensor:
-        weight = self._base_weight(name, site)
+    def _sum(self, weight: Tensor, parts: Sequence[LoraUpdate], count: Count) -> Tensor:
+        """Return the sum of a weight (out, in) and the updates, rounded to the output dtype."""
         result = torch.empty(weight.shape, dtype=self.dtype)
         for rows, total in merged_rows(weight, parts):
             result[rows] = total.float()
             count(total, result[rows])
-        return site.to_file(result)
+        return result
 
 
-def pack_linear(site: Site, weight_format: WeightFormat, weight: Tensor) -> QuantLinear:
+def pack_weight(weight_format: WeightFormat, weight: Tensor) -> QuantLinear:
     """Return a linear packed as in training. weight: (out, in), on the device that packs it."""
-    layer = QuantLinear(
-        site.in_features, site.out_features, bias=False, weight_format=weight_format
-    )
+    out_features, in_features = weight.shape
+    layer = QuantLinear(in_features, out_features, bias=False, weight_format=weight_format)
     layer.pack(weight)
     return layer
 
@@ -210,7 +243,7 @@ def open_merged_tensors(
     weight_format = weight_format_of(recipe, file_dtype(config))
     task = task_of(recipe)
     model, family = skeleton(config, weight_format.compute, task.model_class)
-    sites = find_sites(model, family, config)
+    sites, stacks = find_sites(model, family, config), find_stacks(model, family)
     adapter = None
     if run.is_full_fine_tuning:
         _refuse_adapters(run, weight, others)
@@ -220,9 +253,9 @@ def open_merged_tensors(
     else:
         own = WeightedAdapter(run.adapter_file, weight)
         adapter = combine([own, *open_other_adapters(run, others)])
-        adapter.check(sites)
+        adapter.check([*sites, *stacks])
     source = open_source(folder, family)
-    experts = expert_tensors(model, family)
+    experts = expert_tensors(stacks, family)
     return MergedTensors(source, task, sites, adapter, weight_format, base, dtype, device, experts)
 
 

@@ -11,7 +11,9 @@ import torch
 
 from qlora_cli.data.template import TEMPLATE_FILE
 from qlora_cli.export.merge.folder import CONFIG, copied_files, merged_config
+from qlora_cli.files.composed import language_config
 from qlora_cli.files.source import read_folder
+from qlora_cli.models.composed import auto_class
 
 _MAX_VALUE_CHARACTERS = 80
 """Length to which a JSON value is cut in a message."""
@@ -86,7 +88,8 @@ def loading_faults(merged: Path, model_class: Any) -> Iterator[str]:
         disable_progress_bar()  # Nothing is read, so there is no progress to show.
         config = AutoConfig.from_pretrained(merged, trust_remote_code=False)
         with torch.device("meta"):
-            concrete_class: Any = type(model_class.from_config(config, trust_remote_code=False))
+            auto = auto_class(language_config(config), model_class)
+            concrete_class: Any = type(auto.from_config(config, trust_remote_code=False))
         _, info = concrete_class.from_pretrained(
             None,
             config=config,

@@ -108,13 +108,14 @@ def _experts_slots(
     """Yield the slots of packed experts: of whole stacks, or of their parts in a checkpoint."""
     for name, shape in module.stacks.items():
         parts = loaded.family.stacks.get(f"{path}.{name}")
-        storage = module.linears(name, 0)[0].weight_format
-        dtype = storage.storage if storage.bits == 16 else None
+        stack = module.stack(name)
+        weight_format = stack.weight_format
+        dtype = weight_format.storage if weight_format.bits == 16 else None
         if parts is None:
             put = partial(module.pack_stack, name)
             yield f"{path}.{name}", TensorSlot(shape, put, dtype=dtype)
             continue
-        linears: Any = module.get_submodule(name)
+        linears: Any = stack
         for part, linear in zip(parts, linears, strict=True):
             part_shape = (linear.out_features, linear.in_features)
             yield part.name, TensorSlot(part_shape, linear.pack, dtype=dtype, module=path)
@@ -179,7 +180,9 @@ def _check_names(
     present = set(names)
     missing = sorted(set(slots) - present)
     allowed = {f"{loaded.family.head}.weight"} if is_tied(loaded) else set()
-    unexpected = sorted(present - set(slots) - allowed)
+    others = tuple(f"{path}." for path in loaded.family.others)
+    kept = {name for name in present if others and name.startswith(others)}
+    unexpected = sorted(present - set(slots) - allowed - kept)
     if missing or unexpected:
         groups = [
             f"{word}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"

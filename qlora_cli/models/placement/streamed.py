@@ -8,7 +8,7 @@ pass reads the whole checkpoint once, so all rows should be in one batch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.adapters.lora import LoraLinear
+from qlora_cli.adapters.lora_experts import LoraStack
 from qlora_cli.adapters.peft_file import AdapterFile, AdapterLayer
+from qlora_cli.adapters.peft_stacks import AdapterStack
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
-from qlora_cli.models.attach import attach_adapter, load_lora_weights
+from qlora_cli.models.attach import attach_adapter, load_lora_weights, load_stack_weights
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots, rebuild_buffers
 from qlora_cli.nn.embedding import HostEmbedding, has_own_memory
+from qlora_cli.nn.experts import Experts
 from qlora_cli.nn.quant import QuantLinear
 
 _NamedSlots = Sequence[tuple[str, TensorSlot]]
@@ -56,10 +59,14 @@ class StreamedPlacement:
         if self.adapter is not None:
             attach_adapter(loaded, self.adapter)
         layers = self.adapter.layers if self.adapter is not None else {}
+        stacks = self.adapter.stacks if self.adapter is not None else {}
         for path, slots in slots_by_module.items():
             module = loaded.model.get_submodule(path)
             read = _read_weights(slots, source, self.device, layers.get(path))
             module.register_forward_pre_hook(read)
+            if isinstance(module, Experts):
+                own = {name: stacks.get(f"{path}.{name}") for name in module.stacks}
+                module.register_forward_pre_hook(_read_adapters(own, self.device))
             module.register_forward_hook(_free_weights)
 
 
@@ -89,6 +96,21 @@ def _read_weights(
         if layer is not None:
             assert isinstance(module, LoraLinear)
             load_lora_weights(module, layer, device)
+
+    return read
+
+
+def _read_adapters(
+    stacks: Mapping[str, AdapterStack | None], device: torch.device
+) -> Callable[[nn.Module, Any], None]:
+    """Return a forward pre-hook that reads the adapters of experts. stacks: by weight."""
+
+    def read(module: nn.Module, _: Any) -> None:
+        for name, source in stacks.items():
+            if source is not None:
+                adapted = module.get_submodule(name)
+                assert isinstance(adapted, LoraStack)
+                load_stack_weights(adapted, source, device)
 
     return read
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.adapters.lora import LoraLinear, adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers
+from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.merge import write as writing

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_cli.adapters.lora import adapted_layers
+from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors

@@ -1,0 +1,50 @@
+"""What this package adds to the header of an adapter's safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_cli.errors import ModelError
+
+_HEADER_KEY = "qlora"
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What `save_adapter` adds to the safetensors header. The field names are the JSON keys.
+
+    rank, alpha, rslora: the settings of one role's A and B, before they are stacked.
+    blocks: path of a fused layer -> role -> (first, end) of its rows of B, in the order of the
+        columns of B.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool
+    blocks: Mapping[str, Mapping[str, tuple[int, int]]]
+
+    def header(self) -> dict[str, str]:
+        """Return the entry for the safetensors header, whose values must be text."""
+        return {_HEADER_KEY: json.dumps(vars(self))}
+
+    @classmethod
+    def of(cls, header: Mapping[str, str], file: Path) -> AdapterMetadata | None:
+        """Parse a safetensors header. Return None if another program wrote the file.
+
+        Raises ModelError if the entry is damaged.
+        """
+        if _HEADER_KEY not in header:
+            return None
+        try:
+            content = json.loads(header[_HEADER_KEY])
+            blocks = {
+                path: {role: (int(first), int(end)) for role, (first, end) in spans.items()}
+                for path, spans in content["blocks"].items()
+            }
+            rank, alpha = int(content["rank"]), float(content["alpha"])
+            return cls(rank, alpha, bool(content["rslora"]), blocks)
+        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+            raise ModelError(f"damaged header: {fault!r}", where=str(file)) from fault
