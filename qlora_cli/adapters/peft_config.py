@@ -28,6 +28,8 @@ _PREFIX = "base_model.model."
 _TENSOR_NAME = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
 _BLOCKS = re.compile(r"[\w.]+")
 """Names of the list of blocks in `layers_pattern`. PEFT inserts them into an expression."""
+_Rank = Annotated[int, Field(ge=1, lt=2**31)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 _NEUTRAL_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Initializations of A and B that do not change the base; PiSSA, OLoRA, CorDA and LoftQ do."""
 _INERT = {
@@ -55,14 +57,14 @@ class PeftConfig(BaseModel):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = True
-    r: Annotated[int, Field(ge=1)]
-    lora_alpha: float
-    lora_dropout: float = 0.0
+    r: _Rank
+    lora_alpha: _Finite
+    lora_dropout: _Finite = 0.0
     use_rslora: bool = False
     target_modules: str | list[str]
     exclude_modules: str | list[str] | None = None
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rank_pattern: dict[str, _Rank] = {}
+    alpha_pattern: dict[str, _Finite] = {}
     fan_in_fan_out: bool = False
     bias: str = "none"
     init_lora_weights: bool | str | None = True
@@ -235,7 +237,7 @@ def _matches(modules: str | list[str], path: str) -> bool:
 def _pattern_of(patterns: Mapping[str, object], path: str) -> str:
     """Return the first pattern that matches `path`, or `path` itself if none does.
 
-    A pattern matches the complete path or its end after a dot: `(.*\\.)?(PATTERN)$`.
+    A pattern matches the complete path, or a part of it that begins after a dot.
     """
     starts = (0, *(at + 1 for at, character in enumerate(path) if character == "."))
     return next((key for key in patterns if _fits(key, path, starts)), path)

@@ -11,6 +11,7 @@ its rows.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.lora import LoraSettings
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.errors import ModelError, Problem, ProblemsError
+from qlora_cli.files.atomic import PARSE_ERRORS
 from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
 from qlora_cli.nn.site import Site
 
@@ -64,9 +66,11 @@ class AdapterMetadata:
                 for path, spans in content["blocks"].items()
             }
             rank, alpha = int(content["rank"]), float(content["alpha"])
+            assert rank >= 1, "the rank is not positive"
+            assert math.isfinite(alpha), "alpha is not finite"
             return cls(rank, alpha, bool(content["rslora"]), blocks)
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
-            raise ModelError(f"damaged header: {fault!r}", where=str(file)) from fault
+        except PARSE_ERRORS as fault:
+            raise ModelError(f"damaged header: {str(fault)[:200]}", where=str(file)) from fault
 
 
 @dataclass(frozen=True)
@@ -247,6 +251,8 @@ def _layer(
     alpha, rslora = config.alpha(path), config.use_rslora
     if metadata is not None:
         blocks = metadata.blocks.get(path, {"": (0, b.shape[0])})
+        if not all(0 <= first < end <= b.shape[0] for first, end in blocks.values()):
+            raise ModelError(f"damaged header: impossible rows of {path}", where=str(a.file))
         rows = {role: slice(*span) for role, span in blocks.items()}
         rank, alpha, rslora = metadata.rank, metadata.alpha, metadata.rslora
     settings = LoraSettings(rank, alpha, config.lora_dropout, a.dtype, rslora)
