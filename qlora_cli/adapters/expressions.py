@@ -122,7 +122,9 @@ class _Match:
             return self._repeated(value[-1], int(value[0]), int(value[1]), starts)
         if name in ("ASSERT", "ASSERT_NOT"):
             wanted = name == "ASSERT"
-            return {start for start in starts if self._is_around(value[0], value[1], start) == wanted}
+            return {
+                start for start in starts if self._is_around(value[0], value[1], start) == wanted
+            }
         end = len(self._text)
         return {at + 1 for at in starts if at < end and self._fits(name, value, self._text[at])}
 
