@@ -19,12 +19,17 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from qlora_cli.adapters.expressions import ExpressionError, expression
 from qlora_cli.errors import ModelError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _TENSOR_NAME = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+_BLOCKS = re.compile(r"[\w.]+")
+"""Names of the list of blocks in `layers_pattern`. PEFT inserts them into an expression."""
+_Rank = Annotated[int, Field(ge=1, lt=2**31)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 _NEUTRAL_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Initializations of A and B that do not change the base; PiSSA, OLoRA, CorDA and LoftQ do."""
 _INERT = {
@@ -52,15 +57,15 @@ class PeftConfig(BaseModel):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = True
-    r: Annotated[int, Field(ge=1)]
-    lora_alpha: float
-    lora_dropout: float = 0.0
+    r: _Rank
+    lora_alpha: _Finite
+    lora_dropout: _Finite = 0.0
     use_rslora: bool = False
     target_modules: str | list[str] | None = None
     target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rank_pattern: dict[str, _Rank] = {}
+    alpha_pattern: dict[str, _Finite] = {}
     fan_in_fan_out: bool = False
     bias: str = "none"
     init_lora_weights: bool | str | None = True
@@ -139,8 +144,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         raise ModelError(f"{key}{first['msg']}", where=str(file)) from fault
     if config.target_modules is None and not config.target_parameters:
         raise ModelError("target_modules: neither modules nor parameters", where=str(file))
-    for pattern in (*config.rank_pattern, *config.alpha_pattern, *_expressions(config)):
-        _check_expression(pattern, file)
+    _check_expressions(config, file)
     return config
 
 
@@ -179,18 +183,26 @@ def _features(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _expressions(config: PeftConfig) -> list[str]:
-    """Return the settings that are regular expressions, except rank and alpha patterns."""
-    single = [config.target_modules, config.exclude_modules, config.layers_pattern]
-    several = config.layers_pattern if isinstance(config.layers_pattern, list) else []
-    return [text for text in [*single, *several] if isinstance(text, str)]
+def _check_expressions(config: PeftConfig, file: Path) -> None:
+    """Raise ModelError if a setting is no regular expression, or one that is not supported."""
+    whole = [config.target_modules, config.exclude_modules]
+    patterns = [text for text in whole if isinstance(text, str)]
+    for pattern in (*patterns, *config.rank_pattern, *config.alpha_pattern):
+        try:
+            expression(pattern)
+        except ExpressionError as fault:
+            raise _unusable(pattern, fault, file) from fault
+    for name in _names_of_blocks(config.layers_pattern):
+        if not _BLOCKS.fullmatch(name):
+            raise ModelError(f"layers_pattern: {name[:60]!r} is not a name", where=str(file))
 
 
-def _check_expression(pattern: str, file: Path) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as fault:
-        raise ModelError(f"{pattern!r} is not a regular expression", where=str(file)) from fault
+def _unusable(pattern: str, fault: ExpressionError, file: Path | None = None) -> ModelError:
+    return ModelError(
+        f"{pattern[:60]!r} cannot be used: {fault}",
+        where=CONFIG if file is None else str(file),
+        hint="name the modules in a list, or write a simpler expression",
+    )
 
 
 def tensor_name(path: str, factor: str) -> str:
@@ -240,13 +252,28 @@ def _endings(path: str) -> list[str]:
 def _matches(modules: str | list[str], path: str) -> bool:
     """Return whether a regular expression or a list of endings matches `path`."""
     if isinstance(modules, str):
-        return re.fullmatch(modules, path) is not None
+        return _fits(modules, path, (0,))
     return any(path == name or path.endswith(f".{name}") for name in modules)
 
 
 def _pattern_of(patterns: Mapping[str, object], path: str) -> str:
-    """Return the first pattern that matches `path`, or `path` itself if none does."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), path)
+    """Return the first pattern that matches `path`, or `path` itself if none does.
+
+    A pattern matches the complete path, or a part of it that begins after a dot.
+    """
+    starts = (0, *(at + 1 for at, character in enumerate(path) if character == "."))
+    return next((key for key in patterns if _fits(key, path, starts)), path)
+
+
+def _fits(pattern: str, path: str, starts: Iterable[int]) -> bool:
+    """Return whether a pattern matches `path` from one of some positions to its end.
+
+    Raises ModelError if that takes too long.
+    """
+    try:
+        return expression(pattern).matches(path, starts)
+    except ExpressionError as fault:
+        raise _unusable(pattern, fault) from fault
 
 
 def _block_index(path: str, pattern: str | list[str] | None) -> int | None:
@@ -254,9 +281,12 @@ def _block_index(path: str, pattern: str | list[str] | None) -> int | None:
 
     pattern: names of the list of blocks; without it, the first number in the path is used.
     """
-    names = [pattern] if isinstance(pattern, str) else pattern
-    for name in names if names and pattern else [r"[^.]*"]:
-        match = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path)
+    for name in _names_of_blocks(pattern) or [r"[^.]*"]:
+        match = re.match(rf"(?:^|.*?\.){name}\.(\d{{1,9}})\.", path)
         if match is not None:
             return int(match[1])
     return None
+
+
+def _names_of_blocks(pattern: str | list[str] | None) -> list[str]:
+    return [pattern] if isinstance(pattern, str) and pattern else list(pattern or ())

@@ -259,6 +259,8 @@ def _layer(
     alpha, rslora = config.alpha(path), config.use_rslora
     if metadata is not None:
         blocks = metadata.blocks.get(path, {"": (0, b.shape[0])})
+        if not all(0 <= first < end <= b.shape[0] for first, end in blocks.values()):
+            raise ModelError(f"damaged header: impossible rows of {path}", where=str(a.file))
         rows = {role: slice(*span) for role, span in blocks.items()}
         rank, alpha, rslora = metadata.rank, metadata.alpha, metadata.rslora
     settings = LoraSettings(rank, alpha, config.lora_dropout, a.dtype, rslora)

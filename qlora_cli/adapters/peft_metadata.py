@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files.atomic import PARSE_ERRORS
 
 _HEADER_KEY = "qlora"
 
@@ -45,6 +47,8 @@ class AdapterMetadata:
                 for path, spans in content["blocks"].items()
             }
             rank, alpha = int(content["rank"]), float(content["alpha"])
+            assert rank >= 1, "the rank is not positive"
+            assert math.isfinite(alpha), "alpha is not finite"
             return cls(rank, alpha, bool(content["rslora"]), blocks)
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
-            raise ModelError(f"damaged header: {fault!r}", where=str(file)) from fault
+        except PARSE_ERRORS as fault:
+            raise ModelError(f"damaged header: {str(fault)[:200]}", where=str(file)) from fault

@@ -203,6 +203,8 @@ def parsed_json(value: Any, what: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise RowError(f"{what}: broken JSON: {error}", _python_hint(value)) from error
+    except (ValueError, RecursionError) as error:  # Too many digits.
+        raise RowError(f"{what}: JSON that cannot be decoded") from error
 
 
 def _python_hint(text: str) -> str | None:

@@ -183,9 +183,11 @@ def _tokens(fields: Fields, has_chat_template: bool) -> TokenIds:
     ids, labels, mask = (
         parsed_json(fields.get(key), repr(key)) for key in ("input_ids", "labels", "attention_mask")
     )
-    for name, values, lowest in (("input_ids", ids, 0), ("labels", labels, IGNORE_INDEX)):
-        if values is not None:
-            _check_ids(name, values, lowest)
+    _check_ids("input_ids", ids, 0)
+    if labels is not None:
+        _check_ids("labels", labels, IGNORE_INDEX)
+    if not isinstance(mask, list | None):
+        raise RowError("'attention_mask' must be a list of integers")
     if labels is not None and len(labels) != len(ids):
         raise RowError(f"{len(labels)} labels for {len(ids)} input_ids")
     if 0 in (mask or ()):

@@ -17,12 +17,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from qlora_cli.errors import InputError, QloraError, UsageError
 from qlora_cli.units import format_bytes
 
 _T = TypeVar("_T")
-PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
+PARSE_ERRORS = (
+    *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(ArithmeticError, RecursionError),
+)
 """The exceptions that parsing raises on a file whose content was changed or cut short."""
+_MAX_FAULT = 300
+"""Characters of the description of a fault; it can repeat a part of the file."""
 RETRY_HINT = "free disk space and try again"
 RESUME_HINT = "earlier checkpoints are complete; free disk space and resume with --resume"
 OTHER_DISK_HINT = "free disk space or name a folder on another disk with --out"
@@ -156,12 +163,23 @@ def read_json(file: Path, parse: Callable[[Any], _T], error: type[InputError] = 
     """Return `parse(content)` of a JSON file.
 
     parse: converts the parsed JSON; may raise any of `PARSE_ERRORS`.
-    error: the class to raise if the file is damaged.
+    error: the class to raise if the file is damaged or cannot be read.
     """
     try:
         return parse(json.loads(file.read_text()))
     except PARSE_ERRORS as fault:
-        raise error(f"{file.name} is damaged: {fault!r}", where=str(file)) from fault
+        raise error(f"{file.name} is damaged: {_describe(fault)}", where=str(file)) from fault
+    except OSError as fault:
+        what = f"{file.name} cannot be read: {fault.strerror or fault}"
+        raise error(what, where=str(file)) from fault
+
+
+def _describe(fault: Exception) -> str:
+    """Return what is wrong with a file, of the first fault if there are several."""
+    if isinstance(fault, ValidationError):
+        first = fault.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:_MAX_FAULT]
+    return f"{type(fault).__name__}: {fault}"[:_MAX_FAULT]
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -117,7 +117,7 @@ def read_config(file: Path) -> Any:
         config = AutoConfig.for_model(model_type, **_with_floats(content))
         config = language_config(config)
         _check_sizes(config)
-    except (*PARSE_ERRORS, ArithmeticError, StrictDataclassError) as fault:
+    except (*PARSE_ERRORS, StrictDataclassError) as fault:
         raise ModelError(f"it describes no model: {fault}", where=str(file)) from fault
     return config
 

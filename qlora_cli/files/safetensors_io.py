@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files.atomic import PARSE_ERRORS
 
 _LENGTH_BYTES = 8
 _CHUNK_ELEMENTS = 2**18
@@ -72,7 +73,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             if not 2 <= length <= min(_MAX_HEADER_BYTES, file.stat().st_size - _LENGTH_BYTES):
                 raise ValueError(f"impossible header length of {length} bytes")
             header = json.loads(stream.read(length))
-            metadata = header.pop("__metadata__", {})
+            metadata = _metadata(header.pop("__metadata__", None))
             start = _LENGTH_BYTES + length
             entries = {name: _entry(file, start, fields) for name, fields in header.items()}
         end = _check_places(entries, start)
@@ -80,9 +81,11 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             raise ValueError(f"it has {file.stat().st_size} bytes; its header describes {end}")
     except OSError as fault:
         raise ModelError(f"cannot be read: {fault.strerror or fault}", where=str(file)) from fault
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+    except PARSE_ERRORS as fault:
         raise ModelError(
-            f"damaged safetensors file: {fault}", where=str(file), hint="fetch the file again"
+            f"damaged safetensors file: {str(fault)[:200]}",
+            where=str(file),
+            hint="fetch the file again",
         ) from fault
     return entries, metadata
 
@@ -100,13 +103,24 @@ def _check_places(entries: Mapping[str, TensorEntry], start: int) -> int:
     return end
 
 
+def _metadata(content: Any) -> dict[str, str]:
+    """Return the header's metadata, which must be texts. Raises ValueError."""
+    metadata = {} if content is None else content
+    values = metadata.values() if isinstance(metadata, dict) else [metadata]
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError("its metadata is not a map of texts")
+    return dict(metadata)
+
+
 def _entry(file: Path, start: int, fields: Mapping[str, Any]) -> TensorEntry:
     """Return the entry of one tensor from its fields in the header. Raises ValueError, KeyError."""
     first, end = fields["data_offsets"]
-    shape = tuple(int(size) for size in fields["shape"])
-    entry = TensorEntry(file, _DTYPES[str(fields["dtype"])], shape, start + int(first))
-    if entry.num_bytes != int(end) - int(first):
-        raise ValueError(f"a tensor of shape {shape} has {int(end) - int(first)} bytes")
+    shape = tuple(fields["shape"])
+    if not all(type(number) is int and number >= 0 for number in (first, end, *shape)):
+        raise ValueError(f"the shape {shape} or the offsets {first} and {end} are not sizes")
+    entry = TensorEntry(file, _DTYPES[fields["dtype"]], shape, start + first)
+    if entry.num_bytes != end - first:
+        raise ValueError(f"a tensor of shape {shape} has {end - first} bytes")
     return entry
 
 

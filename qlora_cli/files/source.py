@@ -17,7 +17,7 @@ from typing import Protocol
 from torch import Tensor
 
 from qlora_cli.errors import ModelError
-from qlora_cli.files.atomic import read_json
+from qlora_cli.files.atomic import PARSE_ERRORS, read_json
 from qlora_cli.files.checksums import cached_sha256
 from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
 
@@ -162,8 +162,8 @@ def _files(folder: Path) -> list[Path]:
     if index.is_file() and not (folder / WEIGHTS_FILE).is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
-        except (ValueError, KeyError, AttributeError) as fault:
-            raise ModelError(f"damaged index: {fault!r}", where=str(index)) from fault
+        except PARSE_ERRORS as fault:
+            raise ModelError(f"damaged index: {str(fault)[:200]}", where=str(index)) from fault
         for name in names:
             if not isinstance(name, str) or len(name) > _MAX_NAME or _is_outside(name):
                 what = f"damaged index: {str(name)[:60]} is not a file in this folder"

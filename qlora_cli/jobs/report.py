@@ -13,7 +13,7 @@ from qlora_cli.jobs.results import ReportResult
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.memory.timeline import PhaseTrace, read_traces
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.metrics import is_evaluation
+from qlora_cli.runs.metrics import is_evaluation, wrong_value
 from qlora_cli.runs.run import Run
 
 _T = TypeVar("_T")
@@ -30,7 +30,9 @@ def run(run: Path, *, html: Path | None = None, png: Path | None = None) -> Repo
     is damaged.
     """
     source = Run(run)
-    source.require("recipe")  # The page shows it.
+    for key in ("status", "recipe"):  # The page shows them.
+        source.require(key)
+    _ = source.recipe
     ledger = ledger_of(source)
     lines = _metrics(source.folder.metrics)
     return ReportResult(
@@ -93,16 +95,12 @@ def _metric(line: str, where: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(line)
         required = {"step"} if is_evaluation(content) else _METRICS
         missing = sorted(required - content.keys())
+        wrong = wrong_value(content) if not missing else None
     except PARSE_ERRORS as error:
         raise UsageError(f"damaged: {error}", where=where, hint=_REMOVE_LINE) from error
-    wrong = [key for key in _METRICS & content.keys() if not _is_number(content[key])]
-    if wrong:
-        what = f"damaged: {wrong[0]} is {str(content[wrong[0]])[:60]!r}"
+    if wrong is not None:
+        what = f"damaged: {wrong[:60]} is {str(content.get(wrong))[:60]!r}"
         raise UsageError(what, where=where, hint=_REMOVE_LINE)
     if missing:
         raise UsageError(f"damaged: {', '.join(missing)} missing", where=where, hint=_REMOVE_LINE)
     return content
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

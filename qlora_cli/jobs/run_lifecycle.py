@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,18 @@ def finished_result(
         return None
     changed = _check_unchanged(earlier, description)
     result = earlier.require("result")
-    stopped_early = result["steps"] < earlier.record.get("steps", result["steps"])
+    stopped_early = result["steps"] < _steps_of(earlier)
     if description["steps"] > _steps_of(earlier) or (stopped_early and "train.patience" in changed):
         return None
     if found := earlier.exported_damage():
         observer.note(f"{found[0]}; the trained weights are written again from the last checkpoint")
         return None
     ledger = report.ledger_of(earlier)
-    return TrainResult(**result | {"run": earlier.path, "ledger": ledger})
+    stored = {field.name: result.get(field.name) for field in fields(TrainResult)}
+    if stored["train_loss"] is None or stored["tokens_per_second"] is None:
+        what = "damaged: the result has no training loss or no speed"
+        raise UsageError(what, where=str(earlier.folder.run_json))
+    return TrainResult(**stored | {"run": earlier.path, "ledger": ledger})
 
 
 def describe_extension(earlier: Run, job: TrainingJob) -> str | None:
@@ -127,7 +132,8 @@ def _check_unchanged(earlier: Run, description: dict[str, Any]) -> list[str]:
     current = _flatten(description["recipe"])
     keys = sorted(stored.keys() | current.keys())
     changed = [key for key in keys if stored.get(key) != current.get(key)]
-    is_longer = "steps" in earlier.record and description["steps"] > earlier.record["steps"]
+    before = earlier.record.get("steps")
+    is_longer = before is not None and description["steps"] > before
     allowed = [*_CHANGEABLE, *(_LENGTH if is_longer else ())]
     allowed += [key for record, keys in _PLACES.items() if record in earlier.record for key in keys]
     refused = [key for key in changed if key not in allowed]

@@ -9,7 +9,9 @@ reader.
 from __future__ import annotations
 
 from dataclasses import asdict, astuple, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
 
 CATEGORIES = (
     "base",
@@ -34,6 +36,9 @@ STEP_PHASES = ("first_step", "step")
 PHASE_ORDER = ("load", *STEP_PHASES, "checkpoint", "eval", "merge")
 """All phases in the order in which they are shown."""
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""A number of bytes or steps. The limits apply to what is read from a file."""
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FigureSource = Literal["measured", "planned"]
 
 
@@ -46,9 +51,9 @@ class Phase:
     """
 
     name: str
-    peak_bytes: int
-    live_bytes: int
-    at_peak: dict[str, int]
+    peak_bytes: Count
+    live_bytes: Count
+    at_peak: dict[str, Count]
 
     def __post_init__(self) -> None:
         _check_sum(self.name, self.peak_bytes, self.at_peak)
@@ -75,9 +80,9 @@ class MethodPeak:
 
     method: str
     source: FigureSource
-    peak_bytes: int
-    at_peak: dict[str, int]
-    bits: int | None = None
+    peak_bytes: Count
+    at_peak: dict[str, Count]
+    bits: Count | None = None
 
     def __post_init__(self) -> None:
         _check_sum(self.method, self.peak_bytes, self.at_peak)
@@ -89,7 +94,7 @@ class Device:
 
     kind: str
     name: str
-    capacity_bytes: int
+    capacity_bytes: Count
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,9 @@ class Allocator:
     reports as used, including the CUDA context and libraries.
     """
 
-    allocated: int = 0
-    reserved: int = 0
-    driver: int = 0
+    allocated: Count = 0
+    reserved: Count = 0
+    driver: Count = 0
 
     def larger_of_each(self, other: Allocator) -> Allocator:
         """Return the higher value of each counter."""
@@ -121,11 +126,11 @@ class InstrumentCost:
     after the last tracked step.
     """
 
-    steps: int
-    tracked_steps: int
-    tracked_seconds: float
-    plain_seconds: float
-    record_bytes: int
+    steps: Count
+    tracked_steps: Count
+    tracked_seconds: Seconds
+    plain_seconds: Seconds
+    record_bytes: Count
 
 
 @dataclass(frozen=True)
@@ -136,14 +141,14 @@ class Ledger:
     phases: tuple[Phase, ...]
     before: MethodPeak
     after: MethodPeak
-    planned_peak_bytes: int
-    measured_peak_bytes: int
+    planned_peak_bytes: Count
+    measured_peak_bytes: Count
     allocator: Allocator = field(default_factory=Allocator)
     instrument: str = ""
     """The source of the figures, in words: the tracker, the allocator or the plan."""
-    before_planned_bytes: int = 0
+    before_planned_bytes: Count = 0
     """Planned peak of full fine-tuning if `before` was measured; 0 if `before` is the plan."""
-    floor_bytes: int = 0
+    floor_bytes: Count = 0
     """Lower bound of the job's memory: packed weights, adapter state, one block's working set and
     the inputs of all blocks; 0 if unknown."""
     instrument_cost: InstrumentCost | None = None
@@ -169,23 +174,12 @@ class Ledger:
     def from_dict(cls, content: dict[str, Any]) -> Ledger:
         """Return the ledger of the content of `memory.json`.
 
-        Raises KeyError, TypeError or AssertionError if the content is damaged.
+        Raises ValueError or AssertionError if the content is damaged.
         """
-        cost = content.get("instrument_cost")
-        return cls(
-            device=Device(**content["device"]),
-            phases=tuple(Phase(**phase) for phase in content["phases"]),
-            before=MethodPeak(**content["before"]),
-            after=MethodPeak(**content["after"]),
-            planned_peak_bytes=content["planned_peak_bytes"],
-            measured_peak_bytes=content["measured_peak_bytes"],
-            allocator=Allocator(**content["allocator"]),
-            instrument=content["instrument"],
-            before_planned_bytes=content.get("before_planned_bytes", 0),
-            floor_bytes=content.get("floor_bytes", 0),
-            instrument_cost=None if cost is None else InstrumentCost(**cost),
-            notes=tuple(content.get("notes", ())),
-        )
+        return _LEDGER.validate_python(content)
+
+
+_LEDGER = TypeAdapter(Ledger)
 
 
 def peak_phase(phases: tuple[Phase, ...]) -> Phase:

@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_cli.memory.ledger import CATEGORIES
+from qlora_cli.memory.ledger import CATEGORIES, PHASE_ORDER
 
+_LARGEST = 1e15
+"""Seconds or bytes that no run has."""
 MAX_MOMENTS = 600
 """Moments of one trace. A figure that is 1000 pixels wide cannot show more."""
 
@@ -74,7 +76,15 @@ class PhaseTrace:
         marks = tuple((float(moment), str(name)) for moment, name in content["marks"])
         rows = {name: array("q", row) for name, row in content["bytes"].items()}
         seconds = array("d", content["seconds"])
-        return cls(content["phase"], content["step"], seconds, rows, marks)
+        phase, step = content["phase"], content["step"]
+        assert phase in PHASE_ORDER, "unknown phase"
+        assert step is None or (type(step) is int and 0 <= step < 2**53), "the step is no number"
+        moments = [*seconds, *(moment for moment, _ in marks)]
+        assert all(0 <= moment < _LARGEST for moment in moments), "impossible times"
+        assert all(0 <= size < _LARGEST for row in rows.values() for size in row), (
+            "impossible sizes"
+        )
+        return cls(phase, step, seconds, rows, marks)
 
 
 class Timeline:

@@ -145,7 +145,7 @@ def _create(config: Any, compute: torch.dtype, model_class: Any) -> Any:
         if type(model)._can_set_attn_implementation():
             return model
         return _from_config(config, compute, model_class, "eager")
-    except (*PARSE_ERRORS, ArithmeticError, ImportError) as fault:
+    except (*PARSE_ERRORS, ImportError) as fault:
         text = str(fault) if isinstance(fault, ValueError) else repr(fault)
         reason = text.strip().splitlines()[0]
         raise unsupported(config, f"transformers cannot create it: {reason}") from fault

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -27,25 +26,19 @@ from typing import Any
 from qlora_cli.errors import UsageError
 from qlora_cli.files.atomic import (
     partial_files,
+    read_json,
     remove_partial_files,
     report_write_errors,
     write_json,
 )
 from qlora_cli.files.lock import locked_file
+from qlora_cli.runs.record import RunRecord
 
 ADAPTER = "adapter"
 WEIGHTS = "weights"
 """Name of the folder with the trained weights, in a run and in each of its checkpoints."""
 _CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("recipe", "result", "checksums", "versions", "device"), dict),
-    **dict.fromkeys(("status", "base_folder", "base_fingerprint", "base_config"), str),
-    **dict.fromkeys(("choices", "tensors"), list),
-    "data_digest": str,
-    "steps": int,
-}
-"""Type of the values in run.json that are read back."""
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -195,17 +188,7 @@ class RunFolder:
     def read(self) -> dict[str, Any]:
         """Return the content of `run.json`. Raises UsageError if it is missing or damaged."""
         self.require_run_json()
-        try:
-            content = json.loads(self.run_json.read_text())
-        except ValueError as fault:
-            raise UsageError(f"damaged: {fault}", where=str(self.run_json)) from fault
-        if not isinstance(content, dict):
-            raise UsageError("damaged: it is not a JSON object", where=str(self.run_json))
-        for key, kind in _KINDS.items():
-            if not isinstance(content.get(key), kind | None):
-                what = f"damaged: {key} is {str(content[key])[:60]!r}"
-                raise UsageError(what, where=str(self.run_json))
-        return content
+        return read_json(self.run_json, _checked)
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Replace `run.json` atomically. Raises QloraError if it cannot be written."""
@@ -240,3 +223,9 @@ class RunFolder:
             return []
         matches = (_STEP.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in matches if match)
+
+
+def _checked(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of run.json. Raises ValueError if a value has a wrong type."""
+    RunRecord.model_validate(content)
+    return content

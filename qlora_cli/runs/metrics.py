@@ -10,12 +10,15 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.files.atomic import RESUME_HINT, atomic_file, report_write_errors
 
+_LARGEST = 1e300
+"""No value of a run is larger; a figure of larger ones cannot be drawn."""
+_NEVER_NULL = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_bytes"}
 EVAL_LOSS = "eval_loss"
 """The key that only the line of an evaluation has."""
 
@@ -31,6 +34,25 @@ class Evaluation:
 def is_evaluation(line: Mapping[str, Any]) -> bool:
     """Return whether a line of metrics.jsonl is of an evaluation and not of a step."""
     return EVAL_LOSS in line
+
+
+def wrong_value(line: Mapping[str, Any]) -> str | None:
+    """Return the first key of a line whose value cannot be of a run; None if there is none."""
+    loss = EVAL_LOSS if is_evaluation(line) else "loss"
+    step = line.get("step")
+    if type(step) is not int or not 0 <= step < 2**53:
+        return "step"
+    if line.get(loss) is None:
+        return loss
+    return next((key for key, value in line.items() if not _can_be(key, value)), None)
+
+
+def _can_be(key: str, value: Any) -> bool:
+    """Return whether a metric can have a value: a number, or null if it may be unknown."""
+    if value is None:
+        return key not in _NEVER_NULL and not key.startswith("train_")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and not _LARGEST <= abs(value) < inf
 
 
 def read_steps(file: Path) -> list[dict[str, Any]]:
@@ -92,14 +114,8 @@ def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue  # The process was stopped while it wrote this line.
-        if isinstance(line, dict) and type(line.get("step")) is int and _has_loss(line):
+        if isinstance(line, dict) and wrong_value(line) is None:
             place = line["step"], is_evaluation(line)
             lines.pop(place, None)
             lines[place] = text, line
     return list(lines.values())
-
-
-def _has_loss(line: Mapping[str, Any]) -> bool:
-    """Return whether a line has the loss of a step or of an evaluation."""
-    loss = line.get(EVAL_LOSS, line.get("loss"))
-    return isinstance(loss, int | float) and not isinstance(loss, bool)

@@ -57,7 +57,7 @@ class Run:
 
     def require(self, key: str) -> Any:
         """Return the value of `key` in `run.json`. Raises UsageError if there is no such key."""
-        if key not in self.record:
+        if self.record.get(key) is None:
             raise UsageError(f"damaged: it has no {key}", where=str(self.folder.run_json))
         return self.record[key]
 
@@ -192,7 +192,7 @@ class Run:
         name = WEIGHTS if self.is_full_fine_tuning else ADAPTER
         if not (self.path / name).is_dir():
             return [f"the folder {name} is missing"]
-        return damage(self.path, self.record.get("checksums", {}))
+        return damage(self.path, self.record.get("checksums") or {})
 
     def _trained(self, name: str) -> Path:
         """Return the folder `name` of the run, or of the checkpoint that is used instead.

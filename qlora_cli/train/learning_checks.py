@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from qlora_cli.train.loss_spikes import LossSpikes
 from qlora_cli.train.state import State
 from qlora_cli.train.step import StepOutcome
 
@@ -19,13 +20,14 @@ _ROWS_HINT = "check the trained tokens with `qlora data RECIPE --show 3`"
 
 @dataclass
 class LearningChecks:
-    """Collects the outcomes of a process's steps. Each warning is given at most once.
+    """Collects the outcomes of a process's steps. Each cause of a warning is reported once.
 
     It reads values that the step has on the CPU already, and B once, one tensor at a time on the
     CPU, so that it needs no memory on the device.
     """
 
     state: State
+    spikes: LossSpikes
     losses: list[float] = field(default_factory=list)
     skipped: int = 0
     _zero_gradients: int = 0
@@ -34,6 +36,7 @@ class LearningChecks:
         """Add a step and yield the warnings that are due after it. lr: of the step."""
         self.losses.append(outcome.loss)
         self.skipped += outcome.skipped
+        yield from self.spikes.after_step(outcome)
         yield from self._zero_gradient(outcome)
         if self.state.step == ZERO_B_STEPS == len(self.losses) and self._is_b_zero():
             yield self._zero_b(lr)

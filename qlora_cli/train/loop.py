@@ -22,6 +22,7 @@ from qlora_cli.runs.resume import remove_old_checkpoints, save_checkpoint
 from qlora_cli.train.energy import EnergyCounter
 from qlora_cli.train.evaluation import Evaluator
 from qlora_cli.train.learning_checks import LearningChecks
+from qlora_cli.train.loss_spikes import LossSpikes
 from qlora_cli.train.progress import Progress
 from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.state import State
@@ -78,7 +79,8 @@ class TrainingLoop:
         evaluations. Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint written;
         QloraError if a file cannot be written; NotFinite if training diverges.
         """
-        progress, checks = Progress(), LearningChecks(self.state)
+        progress = Progress()
+        checks = LearningChecks(self.state, LossSpikes(self.state, self.schedule))
         first = self.state.step
         tracked_steps = peak_steps(self.schedule, range(first, self.steps))
         tracked_steps |= {*range(first, first + TRACKED_STEPS)}

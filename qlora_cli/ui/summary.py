@@ -14,10 +14,10 @@ def summary(result: ReportResult) -> dict[str, str]:
     """Return label -> text: the run, its device and base, peak memory, progress and speed."""
     recipe = settings(result.run)
     facts = {
-        "run": recipe["output"],
+        "run": recipe.get("output", "-"),
         "status": str(result.run["status"]),
         "device": memory_facts.device_text(result.ledger),
-        "base": f"{recipe['model.name']}, {recipe['base.bits']} bit",
+        "base": f"{recipe.get('model.name', '-')}, {recipe.get('base.bits', '-')} bit",
     }
     if peak := memory_facts.planned_and_measured(result.ledger):
         facts["peak memory"] = peak

@@ -159,7 +159,10 @@ def test_tensors_that_do_not_follow_one_another_are_refused(how: str, tmp_path: 
     file = tmp_path / "model.safetensors"
     size = max(end for _, end in OFFSETS[how])
     file.write_bytes((200).to_bytes(8, "little") + text + bytes(size))
-    with pytest.raises(ModelError, match=r"damaged safetensors file: the tensor . begins at byte"):
+    with pytest.raises(
+        ModelError,
+        match=r"damaged safetensors file: the (tensor . begins at|shape .* are not sizes)",
+    ):
         read_header(file)
     with pytest.raises(SafetensorError):
         load_file(file)

@@ -52,7 +52,7 @@ def test_a_missing_and_a_damaged_run_json_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a run's folder"):
         RunFolder(tmp_path).read()
     (tmp_path / "run.json").write_text('{"status": ')
-    with pytest.raises(UsageError, match=r"run\.json: damaged"):
+    with pytest.raises(UsageError, match=r"run\.json is damaged: JSON"):
         RunFolder(tmp_path).read()
 
 

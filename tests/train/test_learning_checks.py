@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from qlora_cli.data.encode import Example
 from qlora_cli.data.packing import BatchSchedule
 from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.train.learning_checks import LOSS_STEPS, ZERO_B_STEPS, LearningChecks
+from qlora_cli.train.loss_spikes import LossSpikes
 from qlora_cli.train.state import State
 from qlora_cli.train.step import StepOutcome
 from tests.helpers.runs import make_recipe
-from tests.helpers.training import example, make_state
+from tests.helpers.training import ROWS, example, make_state
+
+
+def schedule_of(rows: list[Example], **settings: Any) -> BatchSchedule:
+    defaults = {"seq_len": 32, "packing": True, "micro_batch": 1, "grad_accum": 1, "seed": 0}
+    return BatchSchedule(rows, **{**defaults, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +33,7 @@ def warnings_of(
     state: State, losses: list[float], norm: float = 1.0, skipped: bool = False
 ) -> list[str]:
     """Return the warnings after steps with these losses."""
-    checks = LearningChecks(state)
+    checks = LearningChecks(state, LossSpikes(state, schedule_of(ROWS)))
     warnings = []
     for step, loss in enumerate(losses, 1):
         state.step = step

@@ -7,10 +7,10 @@ back, so a merge.json of an older version stays readable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -82,21 +82,27 @@ def merged_step(merged: Path) -> int | None:
 
     Returns None if the weights of a finished run were merged, or if merge.json does not have it.
     """
-    step: int | None = _entry(merged, "step")
+    step: int | None = _entry(merged, "step", lambda value: type(value) is int)
     return step
 
 
 def trained_row_format(merged: Path) -> DataFormat | None:
     """Return the format of the rows that the merged run was trained on; None if not recorded."""
-    name: DataFormat | None = _entry(merged, "data_format")
+    formats = get_args(DataFormat)
+    name: DataFormat | None = _entry(merged, "data_format", lambda value: value in formats)
     return name
 
 
-def _entry(merged: Path, key: str) -> Any:
+def _entry(merged: Path, key: str, is_valid: Callable[[Any], bool]) -> Any:
+    """Return a value of merge.json; None if there is none. Raises ModelError if it is damaged."""
+
+    def value(content: dict[str, Any]) -> Any:
+        found = content.get(key)
+        assert found is None or is_valid(found), f"{key} has a wrong value"
+        return found
+
     manifest = merged / MANIFEST
-    if not manifest.is_file():
-        return None
-    return read_json(manifest, lambda content: content.get(key), ModelError)
+    return read_json(manifest, value, ModelError) if manifest.is_file() else None
 
 
 def _config_dtype(config: dict[str, Any]) -> torch.dtype:

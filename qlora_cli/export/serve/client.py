@@ -153,7 +153,7 @@ class ServerClient:
     def _parsed(self, content: Any, parse: Any) -> Any:
         try:
             return parse(content)
-        except (*PARSE_ERRORS, IndexError) as fault:
+        except PARSE_ERRORS as fault:
             raise QloraError(
                 f"the server's answer has an unknown form: {fault!r}",
                 where=self.url,

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer
 from qlora_cli.files.atomic import read_json, write_json
@@ -19,6 +21,16 @@ from qlora_cli.files.source import fingerprint
 RECORD = "verification.json"
 """Name of the file in a merged folder."""
 _FINGERPRINT = "weights_fingerprint"
+
+
+class _Record(BaseModel):
+    """The values of the file that are read back."""
+
+    passed: bool
+    weights_fingerprint: str | None = None
+    run: str | None = None
+    faults: list[str] = []
+    explanation: list[str] = []
 
 
 def write_record(merged: Path, result: Mapping[str, Any], observer: Observer) -> None:
@@ -45,9 +57,15 @@ def read_record(merged: Path) -> dict[str, Any] | None:
     """
     if not (merged / RECORD).is_file():
         return None
-    content: dict[str, Any] = read_json(merged / RECORD, dict, ModelError)
+    content = read_json(merged / RECORD, _checked, ModelError)
     stored = content.get(_FINGERPRINT)
     return content if stored is not None and stored == fingerprint(merged, stored) else None
+
+
+def _checked(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of the file. Raises ValueError if a value has a wrong type."""
+    _Record.model_validate(content)
+    return content
 
 
 def _finite(result: Mapping[str, Any]) -> dict[str, Any]:
