@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qlora_cli.recipe.preference import Preference
-from qlora_cli.recipe.section import Section
+from qlora_cli.recipe.section import NoEffect, Section
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -71,7 +71,8 @@ class Base(Section):
     def _settings_match_bits(self) -> Base:
         for name, bits in (("quant_type", 4), ("double_quant", 4), ("outlier_threshold", 8)):
             if name in self.model_fields_set and self.bits != bits:
-                raise ValueError(f"{name} applies to bits: {bits} only, and bits is {self.bits}")
+                what = f"{name} applies to bits: {bits} only, and bits is {self.bits}"
+                raise NoEffect(what, {f"base.{name}": "base.bits"})
         return self
 
 
@@ -104,9 +105,12 @@ class Adapter(Section):
 
     @model_validator(mode="after")
     def _settings_match_method(self) -> Adapter:
-        lora_only = {name.rstrip("_") for name in self.model_fields_set - {"method"}}
+        lora_only = sorted(name.rstrip("_") for name in self.model_fields_set - {"method"})
         if self.method == "full" and lora_only:
-            raise ValueError(f"{', '.join(sorted(lora_only))}: apply to method: lora only")
+            raise NoEffect(
+                f"{', '.join(lora_only)}: apply to method: lora only",
+                {f"adapter.{name}": "adapter.method" for name in lora_only},
+            )
         if not self.targets:
             raise ValueError("targets is empty; nothing would be trained")
         return self
@@ -231,7 +235,10 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Train:
         if self.steps is not None and "epochs" in self.model_fields_set:
-            raise ValueError("steps and epochs are both set; leave one out")
+            raise NoEffect(
+                "steps and epochs are both set; leave one out",
+                {"train.epochs": "train.steps", "train.steps": "train.epochs"},
+            )
         return self
 
 
@@ -265,9 +272,11 @@ class Recipe(Section):
         train = self.train
         for name in ("eval_every", "keep_best", "patience"):
             if name in train.model_fields_set and getattr(train, name) and self.data.eval is None:
-                raise ValueError(f"train.{name} needs held-out rows; set data.eval")
+                what = f"train.{name} needs held-out rows; set data.eval"
+                raise NoEffect(what, {f"train.{name}": "data.eval"})
         if train.patience is not None and train.eval_every is None:
-            raise ValueError("train.patience needs evaluations in training; set train.eval_every")
+            what = "train.patience needs evaluations in training; set train.eval_every"
+            raise NoEffect(what, {"train.patience": "train.eval_every"})
         return self
 
     @model_validator(mode="after")
