@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,9 @@ from qlora_cli.tasks.registry import task_of
 from qlora_cli.tasks.task import Task
 from qlora_cli.train.loss_scale import LossScale
 from qlora_cli.train.optimizer import TrainingOptimizer, make_optimizer
+
+BuildModel = Callable[[ModelRequest], LoadedModel]
+"""Builds the requested model, as `models.build.build` does."""
 
 
 @dataclass
@@ -37,16 +41,17 @@ class State:
     step: int = 0
 
 
-def build_state(request: ModelRequest) -> State:
+def build_state(request: ModelRequest, build_model: BuildModel = build) -> State:
     """Build the requested model and its optimizer: the state before the first step.
 
-    The recipe's task selects the model class. Raises ModelError if the base does not fit its
+    The recipe's task selects the model class. build_model: builds the model; the default loads the
+    base. Raises ModelError if the base does not fit its
     config, RecipeError if the task is not implemented or the device lacks something that the recipe
     requires.
     """
     recipe, device = request.recipe, request.device
     task = task_of(recipe)
-    loaded = build(replace(request, model_class=task.model_class))
+    loaded = build_model(replace(request, model_class=task.model_class))
     for path in task.trained_head:
         loaded.model.get_submodule(path).requires_grad_(True)
     loaded.model.train()
