@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from qlora_cli.events import Observer
+    from qlora_cli.events import Observer, SweepObserver
     from qlora_cli.jobs.results import Result
     from qlora_cli.recipe.schema import Recipe
 
@@ -73,7 +73,7 @@ def fast_import() -> Iterator[None]:
 
 
 @contextmanager
-def job_observer() -> Iterator[Observer]:
+def job_observer() -> Iterator[SweepObserver]:
     """Yield an observer that shows a job's progress on stderr.
 
     Inside the block, everything that libraries print on stdout goes to stderr too.

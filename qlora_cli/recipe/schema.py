@@ -255,7 +255,8 @@ class Recipe(Section):
     answer; classification is refused, because this version does not implement it."""
     preference: Preference = Preference()
     output: str = "runs/{name}"
-    """Folder of the run; {name} is replaced by the name of the recipe file without its suffix."""
+    """Folder of the run or of the sweep; {name} is replaced by the name of the recipe file without
+    its suffix."""
 
     @model_validator(mode="before")
     @classmethod

@@ -19,6 +19,9 @@ from qlora_cli.files.atomic import RESUME_HINT, atomic_file, report_write_errors
 EVAL_LOSS = "eval_loss"
 """The key that only the line of an evaluation has."""
 
+_NO_METRICS = ("step", "seconds")
+"""Keys of an evaluation's line that measure no quality; nor do those of the number of targets."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -42,6 +45,19 @@ def read_evaluations(file: Path) -> list[Evaluation]:
     """Return the evaluations in the order in which they were done, without damaged lines."""
     lines = [line for _, line in _read(file) if is_evaluation(line)]
     return [Evaluation(int(line["step"]), float(line[EVAL_LOSS])) for line in lines]
+
+
+def evaluation_metrics(file: Path, step: int) -> dict[str, float]:
+    """Return the held-out loss after `step` and the task's other metrics, by their names.
+
+    Empty if there is no evaluation of this step.
+    """
+    lines = (line for _, line in _read(file) if is_evaluation(line) and line["step"] == step)
+    return {
+        name: float(value)
+        for name, value in next(lines, {}).items()
+        if name == EVAL_LOSS or not (name.startswith("eval_") or name in _NO_METRICS)
+    }
 
 
 def best_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation | None:
