@@ -36,7 +36,7 @@ def sweep(
     allow: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Train every combination of some settings and compare the results.
+    """Train combinations of settings and compare them.
 
     RECIPE is a YAML file or the name of a shipped recipe. Values of a setting are separated by
     commas, such as adapter.rank=2,4,8; lists and texts by semicolons, such as

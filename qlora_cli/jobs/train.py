@@ -35,7 +35,7 @@ from qlora_cli.proof.prove import require_proof
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.metrics import read_steps
+from qlora_cli.runs.metrics import mean_last_loss
 from qlora_cli.runs.resume import add_last_checkpoint_hint, load_checkpoint
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
@@ -266,12 +266,6 @@ def _export(job: TrainingJob, state: State, evaluator: Evaluator, observer: Obse
     return best.step
 
 
-def _train_loss(run: RunFolder) -> float:
-    """Return the mean loss of the last `LAST_LOSSES` steps, including those before a resume."""
-    losses: list[float] = [line["loss"] for line in read_steps(run.metrics)[-LAST_LOSSES:]]
-    return sum(losses) / len(losses)
-
-
 def _finish(
     job: TrainingJob,
     steps: int,
@@ -288,7 +282,7 @@ def _finish(
     result = TrainResult(
         run=job.run.path,
         steps=steps,
-        train_loss=_train_loss(job.run),
+        train_loss=mean_last_loss(job.run.metrics, LAST_LOSSES),
         eval_loss=losses.get(exported),
         tokens_per_second=progress.tokens_per_second,
         ledger=ledger,

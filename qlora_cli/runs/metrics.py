@@ -41,6 +41,12 @@ def read_steps(file: Path) -> list[dict[str, Any]]:
     return [line for _, line in _read(file) if not is_evaluation(line)]
 
 
+def mean_last_loss(file: Path, steps: int) -> float:
+    """Return the mean loss of the last `steps` optimizer steps; there is at least one."""
+    losses: list[float] = [line["loss"] for line in read_steps(file)[-steps:]]
+    return sum(losses) / len(losses)
+
+
 def read_evaluations(file: Path) -> list[Evaluation]:
     """Return the evaluations in the order in which they were done, without damaged lines."""
     lines = [line for _, line in _read(file) if is_evaluation(line)]
