@@ -9,7 +9,7 @@ from qlora_cli.adapters.method import AdapterMethod
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
-from qlora_cli.models.attach import linear_at
+from qlora_cli.models.attach import base_at
 from qlora_cli.models.build import ModelRequest, build, initialize_adapter
 from qlora_cli.models.model import LoadedModel
 
@@ -82,11 +82,13 @@ def _base_content(request: ModelRequest) -> dict[str, Any]:
 def _exchange_adapter(loaded: LoadedModel, request: ModelRequest) -> None:
     """Replace the adapter of `loaded` by a new one of the request's recipe."""
     method = method_of(request.recipe.adapter)
-    loaded.adapted = method.adapted_roles(loaded.sites)
+    loaded.adapted = method.adapted_roles([*loaded.sites, *loaded.stacks])
     with unallocated():
-        for site in loaded.sites:
-            linear, roles = linear_at(loaded, site.path), loaded.adapted.get(site.path)
-            slices = {role: site.rows[role] for role in roles or ()}
-            new = method.wrap(linear, slices) if roles else linear
-            convert.replace_module(loaded.model, site.path, new)
+        for site in (*loaded.sites, *loaded.stacks):
+            module, roles = base_at(loaded, site.path), loaded.adapted.get(site.path)
+            if roles and site.num_experts:
+                module = method.wrap_stack(module)
+            elif roles:
+                module = method.wrap(module, {role: site.rows[role] for role in roles})
+            convert.replace_module(loaded.model, site.path, module)
     initialize_adapter(loaded, request)

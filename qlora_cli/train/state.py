@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from qlora_cli.adapters.registry import method_of
 from qlora_cli.files.dtype import torch_dtype
 from qlora_cli.memory.tracker import StorageTracker
 from qlora_cli.models.build import ModelRequest, build
@@ -56,7 +57,8 @@ def build_state(request: ModelRequest, build_model: BuildModel = build) -> State
         loaded.model.get_submodule(path).requires_grad_(True)
     loaded.model.train()
     trainable = loaded.trainable()
-    optimizer = make_optimizer(recipe.train, trainable.values(), device)
+    factors = method_of(recipe.adapter).lr_factors(loaded.model)
+    optimizer = make_optimizer(recipe.train, trainable.values(), device, factors)
     half = {torch.float16} & {loaded.weight_format.compute, torch_dtype(recipe.adapter.dtype)}
     return State(recipe, task, loaded, trainable, optimizer, LossScale(needed=bool(half)), device)
 
