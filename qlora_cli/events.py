@@ -67,6 +67,13 @@ class Observer(Protocol):
         """Report a completed optimizer step."""
 
 
+class SweepObserver(Observer, Protocol):
+    """Receives the events of the runs of a sweep."""
+
+    def begin_run(self, number: int, total: int, name: str) -> None:
+        """Start run `number`, from 1, of `total` runs. name: its settings, for people."""
+
+
 class Silent:
     """An `Observer` that ignores all events, for tests and for calls from Python."""
 
@@ -81,3 +88,6 @@ class Silent:
 
     def step(self, event: StepEvent) -> None:
         """Ignore the step."""
+
+    def begin_run(self, number: int, total: int, name: str) -> None:
+        """Ignore the start of a run of a sweep."""

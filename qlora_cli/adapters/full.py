@@ -12,7 +12,7 @@ from torch import nn
 from qlora_cli.nn.expert_stack import ExpertStack
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
-from qlora_cli.recipe import schema
+from qlora_cli.recipe.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class FullFineTuning:
     freezes_base = False
 
     @classmethod
-    def from_recipe(cls, section: schema.Adapter) -> FullFineTuning:
+    def from_recipe(cls, section: Adapter) -> FullFineTuning:
         """Create the method. It has no settings."""
         return cls()
 
@@ -45,3 +45,7 @@ class FullFineTuning:
     def trained_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
         """Yield every parameter."""
         yield from model.parameters()
+
+    def lr_factors(self, model: nn.Module) -> dict[nn.Parameter, float]:
+        """Return no factors: every parameter has the same learning rate."""
+        return {}

@@ -18,28 +18,29 @@ from qlora_cli.memory.scopes import module_scope, scope
 from qlora_cli.nn.expert_stack import ExpertStack
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
-from qlora_cli.recipe import schema
+from qlora_cli.recipe.adapter import Adapter
 
 
 @dataclass(frozen=True)
 class LoraMethod:
     """The adapter method `lora`: A and B of the targeted linears and experts train.
 
-    targets: role names, module paths, or `all`.
+    targets: role names, module paths, or `all`. lr_ratio: learning rate of B / that of A.
     """
 
     targets: str | Sequence[str]
     settings: LoraSettings
+    lr_ratio: float = 1.0
 
     name = "lora"
     freezes_base = True
 
     @classmethod
-    def from_recipe(cls, section: schema.Adapter) -> LoraMethod:
+    def from_recipe(cls, section: Adapter) -> LoraMethod:
         """Create the method from the recipe's section `adapter`."""
         dtype = torch_dtype(section.dtype)
         settings = LoraSettings(section.rank, section.alpha, section.dropout, dtype, section.rslora)
-        return cls(section.targets, settings)
+        return cls(section.targets, settings, section.lr_ratio)
 
     def adapted_roles(self, sites: Sequence[Site]) -> dict[str, list[str]]:
         """Return path -> adapted roles of each targeted site. Raises ProblemsError."""
@@ -73,3 +74,10 @@ class LoraMethod:
         for _, module in adapted_modules(model):
             yield from module.lora_a.values()
             yield from module.lora_b.values()
+
+    def lr_factors(self, model: nn.Module) -> dict[nn.Parameter, float]:
+        """Return the factor of every B if it is not 1 (LoRA+, Hayou 2024)."""
+        if self.lr_ratio == 1:
+            return {}
+        modules = (module for _, module in adapted_modules(model))
+        return {b: self.lr_ratio for module in modules for b in module.lora_b.values()}

@@ -54,3 +54,6 @@ class AdapterMethod(Protocol):
 
     def trained_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
         """Yield the parameters that the optimizer updates. All others are frozen."""
+
+    def lr_factors(self, model: nn.Module) -> Mapping[nn.Parameter, float]:
+        """Return the factor of the learning rate of each parameter whose factor is not 1."""

@@ -107,7 +107,7 @@ class AdapterFile:
     """An adapter on disk: its folder, its settings, and the layers that it adapts.
 
     stacks: the stacked parameters of experts that it adapts, by path. No tensor is in memory.
-    Not to be confused with `schema.Adapter`, the recipe's section.
+    Not to be confused with `recipe.adapter.Adapter`, the recipe's section.
     """
 
     folder: Path

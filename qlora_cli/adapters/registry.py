@@ -7,15 +7,15 @@ from collections.abc import Callable
 from qlora_cli.adapters.full import FullFineTuning
 from qlora_cli.adapters.lora_method import LoraMethod
 from qlora_cli.adapters.method import AdapterMethod
-from qlora_cli.recipe import schema
+from qlora_cli.recipe.adapter import Adapter
 
-METHODS: dict[str, Callable[[schema.Adapter], AdapterMethod]] = {
+METHODS: dict[str, Callable[[Adapter], AdapterMethod]] = {
     LoraMethod.name: LoraMethod.from_recipe,
     FullFineTuning.name: FullFineTuning.from_recipe,
 }
 """Name -> function that creates the method from the recipe's section `adapter`."""
 
 
-def method_of(section: schema.Adapter) -> AdapterMethod:
+def method_of(section: Adapter) -> AdapterMethod:
     """Return the method that the recipe's section `adapter` names."""
     return METHODS[section.method](section)

@@ -11,6 +11,7 @@ from qlora_cli.cli.output import (
     job_observer,
     json_option,
     overrides_argument,
+    recipe_of,
     suggest,
 )
 from qlora_cli.errors import DataError
@@ -44,10 +45,8 @@ def data(
 
     RECIPE is a YAML file or the name of a shipped recipe; a key=value replaces one of its settings.
     """
-    from qlora_cli.recipe.load import load_recipe
-
     # The recipe is checked before the slow imports, so that its problems are reported at once.
-    loaded = load_recipe(recipe, overrides)
+    loaded = recipe_of(recipe, overrides)
     with fast_import():
         from qlora_cli.jobs import data as job
         from qlora_cli.ui import tables

@@ -31,6 +31,7 @@ from qlora_cli.cli.push import push
 from qlora_cli.cli.quickstart import quickstart
 from qlora_cli.cli.recipe import recipe
 from qlora_cli.cli.report import report
+from qlora_cli.cli.sweep import sweep
 from qlora_cli.cli.train import train
 from qlora_cli.cli.verify import verify
 from qlora_cli.errors import Interrupted, QloraError
@@ -66,6 +67,7 @@ class _Commands(click.Group):
         init,
         plan,
         train,
+        sweep,
         report,
         merge,
         verify,

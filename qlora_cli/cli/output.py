@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from qlora_cli.events import Observer
+    from qlora_cli.events import Observer, SweepObserver
     from qlora_cli.jobs.results import Result
+    from qlora_cli.recipe.schema import Recipe
 
 _R = TypeVar("_R", bound="Result")
 
@@ -45,6 +46,21 @@ json_option = click.option(
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 
 
+def recipe_of(recipe: str | Path, overrides: Sequence[str]) -> Recipe:
+    """Load a recipe with overrides. Print on stderr which settings of the file these leave useless.
+
+    Raises the errors of `load_recipe`.
+    """
+    from qlora_cli.recipe.load import load_with_dropped
+
+    loaded = load_with_dropped(recipe, overrides)
+    for line in loaded.dropped.values():
+        from qlora_cli.ui.console import printable
+
+        click.echo(printable(f"note: {line}"), err=True)
+    return loaded.recipe
+
+
 @contextmanager
 def fast_import() -> Iterator[None]:
     """Disable garbage collection while a job's modules are imported.
@@ -57,7 +73,7 @@ def fast_import() -> Iterator[None]:
 
 
 @contextmanager
-def job_observer() -> Iterator[Observer]:
+def job_observer() -> Iterator[SweepObserver]:
     """Yield an observer that shows a job's progress on stderr.
 
     Inside the block, everything that libraries print on stdout goes to stderr too.

@@ -14,6 +14,7 @@ from qlora_cli.cli.output import (
     job_observer,
     json_option,
     overrides_argument,
+    recipe_of,
 )
 from qlora_cli.errors import DoesNotFit, InputError
 
@@ -66,11 +67,9 @@ def plan(
     as data.seq_len=512, replaces one of its settings. Exits with code 3 if the job does not fit,
     and with code 2 if a data file is missing.
     """
-    from qlora_cli.recipe.load import load_recipe
-
     # The recipe is checked before the slow imports, so that its problems are reported at once.
     profile = None if vram is None else planned_gpu(vram)
-    loaded = load_recipe(recipe, overrides)
+    loaded = recipe_of(recipe, overrides)
     with fast_import():
         from qlora_cli.jobs import plan as job
         from qlora_cli.ui import planned

@@ -11,6 +11,7 @@ from qlora_cli.cli.output import (
     job_observer,
     json_option,
     overrides_argument,
+    recipe_of,
     suggest,
     write_page,
 )
@@ -38,12 +39,11 @@ def train(
     continues from there. A stopped run can be merged and tried, too. With more train.epochs or
     train.steps, --resume extends a finished run.
     """
-    from qlora_cli.recipe.load import load_recipe
     from qlora_cli.recipe.shipped import find_recipe
 
     # The recipe is checked before the slow imports, so that its problems are reported at once.
     path = find_recipe(recipe)
-    loaded = load_recipe(path, overrides)
+    loaded = recipe_of(path, overrides)
     with fast_import():
         from qlora_cli.jobs import train as job
         from qlora_cli.ui import tables

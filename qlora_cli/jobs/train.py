@@ -27,6 +27,7 @@ from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import Ledger
+from qlora_cli.models.build import build
 from qlora_cli.models.limits import limits_of
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
@@ -34,7 +35,7 @@ from qlora_cli.proof.prove import require_proof
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.metrics import read_steps
+from qlora_cli.runs.metrics import mean_last_loss
 from qlora_cli.runs.resume import add_last_checkpoint_hint, load_checkpoint
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
@@ -44,7 +45,7 @@ from qlora_cli.train.evaluation import Evaluator
 from qlora_cli.train.loop import LAST_LOSSES, TrainingLoop
 from qlora_cli.train.progress import Progress
 from qlora_cli.train.runtime import setup_device
-from qlora_cli.train.state import State, build_state, tag_living
+from qlora_cli.train.state import BuildModel, State, build_state, tag_living
 from qlora_cli.train.stop_signals import endings_as_interrupt
 from qlora_cli.train.trackers import Trackers, check_installed
 from qlora_cli.train.trained_weights import copy_weights, weights_checksums, write_weights
@@ -58,23 +59,29 @@ def run(
     resume: bool,
     observer: Observer,
     allow: Collection[str] = (),
+    build_model: BuildModel = build,
 ) -> TrainResult:
     """Train the recipe and return the result of the run.
 
     recipe_path: the recipe's file, recorded in run.json. resume: continue the run in the recipe's
     output folder; a finished run returns its stored result. allow: codes of data findings that
-    are neither shown nor stop a new run. Raises InputError if the recipe, the
-    base or the data cannot be used, DoesNotFit if the job needs more memory than the device has,
-    Interrupted after Ctrl-C, QloraError if training diverges or a file cannot be written.
+    are neither shown nor stop a new run. build_model: as of `build_state`. Raises InputError if the
+    recipe, the base or the data cannot be used, DoesNotFit if the job needs more memory than the
+    device has, Interrupted after Ctrl-C, QloraError if training diverges or a file cannot be
+    written.
     """
     with RunFolder(Path(recipe.output)).locked(new=not resume), endings_as_interrupt():
         # The rows of a resumed run are those that were checked when it began.
         job = _prepare(recipe, observer, None if resume else allow)
-        return _run(job, recipe_path, resume, observer)
+        return _run(job, recipe_path, resume, observer, build_model)
 
 
 def _run(
-    job: TrainingJob, recipe_path: Path | None, resume: bool, observer: Observer
+    job: TrainingJob,
+    recipe_path: Path | None,
+    resume: bool,
+    observer: Observer,
+    build_model: BuildModel,
 ) -> TrainResult:
     """Train a prepared job, in a run's folder that no other process uses."""
     description = record.describe_run(job, recipe_path)
@@ -87,7 +94,7 @@ def _run(
     checkpoint = open_or_resume(job, description, earlier, observer)
     try:
         planned, baseline = _plan(job, observer)
-        return _train(job, checkpoint, planned, baseline, observer)
+        return _train(job, checkpoint, planned, baseline, observer, build_model)
     except (Interrupted, KeyboardInterrupt):
         record_stop(job.run, "interrupted", resume)
         raise
@@ -148,10 +155,12 @@ def _train(
     planned: MemoryPlan,
     baseline: MemoryPlan,
     observer: Observer,
+    build_model: BuildModel,
 ) -> TrainResult:
     """Load the model, train from `checkpoint` or from the start, evaluate and save.
 
-    planned, baseline: the plans of this job and of full fine-tuning.
+    planned, baseline: the plans of this job and of full fine-tuning. build_model: as of
+    `build_state`.
     """
     prepared = job.prepared
     device = setup_device(prepared.profile, prepared.recipe.train.seed)
@@ -160,7 +169,7 @@ def _train(
         # A server that does not answer can take minutes.
         observer.note(f"starting {', '.join(prepared.recipe.train.log_to)}")
     with closing(Trackers.start(prepared.recipe, job.run, observer.note)) as trackers:
-        state = load(prepared, device, instrument, observer)
+        state = load(prepared, device, instrument, observer, build_model)
         record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))
         earlier = _restore(job, checkpoint, state, observer)
         held_out = add_constants(
@@ -213,15 +222,19 @@ def _restore(
 
 
 def load(
-    prepared: Prepared, device: torch.device, instrument: Instrument, observer: Observer
+    prepared: Prepared,
+    device: torch.device,
+    instrument: Instrument,
+    observer: Observer,
+    build_model: BuildModel = build,
 ) -> State:
     """Build the job's state before its first step and measure the phase `load`.
 
-    device: of the model. instrument: registers every tensor of the state. Raises what `build_state`
-    raises.
+    device: of the model. instrument: registers every tensor of the state. build_model: as of
+    `build_state`, whose errors are raised.
     """
     with instrument.phase("load"):
-        state = build_state(prepared.request(device, observer))
+        state = build_state(prepared.request(device, observer), build_model)
         tag_living(state, instrument.tracker)
     instrument.release_cache()
     return state
@@ -253,12 +266,6 @@ def _export(job: TrainingJob, state: State, evaluator: Evaluator, observer: Obse
     return best.step
 
 
-def _train_loss(run: RunFolder) -> float:
-    """Return the mean loss of the last `LAST_LOSSES` steps, including those before a resume."""
-    losses: list[float] = [line["loss"] for line in read_steps(run.metrics)[-LAST_LOSSES:]]
-    return sum(losses) / len(losses)
-
-
 def _finish(
     job: TrainingJob,
     steps: int,
@@ -275,7 +282,7 @@ def _finish(
     result = TrainResult(
         run=job.run.path,
         steps=steps,
-        train_loss=_train_loss(job.run),
+        train_loss=mean_last_loss(job.run.metrics, LAST_LOSSES),
         eval_loss=losses.get(exported),
         tokens_per_second=progress.tokens_per_second,
         ledger=ledger,

@@ -134,11 +134,11 @@ def adapter_layers_for(loaded: LoadedModel, adapter: AdapterFile) -> dict[str, L
     adapter.check([*loaded.sites, *loaded.stacks])
     sites = {site.path: site for site in loaded.sites}
     layers: dict[str, LoraModule] = {
-        path: _adapted(_base_at(loaded, path), layer, sites[path])
+        path: _adapted(base_at(loaded, path), layer, sites[path])
         for path, layer in adapter.layers.items()
     }
     for path, source in adapter.stacks.items():
-        stack = LoraStack(_base_at(loaded, path), source.settings)
+        stack = LoraStack(base_at(loaded, path), source.settings)
         load_stack_weights(stack, source, stack.base.device)
         layers[path] = stack.eval()
     return layers
@@ -154,11 +154,11 @@ def set_adapter_layers(loaded: LoadedModel, layers: Mapping[str, LoraModule]) ->
         for path, layer in layers.items()
     }
     for site in (*loaded.sites, *loaded.stacks):
-        new = layers.get(site.path, _base_at(loaded, site.path))
+        new = layers.get(site.path, base_at(loaded, site.path))
         convert.replace_module(loaded.model, site.path, new)
 
 
-def _base_at(loaded: LoadedModel, path: str) -> Any:
+def base_at(loaded: LoadedModel, path: str) -> Any:
     """Return the linear or the stack at `path` without the adapter's module around it."""
     module = loaded.model.get_submodule(path)
     return module.base if isinstance(module, LoraLinear | LoraStack) else module

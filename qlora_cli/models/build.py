@@ -179,10 +179,7 @@ def build(request: ModelRequest) -> LoadedModel:
         with unallocated():
             _replace_modules(loaded, method, device)
     DevicePlacement(device, request.observer).place(loaded, source)
-    method.initialize(model, device, recipe.train.seed)
-    model.requires_grad_(False)
-    for parameter in method.trained_parameters(model):
-        parameter.requires_grad_(True)
+    initialize_adapter(loaded, request)
     if recipe.train.activation_checkpointing:
         dropout = recipe.adapter.dropout
         convert.enable_activation_checkpointing(
@@ -190,6 +187,19 @@ def build(request: ModelRequest) -> LoadedModel:
         )
     config.use_cache = False
     return loaded
+
+
+def initialize_adapter(loaded: LoadedModel, request: ModelRequest) -> None:
+    """Create the parameters of the recipe's adapter method, and freeze all that it does not train.
+
+    The base is loaded, and the linears are wrapped.
+    """
+    recipe, model = request.recipe, loaded.model
+    method = method_of(recipe.adapter)
+    method.initialize(model, request.device, recipe.train.seed)
+    model.requires_grad_(False)
+    for parameter in method.trained_parameters(model):
+        parameter.requires_grad_(True)
 
 
 def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.device) -> None:

@@ -26,7 +26,7 @@ from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_erro
 from qlora_cli.files.finite import finite_cpu_copy
 from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.recipe import schema
+from qlora_cli.recipe.adapter import Adapter
 from qlora_cli.recipe.schema import Recipe
 
 
@@ -77,7 +77,7 @@ def _factors(
 
 
 def _metadata(
-    loaded: LoadedModel, layers: Mapping[str, LoraLinear], settings: schema.Adapter
+    loaded: LoadedModel, layers: Mapping[str, LoraLinear], settings: Adapter
 ) -> AdapterMetadata:
     fused = {site.path for site in loaded.sites if len(site.roles) > 1}
     blocks = {
@@ -156,7 +156,7 @@ class _Targets:
         return sorted([*(f"{ending}.weight" for ending in weights), *stacks])
 
 
-def _stacked_settings(adapter: schema.Adapter, num_roles: int) -> tuple[int, float]:
+def _stacked_settings(adapter: Adapter, num_roles: int) -> tuple[int, float]:
     """Return (rank, alpha) of `num_roles` stacked adapters, with unchanged scaling."""
     factor = num_roles**0.5 if adapter.rslora else num_roles
     return adapter.rank * num_roles, adapter.alpha * factor

@@ -88,6 +88,12 @@ def takes_list(info: FieldInfo) -> bool:
     return any(get_origin(part) is list for part in (info.annotation, *get_args(info.annotation)))
 
 
+def takes_text(info: FieldInfo) -> bool:
+    """Return whether a field accepts any text, or a mapping, which can contain text."""
+    parts = (info.annotation, *get_args(info.annotation))
+    return any(part is str or get_origin(part) is dict for part in parts)
+
+
 def takes_number(info: FieldInfo) -> bool:
     """Return whether a field accepts a number with a fraction."""
     parts = (info.annotation, *get_args(info.annotation))

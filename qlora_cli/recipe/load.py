@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, RecipeError, UsageError
@@ -23,17 +21,40 @@ from qlora_cli.recipe.describe import accepts, choices, field_at, meaning, secti
 from qlora_cli.recipe.document import Document, DocumentError, KeyPath, read_document
 from qlora_cli.recipe.override import Override, parse_override
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.section import NoEffect
 from qlora_cli.recipe.shipped import find_recipe
 from qlora_cli.recipe.suggest import nearest_key, nearest_word
+from qlora_cli.recipe.validation import key_path, validation_errors
 
 _NAME = "{name}"
 
 
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe, and the settings that were dropped because an override makes them useless.
+
+    dropped: dotted key -> one line for the user that gives the reason.
+    """
+
+    recipe: Recipe
+    dropped: dict[str, str]
+
+
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Load and validate a recipe.
+    """Load and validate a recipe. See `load_with_dropped`, which also returns what was dropped."""
+    return load_with_dropped(path, overrides).recipe
+
+
+def load_with_dropped(
+    path: Path | str, overrides: Sequence[str] = (), may_drop: Collection[str] = ()
+) -> LoadedRecipe:
+    """Load and validate a recipe. Drop settings of the file that an override makes useless.
+
+    With `adapter.method=full`, for example, the file's `adapter.rank` has no effect.
 
     path: a YAML file, or the name of a shipped recipe. overrides: `dotted.key=value` texts; a later
-    one replaces an earlier one. `{name}` in `output` becomes the file name without its suffix.
+    one replaces an earlier one. may_drop: keys of overrides that may be dropped as well. `{name}`
+    in `output` becomes the file name without its suffix.
 
     Raises UsageError if there is no such file, and RecipeError with every problem of the recipe and
     of the overrides.
@@ -42,13 +63,14 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     draft = _read(file)
     for text in overrides:
         draft.apply(parse_override(text))
+    draft.drop_useless(may_drop)
     recipe = draft.validate()
     if recipe is None or draft.problems:
         number = len(draft.problems)
         what = f"{file} has {'a problem' if number == 1 else f'{number} problems'}"
         raise RecipeError(what, draft.problems)
     output = os.path.expanduser(recipe.output.replace(_NAME, file.stem))
-    return recipe.model_copy(update={"output": output})
+    return LoadedRecipe(recipe.model_copy(update={"output": output}), draft.dropped)
 
 
 @dataclass
@@ -58,6 +80,7 @@ class _Draft:
     content: values of the file with the overrides applied.
     overridden: the last override of each key.
     problems: problems found so far.
+    dropped: key of each setting that was dropped -> the reason.
     """
 
     file: Path
@@ -65,6 +88,7 @@ class _Draft:
     content: dict[str, Any]
     overridden: dict[KeyPath, Override] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
 
     def apply(self, override: Override | Problem) -> None:
         """Apply an override to `content`, or add its problem to `problems`."""
@@ -81,9 +105,44 @@ class _Draft:
         else:
             target[name] = override.value
 
+    def drop_useless(self, may_drop: Collection[str]) -> None:
+        """Remove settings that have no effect because of an override; add them to `dropped`.
+
+        may_drop: keys of overrides that may be removed. Other overrides are not removed: they are
+        refused by `validate`.
+        """
+        while useless := self._useless(may_drop):
+            for key, cause in useless.items():
+                where, path = self.where(_path(key)), _path(key)
+                text = self.overridden[_path(cause)].text
+                self.dropped[key] = f"{where} is dropped; it has no effect with {text}"
+                section, _, name = key.rpartition(".")
+                (self.content[section] if section else self.content).pop(name)
+                self.overridden.pop(path, None)
+
+    def _useless(self, may_drop: Collection[str]) -> dict[str, str]:
+        """Return key of a setting without effect -> key of the override that is the cause."""
+        for error in validation_errors(self.content):
+            fault = error.get("ctx", {}).get("error")
+            if not isinstance(fault, NoEffect):
+                continue
+            useless = {
+                key: cause
+                for key, cause in fault.causes.items()
+                if _path(cause) in self.overridden
+                # Of two overrides that exclude each other, none is dropped.
+                and (
+                    _path(key) not in self.overridden
+                    or (key in may_drop and cause not in fault.causes)
+                )
+            }
+            if useless:
+                return useless
+        return {}
+
     def validate(self) -> Recipe | None:
         """Return the recipe, or None if it has problems; these are added to `problems`."""
-        errors = _validation_errors(self.content)
+        errors = validation_errors(self.content)
         self.problems += [self._problem(error) for error in errors if not self._is_dotted(error)]
         if self.problems:
             return None
@@ -105,17 +164,21 @@ class _Draft:
 
     def _is_dotted(self, error: ErrorDetails) -> bool:
         """Return whether a missing setting was written as a dotted key, which is its own error."""
-        return error["type"] == "missing" and ".".join(_key_path(error)) in self.content
+        return error["type"] == "missing" and ".".join(key_path(error)) in self.content
 
     def _problem(self, error: ErrorDetails) -> Problem:
-        path = _key_path(error)
+        path = key_path(error)
         where, key = self.where(path), ".".join(path)
         info = field_at(key)
         if error["type"] == "extra_forbidden":
             return _unknown_key(path, where)
         if error["type"] == "value_error":
+            fault = error["ctx"]["error"]
+            causes = map(_path, fault.causes if isinstance(fault, NoEffect) else ())
+            if override := next((key for key in causes if key in self.overridden), None):
+                return Problem(self.where(override), str(fault))
             hint = "an override KEY= removes the value that the file sets for KEY"
-            return Problem(where, str(error["ctx"]["error"]), hint if self.overridden else None)
+            return Problem(where, str(fault), hint if self.overridden else None)
         if error["type"] == "missing":
             return Problem(where, "is missing", meaning(info) if info else None)
         value = _value_at(self.content, path)
@@ -150,65 +213,6 @@ def _read(file: Path) -> _Draft:
     return draft
 
 
-def _validation_errors(content: dict[str, Any]) -> Iterator[ErrorDetails]:
-    """Yield every validation error of `content`, at most one per setting and kind of error.
-
-    Pydantic checks relations between settings only in sections without other errors. So each error
-    is removed from a copy of `content` and the rest is validated again, until no new error appears.
-    A section with a wrong value is emptied. No further errors are yielded for it, and none for
-    relations between sections, because the defaults in it are not what the user wrote.
-
-    Each pass adds a pair of key and error type to `seen`. Keys come from `content` and the schema,
-    and error types from the schema, so the number of passes is finite.
-    """
-    content, emptied = deepcopy(content), set[str]()
-    seen = set[tuple[KeyPath, str]]()
-    while errors := {_key_path(error): error for error in _validate(content)}:
-        current = {(path, error["type"]) for path, error in errors.items()}
-        if current <= seen:
-            return
-        seen |= current
-        for path, error in errors.items():
-            if path[0] not in emptied if path else not emptied:
-                yield error
-        if () in errors:
-            return
-        for path, error in errors.items():
-            emptied |= _remove_error(content, path, error["type"])
-
-
-def _validate(content: dict[str, Any]) -> list[ErrorDetails]:
-    try:
-        Recipe.model_validate(content)
-    except ValidationError as error:
-        return [_as_setting_error(item) for item in error.errors(include_url=False)]
-    return []
-
-
-def _as_setting_error(error: ErrorDetails) -> ErrorDetails:
-    """Return an error inside a setting's value, such as one item of a list, as one of the value."""
-    is_nested = len(error["loc"]) > 2 and error["loc"][0] in sections()
-    if is_nested and error["type"] in ("extra_forbidden", "missing"):
-        error["type"] = "value_type"
-    return error
-
-
-def _remove_error(content: dict[str, Any], path: KeyPath, error_type: str) -> set[str]:
-    """Change `content` so that one error disappears; return the sections that were emptied."""
-    top, *inner = path
-    if error_type == "extra_forbidden":
-        owner = content[top] if inner else content
-        owner.pop(path[-1], None)
-        return set()
-    if error_type == "missing":
-        content[top][path[-1]] = "-"  # Every required setting is a string in a section.
-        return set()
-    content.pop(top, None)
-    if top in sections():
-        content[top] = {}
-    return {top}
-
-
 def _unknown_key(path: KeyPath, where: str) -> Problem:
     """Return the problem of a key that the schema does not have at this place."""
     key = ".".join(path)
@@ -222,12 +226,6 @@ def _unknown_key(path: KeyPath, where: str) -> Problem:
 def _path(key: str) -> KeyPath:
     """Return the path of a setting's dotted key. Not for keys of a file, which may contain dots."""
     return tuple(key.split("."))
-
-
-def _key_path(error: ErrorDetails) -> KeyPath:
-    """Return the path of an error's key, without pydantic's entries for unions and list items."""
-    parts = [str(part) for part in error["loc"]]
-    return tuple(parts[: 2 if parts and parts[0] in sections() else 1])
 
 
 def _value_at(content: dict[str, Any], path: KeyPath) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qlora_cli.recipe.section import Section
+from qlora_cli.recipe.section import NoEffect, Section
 
 PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo"]
 
@@ -36,7 +36,8 @@ class Preference(Section):
         for name, losses in users.items():
             if name in self.model_fields_set and self.loss not in losses:
                 names = " and ".join(losses)
-                raise ValueError(f"{name} applies to loss: {names} only, and loss is {self.loss}")
+                what = f"{name} applies to loss: {names} only, and loss is {self.loss}"
+                raise NoEffect(what, {f"preference.{name}": "preference.loss"})
         return self
 
     @property
@@ -52,9 +53,10 @@ class Preference(Section):
         written = self.model_fields_set
         if task != "preference":
             if written:
-                raise ValueError(
-                    f"preference.{', preference.'.join(sorted(written))}: needs task: preference, "
-                    f"and task is {task}"
+                keys = [f"preference.{name}" for name in sorted(written)]
+                raise NoEffect(
+                    f"{', '.join(keys)}: needs task: preference, and task is {task}",
+                    dict.fromkeys(keys, "task"),
                 )
             return
         if format != "preference":

@@ -1,8 +1,8 @@
 """The recipe schema: every setting with its type, bounds, default and description.
 
-Settings are defined here and, for `task: preference`, in `preference.py`. The string under a field
-is its description: it is shown in `qlora recipe schema`, in error messages and in the documentation
-(`describe.py`). To add a setting, add a field here and the code that reads it.
+Settings are defined here, in `adapter.py` and, for `task: preference`, in `preference.py`. The
+string under a field is its description: it is shown in `qlora recipe schema`, in error messages and
+in the documentation (`describe.py`). To add a setting, add a field here and the code that reads it.
 
 `auto` means that the program chooses the value, prints the choice with its reason and stores both
 in `run.json` (`resolve.py`). Every setting either takes effect or is refused. A setting that has no
@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from qlora_cli.recipe.adapter import Adapter
 from qlora_cli.recipe.preference import Preference
-from qlora_cli.recipe.section import Section
+from qlora_cli.recipe.section import NoEffect, Section
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -71,44 +72,8 @@ class Base(Section):
     def _settings_match_bits(self) -> Base:
         for name, bits in (("quant_type", 4), ("double_quant", 4), ("outlier_threshold", 8)):
             if name in self.model_fields_set and self.bits != bits:
-                raise ValueError(f"{name} applies to bits: {bits} only, and bits is {self.bits}")
-        return self
-
-
-class Adapter(Section):
-    """What is trained."""
-
-    method: Literal["lora", "full"] = "lora"
-    """lora trains the adapter matrices A and B; full trains every weight of the base (full
-    fine-tuning) and is meant for comparison."""
-    rank: Annotated[int, Field(ge=1, le=65536)] = 16
-    """LoRA rank, the number of rows of A and columns of B; a higher rank trains more parameters and
-    needs more memory."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The adapter's output is multiplied by alpha / rank, or by alpha / sqrt(rank) with rslora;
-    change it together with rank to keep this factor."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Fraction of the adapter's inputs that is set to zero in training; raise it if the held-out
-    loss rises while the training loss falls."""
-    targets: Literal["all"] | list[str] = Field(default=["q", "v"])
-    """Linear layers that get an adapter: roles (q k v o gate up down, the same names for every
-    family), exact module paths, or `all`; more layers need more memory. Experts of a mixture get
-    adapters only if the list contains `experts`, as in [all, experts]."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Dtype of A and B; float16 halves the size of the adapter file and can overflow."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023), for high ranks."""
-    from_: Annotated[str | None, Field(alias="from")] = None
-    """Start from the adapter of this run, checkpoint or PEFT folder, which must have the same
-    targets, rank, alpha and dtype; null starts with B = 0."""
-
-    @model_validator(mode="after")
-    def _settings_match_method(self) -> Adapter:
-        lora_only = {name.rstrip("_") for name in self.model_fields_set - {"method"}}
-        if self.method == "full" and lora_only:
-            raise ValueError(f"{', '.join(sorted(lora_only))}: apply to method: lora only")
-        if not self.targets:
-            raise ValueError("targets is empty; nothing would be trained")
+                what = f"{name} applies to bits: {bits} only, and bits is {self.bits}"
+                raise NoEffect(what, {f"base.{name}": "base.bits"})
         return self
 
 
@@ -231,7 +196,10 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Train:
         if self.steps is not None and "epochs" in self.model_fields_set:
-            raise ValueError("steps and epochs are both set; leave one out")
+            raise NoEffect(
+                "steps and epochs are both set; leave one out",
+                {"train.epochs": "train.steps", "train.steps": "train.epochs"},
+            )
         return self
 
 
@@ -248,7 +216,8 @@ class Recipe(Section):
     answer; classification is refused, because this version does not implement it."""
     preference: Preference = Preference()
     output: str = "runs/{name}"
-    """Folder of the run; {name} is replaced by the name of the recipe file without its suffix."""
+    """Folder of the run or of the sweep; {name} is replaced by the name of the recipe file without
+    its suffix."""
 
     @model_validator(mode="before")
     @classmethod
@@ -265,9 +234,11 @@ class Recipe(Section):
         train = self.train
         for name in ("eval_every", "keep_best", "patience"):
             if name in train.model_fields_set and getattr(train, name) and self.data.eval is None:
-                raise ValueError(f"train.{name} needs held-out rows; set data.eval")
+                what = f"train.{name} needs held-out rows; set data.eval"
+                raise NoEffect(what, {f"train.{name}": "data.eval"})
         if train.patience is not None and train.eval_every is None:
-            raise ValueError("train.patience needs evaluations in training; set train.eval_every")
+            what = "train.patience needs evaluations in training; set train.eval_every"
+            raise NoEffect(what, {"train.patience": "train.eval_every"})
         return self
 
     @model_validator(mode="after")

@@ -22,6 +22,9 @@ _NEVER_NULL = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_b
 EVAL_LOSS = "eval_loss"
 """The key that only the line of an evaluation has."""
 
+_NO_METRICS = ("step", "seconds")
+"""Keys of an evaluation's line that measure no quality; nor do those of the number of targets."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -60,10 +63,29 @@ def read_steps(file: Path) -> list[dict[str, Any]]:
     return [line for _, line in _read(file) if not is_evaluation(line)]
 
 
+def mean_last_loss(file: Path, steps: int) -> float:
+    """Return the mean loss of the last `steps` optimizer steps; there is at least one."""
+    losses: list[float] = [line["loss"] for line in read_steps(file)[-steps:]]
+    return sum(losses) / len(losses)
+
+
 def read_evaluations(file: Path) -> list[Evaluation]:
     """Return the evaluations in the order in which they were done, without damaged lines."""
     lines = [line for _, line in _read(file) if is_evaluation(line)]
     return [Evaluation(int(line["step"]), float(line[EVAL_LOSS])) for line in lines]
+
+
+def evaluation_metrics(file: Path, step: int) -> dict[str, float]:
+    """Return the held-out loss after `step` and the task's other metrics, by their names.
+
+    Empty if there is no evaluation of this step.
+    """
+    lines = (line for _, line in _read(file) if is_evaluation(line) and line["step"] == step)
+    return {
+        name: float(value)
+        for name, value in next(lines, {}).items()
+        if name == EVAL_LOSS or not (name.startswith("eval_") or name in _NO_METRICS)
+    }
 
 
 def best_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation | None:

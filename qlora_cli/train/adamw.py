@@ -27,17 +27,21 @@ class AdamW(torch.optim.Optimizer):
     Each value of a parameter needs 8 bytes of state, and 4 more for its master copy if the
     parameter is 16 bit.
 
-    `grad_factor` of a parameter group multiplies its gradients. 16-bit gradients are multiplied in
+    `lr_factor` of a parameter group multiplies its learning rate; checkpoints of older versions
+    have none. `grad_factor` of a group multiplies its gradients. 16-bit gradients are multiplied in
     float32, so that unscaling them does not underflow.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], weight_decay: float
+    ) -> None:
+        """parameters: parameters, or groups of them."""
         super().__init__(parameters, {"lr": 0.0, "weight_decay": weight_decay, "grad_factor": 1.0})
 
     def apply(self, factor: float, lr: float) -> None:
         """Update every parameter with its gradient times `factor` at learning rate `lr`."""
         for group in self.param_groups:
-            group["lr"], group["grad_factor"] = lr, factor
+            group["lr"], group["grad_factor"] = lr * group.get("lr_factor", 1.0), factor
         # Temporary tensors of the update; `_create_state` puts the states under "optimizer".
         with scope("temporary"):
             self.step()

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_cli.memory.scopes import host_memory, scope
 from qlora_cli.train.adamw import BETAS, EPSILON
@@ -24,23 +24,26 @@ class BitsAndBytesAdamW:
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        groups: Iterable[dict[str, Any]],
         weight_decay: float,
         *,
         variant: Literal["AdamW", "AdamW8bit"],
         paged: bool = False,
     ) -> None:
-        """variant: class of `bitsandbytes.optim`. paged: use its paged version, on a GPU only."""
+        """groups: of parameters. variant: class of `bitsandbytes.optim`.
+
+        paged: use its paged version, on a GPU only.
+        """
         from bitsandbytes import optim
 
-        parameters = list(parameters)
-        is_planned = any(parameter.is_meta for parameter in parameters)
+        groups = list(groups)
+        is_planned = any(p.is_meta for group in groups for p in group["params"])
         # Tensors on meta cannot be paged; the version without paging has the same states.
         name = f"Paged{variant}" if paged and not is_planned else variant
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             self._optimizer: torch.optim.Optimizer = getattr(optim, name)(
-                parameters, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay
+                groups, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay
             )
         if paged and is_planned:
             self._optimizer.get_state_buffer = _planned_state
@@ -57,7 +60,7 @@ class BitsAndBytesAdamW:
             parameters = (p for group in groups for p in group["params"])
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
         for group in groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         # bitsandbytes allocates its states within the first step and names no category for them.
         with scope("optimizer"):
             self._optimizer.step()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +34,8 @@ class TrainingOptimizer(Protocol):
     def apply(self, factor: float, lr: float) -> None:
         """Update every parameter with its gradient times `factor` at learning rate `lr`.
 
-        factor: removes the loss scale and clips the gradient norm.
+        The learning rate is multiplied by the group's `lr_factor`. factor: removes the loss scale
+        and clips the gradient norm.
         """
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -50,12 +52,13 @@ class TrainingOptimizer(Protocol):
 class OptimizerEntry:
     """How an optimizer is created, and what it can do.
 
-    create: called with the trained parameters and the weight decay. is_paged: its states are in
+    create: called with the groups of trained parameters and the weight decay. A group has the keys
+    `params` and `lr_factor`, by which its learning rate is multiplied. is_paged: its states are in
     CUDA managed memory, so it needs a GPU. has_master_weights: it keeps a float32 copy of each
     16-bit parameter.
     """
 
-    create: Callable[[list[nn.Parameter], float], TrainingOptimizer]
+    create: Callable[[list[dict[str, Any]], float], TrainingOptimizer]
     is_paged: bool = False
     has_master_weights: bool = False
 
@@ -73,10 +76,18 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
 """`train.optimizer` -> how it is created."""
 
 
+_NO_FACTORS: Mapping[nn.Parameter, float] = MappingProxyType({})
+
+
 def make_optimizer(
-    train: Train, parameters: Iterable[nn.Parameter], device: torch.device
+    train: Train,
+    parameters: Iterable[nn.Parameter],
+    device: torch.device,
+    lr_factors: Mapping[nn.Parameter, float] = _NO_FACTORS,
 ) -> TrainingOptimizer:
     """Create the optimizer of a recipe for `parameters`, which are on `device`.
+
+    lr_factors: factor of the learning rate of each parameter whose factor is not 1.
 
     Raises RecipeError if the optimizer needs a GPU and `device` is a CPU, or if a parameter is 16
     bit and the optimizer keeps no float32 copy of it.
@@ -106,4 +117,9 @@ def make_optimizer(
                 )
             ],
         )
-    return entry.create(parameters, train.weight_decay)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(lr_factors.get(parameter, 1.0), []).append(parameter)
+    # A job without factors has one group, as its checkpoints of older versions have.
+    grouped: list[dict[str, Any]] = [{"params": p, "lr_factor": f} for f, p in groups.items()]
+    return entry.create(grouped, train.weight_decay)

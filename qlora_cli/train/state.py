@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from qlora_cli.adapters.registry import method_of
 from qlora_cli.files.dtype import torch_dtype
 from qlora_cli.memory.tracker import StorageTracker
 from qlora_cli.models.build import ModelRequest, build
@@ -17,6 +19,9 @@ from qlora_cli.tasks.registry import task_of
 from qlora_cli.tasks.task import Task
 from qlora_cli.train.loss_scale import LossScale
 from qlora_cli.train.optimizer import TrainingOptimizer, make_optimizer
+
+BuildModel = Callable[[ModelRequest], LoadedModel]
+"""Builds the requested model, as `models.build.build` does."""
 
 
 @dataclass
@@ -37,21 +42,23 @@ class State:
     step: int = 0
 
 
-def build_state(request: ModelRequest) -> State:
+def build_state(request: ModelRequest, build_model: BuildModel = build) -> State:
     """Build the requested model and its optimizer: the state before the first step.
 
-    The recipe's task selects the model class. Raises ModelError if the base does not fit its
+    The recipe's task selects the model class. build_model: builds the model; the default loads the
+    base. Raises ModelError if the base does not fit its
     config, RecipeError if the task is not implemented or the device lacks something that the recipe
     requires.
     """
     recipe, device = request.recipe, request.device
     task = task_of(recipe)
-    loaded = build(replace(request, model_class=task.model_class))
+    loaded = build_model(replace(request, model_class=task.model_class))
     for path in task.trained_head:
         loaded.model.get_submodule(path).requires_grad_(True)
     loaded.model.train()
     trainable = loaded.trainable()
-    optimizer = make_optimizer(recipe.train, trainable.values(), device)
+    factors = method_of(recipe.adapter).lr_factors(loaded.model)
+    optimizer = make_optimizer(recipe.train, trainable.values(), device, factors)
     half = {torch.float16} & {loaded.weight_format.compute, torch_dtype(recipe.adapter.dtype)}
     return State(recipe, task, loaded, trainable, optimizer, LossScale(needed=bool(half)), device)
 

@@ -30,7 +30,7 @@ def bar_figure(bars: Mapping[str, Mapping[str, int]]) -> Figure:
 
     bars: name -> bytes by category.
     """
-    figure = _figure(height=1.1 + 0.55 * len(bars))
+    figure = new_figure(height=1.1 + 0.55 * len(bars))
     _draw_bars(figure.subplots(), bars)
     _legend(figure, _categories_of(bars))
     return figure
@@ -41,7 +41,7 @@ def step_figure(trace: PhaseTrace, planned_bytes: int) -> Figure:
 
     planned_bytes: the planned peak of the job, drawn as a line; 0 for none.
     """
-    figure = _figure(height=4.0)
+    figure = new_figure(height=4.0)
     timelines.draw_step(figure.subplots(), trace, planned_bytes)
     _legend(figure, timelines.categories_of([trace]))
     return figure
@@ -49,7 +49,7 @@ def step_figure(trace: PhaseTrace, planned_bytes: int) -> Figure:
 
 def run_figure(result: ReportResult) -> Figure:
     """Draw memory over the run. `result.timeline` must have at least one trace."""
-    figure = _figure(height=4.0)
+    figure = new_figure(height=4.0)
     _draw_run(figure.subplots(), result)
     _legend(figure, timelines.categories_of(result.timeline))
     return figure
@@ -62,7 +62,7 @@ def overview_figure(result: ReportResult) -> Figure:
     """
     step = timelines.peak_step(result.timeline)
     heights = [1.5, *([3.2] if step else []), *([3.2] if result.timeline else [])]
-    figure = _figure(height=sum(heights) + 1.2)
+    figure = new_figure(height=sum(heights) + 1.2)
     panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     bars = memory.peak_by_method(result.ledger)
     _title(panels[0], memory_facts.saving(result.ledger))
@@ -88,10 +88,10 @@ def metric_figure(
 
     metrics, evaluations: lines of metrics.jsonl. key: the metric. label: of the vertical axis.
     """
-    figure = _figure(height=2.6)
+    figure = new_figure(height=2.6)
     axes = figure.subplots()
     curves.draw_metric(axes, metrics, key, label, evaluations)
-    _hide_frame(axes)
+    hide_frame(axes)
     return figure
 
 
@@ -145,7 +145,7 @@ def _draw_bars(axes: Axes, bars: Mapping[str, Mapping[str, int]]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, max(*ends, 1) * 1.15)  # Leaves space for the totals at the ends of the bars.
     axes.xaxis.set_visible(False)
-    _hide_frame(axes)
+    hide_frame(axes)
     axes.spines["bottom"].set_visible(False)
 
 
@@ -177,12 +177,14 @@ def _title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=10.5, fontweight="bold", pad=16)
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """Return an empty figure of the common width. height: in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(8.0, height), layout="constrained")
 
 
-def _hide_frame(axes: Axes) -> None:
+def hide_frame(axes: Axes) -> None:
+    """Leave the left and the lower line of the frame only."""
     for position, spine in axes.spines.items():
         spine.set_visible(position in ("left", "bottom"))

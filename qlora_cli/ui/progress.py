@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from qlora_cli.events import Observer, StepEvent
+from qlora_cli.events import StepEvent, SweepObserver
 from qlora_cli.units import format_bytes, format_duration
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -19,7 +19,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextmanager
-def watching(console: Console) -> Iterator[Observer]:
+def watching(console: Console) -> Iterator[SweepObserver]:
     """Yield an observer that shows on `console` the events of the job inside the block."""
     if not console.is_terminal:
         yield PlainLines(console)
@@ -56,6 +56,18 @@ class LiveLine:
             console=console,
         )
         self._task: TaskID | None = None
+        self._sweep: TaskID | None = None
+        self._sweep_start = time.monotonic()
+
+    def begin_run(self, number: int, total: int, name: str) -> None:
+        """Set the bar of a sweep to the runs that are done; it stays above the line of the run."""
+        if self._sweep is None:
+            self._sweep = self.progress.add_task("sweep", total=total, details="")
+            self._sweep_start = time.monotonic()
+        seconds, done = time.monotonic() - self._sweep_start, number - 1
+        left = f" | {format_duration(seconds / done * (total - done))} left" if done else ""
+        details = f"{name}{left}"
+        self.progress.update(self._sweep, completed=done, total=total, details=details)
 
     def note(self, text: str) -> None:
         """Print `text` above the line."""
@@ -97,6 +109,10 @@ class PlainLines:
     def note(self, text: str) -> None:
         """Print `text`."""
         self._print(text)
+
+    def begin_run(self, number: int, total: int, name: str) -> None:
+        """Print the name and the number of a run of a sweep."""
+        self._print(f"run {number:,} of {total:,}: {name}")
 
     def stage(self, name: str, total: int) -> None:
         """Print the name of the new stage and its number of units."""

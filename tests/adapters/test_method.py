@@ -19,24 +19,24 @@ from qlora_cli.adapters.targets import adapted_roles
 from qlora_cli.nn.lora_matmul import AdaptedLinear, LoraMatmul
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
-from qlora_cli.recipe import schema
+from qlora_cli.recipe.adapter import Adapter
 from tests.helpers.runs import CPU, build_base, logits, make_base, make_recipe, make_rows
 
 IDS = torch.arange(5, 29)[None]
 
 
 def test_every_method_of_the_recipe_is_registered() -> None:
-    names = get_args(schema.Adapter.model_fields["method"].annotation)
+    names = get_args(Adapter.model_fields["method"].annotation)
     assert set(registry.METHODS) == set(names)
     for name in names:
-        assert registry.method_of(schema.Adapter(method=name)).name == name
+        assert registry.method_of(Adapter(method=name)).name == name
 
 
 def test_a_method_has_the_settings_of_the_recipe() -> None:
-    section = schema.Adapter(rank=3, alpha=5.0, dropout=0.1, targets=["q"], dtype="float16")
+    section = Adapter(rank=3, alpha=5.0, dropout=0.1, targets=["q"], dtype="float16")
     settings = LoraSettings(3, 5.0, 0.1, torch.float16, False)
     assert registry.method_of(section) == LoraMethod(["q"], settings)
-    assert registry.method_of(schema.Adapter(method="full")) == FullFineTuning()
+    assert registry.method_of(Adapter(method="full")) == FullFineTuning()
 
 
 class ShiftLinear(AdaptedLinear):
@@ -74,6 +74,9 @@ class ShiftMethod:
 
     def trained_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
         return (layer.shift for layer in self._layers(model))
+
+    def lr_factors(self, model: nn.Module) -> dict[nn.Parameter, float]:
+        return {}
 
     @staticmethod
     def _layers(model: nn.Module) -> list[ShiftLinear]:

@@ -82,6 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
         "base": {"compute_dtype": "float16"},
         "adapter": {"dropout": 0.2, "dtype": "float16"},
     },
+    "lora+": {"adapter": {"dropout": 0.2, "lr_ratio": 8.0}},
     "gpt2, without packing": {"family": "gpt2", "data": {"packing": False}},
     "full": {"base": {"bits": 16}, "adapter": {"method": "full"}},
 }

@@ -1,0 +1,53 @@
+"""The recipe's section `adapter`: what is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qlora_cli.recipe.section import NoEffect, Section
+
+
+class Adapter(Section):
+    """What is trained."""
+
+    method: Literal["lora", "full"] = "lora"
+    """lora trains the adapter matrices A and B; full trains every weight of the base (full
+    fine-tuning) and is meant for comparison."""
+    rank: Annotated[int, Field(ge=1, le=65536)] = 16
+    """LoRA rank, the number of rows of A and columns of B; a higher rank trains more parameters and
+    needs more memory."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The adapter's output is multiplied by alpha / rank, or by alpha / sqrt(rank) with rslora;
+    change it together with rank to keep this factor."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Fraction of the adapter's inputs that is set to zero in training; raise it if the held-out
+    loss rises while the training loss falls."""
+    targets: Literal["all"] | list[str] = Field(default=["q", "v"])
+    """Linear layers that get an adapter: roles (q k v o gate up down, the same names for every
+    family), exact module paths, or `all`; more layers need more memory. Experts of a mixture get
+    adapters only if the list contains `experts`, as in [all, experts]."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Dtype of A and B; float16 halves the size of the adapter file and can overflow."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023), for high ranks."""
+    from_: Annotated[str | None, Field(alias="from")] = None
+    """Start from the adapter of this run, checkpoint or PEFT folder, which must have the same
+    targets, rank, alpha and dtype; null starts with B = 0."""
+
+    lr_ratio: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Learning rate of B divided by that of A, which is `train.lr` (LoRA+, Hayou 2024); the paper
+    uses 16 with a lower `train.lr`."""
+
+    @model_validator(mode="after")
+    def _settings_match_method(self) -> Adapter:
+        lora_only = sorted(name.rstrip("_") for name in self.model_fields_set - {"method"})
+        if self.method == "full" and lora_only:
+            raise NoEffect(
+                f"{', '.join(lora_only)}: apply to method: lora only",
+                {f"adapter.{name}": "adapter.method" for name in lora_only},
+            )
+        if not self.targets:
+            raise ValueError("targets is empty; nothing would be trained")
+        return self
