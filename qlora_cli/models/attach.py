@@ -33,6 +33,7 @@ from qlora_cli.adapters.targets import EXPERTS
 from qlora_cli.errors import ModelError
 from qlora_cli.models import convert
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.tying import share_modules
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
 
@@ -156,6 +157,7 @@ def set_adapter_layers(loaded: LoadedModel, layers: Mapping[str, LoraModule]) ->
     for site in (*loaded.sites, *loaded.stacks):
         new = layers.get(site.path, base_at(loaded, site.path))
         convert.replace_module(loaded.model, site.path, new)
+    share_modules(loaded.model, loaded.family.shared)
 
 
 def base_at(loaded: LoadedModel, path: str) -> Any:

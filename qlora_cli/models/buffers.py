@@ -8,7 +8,7 @@ of them sets is reported, and nothing is guessed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -42,7 +42,7 @@ def created_buffers(model: Any) -> dict[str, Tensor | None]:
         return {}
     with torch.device("cpu"):
         initialized = _without_values(model, {})
-        _initialize(initialized, initialized)
+        _initialize(initialized, initialized, {path for path, _ in wanted}, "")
         return {
             f"{path}.{name}": buffer
             if not _is_unset(buffer := initialized.get_submodule(path)._buffers[name])
@@ -75,11 +75,16 @@ def _without_values(module: nn.Module, done: dict[int, nn.Module]) -> Any:
     return changed
 
 
-def _initialize(module: nn.Module, owner: Any) -> None:
-    """Let transformers initialize a module and its parts. owner: the model that it belongs to."""
+def _initialize(module: nn.Module, owner: Any, wanted: Collection[str], path: str) -> None:
+    """Let transformers initialize the modules at the paths `wanted` and those around them.
+
+    owner: the model that the module at `path` belongs to.
+    """
     owner = module if hasattr(module, "_init_weights") else owner
-    for child in module.children():
-        _initialize(child, owner)
+    for name, child in module.named_children():
+        inside = f"{path}.{name}" if path else name
+        if any(f"{one}.".startswith(f"{inside}.") for one in wanted):
+            _initialize(child, owner, wanted, inside)
     # A part of a module that another package has replaced, or that is on meta, may be read.
     errors = (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError)
     with suppress(*errors), torch.no_grad():

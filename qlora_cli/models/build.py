@@ -35,8 +35,17 @@ from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.registry import known_family, unsupported
-from qlora_cli.models.sites import experts_paths, find_sites, find_stacks, mlp_paths, norm_paths
-from qlora_cli.nn import attention, stacked_experts
+from qlora_cli.models.sites import (
+    experts_paths,
+    find_sites,
+    find_stacks,
+    mixer_paths,
+    mlp_paths,
+    norm_paths,
+)
+from qlora_cli.models.tying import share_modules
+from qlora_cli.nn import attention
+from qlora_cli.nn.by_row import restart_positions, run_by_row
 from qlora_cli.nn.embedding import has_own_memory
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
@@ -127,8 +136,10 @@ def skeleton(
         text_config_of(model).pad_token_id = None
     family = family or derive_family(model)
     remove_other_parts(model, family.others)
-    if family.experts:
-        model.set_experts_implementation(stacked_experts.NAME)
+    for path in mixer_paths(model, family):
+        run_by_row(model.get_submodule(path))
+    for path in family.counting_tables:
+        restart_positions(model.get_submodule(path))
     return model, family
 
 
@@ -213,6 +224,7 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
         return method.wrap(linear, {role: site.rows[role] for role in roles}) if roles else linear
 
     convert.replace_linears(model, loaded.sites, weight_format, wrap)
+    share_modules(model, family.shared)
     convert.replace_experts(model, family, experts_paths(model, family), weight_format)
     for stack in loaded.stacks:
         if stack.path in loaded.adapted:
@@ -224,6 +236,7 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
     if has_own_memory(device) and not is_tied(loaded):
         convert.move_embedding_to_host(model, family.token_embedding, device)
     convert.replace_norms(model, norm_paths(model, family))
+    share_modules(model, family.shared)
     if family.mlp is not None:
         activation = getattr(loaded.config, family.mlp.activation)
         paths = mlp_paths(model, family, family.mlp)

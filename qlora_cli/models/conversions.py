@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,21 @@ Stacks = Mapping[str, tuple[StackPart, ...]]
 """Name of a stacked parameter (E, out, in) -> its parts in a checkpoint."""
 
 
-def parameter_names(model: Any, stacks: Stacks, others: Sequence[str] = ()) -> Callable[[str], str]:
+RowParts = Mapping[str, tuple[str, ...]]
+"""Name of a parameter -> the tensors of a checkpoint that are its rows, in order."""
+_NUM_CODES = 12
+"""Divisible by the number of parts of a parameter."""
+
+
+def parameter_names(
+    model: Any, stacks: Stacks, row_parts: RowParts, others: Sequence[str] = ()
+) -> Callable[[str], str]:
     """Return the function from the name of a tensor in a checkpoint to its parameter's name.
 
-    model: transformers' model. stacks: its stacked parameters, whose parts keep their names. The
-    others: paths of modules whose tensors are not loaded: they keep the names of the file inside
-    such a path. The function raises ModelError for another tensor that transformers splits or
-    merges.
+    model: transformers' model. stacks, row_parts: its parameters that a checkpoint stores in parts,
+    which keep their names. others: paths of modules whose tensors are not loaded: they keep the
+    names of the file inside such a path. The function raises ModelError for another tensor that
+    transformers splits or merges.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -35,6 +43,7 @@ def parameter_names(model: Any, stacks: Stacks, others: Sequence[str] = ()) -> C
     names = dict.fromkeys(model.state_dict(), True)
     parts = {part.name for found in stacks.values() for part in found}
     inside = tuple(f"{path}." for path in others)
+    parts |= {name for found in row_parts.values() for name in found}
 
     def rename(name: str) -> str:
         if name in parts:
@@ -44,6 +53,9 @@ def parameter_names(model: Any, stacks: Stacks, others: Sequence[str] = ()) -> C
         )
         if others and renamed.startswith(inside):
             return renamed if converter is None else f"{others[0]}.{name}"
+        if renamed not in names and name in names:
+            # A pattern for tensors of blocks can match others, which transformers then keeps.
+            return name
         if converter is not None and renamed not in names:
             raise unsupported(
                 model.config, f"transformers merges or splits {name} when it loads it"
@@ -79,6 +91,30 @@ def stacked_parts(model: Any, parameters: Mapping[str, Tensor]) -> Stacks:
     return {
         name: tuple(sorted(parts, key=lambda part: (part.expert, part.start)))
         for name, parts in stacks.items()
+    }
+
+
+def parts_of_rows(model: Any, parameters: Iterable[str]) -> RowParts:
+    """Return the parts in a checkpoint of parameters that transformers concatenates.
+
+    parameters: names, such as those of the weights of convolutions. A parameter that a checkpoint
+    stores whole is left out. Raises ModelError for parts that are not consecutive rows.
+    """
+    marked = {
+        name: torch.arange(_NUM_CODES, device="cpu")[:, None, None] + index * _NUM_CODES
+        for index, name in enumerate(parameters)
+    }
+    names = list(marked)
+    found: dict[str, dict[int, str]] = {}
+    for file_name, part in revert_weight_conversion(model, dict(marked)).items():
+        index, first = divmod(int(part.flatten()[0]), _NUM_CODES)
+        if not torch.equal(part, marked[names[index]][first : first + len(part)]):
+            raise unsupported(model.config, f"{file_name} is not a part of a parameter's rows")
+        found.setdefault(names[index], {})[first] = file_name
+    return {
+        name: tuple(parts[first] for first in sorted(parts))
+        for name, parts in found.items()
+        if len(parts) > 1
     }
 
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
 from qlora_cli.models.family import Family
+from qlora_cli.models.tables import norm_of_table
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.experts import Experts
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
@@ -52,10 +53,14 @@ def replace_embeddings(model: nn.Module, family: Family, weight_format: WeightFo
     for path in family.embeddings:
         old: Any = model.get_submodule(path)
         scale = family.embedding_scale if path == family.token_embedding else 1.0
-        if scale == 1.0:
+        norm = norm_of_table(old) if path == family.token_embedding else None
+        if scale == 1.0 and norm is None:
             check_embedding(old, path)
         weight = old.weight.detach().to(weight_format.storage)
-        replace_module(model, path, FrozenEmbedding(weight, weight_format.compute, scale))
+        table = FrozenEmbedding(weight, weight_format.compute, scale)
+        if norm is not None:
+            table.set_norm(norm, old.get_submodule(norm))
+        replace_module(model, path, table)
 
 
 def replace_experts(

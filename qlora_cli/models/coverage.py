@@ -36,6 +36,7 @@ _EMBEDDING = {
     "norm_type": _ANY,
     "scale_grad_by_freq": False,
     "sparse": False,
+    "embed_scale": 1.0,
 }
 _LINEAR = {"in_features": _ANY, "out_features": _ANY, "nx": _ANY, "nf": _ANY}
 _NORM = {"variance_epsilon": _ANY}
@@ -100,9 +101,19 @@ def _computes_linear(module: nn.Module) -> bool:
 
 
 def check_embedding(module: nn.Module, path: str) -> None:
-    """Raise ModelError unless `module` is a plain nn.Embedding."""
+    """Raise ModelError unless `module` is a plain nn.Embedding, or one with a factor of 1."""
     _check(module, path, _EMBEDDING, parameters={"weight"})
-    _check_forward(module, path, (nn.Embedding.forward,))
+    if getattr(module, "embed_scale", None) is None or not _computes_rows(module):
+        _check_forward(module, path, (nn.Embedding.forward,))
+
+
+def _computes_rows(module: nn.Module) -> bool:
+    """Return whether a subclass of nn.Embedding returns rows of its weight, on a small weight."""
+    toy = copy.copy(module)
+    weight = _values(4, 3)
+    toy.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+    with torch.no_grad():
+        return torch.equal(toy(torch.tensor([2, 1], device="cpu")), weight[[2, 1]])
 
 
 def check_norm(module: nn.Module, path: str) -> None:

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_cli.files.composed import text_config_of
 from qlora_cli.models.buffers import created_buffers, persistent_buffers
 from qlora_cli.models.composed import language_model_path, modules_inside, other_parts
-from qlora_cli.models.conversions import Stacks, parameter_names, stacked_parts
+from qlora_cli.models.conversions import Stacks, parameter_names, parts_of_rows, stacked_parts
 from qlora_cli.models.derive_blocks import (
     has_experts,
     is_linear,
@@ -29,11 +30,16 @@ from qlora_cli.models.derive_blocks import (
     modules_of,
     norms_of,
     read_directly,
+    structure_of,
 )
 from qlora_cli.models.family import Family
-from qlora_cli.models.head import measured_transform
+from qlora_cli.models.head import measured_head
+from qlora_cli.models.mixers import mixers_of, position_tables
+from qlora_cli.models.probe import Probe, probe, takes_positions
 from qlora_cli.models.registry import unsupported
 from qlora_cli.models.tables import is_plain_table, measured_scale
+from qlora_cli.models.tying import share_modules, shared_modules, tied_names
+from qlora_cli.nn import attention, stacked_experts
 
 _DROPOUT = re.compile(r"dropout|drop_rate|layerdrop|_pdrop|_drop$|jitter_noise$")
 
@@ -44,18 +50,26 @@ def derive_family(model: Any) -> Family:
     Raises ModelError, with the reason, for a model that a `Family` cannot describe.
     """
     config = text_config_of(model)
-    backbone = language_model_path(model)
-    if not backbone or backbone not in dict(model.named_modules()):
-        raise unsupported(config, f"it has no module {backbone!r} for its hidden states")
+    backbone = _backbone_path(model)
+    _check_causal(model, model.get_submodule(backbone))
     blocks = _blocks_path(model, backbone)
     found = list(model.get_submodule(blocks))
     experts, stacks = _experts(model, blocks, found)
-    _check_tensors(model, found, blocks)
     head = _head_path(model)
     others = other_parts(model, backbone, head)
+    tied = tied_names(model, head, others)
+    shared = shared_modules(model, tied)
+    tied = {name: other for name, other in tied.items() if name.rpartition(".")[0] not in shared}
+    share_modules(model, shared)
+    row_parts = parts_of_rows(model, list(_convolutions(model, blocks)))
+    is_inside = others and hasattr(model, model.base_model_prefix)
+    head_code = measured_head(model, model.base_model_prefix if is_inside else backbone, head)
     embeddings = tuple(_embedding_paths(model, blocks, others))
-    unquantized = tuple(dict.fromkeys(read_directly(found)))
-    can_set_attention = _can_set_attention(model, backbone)
+    if experts:
+        model.set_experts_implementation(stacked_experts.NAME)
+    own_attention, probed = _attention(model, backbone, blocks)
+    unquantized = tuple(dict.fromkeys((*read_directly(found), *probed.idle)))
+    has_positions = takes_positions(model.get_submodule(backbone))
     return Family(
         name=model.config.model_type,
         model_types=(model.config.model_type,),
@@ -72,12 +86,21 @@ def derive_family(model: Any) -> Family:
         final_norm=_final_norm(model, backbone, blocks),
         dropouts=tuple(dropout_keys(config)),
         ignored=(".rotary_emb.inv_freq",),
-        rename=parameter_names(model, stacks, others),
+        rename=parameter_names(model, stacks, row_parts, others),
+        row_parts=row_parts,
         experts=experts,
+        kept_stacks=tuple(dict.fromkeys(_kept_stacks(found))),
         stacks=stacks,
-        logits=measured_transform(model, model.base_model_prefix, head),
-        own_attention=not can_set_attention,
-        packs=can_set_attention and not _has_recurrence(config, found),
+        logits=head_code.transform,
+        has_head_input=head_code.has_own_input,
+        first_position=_first_position(model, embeddings),
+        tied=tied,
+        shared=shared,
+        own_attention=own_attention,
+        packs=not probed.adds_tokens,
+        mixers=tuple(mixers_of(found, own_attention)),
+        takes_positions=has_positions,
+        counting_tables=() if has_positions else tuple(_counting_tables(model, backbone, found)),
         merged_attention=_merged_attention(model, backbone),
         others=others,
         other_modules=modules_inside(model, others),
@@ -93,6 +116,13 @@ def _experts(model: Any, blocks: str, found: Sequence[nn.Module]) -> tuple[tuple
         if parameter.dim() == 3 and _is_in(name, blocks, tuple(paths))
     }
     return tuple(paths), stacked_parts(model, stacks)
+
+
+def _convolutions(model: Any, blocks: str) -> Iterator[str]:
+    """Yield the names of the weights of convolutions in the blocks."""
+    for path, module in model.get_submodule(blocks).named_modules(prefix=blocks):
+        if isinstance(module, nn.Conv1d):
+            yield f"{path}.weight"
 
 
 def _is_in(name: str, blocks: str, paths: Sequence[str]) -> bool:
@@ -118,28 +148,16 @@ def _has_linears(module: nn.Module) -> bool:
     return any(is_linear(child) for child in module.modules())
 
 
-def structure_of(block: nn.Module) -> set[tuple[str, str]]:
-    """Return (path, class and shapes) of every module with tensors in a block."""
-    return {
-        (path, f"{type(child).__name__}{[tuple(p.shape) for p in child.parameters(recurse=False)]}")
-        for path, child in block.named_modules()
-    }
+def _kept_stacks(found: Sequence[nn.Module]) -> Iterator[str]:
+    """Yield the paths, within a block, of large weights with more dimensions than a matrix.
 
-
-def _check_tensors(model: Any, found: Sequence[nn.Module], blocks: str) -> None:
-    """Raise ModelError for weights with more dimensions than a matrix.
-
-    A matrix that is not a linear, such as a router, stays as it is.
+    They stay as they are, as does a matrix that is not a linear, such as a router.
     """
     for path, module in modules_of(found):
         for name, parameter in module.named_parameters(recurse=False):
             is_known = isinstance(module, nn.Conv1d) or has_experts(module)
-            if parameter.dim() > 2 and not is_known:
-                raise unsupported(
-                    model.config,
-                    f"{blocks}.*.{path}.{name} of {type(module).__name__} has "
-                    f"{parameter.dim()} dimensions and is not a linear",
-                )
+            if sum(size > 1 for size in parameter.shape) > 2 and not is_known:
+                yield f"{path}.{name}"
 
 
 def _buffers(model: Any, others: Sequence[str]) -> Mapping[str, Tensor | None]:
@@ -157,13 +175,45 @@ def _buffers(model: Any, others: Sequence[str]) -> Mapping[str, Tensor | None]:
     return buffers
 
 
-def _has_recurrence(config: Any, blocks: Sequence[nn.Module]) -> bool:
-    """Return whether something other than attention mixes the tokens of a sequence."""
-    has_module = any(
-        isinstance(module, nn.Conv1d) or hasattr(module, "A_log")
-        for _, module in modules_of(blocks)
-    )
-    return has_module or "linear_attention" in (getattr(config, "layer_types", None) or ())
+def _backbone_path(model: Any) -> str:
+    """Return the path of the module that computes the hidden states."""
+    name = language_model_path(model)
+    if name and name in dict(model.named_modules()):
+        return name
+    parts = ((path, module) for path, module in model.named_children() if _has_blocks(module))
+    path: str | None = next((path for path, _ in parts), None)
+    if path is None:
+        raise unsupported(model.config, f"it has no module {name!r} for its hidden states")
+    return path
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.ModuleList) for part in module.modules())
+
+
+def _attention(model: Any, backbone: str, blocks: str) -> tuple[bool, Probe]:
+    """Return whether the model needs transformers' attention with a mask, and what a probe found.
+
+    It then gets transformers' attention.
+    """
+    if not _can_set_attention(model, backbone):
+        return True, probe(model, backbone, blocks, has_mask=True) or Probe()
+    found = probe(model, backbone, blocks, has_mask=False)
+    if found is not None:
+        return False, found
+    model.set_attn_implementation("eager")
+    found = probe(model, backbone, blocks, has_mask=True)
+    if found is None:
+        # The attention is not the cause. The laws find what is.
+        model.set_attn_implementation(attention.NAME)
+        return False, Probe()
+    return True, found
+
+
+def _counting_tables(model: Any, backbone: str, found: Sequence[nn.Module]) -> Iterator[str]:
+    """Yield the paths of position tables to which no positions can be passed."""
+    for path in position_tables(model.get_submodule(backbone), found):
+        yield f"{backbone}.{path}"
 
 
 def _can_set_attention(model: Any, backbone: str) -> bool:
@@ -199,6 +249,29 @@ def _embedding_paths(model: Any, blocks: str, others: Sequence[str]) -> Iterator
         is_other = module is not tokens and not path.startswith(outside)
         if isinstance(module, nn.Embedding) and is_other and is_plain_table(module, path):
             yield path
+
+
+def _first_position(model: Any, embeddings: Sequence[str]) -> int:
+    """Return the position of the first token: the one after padding in a table that has one.
+
+    embeddings: path of the token table, then those of other tables.
+    """
+    tables = [model.get_submodule(path) for path in embeddings[1:] if "position" in path]
+    return max(
+        (table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0
+    )
+
+
+def _check_causal(model: Any, backbone: nn.Module) -> None:
+    """Raise ModelError for a causal language model whose tokens attend to later ones."""
+    can_be_encoder = "config.is_decoder" in inspect.getsource(type(backbone))
+    is_encoder = can_be_encoder and not text_config_of(model).is_decoder
+    if is_encoder and type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise unsupported(
+            model.config,
+            "its config.json has no is_decoder: true, so each token attends to those after it; "
+            "to train it as a causal language model, write is_decoder: true there",
+        )
 
 
 def _final_norm(model: Any, backbone: str, blocks: str) -> str | None:

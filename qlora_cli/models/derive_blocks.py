@@ -75,6 +75,14 @@ def modules_of(blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         yield from block.named_modules()
 
 
+def structure_of(block: nn.Module) -> set[tuple[str, str]]:
+    """Return (path, class and shapes) of every module with tensors in a block."""
+    return {
+        (path, f"{type(child).__name__}{[tuple(p.shape) for p in child.parameters(recurse=False)]}")
+        for path, child in block.named_modules()
+    }
+
+
 def linears_of(
     config: Any, blocks: Sequence[nn.Module], unquantized: Sequence[str]
 ) -> Iterator[LinearSpec]:
@@ -122,6 +130,8 @@ def _role(path: str) -> str:
     """Return the role of the linear at `path` within a block."""
     parent, _, name = path.rpartition(".")
     if name in _OUTPUTS:
+        if parent.endswith("intermediate"):
+            return "up"
         return "o" if "att" in parent.lower() else "down"
     return ROLES.get(name, name)
 
@@ -144,7 +154,7 @@ def _activation_key(config: Any, module: nn.Module, projections: Projections) ->
         if isinstance(name, str) and name in ACTIVATIONS:
             try:
                 check_mlp(module, "mlp", projections, ACTIVATIONS[name])
-            except ModelError:
+            except Exception:  # Code of any model class runs here.
                 return None
             return str(key)
     return None

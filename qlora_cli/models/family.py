@@ -61,16 +61,26 @@ class Family:
     model does with the head's output. embedding_scale: factor of the rows of the token table.
 
     The rest is for derived families. unquantized: linears of a block that stay in 16 bit, because
-    the model's code reads their weights directly. blocks_differ: a block may lack some of the
-    linears, norms and MLPs. rename: from the name of a tensor in a checkpoint to that of its
-    parameter; None if only the backbone's prefix may be missing. experts: modules of a block with
+    the model's code reads their weights directly or does not use them. blocks_differ: a block may
+    lack some of the linears, norms and MLPs. rename: from the name of a tensor in a checkpoint to
+    that of its parameter; None if only the backbone's prefix may be missing. experts: modules of a
+    block with
     the stacked weights of experts. stacks: parts, in a checkpoint, of the stacked parameters that
     it does not store whole. own_attention: the model's class
     computes attention itself, and not through transformers' interface. packs: rows that share a
     sequence do not affect each other; otherwise each row is a forward pass of its own.
     merged_attention: the attention of transformers that computes the same model. others: paths of
     the other parts of a composed model, which are not loaded and which a merge copies.
-    other_modules: paths of all modules in these parts.
+    other_modules: paths of all modules in these parts. has_head_input: the model computes more
+    between the backbone and the head, with code of its own.
+    first_position: position of the first token of a row. tied: name of a parameter that a
+    checkpoint may omit -> the parameter that it is, apart from a tied head's weight. shared: path
+    of a module that a block shares with an earlier one -> path there. mixers: modules of a block
+    that mix tokens, and not through transformers' interface; they compute one row at a time.
+    takes_positions: the backbone accepts positions. counting_tables: else, position tables that
+    count the tokens. kept_stacks: weights of a block with more dimensions than a matrix, which stay
+    in 16 bit. row_parts: name of a parameter -> the tensors of a checkpoint that are its rows, in
+    order.
     """
 
     name: str
@@ -97,6 +107,15 @@ class Family:
     merged_attention: Literal["sdpa", "eager"] = "sdpa"
     others: tuple[str, ...] = ()
     other_modules: tuple[str, ...] = ()
+    has_head_input: bool = False
+    first_position: int = 0
+    tied: Mapping[str, str] = field(default_factory=dict)
+    mixers: tuple[str, ...] = ()
+    takes_positions: bool = True
+    counting_tables: tuple[str, ...] = ()
+    kept_stacks: tuple[str, ...] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)
+    row_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def token_embedding(self) -> str:

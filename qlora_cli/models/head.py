@@ -1,18 +1,24 @@
-"""Measures what a model's own forward method does with the output of its head.
+"""Measures what a model's own forward method does before and after its head, a linear.
 
-The method runs once with a stub in place of the backbone, which returns chosen hidden states, and
-with an identity as the head. So the logits are a function of the chosen values, and the package's
-`LogitTransform` is read off: the slope at 0 is the scale, and the limit is the soft cap.
+After the head: the method runs once with a stub in place of the backbone, which returns chosen
+hidden states, and with an identity as the head. So the logits are a function of the chosen values,
+and the package's `LogitTransform` is read off: the slope at 0 is the scale, and the limit is the
+soft cap.
+
+Before the head: some models compute more there, such as BERT a linear, an activation and a norm.
+`head_input` runs this code of theirs, for the loss.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.files.composed import text_config_of
 from qlora_cli.models.registry import unsupported
 from qlora_cli.nn.logits import LogitTransform
 
@@ -47,11 +53,39 @@ class _StubBackbone(nn.Module):
         return self if isinstance(value, nn.Module) else value
 
 
-def measured_transform(model: Any, backbone: str, head: str) -> LogitTransform:
-    """Return what the forward method of `model` does with the output of its head.
+class _StubHead(nn.Module):
+    """Stores its input in `seen`, and returns `output`, or the input if that is None.
+
+    weight: some models read its dtype.
+    """
+
+    def __init__(self, weight: Tensor, output: Tensor | None = None) -> None:
+        super().__init__()
+        self.__dict__.update(weight=weight, output=output, seen=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.__dict__["seen"] = x
+        output: Tensor | None = self.__dict__["output"]
+        return x if output is None else output
+
+
+@dataclass(frozen=True)
+class HeadCode:
+    """The code around a head.
+
+    transform: what follows the head. has_own_input: the head's input is not the backbone's output,
+    but what `head_input` returns.
+    """
+
+    transform: LogitTransform
+    has_own_input: bool
+
+
+def measured_head(model: Any, backbone: str, head: str) -> HeadCode:
+    """Return what the forward method of `model` does before and after its head.
 
     model: on meta. backbone, head: paths of these modules. Raises ModelError if the method computes
-    something else than a scale and a soft cap.
+    something else than a scale and a soft cap after the head.
     """
     samples = [
         _TINY,
@@ -59,25 +93,45 @@ def measured_transform(model: Any, backbone: str, head: str) -> LogitTransform:
         *(sign * 2.0**exponent for exponent in range(-3, 8) for sign in (1, -1)),
     ]
     z = torch.tensor(samples, device="cpu")[None, :, None].expand(1, -1, _WIDTH).contiguous()
-    identity = nn.Linear(_WIDTH, _WIDTH, bias=False, device="cpu")
-    identity.weight = nn.Parameter(torch.eye(_WIDTH, device="cpu"), requires_grad=False)
-    stub = _StubBackbone(model.get_submodule(backbone), z)
-    stubbed = _with_module(_with_module(model, backbone, stub), head, identity)
-    ids = torch.zeros(1, len(samples), dtype=torch.long, device="cpu")
-    try:
-        with torch.no_grad():
-            logits: Tensor = stubbed(input_ids=ids, use_cache=False).logits
-        found = _fit(logits.float(), z)
-    except Exception as error:  # Code of any model class runs here.
-        fault = str(error).strip().splitlines() or [type(error).__name__]
-        raise unsupported(
-            model.config, f"the code around its head cannot be examined: {fault[0]}"
-        ) from error
-    if found is None:
+    width = text_config_of(model).hidden_size
+    on_meta = torch.empty(1, len(samples), width, dtype=model.dtype, device="meta")
+    fault: Exception | None = None
+    for hidden, stub in ((z, _StubHead(z)), (on_meta, _StubHead(on_meta, z))):
+        try:
+            with torch.no_grad():
+                logits = _stubbed(model, backbone, head, hidden, stub).logits
+            transform = _fit(logits.float(), z)
+        except Exception as error:  # Code of any model class runs here.
+            fault = fault or error
+            continue
+        if transform is not None:
+            return HeadCode(transform, has_own_input=hidden is on_meta)
+    if fault is None:
         raise unsupported(
             model.config, "its logits are not the head's output times a scale, with a soft cap"
         )
-    return found
+    text = str(fault).strip().splitlines() or [type(fault).__name__]
+    reason = f"the code around its head cannot be examined: {text[0]}"
+    raise unsupported(model.config, reason) from fault
+
+
+def head_input(model: Any, backbone: str, head: str, hidden: Tensor) -> Tensor:
+    """Return what the code of `model` computes before its head, of shape (tokens, head's width).
+
+    hidden: the backbone's output (tokens, d). backbone, head: paths of these modules.
+    """
+    stub = _StubHead(hidden)
+    _stubbed(model, backbone, head, hidden[None], stub)
+    seen: Tensor = stub.__dict__["seen"]
+    return seen.squeeze(0)
+
+
+def _stubbed(model: Any, backbone: str, head: str, hidden: Tensor, stub: _StubHead) -> Any:
+    """Run the forward method of `model` on hidden states (1, n, d), with a stub as its head."""
+    stub_backbone = _StubBackbone(model.get_submodule(backbone), hidden)
+    stubbed = _with_module(_with_module(model, backbone, stub_backbone), head, stub)
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    return stubbed(input_ids=ids, use_cache=False)
 
 
 def _fit(logits: Tensor, z: Tensor) -> LogitTransform | None:

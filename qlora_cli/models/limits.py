@@ -23,10 +23,14 @@ def limits_of(config: Any, model_class: Any) -> tuple[str, ...]:
 def _limits(config: Any, model_class: Any) -> Iterator[str]:
     model, family = skeleton(config, torch.float32, model_class)
     if not family.packs:
-        cause = "its attention" if family.own_attention else "a part of its blocks"
         yield (
-            f"model type {family.name} runs one row at a time, because {cause} cannot separate "
-            "rows that share a sequence; packing changes the order of rows, but saves no time"
+            f"model type {family.name} runs one row at a time, because it adds tokens to its "
+            "input; packing changes the order of rows, but saves no time"
+        )
+    elif family.mixers:
+        yield (
+            f"the rows of a packed sequence run one at a time in {', '.join(family.mixers)} of "
+            "each block that has it, and together in all other parts"
         )
     if family.experts:
         number = _num_parameters(model, family.experts)
@@ -39,7 +43,14 @@ def _limits(config: Any, model_class: Any) -> Iterator[str]:
         yield (
             f"{number:,} parameters ({', '.join(family.unquantized)} of each block) stay in 16 bit "
             f"without an adapter, because the code of model type {family.name} reads these weights "
-            "directly"
+            "directly, or they have no effect that could be trained"
+        )
+    if family.kept_stacks:
+        endings = tuple(f".{name}" for name in family.kept_stacks)
+        names = [(n, p) for n, p in model.named_parameters() if n.endswith(endings)]
+        yield (
+            f"{sum(p.numel() for _, p in names):,} parameters ({', '.join(family.kept_stacks)} of "
+            "each block) are no matrices, and stay in 16 bit without an adapter"
         )
 
 

@@ -44,4 +44,4 @@ class LoadedModel:
 
 def is_tied(loaded: LoadedModel) -> bool:
     """Return whether the token embedding and the head are one parameter."""
-    return bool(getattr(loaded.config, "tie_word_embeddings", False))
+    return f"{loaded.family.head}.weight" in loaded.model.all_tied_weights_keys

@@ -15,14 +15,16 @@ from qlora_cli.nn.site import Site
 def find_sites(model: nn.Module, family: Family, config: Any) -> list[Site]:
     """Return every linear of every block that the family describes, in the model's order.
 
-    Raises ModelError if a block lacks one of the linears, unless the family's blocks differ.
+    A linear that several blocks share is returned once. Raises ModelError if a block lacks one of
+    the linears, unless the family's blocks differ.
     """
     blocks: Any = model.get_submodule(family.blocks)
-    return [
+    sites = [
         _site(block, f"{family.blocks}.{index}", spec, config)
         for index, block in enumerate(blocks)
         for spec in _linears_of(block, family)
     ]
+    return [site for site in sites if site.path not in family.shared]
 
 
 def _linears_of(block: nn.Module, family: Family) -> list[LinearSpec]:
@@ -42,6 +44,11 @@ def norm_paths(model: nn.Module, family: Family) -> list[str]:
 def experts_paths(model: nn.Module, family: Family) -> list[str]:
     """Return the paths of the modules with experts."""
     return [path for name in family.experts for path in _in_blocks(model, family, name)]
+
+
+def mixer_paths(model: nn.Module, family: Family) -> list[str]:
+    """Return the paths of the modules that compute one row at a time."""
+    return [path for name in family.mixers for path in _in_blocks(model, family, name)]
 
 
 def find_stacks(model: nn.Module, family: Family) -> list[Site]:

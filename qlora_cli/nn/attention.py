@@ -31,7 +31,7 @@ from transformers import AttentionInterface
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import ModelError
 from qlora_cli.nn.plain_attention import PlainSettings, plain_attention
-from qlora_cli.nn.spans import Kernel, Spans, current_spans
+from qlora_cli.nn.spans import Kernel, Spans, current_spans, first_visible_key
 
 NAME = "qlora"
 """Name under which transformers finds this attention (`attn_implementation`)."""
@@ -79,6 +79,13 @@ def attend(
     """
     refuse_arguments(module, {"attention_mask": attention_mask, "dropout": dropout or None}, others)
     spans = current_spans()
+    if spans is not None and query.shape[2] != key.shape[2]:
+        raise _refusal(module, "keys that are not those of its tokens")
+    if (size := _chunk_size(module)) is not None:
+        first = first_visible_key(query.shape[2], key.shape[2], size)
+        key, value = key[:, :, first:], value[:, :, first:]
+        if query.shape[2] == key.shape[2]:
+            spans = (spans or Spans((query.shape[2],), "cpu")).in_chunks(size, query.device)
     kernel: Kernel = "cpu" if spans is None else spans.kernel
     if softcap is not None or s_aux is not None or _needs_plain_operations(query, value, kernel):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -89,6 +96,15 @@ def attend(
         return _attend_flash(query, key, value, scaling, sliding_window, spans), None
     attend_row = partial(_attend_row, scaling=scaling, window=sliding_window, kernel=kernel)
     return _attend_rows(attend_row, query, key, value, spans), None
+
+
+def _chunk_size(module: nn.Module) -> int | None:
+    """Return the size of the chunks of a row that attend to themselves only (Llama 4), or None."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or index is None or kinds[index] != "chunked_attention":
+        return None
+    return int(config.attention_chunk_size)  # type: ignore[union-attr]
 
 
 def _needs_plain_operations(query: Tensor, value: Tensor, kernel: Kernel) -> bool:
@@ -132,13 +148,17 @@ def refuse_arguments(
     if not is_causal:
         names.append("is_causal=False")
     if names:
-        raise ModelError(
-            f"{type(module).__name__} calls the attention with {', '.join(sorted(names))}, "
-            "which this package does not support",
-            where="model.name",
-            hint="handle the argument in qlora_cli/nn/attention.py, with a test against "
-            "transformers' eager attention",
-        )
+        raise _refusal(module, ", ".join(sorted(names)))
+
+
+def _refusal(module: nn.Module, what: str) -> ModelError:
+    return ModelError(
+        f"{type(module).__name__} calls the attention with {what}, which this package does not "
+        "support",
+        where="model.name",
+        hint="handle it in qlora_cli/nn/attention.py, with a test against transformers' eager "
+        "attention",
+    )
 
 
 def _supports_flash(query: Tensor, value: Tensor) -> bool:

@@ -25,10 +25,18 @@ class FrozenEmbedding(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.compute = compute
         self.scale = scale
+        self.norm: str | None = None
+        """Name of a part that the rows pass through."""
+
+    def set_norm(self, name: str, norm: nn.Module) -> None:
+        """Let the rows pass through `norm`, which becomes the part `name`."""
+        self.norm = name
+        self.add_module(name, norm)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids (...,) int64 to rows (..., hidden) in the compute dtype."""
-        return _scaled(functional.embedding(ids, self.weight).to(self.compute), self.scale)
+        rows = _scaled(functional.embedding(ids, self.weight).to(self.compute), self.scale)
+        return _normed(self, self.norm, rows)
 
 
 class HostEmbedding(nn.Module):
@@ -45,6 +53,9 @@ class HostEmbedding(nn.Module):
         self.weight = table.weight.detach()
         self.compute = table.compute
         self.scale = table.scale
+        self.norm = table.norm
+        if table.norm is not None:
+            self.add_module(table.norm, table.get_submodule(table.norm))
         self.device = device
 
     def put(self, weight: Tensor) -> None:
@@ -59,7 +70,8 @@ class HostEmbedding(nn.Module):
         """
         with host_memory():
             rows = self._gather(ids.to(self.weight.device))
-        return _scaled(upload(rows, self.device).to(self.compute), self.scale)
+        rows = _scaled(upload(rows, self.device).to(self.compute), self.scale)
+        return _normed(self, self.norm, rows)
 
     def _gather(self, ids: Tensor) -> Tensor:
         """Return the rows in pinned memory, which a GPU copies asynchronously."""
@@ -76,6 +88,14 @@ class HostEmbedding(nn.Module):
 def _scaled(rows: Tensor, scale: float) -> Tensor:
     """Multiply rows that were looked up by `scale`, in place."""
     return rows if scale == 1.0 else rows.mul_(scale)
+
+
+def _normed(table: nn.Module, name: str | None, rows: Tensor) -> Tensor:
+    """Return the rows after the part `name` of the table, if there is one."""
+    if name is None:
+        return rows
+    out: Tensor = table.get_submodule(name)(rows)
+    return out
 
 
 def has_own_memory(device: torch.device) -> bool:

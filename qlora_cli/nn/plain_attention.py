@@ -22,6 +22,8 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 2**21
 """Scores of one chunk: 8 MiB in float32."""
+_CHUNKS_ON_META = 3
+"""The last chunk, which may have fewer queries, the largest one and another."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,16 @@ def _grouped(tensor: Tensor, key: Tensor) -> Tensor:
 
 
 def _chunks(query: Tensor, key: Tensor, settings: PlainSettings) -> Iterator[_Chunk]:
-    """Yield chunks of queries. The last query is at the position of the last key."""
+    """Yield chunks of queries, the last ones first. The last query is at the last key's position.
+
+    Earlier queries attend to fewer keys, so the memory of the first chunks suffices for the others:
+    on meta, where only memory matters, the others are left out.
+    """
     num_queries, num_keys = query.shape[2], key.shape[2]
     offset = num_keys - num_queries
     size = max(1, CHUNK_ELEMENTS // (query.shape[0] * query.shape[1] * num_keys))
-    for start in range(0, num_queries, size):
+    starts = range(0, num_queries, size)[::-1]
+    for start in starts[:_CHUNKS_ON_META] if query.is_meta else starts:
         stop = min(start + size, num_queries)
         first = 0
         if settings.window is not None:

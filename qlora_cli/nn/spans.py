@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qlora_cli.errors import ModelError
+
 Kernel = Literal["varlen", "efficient", "cpu"]
 """varlen: FlashAttention over all rows. efficient: SDPA's memory-efficient kernel, one call per
 row. cpu: SDPA's FlashAttention for CPUs, one call per row."""
@@ -45,6 +47,26 @@ class Spans:
         else:
             offsets = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
         return cls(lengths, kernel, offsets)
+
+    def in_chunks(self, size: int, device: torch.device) -> Spans:
+        """Return spans in which each chunk of `size` tokens of a row is a row of its own."""
+        starts = ((length, start) for length in self.lengths for start in range(0, length, size))
+        lengths = tuple(min(size, length - start) for length, start in starts)
+        return Spans.on(lengths, device, self.kernel)
+
+
+def first_visible_key(num_queries: int, num_keys: int, size: int) -> int:
+    """Return the first key of the chunk of the last tokens; 0 if no keys come from a cache.
+
+    size: of the chunks of a row, which attend to themselves only. Raises ModelError if tokens after
+    cached ones are in several chunks.
+    """
+    if num_queries == num_keys:
+        return 0
+    first = (num_keys - 1) // size * size
+    if num_keys - num_queries < first:
+        raise ModelError("several tokens after cached ones cross the limit of a chunk")
+    return first
 
 
 _CURRENT: ContextVar[Spans | None] = ContextVar("spans", default=None)

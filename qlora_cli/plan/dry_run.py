@@ -29,7 +29,8 @@ from qlora_cli.memory.ledger import FigureSource, MethodPeak, Phase, peak_phase
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.tracker import StorageTracker, track_gradients
 from qlora_cli.models.build import ModelRequest, skeleton
-from qlora_cli.models.derive import structure_of
+from qlora_cli.models.depth import num_blocks, set_num_blocks
+from qlora_cli.models.derive_blocks import structure_of
 from qlora_cli.models.family import Family
 from qlora_cli.models.registry import known_family
 from qlora_cli.nn.codebook import clear_scale_codebook
@@ -76,18 +77,18 @@ def _plan(job: _DryRun, config: Any) -> MemoryPlan:
             return replay(job.record(shorter, groups), groups.number)
         except NotAlike:
             pass
-    num_blocks = config.num_hidden_layers
-    return replay(job.record(config, BlockGroups(0, 1, num_blocks)), num_blocks)
+    number = num_blocks(config)
+    return replay(job.record(config, BlockGroups(0, 1, number)), number)
 
 
-def with_blocks(config: Any, num_blocks: int) -> Any:
-    """Return a copy of a transformers config with the first `num_blocks` blocks only."""
+def with_blocks(config: Any, number: int) -> Any:
+    """Return a copy of a transformers config with the first `number` blocks only."""
     shorter = deepcopy(config)
-    shorter.num_hidden_layers = num_blocks
+    set_num_blocks(shorter, number)
     for key, values in _per_layer(config).items():
-        setattr(shorter, key, values[:num_blocks])
+        setattr(shorter, key, values[:number])
     if overrides := _overrides(config):
-        shorter.per_layer_config = {i: v for i, v in overrides.items() if i < num_blocks}
+        shorter.per_layer_config = {i: v for i, v in overrides.items() if i < number}
     return shorter
 
 
@@ -102,7 +103,7 @@ def _settings_of_blocks(config: Any) -> list[str]:
     overrides, per_layer = _overrides(config), _per_layer(config).values()
     return [
         repr([*(values[index] for values in per_layer), overrides.get(index)])
-        for index in range(config.num_hidden_layers)
+        for index in range(num_blocks(config))
     ]
 
 
@@ -117,7 +118,7 @@ def _per_layer(config: Any) -> dict[str, Sequence[Any]]:
     return {
         key: value
         for key, value in config.to_dict().items()
-        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
+        if isinstance(value, list | tuple) and len(value) == num_blocks(config)
     }
 
 
@@ -178,7 +179,7 @@ class _DryRun:
             recording.release_cache()
             self._run_phases(state, tracker, recording)
         family = state.loaded.family
-        num_groups = BlockGroups(groups.first, groups.period, config.num_hidden_layers).number
+        num_groups = BlockGroups(groups.first, groups.period, num_blocks(config)).number
         num_tokens = max(batch.num_tokens for batch in self.step_batches)
         return RecordedJob(
             segments=recording.segments,

@@ -28,6 +28,7 @@ from qlora_cli.memory.ledger import Phase
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.scopes import host_memory, scope, unallocated
 from qlora_cli.models.build import skeleton, weight_format_of
+from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.streamed import StreamedPlacement
 from qlora_cli.models.sites import find_sites, find_stacks
@@ -52,7 +53,7 @@ def dry_run_merge(recipe: Recipe, config: Any, profile: DeviceProfile) -> Phase:
     """
     task, dtype = task_of(recipe), file_dtype(config)
     weight_format = weight_format_of(recipe, dtype)
-    shorter = with_blocks(config, max(min(2, config.num_hidden_layers), num_kinds_prefix(config)))
+    shorter = with_blocks(config, max(min(2, num_blocks(config)), num_kinds_prefix(config)))
     model, family = skeleton(shorter, weight_format.compute, task.model_class)
     sites = find_sites(model, family, shorter)
     memory_model = MemoryModel.of(profile)

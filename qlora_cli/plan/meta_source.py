@@ -20,12 +20,13 @@ class MetaSource:
 
     def __init__(self, model: Any, family: Family, dtype: torch.dtype) -> None:
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for name, parameter in model.named_parameters():
-            self._shapes |= _shapes_in_file(name, tuple(parameter.shape), family)
+        for name, parameter in model.named_parameters(remove_duplicate=not family.tied):
+            if name not in family.tied:
+                self._shapes |= _shapes_in_file(name, tuple(parameter.shape), family)
         for path, module in model.named_modules():
             for name in persistent_buffers(module):
                 self._shapes[f"{path}.{name}"] = tuple(module.get_buffer(name).shape)
-        if getattr(model.config, "tie_word_embeddings", False):
+        if f"{family.head}.weight" in model.all_tied_weights_keys:
             self._shapes.pop(f"{family.head}.weight", None)
         self._dtype = dtype
 
@@ -46,6 +47,9 @@ def _shapes_in_file(
     name: str, shape: tuple[int, ...], family: Family
 ) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of the tensors that a checkpoint stores for a parameter."""
+    if row_parts := family.row_parts.get(name):
+        sizes = [len(rows) for rows in torch.empty(shape[0], device="meta").chunk(len(row_parts))]
+        return {part: (size, *shape[1:]) for part, size in zip(row_parts, sizes, strict=True)}
     parts = family.stacks.get(name)
     if parts is None:
         return {name: shape}

@@ -20,7 +20,7 @@ from qlora_cli.memory.tracker import track_gradients
 from qlora_cli.models.composed import auto_class
 from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.plan.dry_run import dry_run
-from qlora_cli.proof.laws import stack_as_matrices, stack_delta
+from qlora_cli.proof.laws import paths_of_weight, stack_as_matrices, stack_delta
 from qlora_cli.proof.small_model import CPU, SmallModel
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run
@@ -82,8 +82,9 @@ def merge(small: SmallModel) -> float:
     for path, layer in adapted_layers(loaded.model):
         is_transposed = isinstance(small.reference.get_submodule(path), Conv1D)
         delta = layer.delta()
-        name = f"{path}.weight"
-        expected[name] = expected[name] + (delta.t() if is_transposed else delta)
+        for other in paths_of_weight(small, path):
+            name = f"{other}.weight"
+            expected[name] = expected[name] + (delta.t() if is_transposed else delta)
     for path, stack in adapted_stacks(loaded.model):
         expected[path] = expected[path] + stack_as_matrices(small, path, stack_delta(stack))
     return max(_difference(tensor, expected[name]) for name, tensor in merged.items())

@@ -198,24 +198,33 @@ def _composed(small: SmallModel, loaded: LoadedModel) -> Iterator[dict[str, Tens
     Yields path -> weight (out, in) with a gradient.
     """
     modules = {
-        path: small.reference.get_submodule(path) for path, _ in adapted_layers(loaded.model)
+        path: [small.reference.get_submodule(other) for other in paths_of_weight(small, path)]
+        for path, _ in adapted_layers(loaded.model)
     }
-    old = {path: module.weight for path, module in modules.items()}
+    old = {path: found[0].weight for path, found in modules.items()}
     weights: dict[str, Tensor] = {}
     for path, layer in adapted_layers(loaded.model):
-        module = modules[path]
-        turned = isinstance(module, Conv1D)
+        turned = isinstance(modules[path][0], Conv1D)
         plain = old[path].detach().t() if turned else old[path].detach()
         weight = (plain + layer.delta()).requires_grad_()
         weights[path] = weight
-        del module.weight
-        module.weight = weight.t() if turned else weight
+        for module in modules[path]:
+            del module.weight
+            module.weight = weight.t() if turned else weight
     try:
         yield weights
     finally:
-        for path, module in modules.items():
-            del module.weight
-            module.weight = old[path]
+        for path, found in modules.items():
+            for module in found:
+                del module.weight
+                module.weight = old[path]
+
+
+def paths_of_weight(small: SmallModel, path: str) -> list[str]:
+    """Return the paths of transformers' modules that share the weight of the module at `path`."""
+    weight = small.reference.get_submodule(path).weight
+    modules = small.reference.named_modules(remove_duplicate=False)
+    return [other for other, module in modules if getattr(module, "weight", None) is weight]
 
 
 @contextmanager

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_WIDTH = ("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "embedding_size", "lru_width")
+_VOCABULARY = (
+    *("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "shape_vocab_size"),
+    "pronunciation_vocab_size",
+)
+_WIDTH = (
+    *("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "embedding_size", "lru_width"),
+    *("embedding_dim",),
+)
 _INNER = (
     *("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff", "dim_ff"),
     *("decoder_ffn_dim", "dense_intermediate_size", "prefix_dense_intermediate_size"),
@@ -13,7 +20,7 @@ _INNER = (
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads")
 _POSITIONS = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length"),
-    *("max_target_positions", "n_ctx"),
+    *("max_target_positions", "n_ctx", "context_length"),
 )
 _HEAD_SIZE = ("head_dim", "swa_head_dim", "attention_head_dim", "d_head", "kv_channels")
 _EXPERTS = (
@@ -40,14 +47,14 @@ _WINDOW = (
 )
 
 SIZES: Mapping[str, int] = {
-    "vocab_size": 128,
-    "vocab_size_per_layer_input": 128,
+    **dict.fromkeys(_VOCABULARY, 128),
     **dict.fromkeys(_WIDTH, 64),
     **dict.fromkeys(_INNER, 96),
     "expansion_ratio": 2,
     **dict.fromkeys(_HEADS, 4),
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "linear_num_heads": 4,
     "num_heads": 4,
     "mamba_n_heads": 4,
     "mamba_num_heads": 4,
@@ -55,6 +62,7 @@ SIZES: Mapping[str, int] = {
     **dict.fromkeys(_HEAD_SIZE, 16),
     "qk_head_dim": 16,
     "v_head_dim": 12,
+    "linear_head_dim": 16,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     **dict.fromkeys(_POSITIONS, 64),
@@ -70,6 +78,10 @@ SIZES: Mapping[str, int] = {
     "time_step_rank": 4,
     "mamba_dt_rank": 4,
     "hidden_size_per_layer_input": 16,
+    "pronunciation_embed_dim": 16,
+    "shape_embed_dim": 16,
+    "adapter_rank": 8,
+    "zero_expert_num": 2,
     "first_k_dense_replace": 1,
 }
 """Key of a config -> its value in the small config, if the base's value is larger."""

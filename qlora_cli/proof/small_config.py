@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_cli.files.composed import WHOLE, is_composed, whole_config
+from qlora_cli.models.depth import LAYER_KEYS, layers_key
 from qlora_cli.models.registry import unsupported
 from qlora_cli.proof.sizes import ACTIVE_EXPERTS, SIZES
 from qlora_cli.proof.small_parts import small_whole
 
-_NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 _STATE_HEADS = {
@@ -32,7 +32,7 @@ _MIN_LAYERS = 2
 _MAX_LAYERS = 8
 _SOFT_CAP = re.compile("soft_?cap")
 _PERIOD = re.compile("(_period|_step|_interval|_pattern)$")
-_LAYER_NUMBERS = re.compile("(_idxs|_indices|_ids|_only_layers)$")
+_LAYER_NUMBERS = re.compile("(_idxs|_indices|_ids|_only_layers|^moe_layers)$")
 
 
 def small_config(config: Any) -> Any:
@@ -47,11 +47,14 @@ def small_config(config: Any) -> Any:
         raise unsupported(config, "its language model has several parts")
     changes: dict[str, Any] = {**_sizes(content), **_key_value_heads(content)}
     changes |= _state_heads(content, changes)
+    changes |= _wider_attention(content, changes)
     changes |= _layers(content, changes)
     changes |= {
         key: _SMALL_SOFT_CAP for key, value in content.items() if value and _SOFT_CAP.search(key)
     }
     changes |= {key: index for index, key in enumerate(_TOKENS) if content.get(key) is not None}
+    if rates := content.get("compress_rates"):
+        changes["compress_rates"] = {key: max(2, min(old // 2, 4)) for key, old in rates.items()}
     if isinstance(rope := content.get("rope_parameters"), Mapping):
         changes["rope_parameters"] = _rope(rope, content, changes)
     kept = {key: value for key, value in content.items() if key not in _NOT_ARGUMENTS}
@@ -82,7 +85,7 @@ _NOT_ARGUMENTS = ("model_type", "transformers_version", "architectures", "dtype"
 
 def _layers(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the number of layers and the settings per layer: one layer of each kind."""
-    key = next((key for key in _NUM_LAYERS if isinstance(content.get(key), int)), None)
+    key = layers_key(content)
     if key is None:
         return {}
     number = content[key]
@@ -102,7 +105,8 @@ def _layers(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     ]
     period = max((content[name] or 0 for name in content if _is_period(name, content)), default=0)
     kept = _kinds(kinds, number, min(max(period, _MIN_LAYERS), _MAX_LAYERS))
-    result: dict[str, Any] = {key: len(kept)}
+    kept = _with_shared(content, kept)
+    result: dict[str, Any] = {name: len(kept) for name in LAYER_KEYS if content.get(name) == number}
     result |= {
         name: [_small(name, value[i], changes) for i in kept] for name, value in per_layer.items()
     }
@@ -119,6 +123,16 @@ def _layers(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     if shared:
         result["num_kv_shared_layers"] = sum(index >= number - shared for index in kept)
     return result
+
+
+def _with_shared(content: Mapping[str, Any], kept: list[int]) -> list[int]:
+    """Return the numbers of the layers that are kept, with two of a kind that share weights.
+
+    Zamba names the first of these layers by its number, so all layers up to the second one stay.
+    """
+    kinds = content.get("layers_block_type") or []
+    hybrid = [index for index, kind in enumerate(kinds) if kind == "hybrid"]
+    return list(range(hybrid[1] + 1)) if len(hybrid) > 1 else kept
 
 
 def _is_layer_numbers(name: str, value: Any) -> bool:
@@ -172,6 +186,18 @@ def _key_value_heads(content: Mapping[str, Any]) -> dict[str, int]:
         elif key in content and heads is not None:
             changes[key] = 4
     return changes
+
+
+def _wider_attention(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, int]:
+    """Return the sizes of attention whose width is a multiple of the hidden size."""
+    width = content.get("attention_hidden_size")
+    if not width or "hidden_size" not in changes:
+        return {}
+    small = width * changes["hidden_size"] // content["hidden_size"]
+    result = {"attention_hidden_size": small}
+    if content.get("attention_head_dim"):
+        result["attention_head_dim"] = small // changes["num_attention_heads"]
+    return result
 
 
 def _state_heads(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The forward pass without the head, the head and the targets, shared by all tasks."""
+"""The forward pass up to the head, the head and the targets, shared by all tasks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qlora_cli.data.collate import Batch
 from qlora_cli.memory.scopes import scope
+from qlora_cli.models.head import head_input
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.embedding import HostEmbedding
 from qlora_cli.nn.labels import IGNORE_INDEX
@@ -17,7 +18,7 @@ from qlora_cli.nn.spans import Spans, use_spans
 
 
 def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Tensor:
-    """Return the last hidden state at every position of `batch`, of shape (tokens, d), on `device`.
+    """Return the input of the head at every position of `batch`, of shape (tokens, d), on `device`.
 
     batch: on the CPU. The rows of the batch do not attend to each other. A family that cannot
     separate rows in one sequence computes them one after the other.
@@ -28,26 +29,41 @@ def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Te
         ids = batch.input_ids.to(ids_device, non_blocking=True)
         if not loaded.family.packs:
             rows = [_row(loaded, row, device) for row in ids.split(batch.segments, dim=1)]
-            return rows[0] if len(rows) == 1 else torch.cat(rows)
+            return head_input_of(loaded, rows[0] if len(rows) == 1 else torch.cat(rows))
         backbone = loaded.model.get_submodule(loaded.family.backbone)
-        positions = batch.position_ids.to(device, non_blocking=True)
+        arguments = _mask(loaded, ids, device)
+        if loaded.family.takes_positions:
+            positions = batch.position_ids + loaded.family.first_position
+            arguments["position_ids"] = positions.to(device, non_blocking=True)
         with use_spans(Spans.on(batch.segments, device, loaded.kernel)):
-            output = backbone(input_ids=ids, position_ids=positions, use_cache=False)
-    hidden: Tensor = output.last_hidden_state
-    return hidden.squeeze(0)
+            hidden: Tensor = backbone(input_ids=ids, use_cache=False, **arguments)[0]
+        return head_input_of(loaded, hidden.squeeze(0))
 
 
 def _row(loaded: LoadedModel, ids: Tensor, device: torch.device) -> Tensor:
     """Return the last hidden states (tokens, d) of one row. ids: (1, tokens)."""
     backbone = loaded.model.get_submodule(loaded.family.backbone)
-    arguments: dict[str, Tensor] = {}
-    if loaded.family.own_attention:
-        # Without a mask some models search the positions for packed rows, which reads a value.
-        arguments["attention_mask"] = torch.ones(ids.shape, dtype=torch.long, device=device)
+    arguments = _mask(loaded, ids, device)
     spans = Spans.on((ids.shape[1],), device, loaded.kernel)
     with use_spans(spans):
         hidden: Tensor = backbone(input_ids=ids, use_cache=False, **arguments)[0]
     return hidden.squeeze(0)
+
+
+def _mask(loaded: LoadedModel, ids: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Return the mask for a model with attention of its own. ids: (1, tokens)."""
+    if not loaded.family.own_attention:
+        return {}
+    # Without a mask some models search the positions for packed rows, which reads a value.
+    return {"attention_mask": torch.ones(ids.shape, dtype=torch.long, device=device)}
+
+
+def head_input_of(loaded: LoadedModel, hidden: Tensor) -> Tensor:
+    """Return the input (tokens, d) of the head. hidden: the backbone's output (tokens, d)."""
+    family = loaded.family
+    if not family.has_head_input:
+        return hidden
+    return head_input(loaded.model, family.backbone, family.head, hidden)
 
 
 def head_of(loaded: LoadedModel) -> tuple[Tensor, Tensor | None, LogitTransform]:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora_cli.errors import ModelError
 from qlora_cli.models.build import skeleton
-from qlora_cli.models.head import measured_transform
+from qlora_cli.models.head import measured_head
 from qlora_cli.nn.logits import LogitTransform
 from qlora_cli.proof.small_config import small_config
 
@@ -55,7 +55,7 @@ class _Model(LlamaForCausalLM):
 
 def test_scale_and_cap_together() -> None:
     model = _Model(lambda z: 5 * torch.tanh(0.5 * z / 5))
-    assert measured_transform(model, "model", "lm_head") == LogitTransform(0.5, 5.0)
+    assert measured_head(model, "model", "lm_head").transform == LogitTransform(0.5, 5.0)
     assert isinstance(model.model, nn.Module), "the model itself is not changed"
 
 
@@ -71,7 +71,7 @@ def test_scale_and_cap_together() -> None:
 )
 def test_another_function_is_refused(change: Any) -> None:
     with pytest.raises(ModelError, match="times a scale, with a soft cap"):
-        measured_transform(_Model(change), "model", "lm_head")
+        measured_head(_Model(change), "model", "lm_head")
 
 
 def test_an_error_of_the_class_is_reported() -> None:
@@ -79,4 +79,4 @@ def test_an_error_of_the_class_is_reported() -> None:
         raise ValueError("no logits today")
 
     with pytest.raises(ModelError, match="cannot be examined: no logits today"):
-        measured_transform(_Model(fail), "model", "lm_head")
+        measured_head(_Model(fail), "model", "lm_head")

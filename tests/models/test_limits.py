@@ -16,16 +16,27 @@ from qlora_cli.proof.small_config import small_config
     [
         ("llama", []),
         ("olmo2", []),
-        ("bloom", ["one row at a time, because its attention cannot separate"]),
+        ("bloom", ["one at a time in self_attention of each block"]),
+        ("cpmant", ["runs one row at a time, because it adds tokens"]),
+        (
+            "llama4_text",
+            [
+                "feed_forward.router",
+                r"294,912 parameters \(feed_forward.experts.gate_up_proj, .* no ",
+            ],
+        ),
         ("mixtral", ["147,456 parameters of experts are packed like the linears"]),
         (
             "mamba2",
-            ["a part of its blocks cannot separate", r"16,384 parameters \(mixer.out_proj of each"],
+            ["one at a time in mixer of each block", r"16,384 parameters \(mixer.out_proj of each"],
         ),
     ],
 )
 def test_the_notes_name_each_limit(model_type: str, expected: list[str]) -> None:
-    """Two blocks with 4 experts of 3 x 64 x 96 values each, and with 64 x 128 in `out_proj`."""
+    """Two blocks with 4 experts of 3 x 64 x 96 values each, and with 64 x 128 in `out_proj`.
+
+    Llama 4 keeps four blocks, because every fourth one has no rotary positions.
+    """
     config = AutoConfig.for_model(model_type)
     found = limits_of(small_config(config), AutoModelForCausalLM)
     assert len(found) == len(expected)

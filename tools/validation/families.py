@@ -50,6 +50,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "logits_scaling": 8.0,
     },
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        }
+    },
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "xmod": {"default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
     "gemma4_text": {"num_kv_shared_layers": 18, "final_logit_softcapping": 30.0},
 }
@@ -57,11 +66,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 config lacks: multipliers, or a kind of layer."""
 
 
+def config_of(model_type: str) -> Any:
+    """Return the config that a type is proved with; that of a decoder if it can be one."""
+    config = language_config(AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {})))
+    if getattr(config, "is_decoder", True) is False:
+        config.is_decoder = True
+    return config
+
+
 def prove(model_type: str) -> dict[str, Any]:
     """Return the proof of one type as JSON; an error if its config or small model has one."""
-    settings = SETTINGS.get(model_type, {})
     try:
-        config = language_config(AutoConfig.for_model(model_type, **settings))
+        config = config_of(model_type)
         proof = proof_of(config, CAUSAL, Silent())
         found: dict[str, Any] = {"proof": proof.to_dict(), "model_type": proof.model_type}
         if proof.failed is not None:

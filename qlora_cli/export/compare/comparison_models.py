@@ -39,6 +39,7 @@ from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.placement.streamed import StreamedPlacement
 from qlora_cli.models.sites import experts_paths, find_stacks
+from qlora_cli.models.tying import share_modules
 from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
@@ -160,6 +161,7 @@ def trained_on_meta(
     stacks = find_stacks(model, family)
     loaded = LoadedModel(model, family, config, list(sites), {}, weight_format, kernel, stacks)
     convert.replace_linears(model, sites, weight_format)
+    share_modules(model, family.shared)
     convert.replace_experts(model, family, experts_paths(model, family), weight_format)
     convert.replace_embeddings(model, family, weight_format)
     convert.replace_head(model, family.head, weight_format)
@@ -218,7 +220,9 @@ def _comparison_model(
     loaded.model.requires_grad_(False)
     path = loaded.family.token_embedding if is_tied(loaded) else loaded.family.head
     bias = None
-    if (name := f"{loaded.family.head}.bias") in source.names():
+    name = f"{loaded.family.head}.bias"
+    name = name if name in source.names() else loaded.family.tied.get(name, name)
+    if name in source.names():
         bias = source.read(name).to(dtype)
     head = Head(source.entry(f"{path}.weight"), dtype, bias, loaded.family.logits)
     return ComparisonModel(task, loaded, head, device, is_resident)

@@ -26,6 +26,7 @@ from qlora_cli.data.encode import Example
 from qlora_cli.export.compare.comparison_models import ComparisonModel
 from qlora_cli.export.compare.logit_comparison import ComparedLogits
 from qlora_cli.nn.labels import IGNORE_INDEX
+from qlora_cli.tasks.backbone import head_input_of
 
 NUM_TOKENS = 64
 _PASSES = 3
@@ -84,7 +85,9 @@ def _generate(trained: ComparisonModel, prompt: Sequence[int], num: int) -> list
         ids = torch.tensor([inputs], device=trained.device)
         output = backbone(input_ids=ids, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        inputs = [_top1_token(trained, output.last_hidden_state[0, -1:])]
+        inputs = [
+            _top1_token(trained, head_input_of(trained.loaded, output.last_hidden_state[0, -1:]))
+        ]
         generated += inputs
     return generated
 

@@ -20,6 +20,7 @@ from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import module_scope, scope
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots, rebuild_buffers
+from qlora_cli.models.tying import share_tied
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class DevicePlacement:
             self.observer.advance(done)
         if is_tied(loaded):
             _tie_head(loaded, source)
+        share_tied(loaded.model, loaded.family.tied, source)
         rebuild_buffers(loaded, self.device)
 
 

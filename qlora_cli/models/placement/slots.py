@@ -16,10 +16,14 @@ from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import attribute, host_memory
 from qlora_cli.models.buffers import created_buffers, persistent_buffers
 from qlora_cli.models.model import LoadedModel, is_tied
+from qlora_cli.models.tying import with_names_in_file
 from qlora_cli.nn.embedding import HostEmbedding, upload
 from qlora_cli.nn.experts import Experts, StackPart
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
+
+_ANY = -1
+"""A number of rows that the shapes of other tensors decide."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def checked_slots(loaded: LoadedModel, source: TensorSource) -> dict[str, Tensor
     The tensor `<path>.weight` belongs to the module at `path`. Raises ModelError if the names or
     shapes of the source's tensors are different.
     """
-    slots = dict(_slots(loaded))
+    slots = with_names_in_file(dict(_slots(loaded)), loaded.family.tied, set(source.names()))
     _check_names(loaded, source.names(), slots)
     for name, slot in slots.items():
         _check_shape(name, source.shape(name), slot.file_shape)
@@ -89,6 +93,9 @@ def _slots(loaded: LoadedModel) -> Iterator[tuple[str, TensorSlot]]:
             for key, _ in module.named_parameters(recurse=False):
                 if parts := loaded.family.stacks.get(f"{path}.{key}"):
                     yield from _stack_slots(path, module, key, parts)
+                    continue
+                if row_parts := loaded.family.row_parts.get(f"{path}.{key}"):
+                    yield from _row_slots(path, module, key, row_parts)
                     continue
                 yield f"{path}.{key}", _parameter_slot(module, key, _category(loaded, path))
             for key in persistent_buffers(module):
@@ -146,6 +153,27 @@ def _stack_slots(
         yield part.name, TensorSlot(shape, put_part, dtype=old.dtype, module=path)
 
 
+def _row_slots(
+    path: str, module: nn.Module, key: str, parts: Sequence[str]
+) -> Iterator[tuple[str, TensorSlot]]:
+    """Yield the slots of the tensors that are a parameter's rows, in order. They are loaded so."""
+    old: nn.Parameter = getattr(module, key)
+    num_filled = 0
+
+    def put(tensor: Tensor) -> None:
+        nonlocal num_filled
+        if num_filled == 0:
+            whole = torch.empty(old.shape, dtype=old.dtype, device=tensor.device)
+            attribute([whole], "base")
+            setattr(module, key, nn.Parameter(whole, requires_grad=old.requires_grad))
+        rows = slice(num_filled, num_filled + len(tensor))
+        getattr(module, key).data[rows] = tensor
+        num_filled = 0 if rows.stop == len(old) else rows.stop
+
+    for part in parts:
+        yield part, TensorSlot((_ANY, *old.shape[1:]), put, dtype=old.dtype, module=path)
+
+
 def _parameter_slot(module: nn.Module, key: str, category: str) -> TensorSlot:
     old: nn.Parameter = getattr(module, key)
 
@@ -180,6 +208,7 @@ def _check_names(
     present = set(names)
     missing = sorted(set(slots) - present)
     allowed = {f"{loaded.family.head}.weight"} if is_tied(loaded) else set()
+    allowed |= {name for pair in loaded.family.tied.items() for name in pair}
     others = tuple(f"{path}." for path in loaded.family.others)
     kept = {name for name in present if others and name.startswith(others)}
     unexpected = sorted(present - set(slots) - allowed - kept)
@@ -197,7 +226,10 @@ def _check_names(
 
 
 def _check_shape(name: str, in_file: tuple[int, ...], in_model: tuple[int, ...]) -> None:
-    if tuple(in_file) != tuple(in_model):
+    wanted = tuple(in_model)
+    if wanted[:1] == (_ANY,):
+        in_file, wanted = tuple(in_file)[1:], wanted[1:]
+    if tuple(in_file) != wanted:
         raise ModelError(
             f"{name} is {tuple(in_file)} in the checkpoint and {tuple(in_model)} by its config",
             where="model.name",

@@ -81,7 +81,7 @@ def _reader(loaded: LoadedModel, path: str) -> str:
         return path
     index, _, within = path.removeprefix(f"{family.blocks}.").partition(".")
     has_own = isinstance(module, QuantLinear | LoraLinear | nn.Linear | Conv1D)
-    has_own = has_own or within in family.experts
+    has_own = has_own or within in family.experts or path in family.shared.values()
     return path if has_own and within not in family.unquantized else f"{family.blocks}.{index}"
 
 
