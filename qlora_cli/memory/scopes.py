@@ -22,6 +22,7 @@ class ActiveTracker(Protocol):
     """The part of a storage tracker that the annotations change."""
 
     category: str
+    work_factor: float
     location: Location
     counts_host_memory: bool
     listener: MemoryListener
@@ -87,6 +88,23 @@ def module_scope(path: str) -> Iterator[None]:
         yield
     finally:
         listener.enter_module("")
+
+
+@contextlib.contextmanager
+def represents(number: float) -> Iterator[None]:
+    """Count the work inside the block `number` times.
+
+    A dry run runs some parts of a loop for all, if the others need no more memory.
+    """
+    if not _active:
+        yield
+        return
+    tracker = _active[-1]
+    outer, tracker.work_factor = tracker.work_factor, number
+    try:
+        yield
+    finally:
+        tracker.work_factor = outer
 
 
 @contextlib.contextmanager

@@ -90,6 +90,7 @@ class StorageTracker(TorchDispatchMode):
         self._keys = itertools.count()
         self._threads_with_workspace: set[str] = set()
         self._part_of_step = "forward"
+        self.work_factor = 1.0
 
     def __enter__(self) -> StorageTracker:
         activate(self)
@@ -141,7 +142,7 @@ class StorageTracker(TorchDispatchMode):
         if self._device_type == "meta" and self.location == "device":
             work = work_of(func, args, kwargs, output)
             if work is not None:
-                self.listener.work(work)
+                self.listener.work(work.times(self.work_factor))
         rule = self._rules.temporaries.get(name)
         if rule is not None and self.location == "device":
             self._allocate_temporaries(rule(args, kwargs, output))

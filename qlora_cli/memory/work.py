@@ -29,6 +29,12 @@ class Work(NamedTuple):
     flops: int
     num_bytes: int
 
+    def times(self, factor: float) -> Work:
+        """Return the work of `factor` such operations as one."""
+        if factor == 1.0:
+            return self
+        return Work(self.kind, int(self.flops * factor), int(self.num_bytes * factor))
+
 
 def work_of(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any

@@ -9,6 +9,7 @@ Shapes: x (n, in), y (n, out), A (E, rank, in), B (E, out, rank), x A^T (n, rank
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -16,7 +17,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.memory.scopes import represents
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
+
+_EXPERTS_ON_META = 2
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class StackLora:
         counts: number of rows of each expert; an expert without rows gets zeros.
         """
         grad_a, grad_b = torch.zeros_like(self.a), torch.zeros_like(self.b)
-        for expert, rows in _rows(counts):
+        for expert, rows in _rows(counts, x.is_meta):
             grad_a[expert] = grad_xa[rows].t() @ x[rows]
             grad_b[expert] = (grad[rows].t() @ xa[rows]).mul_(self.scaling)
         return grad_a, grad_b
@@ -87,7 +91,7 @@ class ExpertStack(nn.ModuleList):
         """Return (x W^T + b, x A^T). bias: (E, out). The second is None without an adapter."""
         y = x.new_empty(x.shape[0], self.out_features)
         xa = None if lora is None else x.new_empty(x.shape[0], lora.a.shape[1])
-        for expert, rows in _rows(counts):
+        for expert, rows in _rows(counts, x.is_meta):
             torch.mm(x[rows], self.weight(expert).t(), out=y[rows])
             if bias is not None:
                 y[rows] += bias[expert].to(x.dtype)
@@ -103,7 +107,7 @@ class ExpertStack(nn.ModuleList):
         """Return the gradients of x and of x A^T. grad: gradient of y (n, out)."""
         grad_x = grad.new_empty(grad.shape[0], self.in_features)
         grad_xa = None if lora is None else grad.new_empty(grad.shape[0], lora.a.shape[1])
-        for expert, rows in _rows(counts):
+        for expert, rows in _rows(counts, grad.is_meta):
             torch.mm(grad[rows], self.weight(expert), out=grad_x[rows])
             if lora is not None and grad_xa is not None:
                 torch.mm(grad[rows], lora.b[expert].to(grad.dtype), out=grad_xa[rows])
@@ -125,10 +129,14 @@ class AdaptedStack(nn.Module):
         raise NotImplementedError
 
 
-def _rows(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield (expert, its rows) of each expert that has rows."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
+def _rows(counts: Sequence[int], is_meta: bool) -> Iterator[tuple[int, slice]]:
+    """Yield (expert, its rows) of each expert that has rows.
+
+    Experts run one after the other and need the same memory: on meta two represent all.
+    """
+    ends = itertools.accumulate(counts)
+    rows = enumerate(zip(counts, ends, strict=True))
+    found = [(expert, slice(end - count, end)) for expert, (count, end) in rows if count]
+    run = found[:_EXPERTS_ON_META] if is_meta else found
+    with represents(len(found) / len(run) if run else 1.0):
+        yield from run

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_cli.memory.scopes import represents
+
 CHUNK_ELEMENTS = 2**21
 """Scores of one chunk: 8 MiB in float32."""
 _CHUNKS_ON_META = 3
@@ -170,7 +172,8 @@ def _chunks(query: Tensor, key: Tensor, settings: PlainSettings) -> Iterator[_Ch
     offset = num_keys - num_queries
     size = max(1, CHUNK_ELEMENTS // (query.shape[0] * query.shape[1] * num_keys))
     starts = range(0, num_queries, size)[::-1]
-    for start in starts[:_CHUNKS_ON_META] if query.is_meta else starts:
+    run = starts[:_CHUNKS_ON_META] if query.is_meta else starts
+    for start in run:
         stop = min(start + size, num_queries)
         first = 0
         if settings.window is not None:
@@ -180,4 +183,11 @@ def _chunks(query: Tensor, key: Tensor, settings: PlainSettings) -> Iterator[_Ch
         visible = keys <= positions
         if settings.window is not None:
             visible &= keys > positions - settings.window
-        yield _Chunk(slice(start, stop), slice(first, offset + stop), visible)
+        chunk = _Chunk(slice(start, stop), slice(first, offset + stop), visible)
+        if len(run) == len(starts):
+            yield chunk
+            continue
+        # Without a window the chunks that are left out have half of the keys on average.
+        others = (len(starts) - len(run)) / (1 if settings.window is not None else 2)
+        with represents(1 + others / len(run)):
+            yield chunk

@@ -19,6 +19,7 @@ from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.tracker import track_gradients
 from qlora_cli.models.composed import auto_class
 from qlora_cli.models.save_adapter import save_adapter
+from qlora_cli.nn.codebook import clear_scale_codebook
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.proof.laws import paths_of_weight, stack_as_matrices, stack_delta
 from qlora_cli.proof.small_model import CPU, SmallModel
@@ -44,6 +45,8 @@ def plan(small: SmallModel) -> float:
         phase.name: phase.peak_bytes
         for phase in dry_run(recipe, small.config, profile, [batch, batch]).phases
     }
+    # A plan is that of a new process, in which no earlier model has created the codebook.
+    clear_scale_codebook(CPU)
     instrument = Instrument(CPU, profile)
     with instrument.phase("load"):
         state = build_state(small.request(recipe))

@@ -33,8 +33,10 @@ def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Te
         backbone = loaded.model.get_submodule(loaded.family.backbone)
         arguments = _mask(loaded, ids, device)
         if loaded.family.takes_positions:
-            positions = batch.position_ids + loaded.family.first_position
-            arguments["position_ids"] = positions.to(device, non_blocking=True)
+            positions = batch.position_ids.to(device, non_blocking=True)
+            if loaded.family.first_position:
+                positions = positions + loaded.family.first_position
+            arguments["position_ids"] = positions
         with use_spans(Spans.on(batch.segments, device, loaded.kernel)):
             hidden: Tensor = backbone(input_ids=ids, use_cache=False, **arguments)[0]
         return head_input_of(loaded, hidden.squeeze(0))
