@@ -34,7 +34,7 @@ from qlora_cli.models.derive import derive_family, dropout_keys
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
-from qlora_cli.models.registry import known_family, unsupported
+from qlora_cli.models.registry import known_family, refuse_by_name, unsupported
 from qlora_cli.models.sites import (
     experts_paths,
     find_sites,
@@ -120,6 +120,7 @@ def skeleton(
     model_class: a transformers Auto class, for causal language models if not given. Raises
     ModelError if transformers cannot create the model or no family can describe it.
     """
+    refuse_by_name(config)
     family = known_family(config)
     if family is not None:
         check_logits(config)

@@ -22,12 +22,26 @@ def auto_class(config: Any, model_class: Any) -> Any:
 
 
 def language_model_path(model: Any) -> str:
-    """Return the path of the module that maps token ids to hidden states."""
-    if not hasattr(model.config, "text_config"):
-        prefix: str = model.base_model_prefix
-        return prefix
-    decoder = model.get_decoder()
-    return next((path for path, module in model.named_modules() if module is decoder), "")
+    """Return the path of the module that maps token ids to hidden states; "" if there is none."""
+    modules = dict(model.named_modules())
+    path: str = model.base_model_prefix
+    if hasattr(model.config, "text_config"):
+        decoder = model.get_decoder()
+        path = next((path for path, module in modules.items() if module is decoder), "")
+    path = path if path in modules else ""
+    head = model.get_output_embeddings()
+    # Llama 4 names its whole language model, with the head, or a module that it does not have.
+    while not path or any(module is head for module in modules[path].modules()):
+        parts = (name for name, part in modules[path].named_children() if _has_blocks(part))
+        name = next(parts, None)
+        if name is None:
+            return ""
+        path = f"{path}.{name}" if path else name
+    return path
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.ModuleList) for part in module.modules())
 
 
 def other_parts(model: Any, backbone: str, head: str) -> tuple[str, ...]:

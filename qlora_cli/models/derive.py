@@ -50,7 +50,9 @@ def derive_family(model: Any) -> Family:
     Raises ModelError, with the reason, for a model that a `Family` cannot describe.
     """
     config = text_config_of(model)
-    backbone = _backbone_path(model)
+    backbone = language_model_path(model)
+    if not backbone:
+        raise unsupported(config, "it has no module for its hidden states")
     _check_causal(model, model.get_submodule(backbone))
     blocks = _blocks_path(model, backbone)
     found = list(model.get_submodule(blocks))
@@ -62,8 +64,9 @@ def derive_family(model: Any) -> Family:
     tied = {name: other for name, other in tied.items() if name.rpartition(".")[0] not in shared}
     share_modules(model, shared)
     row_parts = parts_of_rows(model, list(_convolutions(model, blocks)))
-    is_inside = others and hasattr(model, model.base_model_prefix)
-    head_code = measured_head(model, model.base_model_prefix if is_inside else backbone, head)
+    outermost = backbone.partition(".")[0]
+    is_outside = not head.startswith(f"{outermost}.")
+    head_code = measured_head(model, outermost if is_outside else backbone, head)
     embeddings = tuple(_embedding_paths(model, blocks, others))
     if experts:
         model.set_experts_implementation(stacked_experts.NAME)
@@ -175,22 +178,6 @@ def _buffers(model: Any, others: Sequence[str]) -> Mapping[str, Tensor | None]:
     return buffers
 
 
-def _backbone_path(model: Any) -> str:
-    """Return the path of the module that computes the hidden states."""
-    name = language_model_path(model)
-    if name and name in dict(model.named_modules()):
-        return name
-    parts = ((path, module) for path, module in model.named_children() if _has_blocks(module))
-    path: str | None = next((path for path, _ in parts), None)
-    if path is None:
-        raise unsupported(model.config, f"it has no module {name!r} for its hidden states")
-    return path
-
-
-def _has_blocks(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.ModuleList) for part in module.modules())
-
-
 def _attention(model: Any, backbone: str, blocks: str) -> tuple[bool, Probe]:
     """Return whether the model needs transformers' attention with a mask, and what a probe found.
 
@@ -263,7 +250,18 @@ def _first_position(model: Any, embeddings: Sequence[str]) -> int:
 
 
 def _check_causal(model: Any, backbone: nn.Module) -> None:
-    """Raise ModelError for a causal language model whose tokens attend to later ones."""
+    """Raise ModelError for a causal language model whose tokens attend to later ones.
+
+    Also for one whose attention changes with the length of a row.
+    """
+    if model.config.to_dict().get("attention_type") == "block_sparse" and hasattr(
+        backbone, "set_attention_type"
+    ):
+        raise unsupported(
+            model.config,
+            "its attention is sparse for long rows only; write attention_type: original_full "
+            "into config.json to train it with full attention",
+        )
     can_be_encoder = "config.is_decoder" in inspect.getsource(type(backbone))
     is_encoder = can_be_encoder and not text_config_of(model).is_decoder
     if is_encoder and type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

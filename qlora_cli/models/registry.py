@@ -45,3 +45,19 @@ def unsupported(config: Any, reason: str) -> ModelError:
         where="model.name",
         hint=f"use a base of a supported type, such as {_alternative(config)}",
     )
+
+
+_REFUSED = {
+    "reformer": "its reversible layers compute gradients with a backward pass of their own",
+    "prophetnet": "it predicts several of the next tokens at once, each with attention of its own",
+    "xlm": "its forward pass depends on the values of tensors, so that it cannot be planned",
+    "xlnet": "it has no causal attention: it predicts the tokens of a row in any order",
+    "blt": "it groups bytes to patches that depend on the text, so that it cannot be planned",
+}
+"""Model type -> the reason why it is not supported."""
+
+
+def refuse_by_name(config: Any) -> None:
+    """Raise ModelError for a model type that is known not to be supported."""
+    if (reason := _REFUSED.get(config.model_type)) is not None:
+        raise unsupported(config, reason)

@@ -25,7 +25,7 @@ from qlora_cli.files import cache
 from qlora_cli.files.atomic import atomic_folder, write_json
 from qlora_cli.files.composed import model_type_of
 from qlora_cli.files.locate import find_config, read_config
-from qlora_cli.models.registry import known_family, unsupported
+from qlora_cli.models.registry import known_family, refuse_by_name, unsupported
 from qlora_cli.proof import job_laws, laws
 from qlora_cli.proof.small_model import SmallModel, small_model
 from qlora_cli.runs.run import Run
@@ -134,6 +134,7 @@ def proof_of(config: Any, task: Task, observer: Observer) -> ModelProof:
 
     Raises ModelError if no family can describe the type, or no small model of it can be made.
     """
+    refuse_by_name(config)
     key = cache.key_of({"config": config.to_json_string(), "versions": _versions()})
     folder = cache.entry_folder(cache.PROOFS, key)
     if (stored := _read(folder / _RESULT)) is not None:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora_cli.errors import ModelError
 from qlora_cli.models.build import skeleton
-from qlora_cli.models.head import measured_head
+from qlora_cli.models.head import head_input, measured_head
 from qlora_cli.nn.logits import LogitTransform
 from qlora_cli.proof.small_config import small_config
 
@@ -80,3 +80,17 @@ def test_an_error_of_the_class_is_reported() -> None:
 
     with pytest.raises(ModelError, match="cannot be examined: no logits today"):
         measured_head(_Model(fail), "model", "lm_head")
+
+
+@pytest.mark.parametrize(("model_type", "has_code"), [("bert", True), ("gpt_neox", False)])
+def test_code_before_the_head(model_type: str, has_code: bool) -> None:
+    config = small_config(AutoConfig.for_model(model_type, is_decoder=True))
+    model, family = skeleton(config, torch.float32)
+    assert family.has_head_input == has_code
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    hidden = torch.randn(5, config.hidden_size)
+    found = head_input(model, family.backbone, family.head, hidden)
+    expected = model.cls.predictions.transform(hidden) if has_code else hidden
+    assert torch.equal(found, expected)

@@ -58,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         }
     },
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "big_bird": {"attention_type": "original_full"},
     "xmod": {"default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
     "gemma4_text": {"num_kv_shared_layers": 18, "final_logit_softcapping": 30.0},

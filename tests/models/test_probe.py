@@ -1,0 +1,64 @@
+"""One run of a model on meta shows what it uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from qlora_cli.models.build import skeleton
+from qlora_cli.models.family import Family
+from qlora_cli.nn import attention
+from qlora_cli.proof.small_config import small_config
+
+
+def derived(model_type: str, **settings: Any) -> tuple[Any, Family]:
+    config = small_config(AutoConfig.for_model(model_type, **settings))
+    return skeleton(config, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "idle"),
+    [
+        ("olmo2", set()),
+        ("whisper", {"encoder_attn.q_proj", "encoder_attn.k_proj", "encoder_attn.v_proj"}),
+        ("deepseek_v32", {"self_attn.indexer.wq_b", "self_attn.indexer.wk"}),
+    ],
+)
+def test_linears_without_an_effect_get_no_adapter(model_type: str, idle: set[str]) -> None:
+    """They belong to attention to an encoder, or they only choose the tokens to attend to."""
+    _, family = derived(model_type)
+    assert idle <= set(family.unquantized)
+    assert bool(idle) or not family.unquantized
+    assert not set(family.unquantized) & {spec.path for spec in family.linears}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own"), [("olmo2", False), ("doge", True), ("deepseek_v4", True)]
+)
+def test_a_model_that_needs_a_mask_gets_the_attention_of_transformers(
+    model_type: str, own: bool
+) -> None:
+    model, family = derived(model_type)
+    assert family.own_attention == own
+    assert model.config._attn_implementation == ("eager" if own else attention.NAME)
+    assert bool(family.mixers) == own
+
+
+def test_a_model_that_adds_tokens_does_not_pack() -> None:
+    assert not derived("cpmant")[1].packs
+    assert derived("olmo2")[1].packs
+
+
+def test_position_tables_that_count() -> None:
+    _, family = derived("bart")
+    assert not family.takes_positions
+    assert family.counting_tables == ("model.decoder.embed_positions",)
+    assert derived("opt")[1].counting_tables == ()
+
+
+def test_the_first_position_follows_that_of_padding() -> None:
+    assert derived("roberta", is_decoder=True)[1].first_position == 3
+    assert derived("bert", is_decoder=True)[1].first_position == 0
