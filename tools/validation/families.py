@@ -148,6 +148,11 @@ def main() -> int:
         tried = [prove(name) for name in arguments.types if name not in tested]
     # Some names of types have the config of another type, as gpt-sw3 has GPT-2's.
     types = [item for item in tried if item["model_type"] not in tested]
+    if len(arguments.types) < len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) and arguments.out.is_file():
+        new = {item["model_type"] for item in types}
+        old = json.loads(arguments.out.read_text())["types"]
+        types += [item for item in old if item["model_type"] not in new]
+        types.sort(key=lambda item: item["model_type"])
     versions = next(item["proof"]["versions"] for item in types if "proof" in item)
     content = {
         "command": "python tools/validation/families.py",
