@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.files.quantized import MXFP4, stored_as
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.registry import known_family
 
@@ -33,6 +34,11 @@ def _limits(config: Any, model_class: Any) -> Iterator[str]:
         yield (
             f"{number:,} parameters of experts are packed like the linears; they get adapters if "
             "adapter.targets contains experts; the router stays as it is"
+        )
+    if stored_as(config) == MXFP4:
+        yield (
+            "the experts of this checkpoint are in MXFP4; they are dequantized exactly when they "
+            "are read, one stack at a time, and quantized to base.bits like other weights"
         )
     if family.unquantized:
         number = _num_parameters(model, family.unquantized)
