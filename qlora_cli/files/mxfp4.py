@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files.packed_entry import PackedEntry
 from qlora_cli.files.safetensors_io import TensorEntry, read_tensor
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -25,7 +26,7 @@ _EXPONENT_OFFSET = 127
 
 
 @dataclass(frozen=True)
-class Mxfp4Entry(TensorEntry):
+class Mxfp4Entry(PackedEntry):
     """A stack that two tensors of a file contain; dtype and shape are those of the stack read."""
 
     blocks: TensorEntry

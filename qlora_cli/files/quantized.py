@@ -8,6 +8,7 @@ from qlora_cli.errors import ModelError
 
 KEY = "quantization_config"
 MXFP4 = "mxfp4"
+BITSANDBYTES = "bitsandbytes"
 STORED_AS = "_stored_as"
 """Attribute of a config with the format of its checkpoint."""
 _NAMES = {
@@ -15,7 +16,6 @@ _NAMES = {
     "awq": "AWQ",
     "fp8": "FP8",
     "compressed-tensors": "compressed-tensors",
-    "bitsandbytes": "bitsandbytes",
     "hqq": "HQQ",
     "aqlm": "AQLM",
     "torchao": "torchao",
@@ -39,14 +39,14 @@ def check_readable(content: dict[str, Any], file: str) -> str | None:
     if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method == MXFP4:
-        return MXFP4
+    if method in (MXFP4, BITSANDBYTES):
+        return str(method)
     name = _NAMES.get(str(method), str(method)) if method else "an unnamed format"
     raise ModelError(
         f"this base is already quantized ({name}), and its weights cannot be read",
         where=file,
         hint="name the 16-bit model that it was quantized from, which its card names; qlora "
-        "quantizes while loading. Of quantized bases only MXFP4 (gpt-oss) is read",
+        "quantizes while loading. Of quantized bases only MXFP4 and bitsandbytes are read",
     )
 
 

@@ -68,7 +68,7 @@ def test_the_weights_are_the_decoded_ones(base: Path, tmp_path: Path) -> None:
     assert torch.equal(found, source.read(STACK).to(found.dtype))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "hqq"])
 def test_other_formats_are_refused_by_name(method: str, base: Path) -> None:
     file = base / "config.json"
     content = json.loads(file.read_text())
