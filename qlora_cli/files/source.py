@@ -18,7 +18,10 @@ from torch import Tensor
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files.atomic import PARSE_ERRORS, read_json
+from qlora_cli.files.bitsandbytes_weights import with_weights
 from qlora_cli.files.checksums import cached_sha256
+from qlora_cli.files.mxfp4 import with_stacks
+from qlora_cli.files.packed_entry import PackedEntry
 from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -60,7 +63,7 @@ class FolderSource:
         self, folder: Path, rename: Callable[[str], str], ignored: Iterable[str] = ()
     ) -> None:
         self.folder = folder
-        self.entries = read_folder(folder)
+        self.entries = with_stacks(with_weights(read_folder(folder)))
         endings = tuple(ignored)
         self.ignored = [name for name in self.entries if endings and name.endswith(endings)]
         ignored = set(self.ignored)
@@ -98,7 +101,7 @@ class FolderSource:
         Raises ModelError if a value is NaN or infinite: every result would be, too.
         """
         entry = self.entry(name)
-        tensor = read_tensor(entry)
+        tensor = entry.read() if isinstance(entry, PackedEntry) else read_tensor(entry)
         if not is_finite(tensor):
             raise ModelError(
                 f"{self.file_name(name)} of the base has values that are not finite",

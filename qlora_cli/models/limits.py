@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.files.quantized import BITSANDBYTES, MXFP4, stored_as
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.registry import known_family
 
@@ -17,7 +18,25 @@ def limits_of(config: Any, model_class: Any) -> tuple[str, ...]:
     config: transformers' config of a base. model_class: the transformers Auto class of the task.
     Raises ModelError if no family can describe the type.
     """
-    return () if known_family(config) is not None else tuple(_limits(config, model_class))
+    notes = list(_stored(config))
+    if known_family(config) is None:
+        notes += _limits(config, model_class)
+    return tuple(notes)
+
+
+def _stored(config: Any) -> Iterator[str]:
+    """Yield what happens to a checkpoint that is already quantized."""
+    if stored_as(config) == MXFP4:
+        yield (
+            "the experts of this checkpoint are in MXFP4; they are dequantized exactly when they "
+            "are read, one stack at a time, and quantized to base.bits like other weights"
+        )
+    if stored_as(config) == BITSANDBYTES:
+        yield (
+            "this checkpoint was quantized by bitsandbytes; each weight is dequantized when it is "
+            "read and quantized to base.bits; its values differ from those of the 16-bit base that "
+            "it was made from, which is the better base if you have it"
+        )
 
 
 def _limits(config: Any, model_class: Any) -> Iterator[str]:

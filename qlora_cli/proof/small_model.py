@@ -167,9 +167,12 @@ def _create(config: Any, task: Task) -> Any:
     for key in dropout_keys(small):
         setattr(small, key, 0.0)
     _check_size(task, small)
-    model = auto_class(config, task.model_class).from_config(
-        whole_config(small), dtype=torch.float32, trust_remote_code=False
-    )
+    # Vectors keep the values of the class, which may be random, plus noise.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = auto_class(config, task.model_class).from_config(
+            whole_config(small), dtype=torch.float32, trust_remote_code=False
+        )
     _fill(model)
     return model
 

@@ -52,7 +52,7 @@ PROVED = {
     "mamba2": "a state-space model, linears that the code reads",
 }
 """Model type -> the mechanism that it needs."""
-COMPOSED = ["gemma3", "llava", "qwen3_vl", "qwen3_5", "gemma4"]
+COMPOSED = ["qwen3_vl", "qwen3_5"]
 """Types of vision and text."""
 
 

@@ -65,6 +65,7 @@ class MergedTensors:
     device: device that packs weights. It should be of the kind that trained, because the kernels
         of another kind may round a tie between two codes differently.
     experts: name in the model -> tensor, of all tensors with weights of experts.
+    others: paths of the parts of a composed model that are copied bit for bit, in any dtype.
     """
 
     source: FolderSource
@@ -76,6 +77,7 @@ class MergedTensors:
     dtype: torch.dtype
     device: torch.device
     experts: Mapping[str, ExpertTensor] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
     def shapes(self) -> dict[str, TensorSpec]:
         """Return tensor name -> shape and dtype of the merged checkpoint, in the file's order."""
@@ -142,7 +144,8 @@ class MergedTensors:
 
     def _dtype_of(self, name: str) -> torch.dtype:
         own = self.source.entry(name).dtype
-        return self.dtype if own.is_floating_point else own
+        is_kept = name.startswith(tuple(f"{path}." for path in self.others))
+        return self.dtype if own.is_floating_point and not is_kept else own
 
     def _parts(self, name: str) -> list[LoraUpdate]:
         layers = self.adapter.layers if self.adapter is not None else {}
@@ -256,7 +259,18 @@ def open_merged_tensors(
         adapter.check([*sites, *stacks])
     source = open_source(folder, family)
     experts = expert_tensors(stacks, family)
-    return MergedTensors(source, task, sites, adapter, weight_format, base, dtype, device, experts)
+    return MergedTensors(
+        source,
+        task,
+        sites,
+        adapter,
+        weight_format,
+        base,
+        dtype,
+        device,
+        experts,
+        family.others,
+    )
 
 
 def _refuse_adapters(run: Run, weight: float, others: Sequence[tuple[Path, float]]) -> None:
