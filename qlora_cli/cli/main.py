@@ -113,6 +113,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = qlora.main(args=arguments, prog_name="qlora", standalone_mode=False)
     except click.ClickException as error:
+        from qlora_cli.ui.console import printable
+
+        error.message = printable(error.message)
         error.show()
         return error.exit_code
     except click.Abort:  # click raises it for Ctrl-C outside a job.
