@@ -47,7 +47,7 @@ class AdapterMetadata:
                 for path, spans in content["blocks"].items()
             }
             rank, alpha = int(content["rank"]), float(content["alpha"])
-            assert rank >= 1, "the rank is not positive"
+            assert 1 <= rank < 2**31, "impossible rank"
             assert math.isfinite(alpha), "alpha is not finite"
             return cls(rank, alpha, bool(content["rslora"]), blocks)
         except PARSE_ERRORS as fault:

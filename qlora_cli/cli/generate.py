@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -11,7 +12,14 @@ import click
 
 from qlora_cli.cli.adapters import adapter_option, merged_option
 from qlora_cli.cli.arguments import run_or_model_argument
-from qlora_cli.cli.output import emit_json, fast_import, job_observer, json_option
+from qlora_cli.cli.output import (
+    echo,
+    emit_json,
+    escape_controls,
+    fast_import,
+    job_observer,
+    json_option,
+)
 from qlora_cli.cli.sampling import sampling_options, system_option
 from qlora_cli.cli.step import at_step, step_option
 from qlora_cli.errors import Interrupted, UsageError
@@ -145,9 +153,9 @@ def _stream(prompter: Prompter, prompt: Prompt) -> None:
     def show(name: str, piece: str) -> None:
         nonlocal current
         if name != current and len(prompter.formats) > 1:
-            click.echo(f"{chr(10) * 2 if current else ''}{name}:")
+            echo(f"{chr(10) * 2 if current else ''}{name}:")
         current = name
-        click.echo(piece, nl=False)
+        echo(piece, end="")
 
     try:
         result = prompter.answer(prompt, show)
@@ -160,7 +168,7 @@ def _warn_empty(result: GenerateResult) -> None:
     """Report answers without text: an empty line alone would look like a failure."""
     for name, text in result.answers.items():
         if not text.strip():
-            click.echo(f"{name}: the answer is empty; the first token ended it", err=True)
+            echo(f"{name}: the answer is empty; the first token ended it", err=True)
 
 
 def _write_answers(
@@ -173,7 +181,7 @@ def _write_answers(
     from qlora_cli.files.atomic import report_write_errors
 
     if out is None:
-        _write_lines(prompter, prompts, sys.stdout)
+        _write_lines(prompter, prompts, sys.stdout, encode=escape_controls)
         return
     with report_write_errors("the answers", out), out.open("a", encoding="utf-8") as stream:
         try:
@@ -187,13 +195,18 @@ def _write_answers(
 
 
 def _write_lines(
-    prompter: Prompter, prompts: list[Prompt], stream: TextIO, num_done: int = 0
+    prompter: Prompter,
+    prompts: list[Prompt],
+    stream: TextIO,
+    num_done: int = 0,
+    encode: Callable[[str], str] = str,
 ) -> None:
     with job_observer() as observer:
         observer.stage("generate", len(prompts))
         observer.advance(num_done)
         for number, prompt in enumerate(prompts[num_done:], num_done + 1):
             content = {**prompter.answer(prompt).to_dict(), "prompt": prompt.content}
-            stream.write(json.dumps(content, ensure_ascii=False) + "\n")
+            line = json.dumps(content, ensure_ascii=False)
+            stream.write(encode(line) + "\n")
             stream.flush()
             observer.advance(number)

@@ -25,6 +25,8 @@ _SIZE_KEYS = (
 _MIN_ITEM_BYTES = 2
 _MAX_SIZE, _MAX_LAYERS = 2**31, 10_000
 """Upper bounds of sizes in a config, above all known models by far."""
+_MAX_FAULT = 1000
+"""Characters of transformers' description of a fault; it can repeat values of the file."""
 NO_CODE_HINT = (
     "qlora does not run code from a model folder; use a base of a family that transformers supports"
 )
@@ -99,7 +101,7 @@ def read_config(file: Path) -> Any:
     except OSError as fault:
         raise ModelError(f"cannot be read: {fault.strerror or fault}", where=str(file)) from fault
     except (ValueError, KeyError, AttributeError, TypeError) as fault:
-        raise ModelError(f"not a model's config: {fault!r}", where=str(file)) from fault
+        raise ModelError(f"not a model's config: {repr(fault)[:_MAX_FAULT]}", where=str(file)) from fault
     packed_as = check_readable(content, str(file))
     content.pop(KEY, None)
     check_auto_map(content, file)
@@ -119,7 +121,8 @@ def read_config(file: Path) -> Any:
             config.dtype = torch.bfloat16
         _check_sizes(config)
     except (*PARSE_ERRORS, StrictDataclassError) as fault:
-        raise ModelError(f"it describes no model: {fault}", where=str(file)) from fault
+        reason = str(fault)[:_MAX_FAULT]
+        raise ModelError(f"it describes no model: {reason}", where=str(file)) from fault
     return config
 
 

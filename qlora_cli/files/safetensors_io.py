@@ -72,7 +72,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if not 2 <= length <= min(_MAX_HEADER_BYTES, file.stat().st_size - _LENGTH_BYTES):
                 raise ValueError(f"impossible header length of {length} bytes")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), parse_constant=_no_number)
             metadata = _metadata(header.pop("__metadata__", None))
             start = _LENGTH_BYTES + length
             entries = {name: _entry(file, start, fields) for name, fields in header.items()}
@@ -101,6 +101,11 @@ def _check_places(entries: Mapping[str, TensorEntry], start: int) -> int:
             raise ValueError(f"the tensor {name} begins at byte {entry.start} instead of {end}")
         end += entry.num_bytes
     return end
+
+
+def _no_number(name: str) -> None:
+    """Refuse NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{name} is not JSON")
 
 
 def _metadata(content: Any) -> dict[str, str]:

@@ -46,6 +46,10 @@ MakeSource = Callable[[Any, Family], TensorSource]
 """From transformers' model on meta and its family to the tensors of a checkpoint."""
 
 
+_MAX_REASON = 1000
+"""Characters of transformers' reason why it cannot create a model."""
+
+
 def _causal_lm() -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -145,9 +149,9 @@ def _create(config: Any, compute: torch.dtype, model_class: Any) -> Any:
         if type(model)._can_set_attn_implementation():
             return model
         return _from_config(config, compute, model_class, "eager")
-    except (*PARSE_ERRORS, ImportError) as fault:
+    except (*PARSE_ERRORS, ImportError, RuntimeError) as fault:  # Sizes that overflow.
         text = str(fault) if isinstance(fault, ValueError) else repr(fault)
-        reason = text.strip().splitlines()[0]
+        reason = text.strip().splitlines()[0][:_MAX_REASON]
         raise unsupported(config, f"transformers cannot create it: {reason}") from fault
 
 
