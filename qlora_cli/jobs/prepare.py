@@ -171,7 +171,7 @@ def make_schedule(recipe: Recipe, examples: Sequence[Example]) -> BatchSchedule:
         examples,
         seq_len=recipe.data.seq_len,
         packing=recipe.data.packing,
-        micro_batch=recipe.train.micro_batch,
+        micro_batch=recipe.train.pass_size,
         grad_accum=recipe.train.grad_accum,
         seed=recipe.train.seed,
         collate=task_of(recipe).collate,
@@ -185,7 +185,7 @@ def held_out_batches(recipe: Recipe, examples: Sequence[Example]) -> list[Batch]
             examples,
             seq_len=recipe.data.seq_len,
             packing=recipe.data.packing,
-            micro_batch=recipe.train.micro_batch,
+            micro_batch=recipe.train.pass_size,
             collate=task_of(recipe).collate,
         )
     )
