@@ -1,4 +1,8 @@
-"""Searches for changes of a recipe that make a job fit a device. Every change is planned."""
+"""Searches for changes of a recipe that make a job fit a device. Every change is planned.
+
+If the recipe's activation policy is `auto`, every change is planned with the policy that needs the
+least memory, which is the one that a job at the limit gets.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,7 @@ def changes_that_fit(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     peak comes first, because it costs least. If the frozen weights alone exceed the device's
     memory, only changes of the weights are planned.
     """
+    recipe = least_memory(recipe)
     peak_bytes = planner.plan(recipe).peak_bytes
     weights_fit = _weights_fit(recipe, planner)
     on_gpu = planner.profile.kind == "cuda"
@@ -51,6 +56,7 @@ def largest_sizes(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     The sequence length is searched at micro-batch 1, the micro-batch at the recipe's sequence
     length. The result is empty if the frozen weights alone exceed the device's memory.
     """
+    recipe = least_memory(recipe)
     if not _weights_fit(recipe, planner):
         return ()
     peak_bytes = planner.plan(recipe).peak_bytes
@@ -76,6 +82,7 @@ def longest_sequence(recipe: Recipe, planner: Planner, max_seq_len: int) -> int 
 
     max_seq_len: upper end of the search. None if the job does not fit with any.
     """
+    recipe = least_memory(recipe)
     if not _weights_fit(recipe, planner):
         return None
     return _sizes(recipe, max_seq_len, 1, recipe)[0].largest(planner)
@@ -88,8 +95,7 @@ def _weights_fit(recipe: Recipe, planner: Planner) -> bool:
 
 def _changes(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
     """Yield (override, changed recipe) for settings that save memory and cost speed or quality."""
-    policy = recipe.train.activation_checkpointing
-    if policy is not True and policy != "auto":
+    if recipe.train.activation_checkpointing is not True:
         changed = with_settings(recipe, "train", activation_checkpointing=True)
         yield "train.activation_checkpointing=true", changed
     if recipe.base.compute_dtype == "float32":
@@ -141,7 +147,7 @@ class _Size:
         """Return the largest multiple of the unit with which the job fits, or None."""
 
         def planned(multiple: int) -> tuple[int, bool]:
-            plan = planner.plan(least_memory(self.changed(multiple * self.unit)))
+            plan = planner.plan(self.changed(multiple * self.unit))
             return plan.needed_bytes, planner.fits(plan)
 
         value = getattr(getattr(self.recipe, self.section), self.name)

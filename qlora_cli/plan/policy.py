@@ -109,12 +109,11 @@ class PolicySearch:
         kept = largest_that_fits(planned, upper, upper // 2, self.limit.num_bytes, known)
         if kept:
             return self.attempt(plans[kept].num_recomputed, none.chunk)
-        every = self.attempt(policies[-1])
         # The last block's tensors are needed as soon as the backward pass begins, so keeping them
         # often needs no more memory.
-        if 1 in plans and plans[1].needed_bytes <= every.plan.needed_bytes:
-            return self.attempt(plans[1].num_recomputed, none.chunk)
-        return every
+        least = [self.attempt(number, none.chunk) for number in policies[-2:]]
+        least.append(self.attempt(policies[-1], MIN_CHUNK))
+        return min(least, key=lambda attempt: attempt.plan.needed_bytes)
 
 
 def first_chunk(config: Any, num_tokens: int, num_targets: int) -> int:
