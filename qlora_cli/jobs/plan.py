@@ -28,8 +28,9 @@ from qlora_cli.plan.merging import dry_run_merge
 from qlora_cli.plan.notes import plan_notes
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.replay import MemoryPlan
-from qlora_cli.plan.results import Advice, Compared, DiskNeeds
+from qlora_cli.plan.results import Advice, Chosen, Compared, DiskNeeds, PolicySummary
 from qlora_cli.proof.prove import require_proof
+from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
@@ -57,8 +58,10 @@ def run(
     require_proof(config, task, Silent())
     resolved, _ = resolve(recipe, profile)
     has_copy = partial(_has_copy, config_file.parent, config, profile)
-    planner = Planner(config, profile, has_copy)
-    plan = planner.plan(resolved)
+    planner = Planner(config, profile, has_copy=has_copy)
+    settled = planner.settle(resolved)
+    plan, flexible = settled.plan, _with_settled_batch(resolved, settled.recipe)
+    resolved = settled.recipe
     baseline = planner.plan(full_fine_tuning(resolved))
     ledger = _ledger(resolved, profile, plan, baseline)
     merge_phase = dry_run_merge(resolved, config, profile)
@@ -70,7 +73,7 @@ def run(
         fits=planner.fits(plan),
         usable_bytes=profile.usable_bytes,
         floor_bytes=plan.floor_bytes,
-        advice=_advice(resolved, planner, fit),
+        advice=_advice(flexible, planner, fit),
         compare=_compare(resolved, planner) if compare else (),
         trainable_parameters=plan.trainable_parameters,
         total_parameters=plan.total_parameters,
@@ -85,12 +88,23 @@ def run(
         disk=_disk_needs(resolved, plan),
         data_problem=data_problem,
         row_limit=row_limit(recipe.data, config),
+        choices=tuple(Chosen(c.key, c.value, c.reason) for c in settled.choices),
+        activation_policy=PolicySummary(
+            plan.num_blocks, plan.num_recomputed, plan.flops.recomputed_share
+        ),
     )
 
 
 def _has_copy(folder: Path, config: Any, profile: DeviceProfile, recipe: Recipe) -> bool:
     """Return whether a job would load the base in `folder` from its packed copy."""
     return has_packed_copy(recipe, folder, config, task_of(recipe).model_class, profile.kind)
+
+
+def _with_settled_batch(recipe: Recipe, settled: Recipe) -> Recipe:
+    """Return the recipe with the chosen micro-batch; the policy stays `auto` if it was."""
+    train = settled.train
+    changes = {"micro_batch": train.micro_batch, "grad_accum": train.grad_accum}
+    return with_settings(recipe, "train", **changes)
 
 
 def _disk_needs(recipe: Recipe, plan: MemoryPlan) -> DiskNeeds:
@@ -121,7 +135,11 @@ def _data_problem(recipe: Recipe) -> str | None:
 
 
 def _advice(recipe: Recipe, planner: Planner, fit: bool) -> tuple[Advice, ...]:
-    """Return the largest sizes if `fit`, and changes that save memory if the job does not fit."""
+    """Return the largest sizes if `fit`, and changes that save memory if the job does not fit.
+
+    recipe: resolved; its policy and its chunk of the loss may be `auto`, and then every change is
+    planned with its own.
+    """
     advice = largest_sizes(recipe, planner) if fit else ()
     if planner.fits(planner.plan(recipe)):
         return advice

@@ -27,7 +27,7 @@ from qlora_cli.jobs.data_findings import dataset_of, report_findings
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
-from qlora_cli.models.packed_base import packed_store
+from qlora_cli.models.packed_base import has_packed_copy, packed_store
 from qlora_cli.proof.prove import ModelProof
 from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
@@ -77,6 +77,11 @@ class Prepared:
         """Return the packed copy of the base; None if `base.cache` keeps none."""
         model_class, kind = task_of(self.recipe).model_class, self.profile.kind
         return packed_store(self.recipe, self.folder, self.config, model_class, kind, observer)
+
+    def has_packed_copy(self, recipe: Recipe) -> bool:
+        """Return whether a job on this base, with another recipe, would load a packed copy."""
+        model_class, kind = task_of(recipe).model_class, self.profile.kind
+        return has_packed_copy(recipe, self.folder, self.config, model_class, kind)
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ def make_schedule(recipe: Recipe, examples: Sequence[Example]) -> BatchSchedule:
         examples,
         seq_len=recipe.data.seq_len,
         packing=recipe.data.packing,
-        micro_batch=recipe.train.micro_batch,
+        micro_batch=recipe.train.pass_size,
         grad_accum=recipe.train.grad_accum,
         seed=recipe.train.seed,
         collate=task_of(recipe).collate,
@@ -194,7 +199,7 @@ def held_out_batches(recipe: Recipe, examples: Sequence[Example]) -> list[Batch]
             examples,
             seq_len=recipe.data.seq_len,
             packing=recipe.data.packing,
-            micro_batch=recipe.train.micro_batch,
+            micro_batch=recipe.train.pass_size,
             collate=task_of(recipe).collate,
         )
     )

@@ -58,7 +58,7 @@ class TrainingLength:
     ) -> TrainingLength:
         """Return the length of a recipe's job. The numbers are those of one epoch."""
         train = recipe.train
-        per_epoch = math.ceil(sequences / (train.micro_batch * train.grad_accum))
+        per_epoch = math.ceil(sequences / (train.pass_size * train.grad_accum))
         return cls(
             rows=rows,
             sequences=sequences,
@@ -66,7 +66,7 @@ class TrainingLength:
             updates=train.steps or math.ceil(train.epochs * per_epoch),
             tokens=tokens,
             trained_tokens=trained_tokens,
-            micro_batch=train.micro_batch,
+            micro_batch=train.pass_size,
             grad_accum=train.grad_accum,
             has_fixed_steps=train.steps is not None,
             is_estimate=is_estimate,

@@ -38,9 +38,11 @@ from qlora_cli.models.placement.held import PackedCopy
 from qlora_cli.models.registry import known_family, unsupported
 from qlora_cli.models.sites import experts_paths, find_sites, find_stacks, mlp_paths, norm_paths
 from qlora_cli.nn import attention, stacked_experts
+from qlora_cli.nn.activation_policy import ActivationPolicy, Recomputation
 from qlora_cli.nn.embedding import has_own_memory
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
+from qlora_cli.recipe.activations import recomputed_blocks
 from qlora_cli.recipe.schema import Recipe
 
 MakeSource = Callable[[Any, Family], TensorSource]
@@ -188,11 +190,7 @@ def build(request: ModelRequest) -> LoadedModel:
     copy = request.copy if method.freezes_base else None
     DevicePlacement(device, request.observer, copy).place(loaded, source)
     initialize_adapter(loaded, request)
-    if recipe.train.activation_checkpointing:
-        dropout = recipe.adapter.dropout
-        convert.enable_activation_checkpointing(
-            model, family.blocks, preserve_random_state=dropout > 0
-        )
+    apply_train_settings(loaded, recipe)
     config.use_cache = False
     return loaded
 
@@ -208,6 +206,23 @@ def initialize_adapter(loaded: LoadedModel, request: ModelRequest) -> None:
     model.requires_grad_(False)
     for parameter in method.trained_parameters(model):
         parameter.requires_grad_(True)
+
+
+def apply_train_settings(loaded: LoadedModel, recipe: Recipe) -> None:
+    """Apply the recipe's activation policy and its chunk of the loss to a model.
+
+    Raises RecipeError if the recipe recomputes more blocks than there are.
+    """
+    chunk, setting = recipe.train.loss_chunk, recipe.train.activation_checkpointing
+    loaded.loss_chunk = None if chunk == "auto" else chunk
+    if setting is False and loaded.recomputation is None:
+        return
+    blocks: Any = loaded.model.get_submodule(loaded.family.blocks)
+    policy = ActivationPolicy.recompute_first(recomputed_blocks(setting, len(blocks)), len(blocks))
+    if loaded.recomputation is None:
+        loaded.recomputation = Recomputation(blocks, policy)
+    loaded.recomputation.policy = policy
+    loaded.recomputation.preserves_random_state = recipe.adapter.dropout > 0
 
 
 def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.device) -> None:

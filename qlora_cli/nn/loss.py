@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.memory.scopes import scope
+from qlora_cli.memory.scopes import mark, scope
 from qlora_cli.nn.logits import IDENTITY, LogitTransform
 
 _HEAD_ROWS = 8192
 """Rows of the head whose gradient is updated at once."""
 CHUNK_ELEMENTS = 2**25
-"""Logits of one chunk: 128 MiB in float32. Half of that saves 96 MiB and reads the head twice."""
+"""Logits of one chunk if its number of tokens is not given: 128 MiB in float32."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -41,7 +41,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         scale: float | Tensor,
         transform: LogitTransform,
+        chunk: int | None,
     ) -> Tensor:
+        mark("loss")
         with scope("loss"):
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             inputs = zip((hidden, head, bias), ctx.needs_input_grad, strict=False)
@@ -50,7 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 for tensor, needed in inputs
             ]
             weight = head.to(hidden.dtype)
-            for at, rows, logits in _chunks(hidden, weight, bias, positions, transform):
+            for at, rows, logits in _chunks(hidden, weight, bias, positions, transform, chunk):
                 chosen = targets[at][:, None]
                 needs_grad = any(grad is not None for grad in ctx.grads)
                 slope = transform.slope(logits) if needs_grad else None
@@ -76,7 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         scaled = (None if saved is None else saved.mul_(grad.to(saved.dtype)) for saved in grads)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _add_gradients(
@@ -114,17 +116,18 @@ def chunked_cross_entropy(
     scale: float | Tensor,
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return the sum of the cross entropies of all targets times `scale`, a float32 scalar.
 
     hidden: (n, d). head: (V, d). positions: (m,) int64, the rows of `hidden` that have a target.
     targets: (m,) int64. scale: one for all targets, or (m,) float32 one for each; it includes the
     loss scale of float16 training, so that it is applied before gradients are rounded to 16 bit.
-    bias: (V,) of the head. transform: of the head's output.
-    `backward` can be called once.
+    bias: (V,) of the head. transform: of the head's output. chunk: number of targets whose logits
+    exist at once; None for as many as have CHUNK_ELEMENTS logits. `backward` can be called once.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(
-        hidden, head, bias, positions, targets, scale, transform
+        hidden, head, bias, positions, targets, scale, transform, chunk
     )
     return loss
 
@@ -137,6 +140,7 @@ def score(
     targets: Tensor,
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (sum of the cross entropies, number of targets that are the top-1 token), scalars.
 
@@ -145,7 +149,9 @@ def score(
     with scope("loss"):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-        for is_top1, losses in _scored_chunks(hidden, head, positions, targets, bias, transform):
+        for is_top1, losses in _scored_chunks(
+            hidden, head, positions, targets, bias, transform, chunk
+        ):
             correct += is_top1.sum()
             total += losses.sum()
         return total, correct
@@ -159,12 +165,13 @@ def score_targets(
     targets: Tensor,
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each target (m,) float32, and whether it is top-1 (m,) bool.
 
     The arguments are those of `chunked_cross_entropy`; there is at least one target.
     """
-    chunks = list(_scored_chunks(hidden, head, positions, targets, bias, transform))
+    chunks = list(_scored_chunks(hidden, head, positions, targets, bias, transform, chunk))
     is_top1, losses = (torch.cat(parts).squeeze(1) for parts in zip(*chunks, strict=True))
     return -losses, is_top1
 
@@ -176,9 +183,12 @@ def _scored_chunks(
     targets: Tensor,
     bias: Tensor | None,
     transform: LogitTransform,
+    chunk: int | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (whether each target is top-1 (c, 1), losses (c, 1)) per chunk."""
-    for at, _, logits in _chunks(hidden, head.to(hidden.dtype), bias, positions, transform):
+    mark("loss")
+    weight = head.to(hidden.dtype)
+    for at, _, logits in _chunks(hidden, weight, bias, positions, transform, chunk):
         chosen = targets[at][:, None]
         is_top1 = logits.argmax(dim=1, keepdim=True) == chosen
         yield is_top1, _losses(logits, chosen)[0]
@@ -192,9 +202,10 @@ def _chunks(
     bias: Tensor | None,
     positions: Tensor,
     transform: LogitTransform,
+    chunk: int | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield (slice of the targets, their hidden states (c, d), float32 logits (c, V)) per chunk."""
-    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    size = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
     for start in range(0, positions.shape[0], size):
         at = slice(start, start + size)
         rows = hidden.index_select(0, positions[at])

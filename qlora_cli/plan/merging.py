@@ -35,7 +35,7 @@ from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.embedding import upload
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
-from qlora_cli.plan.dry_run import num_kinds_prefix, with_blocks
+from qlora_cli.plan.config_blocks import num_kinds_prefix, with_blocks
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.backbone import hidden_states

@@ -155,11 +155,15 @@ class Train(Section):
     """Number of passes over the training rows; set either `epochs` or `steps`."""
     steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Number of optimizer steps; null computes it from `epochs`."""
-    micro_batch: Count = 1
-    """Sequences per forward pass; a larger value trains faster and needs more memory."""
+    micro_batch: Literal["auto"] | Count = 1
+    """Sequences per forward pass; a larger value trains faster and needs more memory. auto divides
+    the grad_accum sequences of a step into the fewest passes that fit the memory."""
     grad_accum: Count = 8
     """Forward and backward passes per optimizer step; one step uses micro_batch x grad_accum
     sequences."""
+    loss_chunk: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Tokens whose logits exist at once in the loss; fewer need less memory and more time. auto
+    chooses so many that the loss never decides the peak memory."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
     """Peak learning rate; lower it if the loss diverges."""
     schedule: Schedule = "cosine"
@@ -173,9 +177,10 @@ class Train(Section):
     """Decoupled weight decay of AdamW, applied to every trained weight."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Scale gradients down to this total norm if it is exceeded; null disables clipping."""
-    activation_checkpointing: bool = True
-    """Store only the input of each block and compute the rest again in the backward pass; false
-    trains faster and needs more memory."""
+    activation_checkpointing: Literal["auto"] | bool | Annotated[int, Field(ge=0)] = "auto"
+    """Store only the input of a block and compute the rest again in the backward pass: true for
+    every block, false for none, a number for that many first blocks; auto recomputes as few as fit
+    the memory."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 200
     """Optimizer steps between two checkpoints; the last step always writes one."""
     keep_checkpoints: Annotated[int, Field(ge=1)] | None = 2
@@ -195,6 +200,12 @@ class Train(Section):
     writes to the run's folder, the others use their own login and environment variables."""
     seed: Seed = 0
     """Seed of A's initial values, of the order of the rows and of dropout."""
+
+    @property
+    def pass_size(self) -> int:
+        """Number of sequences per forward pass. It must not be `auto` any more."""
+        assert self.micro_batch != "auto", "a plan chooses the micro-batch first"
+        return self.micro_batch
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.data.packing import BatchSchedule, peak_steps
 from qlora_cli.errors import Interrupted, MicroBatchTooLarge
@@ -25,6 +27,13 @@ from qlora_cli.train.learning_checks import LearningChecks
 from qlora_cli.train.loss_spikes import LossSpikes
 from qlora_cli.train.progress import Progress
 from qlora_cli.train.schedule import learning_rate
+from qlora_cli.train.shortage import (
+    Shortage,
+    num_recomputed,
+    recompute_more,
+    recomputed_share,
+    record_shortage,
+)
 from qlora_cli.train.state import State
 from qlora_cli.train.step import StepOutcome, train_step
 from qlora_cli.train.stop_signals import stop_signals
@@ -58,6 +67,8 @@ class TrainingLoop:
     chat_template: the Jinja text that `data.template` sets, for the checkpoints.
     energy: counts the joules of each step.
     on_checkpoint: called after each checkpoint, to write what has been measured so far.
+    may_recompute_more: whether the activation policy may change if memory runs short. parts: number
+    of parts that each micro-batch is divided into from the start.
     """
 
     state: State
@@ -71,6 +82,8 @@ class TrainingLoop:
     chat_template: str | None
     energy: EnergyCounter
     on_checkpoint: Callable[[Progress], object]
+    may_recompute_more: bool = False
+    parts: int = 1
 
     def train(self) -> Progress:
         """Train from the state's step to the last step, which always writes a checkpoint.
@@ -79,7 +92,7 @@ class TrainingLoop:
         evaluations. Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint written;
         QloraError if a file cannot be written; NotFinite if training diverges.
         """
-        progress = Progress()
+        progress = Progress(parts=self.parts)
         checks = LearningChecks(self.state, LossSpikes(self.state, self.schedule))
         first = self.state.step
         tracked_steps = peak_steps(self.schedule, range(first, self.steps))
@@ -111,7 +124,7 @@ class TrainingLoop:
             return
         recipe = self.state.recipe
         trains_base = not method_of(recipe.adapter).freezes_base
-        passes = 2 + trains_base + recipe.train.activation_checkpointing
+        passes = 2 + trains_base + recomputed_share(self.state.loaded)
         epochs = self.steps / self.schedule.steps_per_epoch
         tokens = epochs * self.schedule.num_tokens[0]
         seconds = passes * tokens / self.evaluator.tokens_per_second
@@ -163,28 +176,46 @@ class TrainingLoop:
         return self._event(outcome, lr, seconds, joules, progress)
 
     def _train_step(self, progress: Progress, lr: float) -> StepOutcome:
-        """Do one optimizer step. If a micro-batch does not fit the memory, divide it and try again.
+        """Do one optimizer step. If it runs out of memory, reduce what it needs and try again.
 
-        The gradient is the same up to rounding. Raises MicroBatchTooLarge if single rows do not
-        fit.
+        Raises MicroBatchTooLarge if nothing can be reduced any more.
         """
-        step = self.state.step
         while True:
-            batches = self.schedule.step_batches(step, progress.parts)
+            batches = self.schedule.step_batches(self.state.step, progress.parts)
+            random_state = torch.get_rng_state()
             try:
                 return train_step(self.state, batches, lr)
             except MicroBatchTooLarge as error:
-                finer = self.schedule.step_batches(step, 2 * progress.parts)
-                if len(finer) == len(batches):
+                change = self._reduce_memory(progress, len(batches))
+                if change is None:
                     raise
                 reason = error.what
             # After the except block, so that the tensors of the failed pass are freed.
-            progress.parts *= 2
+            torch.set_rng_state(random_state)
             self.instrument.release_cache()
-            self.observer.note(
-                f"warning: step {step + 1}: {reason}; from now on each micro-batch is divided into "
-                f"{progress.parts} parts, which gives the same gradient and takes more time"
-            )
+            self._report_shortage(reason, change, progress)
+
+    def _reduce_memory(self, progress: Progress, num_batches: int) -> str | None:
+        """Recompute more blocks, else divide micro-batches. Return what changes; None if nothing.
+
+        num_batches: number of micro-batches of the step that ran out of memory.
+        """
+        loaded = self.state.loaded
+        if self.may_recompute_more and recompute_more(loaded):
+            number = num_recomputed(loaded)
+            return f"{number} blocks are recomputed in the backward pass, which changes no gradient"
+        if len(self.schedule.step_batches(self.state.step, 2 * progress.parts)) == num_batches:
+            return None
+        progress.parts *= 2
+        return f"each micro-batch is divided into {progress.parts} parts, with the same gradient"
+
+    def _report_shortage(self, reason: str, change: str, progress: Progress) -> None:
+        step = self.state.step + 1
+        number = num_recomputed(self.state.loaded)
+        record_shortage(self.run, Shortage(step, reason, number, progress.parts))
+        self.observer.note(
+            f"warning: step {step}: {reason}; from now on {change}, and takes more time"
+        )
 
     @contextmanager
     def _measured(self, tracked: bool) -> Iterator[None]:

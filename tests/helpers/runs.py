@@ -108,7 +108,7 @@ def make_recipe(
         "base": {"bits": 4, "compute_dtype": "float32"},
         "adapter": {"rank": 3, "alpha": 6.0, "targets": "all"},
         "data": {"train": str(rows), "eval": str(rows), "seq_len": 32},
-        "train": {},
+        "train": {"activation_checkpointing": True},
         "preference": {},
     }
     merged = {key: {**content.get(key, {}), **sections.get(key, {})} for key in content}
