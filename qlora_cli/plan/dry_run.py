@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,6 @@ from qlora_cli.plan.recording import NotAlike, Recording
 from qlora_cli.plan.replay import MemoryPlan, RecordedJob, replay
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
-from qlora_cli.tasks.task import Task
 from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
@@ -142,6 +141,8 @@ def _groups(recipe: Recipe, config: Any) -> BlockGroups | None:
     if known_family(config) is None:
         model, family = skeleton(config, torch.float32, task_of(recipe).model_class)
         blocks: Any = model.get_submodule(family.blocks)
+        if len(blocks) != len(kinds):  # ALBERT computes one block several times.
+            return None
         kinds = [f"{kind} {sorted(structure_of(b))}" for kind, b in zip(kinds, blocks, strict=True)]
     return find_groups(kinds)
 
@@ -210,7 +211,7 @@ class _DryRun:
             recording.end_phase("eval")
             recording.release_cache()
         step_batches, eval_batches = (
-            [with_constants(batch, state.task) for batch in batches]
+            [state.task.planned(batch) for batch in batches]
             for batches in (self.step_batches, self.eval_batches)
         )
         with track_gradients(state.trainable.values(), tracker):
@@ -225,14 +226,6 @@ class _DryRun:
             recording.begin_phase()
             state.task.evaluate(loaded, eval_batches, state.device)
             recording.end_phase("eval")
-
-
-def with_constants(batch: Batch, task: Task) -> Batch:
-    """Return the batch with constants of any value, if the task needs them."""
-    if not task.needs_constants:
-        return batch
-    width = len(task.segment_names)
-    return replace(batch, constants=torch.zeros(len(batch.segments) // width, width))
 
 
 def _sums(
