@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qlora_cli.adapters.expressions import ExpressionError, expression
 from qlora_cli.errors import ModelError
 
+CLASSIFICATION = "SEQ_CLS"
+"""PEFT's `task_type` of a sequence classifier, whose head is saved with the adapter."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -160,22 +162,24 @@ def _refuse_features(content: Mapping[str, Any], file: Path) -> None:
         raise ModelError(
             f"the adapter uses settings that are not supported: {text}",
             where=str(file),
-            hint="supported: LoRA on linear layers of a causal language model, with alpha / rank "
-            "or rsLoRA scaling, rank patterns and alpha patterns, and on stacked experts",
+            hint="supported: LoRA on linear layers of a causal language model or a sequence "
+            "classifier, with alpha / rank or rsLoRA scaling, rank patterns and alpha patterns, "
+            "and on stacked experts",
         )
 
 
 def _features(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (key, value) of each setting that belongs to an unsupported feature."""
     allowed: dict[str, tuple[Any, ...]] = {
-        "task_type": (None, "CAUSAL_LM"),
+        "task_type": (None, "CAUSAL_LM", CLASSIFICATION),
         "bias": ("none",),
-        "modules_to_save": (None, []),
         "init_lora_weights": (None, *_NEUTRAL_INITS),
     }
     if isinstance(content.get("target_modules"), str):
         # PEFT does not define this combination and refuses it.
         allowed["layers_to_transform"] = (None,)
+    if content.get("task_type") != CLASSIFICATION:
+        allowed["modules_to_save"] = (None, [])
     for key, value in content.items():
         if key in allowed and value not in allowed[key]:
             yield key, value
@@ -211,6 +215,23 @@ def tensor_name(path: str, factor: str) -> str:
     path: the linear layer. factor: `A` or `B`.
     """
     return f"{_PREFIX}{path}.lora_{factor}.weight"
+
+
+def saved_name(name: str) -> str:
+    """Return the name in the file of a parameter of a module in `modules_to_save`."""
+    return f"{_PREFIX}{name}"
+
+
+def parse_saved_name(name: str, modules: Collection[str]) -> str | None:
+    """Return the parameter's name of a tensor that is saved whole, or None for another tensor.
+
+    modules: `modules_to_save`, paths or their endings.
+    """
+    parameter = name.removeprefix(_PREFIX)
+    parts = parameter.split(".")
+    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+    is_saved = any(_matches(list(modules), path) for path in paths)
+    return parameter if name.startswith(_PREFIX) and is_saved else None
 
 
 def parse_tensor_name(name: str) -> tuple[str, str] | None:

@@ -106,7 +106,8 @@ class AdapterLayer:
 class AdapterFile:
     """An adapter on disk: its folder, its settings, and the layers that it adapts.
 
-    stacks: the stacked parameters of experts that it adapts, by path. No tensor is in memory.
+    stacks: the stacked parameters of experts that it adapts, by path. saved: name -> entry of the
+    parameters that are saved whole, such as those of a classification head. No tensor is in memory.
     Not to be confused with `recipe.adapter.Adapter`, the recipe's section.
     """
 
@@ -114,6 +115,7 @@ class AdapterFile:
     config: PeftConfig
     layers: Mapping[str, AdapterLayer]
     stacks: Mapping[str, AdapterStack] = field(default_factory=dict)
+    saved: Mapping[str, TensorEntry] = field(default_factory=dict, kw_only=True)
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise ProblemsError if the adapter does not fit a base.
@@ -179,7 +181,8 @@ def open_adapter(folder: Path) -> AdapterFile:
         )
     entries, header = read_header(file)
     metadata = AdapterMetadata.of(header, file)
-    pairs = _pairs(entries, file)
+    saved = _saved(entries, config)
+    pairs = _pairs({name: e for name, e in entries.items() if name not in saved}, file)
     paths = stack_paths(config, pairs)
     stacks = {
         stack: _stack(stack, *pairs.pop(path), config)
@@ -192,7 +195,15 @@ def open_adapter(folder: Path) -> AdapterFile:
             f"{peft_config.CONFIG} targets {target}, but the file has no adapter of it",
             where=str(file),
         )
-    return AdapterFile(folder, config, layers, stacks)
+    by_parameter = {parameter: entries[name] for name, parameter in saved.items()}
+    return AdapterFile(folder, config, layers, stacks, saved=by_parameter)
+
+
+def _saved(entries: Mapping[str, TensorEntry], config: PeftConfig) -> dict[str, str]:
+    """Return name in the file -> parameter's name of the tensors that are saved whole."""
+    modules = config.modules_to_save or []
+    names = {name: peft_config.parse_saved_name(name, modules) for name in entries}
+    return {name: parameter for name, parameter in names.items() if parameter is not None}
 
 
 def _pairs(

@@ -91,7 +91,7 @@ def run(
     chooser = SizeChooser(config, profile)
     length = _choose_sizes(draft, chooser, rows)
     plan = chooser.planner.plan(draft.recipe)
-    is_preference = "task" in draft.chosen
+    is_preference = draft.recipe.task == "preference"
     draft.put(
         learning_rate(plan.total_parameters, is_instruct=has_template, is_preference=is_preference)
     )

@@ -25,6 +25,7 @@ from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.host import return_freed_memory
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run import Run
+from qlora_cli.tasks.classification import CLASSIFICATION
 
 
 def run(
@@ -52,6 +53,10 @@ def run(
     """
     is_used = _check_out(out, may_be_used=gguf is not None)
     source = _open_run(run, base, observer)
+    if gguf is not None and source.recipe.task == CLASSIFICATION.name:
+        raise UsageError(
+            "a classifier cannot be written as a GGUF file", where="--gguf", hint="omit --gguf"
+        )
     device = torch.device(inspect_device().kind)
     torch_type = torch_dtype(dtype or DEFAULT_DTYPE)
     tensors = open_merged_tensors(source, "original", torch_type, device, weight, others, observer)

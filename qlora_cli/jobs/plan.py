@@ -15,6 +15,8 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import InputError
 from qlora_cli.events import Silent
 from qlora_cli.files.locate import find_config, read_config
+from qlora_cli.jobs.labels import resolve_labels
+from qlora_cli.jobs.padding import planned_padding
 from qlora_cli.jobs.planned_length import estimated_time, planned_length
 from qlora_cli.jobs.results import PlanResult
 from qlora_cli.memory.device import inspect_device
@@ -53,6 +55,7 @@ def run(
     profile = device_profile or inspect_device()
     config_file = find_config(recipe.model.name, recipe.model.revision)
     config = read_config(config_file)
+    recipe, chosen = resolve_labels(recipe, config, needs_rows=False)
     check_seq_len(recipe.data, config)
     task = task_of(recipe)
     require_proof(config, task, Silent())
@@ -79,7 +82,12 @@ def run(
         total_parameters=plan.total_parameters,
         adapter_bytes=plan.adapter_bytes,
         arithmetic=arithmetic_of(resolved, plan),
-        notes=(*plan_notes(resolved, profile, plan), *limits_of(config, task.model_class)),
+        notes=(
+            *(f"{choice.key} = {choice.value}: {choice.reason}" for choice in chosen),
+            *plan_notes(resolved, profile, plan),
+            *limits_of(config, task.model_class),
+            *filter(None, [None if data_problem else planned_padding(resolved, config)]),
+        ),
         seconds=time.perf_counter() - began,
         steps=length.updates if length else recipe.train.steps,
         length=length,

@@ -22,10 +22,12 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.locate import find_base, read_config
 from qlora_cli.files.packed_store import PackedStore
-from qlora_cli.files.source import FolderSource
+from qlora_cli.files.source import TensorSource
 from qlora_cli.jobs.data_findings import dataset_of, report_findings
+from qlora_cli.jobs.labels import resolve_labels
+from qlora_cli.jobs.padding import padding_of_job
 from qlora_cli.models.build import ModelRequest
-from qlora_cli.models.checkpoint_source import open_source
+from qlora_cli.models.checkpoint_source import open_source, with_new_head
 from qlora_cli.models.family import Family
 from qlora_cli.models.packed_base import has_packed_copy, packed_store
 from qlora_cli.proof.prove import ModelProof
@@ -63,9 +65,10 @@ class Prepared:
         text: str = self.tokenizer.chat_template
         return text
 
-    def source(self, model: nn.Module, family: Family) -> FolderSource:
-        """Return the tensors in the base's folder."""
-        return open_source(self.folder, family)
+    def source(self, model: nn.Module, family: Family) -> TensorSource:
+        """Return the tensors in the base's folder, and those of a new classification head."""
+        source = open_source(self.folder, family)
+        return with_new_head(source, family, self.config, self.recipe.train.seed)
 
     def request(self, device: torch.device, observer: Observer) -> ModelRequest:
         """Return the request for the model of this job on `device`."""
@@ -138,6 +141,8 @@ def prepare(recipe: Recipe, profile: DeviceProfile) -> Prepared:
     resolved, choices = resolve(recipe, profile)
     folder = find_base(recipe.model.name, recipe.model.revision)
     config = read_config(folder / "config.json")
+    resolved, chosen_labels = resolve_labels(resolved, config)
+    choices += chosen_labels
     tokenizer = with_template(load_tokenizer(str(folder)), recipe.data)
     return Prepared(resolved, choices, profile, folder, config, tokenizer)
 
@@ -172,6 +177,8 @@ def read_job(
         dataset = dataset_of(recipe.data, rows, prepared.tokenizer, prepared.folder)
         report_findings(dataset, allow, observer)
     schedule = make_schedule(recipe, rows.train.examples)
+    if padding := padding_of_job(recipe, prepared.config, schedule):
+        observer.note(padding)
     held_out = held_out_batches(recipe, rows.held_out.examples) if rows.held_out else []
     steps = recipe.train.steps or math.ceil(recipe.train.epochs * schedule.steps_per_epoch)
     parts = [rows.train.examples, *([rows.held_out.examples] if rows.held_out else [])]

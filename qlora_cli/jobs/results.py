@@ -79,6 +79,7 @@ class TrainResult(Result):
     steps: optimizer steps that were done. train_loss: mean loss of the last steps. eval_loss: loss
     of the exported weights on the held-out set; None without one. best_step: the step of the
     exported weights if they were evaluated. eval_loss_before: held-out loss before the first step.
+    metrics: the task's other held-out metrics of the exported weights.
     """
 
     run: Path
@@ -89,6 +90,7 @@ class TrainResult(Result):
     ledger: Ledger
     best_step: int | None = None
     eval_loss_before: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

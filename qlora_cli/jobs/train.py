@@ -211,16 +211,15 @@ def _export(job: TrainingJob, state: State, evaluator: Evaluator, observer: Obse
         return state.step
     if not job.run.checkpoint(best.step).is_dir():
         observer.note(
-            f"warning: the checkpoint of step {best.step:,}, which has the lowest held-out loss, "
+            f"warning: the checkpoint of step {best.step:,}, which has the best evaluation, "
             "is gone; the exported weights are those of the last step"
         )
         write_weights(state, job.prepared.folder, job.run.path, job.prepared.chat_template)
         return state.step
     copy_weights(job.run.checkpoint(best.step), job.run.path)
     observer.note(
-        f"the exported weights are those of step {best.step:,}, which has the lowest held-out loss "
-        f"({best.loss:.3f}); those of the last step are in its checkpoint "
-        f"({job.run.checkpoint(state.step)})"
+        f"the exported weights are those of step {best.step:,}, which has {evaluator.best_text}; "
+        f"those of the last step are in its checkpoint ({job.run.checkpoint(state.step)})"
     )
     return best.step
 
@@ -247,6 +246,7 @@ def _finish(
         ledger=ledger,
         best_step=exported if exported in losses else None,
         eval_loss_before=losses.get(0),
+        metrics=evaluator.metrics_of(exported),
     )
     summary = {key: value for key, value in result.to_dict().items() if key != "ledger"}
     record.set_status(job.run, "done", result=summary, checksums=weights_checksums(job.run))

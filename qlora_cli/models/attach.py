@@ -33,6 +33,7 @@ from qlora_cli.adapters.targets import EXPERTS
 from qlora_cli.errors import ModelError
 from qlora_cli.models import convert
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.trained_head import check_head, load_head
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
 
@@ -46,6 +47,7 @@ def load_adapter(loaded: LoadedModel, folder: Path) -> None:
     """
     adapter = open_adapter(folder)
     adapter.check([*loaded.sites, *loaded.stacks])
+    check_head(loaded, adapter)
     layers = dict(adapted_layers(loaded.model))
     stacks = dict(adapted_stacks(loaded.model))
     sites = {site.path: site for site in loaded.sites}
@@ -67,6 +69,7 @@ def load_adapter(loaded: LoadedModel, folder: Path) -> None:
         values, lora = stored.read(), stacks[path].lora()
         lora.a.copy_(values.a)
         lora.b.copy_(values.b)
+    load_head(loaded, adapter)
 
 
 def _check_same(layer: LoraLinear, source: AdapterLayer, site: Site, folder: Path) -> None:
@@ -132,6 +135,7 @@ def adapter_layers_for(loaded: LoadedModel, adapter: AdapterFile) -> dict[str, L
     the device of the base. Raises ProblemsError if the adapter does not fit the base.
     """
     adapter.check([*loaded.sites, *loaded.stacks])
+    check_head(loaded, adapter)
     sites = {site.path: site for site in loaded.sites}
     layers: dict[str, LoraModule] = {
         path: _adapted(base_at(loaded, path), layer, sites[path])

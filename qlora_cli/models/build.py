@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,11 +24,16 @@ from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.atomic import PARSE_ERRORS
-from qlora_cli.files.composed import text_config_of, whole_config
+from qlora_cli.files.composed import is_composed, text_config_of, whole_config
 from qlora_cli.files.dtype import file_dtype, torch_dtype
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
+from qlora_cli.models.classifier import (
+    ClassifierClass,
+    classifier_family,
+    is_classifier_class,
+)
 from qlora_cli.models.composed import auto_class, remove_other_parts
 from qlora_cli.models.coverage import check_logits
 from qlora_cli.models.derive import derive_family, dropout_keys
@@ -121,7 +127,7 @@ def skeleton(
     ModelError if transformers cannot create the model or no family can describe it.
     """
     family = known_family(config)
-    if family is not None:
+    if family is not None and model_class in (None, _causal_lm()):
         check_logits(config)
     # transformers writes the dtype and the attention's name into the config that it is given.
     config = deepcopy(config)
@@ -129,11 +135,18 @@ def skeleton(
     for key in family.dropouts if family else dropout_keys(config):
         if hasattr(config, key):
             setattr(config, key, 0.0)
-    model_class = auto_class(config, model_class or _causal_lm())
+    model_class = model_class or _causal_lm()
+    if isinstance(model_class, ClassifierClass) and is_composed(config):
+        raise unsupported(config, "classification is not supported for a model of several parts")
+    model_class = auto_class(config, model_class)
     model = _create(whole_config(config), compute, model_class)
     # Batches have no padding. With a pad token set, GPT-2 would search for it in every batch.
     with suppress(StrictDataclassError):  # Some configs require a pad token.
         text_config_of(model).pad_token_id = None
+    if is_classifier_class(model):
+        family = classifier_family(model, family)
+        for path in family.trained_head:
+            model.get_submodule(path).float()
     family = family or derive_family(model)
     remove_other_parts(model, family.others)
     if family.experts:
@@ -204,7 +217,8 @@ def initialize_adapter(loaded: LoadedModel, request: ModelRequest) -> None:
     method = method_of(recipe.adapter)
     method.initialize(model, request.device, recipe.train.seed)
     model.requires_grad_(False)
-    for parameter in method.trained_parameters(model):
+    heads = (model.get_submodule(path).parameters() for path in loaded.family.trained_head)
+    for parameter in (*method.trained_parameters(model), *chain.from_iterable(heads)):
         parameter.requires_grad_(True)
 
 
@@ -242,7 +256,8 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
             packed: Any = model.get_submodule(stack.path)
             convert.replace_module(model, stack.path, method.wrap_stack(packed))
     convert.replace_embeddings(model, family, weight_format)
-    convert.replace_head(model, family.head, weight_format)
+    if not family.is_classifier:
+        convert.replace_head(model, family.head, weight_format)
     # A tied table is also the head, and every step multiplies by all of it.
     if has_own_memory(device) and not is_tied(loaded):
         convert.move_embedding_to_host(model, family.token_embedding, device)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from qlora_cli.models.family import Family
 from qlora_cli.models.head import measured_transform
 from qlora_cli.models.registry import unsupported
 from qlora_cli.models.tables import is_plain_table, measured_scale
+from qlora_cli.models.weight_reads import read_weights
 
 _DROPOUT = re.compile(r"dropout|drop_rate|layerdrop|_pdrop|_drop$|jitter_noise$")
 
@@ -43,6 +45,16 @@ def derive_family(model: Any) -> Family:
 
     Raises ModelError, with the reason, for a model that a `Family` cannot describe.
     """
+    family = derive_backbone(model, _head_path)
+    logits = measured_transform(model, model.base_model_prefix, family.head)
+    return replace(family, logits=logits)
+
+
+def derive_backbone(model: Any, head_path: Callable[[Any], str]) -> Family:
+    """Return the family of a model on meta, without what it does with the output of its head.
+
+    head_path: returns the path of the head. Errors as of `derive_family`.
+    """
     config = text_config_of(model)
     backbone = language_model_path(model)
     if not backbone or backbone not in dict(model.named_modules()):
@@ -51,7 +63,7 @@ def derive_family(model: Any) -> Family:
     found = list(model.get_submodule(blocks))
     experts, stacks = _experts(model, blocks, found)
     _check_tensors(model, found, blocks)
-    head = _head_path(model)
+    head = head_path(model)
     others = other_parts(model, backbone, head)
     embeddings = tuple(_embedding_paths(model, blocks, others))
     unquantized = tuple(dict.fromkeys(read_directly(found)))
@@ -75,7 +87,6 @@ def derive_family(model: Any) -> Family:
         rename=parameter_names(model, stacks, others),
         experts=experts,
         stacks=stacks,
-        logits=measured_transform(model, model.base_model_prefix, head),
         own_attention=not can_set_attention,
         packs=can_set_attention and not _has_recurrence(config, found),
         merged_attention=_merged_attention(model, backbone),
@@ -198,7 +209,10 @@ def _embedding_paths(model: Any, blocks: str, others: Sequence[str]) -> Iterator
     for path, module in model.named_modules():
         is_other = module is not tokens and not path.startswith(outside)
         if isinstance(module, nn.Embedding) and is_other and is_plain_table(module, path):
-            yield path
+            parent, _, name = path.rpartition(".")
+            # DeBERTa's relative positions are a matrix, which is read and not looked up.
+            if name not in read_weights(model.get_submodule(parent)):
+                yield path
 
 
 def _final_norm(model: Any, backbone: str, blocks: str) -> str | None:

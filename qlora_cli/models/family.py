@@ -15,6 +15,7 @@ from qlora_cli.nn.experts import StackPart
 from qlora_cli.nn.logits import IDENTITY, LogitTransform
 from qlora_cli.nn.mlp import Projections
 
+Pooling = Literal["first", "last", "mean"]
 Rows = Callable[[Any], Mapping[str, slice]]
 """From a transformers config to each role's rows of a fused linear's weight (out, in)."""
 
@@ -49,7 +50,7 @@ class MlpSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """The structure of a causal language model.
+    """The structure of a causal language model, or of a sequence classifier.
 
     model_types: the `model_type` values of transformers configs with this structure. backbone: path
     of the module that maps token ids to hidden states. blocks: path of the list of blocks. head:
@@ -71,6 +72,12 @@ class Family:
     merged_attention: the attention of transformers that computes the same model. others: paths of
     the other parts of a composed model, which are not loaded and which a merge copies.
     other_modules: paths of all modules in these parts.
+
+    The last fields are for a sequence classifier, whose `head` is the last linear. trained_head:
+    paths of the modules after the blocks, which train in full precision. head_shapes: name -> shape
+    of their parameters. pooling: the token of each row that they get, or the mean of all tokens.
+    token_types: the backbone takes the types of tokens. position_offset: position of the first
+    token.
     """
 
     name: str
@@ -97,6 +104,16 @@ class Family:
     merged_attention: Literal["sdpa", "eager"] = "sdpa"
     others: tuple[str, ...] = ()
     other_modules: tuple[str, ...] = ()
+    trained_head: tuple[str, ...] = ()
+    head_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    pooling: Pooling = "last"
+    token_types: bool = False
+    position_offset: int = 0
+
+    @property
+    def is_classifier(self) -> bool:
+        """Return whether the model classifies sequences."""
+        return bool(self.trained_head)
 
     @property
     def token_embedding(self) -> str:

@@ -41,7 +41,7 @@ def _stored(config: Any) -> Iterator[str]:
 
 def _limits(config: Any, model_class: Any) -> Iterator[str]:
     model, family = skeleton(config, torch.float32, model_class)
-    if not family.packs:
+    if not family.packs and not family.is_classifier:
         cause = "its attention" if family.own_attention else "a part of its blocks"
         yield (
             f"model type {family.name} runs one row at a time, because {cause} cannot separate "

@@ -49,4 +49,5 @@ class LoadedModel:
 
 def is_tied(loaded: LoadedModel) -> bool:
     """Return whether the token embedding and the head are one parameter."""
-    return bool(getattr(loaded.config, "tie_word_embeddings", False))
+    is_classifier = loaded.family.is_classifier
+    return not is_classifier and bool(getattr(loaded.config, "tie_word_embeddings", False))

@@ -26,6 +26,7 @@ from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_erro
 from qlora_cli.files.finite import finite_cpu_copy
 from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.trained_head import head_parameters
 from qlora_cli.recipe.adapter import Adapter
 from qlora_cli.recipe.schema import Recipe
 
@@ -42,6 +43,9 @@ def save_adapter(
     """
     layers = dict(adapted_layers(loaded.model))
     factors = dict(_factors(loaded, layers))
+    for name, parameter in head_parameters(loaded).items():
+        spec = TensorSpec(parameter.dtype, tuple(parameter.shape))
+        factors[peft_config.saved_name(name)] = spec, parameter.detach
     specs = {name: spec for name, (spec, _) in factors.items()}
 
     def compute(name: str) -> Tensor:
@@ -107,7 +111,10 @@ def _peft_config(
         for name in (*targets.modules(paths), *targets.parameters(paths)):
             ranks[name], alphas[name] = _stacked_settings(recipe.adapter, num)
     rank, alpha = _stacked_settings(recipe.adapter, most_common)
+    heads = list(loaded.family.trained_head)
     return PeftConfig(
+        task_type=peft_config.CLASSIFICATION if heads else "CAUSAL_LM",
+        modules_to_save=heads or None,
         base_model_name_or_path=recipe.model.name,
         revision=recipe.model.revision,
         r=rank,

@@ -39,7 +39,6 @@ from qlora_cli.plan.replay import MemoryPlan, RecordedJob, replay
 from qlora_cli.recipe.activations import recomputed_blocks
 from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.task import Task
 from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
@@ -207,7 +206,7 @@ class DryRun:
             recording.end_phase("eval")
             recording.release_cache()
         step_batches, eval_batches = (
-            [with_constants(batch, state.task) for batch in batches]
+            [state.task.planned(batch) for batch in batches]
             for batches in (self._step_batches, self._eval_batches)
         )
         with track_gradients(state.trainable.values(), tracker):
@@ -222,14 +221,6 @@ class DryRun:
             recording.begin_phase()
             state.task.evaluate(loaded, eval_batches, state.device)
             recording.end_phase("eval")
-
-
-def with_constants(batch: Batch, task: Task) -> Batch:
-    """Return the batch with constants of any value, if the task needs them."""
-    if not task.needs_constants:
-        return batch
-    width = len(task.segment_names)
-    return replace(batch, constants=torch.zeros(len(batch.segments) // width, width))
 
 
 def _sums(

@@ -27,7 +27,8 @@ class MetaSource:
         for path, module in model.named_modules():
             for name in persistent_buffers(module):
                 self._shapes[f"{path}.{name}"] = tuple(module.get_buffer(name).shape)
-        if getattr(model.config, "tie_word_embeddings", False):
+        is_tied = getattr(model.config, "tie_word_embeddings", False)
+        if is_tied and not family.is_classifier:
             self._shapes.pop(f"{family.head}.weight", None)
         self._dtype = dtype
 

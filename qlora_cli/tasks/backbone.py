@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qlora_cli.data.collate import Batch
 from qlora_cli.memory.scopes import scope
@@ -27,12 +28,19 @@ def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Te
     with scope("activations"):
         ids = batch.input_ids.to(ids_device, non_blocking=True)
         if not loaded.family.packs:
+            if loaded.family.is_classifier:
+                return _padded(loaded, ids, batch, device)
             rows = [_row(loaded, row, device) for row in ids.split(batch.segments, dim=1)]
             return rows[0] if len(rows) == 1 else torch.cat(rows)
         backbone = loaded.model.get_submodule(loaded.family.backbone)
         positions = batch.position_ids.to(device, non_blocking=True)
+        arguments: dict[str, Tensor] = {}
+        if loaded.family.position_offset:
+            positions = positions + loaded.family.position_offset
+        if loaded.family.token_types and batch.token_types is not None:
+            arguments["token_type_ids"] = batch.token_types.to(device, non_blocking=True)
         with use_spans(Spans.on(batch.segments, device, loaded.kernel)):
-            output = backbone(input_ids=ids, position_ids=positions, use_cache=False)
+            output = backbone(input_ids=ids, position_ids=positions, use_cache=False, **arguments)
     hidden: Tensor = output.last_hidden_state
     return hidden.squeeze(0)
 
@@ -48,6 +56,24 @@ def _row(loaded: LoadedModel, ids: Tensor, device: torch.device) -> Tensor:
     with use_spans(spans):
         hidden: Tensor = backbone(input_ids=ids, use_cache=False, **arguments)[0]
     return hidden.squeeze(0)
+
+
+def _padded(loaded: LoadedModel, ids: Tensor, batch: Batch, device: torch.device) -> Tensor:
+    """Return the last hidden states (tokens, d) of rows that are padded to the longest of them.
+
+    ids: (1, tokens), those of the batch, on the device of the token table.
+    """
+    backbone = loaded.model.get_submodule(loaded.family.backbone)
+    lengths = batch.segments
+    places = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    arguments = {"attention_mask": places.long().to(device, non_blocking=True)}
+    if loaded.family.token_types and batch.token_types is not None:
+        types = pad_sequence(batch.token_types.squeeze(0).split(lengths), batch_first=True)
+        arguments["token_type_ids"] = types.to(device, non_blocking=True)
+    padded = pad_sequence(ids.squeeze(0).split(lengths), batch_first=True)
+    hidden: Tensor = backbone(input_ids=padded, **arguments)[0]
+    kept = places.flatten().nonzero().flatten().to(device, non_blocking=True)
+    return hidden.flatten(0, 1)[kept]
 
 
 def head_of(loaded: LoadedModel) -> tuple[Tensor, Tensor | None, LogitTransform]:

@@ -147,12 +147,15 @@ class TrainingLoop:
         """Return whether training ends before its last step, and report it."""
         if not self.evaluator.out_of_patience:
             return False
-        best = self.evaluator.best
+        best, metric = self.evaluator.best, self.state.recipe.best_metric
         assert best is not None
+        better, value = "lower held-out loss", f"the lowest is {best.loss:.3f}"
+        if metric is not None:
+            better, value = f"higher {metric}", f"the highest is {best.metric:.3f}"
         self.observer.note(
-            f"stopped after step {self.state.step:,} of {self.steps:,}: no lower held-out loss in "
-            f"{self.state.recipe.train.patience} evaluations (train.patience); the lowest is "
-            f"{best.loss:.3f} at step {best.step:,}"
+            f"stopped after step {self.state.step:,} of {self.steps:,}: no {better} in "
+            f"{self.state.recipe.train.patience} evaluations (train.patience); {value} at step "
+            f"{best.step:,}"
         )
         return True
 
@@ -260,7 +263,7 @@ class TrainingLoop:
     def _save_if_due(self, progress: Progress, is_stop_requested: bool, is_best: bool) -> None:
         """Write a checkpoint if one is due. Raises Interrupted if the user asked to stop.
 
-        is_best: this step has the lowest held-out loss so far.
+        is_best: this step has the best evaluation so far.
         """
         step, train = self.state.step, self.state.recipe.train
         is_last = step == self.steps or self.evaluator.out_of_patience

@@ -110,6 +110,7 @@ def make_recipe(
         "data": {"train": str(rows), "eval": str(rows), "seq_len": 32},
         "train": {"activation_checkpointing": True},
         "preference": {},
+        "classification": {},
     }
     merged = {key: {**content.get(key, {}), **sections.get(key, {})} for key in content}
     if sections.get("adapter", {}).get("method") == "full":

@@ -160,7 +160,7 @@ Tensors = dict[str, Tensor]
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 UNSUPPORTED: list[dict[str, Any]] = [
     {"peft_type": "IA3"},
-    {"task_type": "SEQ_CLS"},
+    {"task_type": "TOKEN_CLS"},
     {"use_dora": True},
     {"bias": "all"},
     {"lora_bias": True},

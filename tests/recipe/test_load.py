@@ -191,7 +191,8 @@ def test_a_wrong_value_is_reported_with_the_accepted_values(
         ("adapter.frobnicate=1", "settings of adapter: method, rank"),
         (
             "zzz=1",
-            "top-level settings: model, base, adapter, data, train, preference, task, output",
+            "top-level settings: model, base, adapter, data, train, preference, classification, "
+            "task, output",
         ),
         ("train.lr.x=1", "did you mean train.lr?"),
     ],

@@ -124,6 +124,12 @@ def combine(weighted_adapters: Sequence[WeightedAdapter]) -> AdapterFile:
     first = weighted_adapters[0].adapter
     if len(weighted_adapters) == 1 and weighted_adapters[0].weight == 1.0:
         return first
+    if any(weighted.adapter.saved for weighted in weighted_adapters):
+        raise UsageError(
+            "adapters with a classification head cannot be weighted or combined",
+            where="--with" if len(weighted_adapters) > 1 else "--weight",
+            hint="leave --weight and --with out",
+        )
     paths = sorted({path for weighted in weighted_adapters for path in weighted.adapter.layers})
     layers = {path: _stacked(path, weighted_adapters) for path in paths}
     paths = sorted({path for weighted in weighted_adapters for path in weighted.adapter.stacks})

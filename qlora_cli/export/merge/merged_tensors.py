@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from qlora_cli.export.options import FALLBACK_DTYPE, MergeBase
 from qlora_cli.files.dtype import dtype_name, file_dtype
 from qlora_cli.files.locate import read_config
 from qlora_cli.files.safetensors_io import TensorSpec, is_finite
-from qlora_cli.files.source import FolderSource
+from qlora_cli.files.source import FolderSource, OverlaidSource
 from qlora_cli.models.build import skeleton, weight_format_of
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.packed_base import packed_store
@@ -71,8 +72,8 @@ class MergedTensors:
         of another kind may round a tie between two codes differently.
     experts: name in the model -> tensor, of all tensors with weights of experts.
     others: paths of the parts of a composed model that are copied bit for bit, in any dtype.
-    copy: the packed copy of the base, for running the trained model. No merged tensor is computed
-        from it.
+    copy: the packed copy of the base, for running the trained model and nothing else.
+    config_entries: entries of config.json that differ from the base's.
     """
 
     source: FolderSource
@@ -86,6 +87,7 @@ class MergedTensors:
     experts: Mapping[str, ExpertTensor] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     copy: PackedCopy | None = None
+    config_entries: Mapping[str, Any] = field(default_factory=dict)
 
     def shapes(self) -> dict[str, TensorSpec]:
         """Return tensor name -> shape and dtype of the merged checkpoint, in the file's order."""
@@ -268,10 +270,13 @@ def open_merged_tensors(
         adapter = combine([own, *open_other_adapters(run, others)])
         adapter.check([*sites, *stacks])
     source = open_source(folder, family)
+    if family.is_classifier:
+        source = OverlaidSource(source, {} if adapter is None else adapter.saved)
     experts = expert_tensors(stacks, family)
     copy = packed_store(recipe, run.base_folder, config, task.model_class, device.type, observer)
     how = (weight_format, base, dtype, device)
-    return MergedTensors(source, task, sites, adapter, *how, experts, family.others, copy)
+    what = (experts, family.others, copy, task.config_entries(model))
+    return MergedTensors(source, task, sites, adapter, *how, *what)
 
 
 def _refuse_adapters(run: Run, weight: float, others: Sequence[tuple[Path, float]]) -> None:

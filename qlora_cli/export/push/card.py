@@ -33,7 +33,9 @@ def model_card(contents: UploadContents, repo: str) -> str:
 
 def _front_matter(contents: UploadContents) -> str:
     lines = ["---", f"library_name: {'peft' if contents.kind == 'adapter' else 'transformers'}"]
-    lines += ["pipeline_tag: text-generation", "tags:", "- qlora-cli"]
+    is_classifier = contents.run is not None and contents.run.recipe.task == "classification"
+    kind = "text-classification" if is_classifier else "text-generation"
+    lines += [f"pipeline_tag: {kind}", "tags:", "- qlora-cli"]
     if contents.kind != "full":
         lines.append("- lora")
     base = _hub_base(contents.run)

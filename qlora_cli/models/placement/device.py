@@ -41,16 +41,20 @@ class DevicePlacement:
         slots = checked_slots(loaded, source)
         self.observer.stage("load", len(slots))
         num_copied = 0
+        # A copy has the base only: a classification head is trained, and perhaps in no file.
+        heads = loaded.family.head_shapes
         for done, name in enumerate(loading_order(slots, loaded.family.blocks), 1):
             with scope("temporary"), module_scope(slots[name].module or name):
-                num_copied += put_tensor(name, slots[name], source, self.copy, self.device)
+                copy = None if name in heads else self.copy
+                num_copied += put_tensor(name, slots[name], source, copy, self.device)
             self.observer.advance(done)
         if is_tied(loaded):
             # A copy is written only after the checkpoint's head was compared.
             _tie_head(loaded, None if num_copied == len(slots) else source)
         rebuild_buffers(loaded, self.device)
         if self.copy is not None:
-            self.copy.finish(lambda: held_tensors(slots))
+            of_base = {name: slot for name, slot in slots.items() if name not in heads}
+            self.copy.finish(lambda: held_tensors(of_base))
 
 
 def loading_order(slots: Mapping[str, TensorSlot], blocks: str) -> list[str]:

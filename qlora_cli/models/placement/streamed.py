@@ -95,7 +95,9 @@ def _reader(loaded: LoadedModel, path: str) -> str:
     """
     family, module = loaded.family, loaded.model.get_submodule(path)
     if not path.startswith(f"{family.blocks}."):
-        return path
+        # A table that is read as a matrix, such as DeBERTa's relative positions.
+        is_read = isinstance(module, nn.Embedding) and path not in family.embeddings
+        return path.rpartition(".")[0] if is_read else path
     index, _, within = path.removeprefix(f"{family.blocks}.").partition(".")
     has_own = isinstance(module, QuantLinear | LoraLinear | nn.Linear | Conv1D)
     has_own = has_own or within in family.experts
