@@ -51,7 +51,7 @@ def planned_padding(recipe: Recipe, config: Any) -> str | None:
         return None
     lengths = list(found.lengths)
     random.Random(recipe.train.seed).shuffle(lengths)
-    size = recipe.train.micro_batch
+    size = recipe.train.pass_size
     batches: list[Sequence[int]] = [lengths[i : i + size] for i in range(0, len(lengths), size)]
     padded = sum(max(batch) * len(batch) for batch in batches)
     return _text(found.of_all(sum(lengths)), found.of_all(padded), "about ")
