@@ -47,6 +47,11 @@ def _limits(config: Any, model_class: Any) -> Iterator[str]:
             f"model type {family.name} runs one row at a time, because {cause} cannot separate "
             "rows that share a sequence; packing changes the order of rows, but saves no time"
         )
+    if family.others:
+        yield (
+            f"only the language model is trained; {', '.join(family.others)} are not loaded, and a "
+            "merge copies them, so that it is larger than the planned figure"
+        )
     if family.experts:
         number = _num_parameters(model, family.experts)
         yield (

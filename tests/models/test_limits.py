@@ -7,6 +7,7 @@ import re
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora_cli.files.composed import language_config
 from qlora_cli.models.limits import limits_of
 from qlora_cli.proof.small_config import small_config
 
@@ -16,6 +17,7 @@ from qlora_cli.proof.small_config import small_config
     [
         ("llama", []),
         ("olmo2", []),
+        ("llava", [r"model\.vision_tower, model\.multi_modal_projector are not loaded"]),
         ("bloom", ["one row at a time, because its attention cannot separate"]),
         ("mixtral", ["147,456 parameters of experts are packed like the linears"]),
         (
@@ -26,7 +28,7 @@ from qlora_cli.proof.small_config import small_config
 )
 def test_the_notes_name_each_limit(model_type: str, expected: list[str]) -> None:
     """Two blocks with 4 experts of 3 x 64 x 96 values each, and with 64 x 128 in `out_proj`."""
-    config = AutoConfig.for_model(model_type)
+    config = language_config(AutoConfig.for_model(model_type))
     found = limits_of(small_config(config), AutoModelForCausalLM)
     assert len(found) == len(expected)
     for note, text in zip(found, expected, strict=True):
