@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from qlora_cli.memory.counter import Counter
 from qlora_cli.memory.ledger import STEP_PHASES
+from qlora_cli.memory.work import Work
 
 LOSS = "loss"
 """The part of a step that `nn/loss.py` marks: from the first logits to the backward pass."""
@@ -84,6 +85,9 @@ class PartListener:
         self.counter.mark(name)
         self._end()
         self._begin(name)
+
+    def work(self, work: Work) -> None:
+        """Do nothing; only memory counts."""
 
     def enter_module(self, path: str) -> None:
         """Do nothing; the parts are not those of modules."""
