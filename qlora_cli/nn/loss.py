@@ -21,6 +21,8 @@ from qlora_cli.nn.logits import IDENTITY, LogitTransform
 
 _HEAD_ROWS = 8192
 """Rows of the head whose gradient is updated at once."""
+_CONVERTED_ELEMENTS = 2**20
+"""Values of the head that are converted to another dtype at once: 4 MiB in float32."""
 CHUNK_ELEMENTS = 2**25
 """Logits of one chunk if its number of tokens is not given: 128 MiB in float32."""
 
@@ -51,8 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.zeros_like(tensor) if tensor is not None and needed else None
                 for tensor, needed in inputs
             ]
-            weight = head.to(hidden.dtype)
-            for at, rows, logits in _chunks(hidden, weight, bias, positions, transform, chunk):
+            for at, rows, logits in _chunks(hidden, head, bias, positions, transform, chunk):
                 chosen = targets[at][:, None]
                 needs_grad = any(grad is not None for grad in ctx.grads)
                 slope = transform.slope(logits) if needs_grad else None
@@ -70,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     probabilities.mul_(slope)
                 grad_output = probabilities.mul_(weights * transform.scale).to(hidden.dtype)
                 del logits, probabilities, slope
-                _add_gradients(ctx.grads, grad_output, rows, weight, positions[at])
+                _add_gradients(ctx.grads, grad_output, rows, head, positions[at])
                 del grad_output, rows
         return total if isinstance(scale, Tensor) else total.mul_(scale)
 
@@ -91,11 +92,32 @@ def _add_gradients(
     """
     grad_hidden, grad_head, grad_bias = grads
     if grad_hidden is not None:
-        grad_hidden.index_copy_(0, at, grad_output @ weight)
+        grad_hidden.index_copy_(0, at, _grad_rows(grad_output, weight))
     if grad_head is not None:
         _add_product(grad_head, grad_output.to(grad_head.dtype), rows.to(grad_head.dtype))
     if grad_bias is not None:
         grad_bias += grad_output.sum(dim=0)
+
+
+def _grad_rows(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """Return grad_output (c, V) W (V, d), the gradient of the head's input."""
+    if weight.dtype == grad_output.dtype:
+        return grad_output @ weight
+    grad = grad_output.new_zeros(grad_output.shape[0], weight.shape[1])
+    for at, piece in _converted(weight, grad.dtype):
+        grad.addmm_(grad_output[:, at], piece)
+    return grad
+
+
+def _converted(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, these rows of the weight (V, d) in another dtype), a few at a time.
+
+    A copy of the head can need more memory than everything else in a step.
+    """
+    step = max(1, _CONVERTED_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        at = slice(start, start + step)
+        yield at, weight[at].to(dtype)
 
 
 def _add_product(grad_head: Tensor, grad_logits: Tensor, rows: Tensor) -> None:
@@ -187,8 +209,7 @@ def _scored_chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (whether each target is top-1 (c, 1), losses (c, 1)) per chunk."""
     mark("loss")
-    weight = head.to(hidden.dtype)
-    for at, _, logits in _chunks(hidden, weight, bias, positions, transform, chunk):
+    for at, _, logits in _chunks(hidden, head, bias, positions, transform, chunk):
         chosen = targets[at][:, None]
         is_top1 = logits.argmax(dim=1, keepdim=True) == chosen
         yield is_top1, _losses(logits, chosen)[0]
@@ -214,6 +235,11 @@ def _chunks(
 
 def head_output(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return rows W^T + b (c, V) of hidden states (c, d)."""
+    if weight.dtype != rows.dtype:
+        output = rows.new_empty(rows.shape[0], weight.shape[0])
+        for at, piece in _converted(weight, rows.dtype):
+            output[:, at] = rows @ piece.t()
+        return output if bias is None else output.add_(bias)
     if bias is None:
         return rows @ weight.t()
     return torch.addmm(bias.to(rows.dtype), rows, weight.t())

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_cli.errors import DoesNotFit
+from qlora_cli.errors import DoesNotFit, Interrupted
 from qlora_cli.jobs import train
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import read_steps
 from qlora_cli.tasks.causal import CausalTask
+from tests.helpers.interrupted import train_run
 from tests.helpers.observers import NoteRecorder
 from tests.helpers.runs import make_base, make_recipe, make_rows
 
@@ -27,7 +28,9 @@ STEPS = 4
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     rows = make_rows(tmp_path / "rows.jsonl", num=24, length=12)
-    settings = {"steps": STEPS, "micro_batch": 2, "grad_accum": 2}
+    settings: dict[str, Any] = {"steps": STEPS, "micro_batch": 2, "grad_accum": 2}
+    # Set, so that micro-batches are divided at once.
+    settings |= {"activation_checkpointing": True}
     base = make_base(tmp_path / "base", "llama", spread=0.1)
     return make_recipe(base, rows, data={"seq_len": 32}, train=settings)
 
@@ -92,3 +95,75 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(
     monkeypatch.setattr(CausalTask, "loss", failing("forward", 2, RuntimeError("a wrong shape")))
     with pytest.raises(RuntimeError, match="a wrong shape"):
         run(recipe, tmp_path / "run")
+
+
+def failing_first(times: int) -> Callable[..., Any]:
+    """Return `CausalTask.loss` that runs out of memory in its first `times` calls of a job."""
+    real, calls = CausalTask.loss, []
+
+    def loss(self: CausalTask, loaded: Any, batch: Any, *rest: Any) -> Any:
+        if loaded.model.training and rest[0].type != "meta":
+            calls.append(loaded.recomputation.policy.num_recomputed)
+            if len(calls) <= times:
+                raise OUT_OF_MEMORY
+        return real(self, loaded, batch, *rest)
+
+    return loss
+
+
+def with_policy(recipe: Recipe, setting: Any) -> Recipe:
+    train = recipe.train.model_copy(update={"activation_checkpointing": setting})
+    return recipe.model_copy(update={"train": train})
+
+
+def test_more_blocks_are_recomputed_before_micro_batches_are_divided(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model has two blocks: none is recomputed, then one, then both, then parts."""
+    recipe = with_policy(recipe, "auto")
+    whole, _ = run(recipe, tmp_path / "whole")
+    monkeypatch.setattr(CausalTask, "loss", failing_first(2))
+    repeated, notes = run(recipe, tmp_path / "repeated")
+    assert repeated == whole, "recomputation changes no bit"
+    record = RunFolder(tmp_path / "repeated").read()
+    shortages = record["memory_shortages"]
+    assert [(s["step"], s["recomputed_blocks"], s["parts"]) for s in shortages] == [
+        (1, 1, 1),
+        (1, 2, 1),
+    ]
+    assert all("out of memory" in s["reason"] for s in shortages)
+    assert sum("blocks are recomputed in the backward pass" in note for note in notes) == 2
+    assert record["recipe"]["train"]["activation_checkpointing"] == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(CausalTask, "loss", failing_first(3))
+    divided, notes = run(recipe, tmp_path / "divided")
+    for found, wanted in zip(divided, whole, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    assert sum("each micro-batch is divided into 2 parts" in note for note in notes) == 1
+
+
+def test_a_policy_that_is_set_is_obeyed(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CausalTask, "loss", failing_first(1))
+    run(with_policy(recipe, 1), tmp_path / "run")
+    (shortage,) = RunFolder(tmp_path / "run").read()["memory_shortages"]
+    assert (shortage["recomputed_blocks"], shortage["parts"]) == (1, 2)
+
+
+def test_a_resumed_run_keeps_the_policy(recipe: Recipe, tmp_path: Path) -> None:
+    """Also one that a shortage has changed, and the result has the same bits."""
+    recipe = with_policy(recipe, "auto").model_copy(update={"output": str(tmp_path / "run")})
+    whole, _ = run(recipe, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train_run(recipe, stop_after=2)
+    folder = RunFolder(tmp_path / "run")
+    shortage = {"step": 1, "reason": "out of memory", "recomputed_blocks": 1, "parts": 1}
+    folder.write(folder.read() | {"memory_shortages": [shortage]})
+    train_run(recipe, resume=True)
+    record = folder.read()
+    assert record["recipe"]["train"]["activation_checkpointing"] == 1
+    assert record["memory_shortages"] == [shortage]
+    assert "train.activation_checkpointing" in {c["key"] for c in record["choices"]}
+    lines = read_steps(folder.metrics)
+    assert [(line["loss"], line["grad_norm"]) for line in lines] == whole
