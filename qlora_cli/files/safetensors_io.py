@@ -23,6 +23,9 @@ from qlora_cli.errors import ModelError
 from qlora_cli.files.atomic import PARSE_ERRORS
 
 _LENGTH_BYTES = 8
+ALIGNMENT = 64
+"""The first tensor of a written file begins at a multiple of this number of bytes, as tensors in
+memory do."""
 _CHUNK_ELEMENTS = 2**18
 _MAX_HEADER_BYTES = 100 * 1024**2
 _DTYPES = {
@@ -134,7 +137,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     if not entry.num_bytes:
         return tensor
-    buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
+    buffer = bytes_of(tensor)
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
         filled = 0
@@ -144,6 +147,11 @@ def read_tensor(entry: TensorEntry) -> Tensor:
                 raise ModelError("the file is shorter than its header says", where=str(entry.file))
             filled += count
     return tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -201,13 +209,12 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
         }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Padded to 8 bytes, so that readers that map the file get aligned tensors.
-    text += b" " * (-len(text) % 8)
+    # Padded, so that readers that map the file get aligned tensors.
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % ALIGNMENT)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def _write_tensor(stream: BinaryIO, name: str, spec: TensorSpec, tensor: Tensor) -> None:
     assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), name
-    flat = tensor.contiguous().reshape(-1)
-    if flat.numel():
-        stream.write(flat.view(torch.uint8).numpy().data)
+    if tensor.numel():
+        stream.write(bytes_of(tensor.contiguous()))

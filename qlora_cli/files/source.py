@@ -128,6 +128,11 @@ def fingerprint(folder: Path, like: str | None = None) -> str:
     return _ALL_BYTES + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def weights_bytes(folder: Path) -> int:
+    """Return the size of a checkpoint's weights. Raises ModelError if files are damaged."""
+    return sum(entry.num_bytes for entry in read_folder(folder).values())
+
+
 def config_digest(folder: Path) -> str:
     """Return a SHA-256 of the settings in a model's config.json. Raises ModelError if damaged."""
     content = read_json(folder / "config.json", dict, ModelError)

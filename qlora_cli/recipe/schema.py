@@ -67,6 +67,9 @@ class Base(Section):
     residency: Literal["auto", "device"] = "auto"
     """Memory that stores the packed base: device is the memory of the GPU or CPU that computes, and
     auto selects device."""
+    cache: Literal["auto"] | bool = "auto"
+    """Keep a packed copy of the base on disk, so that later starts need not quantize it (`qlora
+    cache list`); auto keeps a base of more than 64 MiB if bits is 4 or 8."""
 
     @model_validator(mode="after")
     def _settings_match_bits(self) -> Base:
