@@ -136,7 +136,9 @@ def _write_shard(file: Path, shard: Mapping[str, Tensor], checksums: dict[str, i
         checksums[name] = zlib.crc32(bytes_of(tensor))
         return tensor
 
-    specs = {name: TensorSpec(shard[name].dtype, tuple(shard[name].shape)) for name in _order(shard)}
+    specs = {
+        name: TensorSpec(shard[name].dtype, tuple(shard[name].shape)) for name in _order(shard)
+    }
     write_tensors(file, specs, compute, {})
 
 

@@ -127,9 +127,7 @@ class PackedStore:
             "the base is packed again"
         )
 
-    def _write(
-        self, tensors: Callable[[], Iterator[tuple[str, Tensor]]], num_bytes: int
-    ) -> None:
+    def _write(self, tensors: Callable[[], Iterator[tuple[str, Tensor]]], num_bytes: int) -> None:
         """Write the copy. Raises OSError, or QloraError if there is no room for it."""
         with ExitStack() as stack:
             locks = (self._folder, self._folder.with_name(_LIMIT_LOCK))
@@ -166,9 +164,10 @@ class PackedStore:
         if total + num_bytes > self._limit:
             raise QloraError("other processes use the packed bases that would have to be removed")
         if removed:
+            what = "packed base" if removed == 1 else "packed bases"
             self._observer.note(
-                f"removed {format_count(removed)} packed {'base' if removed == 1 else 'bases'} that "
-                f"were not used for longest, to stay within {format_bytes(self._limit)} ({LIMIT})"
+                f"removed the {format_count(removed)} least recently used {what}, to keep all "
+                f"within {format_bytes(self._limit)} ({LIMIT})"
             )
 
 

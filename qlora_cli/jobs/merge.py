@@ -54,7 +54,7 @@ def run(
     source = _open_run(run, base, observer)
     device = torch.device(inspect_device().kind)
     torch_type = torch_dtype(dtype or DEFAULT_DTYPE)
-    tensors = open_merged_tensors(source, "original", torch_type, device, weight, others)
+    tensors = open_merged_tensors(source, "original", torch_type, device, weight, others, observer)
     merged = _existing_merge(out, tensors, base, dtype) if is_used else None
     if gguf is not None:
         merge_bytes = 0 if merged else _num_bytes(tensors)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from qlora_cli.data.mixture import sources_of
 from qlora_cli.data.positions import check_seq_len, row_limit
@@ -17,6 +20,7 @@ from qlora_cli.jobs.results import PlanResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.ledger import Allocator, Device, Ledger, peak_phase
 from qlora_cli.models.limits import limits_of
+from qlora_cli.models.packed_base import has_packed_copy
 from qlora_cli.plan.advise import changes_that_fit, largest_sizes
 from qlora_cli.plan.arithmetic import arithmetic_of
 from qlora_cli.plan.dry_run import method_peak
@@ -46,12 +50,13 @@ def run(
     """
     began = time.perf_counter()
     profile = device_profile or inspect_device()
-    config = read_config(find_config(recipe.model.name, recipe.model.revision))
+    config_file = find_config(recipe.model.name, recipe.model.revision)
+    config = read_config(config_file)
     check_seq_len(recipe.data, config)
     task = task_of(recipe)
     require_proof(config, task, Silent())
     resolved, _ = resolve(recipe, profile)
-    planner = Planner(config, profile)
+    planner = Planner(config, profile, partial(_has_copy, config_file.parent, config, profile))
     plan = planner.plan(resolved)
     baseline = planner.plan(full_fine_tuning(resolved))
     ledger = _ledger(resolved, profile, plan, baseline)
@@ -80,6 +85,11 @@ def run(
         data_problem=data_problem,
         row_limit=row_limit(recipe.data, config),
     )
+
+
+def _has_copy(folder: Path, config: Any, profile: DeviceProfile, recipe: Recipe) -> bool:
+    """Return whether a job would load the base in `folder` from its packed copy."""
+    return has_packed_copy(recipe, folder, config, task_of(recipe).model_class, profile.kind)
 
 
 def _disk_needs(recipe: Recipe, plan: MemoryPlan) -> DiskNeeds:

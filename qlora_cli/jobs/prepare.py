@@ -21,11 +21,13 @@ from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.locate import find_base, read_config
+from qlora_cli.files.packed_store import PackedStore
 from qlora_cli.files.source import FolderSource
 from qlora_cli.jobs.data_findings import dataset_of, report_findings
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
+from qlora_cli.models.packed_base import packed_store
 from qlora_cli.proof.prove import ModelProof
 from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
@@ -67,7 +69,14 @@ class Prepared:
 
     def request(self, device: torch.device, observer: Observer) -> ModelRequest:
         """Return the request for the model of this job on `device`."""
-        return ModelRequest(self.recipe, self.config, self.source, device, self.profile, observer)
+        recipe, copy = self.recipe, self.packed_store(observer)
+        given = (recipe, self.config, self.source, device, self.profile, observer)
+        return ModelRequest(*given, copy=copy)
+
+    def packed_store(self, observer: Observer) -> PackedStore | None:
+        """Return the packed copy of the base; None if `base.cache` keeps none."""
+        model_class, kind = task_of(self.recipe).model_class, self.profile.kind
+        return packed_store(self.recipe, self.folder, self.config, model_class, kind, observer)
 
 
 @dataclass(frozen=True)

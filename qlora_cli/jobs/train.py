@@ -132,9 +132,13 @@ def _plan(job: TrainingJob, observer: Observer) -> tuple[MemoryPlan, MemoryPlan]
     """
     prepared, profile = job.prepared, job.prepared.profile
     batches, eval_batches = job.largest_step_batches, job.largest_eval_batches
+    store = prepared.packed_store(observer)
     planned, baseline = (
-        dry_run(recipe, prepared.config, profile, batches, eval_batches)
-        for recipe in (prepared.recipe, full_fine_tuning(prepared.recipe))
+        dry_run(recipe, prepared.config, profile, batches, eval_batches, has_copy)
+        for recipe, has_copy in (
+            (prepared.recipe, store is not None and store.exists()),
+            (full_fine_tuning(prepared.recipe), False),
+        )
     )
     observer.note(
         f"planned peak memory: {format_bytes(planned.peak_bytes)}; full fine-tuning would need "

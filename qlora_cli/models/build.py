@@ -34,6 +34,7 @@ from qlora_cli.models.derive import derive_family, dropout_keys
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
+from qlora_cli.models.placement.held import PackedCopy
 from qlora_cli.models.registry import known_family, unsupported
 from qlora_cli.models.sites import experts_paths, find_sites, find_stacks, mlp_paths, norm_paths
 from qlora_cli.nn import attention, stacked_experts
@@ -63,7 +64,8 @@ class ModelRequest:
     recipe: resolved, without `auto`. config: transformers' config of the base; it is not modified.
     make_source: opens the checkpoint. device: device of the model's tensors, meta in a dry run.
     profile: facts about the device that the model runs on or is planned for. model_class: the
-    transformers Auto class of the task. file_dtype: dtype of the checkpoint, read from the config.
+    transformers Auto class of the task. copy: of the packed base; None if none is kept.
+    file_dtype: dtype of the checkpoint, read from the config.
     """
 
     recipe: Recipe
@@ -73,6 +75,7 @@ class ModelRequest:
     profile: DeviceProfile
     observer: Observer = field(default_factory=Silent)
     model_class: Any = field(default_factory=_causal_lm)
+    copy: PackedCopy | None = None
     file_dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
@@ -182,7 +185,8 @@ def build(request: ModelRequest) -> LoadedModel:
     if method.freezes_base:
         with unallocated():
             _replace_modules(loaded, method, device)
-    DevicePlacement(device, request.observer).place(loaded, source)
+    copy = request.copy if method.freezes_base else None
+    DevicePlacement(device, request.observer, copy).place(loaded, source)
     initialize_adapter(loaded, request)
     if recipe.train.activation_checkpointing:
         dropout = recipe.adapter.dropout

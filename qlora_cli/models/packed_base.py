@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.events import Observer
-from qlora_cli.files.cache import PACKED, entry_folder, key_of
+from qlora_cli.errors import ModelError
+from qlora_cli.events import Observer, Silent
+from qlora_cli.files.cache import PACKED, entries, entry_folder, key_of
 from qlora_cli.files.dtype import dtype_name, file_dtype
 from qlora_cli.files.packed_store import PackedStore
 from qlora_cli.files.source import config_digest, fingerprint, weights_bytes
@@ -55,6 +57,20 @@ def packed_store(
     key = f"{digest[:16]}-{_name(weight_format)}-{key_of(parts)[:16]}"
     description = f"{recipe.model.name} in {_name(weight_format)} for {kind}"
     return PackedStore(entry_folder(PACKED, key), description, observer)
+
+
+def has_packed_copy(recipe: Recipe, folder: Path, config: Any, model_class: Any, kind: str) -> bool:
+    """Return whether a job would load the recipe's base from a packed copy.
+
+    The arguments are those of `packed_store`. The base's files may be absent; they are not read if
+    the cache contains no packed base at all.
+    """
+    if not any(entry.kind == PACKED for entry in entries()):
+        return False
+    with suppress(ModelError):
+        store = packed_store(recipe, folder, config, model_class, kind, Silent())
+        return store is not None and store.exists()
+    return False
 
 
 def _is_kept(recipe: Recipe, folder: Path) -> bool:

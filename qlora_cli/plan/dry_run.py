@@ -34,7 +34,7 @@ from qlora_cli.models.family import Family
 from qlora_cli.models.registry import known_family
 from qlora_cli.nn.codebook import clear_scale_codebook
 from qlora_cli.plan.block_groups import BlockGroups, find_groups
-from qlora_cli.plan.meta_source import MetaSource
+from qlora_cli.plan.meta_source import MetaCopy, MetaSource
 from qlora_cli.plan.recording import NotAlike, Recording
 from qlora_cli.plan.replay import MemoryPlan, RecordedJob, replay
 from qlora_cli.recipe.schema import Recipe
@@ -51,6 +51,7 @@ def dry_run(
     profile: DeviceProfile,
     step_batches: Sequence[Batch],
     eval_batches: Sequence[Batch] = (),
+    has_copy: bool = False,
 ) -> MemoryPlan:
     """Plan loading, the first step, a later step and evaluation on the device of `profile`.
 
@@ -58,9 +59,10 @@ def dry_run(
     step_batches: micro-batches of one optimizer step, on the CPU: the largest first one, and the
     largest later one if there are several. Later micro-batches run while gradients exist, so two
     represent any number. eval_batches: the largest batches of the evaluation, on the CPU; empty if
-    the job does not evaluate. Raises the errors of `build_state` and `train_step`.
+    the job does not evaluate. has_copy: the base is loaded from its packed copy. Raises the errors
+    of `build_state` and `train_step`.
     """
-    job = _DryRun(recipe, profile, step_batches, eval_batches)
+    job = _DryRun(recipe, profile, step_batches, eval_batches, has_copy)
     # Garbage collection would make the plan depend on when it runs, and would scan a hundred
     # thousand recorded events each time.
     with gc_paused():
@@ -152,6 +154,7 @@ class _DryRun:
     profile: DeviceProfile
     step_batches: Sequence[Batch]
     eval_batches: Sequence[Batch]
+    has_copy: bool
 
     def record(self, config: Any, groups: BlockGroups) -> RecordedJob:
         """Run the complete job with a model of the config's number of blocks."""
@@ -172,7 +175,9 @@ class _DryRun:
         clear_scale_codebook(meta)
         with tracker:
             recording.begin_phase()
-            state = build_state(ModelRequest(self.recipe, config, make_source, meta, self.profile))
+            given = (self.recipe, config, make_source, meta, self.profile)
+            copy = MetaCopy() if self.has_copy else None
+            state = build_state(ModelRequest(*given, copy=copy))
             tag_living(state, tracker)
             recording.end_phase("load")
             recording.release_cache()

@@ -19,6 +19,7 @@ from qlora_cli.models.build import MakeSource, ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.packed_base import packed_store
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
@@ -152,7 +153,9 @@ def _open(
     inference = recipe.model_copy(update={"train": train})
     model_class = task_of(recipe).model_class
     profile = profile_of(device)
-    loaded = build(ModelRequest(inference, config, source, device, profile, observer, model_class))
+    copy = packed_store(recipe, base, config, model_class, device.type, observer)
+    given = (inference, config, source, device, profile, observer, model_class, copy)
+    loaded = build(ModelRequest(*given))
     return _ready(loaded, base)
 
 

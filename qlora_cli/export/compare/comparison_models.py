@@ -80,12 +80,13 @@ def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> 
     config = read_config(base / CONFIG)
     loaded = trained_on_meta(tensors.task, config, tensors.weight_format, tensors.sites, kernel)
     if may_be_resident and fits(_resident_bytes(tensors), tensors.device):
-        DevicePlacement(tensors.device).place(loaded, tensors.source)
+        DevicePlacement(tensors.device, copy=tensors.copy).place(loaded, tensors.source)
         if tensors.adapter is not None:
             attach_adapter(loaded, tensors.adapter)
         is_resident = True
     else:
-        StreamedPlacement(tensors.device, tensors.adapter).place(loaded, tensors.source)
+        streamed = StreamedPlacement(tensors.device, tensors.adapter, tensors.copy)
+        streamed.place(loaded, tensors.source)
         is_resident = False
     storage = tensors.weight_format.storage
     return _comparison_model(

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from qlora_cli.adapters.peft_file import AdapterFile, LoraUpdate
 from qlora_cli.errors import UsageError, VerificationFailed
+from qlora_cli.events import Observer, Silent
 from qlora_cli.export.merge.combine import WeightedAdapter, combine, open_other_adapters
 from qlora_cli.export.merge.expert_tensors import ExpertTensor, expert_tensors
 from qlora_cli.export.merge.folder import CONFIG
@@ -42,6 +43,8 @@ from qlora_cli.files.safetensors_io import TensorSpec, is_finite
 from qlora_cli.files.source import FolderSource
 from qlora_cli.models.build import skeleton, weight_format_of
 from qlora_cli.models.checkpoint_source import open_source
+from qlora_cli.models.packed_base import packed_store
+from qlora_cli.models.placement.held import PackedCopy
 from qlora_cli.models.sites import find_sites, find_stacks
 from qlora_cli.nn.expert_stack import StackLora
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
@@ -49,6 +52,8 @@ from qlora_cli.nn.site import Site
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
 from qlora_cli.tasks.task import Task
+
+_SILENT = Silent()
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class MergedTensors:
         of another kind may round a tie between two codes differently.
     experts: name in the model -> tensor, of all tensors with weights of experts.
     others: paths of the parts of a composed model that are copied bit for bit, in any dtype.
+    copy: the packed copy of the base, for running the trained model. No merged tensor is computed
+        from it.
     """
 
     source: FolderSource
@@ -78,6 +85,7 @@ class MergedTensors:
     device: torch.device
     experts: Mapping[str, ExpertTensor] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    copy: PackedCopy | None = None
 
     def shapes(self) -> dict[str, TensorSpec]:
         """Return tensor name -> shape and dtype of the merged checkpoint, in the file's order."""
@@ -229,6 +237,7 @@ def open_merged_tensors(
     device: torch.device,
     weight: float = 1.0,
     others: Sequence[tuple[Path, float]] = (),
+    observer: Observer = _SILENT,
 ) -> MergedTensors:
     """Return the tensors of this run's merge. No tensor is read yet.
 
@@ -236,6 +245,7 @@ def open_merged_tensors(
     base, dtype, device: as in `MergedTensors`.
     weight: factor of the run's own adapter.
     others: folders of further adapters on the same base, and their factors.
+    observer: receives notes about the packed copy of the base.
 
     Raises InputError if the run, its base or an adapter is incomplete or does not match the
     others.
@@ -259,18 +269,9 @@ def open_merged_tensors(
         adapter.check([*sites, *stacks])
     source = open_source(folder, family)
     experts = expert_tensors(stacks, family)
-    return MergedTensors(
-        source,
-        task,
-        sites,
-        adapter,
-        weight_format,
-        base,
-        dtype,
-        device,
-        experts,
-        family.others,
-    )
+    copy = packed_store(recipe, run.base_folder, config, task.model_class, device.type, observer)
+    how = (weight_format, base, dtype, device)
+    return MergedTensors(source, task, sites, adapter, *how, experts, family.others, copy)
 
 
 def _refuse_adapters(run: Run, weight: float, others: Sequence[tuple[Path, float]]) -> None:

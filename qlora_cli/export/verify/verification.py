@@ -92,7 +92,7 @@ def verify(merged: Path, run: Run, device: torch.device, observer: Observer) -> 
     try:
         manifest = MergeManifest.read(merged)
         expected = open_merged_tensors(
-            run, manifest.base, manifest.dtype, device, manifest.weight, manifest.others
+            run, manifest.base, manifest.dtype, device, manifest.weight, manifest.others, observer
         )
     except UsageError:
         raise

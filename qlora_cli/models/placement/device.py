@@ -70,7 +70,8 @@ def loading_order(slots: Mapping[str, TensorSlot], blocks: str) -> list[str]:
 def _tie_head(loaded: LoadedModel, source: TensorSource | None) -> None:
     """Use the token table as the weight of the head.
 
-    source: of the weights; None if it was checked before. Raises ModelError if the checkpoint contains a head with other values.
+    source: of the weights; None if it was checked before. Raises ModelError if the checkpoint
+    contains a head with other values.
     """
     table: Any = loaded.model.get_submodule(loaded.family.token_embedding).weight
     loaded.head.weight = table
