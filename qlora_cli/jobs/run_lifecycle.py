@@ -20,7 +20,13 @@ from qlora_cli.train.schedule import learning_rate
 
 _LENGTH = ("train.epochs", "train.steps")
 """Settings that may change on a resume if the run becomes longer."""
-_CHANGEABLE = ("output", "train.checkpoint_every", "train.keep_checkpoints", "train.patience")
+_CHANGEABLE = (
+    "output",
+    "base.cache",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.patience",
+)
 """Settings that may change on a resume, because they do not change the steps that were done."""
 _PLACES = {
     "data_digest": ("data.train", "data.eval"),

@@ -26,18 +26,25 @@ LARGE_GPT2 = {"n_embd": 256, "n_head": 4}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("has_copy", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_the_plan_equals_the_measured_memory(
-    family: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, bits: int, has_copy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = LARGE_GPT2 if family == "gpt2" else LARGE
     base = make_base(tmp_path / "base", family, **sizes)
     recipe = make_recipe(
-        base, make_rows(tmp_path / "rows.jsonl"), base={"bits": bits}, data={"seq_len": TOKENS}
+        base,
+        make_rows(tmp_path / "rows.jsonl"),
+        base={"bits": bits, "cache": has_copy},
+        data={"seq_len": TOKENS},
     )
     run, _ = make_run(tmp_path / "run", recipe)
     tensors = open_merged_tensors(Run(run.path), "original", torch.float16, CPU)
+    if has_copy:
+        trained_model(tensors, base, may_be_resident=True)
+        tensors = open_merged_tensors(Run(run.path), "original", torch.float16, CPU)
     ids = [3 + 7 * place % 250 for place in range(TOKENS)]
     rows = [Example(ids, ids, "")]
     memory_model = MemoryModel.of(PROFILE)
@@ -49,6 +56,6 @@ def test_the_plan_equals_the_measured_memory(
     monkeypatch.setattr(merging, "MAX_TOKENS", TOKENS)
     monkeypatch.setattr(merging, "COMPARISON_BYTES", 0)
     config = read_config(Run(run.path).base_folder / "config.json")
-    plan: Phase = merging.dry_run_merge(Run(run.path).recipe, config, PROFILE)
+    plan: Phase = merging.dry_run_merge(Run(run.path).recipe, config, PROFILE, has_copy)
     # In so small a model, constants of a few hundred KiB are several percent.
     assert plan.peak_bytes == pytest.approx(counter.phases[0].peak_bytes, rel=0.1)

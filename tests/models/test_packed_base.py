@@ -1,0 +1,162 @@
+"""A base that is loaded from its packed copy equals the packed checkpoint bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qlora_cli.events import Observer
+from qlora_cli.files import cache
+from qlora_cli.files.locate import read_config
+from qlora_cli.files.source import FolderSource
+from qlora_cli.memory.device import profile_of
+from qlora_cli.memory.instrument import Instrument
+from qlora_cli.models.build import ModelRequest, build
+from qlora_cli.models.checkpoint_source import open_source
+from qlora_cli.models.family import Family
+from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.packed_base import has_packed_copy, packed_store
+from qlora_cli.nn.codebook import clear_scale_codebook
+from qlora_cli.plan.planner import plan_largest_batches
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.train.state import build_state
+from tests.helpers.families import MODEL_TYPES, ties_embeddings
+from tests.helpers.interrupted import train_run
+from tests.helpers.marks import slow_after_first
+from tests.helpers.observers import NoteRecorder
+from tests.helpers.runs import CPU, make_base, make_recipe, make_rows
+
+USED, KEPT = "the packed base of an earlier start is used", "the packed base is kept"
+FORMATS = [
+    {"bits": 4},
+    {"bits": 4, "quant_type": "fp4", "double_quant": False},
+    {"bits": 8},
+    {"bits": 16, "compute_dtype": "bfloat16"},
+]
+PROFILE = profile_of(CPU)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv(cache.SWITCH, str(tmp_path / "cache"))
+    return tmp_path / "cache" / "packed"
+
+
+class NoTensors(FolderSource):
+    """A checkpoint of which no tensor may be read."""
+
+    def read(self, name: str) -> Tensor:
+        raise AssertionError(f"{name} is read from the checkpoint")
+
+
+def recipe_of(model: Path, **sections: Mapping[str, Any]) -> Recipe:
+    rows = model.parent / "rows.jsonl"
+    if not rows.is_file():
+        make_rows(rows)
+    settings = {"cache": True, **sections.pop("base", {})}
+    return make_recipe(model, rows, base=settings, **sections)
+
+
+def request_of(
+    recipe: Recipe, observer: Observer, source_class: type[FolderSource] = FolderSource
+) -> ModelRequest:
+    base = Path(recipe.model.name)
+    config = read_config(base / "config.json")
+
+    def source(_: Any, family: Family) -> FolderSource:
+        opened = open_source(base, family)
+        opened.__class__ = source_class
+        return opened
+
+    store = packed_store(recipe, base, config, AutoModelForCausalLM, "cpu", observer)
+    return ModelRequest(recipe, config, source, CPU, PROFILE, observer, copy=store)
+
+
+def tensors_of(loaded: LoadedModel) -> dict[str, Tensor]:
+    """Return every tensor of the base, apart from the adapter."""
+    state = dict(loaded.model.named_parameters()) | dict(loaded.model.named_buffers())
+    return {name: t.detach() for name, t in state.items() if "lora_" not in name}
+
+
+def assert_equal_bits(first: LoadedModel, second: LoadedModel) -> None:
+    left, right = tensors_of(first), tensors_of(second)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert tensor.shape == right[name].shape, name
+        bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, right[name])]
+        assert torch.equal(*bits), name
+
+
+CASES = [(family, number) for family in MODEL_TYPES for number in range(len(FORMATS))]
+
+
+@pytest.mark.parametrize("case", slow_after_first(CASES), ids=str)
+def test_the_copy_has_the_bits_of_packing_again(tmp_path: Path, case: tuple[str, int]) -> None:
+    family, number = case
+    base = make_base(tmp_path / "base", family, tied=ties_embeddings(family))
+    recipe, observer = recipe_of(base, base=FORMATS[number]), NoteRecorder()
+    packed = build(request_of(recipe, observer))
+    mapped = build(request_of(recipe, observer, NoTensors))
+    assert [note[: len(KEPT)] for note in observer.notes[:1]] == [KEPT]
+    assert observer.notes[1].startswith(USED)
+    assert_equal_bits(packed, mapped)
+    without = recipe_of(base, base=FORMATS[number] | {"cache": False})
+    assert_equal_bits(build(request_of(without, observer)), mapped)
+    assert len(observer.notes) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "gemma2"])
+def test_the_copy_of_a_derived_family(tmp_path: Path, model_type: str) -> None:
+    from transformers import AutoConfig
+
+    from qlora_cli.proof.small_config import small_config
+
+    config = small_config(AutoConfig.for_model(model_type))
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.float16).save_pretrained(base)
+    recipe, observer = recipe_of(base), NoteRecorder()
+    packed = build(request_of(recipe, observer))
+    assert_equal_bits(packed, build(request_of(recipe, observer, NoTensors)))
+
+
+@pytest.mark.slow
+def test_training_from_the_copy_has_the_same_bits(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    files = []
+    for name in ("first", "second", "without"):
+        recipe = recipe_of(base, base={"cache": name != "without"}, train={"steps": 2})
+        recipe = recipe.model_copy(update={"output": str(tmp_path / name)})
+        files.append((train_run(recipe).adapter / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", FORMATS, ids=str)
+def test_the_plan_of_loading_a_copy_equals_the_run(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    recipe = recipe_of(base, base=settings)
+    config = read_config(base / "config.json")
+    peaks = []
+    for has_copy in (False, True):
+        assert has_packed_copy(recipe, base, config, AutoModelForCausalLM, "cpu") == has_copy
+        planned = plan_largest_batches(recipe, config, PROFILE, has_copy).phases[0]
+        clear_scale_codebook(CPU)
+        instrument = Instrument(CPU, PROFILE)
+        with instrument.phase("load"):
+            build_state(request_of(recipe, NoteRecorder()))
+        assert planned.name == "load"
+        assert planned.peak_bytes == pytest.approx(instrument.phases[0].peak_bytes, rel=0.01)
+        peaks.append(planned.peak_bytes)
+    assert peaks[1] < peaks[0] or recipe.base.bits == 16
