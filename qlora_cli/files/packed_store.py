@@ -49,7 +49,7 @@ class PackedStore:
     """
 
     def __init__(self, folder: Path, description: str, observer: Observer) -> None:
-        self._folder = folder
+        self.folder = folder
         self._description = description
         self._observer = observer
         self._limit = size_limit()
@@ -59,7 +59,7 @@ class PackedStore:
     def exists(self) -> bool:
         """Return whether there is a copy that can be opened."""
         with suppress(DamagedCopy):
-            return bool(open_packed(self._folder).entries)
+            return bool(open_packed(self.folder).entries)
         return False
 
     def read(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, Tensor] | None:
@@ -93,35 +93,35 @@ class PackedStore:
     def _opened(self) -> PackedFiles | None:
         """Return the copy; None if it is absent or damaged, which is decided once."""
         if self._files is None and not (self._is_absent or self._is_damaged):
-            self._is_absent = not self._folder.is_dir()
+            self._is_absent = not self.folder.is_dir()
             if not self._is_absent:
                 self._open()
         return self._files
 
     def _open(self) -> None:
         try:
-            self._files = open_packed(self._folder)
+            self._files = open_packed(self.folder)
         except DamagedCopy as fault:
             self._set_aside(str(fault))
             return
         with suppress(OSError):  # The time of the last use; the cache may be read-only.
-            os.utime(self._folder / cache.ENTRY)
+            os.utime(self.folder / cache.ENTRY)
         size = format_bytes(self._files.num_bytes)
         self._observer.note(f"the packed base of an earlier start is used ({size})")
 
     def _set_aside(self, reason: str) -> None:
         """Rename a damaged copy, so that it is written again and can be examined."""
         self._files, self._is_damaged = None, True
-        aside = self._folder.with_name(self._folder.name + _DAMAGED)
+        aside = self.folder.with_name(self.folder.name + _DAMAGED)
         where = f"it was renamed to {aside}"
         try:
             shutil.rmtree(aside, ignore_errors=True)
-            self._folder.rename(aside)
+            self.folder.rename(aside)
             with suppress(OSError):
                 description = f"damaged ({reason}): {self._description}"
                 write_json(aside / cache.ENTRY, {"description": description})
         except OSError as fault:
-            where = f"it stays in {self._folder} ({fault.strerror or fault})"
+            where = f"it stays in {self.folder} ({fault.strerror or fault})"
         self._observer.note(
             f"warning: the packed copy of the base is damaged and is not used: {reason}; {where}; "
             "the base is packed again"
@@ -130,18 +130,18 @@ class PackedStore:
     def _write(self, tensors: Callable[[], Iterator[tuple[str, Tensor]]], num_bytes: int) -> None:
         """Write the copy. Raises OSError, or QloraError if there is no room for it."""
         with ExitStack() as stack:
-            locks = (self._folder, self._folder.with_name(_LIMIT_LOCK))
+            locks = (self.folder, self.folder.with_name(_LIMIT_LOCK))
             if not all(stack.enter_context(cache.locked(lock, wait=False)) for lock in locks):
                 raise QloraError("another process writes one now")
-            if self._folder.is_dir() and not self._is_damaged:
+            if self.folder.is_dir() and not self._is_damaged:
                 return  # Another process has written it since this one began.
             self._make_room(num_bytes)
-            require_free_space("it", self._folder.parent, num_bytes)
-            with atomic_folder(self._folder) as partial:
+            require_free_space("it", self.folder.parent, num_bytes)
+            with atomic_folder(self.folder) as partial:
                 write_packed(partial, self._description, tensors())
         self._observer.note(
             f"the packed base is kept for later starts ({format_bytes(num_bytes)} in "
-            f"{self._folder}); base.cache=false keeps none"
+            f"{self.folder}); base.cache=false keeps none"
         )
 
     def _make_room(self, num_bytes: int) -> None:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer
 from qlora_cli.files import cache
 from qlora_cli.files.locate import read_config
 from qlora_cli.files.source import FolderSource
 from qlora_cli.memory.device import profile_of
 from qlora_cli.memory.instrument import Instrument
+from qlora_cli.models import packed_base
 from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
@@ -160,3 +162,94 @@ def test_the_plan_of_loading_a_copy_equals_the_run(
         assert planned.peak_bytes == pytest.approx(instrument.phases[0].peak_bytes, rel=0.01)
         peaks.append(planned.peak_bytes)
     assert peaks[1] < peaks[0] or recipe.base.bits == 16
+
+
+def key_of(recipe: Recipe) -> str:
+    store = request_of(recipe, NoteRecorder()).copy
+    assert store is not None
+    return store.folder.name
+
+
+def test_whatever_changes_bytes_makes_a_new_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    keys = {key_of(recipe_of(base))}
+
+    def is_new(**settings: Any) -> bool:
+        before = len(keys)
+        keys.add(key_of(recipe_of(base, base=settings)))
+        return len(keys) > before
+
+    assert not is_new()
+    assert is_new(quant_type="fp4")
+    assert is_new(double_quant=False)
+    assert is_new(compute_dtype="bfloat16")
+    assert is_new(bits=8)
+    assert not is_new(bits=8, outlier_threshold=0.0)
+    assert is_new(bits=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_base, "version", lambda name: "0")
+        assert is_new()
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_base, "_code_digest", lambda: "other code")
+        assert is_new()
+    config = base / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert config.read_text() != text
+    assert is_new()
+    config.write_text(text)
+    assert not is_new()
+    file = base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert is_new()
+
+
+def test_which_bases_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path / "base", "llama")
+
+    def is_kept(**sections: Any) -> bool:
+        return request_of(recipe_of(base, **sections), NoteRecorder()).copy is not None
+
+    assert is_kept()
+    assert not is_kept(base={"cache": False})
+    assert not is_kept(base={"cache": "auto"}), "a small base"
+    assert not is_kept(base={"bits": 16}, adapter={"method": "full"})
+    monkeypatch.setattr(packed_base, "MIN_BYTES", 0)
+    assert is_kept(base={"cache": "auto"})
+    assert is_kept(base={"cache": "auto", "bits": 8})
+    assert not is_kept(base={"cache": "auto", "bits": 16})
+
+
+def test_a_damaged_copy_is_replaced_while_the_base_is_loaded(tmp_path: Path, folder: Path) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    recipe, observer = recipe_of(base), NoteRecorder()
+    packed = build(request_of(recipe, observer))
+    (shard,) = folder.glob("*/*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert_equal_bits(packed, build(request_of(recipe, observer)))
+    used, damaged, kept = observer.notes[1:]
+    assert used.startswith(USED)
+    assert "damaged and is not used" in damaged
+    assert kept.startswith(KEPT)
+    assert_equal_bits(packed, build(request_of(recipe, observer, NoTensors)))
+    assert len(list(folder.glob("*-damaged/*.safetensors"))) == 1
+
+
+def test_a_tied_head_with_other_values_is_refused_and_not_kept(
+    tmp_path: Path, folder: Path
+) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    config = base / "config.json"
+    config.write_text(
+        config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true')
+    )
+    for _ in range(2):
+        with pytest.raises(ModelError, match="ties lm_head"):
+            build(request_of(recipe_of(base), NoteRecorder()))
+    assert not folder.exists()
