@@ -61,7 +61,7 @@ def run(
     plan = planner.plan(resolved)
     baseline = planner.plan(full_fine_tuning(resolved))
     ledger = _ledger(resolved, profile, plan, baseline)
-    merge_phase = dry_run_merge(resolved, config, profile, has_copy(resolved))
+    merge_phase = dry_run_merge(resolved, config, profile)
     data_problem = _data_problem(recipe)
     length, unknown = (None, None) if data_problem else planned_length(resolved)
     return PlanResult(

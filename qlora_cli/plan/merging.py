@@ -36,7 +36,7 @@ from qlora_cli.nn.embedding import upload
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.plan.dry_run import num_kinds_prefix, with_blocks
-from qlora_cli.plan.meta_source import MetaCopy, MetaSource
+from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.registry import task_of
@@ -45,13 +45,11 @@ from qlora_cli.tasks.task import Task
 _META = torch.device("meta")
 
 
-def dry_run_merge(
-    recipe: Recipe, config: Any, profile: DeviceProfile, has_copy: bool = False
-) -> Phase:
+def dry_run_merge(recipe: Recipe, config: Any, profile: DeviceProfile) -> Phase:
     """Return the planned phase `merge` of a resolved recipe.
 
-    config: transformers' config of the base. profile: the device that merges, in a new process.
-    has_copy: the trained model is read from the packed copy of the base.
+    config: transformers' config of the base. profile: the device that merges, in a new process. A
+    packed copy of the base does not lower the peak: merging packs each linear in any case.
     """
     task, dtype = task_of(recipe), file_dtype(config)
     weight_format = weight_format_of(recipe, dtype)
@@ -68,10 +66,8 @@ def dry_run_merge(
             _merge_stack(stack, stack.path in family.stacks, weight_format, dtype)
         if weight_format.bits < 16:
             models = _compared_models(task, shorter, weight_format, sites, profile)
-            trained, merged = models
-            copy = MetaCopy() if has_copy else None
-            _run(trained, MetaSource(model, family, dtype), recipe.data.seq_len, copy)
-            _run(merged, _MergedSource(model, family, dtype), recipe.data.seq_len)
+            for loaded, source_class in zip(models, (MetaSource, _MergedSource), strict=True):
+                _run(loaded, source_class(model, family, dtype), recipe.data.seq_len)
             with scope("temporary"):
                 torch.empty(COMPARISON_BYTES, dtype=torch.uint8, device=_META)
     return counter.phases[0]
@@ -133,12 +129,10 @@ def _compared_models(
         ]
 
 
-def _run(
-    loaded: LoadedModel, source: MetaSource, seq_len: int, copy: MetaCopy | None = None
-) -> None:
+def _run(loaded: LoadedModel, source: MetaSource, seq_len: int) -> None:
     """Run one streamed forward pass over as many tokens as merging compares."""
     loaded.model.eval()
-    StreamedPlacement(_META, copy=copy).place(loaded, source)
+    StreamedPlacement(_META).place(loaded, source)
     longest = min(seq_len, MAX_TOKENS, num_positions(loaded.config) or seq_len)
     rows = max(1, MAX_TOKENS // longest)
     hidden_states(loaded, synthetic_batch(BatchSize(rows * longest, 1, rows, longest)), _META)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from qlora_cli.data.encode import Example
 from qlora_cli.device import DeviceProfile
 from qlora_cli.export.compare.comparison_models import merged_model, trained_model
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.options import MERGE_BASES
 from qlora_cli.files.locate import read_config
 from qlora_cli.memory.ledger import Phase
 from qlora_cli.memory.profile import MemoryModel
@@ -51,11 +53,12 @@ def test_the_plan_equals_the_measured_memory(
     counter = memory_model.new_counter()
     with memory_model.new_tracker(counter, "cpu"), counter.phase("merge"):
         trained_model(tensors, base, may_be_resident=False).compared_logits(rows)
-        merged_model(tensors, base).compared_logits(rows)
+        for kind in MERGE_BASES:
+            merged_model(replace(tensors, base=kind), base).compared_logits(rows)
 
     monkeypatch.setattr(merging, "MAX_TOKENS", TOKENS)
     monkeypatch.setattr(merging, "COMPARISON_BYTES", 0)
     config = read_config(Run(run.path).base_folder / "config.json")
-    plan: Phase = merging.dry_run_merge(Run(run.path).recipe, config, PROFILE, has_copy)
+    plan: Phase = merging.dry_run_merge(Run(run.path).recipe, config, PROFILE)
     # In so small a model, constants of a few hundred KiB are several percent.
     assert plan.peak_bytes == pytest.approx(counter.phases[0].peak_bytes, rel=0.1)
