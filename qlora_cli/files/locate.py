@@ -101,7 +101,9 @@ def read_config(file: Path) -> Any:
     except OSError as fault:
         raise ModelError(f"cannot be read: {fault.strerror or fault}", where=str(file)) from fault
     except (ValueError, KeyError, AttributeError, TypeError) as fault:
-        raise ModelError(f"not a model's config: {repr(fault)[:_MAX_FAULT]}", where=str(file)) from fault
+        raise ModelError(
+            f"not a model's config: {repr(fault)[:_MAX_FAULT]}", where=str(file)
+        ) from fault
     packed_as = check_readable(content, str(file))
     content.pop(KEY, None)
     check_auto_map(content, file)
