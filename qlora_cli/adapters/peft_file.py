@@ -273,7 +273,9 @@ def _layer(
         if not all(0 <= first < end <= b.shape[0] for first, end in blocks.values()):
             raise ModelError(f"damaged header: impossible rows of {path}", where=str(a.file))
         rows = {role: slice(*span) for role, span in blocks.items()}
-        rank, alpha, rslora = metadata.rank, metadata.alpha, metadata.rslora
+        rank = metadata.ranks.get(path, metadata.rank)
+        alpha = metadata.alphas.get(path, metadata.alpha)
+        rslora = metadata.rslora
     settings = LoraSettings(rank, alpha, config.lora_dropout, a.dtype, rslora)
     layer = AdapterLayer(path, a, b, rows, settings)
     _check_agreement(layer, config)

@@ -89,7 +89,10 @@ def _metadata(
         for path, layer in layers.items()
         if path in fused
     }
-    return AdapterMetadata(settings.rank, settings.alpha, settings.rslora, blocks)
+    own = {path: layer.settings for path, layer in layers.items()}
+    ranks = {path: o.rank for path, o in own.items() if o.rank != settings.rank}
+    alphas = {path: o.alpha for path, o in own.items() if o.alpha != settings.alpha}
+    return AdapterMetadata(settings.rank, settings.alpha, settings.rslora, blocks, ranks, alphas)
 
 
 def _peft_config(
@@ -101,16 +104,17 @@ def _peft_config(
     not every program that reads adapters supports patterns.
     """
     targets = _Targets.of(loaded, layers)
-    num_roles = {path: len(layer.lora_slices) for path, layer in layers.items()}
-    num_roles |= dict.fromkeys(targets.stacks, 1)
-    most_common = Counter(num_roles.values()).most_common(1)[0][0]
+    stacked = {path: _stacked_settings(layer) for path, layer in layers.items()}
+    for path, stack in adapted_stacks(loaded.model):
+        stacked[path] = (stack.settings.rank, stack.settings.alpha)
+    most_common = Counter(stacked.values()).most_common(1)[0][0]
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for num in set(num_roles.values()) - {most_common}:
-        paths = {path for path, own in num_roles.items() if own == num}
+    for pair in sorted(set(stacked.values()) - {most_common}):
+        paths = {path for path, own in stacked.items() if own == pair}
         for name in (*targets.modules(paths), *targets.parameters(paths)):
-            ranks[name], alphas[name] = _stacked_settings(recipe.adapter, num)
-    rank, alpha = _stacked_settings(recipe.adapter, most_common)
+            ranks[name], alphas[name] = pair
+    rank, alpha = most_common
     heads = list(loaded.family.trained_head)
     return PeftConfig(
         task_type=peft_config.CLASSIFICATION if heads else "CAUSAL_LM",
@@ -121,8 +125,8 @@ def _peft_config(
         lora_alpha=alpha,
         lora_dropout=recipe.adapter.dropout,
         use_rslora=recipe.adapter.rslora,
-        target_modules=targets.modules(num_roles) or None,
-        target_parameters=targets.parameters(num_roles) or None,
+        target_modules=targets.modules(stacked) or None,
+        target_parameters=targets.parameters(stacked) or None,
         rank_pattern=ranks,
         alpha_pattern=alphas,
         fan_in_fan_out=any(site.transposed for site in loaded.sites if site.path in layers),
@@ -163,10 +167,11 @@ class _Targets:
         return sorted([*(f"{ending}.weight" for ending in weights), *stacks])
 
 
-def _stacked_settings(adapter: Adapter, num_roles: int) -> tuple[int, float]:
-    """Return (rank, alpha) of `num_roles` stacked adapters, with unchanged scaling."""
-    factor = num_roles**0.5 if adapter.rslora else num_roles
-    return adapter.rank * num_roles, adapter.alpha * factor
+def _stacked_settings(layer: LoraLinear) -> tuple[int, float]:
+    """Return (rank, alpha) of the stacked adapters of a linear, with unchanged scaling."""
+    settings, num_roles = layer.settings, len(layer.lora_slices)
+    factor = num_roles**0.5 if settings.rslora else num_roles
+    return settings.rank * num_roles, settings.alpha * factor
 
 
 def _stacked_spec(layer: LoraLinear, factor: str) -> TensorSpec:

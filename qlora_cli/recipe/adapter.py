@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from qlora_cli.recipe.section import NoEffect, Section
 
+Rank = Annotated[int, Field(ge=1, le=65536)]
+Alpha = Annotated[float, Field(gt=0)]
+
 
 class Adapter(Section):
     """What is trained."""
@@ -15,10 +18,10 @@ class Adapter(Section):
     method: Literal["lora", "full"] = "lora"
     """lora trains the adapter matrices A and B; full trains every weight of the base (full
     fine-tuning) and is meant for comparison."""
-    rank: Annotated[int, Field(ge=1, le=65536)] = 16
+    rank: Rank = 16
     """LoRA rank, the number of rows of A and columns of B; a higher rank trains more parameters and
     needs more memory."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Alpha = 32.0
     """The adapter's output is multiplied by alpha / rank, or by alpha / sqrt(rank) with rslora;
     change it together with rank to keep this factor."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -36,6 +39,11 @@ class Adapter(Section):
     """Start from the adapter of this run, checkpoint or PEFT folder, which must have the same
     targets, rank, alpha and dtype; null starts with B = 0."""
 
+    ranks: dict[str, Rank] = Field(default={})
+    """Rank of single roles in place of `rank`, such as {q: 8, down: 32}; roles of a fused linear
+    have one rank."""
+    alphas: dict[str, Alpha] = Field(default={})
+    """Alpha of single roles in place of `alpha`, in the same way as `ranks`."""
     lr_ratio: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Learning rate of B divided by that of A, which is `train.lr` (LoRA+, Hayou 2024); the paper
     uses 16 with a lower `train.lr`."""

@@ -44,6 +44,7 @@ GRID = [
         ("llama", 8192, False, "data.seq_len=128 train.optimizer=adamw8bit adapter.targets=all"),
         ("llama", 128256, True, "data.seq_len=300"),
         ("llama", 8192, False, "data.seq_len=64 adapter.rank=64 adapter.lr_ratio=8"),
+        ("llama", 8192, False, 'data.seq_len=64 adapter.targets=all adapter.ranks={"q":64,"up":9}'),
         ("mistral", 32000, False, f"data.seq_len=256 {NO_CHECKPOINTING}"),
         ("qwen2", 8192, True, "data.seq_len=256 train.micro_batch=2 adapter.targets=all"),
         ("qwen2", 8192, True, "data.seq_len=256 base.bits=8 adapter.dtype=float16"),
