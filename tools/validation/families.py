@@ -161,7 +161,9 @@ def main() -> int:
     types = [item for item in tried if item["model_type"] not in tested]
     versions = next(item["proof"]["versions"] for item in types if "proof" in item)
     content = {
-        "command": f"python tools/validation/families.py{' --composed' * arguments.composed}",
+        "command": "python tools/validation/families.py"
+        + " --composed" * arguments.composed
+        + " TYPE ..." * bool(arguments.types),
         "device": f"CPU, {platform.machine()}, one thread",
         "versions": {"python": platform.python_version(), **versions},
         "limits": {law.name: law.limit for law in LAWS},
