@@ -46,14 +46,8 @@ optimizer states, two more show the steady state."""
 LAST_LOSSES = 10
 """Number of last steps whose mean loss is reported as the run's training loss."""
 _METRICS = (
-    "step",
-    "loss",
-    "lr",
-    "grad_norm",
-    "tokens",
-    "tokens_per_second",
-    "peak_bytes",
-    "joules",
+    *("step", "loss", "lr", "grad_norm", "tokens"),
+    *("tokens_per_second", "peak_bytes", "joules"),
 )
 """Fields of a StepEvent that metrics.jsonl stores."""
 
