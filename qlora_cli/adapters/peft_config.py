@@ -26,8 +26,8 @@ CLASSIFICATION = "SEQ_CLS"
 """PEFT's `task_type` of a sequence classifier, whose head is saved with the adapter."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_TENSOR_NAME = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+PREFIX = "base_model.model."
+_TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
 _BLOCKS = re.compile(r"[\w.]+")
 """Names of the list of blocks in `layers_pattern`. PEFT inserts them into an expression."""
 _Rank = Annotated[int, Field(ge=1, lt=2**31)]
@@ -214,24 +214,7 @@ def tensor_name(path: str, factor: str) -> str:
 
     path: the linear layer. factor: `A` or `B`.
     """
-    return f"{_PREFIX}{path}.lora_{factor}.weight"
-
-
-def saved_name(name: str) -> str:
-    """Return the name in the file of a parameter of a module in `modules_to_save`."""
-    return f"{_PREFIX}{name}"
-
-
-def parse_saved_name(name: str, modules: Collection[str]) -> str | None:
-    """Return the parameter's name of a tensor that is saved whole, or None for another tensor.
-
-    modules: `modules_to_save`, paths or their endings.
-    """
-    parameter = name.removeprefix(_PREFIX)
-    parts = parameter.split(".")
-    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
-    is_saved = any(_matches(list(modules), path) for path in paths)
-    return parameter if name.startswith(_PREFIX) and is_saved else None
+    return f"{PREFIX}{path}.lora_{factor}.weight"
 
 
 def parse_tensor_name(name: str) -> tuple[str, str] | None:

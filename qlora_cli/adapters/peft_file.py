@@ -21,6 +21,7 @@ from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.lora import LoraSettings
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.adapters.peft_metadata import AdapterMetadata
+from qlora_cli.adapters.peft_saved import parse_saved_name
 from qlora_cli.adapters.peft_stacks import AdapterStack, stack_paths, unused_targets
 from qlora_cli.errors import ModelError, Problem, ProblemsError
 from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
@@ -202,7 +203,7 @@ def open_adapter(folder: Path) -> AdapterFile:
 def _saved(entries: Mapping[str, TensorEntry], config: PeftConfig) -> dict[str, str]:
     """Return name in the file -> parameter's name of the tensors that are saved whole."""
     modules = config.modules_to_save or []
-    names = {name: peft_config.parse_saved_name(name, modules) for name in entries}
+    names = {name: parse_saved_name(name, modules) for name in entries}
     return {name: parameter for name, parameter in names.items() if parameter is not None}
 
 

@@ -99,7 +99,7 @@ def generate(
     Alpaca instruction, or not at all. A model that is not a run gets its chat template, if it has
     one. A classifier gives the label of the prompt, with the probability of each label.
     """
-    _check(prompt, prompts, out, resume, as_json)
+    _check(prompt, pair, prompts, out, resume, as_json)
     with fast_import():
         from qlora_cli.jobs import classify
         from qlora_cli.jobs import generate as job
@@ -149,9 +149,9 @@ def _check_kind(is_classifier: bool, pair: str | None) -> None:
 
 def _show_label(result: LabelResult) -> None:
     """Print the predicted label or number, and below it each label with its probability."""
-    click.echo(result.text)
+    echo(result.text)
     for name, probability in result.probabilities.items():
-        click.echo(f"  {probability:7.2%}  {name}")
+        echo(f"  {probability:7.2%}  {name}")
 
 
 def _open(
@@ -181,13 +181,20 @@ def _open(
 
 
 def _check(
-    prompt: str | None, prompts: Path | None, out: Path | None, resume: bool, as_json: bool
+    prompt: str | None,
+    pair: str | None,
+    prompts: Path | None,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
 ) -> None:
     """Raise UsageError if the options do not go together."""
     if (prompt is None) == (prompts is None):
         raise UsageError("name one of --prompt and --prompts")
     if prompts is None and out is not None:
         raise UsageError("it needs --prompts", where="--out")
+    if prompt is None and pair is not None:
+        raise UsageError("it needs --prompt", where="--pair")
     if prompts is not None and as_json:
         raise UsageError("--prompts writes JSON lines already", hint="omit --json")
     if out is None and resume:

@@ -54,6 +54,8 @@ class Classifier:
             raise UsageError(
                 "the model was trained on pairs of texts", hint="add the second text with --pair"
             )
+        if settings.pairs is False and prompt.second is not None:
+            raise UsageError("the model was trained on single texts", where="--pair")
         text = LabelledText(prompt.text, prompt.second, None)
         (example,) = encoded_texts([text], ["prompt"], self.tokenizer)
         limit = ModelLimits.of(self.opened.loaded.config).positions

@@ -30,7 +30,7 @@ from qlora_cli.tasks.causal import CAUSAL
 from qlora_cli.tasks.classification import CLASSIFICATION, task_of_model
 from qlora_cli.tasks.preference import PREFERENCE
 from qlora_cli.tasks.registry import task_of
-from qlora_cli.tasks.task import Task
+from qlora_cli.tasks.task import EvalScore, Task
 
 _MAX_PERPLEXITY_LOSS = 700.0
 """exp() of a larger loss overflows a Python float."""
@@ -80,6 +80,11 @@ def run(
             hint="the weights are finite, so a computation in 16 bit overflows or the adapter is "
             "damaged; evaluate with base.compute_dtype=bfloat16 or float32",
         )
+    return _result(task, score)
+
+
+def _result(task: Task, score: EvalScore) -> EvalResult | PairEvalResult | LabelEvalResult:
+    """Return a score as the result of its task."""
     if task.name == CLASSIFICATION.name:
         return LabelEvalResult(score.loss, score.num_targets, dict(score.metrics))
     if task.name == PREFERENCE.name:

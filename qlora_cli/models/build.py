@@ -232,7 +232,9 @@ def apply_train_settings(loaded: LoadedModel, recipe: Recipe) -> None:
     if setting is False and loaded.recomputation is None:
         return
     blocks: Any = loaded.model.get_submodule(loaded.family.blocks)
-    policy = ActivationPolicy.recompute_first(recomputed_blocks(setting, len(blocks)), len(blocks))
+    # ALBERT computes its only block several times, so it is recomputed always or never.
+    number = min(recomputed_blocks(setting, loaded.config.num_hidden_layers), len(blocks))
+    policy = ActivationPolicy.recompute_first(number, len(blocks))
     if loaded.recomputation is None:
         loaded.recomputation = Recomputation(blocks, policy)
     loaded.recomputation.policy = policy

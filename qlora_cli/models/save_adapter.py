@@ -20,6 +20,7 @@ from qlora_cli.adapters.adapted_modules import adapted_layers, adapted_stacks
 from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.adapters.peft_metadata import AdapterMetadata
+from qlora_cli.adapters.peft_saved import saved_name
 from qlora_cli.adapters.peft_stacks import EXPERT_LINEARS, file_paths, to_file
 from qlora_cli.data.template import TEMPLATE_FILE
 from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors, write_json
@@ -45,7 +46,7 @@ def save_adapter(
     factors = dict(_factors(loaded, layers))
     for name, parameter in head_parameters(loaded).items():
         spec = TensorSpec(parameter.dtype, tuple(parameter.shape))
-        factors[peft_config.saved_name(name)] = spec, parameter.detach
+        factors[saved_name(name)] = spec, parameter.detach
     specs = {name: spec for name, (spec, _) in factors.items()}
 
     def compute(name: str) -> Tensor:

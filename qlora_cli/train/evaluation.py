@@ -73,6 +73,11 @@ class Evaluator:
         return best_evaluation(self.done)
 
     @property
+    def goal(self) -> str:
+        """What a better evaluation has, as text: `lower held-out loss`."""
+        return "lower held-out loss" if self._metric is None else f"higher {self._metric}"
+
+    @property
     def best_text(self) -> str:
         """What the best evaluation has, as text: `the lowest held-out loss (0.361)`."""
         assert self.best is not None

@@ -46,14 +46,8 @@ optimizer states, two more show the steady state."""
 LAST_LOSSES = 10
 """Number of last steps whose mean loss is reported as the run's training loss."""
 _METRICS = (
-    "step",
-    "loss",
-    "lr",
-    "grad_norm",
-    "tokens",
-    "tokens_per_second",
-    "peak_bytes",
-    "joules",
+    *("step", "loss", "lr", "grad_norm", "tokens"),
+    *("tokens_per_second", "peak_bytes", "joules"),
 )
 """Fields of a StepEvent that metrics.jsonl stores."""
 
@@ -147,15 +141,11 @@ class TrainingLoop:
         """Return whether training ends before its last step, and report it."""
         if not self.evaluator.out_of_patience:
             return False
-        best, metric = self.evaluator.best, self.state.recipe.best_metric
-        assert best is not None
-        better, value = "lower held-out loss", f"the lowest is {best.loss:.3f}"
-        if metric is not None:
-            better, value = f"higher {metric}", f"the highest is {best.metric:.3f}"
+        assert self.evaluator.best is not None
         self.observer.note(
-            f"stopped after step {self.state.step:,} of {self.steps:,}: no {better} in "
-            f"{self.state.recipe.train.patience} evaluations (train.patience); {value} at step "
-            f"{best.step:,}"
+            f"stopped after step {self.state.step:,} of {self.steps:,}: no {self.evaluator.goal} "
+            f"in {self.state.recipe.train.patience} evaluations (train.patience); step "
+            f"{self.evaluator.best.step:,} has {self.evaluator.best_text}"
         )
         return True
 

@@ -64,6 +64,8 @@ def test_pairs_files_and_options_of_generate(tmp_path: Path) -> None:
     assert "add the second text with --pair" in missing.err
     refused = qlora("generate", run, "--prompt", "hhh", "--pair", "l", "--temperature", "0.5")
     assert "--temperature: it does not apply to a classifier" in refused.err
+    unused = qlora("generate", run, "--prompts", rows, "--pair", "lll")
+    assert "--pair: it needs --prompt" in unused.err
     out = tmp_path / "answers.jsonl"
     written = qlora("generate", run, "--prompts", rows, "--out", out)
     assert written.code == 0, written.err
