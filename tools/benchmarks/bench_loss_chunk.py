@@ -30,7 +30,6 @@ from qlora_cli.nn.loss import chunked_cross_entropy
 SHAPES = {
     "SmolLM2-135M, 512 tokens": (512, 576, 49152, torch.float32),
     "SmolLM2-135M, 512 tokens, head in 16 bit": (512, 576, 49152, torch.bfloat16),
-    "Llama-3.2-1B, 256 tokens, head in 16 bit": (256, 2048, 128256, torch.bfloat16),
 }
 """Name -> (tokens, hidden size, vocabulary, dtype of the head). Hidden states are in float32."""
 CHUNKS = (512, 256, 128, 64, 32, 16)
