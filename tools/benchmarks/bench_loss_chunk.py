@@ -28,11 +28,11 @@ from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.nn.loss import chunked_cross_entropy
 
 SHAPES = {
-    "SmolLM2-135M, 512 tokens": (512, 576, 49152, torch.float32),
-    "SmolLM2-135M, 512 tokens, head in 16 bit": (512, 576, 49152, torch.bfloat16),
+    "SmolLM2-135M, 256 tokens": (256, 576, 49152, torch.float32),
+    "SmolLM2-135M, 256 tokens, head in 16 bit": (256, 576, 49152, torch.bfloat16),
 }
 """Name -> (tokens, hidden size, vocabulary, dtype of the head). Hidden states are in float32."""
-CHUNKS = (512, 256, 128, 64, 32, 16)
+CHUNKS = (256, 128, 64, 32)
 """Tokens whose logits exist at once; only those up to the number of tokens are measured."""
 
 
