@@ -104,11 +104,15 @@ def _loss(states: Tensor, head: Tensor, targets: Tensor, chunk: int) -> None:
 
 
 def _peak_bytes(states: Tensor, head: Tensor, targets: Tensor, chunk: int) -> int:
+    """Return the peak of the storages that the loss and its gradient create."""
     model = MemoryModel.of(profile_of(states.device))
     counter = model.new_counter()
-    with model.new_tracker(counter, states.device.type), counter.phase("step"):
-        _loss(states, head, targets, chunk)
-    return counter.phases[0].peak_bytes
+    with model.new_tracker(counter, states.device.type) as tracker:
+        tracker.tag([states, head, targets], "other")
+        before = counter.live_bytes
+        with counter.phase("step"):
+            _loss(states, head, targets, chunk)
+    return counter.phases[0].peak_bytes - before
 
 
 if __name__ == "__main__":
