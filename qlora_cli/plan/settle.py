@@ -120,7 +120,7 @@ class Settler:
             reason += f"{needed} planned, and {self.limit.text} should not be exceeded; {more}"
         if number < total:
             reason += f". One step less memory{_step_text(search, found)} would cost "
-            reason += f"{plan.flops.block_share:.1%} more"
+            reason += f"{plan.flops.block_share:.1%} more operations"
         return Choice(activations.KEY, number, reason)
 
 

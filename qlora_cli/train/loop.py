@@ -30,9 +30,9 @@ from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.shortage import (
     Shortage,
     num_recomputed,
-    recompute_more,
     recomputed_share,
     record_shortage,
+    reduce_memory,
 )
 from qlora_cli.train.state import State
 from qlora_cli.train.step import StepOutcome, train_step
@@ -179,7 +179,9 @@ class TrainingLoop:
             try:
                 return train_step(self.state, batches, lr)
             except MicroBatchTooLarge as error:
-                change = self._reduce_memory(progress, len(batches))
+                loaded = self.state.loaded if self.may_recompute_more else None
+                finer = self.schedule.step_batches(self.state.step, 2 * progress.parts)
+                change = reduce_memory(loaded, progress, len(finer) > len(batches))
                 if change is None:
                     raise
                 reason = error.what
@@ -187,20 +189,6 @@ class TrainingLoop:
             torch.set_rng_state(random_state)
             self.instrument.release_cache()
             self._report_shortage(reason, change, progress)
-
-    def _reduce_memory(self, progress: Progress, num_batches: int) -> str | None:
-        """Recompute more blocks, else divide micro-batches. Return what changes; None if nothing.
-
-        num_batches: number of micro-batches of the step that ran out of memory.
-        """
-        loaded = self.state.loaded
-        if self.may_recompute_more and recompute_more(loaded):
-            number = num_recomputed(loaded)
-            return f"{number} blocks are recomputed in the backward pass, which changes no gradient"
-        if len(self.schedule.step_batches(self.state.step, 2 * progress.parts)) == num_batches:
-            return None
-        progress.parts *= 2
-        return f"each micro-batch is divided into {progress.parts} parts, with the same gradient"
 
     def _report_shortage(self, reason: str, change: str, progress: Progress) -> None:
         step = self.state.step + 1

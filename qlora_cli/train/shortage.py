@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.train.progress import Progress
 
 _KEY = "memory_shortages"
 """Key of the list in run.json."""
@@ -49,7 +50,22 @@ def divided_parts(run: RunFolder) -> int:
     return shortages[-1].parts if shortages else 1
 
 
-def recompute_more(loaded: LoadedModel) -> bool:
+def reduce_memory(loaded: LoadedModel | None, progress: Progress, is_divisible: bool) -> str | None:
+    """Recompute more blocks, else divide micro-batches. Return what changes; None if nothing does.
+
+    loaded: the model; None if its policy may not change. progress: its number of parts is doubled.
+    is_divisible: whether more parts make smaller micro-batches.
+    """
+    if loaded is not None and _recompute_more(loaded):
+        number = num_recomputed(loaded)
+        return f"{number} blocks are recomputed in the backward pass, which changes no gradient"
+    if not is_divisible:
+        return None
+    progress.parts *= 2
+    return f"each micro-batch is divided into {progress.parts} parts, with the same gradient"
+
+
+def _recompute_more(loaded: LoadedModel) -> bool:
     """Let half of the kept blocks be recomputed from now on. Return False if none is kept."""
     recomputation = loaded.recomputation
     following = recomputation.policy.next() if recomputation else None

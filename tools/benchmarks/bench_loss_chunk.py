@@ -28,12 +28,11 @@ from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.nn.loss import chunked_cross_entropy
 
 SHAPES = {
-    "SmolLM2-135M, 512 tokens": (512, 576, 49152, torch.float32),
-    "SmolLM2-135M, 512 tokens, head in 16 bit": (512, 576, 49152, torch.bfloat16),
-    "Llama-3.2-1B, 256 tokens, head in 16 bit": (256, 2048, 128256, torch.bfloat16),
+    "SmolLM2-135M, 256 tokens": (256, 576, 49152, torch.float32),
+    "SmolLM2-135M, 256 tokens, head in 16 bit": (256, 576, 49152, torch.bfloat16),
 }
 """Name -> (tokens, hidden size, vocabulary, dtype of the head). Hidden states are in float32."""
-CHUNKS = (512, 256, 128, 64, 32, 16)
+CHUNKS = (256, 128, 64, 32)
 """Tokens whose logits exist at once; only those up to the number of tokens are measured."""
 
 
@@ -105,11 +104,15 @@ def _loss(states: Tensor, head: Tensor, targets: Tensor, chunk: int) -> None:
 
 
 def _peak_bytes(states: Tensor, head: Tensor, targets: Tensor, chunk: int) -> int:
+    """Return the peak of the storages that the loss and its gradient create."""
     model = MemoryModel.of(profile_of(states.device))
     counter = model.new_counter()
-    with model.new_tracker(counter, states.device.type), counter.phase("step"):
-        _loss(states, head, targets, chunk)
-    return counter.phases[0].peak_bytes
+    with model.new_tracker(counter, states.device.type) as tracker:
+        tracker.tag([states, head, targets], "other")
+        before = counter.live_bytes
+        with counter.phase("step"):
+            _loss(states, head, targets, chunk)
+    return counter.phases[0].peak_bytes - before
 
 
 if __name__ == "__main__":
