@@ -29,7 +29,7 @@ from qlora_cli.models import checkpoint_source
 from qlora_cli.models.limits import limits_of
 from qlora_cli.models.packed_base import has_packed_copy
 from qlora_cli.nn.codebook import clear_scale_codebook
-from qlora_cli.plan.planner import plan_largest_batches
+from qlora_cli.plan.planner import Planner
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run import Run
 from tests.helpers.marks import slow_after_first
@@ -257,7 +257,7 @@ def test_the_plan_of_loading_equals_the_run(name: str, tmp_path: Path) -> None:
     clear_scale_codebook(CPU)
     with instrument.phase("load"):
         loaded = build_base(recipe)
-    planned = plan_largest_batches(recipe, config, profile_of(CPU), True).phases[0]
+    planned = Planner(config, profile_of(CPU), has_copy=lambda _: True).plan(recipe).phases[0]
     measured = instrument.phases[0].live_bytes
     assert planned.live_bytes == pytest.approx(measured, rel=0.01)
     del loaded
