@@ -21,7 +21,7 @@ from qlora_cli.files.atomic import PARSE_ERRORS, read_json
 from qlora_cli.files.bitsandbytes_weights import with_weights
 from qlora_cli.files.checksums import cached_sha256
 from qlora_cli.files.mxfp4 import with_stacks
-from qlora_cli.files.packed_entry import PackedEntry
+from qlora_cli.files.packed_entry import PackedEntry, StoredFormat
 from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -111,13 +111,33 @@ class FolderSource:
         """
         entry = self.entry(name)
         tensor = entry.read() if isinstance(entry, PackedEntry) else read_tensor(entry)
+        self._check_finite(name, tensor)
+        return tensor
+
+    def stored_format(self, name: str) -> StoredFormat | None:
+        """Return the form of a weight that the checkpoint stores quantized; None for others."""
+        entry = self.entry(name)
+        return entry.stored_format() if isinstance(entry, PackedEntry) else None
+
+    def read_stored(self, name: str) -> dict[str, Tensor]:
+        """Return a weight that has a stored format, without dequantizing it.
+
+        Raises ModelError if a scale is NaN or infinite.
+        """
+        entry = self.entry(name)
+        assert isinstance(entry, PackedEntry)
+        tensors = entry.stored()
+        for tensor in tensors.values():
+            self._check_finite(name, tensor)
+        return tensors
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not is_finite(tensor):
             raise ModelError(
                 f"{self.file_name(name)} of the base has values that are not finite",
-                where=str(entry.file),
+                where=str(self.entry(name).file),
                 hint="the base is damaged; download it again",
             )
-        return tensor
 
 
 class OverlaidSource(FolderSource):

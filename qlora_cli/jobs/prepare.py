@@ -82,7 +82,7 @@ class Prepared:
         return packed_store(self.recipe, self.folder, self.config, model_class, kind, observer)
 
     def has_packed_copy(self, recipe: Recipe) -> bool:
-        """Return whether a job on this base, with another recipe, would load a packed copy."""
+        """Return whether a job on this base, with another recipe, loads it without packing."""
         model_class, kind = task_of(recipe).model_class, self.profile.kind
         return has_packed_copy(recipe, self.folder, self.config, model_class, kind)
 

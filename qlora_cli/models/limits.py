@@ -33,9 +33,9 @@ def _stored(config: Any) -> Iterator[str]:
         )
     if stored_as(config) == BITSANDBYTES:
         yield (
-            "this checkpoint was quantized by bitsandbytes; each weight is dequantized when it is "
-            "read and quantized to base.bits; its values differ from those of the 16-bit base that "
-            "it was made from, which is the better base if you have it"
+            "this checkpoint was quantized by bitsandbytes; weights in the format of the recipe's "
+            "base are used as they are, others are dequantized and quantized again; their values "
+            "differ from those of the 16-bit base that the checkpoint was made from"
         )
 
 

@@ -11,11 +11,15 @@ from typing import Any
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer, Silent
+from qlora_cli.files.bitsandbytes_weights import with_weights
 from qlora_cli.files.cache import PACKED, entries, entry_folder, key_of
 from qlora_cli.files.dtype import dtype_name, file_dtype
+from qlora_cli.files.packed_entry import PackedEntry
 from qlora_cli.files.packed_store import PackedStore
-from qlora_cli.files.source import config_digest, fingerprint, weights_bytes
+from qlora_cli.files.quantized import BITSANDBYTES, stored_as
+from qlora_cli.files.source import config_digest, fingerprint, read_folder, weights_bytes
 from qlora_cli.models.build import weight_format_of
+from qlora_cli.nn.packed_tensors import is_in_format
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.units import MIB
@@ -25,7 +29,7 @@ MIN_BYTES = 64 * MIB
 _LAYOUT = 1
 """Version of the files of a packed base."""
 _PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers")
-_CODE = ("models", "nn")
+_CODE = ("files", "models", "nn")
 """Folders of this package whose code decides which bytes a tensor becomes."""
 
 
@@ -60,16 +64,29 @@ def packed_store(
 
 
 def has_packed_copy(recipe: Recipe, folder: Path, config: Any, model_class: Any, kind: str) -> bool:
-    """Return whether a job would load the recipe's base from a packed copy.
+    """Return whether a job would load the recipe's base without packing it.
 
-    The arguments are those of `packed_store`. The base's files may be absent; they are not read if
-    the cache contains no packed base at all.
+    That is from a packed copy, or from a checkpoint that contains the packed weights. The arguments
+    are those of `packed_store`. The base's files may be absent; weights are not read if the cache
+    contains no packed base at all.
     """
+    if stored_as(config) == BITSANDBYTES and _is_stored(recipe, folder, config):
+        return True
     if not any(entry.kind == PACKED for entry in entries()):
         return False
     with suppress(ModelError):
         store = packed_store(recipe, folder, config, model_class, kind, Silent())
         return store is not None and store.exists()
+    return False
+
+
+def _is_stored(recipe: Recipe, folder: Path, config: Any) -> bool:
+    """Return whether the checkpoint contains the weights in the format of the recipe."""
+    weight_format = weight_format_of(recipe, file_dtype(config))
+    with suppress(ModelError):
+        entries = with_weights(read_folder(folder)).values()
+        stored = next((e.stored_format() for e in entries if isinstance(e, PackedEntry)), None)
+        return stored is not None and is_in_format(weight_format, stored)
     return False
 
 

@@ -1,6 +1,6 @@
 """The tensors of a packed linear, as they are written to a file and put back without quantizing.
 
-Names: "" is the weight itself, the others are those of the quantization constants.
+The names are those of `files/packed_entry.py`, because a checkpoint may contain such tensors.
 """
 
 from __future__ import annotations
@@ -10,12 +10,26 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.files.packed_entry import (
+    CONSTANTS,
+    OFFSET,
+    SCALE,
+    SCALE_OF_SCALE,
+    WEIGHT,
+    StoredFormat,
+)
 from qlora_cli.files.safetensors_io import TensorSpec
 from qlora_cli.memory.scopes import attribute
-from qlora_cli.nn.quant import BLOCK_SIZE_4BIT, BLOCK_SIZE_SCALES, QuantLinear
+from qlora_cli.nn.quant import BLOCK_SIZE_4BIT, BLOCK_SIZE_SCALES, QuantLinear, WeightFormat
 
-WEIGHT = ""
-SCALE, SCALE_OF_SCALE, OFFSET = CONSTANTS = ("scale", "scale_of_scale", "offset_of_scale")
+
+def is_in_format(own: WeightFormat, stored: StoredFormat) -> bool:
+    """Return whether a weight stored in this form is the weight of a linear in the format `own`."""
+    if own.bits == 8:
+        return stored.bits == 8
+    scale_block_size = BLOCK_SIZE_SCALES if own.double_quant else 0
+    wanted = StoredFormat(4, own.quant_type, BLOCK_SIZE_4BIT, scale_block_size)
+    return own.bits == 4 and stored == wanted
 
 
 def packed_specs(linear: QuantLinear) -> dict[str, TensorSpec]:

@@ -22,7 +22,7 @@ from qlora_cli.export.compare.comparison_models import merged_on_meta, trained_o
 from qlora_cli.export.compare.eval_rows import MAX_TOKENS
 from qlora_cli.export.compare.logit_comparison import COMPARISON_BYTES
 from qlora_cli.export.merge.lora_sum import CHUNK_ELEMENTS
-from qlora_cli.export.merge.merged_tensors import pack_weight
+from qlora_cli.export.merge.packed_weight import pack_weight
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.memory.ledger import Phase
 from qlora_cli.memory.profile import MemoryModel

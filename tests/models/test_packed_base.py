@@ -18,6 +18,7 @@ from qlora_cli.files.locate import read_config
 from qlora_cli.files.source import FolderSource
 from qlora_cli.memory.device import profile_of
 from qlora_cli.memory.instrument import Instrument
+from qlora_cli.memory.ledger import Phase
 from qlora_cli.models import packed_base
 from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
@@ -25,7 +26,7 @@ from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.packed_base import has_packed_copy, packed_store
 from qlora_cli.nn.codebook import clear_scale_codebook
-from qlora_cli.plan.planner import plan_largest_batches
+from qlora_cli.plan.planner import Planner
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.state import build_state
 from tests.helpers.families import MODEL_TYPES, ties_embeddings
@@ -142,6 +143,10 @@ def test_training_from_the_copy_has_the_same_bits(tmp_path: Path) -> None:
     assert files[0] == files[1] == files[2]
 
 
+def planned_load(recipe: Recipe, config: Any, has_copy: bool) -> Phase:
+    return Planner(config, PROFILE, has_copy=lambda _: has_copy).plan(recipe).phases[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", FORMATS, ids=str)
 def test_the_plan_of_loading_a_copy_equals_the_run(
@@ -153,7 +158,7 @@ def test_the_plan_of_loading_a_copy_equals_the_run(
     peaks = []
     for has_copy in (False, True):
         assert has_packed_copy(recipe, base, config, AutoModelForCausalLM, "cpu") == has_copy
-        planned = plan_largest_batches(recipe, config, PROFILE, has_copy).phases[0]
+        planned = planned_load(recipe, config, has_copy)
         clear_scale_codebook(CPU)
         instrument = Instrument(CPU, PROFILE)
         with instrument.phase("load"):

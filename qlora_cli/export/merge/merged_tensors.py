@@ -36,6 +36,7 @@ from qlora_cli.export.merge.combine import WeightedAdapter, combine, open_other_
 from qlora_cli.export.merge.expert_tensors import ExpertTensor, expert_tensors
 from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.merge.lora_sum import merged_rows, rounds_to
+from qlora_cli.export.merge.packed_weight import pack_weight, trained_weight
 from qlora_cli.export.merge.underflow import Count, Underflow
 from qlora_cli.export.options import FALLBACK_DTYPE, MergeBase
 from qlora_cli.files.dtype import dtype_name, file_dtype
@@ -48,7 +49,7 @@ from qlora_cli.models.packed_base import packed_store
 from qlora_cli.models.placement.held import PackedCopy
 from qlora_cli.models.sites import find_sites, find_stacks
 from qlora_cli.nn.expert_stack import StackLora
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
@@ -199,13 +200,9 @@ class MergedTensors:
 
     def _base_weight(self, name: str, site: Site) -> Tensor:
         """Return the weight (out, in) that the adapter is added to."""
-        tensor = self.source.read(name)
-        weight = site.from_file(tensor)
         if self.base == "original":
-            return weight
-        layer = pack_weight(self.weight_format, weight.contiguous().to(self.device))
-        # The unpacked weight is as large as the tensor; both together would be the job's peak.
-        del tensor, weight
+            return site.from_file(self.source.read(name))
+        layer = trained_weight(name, site, self.source, self.weight_format, self.device)
         return layer.dequantize().cpu()
 
     def _copied(self, name: str, count: Count) -> Tensor:
@@ -222,14 +219,6 @@ class MergedTensors:
             result[rows] = total.float()
             count(total, result[rows])
         return result
-
-
-def pack_weight(weight_format: WeightFormat, weight: Tensor) -> QuantLinear:
-    """Return a linear packed as in training. weight: (out, in), on the device that packs it."""
-    out_features, in_features = weight.shape
-    layer = QuantLinear(in_features, out_features, bias=False, weight_format=weight_format)
-    layer.pack(weight)
-    return layer
 
 
 def open_merged_tensors(

@@ -1,7 +1,8 @@
 """The tensors that memory holds of a base, put into the model without reading the checkpoint.
 
 A tensor of the checkpoint becomes one or several tensors in memory: a packed weight and its scales,
-the linears of all experts of a stack, or one 16-bit tensor. A packed copy contains exactly these.
+the linears of all experts of a stack, or one 16-bit tensor. A packed copy contains exactly these. A
+checkpoint that bitsandbytes quantized contains those of the linears.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qlora_cli.errors import ModelError
+from qlora_cli.files.packed_entry import WEIGHT
 from qlora_cli.files.safetensors_io import TensorSpec
-from qlora_cli.files.source import TensorSource
+from qlora_cli.files.source import FolderSource, TensorSource
 from qlora_cli.memory.scopes import host_memory
 from qlora_cli.models.placement.slots import TensorSlot
 from qlora_cli.nn.embedding import upload
-from qlora_cli.nn.packed_tensors import WEIGHT, packed_specs, packed_tensors, put_packed
+from qlora_cli.nn.packed_tensors import is_in_format, packed_specs, packed_tensors, put_packed
+from qlora_cli.nn.quant import QuantLinear
+from qlora_cli.nn.site import Site
 
 NamedTensors = Callable[[], Iterator[tuple[str, Tensor]]]
 """Returns the names and the tensors of a loaded base."""
@@ -49,6 +54,9 @@ def put_tensor(
     """
     with host_memory():
         held = copy.read(_specs(name, slot)) if copy is not None else None
+        is_copied = held is not None
+        if held is None:
+            held = _stored(name, slot, source)
     if held is None:
         slot.fill(source, name, device)
         return False
@@ -57,7 +65,41 @@ def put_tensor(
         slot.put(tensors[name])
     for linear, names in zip(slot.linears, _names(name, slot), strict=True):
         put_packed(linear, {key: tensors[names[key]] for key in packed_specs(linear)})
-    return True
+    return is_copied
+
+
+def stored_tensors(
+    name: str, linear: QuantLinear, site: Site | None, source: TensorSource
+) -> dict[str, Tensor] | None:
+    """Return the tensors of a packed linear if the checkpoint stores its weight in this form.
+
+    name: of the weight in `source`. site: of the linear, if it has one. The tensors are on the CPU.
+    None if the weight is not quantized, or in another format than `linear`. Raises ModelError if
+    they are damaged.
+    """
+    if not isinstance(source, FolderSource) or (site is not None and site.transposed):
+        return None
+    stored = source.stored_format(name)
+    if stored is None or not is_in_format(linear.weight_format, stored):
+        return None
+    tensors, specs = source.read_stored(name), packed_specs(linear)
+    found = {key: TensorSpec(t.dtype, tuple(t.shape)) for key, t in tensors.items()}
+    if found != specs:
+        raise ModelError(
+            f"the quantized tensors of {source.file_name(name)} do not fit its shape",
+            where=str(source.entry(name).file),
+            hint="the base is damaged; download it again",
+        )
+    return tensors
+
+
+def _stored(name: str, slot: TensorSlot, source: TensorSource) -> dict[str, Tensor] | None:
+    """Return the tensors of a slot with one linear, by their name in a copy; as above."""
+    if len(slot.linears) != 1:
+        return None
+    (linear,), (names,) = slot.linears, _names(name, slot)
+    tensors = stored_tensors(name, linear, slot.site, source)
+    return None if tensors is None else {names[key]: t for key, t in tensors.items()}
 
 
 def held_tensors(slots: Mapping[str, TensorSlot]) -> Iterator[tuple[str, Tensor]]:
