@@ -27,6 +27,7 @@ CLASSIFICATION = "SEQ_CLS"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_MAGNITUDE = "lora_magnitude_vector"
 _TENSOR_NAME = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
 _BLOCKS = re.compile(r"[\w.]+")
 """Names of the list of blocks in `layers_pattern`. PEFT inserts them into an expression."""
@@ -63,6 +64,7 @@ class PeftConfig(BaseModel):
     lora_alpha: _Finite
     lora_dropout: _Finite = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     target_modules: str | list[str] | None = None
     target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
@@ -164,7 +166,7 @@ def _refuse_features(content: Mapping[str, Any], file: Path) -> None:
             where=str(file),
             hint="supported: LoRA on linear layers of a causal language model or a sequence "
             "classifier, with alpha / rank or rsLoRA scaling, rank patterns and alpha patterns, "
-            "and on stacked experts",
+            "on stacked experts, and DoRA",
         )
 
 
@@ -180,6 +182,8 @@ def _features(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         allowed["layers_to_transform"] = (None,)
     if content.get("task_type") != CLASSIFICATION:
         allowed["modules_to_save"] = (None, [])
+    if content.get("target_parameters"):
+        allowed["use_dora"] = (None, False)
     for key, value in content.items():
         if key in allowed and value not in allowed[key]:
             yield key, value
@@ -232,6 +236,17 @@ def parse_saved_name(name: str, modules: Collection[str]) -> str | None:
     paths = (".".join(parts[:end]) for end in range(1, len(parts)))
     is_saved = any(_matches(list(modules), path) for path in paths)
     return parameter if name.startswith(_PREFIX) and is_saved else None
+
+
+def magnitude_name(path: str) -> str:
+    """Return the name in the file of DoRA's magnitude vector of the linear layer at `path`."""
+    return f"{_PREFIX}{path}.{_MAGNITUDE}"
+
+
+def parse_magnitude_name(name: str) -> str | None:
+    """Return the path of the linear layer of a magnitude vector, None for another tensor."""
+    is_magnitude = name.startswith(_PREFIX) and name.endswith(f".{_MAGNITUDE}")
+    return name.removeprefix(_PREFIX).removesuffix(f".{_MAGNITUDE}") if is_magnitude else None
 
 
 def parse_tensor_name(name: str) -> tuple[str, str] | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.adapted_modules import adapted_layers, adapted_stacks
+from qlora_cli.adapters.dora import DoraLinear
 from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.adapters.peft_metadata import AdapterMetadata
@@ -63,11 +64,15 @@ def save_adapter(
 def _factors(
     loaded: LoadedModel, layers: Mapping[str, LoraLinear]
 ) -> Iterator[tuple[str, tuple[TensorSpec, Callable[[], Tensor]]]]:
-    """Yield the name in the file of each A and B, its form, and the function that computes it."""
+    """Yield the name of each tensor in the file, its form, and the function that computes it."""
     for path, layer in layers.items():
         for letter in "AB":
             spec = _stacked_spec(layer, letter)
             yield peft_config.tensor_name(path, letter), (spec, partial(_stacked, layer, letter))
+        if isinstance(layer, DoraLinear):
+            magnitude = partial(_magnitude, layer)
+            spec = TensorSpec(torch.float32, (layer.base.out_features,))
+            yield peft_config.magnitude_name(path), (spec, magnitude)
     stacks = dict(adapted_stacks(loaded.model))
     for path, in_file in file_paths(stacks).items():
         lora = stacks[path].lora()
@@ -125,6 +130,7 @@ def _peft_config(
         lora_alpha=alpha,
         lora_dropout=recipe.adapter.dropout,
         use_rslora=recipe.adapter.rslora,
+        use_dora=any(isinstance(layer, DoraLinear) for layer in layers.values()),
         target_modules=targets.modules(stacked) or None,
         target_parameters=targets.parameters(stacked) or None,
         rank_pattern=ranks,
@@ -192,3 +198,11 @@ def _stacked(layer: LoraLinear, factor: str) -> Tensor:
     for index, (role, rows) in enumerate(layer.lora_slices.items()):
         b[rows, index * rank : (index + 1) * rank] = layer.lora_b[role].detach()
     return b
+
+
+def _magnitude(layer: DoraLinear) -> Tensor:
+    """Return m of all rows (out,); rows without an adapter keep the length of W."""
+    m = layer.base_lengths().clone()
+    for role, rows in layer.lora_slices.items():
+        m[rows] = layer.lora_magnitude[role].detach()
+    return m
