@@ -20,15 +20,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qlora_cli.adapters.expressions import ExpressionError, expression
+from qlora_cli.adapters.peft_names import PREFIX
 from qlora_cli.errors import ModelError
 
 CLASSIFICATION = "SEQ_CLS"
 """PEFT's `task_type` of a sequence classifier, whose head is saved with the adapter."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_MAGNITUDE = "lora_magnitude_vector"
-_TENSOR_NAME = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
 _BLOCKS = re.compile(r"[\w.]+")
 """Names of the list of blocks in `layers_pattern`. PEFT inserts them into an expression."""
 _Rank = Annotated[int, Field(ge=1, lt=2**31)]
@@ -213,46 +211,16 @@ def _unusable(pattern: str, fault: ExpressionError, file: Path | None = None) ->
     )
 
 
-def tensor_name(path: str, factor: str) -> str:
-    """Return the name of a tensor in the file: `base_model.model.<path>.lora_A.weight`.
-
-    path: the linear layer. factor: `A` or `B`.
-    """
-    return f"{_PREFIX}{path}.lora_{factor}.weight"
-
-
-def saved_name(name: str) -> str:
-    """Return the name in the file of a parameter of a module in `modules_to_save`."""
-    return f"{_PREFIX}{name}"
-
-
 def parse_saved_name(name: str, modules: Collection[str]) -> str | None:
     """Return the parameter's name of a tensor that is saved whole, or None for another tensor.
 
     modules: `modules_to_save`, paths or their endings.
     """
-    parameter = name.removeprefix(_PREFIX)
+    parameter = name.removeprefix(PREFIX)
     parts = parameter.split(".")
     paths = (".".join(parts[:end]) for end in range(1, len(parts)))
     is_saved = any(_matches(list(modules), path) for path in paths)
-    return parameter if name.startswith(_PREFIX) and is_saved else None
-
-
-def magnitude_name(path: str) -> str:
-    """Return the name in the file of DoRA's magnitude vector of the linear layer at `path`."""
-    return f"{_PREFIX}{path}.{_MAGNITUDE}"
-
-
-def parse_magnitude_name(name: str) -> str | None:
-    """Return the path of the linear layer of a magnitude vector, None for another tensor."""
-    is_magnitude = name.startswith(_PREFIX) and name.endswith(f".{_MAGNITUDE}")
-    return name.removeprefix(_PREFIX).removesuffix(f".{_MAGNITUDE}") if is_magnitude else None
-
-
-def parse_tensor_name(name: str) -> tuple[str, str] | None:
-    """Return (path of the linear layer, `A` or `B`), or None if `name` has another form."""
-    match = _TENSOR_NAME.fullmatch(name)
-    return (match["path"], match["factor"]) if match else None
+    return parameter if name.startswith(PREFIX) and is_saved else None
 
 
 def shortest_endings(

@@ -22,6 +22,7 @@ from qlora_cli.adapters.lora import LoraSettings
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.adapters.peft_magnitudes import check_magnitudes, magnitude_entries
 from qlora_cli.adapters.peft_metadata import AdapterMetadata
+from qlora_cli.adapters.peft_names import factor_pairs, magnitude_name
 from qlora_cli.adapters.peft_stacks import AdapterStack, stack_paths, unused_targets
 from qlora_cli.errors import ModelError, Problem, ProblemsError
 from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
@@ -196,8 +197,8 @@ def open_adapter(folder: Path) -> AdapterFile:
     metadata = AdapterMetadata.of(header, file)
     saved = _saved(entries, config)
     magnitudes = magnitude_entries(entries)
-    others = {*saved, *map(peft_config.magnitude_name, magnitudes)}
-    pairs = _pairs({name: e for name, e in entries.items() if name not in others}, file)
+    others = {*saved, *map(magnitude_name, magnitudes)}
+    pairs = factor_pairs({name: e for name, e in entries.items() if name not in others}, file)
     paths = stack_paths(config, pairs)
     stacks = {
         stack: _stack(stack, *pairs.pop(path), config)
@@ -222,36 +223,6 @@ def _saved(entries: Mapping[str, TensorEntry], config: PeftConfig) -> dict[str, 
     modules = config.modules_to_save or []
     names = {name: peft_config.parse_saved_name(name, modules) for name in entries}
     return {name: parameter for name, parameter in names.items() if parameter is not None}
-
-
-def _pairs(
-    entries: Mapping[str, TensorEntry], file: Path
-) -> dict[str, tuple[TensorEntry, TensorEntry]]:
-    """Return path -> (entry of A, entry of B).
-
-    Raises ModelError if the file has no tensors, a tensor with another name, or an A without B.
-    """
-    if not entries:
-        raise ModelError(
-            f"an empty adapter: a file of {file.stat().st_size} bytes without a tensor",
-            where=str(file),
-            hint="the program that saved it did not write the weights; save it again",
-        )
-    pairs: dict[str, dict[str, TensorEntry]] = {}
-    for name, entry in entries.items():
-        parsed = peft_config.parse_tensor_name(name)
-        if parsed is None:
-            raise ModelError(
-                f"{name} is not a LoRA factor",
-                where=str(file),
-                hint=f"expected: {peft_config.tensor_name('<path of the linear layer>', 'A')}",
-            )
-        path, factor = parsed
-        pairs.setdefault(path, {})[factor] = entry
-    for path, factors in pairs.items():
-        if len(factors) != 2:
-            raise ModelError(f"{path} has lora_{next(iter(factors))} alone", where=str(file))
-    return {path: (factors["A"], factors["B"]) for path, factors in pairs.items()}
 
 
 def _stack(path: str, a: TensorEntry, b: TensorEntry, config: PeftConfig) -> AdapterStack:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from qlora_cli.adapters import peft_config
+from qlora_cli.adapters import peft_config, peft_names
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.errors import ModelError
 from qlora_cli.files.safetensors_io import TensorEntry
@@ -13,7 +13,7 @@ from qlora_cli.files.safetensors_io import TensorEntry
 
 def magnitude_entries(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Return path of a linear -> entry of its magnitude vector. entries: of the file, by name."""
-    paths = {name: peft_config.parse_magnitude_name(name) for name in entries}
+    paths = {name: peft_names.parse_magnitude_name(name) for name in entries}
     return {path: entries[name] for name, path in paths.items() if path is not None}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_cli.adapters import peft_config
+from qlora_cli.adapters import peft_config, peft_names
 from qlora_cli.adapters.adapted_modules import adapted_layers, adapted_stacks
 from qlora_cli.adapters.dora import DoraLinear
 from qlora_cli.adapters.lora import LoraLinear
@@ -46,7 +46,7 @@ def save_adapter(
     factors = dict(_factors(loaded, layers))
     for name, parameter in head_parameters(loaded).items():
         spec = TensorSpec(parameter.dtype, tuple(parameter.shape))
-        factors[peft_config.saved_name(name)] = spec, parameter.detach
+        factors[peft_names.saved_name(name)] = spec, parameter.detach
     specs = {name: spec for name, (spec, _) in factors.items()}
 
     def compute(name: str) -> Tensor:
@@ -68,11 +68,11 @@ def _factors(
     for path, layer in layers.items():
         for letter in "AB":
             spec = _stacked_spec(layer, letter)
-            yield peft_config.tensor_name(path, letter), (spec, partial(_stacked, layer, letter))
+            yield peft_names.tensor_name(path, letter), (spec, partial(_stacked, layer, letter))
         if isinstance(layer, DoraLinear):
             magnitude = partial(_magnitude, layer)
             spec = TensorSpec(torch.float32, (layer.base.out_features,))
-            yield peft_config.magnitude_name(path), (spec, magnitude)
+            yield peft_names.magnitude_name(path), (spec, magnitude)
     stacks = dict(adapted_stacks(loaded.model))
     for path, in_file in file_paths(stacks).items():
         lora = stacks[path].lora()
@@ -80,7 +80,7 @@ def _factors(
             compute = partial(to_file, factor.detach(), letter)
             shape = tuple(to_file(factor.detach().to("meta"), letter).shape)
             yield (
-                peft_config.tensor_name(in_file, letter),
+                peft_names.tensor_name(in_file, letter),
                 (TensorSpec(factor.dtype, shape), compute),
             )
 
