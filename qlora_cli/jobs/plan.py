@@ -175,7 +175,10 @@ def _ledger(
 
 
 def _compare(recipe: Recipe, planner: Planner) -> tuple[Compared, ...]:
-    """Plan the methods of `_COMPARED` on the same batches; full fine-tuning is the first row."""
+    """Plan the methods of `_COMPARED` on the same batches; full fine-tuning is the first row.
+
+    The recipe's own adapter method, such as DoRA, is in the place of LoRA.
+    """
     rows: list[Compared] = []
     for method, bits in _COMPARED:
         if method == "full":
@@ -188,5 +191,5 @@ def _compare(recipe: Recipe, planner: Planner) -> tuple[Compared, ...]:
         peak = peak_phase(planner.plan(variant).phases)
         full_bytes = rows[0].peak_bytes if rows else peak.peak_bytes
         ratio = full_bytes / peak.peak_bytes
-        rows.append(Compared(method, bits, peak.peak_bytes, peak.at_peak, ratio))
+        rows.append(Compared(variant.adapter.method, bits, peak.peak_bytes, peak.at_peak, ratio))
     return tuple(rows)

@@ -20,6 +20,7 @@ from qlora_cli.adapters.adapted_modules import (
     adapted_modules,
     adapted_stacks,
 )
+from qlora_cli.adapters.dora import DoraLinear
 from qlora_cli.adapters.lora import LoraLinear, LoraSettings
 from qlora_cli.adapters.lora_experts import LoraStack
 from qlora_cli.adapters.peft_file import (
@@ -62,8 +63,12 @@ def load_adapter(loaded: LoadedModel, folder: Path) -> None:
     for path, source in adapter.layers.items():
         _check_same(layers[path], source, sites[path], folder)
         for role, update in zip(layers[path].lora_slices, source.read(), strict=True):
-            layers[path].lora_a[role].copy_(update.a)
-            layers[path].lora_b[role].copy_(update.b)
+            layer = layers[path]
+            layer.lora_a[role].copy_(update.a)
+            layer.lora_b[role].copy_(update.b)
+            if update.magnitude is not None:
+                assert isinstance(layer, DoraLinear)
+                layer.lora_magnitude[role].copy_(update.magnitude)
     for path, stored in adapter.stacks.items():
         _check_settings(path, stored.settings, stacks[path].settings, {}, folder)
         values, lora = stored.read(), stacks[path].lora()
@@ -74,8 +79,11 @@ def load_adapter(loaded: LoadedModel, folder: Path) -> None:
 
 def _check_same(layer: LoraLinear, source: AdapterLayer, site: Site, folder: Path) -> None:
     """Raise ModelError if a stored layer and a layer of the model differ in their settings."""
-    roles = {"roles": (list(source.slices_on(site)), list(layer.lora_slices))}
-    _check_settings(source.path, source.settings, layer.settings, roles, folder)
+    others = {
+        "roles": (list(source.slices_on(site)), list(layer.lora_slices)),
+        "whether it is DoRA": (source.magnitude is not None, isinstance(layer, DoraLinear)),
+    }
+    _check_settings(source.path, source.settings, layer.settings, others, folder)
 
 
 def _check_settings(
@@ -170,7 +178,8 @@ def base_at(loaded: LoadedModel, path: str) -> Any:
 
 def _adapted(base: QuantLinear, source: AdapterLayer, site: Site) -> LoraLinear:
     """Return a stored adapter layer around `base`, frozen and in eval mode."""
-    layer = LoraLinear(base, source.slices_on(site), source.settings)
+    kind = LoraLinear if source.magnitude is None else DoraLinear
+    layer = kind(base, source.slices_on(site), source.settings)
     load_lora_weights(layer, source, base.weight.device)
     return layer.eval()
 
@@ -180,6 +189,11 @@ def load_lora_weights(layer: LoraLinear, source: AdapterLayer, device: torch.dev
     for role, update in zip(layer.lora_slices, source.read(), strict=True):
         layer.lora_a[role] = nn.Parameter(update.a.to(device), requires_grad=False)
         layer.lora_b[role] = nn.Parameter(update.b.to(device), requires_grad=False)
+        if update.magnitude is not None:
+            assert isinstance(layer, DoraLinear)
+            magnitude = update.magnitude.float().to(device)
+            layer.lora_magnitude[role] = nn.Parameter(magnitude, requires_grad=False)
+            layer.forget_lengths()
 
 
 def load_stack_weights(module: LoraStack, source: AdapterStack, device: torch.device) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_cli.adapters import peft_config
+from qlora_cli.adapters import peft_config, peft_names
 from qlora_cli.adapters.adapted_modules import adapted_layers, adapted_stacks
+from qlora_cli.adapters.dora import DoraLinear
 from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.adapters.peft_metadata import AdapterMetadata
-from qlora_cli.adapters.peft_saved import saved_name
 from qlora_cli.adapters.peft_stacks import EXPERT_LINEARS, file_paths, to_file
 from qlora_cli.data.template import TEMPLATE_FILE
 from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors, write_json
@@ -46,7 +46,7 @@ def save_adapter(
     factors = dict(_factors(loaded, layers))
     for name, parameter in head_parameters(loaded).items():
         spec = TensorSpec(parameter.dtype, tuple(parameter.shape))
-        factors[saved_name(name)] = spec, parameter.detach
+        factors[peft_names.saved_name(name)] = spec, parameter.detach
     specs = {name: spec for name, (spec, _) in factors.items()}
 
     def compute(name: str) -> Tensor:
@@ -64,11 +64,15 @@ def save_adapter(
 def _factors(
     loaded: LoadedModel, layers: Mapping[str, LoraLinear]
 ) -> Iterator[tuple[str, tuple[TensorSpec, Callable[[], Tensor]]]]:
-    """Yield the name in the file of each A and B, its form, and the function that computes it."""
+    """Yield the name of each tensor in the file, its form, and the function that computes it."""
     for path, layer in layers.items():
         for letter in "AB":
             spec = _stacked_spec(layer, letter)
-            yield peft_config.tensor_name(path, letter), (spec, partial(_stacked, layer, letter))
+            yield peft_names.tensor_name(path, letter), (spec, partial(_stacked, layer, letter))
+        if isinstance(layer, DoraLinear):
+            magnitude = partial(_magnitude, layer)
+            spec = TensorSpec(torch.float32, (layer.base.out_features,))
+            yield peft_names.magnitude_name(path), (spec, magnitude)
     stacks = dict(adapted_stacks(loaded.model))
     for path, in_file in file_paths(stacks).items():
         lora = stacks[path].lora()
@@ -76,7 +80,7 @@ def _factors(
             compute = partial(to_file, factor.detach(), letter)
             shape = tuple(to_file(factor.detach().to("meta"), letter).shape)
             yield (
-                peft_config.tensor_name(in_file, letter),
+                peft_names.tensor_name(in_file, letter),
                 (TensorSpec(factor.dtype, shape), compute),
             )
 
@@ -126,6 +130,7 @@ def _peft_config(
         lora_alpha=alpha,
         lora_dropout=recipe.adapter.dropout,
         use_rslora=recipe.adapter.rslora,
+        use_dora=any(isinstance(layer, DoraLinear) for layer in layers.values()),
         target_modules=targets.modules(stacked) or None,
         target_parameters=targets.parameters(stacked) or None,
         rank_pattern=ranks,
@@ -193,3 +198,11 @@ def _stacked(layer: LoraLinear, factor: str) -> Tensor:
     for index, (role, rows) in enumerate(layer.lora_slices.items()):
         b[rows, index * rank : (index + 1) * rank] = layer.lora_b[role].detach()
     return b
+
+
+def _magnitude(layer: DoraLinear) -> Tensor:
+    """Return m of all rows (out,); rows without an adapter keep the length of W."""
+    m = layer.base_lengths().clone()
+    for role, rows in layer.lora_slices.items():
+        m[rows] = layer.lora_magnitude[role].detach()
+    return m

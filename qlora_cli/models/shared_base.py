@@ -64,6 +64,7 @@ class SharedBase:
 def _base_content(request: ModelRequest) -> dict[str, Any]:
     """Return dotted key -> value of everything that a base depends on."""
     recipe = request.recipe
+    freezes_base = method_of(recipe.adapter).freezes_base
     sections = {"model": recipe.model, "base": recipe.base}
     content = {
         f"{name}.{key}": value
@@ -72,7 +73,8 @@ def _base_content(request: ModelRequest) -> dict[str, Any]:
     }
     return content | {
         "task": recipe.task,
-        "adapter.method": recipe.adapter.method,
+        # Methods that freeze the base can follow each other on it.
+        "adapter.method": None if freezes_base else recipe.adapter.method,
     }
 
 

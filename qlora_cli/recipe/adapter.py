@@ -15,8 +15,9 @@ Alpha = Annotated[float, Field(gt=0)]
 class Adapter(Section):
     """What is trained."""
 
-    method: Literal["lora", "full"] = "lora"
-    """lora trains the adapter matrices A and B; full trains every weight of the base (full
+    method: Literal["lora", "dora", "full"] = "lora"
+    """lora trains the adapter matrices A and B; dora also the length of each row of an adapted
+    weight (Liu 2024), which takes more time; full trains every weight of the base (full
     fine-tuning) and is meant for comparison."""
     rank: Rank = 16
     """LoRA rank, the number of rows of A and columns of B; a higher rank trains more parameters and
@@ -53,7 +54,7 @@ class Adapter(Section):
         lora_only = sorted(name.rstrip("_") for name in self.model_fields_set - {"method"})
         if self.method == "full" and lora_only:
             raise NoEffect(
-                f"{', '.join(lora_only)}: apply to method: lora only",
+                f"{', '.join(lora_only)}: do not apply to method: full",
                 {f"adapter.{name}": "adapter.method" for name in lora_only},
             )
         if not self.targets:

@@ -161,7 +161,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 UNSUPPORTED: list[dict[str, Any]] = [
     {"peft_type": "IA3"},
     {"task_type": "TOKEN_CLS"},
-    {"use_dora": True},
+    {"use_dora": True, "target_parameters": ["mlp.experts.down_proj"]},
     {"bias": "all"},
     {"lora_bias": True},
     {"modules_to_save": ["lm_head"]},
