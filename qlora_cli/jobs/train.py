@@ -14,6 +14,7 @@ from qlora_cli.jobs import record
 from qlora_cli.jobs.initial_adapter import load_initial_adapter
 from qlora_cli.jobs.measured_speed import record_speed
 from qlora_cli.jobs.memory import EarlierProcess, MemoryRecord
+from qlora_cli.jobs.out_of_memory import shortage_explained
 from qlora_cli.jobs.prepare import Prepared, TrainingJob
 from qlora_cli.jobs.prepare_training import check_memory, prepare_training
 from qlora_cli.jobs.results import TrainResult
@@ -60,9 +61,8 @@ def run(
     recipe_path: the recipe's file, recorded in run.json. resume: continue the run in the recipe's
     output folder; a finished run returns its stored result. allow: codes of data findings that
     are neither shown nor stop a new run. build_model: as of `build_state`. Raises InputError if the
-    recipe, the base or the data cannot be used, DoesNotFit if the job needs more memory than the
-    device has, Interrupted after Ctrl-C, QloraError if training diverges or a file cannot be
-    written.
+    recipe, the base or the data cannot be used, DoesNotFit if memory does not suffice, Interrupted
+    after Ctrl-C, QloraError if training diverges or a file cannot be written.
     """
     with RunFolder(Path(recipe.output)).locked(new=not resume), endings_as_interrupt():
         earlier = Run(Path(recipe.output)) if resume else None
@@ -149,7 +149,7 @@ def _train(
             may_recompute_more(prepared),
             divided_parts(job.run),
         )
-        with add_last_checkpoint_hint(job.run):
+        with add_last_checkpoint_hint(job.run), shortage_explained(prepared, planned):
             progress = loop.train()
             # The last evaluation, if the process that trained the last step was stopped before it.
             evaluator.evaluate_if_due(lambda: False)

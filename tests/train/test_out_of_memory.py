@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import read_steps
 from qlora_cli.tasks.causal import CausalTask
+from qlora_cli.train.adamw import AdamW
 from tests.helpers.interrupted import train_run
 from tests.helpers.observers import NoteRecorder
+from tests.helpers.resumed_runs import assert_same_run, recipe_of
 from tests.helpers.runs import make_base, make_recipe, make_rows
 
 pytestmark = pytest.mark.slow
@@ -33,6 +36,14 @@ def recipe(tmp_path: Path) -> Recipe:
     settings |= {"activation_checkpointing": True}
     base = make_base(tmp_path / "base", "llama", spread=0.1)
     return make_recipe(base, rows, data={"seq_len": 32}, train=settings)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    make_rows(folder / "rows.jsonl", num=17, length=12)
+    make_base(folder / "llama", "llama", spread=0.1)
+    return folder
 
 
 def run(recipe: Recipe, output: Path) -> tuple[list[tuple[float, float]], list[str]]:
@@ -84,9 +95,74 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_parts(
 def test_a_single_row_that_does_not_fit_ends_the_run(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The error names settings, and with each of them less memory is planned."""
     monkeypatch.setattr(CausalTask, "loss", failing("forward", 0, OUT_OF_MEMORY))
-    with pytest.raises(DoesNotFit, match="qlora plan --fit"):
+    with pytest.raises(DoesNotFit, match="have one row each and cannot be divided") as caught:
         run(recipe, tmp_path / "run")
+    assert caught.value.hint is not None
+    planned = re.search(r"was planned with ([\d.]+ \w+); less is needed with", caught.value.hint)
+    assert planned is not None
+    changes = re.findall(r"([\w.]+=\S+) \(([\d.]+ \w+)\)", caught.value.hint)
+    assert changes
+    for _, size in changes:
+        assert bytes_of(size) <= 0.91 * bytes_of(planned[1])
+
+
+def bytes_of(text: str) -> float:
+    number, unit = text.split()
+    return float(number) * {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
+
+
+def raising(error: Exception, on_call: int) -> Callable[..., Any]:
+    """Return a function that raises an error when it is called for the given time."""
+    calls = [0]
+
+    def call(real: Callable[..., Any], *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == on_call:
+            raise error
+        return real(*arguments)
+
+    return call
+
+
+def is_planned(owner: Any, arguments: tuple[Any, ...]) -> bool:
+    """Return whether a call is of a dry run, whose tensors are on meta."""
+    if isinstance(owner, AdamW):
+        return bool(owner.param_groups[0]["params"][0].is_meta)
+    return bool(arguments[-1].type == "meta")
+
+
+PLACES = {
+    "the optimizer": (AdamW, "apply", 3),
+    "the evaluation before training": (CausalTask, "evaluate", 1),
+    "an evaluation in training": (CausalTask, "evaluate", 3),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, MemoryError()], ids=["gpu", "host"])
+def test_a_lack_of_memory_elsewhere_ends_the_run_and_loses_nothing(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
+) -> None:
+    settings = {"train": {"checkpoint_every": 1, "eval_every": 2}}
+    whole = train_run(recipe_of(bases, tmp_path / "whole", **settings))
+    stopped = recipe_of(bases, tmp_path / "stopped", **settings)
+    owner, name, on_call = PLACES[place]
+    real, fail = getattr(owner, name), raising(error, on_call)
+
+    def call(self: Any, *arguments: Any) -> Any:
+        return (
+            real(self, *arguments) if is_planned(self, arguments) else fail(real, self, *arguments)
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, call)
+        with pytest.raises(DoesNotFit, match="out of memory"):
+            train_run(stopped)
+    resume = (tmp_path / "stopped" / "run.json").is_file()
+    assert resume == (place != "the evaluation before training")
+    assert_same_run(train_run(stopped, resume=resume), whole)
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(
