@@ -22,10 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qlora_cli.adapters.expressions import ExpressionError, expression
 from qlora_cli.errors import ModelError
 
+CLASSIFICATION = "SEQ_CLS"
+"""PEFT's `task_type` of a sequence classifier, whose head is saved with the adapter."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_TENSOR_NAME = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
 _BLOCKS = re.compile(r"[\w.]+")
 """Names of the list of blocks in `layers_pattern`. PEFT inserts them into an expression."""
 _Rank = Annotated[int, Field(ge=1, lt=2**31)]
@@ -61,6 +61,7 @@ class PeftConfig(BaseModel):
     lora_alpha: _Finite
     lora_dropout: _Finite = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     target_modules: str | list[str] | None = None
     target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
@@ -160,22 +161,26 @@ def _refuse_features(content: Mapping[str, Any], file: Path) -> None:
         raise ModelError(
             f"the adapter uses settings that are not supported: {text}",
             where=str(file),
-            hint="supported: LoRA on linear layers of a causal language model, with alpha / rank "
-            "or rsLoRA scaling, rank patterns and alpha patterns, and on stacked experts",
+            hint="supported: LoRA on linear layers of a causal language model or a sequence "
+            "classifier, with alpha / rank or rsLoRA scaling, rank patterns and alpha patterns, "
+            "on stacked experts, and DoRA",
         )
 
 
 def _features(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (key, value) of each setting that belongs to an unsupported feature."""
     allowed: dict[str, tuple[Any, ...]] = {
-        "task_type": (None, "CAUSAL_LM"),
+        "task_type": (None, "CAUSAL_LM", CLASSIFICATION),
         "bias": ("none",),
-        "modules_to_save": (None, []),
         "init_lora_weights": (None, *_NEUTRAL_INITS),
     }
     if isinstance(content.get("target_modules"), str):
         # PEFT does not define this combination and refuses it.
         allowed["layers_to_transform"] = (None,)
+    if content.get("task_type") != CLASSIFICATION:
+        allowed["modules_to_save"] = (None, [])
+    if content.get("target_parameters"):
+        allowed["use_dora"] = (None, False)
     for key, value in content.items():
         if key in allowed and value not in allowed[key]:
             yield key, value
@@ -203,20 +208,6 @@ def _unusable(pattern: str, fault: ExpressionError, file: Path | None = None) ->
         where=CONFIG if file is None else str(file),
         hint="name the modules in a list, or write a simpler expression",
     )
-
-
-def tensor_name(path: str, factor: str) -> str:
-    """Return the name of a tensor in the file: `base_model.model.<path>.lora_A.weight`.
-
-    path: the linear layer. factor: `A` or `B`.
-    """
-    return f"{_PREFIX}{path}.lora_{factor}.weight"
-
-
-def parse_tensor_name(name: str) -> tuple[str, str] | None:
-    """Return (path of the linear layer, `A` or `B`), or None if `name` has another form."""
-    match = _TENSOR_NAME.fullmatch(name)
-    return (match["path"], match["factor"]) if match else None
 
 
 def shortest_endings(

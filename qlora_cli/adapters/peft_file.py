@@ -11,7 +11,7 @@ its rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor
 from qlora_cli.adapters import peft_config
 from qlora_cli.adapters.lora import LoraSettings
 from qlora_cli.adapters.peft_config import PeftConfig
+from qlora_cli.adapters.peft_magnitudes import check_magnitudes, magnitude_entries
 from qlora_cli.adapters.peft_metadata import AdapterMetadata
+from qlora_cli.adapters.peft_names import factor_pairs, magnitude_name, parse_saved_name
 from qlora_cli.adapters.peft_stacks import AdapterStack, stack_paths, unused_targets
 from qlora_cli.errors import ModelError, Problem, ProblemsError
 from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
@@ -37,12 +39,14 @@ class LoraUpdate:
 
     rows: the rows of W that it changes.
     a: (rank, in), b: (number of rows, rank), on the CPU.
+    magnitude: for DoRA, the length that each row of the sum is scaled to (number of rows,).
     """
 
     rows: slice
     a: Tensor
     b: Tensor
     scaling: float
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class AdapterLayer:
     a, b: the entries of the stacked A and B.
     rows: role -> the role's rows of the output. The role is `""` if one update covers all rows.
     settings: the settings of each update.
+    magnitude: the entry of DoRA's magnitudes of all rows of the output; None for LoRA.
     """
 
     path: str
@@ -60,6 +65,7 @@ class AdapterLayer:
     b: TensorEntry
     rows: Mapping[str, slice]
     settings: LoraSettings
+    magnitude: TensorEntry | None = field(default=None, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,9 +79,11 @@ class AdapterLayer:
         roles.
         """
         a, b = read_tensor(self.a), read_tensor(self.b)
-        if not (is_finite(a) and is_finite(b)):
+        m = None if self.magnitude is None else read_tensor(self.magnitude)
+        if not all(is_finite(tensor) for tensor in (a, b, m) if tensor is not None):
+            names = "A or B" if m is None else "A, B or m"
             raise ModelError(
-                f"the adapter's A or B for {self.path} has values that are not finite",
+                f"the adapter's {names} for {self.path} has values that are not finite",
                 where=str(self.a.file),
                 hint="the training diverged or the file is damaged; check the losses with "
                 "`qlora report`",
@@ -84,7 +92,13 @@ class AdapterLayer:
         columns = [slice(i * rank, (i + 1) * rank) for i in range(len(self.rows))]
         blocks = list(zip(self.rows.values(), columns, strict=True))
         updates = [
-            LoraUpdate(rows, a[column].clone(), b[rows, column].clone(), scaling)
+            LoraUpdate(
+                rows,
+                a[column].clone(),
+                b[rows, column].clone(),
+                scaling,
+                None if m is None else m[rows].clone(),
+            )
             for rows, column in blocks
         ]
         for rows, column in blocks:
@@ -106,7 +120,8 @@ class AdapterLayer:
 class AdapterFile:
     """An adapter on disk: its folder, its settings, and the layers that it adapts.
 
-    stacks: the stacked parameters of experts that it adapts, by path. No tensor is in memory.
+    stacks: the stacked parameters of experts that it adapts, by path. saved: name -> entry of the
+    parameters that are saved whole, such as those of a classification head. No tensor is in memory.
     Not to be confused with `recipe.adapter.Adapter`, the recipe's section.
     """
 
@@ -114,6 +129,7 @@ class AdapterFile:
     config: PeftConfig
     layers: Mapping[str, AdapterLayer]
     stacks: Mapping[str, AdapterStack] = field(default_factory=dict)
+    saved: Mapping[str, TensorEntry] = field(default_factory=dict, kw_only=True)
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise ProblemsError if the adapter does not fit a base.
@@ -179,7 +195,10 @@ def open_adapter(folder: Path) -> AdapterFile:
         )
     entries, header = read_header(file)
     metadata = AdapterMetadata.of(header, file)
-    pairs = _pairs(entries, file)
+    saved = _saved(entries, config)
+    magnitudes = magnitude_entries(entries)
+    others = {*saved, *map(magnitude_name, magnitudes)}
+    pairs = factor_pairs({name: e for name, e in entries.items() if name not in others}, file)
     paths = stack_paths(config, pairs)
     stacks = {
         stack: _stack(stack, *pairs.pop(path), config)
@@ -187,42 +206,23 @@ def open_adapter(folder: Path) -> AdapterFile:
         if path in pairs
     }
     layers = {path: _layer(path, *pairs[path], config, metadata) for path in sorted(pairs)}
+    if config.use_dora or magnitudes:
+        check_magnitudes(magnitudes, {path: y.shape for path, y in layers.items()}, config, file)
+        layers = {path: replace(y, magnitude=magnitudes[path]) for path, y in layers.items()}
     for target in unused_targets(config, [*stacks, *(f"{path}.weight" for path in layers)]):
         raise ModelError(
             f"{peft_config.CONFIG} targets {target}, but the file has no adapter of it",
             where=str(file),
         )
-    return AdapterFile(folder, config, layers, stacks)
+    by_parameter = {parameter: entries[name] for name, parameter in saved.items()}
+    return AdapterFile(folder, config, layers, stacks, saved=by_parameter)
 
 
-def _pairs(
-    entries: Mapping[str, TensorEntry], file: Path
-) -> dict[str, tuple[TensorEntry, TensorEntry]]:
-    """Return path -> (entry of A, entry of B).
-
-    Raises ModelError if the file has no tensors, a tensor with another name, or an A without B.
-    """
-    if not entries:
-        raise ModelError(
-            f"an empty adapter: a file of {file.stat().st_size} bytes without a tensor",
-            where=str(file),
-            hint="the program that saved it did not write the weights; save it again",
-        )
-    pairs: dict[str, dict[str, TensorEntry]] = {}
-    for name, entry in entries.items():
-        parsed = peft_config.parse_tensor_name(name)
-        if parsed is None:
-            raise ModelError(
-                f"{name} is not a LoRA factor",
-                where=str(file),
-                hint=f"expected: {peft_config.tensor_name('<path of the linear layer>', 'A')}",
-            )
-        path, factor = parsed
-        pairs.setdefault(path, {})[factor] = entry
-    for path, factors in pairs.items():
-        if len(factors) != 2:
-            raise ModelError(f"{path} has lora_{next(iter(factors))} alone", where=str(file))
-    return {path: (factors["A"], factors["B"]) for path, factors in pairs.items()}
+def _saved(entries: Mapping[str, TensorEntry], config: PeftConfig) -> dict[str, str]:
+    """Return name in the file -> parameter's name of the tensors that are saved whole."""
+    modules = config.modules_to_save or []
+    names = {name: parse_saved_name(name, modules) for name in entries}
+    return {name: parameter for name, parameter in names.items() if parameter is not None}
 
 
 def _stack(path: str, a: TensorEntry, b: TensorEntry, config: PeftConfig) -> AdapterStack:
@@ -262,7 +262,9 @@ def _layer(
         if not all(0 <= first < end <= b.shape[0] for first, end in blocks.values()):
             raise ModelError(f"damaged header: impossible rows of {path}", where=str(a.file))
         rows = {role: slice(*span) for role, span in blocks.items()}
-        rank, alpha, rslora = metadata.rank, metadata.alpha, metadata.rslora
+        rank = metadata.ranks.get(path, metadata.rank)
+        alpha = metadata.alphas.get(path, metadata.alpha)
+        rslora = metadata.rslora
     settings = LoraSettings(rank, alpha, config.lora_dropout, a.dtype, rslora)
     layer = AdapterLayer(path, a, b, rows, settings)
     _check_agreement(layer, config)

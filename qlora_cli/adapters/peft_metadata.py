@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora_cli.errors import ModelError
@@ -21,16 +21,21 @@ class AdapterMetadata:
     rank, alpha, rslora: the settings of one role's A and B, before they are stacked.
     blocks: path of a fused layer -> role -> (first, end) of its rows of B, in the order of the
         columns of B.
+    ranks, alphas: path of a linear -> rank and alpha of one role, if they are others. Files of
+        older versions have none.
     """
 
     rank: int
     alpha: float
     rslora: bool
     blocks: Mapping[str, Mapping[str, tuple[int, int]]]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
 
     def header(self) -> dict[str, str]:
         """Return the entry for the safetensors header, whose values must be text."""
-        return {_HEADER_KEY: json.dumps(vars(self))}
+        content = {key: value for key, value in vars(self).items() if value != {}}
+        return {_HEADER_KEY: json.dumps({"blocks": {}} | content)}
 
     @classmethod
     def of(cls, header: Mapping[str, str], file: Path) -> AdapterMetadata | None:
@@ -47,8 +52,10 @@ class AdapterMetadata:
                 for path, spans in content["blocks"].items()
             }
             rank, alpha = int(content["rank"]), float(content["alpha"])
-            assert rank >= 1, "the rank is not positive"
-            assert math.isfinite(alpha), "alpha is not finite"
-            return cls(rank, alpha, bool(content["rslora"]), blocks)
+            ranks = {path: int(own) for path, own in content.get("ranks", {}).items()}
+            alphas = {path: float(own) for path, own in content.get("alphas", {}).items()}
+            assert all(1 <= own < 2**31 for own in (rank, *ranks.values())), "impossible rank"
+            assert all(map(math.isfinite, [alpha, *alphas.values()])), "an alpha is not finite"
+            return cls(rank, alpha, bool(content["rslora"]), blocks, ranks, alphas)
         except PARSE_ERRORS as fault:
             raise ModelError(f"damaged header: {str(fault)[:200]}", where=str(file)) from fault

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from qlora_cli.adapters.dora_method import DoraMethod
 from qlora_cli.adapters.full import FullFineTuning
 from qlora_cli.adapters.lora_method import LoraMethod
 from qlora_cli.adapters.method import AdapterMethod
@@ -11,6 +12,7 @@ from qlora_cli.recipe.adapter import Adapter
 
 METHODS: dict[str, Callable[[Adapter], AdapterMethod]] = {
     LoraMethod.name: LoraMethod.from_recipe,
+    DoraMethod.name: DoraMethod.from_recipe,
     FullFineTuning.name: FullFineTuning.from_recipe,
 }
 """Name -> function that creates the method from the recipe's section `adapter`."""

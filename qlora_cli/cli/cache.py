@@ -11,10 +11,11 @@ from qlora_cli.cli.output import emit, fast_import, json_option
 def cache() -> None:
     """List or remove what is kept between runs.
 
-    The tokens of large data files are kept, so that the next run with the same rows and tokenizer
-    starts at once. The folder is $QLORA_CACHE, else `qlora` in $XDG_CACHE_HOME or ~/.cache. An
-    entry is used only if everything that it depends on is the same, so removing it is never
-    necessary and never harmful.
+    The tokens of large data files and the packed weights of large bases are kept, so that the next
+    run with the same rows and tokenizer, or the same base, starts at once. The folder is
+    $QLORA_CACHE, else `qlora` in $XDG_CACHE_HOME or ~/.cache. $QLORA_PACKED_LIMIT is the largest
+    size of all packed bases together, 50GiB if it is not set. An entry is used only if everything
+    that it depends on is the same, so removing it is never necessary and never harmful.
     """
 
 

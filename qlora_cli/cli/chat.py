@@ -11,7 +11,7 @@ import click
 
 from qlora_cli.cli.adapters import adapter_option, merged_option
 from qlora_cli.cli.arguments import run_or_model_argument
-from qlora_cli.cli.output import fast_import, job_observer
+from qlora_cli.cli.output import echo, fast_import, job_observer
 from qlora_cli.cli.sampling import sampling_options, system_option
 from qlora_cli.cli.step import at_step, step_option
 from qlora_cli.errors import QloraError
@@ -84,7 +84,7 @@ def chat(
 def _reply(session: Chat, text: str) -> None:
     """Print the answer while it is generated. Ctrl-C stops it; an error is reported."""
     try:
-        answer = session.reply(text, lambda piece: click.echo(piece, nl=False))
+        answer = session.reply(text, lambda piece: echo(piece, end=""))
     except KeyboardInterrupt:
         click.echo()
         _message("stopped")
@@ -141,7 +141,7 @@ def _report(error: QloraError) -> None:
 
 
 def _message(text: str) -> None:
-    click.echo(text, err=True)
+    echo(text, err=True)
 
 
 def _read_line() -> str:

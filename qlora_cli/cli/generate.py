@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+from click.core import ParameterSource
 
 from qlora_cli.cli.adapters import adapter_option, merged_option
 from qlora_cli.cli.arguments import run_or_model_argument
-from qlora_cli.cli.output import emit_json, fast_import, job_observer, json_option
+from qlora_cli.cli.output import (
+    echo,
+    emit_json,
+    escape_controls,
+    fast_import,
+    job_observer,
+    json_option,
+)
 from qlora_cli.cli.sampling import sampling_options, system_option
 from qlora_cli.cli.step import at_step, step_option
 from qlora_cli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from qlora_cli.events import Observer
+    from qlora_cli.jobs.classify import Classifier
     from qlora_cli.jobs.generate import Prompt, Prompter
+    from qlora_cli.jobs.label_results import LabelResult
     from qlora_cli.jobs.results import GenerateResult
 
+_OF_TEXT = (
+    *("raw", "system", "adapters", "uses", "merged"),
+    *("max_new_tokens", "temperature", "top_p", "stop", "seed"),
+)
+"""Parameters that only apply to a model that generates text."""
+_OPTION_NAMES = {"adapters": "adapter", "uses": "use"}
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -30,8 +47,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--prompts",
     type=_FILE,
-    help="File of prompts: one per line, or .jsonl rows with `prompt` or `messages`. Writes one "
-    "JSON object per line.",
+    help="File of prompts: one per line, or .jsonl rows with `prompt` or `messages`, or with "
+    "`text` for a classifier. Writes one JSON object per line.",
 )
 @click.option(
     "--out",
@@ -42,6 +59,11 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--resume",
     is_flag=True,
     help="Keep the answers that are already in --out and answer the prompts after them.",
+)
+@click.option(
+    "--pair",
+    metavar="TEXT",
+    help="The second text of a pair, for --prompt of a classifier.",
 )
 @click.option("--raw", is_flag=True, help="Send the prompt as it is.")
 @system_option
@@ -64,6 +86,7 @@ def generate(
     prompts: Path | None,
     out: Path | None,
     resume: bool,
+    pair: str | None,
     step: int | None,
     as_json: bool,
     **options: Any,
@@ -74,22 +97,61 @@ def generate(
 
     A prompt is formatted as the rows of the run's training were: with the chat template, as an
     Alpaca instruction, or not at all. A model that is not a run gets its chat template, if it has
-    one.
+    one. A classifier gives the label of the prompt, with the probability of each label.
     """
-    _check(prompt, prompts, out, resume, as_json)
+    _check(prompt, pair, prompts, out, resume, as_json)
     with fast_import():
+        from qlora_cli.jobs import classify
         from qlora_cli.jobs import generate as job
+        from qlora_cli.jobs.open_generator import is_classifier as classifies
 
+    where = str(at_step(run_or_model, step))
+    is_classifier = classifies(where)
+    _check_kind(is_classifier, pair)
+    asked = job.Prompt(prompt or "", second=pair)
     with job_observer() as observer:
-        listed = job.read_prompts(prompts) if prompts is not None else []
+        read = classify.read_texts if is_classifier else job.read_prompts
+        listed = read(prompts) if prompts is not None else []
         num_done = job.count_answers(out, listed) if out is not None and resume else 0
-        prompter = _open(str(at_step(run_or_model, step)), observer, **options)
+        prompter = _opened(where, is_classifier, observer, options)
     if prompts is not None:
         _write_answers(prompter, listed, out, num_done)
     elif as_json:
-        emit_json(prompter.answer(job.Prompt(prompt or "")).to_dict())
+        emit_json(prompter.answer(asked).to_dict())
+    elif isinstance(prompter, classify.Classifier):
+        _show_label(prompter.answer(asked))
     else:
-        _stream(prompter, job.Prompt(prompt or ""))
+        _stream(prompter, asked)
+
+
+def _opened(
+    where: str, is_classifier: bool, observer: Observer, options: dict[str, Any]
+) -> Prompter | Classifier:
+    from qlora_cli.jobs import classify
+
+    if is_classifier:
+        return classify.open_classifier(where, observer)
+    return _open(where, observer, **options)
+
+
+def _check_kind(is_classifier: bool, pair: str | None) -> None:
+    """Raise UsageError for an option that does not apply to a classifier, or only to one."""
+    context = click.get_current_context()
+    if not is_classifier:
+        if pair is not None:
+            raise UsageError("it needs a classifier", where="--pair")
+        return
+    for name in _OF_TEXT:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = _OPTION_NAMES.get(name, name.replace("_", "-"))
+            raise UsageError("it does not apply to a classifier", where=f"--{option}")
+
+
+def _show_label(result: LabelResult) -> None:
+    """Print the predicted label or number, and below it each label with its probability."""
+    echo(result.text)
+    for name, probability in result.probabilities.items():
+        echo(f"  {probability:7.2%}  {name}")
 
 
 def _open(
@@ -119,13 +181,20 @@ def _open(
 
 
 def _check(
-    prompt: str | None, prompts: Path | None, out: Path | None, resume: bool, as_json: bool
+    prompt: str | None,
+    pair: str | None,
+    prompts: Path | None,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
 ) -> None:
     """Raise UsageError if the options do not go together."""
     if (prompt is None) == (prompts is None):
         raise UsageError("name one of --prompt and --prompts")
     if prompts is None and out is not None:
         raise UsageError("it needs --prompts", where="--out")
+    if prompt is None and pair is not None:
+        raise UsageError("it needs --prompt", where="--pair")
     if prompts is not None and as_json:
         raise UsageError("--prompts writes JSON lines already", hint="omit --json")
     if out is None and resume:
@@ -145,9 +214,9 @@ def _stream(prompter: Prompter, prompt: Prompt) -> None:
     def show(name: str, piece: str) -> None:
         nonlocal current
         if name != current and len(prompter.formats) > 1:
-            click.echo(f"{chr(10) * 2 if current else ''}{name}:")
+            echo(f"{chr(10) * 2 if current else ''}{name}:")
         current = name
-        click.echo(piece, nl=False)
+        echo(piece, end="")
 
     try:
         result = prompter.answer(prompt, show)
@@ -160,11 +229,11 @@ def _warn_empty(result: GenerateResult) -> None:
     """Report answers without text: an empty line alone would look like a failure."""
     for name, text in result.answers.items():
         if not text.strip():
-            click.echo(f"{name}: the answer is empty; the first token ended it", err=True)
+            echo(f"{name}: the answer is empty; the first token ended it", err=True)
 
 
 def _write_answers(
-    prompter: Prompter, prompts: list[Prompt], out: Path | None, num_done: int
+    prompter: Prompter | Classifier, prompts: list[Prompt], out: Path | None, num_done: int
 ) -> None:
     """Write one JSON object per prompt, each as soon as it is complete.
 
@@ -173,7 +242,7 @@ def _write_answers(
     from qlora_cli.files.atomic import report_write_errors
 
     if out is None:
-        _write_lines(prompter, prompts, sys.stdout)
+        _write_lines(prompter, prompts, sys.stdout, encode=escape_controls)
         return
     with report_write_errors("the answers", out), out.open("a", encoding="utf-8") as stream:
         try:
@@ -187,13 +256,18 @@ def _write_answers(
 
 
 def _write_lines(
-    prompter: Prompter, prompts: list[Prompt], stream: TextIO, num_done: int = 0
+    prompter: Prompter | Classifier,
+    prompts: list[Prompt],
+    stream: TextIO,
+    num_done: int = 0,
+    encode: Callable[[str], str] = str,
 ) -> None:
     with job_observer() as observer:
         observer.stage("generate", len(prompts))
         observer.advance(num_done)
         for number, prompt in enumerate(prompts[num_done:], num_done + 1):
             content = {**prompter.answer(prompt).to_dict(), "prompt": prompt.content}
-            stream.write(json.dumps(content, ensure_ascii=False) + "\n")
+            line = json.dumps(content, ensure_ascii=False)
+            stream.write(encode(line) + "\n")
             stream.flush()
             observer.advance(number)

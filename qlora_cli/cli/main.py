@@ -7,6 +7,7 @@ command imports its job when it runs.
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 import traceback
@@ -25,7 +26,7 @@ from qlora_cli.cli.generate import generate
 from qlora_cli.cli.init import init
 from qlora_cli.cli.merge import merge
 from qlora_cli.cli.models import models
-from qlora_cli.cli.output import emit_error
+from qlora_cli.cli.output import echo, emit_error
 from qlora_cli.cli.plan import plan
 from qlora_cli.cli.push import push
 from qlora_cli.cli.quickstart import quickstart
@@ -115,7 +116,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = qlora.main(args=arguments, prog_name="qlora", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        echo(shown.getvalue(), end="", err=True)
         return error.exit_code
     except click.Abort:  # click raises it for Ctrl-C outside a job.
         return Interrupted.exit_code

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _R = TypeVar("_R", bound="Result")
 
+_CONTROLS = re.compile("[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that `json.dumps` does not escape: controls of a terminal, and half characters."""
 _NEEDS_JSON = "qlora_cli.needs_json"
 """Key in click's `Context.meta`: whether the one JSON object of `--json` is still to be printed."""
 
@@ -145,8 +147,19 @@ def emit_json(content: dict[str, Any]) -> None:
     if context is not None:
         context.meta[_NEEDS_JSON] = False
     text = json.dumps(_without_nonfinite(content), indent=1, ensure_ascii=False, allow_nan=False)
-    # JSON escapes the control characters below a space; a terminal obeys these, too.
-    click.echo(re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
+    click.echo(escape_controls(text))
+
+
+def escape_controls(text: str) -> str:
+    """Return JSON with the same value, in which a terminal finds no control characters."""
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def echo(text: str, *, end: str = "\n", err: bool = False) -> None:
+    """Print text from a model or a file, with visible characters in place of control characters."""
+    from qlora_cli.ui.console import printable
+
+    click.echo(printable(text) + end, nl=False, err=err)
 
 
 def _without_nonfinite(value: Any) -> Any:

@@ -9,6 +9,7 @@ import click
 
 from qlora_cli.cli.arguments import recipe_argument
 from qlora_cli.cli.output import (
+    echo,
     emit,
     fast_import,
     job_observer,
@@ -80,9 +81,7 @@ def plan(
     if result.fits is False:
         ctx.exit(DoesNotFit.exit_code)
     if result.data_problem and not _names_example_data(recipe, overrides):
-        from qlora_cli.ui.console import printable
-
-        click.echo(printable(f"error: {result.data_problem}"), err=True)
+        echo(f"error: {result.data_problem}", err=True)
         ctx.exit(InputError.exit_code)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qlora_cli.cli.arguments import complete_recipe
-from qlora_cli.cli.output import emit_json
+from qlora_cli.cli.output import echo, emit_json
 from qlora_cli.errors import UsageError
 
 
@@ -40,7 +40,7 @@ def show(name: str) -> None:
     """
     from qlora_cli.recipe.shipped import find_recipe
 
-    click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+    echo(find_recipe(name).read_text(encoding="utf-8"), end="")
 
 
 @recipe.command()

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from qlora_cli.data.encoded import Examples
 from qlora_cli.data.finding_codes import CODES
-from qlora_cli.data.findings import NAMED, Finding, finding
+from qlora_cli.data.findings import Finding, finding
 from qlora_cli.data.formats import FORMATS, RowFormat
+from qlora_cli.data.label_checks import label_findings
+from qlora_cli.data.row_findings import about
 from qlora_cli.data.text_checks import RowFaults
 from qlora_cli.data.token_facts import TokenFacts, TokenIds
 from qlora_cli.recipe.schema import DataFormat
@@ -94,28 +96,19 @@ class EncodedDataset:
 
 def examine(dataset: EncodedDataset) -> tuple[Finding, ...]:
     """Return the findings of all checks, in the order of `CODES`."""
-    found = [*dataset.faults.findings()]
-    found += [one for check in CHECKS for one in check(dataset)]
+    checks = LABEL_CHECKS if dataset.format == "classification" else CHECKS
+    found = [*dataset.faults.findings(), *(one for check in checks for one in check(dataset))]
     return tuple(sorted(found, key=lambda one: list(CODES).index(one.code)))
-
-
-def _about(code: str, examples: Examples, places: Any, detail: str = "") -> Iterator[Finding]:
-    """Yield the finding about some examples, given as indices or a mask, if there are any."""
-    places = np.asarray(places)
-    indices = np.flatnonzero(places) if places.dtype == bool else places
-    if len(indices):
-        first = [examples.origin(int(place)) for place in indices[:NAMED]]
-        yield finding(code, len(indices), first, detail)
 
 
 def _bos(dataset: EncodedDataset) -> Iterator[Finding]:
     ids, facts = TokenIds.of(dataset.tokenizer), dataset.facts
     is_double = (facts.begin == ids.bos) & (facts.second == ids.bos) & (ids.bos >= 0)
-    yield from _about("double-bos", dataset.examples, is_double)
+    yield from about("double-bos", dataset.examples, is_double)
     # Some templates write it in front of every turn, and GPT-2 uses it between documents.
     again = facts.early_bos > 1 if ids.bos == ids.eos else facts.bos > 1
     if not dataset.uses_template:
-        yield from _about("bos-inside", dataset.examples, again & ~is_double)
+        yield from about("bos-inside", dataset.examples, again & ~is_double)
 
 
 def _no_end(dataset: EncodedDataset) -> Iterator[Finding]:
@@ -132,10 +125,10 @@ def _no_end(dataset: EncodedDataset) -> Iterator[Finding]:
     is_open = is_complete & ~np.isin(dataset.facts.last_target, ends)
     is_masked = is_open & (dataset.facts.last == TokenIds.of(tokenizer).eos)
     if row_format.tokenized:
-        yield from _about("no-end", dataset.examples, is_open)
+        yield from about("no-end", dataset.examples, is_open)
     else:
-        yield from _about("masked-end", dataset.examples, is_masked)
-        yield from _about("no-end", dataset.examples, is_open & ~is_masked)
+        yield from about("masked-end", dataset.examples, is_masked)
+        yield from about("no-end", dataset.examples, is_open & ~is_masked)
 
 
 def _ids(dataset: EncodedDataset) -> Iterator[Finding]:
@@ -143,7 +136,7 @@ def _ids(dataset: EncodedDataset) -> Iterator[Finding]:
     if dataset.row_format.tokenized:
         return
     facts, lengths = dataset.facts, dataset.examples.lengths
-    yield from _about("labels-shifted", dataset.examples, facts.is_shifted)
+    yield from about("labels-shifted", dataset.examples, facts.is_shifted)
     ids = TokenIds.of(dataset.tokenizer)
     padding = getattr(dataset.tokenizer, "pad_token_id", None)
     known = [token for token in (padding, ids.eos, ids.unknown) if token is not None and token >= 0]
@@ -154,7 +147,7 @@ def _ids(dataset: EncodedDataset) -> Iterator[Finding]:
         # Rows of one length that end in different numbers of one token.
         is_one = len(lengths) > 2 and len({*lengths.tolist()}) == len({*facts.last.tolist()}) == 1
         at_end = (facts.tail > 1) & is_one & (facts.tail.max() > facts.tail.min())
-    yield from _about("padded-rows", dataset.examples, (at_end | at_begin) & ~dataset.is_split)
+    yield from about("padded-rows", dataset.examples, (at_end | at_begin) & ~dataset.is_split)
 
 
 def _template(dataset: EncodedDataset) -> Iterator[Finding]:
@@ -173,7 +166,7 @@ def _unknown_tokens(dataset: EncodedDataset) -> Iterator[Finding]:
         return
     number = format_count(int(unknown.sum(dtype=np.int64)))
     detail = f"{number} times {getattr(dataset.tokenizer, 'unk_token', None)}"
-    yield from _about("unknown-tokens", dataset.examples, unknown > 0, detail)
+    yield from about("unknown-tokens", dataset.examples, unknown > 0, detail)
 
 
 def _duplicates(dataset: EncodedDataset) -> Iterator[Finding]:
@@ -189,7 +182,7 @@ def _duplicates(dataset: EncodedDataset) -> Iterator[Finding]:
             place = int(np.flatnonzero(repeated)[0])
             earlier = examples.origin(int(np.flatnonzero(values == values[place])[0]))
             detail = f"{examples.origin(place)} is like {earlier}"
-            yield from _about(code, examples, repeated, detail)
+            yield from about(code, examples, repeated, detail)
 
 
 def _repeats(examples: Examples, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -209,13 +202,13 @@ def _held_out(dataset: EncodedDataset) -> Iterator[Finding]:
     words = held_out.encoded.words[held_out.rows]
     is_near = np.isin(words, examples.encoded.words[examples.rows]) & (words != 0)
     shared = np.isin(facts.digest, train.digest) | (is_near & (held_out.pieces == 0))
-    yield from _about("held-out-in-train", held_out, shared)
+    yield from about("held-out-in-train", held_out, shared)
     prompts = train.prompt[dataset.has_prompt]
     if len(np.unique(prompts)) < _OWN_PROMPTS * len(prompts):
         return
     same = np.isin(facts.prompt, prompts) & (facts.first > 1) & ~shared & (held_out.pieces == 0)
     if same.sum() > _HELD_OUT_PROMPTS * len(held_out):
-        yield from _about("held-out-prompts", held_out, same)
+        yield from about("held-out-prompts", held_out, same)
 
 
 def _answers(dataset: EncodedDataset) -> Iterator[Finding]:
@@ -231,7 +224,7 @@ def _answers(dataset: EncodedDataset) -> Iterator[Finding]:
         return
     other = facts.answer[chosen] != facts.answer[chosen][first[inverse]]
     short = examples.targets[chosen] <= _SHORT_ANSWER
-    yield from _about("contradictions", examples, chosen[other & short & short[first[inverse]]])
+    yield from about("contradictions", examples, chosen[other & short & short[first[inverse]]])
 
 
 def _equal_answers(dataset: EncodedDataset) -> Iterator[Finding]:
@@ -244,20 +237,20 @@ def _equal_answers(dataset: EncodedDataset) -> Iterator[Finding]:
         ids, _ = examples.arrays(index)
         first, *others = np.split(ids, np.cumsum(examples.segments(index))[:-1])
         is_equal[index] = bool(others) and all(np.array_equal(first, part) for part in others)
-    yield from _about("equal-answers", examples, is_equal)
+    yield from about("equal-answers", examples, is_equal)
 
 
 def _lengths(dataset: EncodedDataset) -> Iterator[Finding]:
     lengths = dataset.examples.lengths
     median = float(np.median(lengths))
     detail = f"of {median:g} tokens"
-    yield from _about("long-rows", dataset.examples, lengths > _LONG * median, detail)
+    yield from about("long-rows", dataset.examples, lengths > _LONG * median, detail)
 
 
 def _few_targets(dataset: EncodedDataset) -> Iterator[Finding]:
     if dataset.row_format.tokenized and not dataset.faults.counts.get("empty-answer"):
         is_empty = (dataset.examples.targets == 1) & ~dataset.is_split
-        yield from _about("empty-answer", dataset.examples, is_empty)
+        yield from about("empty-answer", dataset.examples, is_empty)
 
 
 CHECKS: tuple[Callable[[EncodedDataset], Iterator[Finding]], ...] = (
@@ -273,6 +266,14 @@ CHECKS: tuple[Callable[[EncodedDataset], Iterator[Finding]], ...] = (
     _equal_answers,
     _lengths,
 )
+
+
+def _labels(dataset: EncodedDataset) -> Iterator[Finding]:
+    yield from label_findings(dataset.examples, dataset.facts.digest)
+
+
+LABEL_CHECKS = (_unknown_tokens, _duplicates, _held_out, _lengths, _labels)
+"""The checks of labelled rows, no token of which is trained."""
 
 
 def length_notes(dataset: EncodedDataset, num_sequences: int) -> Iterator[str]:

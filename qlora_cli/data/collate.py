@@ -83,6 +83,9 @@ class Batch:
     and at the last position of each segment. segments: lengths of the segments of all rows, in
     order; their sum is T. num_targets: number of labels that are not IGNORE_INDEX.
     constants: (rows, k) float32, the constants of each row; None if the task computes none.
+    values: (rows,) float32, what each row is labelled with; None if the targets are tokens.
+    token_types: (1, T) int64, 1 at the tokens of the second text of a pair; None if the targets are
+    tokens.
     origins: file and line of each segment's row, for messages; empty if they are not known.
     """
 
@@ -92,6 +95,8 @@ class Batch:
     segments: tuple[int, ...]
     num_targets: int
     constants: Tensor | None = None
+    values: Tensor | None = None
+    token_types: Tensor | None = None
     origins: tuple[str, ...] = ()
 
     @property

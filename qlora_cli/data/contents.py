@@ -31,5 +31,17 @@ class AnswerPair:
     rejected: Conversation | PromptCompletion
 
 
-Content = Conversation | PromptCompletion | TokenIds | AnswerPair
+@dataclass(frozen=True)
+class LabelledText:
+    """A text or a pair of texts, and its label: a name, or a number. second: None without a pair.
+
+    label: None if the label is not known.
+    """
+
+    text: str
+    second: str | None
+    label: str | int | float | None
+
+
+Content = Conversation | PromptCompletion | TokenIds | AnswerPair | LabelledText
 """What a row is converted to."""

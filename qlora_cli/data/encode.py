@@ -38,8 +38,11 @@ class Example:
     segments: lengths of the parts of the row that do not attend to each other, such as the two
     answers of a preference pair; empty if the row is one part. constants: values that a task has
     computed for the row before training, such as log-probabilities under a reference model.
-    begins_inside_token: whether the completion begins inside a token, which is trained. content:
-    what the row was converted to, for the checks of texts; None if it is not known.
+    value: what the complete row is labelled with, in a task that does not train tokens: the number
+    of a class, or the number to predict. second: the first token of the second text of a pair; 0 if
+    there is none. begins_inside_token: whether the completion begins inside a token, which is
+    trained. content: what the row was converted to, for the checks of texts; None if it is not
+    known.
     """
 
     ids: list[int]
@@ -47,19 +50,28 @@ class Example:
     origin: str
     segments: tuple[int, ...] = ()
     constants: tuple[float, ...] = ()
+    value: float | None = None
+    second: int = 0
     begins_inside_token: bool = field(default=False, compare=False)
     content: Content | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_targets(self) -> int:
-        """Return the number of trained tokens; the first token of a segment is never predicted."""
+        """Return the number of trained tokens; the first token of a segment is never predicted.
+
+        A row with a value is one target.
+        """
+        if self.value is not None:
+            return 1
         starts = [0, *accumulate(self.segments[:-1])]
         never = sum(self.labels[start : start + 1] != [IGNORE_INDEX] for start in starts)
         return max(len(self.labels) - self.labels.count(IGNORE_INDEX) - never, 0)
 
     def split(self) -> list[Example]:
         """Return each segment as an example of its own."""
-        bounds = [0, *accumulate(self.segments or (len(self.ids),))]
+        if not self.segments:
+            return [self]
+        bounds = [0, *accumulate(self.segments)]
         return [
             Example(self.ids[start:stop], self.labels[start:stop], self.origin)
             for start, stop in pairwise(bounds)
@@ -98,9 +110,15 @@ def encode(
     Rows are not tokenized either if the fields of one of them are faulty. A row is malformed
     (FieldsError), outside the vocabulary, without a trained token, or has tools that the chat
     template does not write (ToolsNotWritten).
-    Raises ModelError if the tokenizer cannot encode this format, InputError if it is `preference`.
+    Raises ModelError if the tokenizer cannot encode this format, InputError if it is `preference`
+    or `classification`.
     """
     row_format = FORMATS[format]
+    if format == "classification":
+        raise InputError(
+            "the rows are texts with a label",
+            hint="set task: classification, or data.format: text to train on the texts alone",
+        )
     if format == "preference":
         raise InputError(
             "the rows are pairs of a chosen and a rejected answer",

@@ -8,6 +8,8 @@ A table has one record batch per part of the rows that was encoded in one go. Co
 - `segments`: lengths of the parts that do not attend to each other, list of int32; null if every
   row of the batch is one part
 - `targets`: number of trained tokens, int32
+- `value`: what the row is labelled with, float32; NaN if it has no value
+- `second`: first token of the second text of a pair, int32; 0 if there is none
 - `file`, `line`: index of the file's name, int32, and the line of the row, int64
 - `words`: digest of the row's words, uint64; 0 if it has no text
 """
@@ -18,7 +20,6 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ SCHEMA = pa.schema(
         "labels": pa.list_(pa.int32()),
         "segments": pa.list_(pa.int32()),
         "targets": pa.int32(),
+        "value": pa.float32(),
+        "second": pa.int32(),
         "file": pa.int32(),
         "line": pa.int64(),
         "words": pa.uint64(),
@@ -42,48 +45,6 @@ SCHEMA = pa.schema(
 )
 
 SCHEMA_DTYPES = {field.name: field.type.to_pandas_dtype() for field in SCHEMA}
-
-
-def record_batch(
-    examples: Sequence[Example],
-    files: NDArray[np.int32],
-    lines: NDArray[np.int64],
-    words: Sequence[int],
-) -> pa.RecordBatch:
-    """Return examples as one record batch. files, lines, words: of each example."""
-    lengths = [len(example.ids) for example in examples]
-    bounds = np.cumsum([0, *lengths], dtype=np.int32)
-    ids = _flat([example.ids for example in examples], bounds[-1])
-    labels = _flat([example.labels for example in examples], bounds[-1])
-    is_trained = labels != IGNORE_INDEX
-    own_ids = bool(np.array_equal(labels[is_trained], ids[is_trained]))
-    columns = [
-        _lists(bounds, ids),
-        _lists(bounds, is_trained.astype(np.uint8)),
-        pa.nulls(len(examples), SCHEMA.field("labels").type) if own_ids else _lists(bounds, labels),
-        _segments(examples),
-        pa.array([example.num_targets for example in examples], pa.int32()),
-        pa.array(files, pa.int32()),
-        pa.array(lines, pa.int64()),
-        pa.array(words, pa.uint64()),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
-
-
-def _flat(rows: Sequence[Sequence[int]], length: int) -> NDArray[np.int32]:
-    return np.fromiter(chain.from_iterable(rows), np.int32, length)
-
-
-def _segments(examples: Sequence[Example]) -> pa.Array:
-    if not any(example.segments for example in examples):
-        return pa.nulls(len(examples), SCHEMA.field("segments").type)
-    lengths = [example.segments or (len(example.ids),) for example in examples]
-    bounds = np.cumsum([0, *map(len, lengths)], dtype=np.int32)
-    return _lists(bounds, np.array([n for row in lengths for n in row], np.int32))
-
-
-def _lists(bounds: NDArray[np.int32], values: NDArray[Any]) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(bounds), pa.array(values))
 
 
 @dataclass(frozen=True)
@@ -117,7 +78,8 @@ class EncodedRows:
 
     names: short names of the files that rows are from. lengths, targets: number of tokens and of
     trained tokens of each row. num_segments, longest: number of segments of each row, and length of
-    its longest one. files, lines: where each row is from. words: digest of each row's words.
+    its longest one. values, second: as the columns. files, lines: where each row is from. words:
+    digest of each row's words.
     """
 
     def __init__(self, batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> None:
@@ -135,18 +97,26 @@ class EncodedRows:
         self.num_segments, self.longest = (
             _joined([sizes[index] for sizes in segment_sizes], np.int32) for index in (0, 1)
         )
-        self.targets, self.files, self.lines, self.words = (
+        self.targets, self.values, self.second, self.files, self.lines, self.words = (
             _joined([batch.column(name).to_numpy() for batch in batches], SCHEMA_DTYPES[name])
-            for name in ("targets", "file", "line", "words")
+            for name in ("targets", "value", "second", "file", "line", "words")
         )
 
     def __len__(self) -> int:
         return self._num_rows
 
     def ids(self, row: int, start: int = 0, length: int | None = None) -> NDArray[np.int32]:
-        """Return the token ids of a row, or `length` of them from `start` on."""
+        """Return the token ids of a row, or `length` of them from `start` on.
+
+        A row with a value keeps its last token: encoders end a text with a special token, and
+        decoders predict from the last one.
+        """
         part, tokens = self._find(row, start, length)
-        return part.ids[tokens]
+        ids = part.ids[tokens]
+        if length is None or length == self.lengths[row] or np.isnan(self.values[row]):
+            return ids
+        last = part.bounds[row - part.first + 1] - 1
+        return np.append(ids[:-1], part.ids[last])
 
     def labels(self, row: int, start: int = 0, length: int | None = None) -> NDArray[np.int32]:
         """Return the labels of a row, or `length` of them from `start` on."""
@@ -247,7 +217,16 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return self.take(index)
         ids, labels = self.arrays(index)
-        return Example(ids.tolist(), labels.tolist(), self.origin(index), self.segments(index))
+        row = int(self.rows[index])
+        value = float(self.encoded.values[row])
+        return Example(
+            ids.tolist(),
+            labels.tolist(),
+            self.origin(index),
+            self.segments(index),
+            value=None if np.isnan(value) else value,
+            second=int(self.encoded.second[row]),
+        )
 
     def arrays(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the token ids and the labels of an example."""
@@ -265,7 +244,10 @@ class Examples(Sequence[Example]):
             digests[2].update(np.diff(part.bounds).data)
             if part.segments is not None:
                 digests[2].update(np.ascontiguousarray(part.segments).data)
-        for column in (self.rows, self.starts, self.lengths):
+        columns = [self.rows, self.starts, self.lengths]
+        if not np.isnan(self.encoded.values).all():
+            columns += [self.encoded.values, self.encoded.second]
+        for column in columns:
             digests[2].update(np.ascontiguousarray(column).data)
         return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 

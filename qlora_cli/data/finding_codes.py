@@ -5,26 +5,7 @@ To add one, add it to `_ALL` and yield it in `checks.CHECKS`, or in `text_checks
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-Severity = Literal["error", "warning"]
-
-
-@dataclass(frozen=True)
-class Code:
-    """One kind of finding.
-
-    name: the word that `--allow` takes. severity: an error stops a job, a warning is shown. share:
-    of all rows from which on the rows are reported; in fewer, it is usually intended.
-    """
-
-    name: str
-    severity: Severity
-    what: str
-    remedy: str
-    share: float = 0.0
-
+from qlora_cli.data.finding_code import Code
 
 _ALL = (
     Code(
@@ -227,6 +208,18 @@ _ALL = (
         "warning",
         "both answers of the pair are the same, so no preference is learned",
         "remove the row",
+    ),
+    Code(
+        "one-label",
+        "error",
+        "all rows have the same label, so nothing is learned from it",
+        "check the column that is read as the label",
+    ),
+    Code(
+        "label-conflict",
+        "warning",
+        "the text has another label in an earlier row",
+        "keep one label per text",
     ),
     Code(
         "near-duplicates",

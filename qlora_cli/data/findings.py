@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qlora_cli.data.finding_codes import CODES, Severity
+from qlora_cli.data.finding_code import Severity
+from qlora_cli.data.finding_codes import CODES
 from qlora_cli.errors import DataError, Problem
 from qlora_cli.units import format_count
 

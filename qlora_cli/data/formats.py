@@ -1,8 +1,9 @@
 """The data formats: which fields a row has and what they become.
 
 To add a format, add one entry to `FORMATS` and its name to `DataFormat` in recipe/schema.py. A
-format converts a row to one of four contents, which `data/encode.py` turns into token ids:
-a conversation, a prompt with its completion, ready token ids, or a pair of answers.
+format converts a row to one of five contents, which an `encode` function turns into token ids:
+a conversation, a prompt with its completion, ready token ids, a pair of answers, or a labelled
+text.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from qlora_cli.data.conversation import (
     from_sharegpt,
     parsed_json,
 )
+from qlora_cli.data.labelled import from_labelled
 from qlora_cli.data.row_errors import FieldsError, RowError, check_strings, missing_field
 from qlora_cli.data.row_store import Row, Rows
 from qlora_cli.errors import DataError, Problem
@@ -280,12 +282,19 @@ _ALL = (
         convert=_preference,
         chat_template="for messages",
     ),
+    RowFormat(
+        "classification",
+        "A text or a pair of texts with its label, for `task: classification`: a name or a number.",
+        required=("text", "label"),
+        optional=("text_pair",),
+        convert=lambda fields, _: from_labelled(fields),
+    ),
 )
 
 FORMATS: dict[DataFormat, RowFormat] = {known.name: known for known in _ALL}
 """All formats by name, in the order in which `auto` tries them.
 
 `text` is after `alpaca` because published Alpaca rows have their rendered prompt as `text`, too.
-`preference` is last: rows of pairs often have the fields of another format as well, and `task:
-preference` sets the format.
+`preference` and `classification` are last: such rows often have the fields of another format as
+well, and the task sets the format.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qlora_cli.data.readers import Item
+from qlora_cli.data.delimited import Item
 from qlora_cli.errors import InputError
 from qlora_cli.files.hub import NO_SPACE_HINT, is_full_disk
 

@@ -24,6 +24,7 @@ from qlora_cli.data.mixture import (
     read_data,
     read_held_out,
 )
+from qlora_cli.data.positions import num_positions
 from qlora_cli.data.processes import workers
 from qlora_cli.data.row_store import Rows
 from qlora_cli.data.rows import read_rows
@@ -73,7 +74,7 @@ class ModelLimits:
     @classmethod
     def of(cls, config: Any) -> ModelLimits:
         """Return the limits in a transformers config."""
-        return cls(config.vocab_size, getattr(config, "max_position_embeddings", None))
+        return cls(config.vocab_size, num_positions(config))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -77,11 +77,14 @@ class LongRowsReport:
         return f" {text}" if self.pieces else f" ({text})" if text else ""
 
 
+_AUTOMATIC: Mapping[DataFormat, LongRows] = {"text": "split", "classification": "truncate"}
+
+
 def policy_of(setting: Literal["auto"] | LongRows, row_format: DataFormat) -> LongRows:
     """Return what `data.long_rows` means for rows of a format."""
     if setting != "auto":
         return setting
-    return "split" if row_format == "text" else "drop"
+    return _AUTOMATIC.get(row_format, "drop")
 
 
 def fit_rows(examples: Examples, policy: LongRows, report: LongRowsReport) -> Examples:
@@ -138,10 +141,12 @@ def _kept(
     if len(report.first) < _NAMED:
         report.first.append((examples.origin(place), length))
     bounds = _bounds(length, policy, report.limit)
-    is_trained = examples.encoded.labels(int(examples.rows[place])) != IGNORE_INDEX
+    row = int(examples.rows[place])
+    is_trained = examples.encoded.labels(row) != IGNORE_INDEX
+    has_value = not np.isnan(examples.encoded.values[row])
     kept_tokens = trained = 0
     for number, (start, stop) in enumerate(bounds, 1):
-        targets = int(np.count_nonzero(is_trained[start + 1 : stop]))
+        targets = int(has_value or np.count_nonzero(is_trained[start + 1 : stop]))
         if not targets:
             report.untrained += 1
             continue

@@ -8,11 +8,19 @@ from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.recipe.schema import Data
 from qlora_cli.units import format_count
 
+_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm")
+"""Model types whose first token has the position after that of the padding token."""
+
 
 def num_positions(config: Any) -> int | None:
     """Return the maximum number of tokens in a sequence by a transformers config, or None."""
     positions = getattr(config, "max_position_embeddings", None)
-    return None if positions is None else int(positions)
+    if positions is None:
+        return None
+    padding = getattr(config, "pad_token_id", None)
+    if getattr(config, "model_type", None) in _AFTER_PADDING and padding is not None:
+        return int(positions) - int(padding) - 1
+    return int(positions)
 
 
 def row_limit(data: Data, config: Any) -> int | None:

@@ -7,8 +7,6 @@ jump. Rows of Parquet files and hub datasets are counted from 1.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections import Counter
@@ -17,13 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.compression import COMPRESSED, damage_reported, open_file
+from qlora_cli.data.delimited import Item, not_utf8, read_csv, read_tsv
 from qlora_cli.data.row_errors import RowError
 from qlora_cli.errors import InputError
 
-Item = tuple[int, dict[str, Any] | RowError]
-"""The line or row number, and the row's fields or its error."""
-
-_MAX_CELL_LENGTH = 2**31 - 1
 _SNIFFED = 4096
 """Bytes of a file's beginning that decide how it is read."""
 _BOM = b"\xef\xbb\xbf"
@@ -50,7 +45,7 @@ def _jsonl(path: Path) -> Iterator[Item]:
             except json.JSONDecodeError as error:
                 yield number, RowError(f"broken JSON at column {error.colno}: {error.msg}")
             except UnicodeDecodeError as error:
-                yield number, _not_utf8(error)
+                yield number, not_utf8(error)
             except RowError as fault:
                 yield number, fault
             except (ValueError, RecursionError) as error:
@@ -64,7 +59,7 @@ def _json(path: Path) -> Iterator[Item]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        yield content.count(b"\n", 0, error.start) + 1, _not_utf8(error)
+        yield content.count(b"\n", 0, error.start) + 1, not_utf8(error)
         return
     yield from _json_values(text)
 
@@ -112,68 +107,6 @@ def _skip_space(text: str, at: int) -> int:
     return space.end()
 
 
-def _csv(path: Path, delimiter: str | None = None) -> Iterator[Item]:
-    """Yield the rows of a CSV file with a header line.
-
-    delimiter: None reads it from the header line, which must not contain a comma if the delimiter
-    is a semicolon.
-    """
-    # The csv module's default limit of 128 KiB per cell is too small for documents.
-    csv.field_size_limit(_MAX_CELL_LENGTH)
-    row_line = 1
-    try:
-        with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
-            lines = _Lines(file)
-            delimiter = delimiter or _delimiter(lines.first)
-            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-            columns = list(reader.fieldnames or ())
-            if not columns:
-                return
-            if len(set(columns)) < len(columns):
-                yield 1, RowError("two columns have the same name")
-                return
-            row_line = reader.line_num + 1
-            for fields in reader:
-                yield row_line, _cells(fields, columns)
-                row_line = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        yield row_line, _not_utf8(error)
-    except csv.Error as error:
-        yield row_line, RowError(f"broken CSV: {error}")
-
-
-class _Lines:
-    """The lines of a file, of which the first can be read in advance."""
-
-    def __init__(self, file: Iterator[str]) -> None:
-        self.first = next(file, "")
-        self._file = file
-        self._is_first = True
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        if self._is_first and self.first:
-            self._is_first = False
-            return self.first
-        return next(self._file)
-
-
-def _delimiter(header: str) -> str:
-    return ";" if ";" in header and "," not in header else ","
-
-
-def _cells(fields: dict[Any, Any], columns: list[str]) -> dict[str, Any] | RowError:
-    if None in fields or None in fields.values():
-        return RowError(f"the number of cells differs from the number of columns ({len(columns)})")
-    return fields
-
-
-def _tsv(path: Path) -> Iterator[Item]:
-    return _csv(path, delimiter="\t")
-
-
 def _text(path: Path) -> Iterator[Item]:
     """Yield the complete file as one row of the format `text`; no row if it is blank."""
     with open_file(path) as file:
@@ -181,7 +114,7 @@ def _text(path: Path) -> Iterator[Item]:
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        yield content.count(b"\n", 0, error.start) + 1, _not_utf8(error)
+        yield content.count(b"\n", 0, error.start) + 1, not_utf8(error)
         return
     if text.strip():
         yield 1, {"text": text}
@@ -243,16 +176,12 @@ def _too_large(error: Exception) -> RowError:
     return RowError("it contains a number with too many digits")
 
 
-def _not_utf8(error: UnicodeDecodeError) -> RowError:
-    return RowError(f"not UTF-8 (byte 0x{error.object[error.start]:02x})", "save it as UTF-8")
-
-
 READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
-    ".csv": _csv,
-    ".tsv": _tsv,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
     ".parquet": _parquet,
     ".txt": _text,
     ".md": _text,

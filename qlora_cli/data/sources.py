@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qlora_cli.data.delimited import Item
 from qlora_cli.data.hub_dataset import read_hub
-from qlora_cli.data.readers import READERS, TEXT_SUFFIXES, Item, file_type, read_file
+from qlora_cli.data.readers import READERS, TEXT_SUFFIXES, file_type, read_file
 from qlora_cli.errors import InputError
 from qlora_cli.files.locate import STARTER, STARTER_FOLDER
 from qlora_cli.files.paths import user_path

@@ -15,9 +15,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from qlora_cli.data.encode import Example, Result
-from qlora_cli.data.encoded import record_batch
 from qlora_cli.data.formats import detect_format
 from qlora_cli.data.processes import num_cores
+from qlora_cli.data.record_batch import record_batch
 from qlora_cli.data.row_errors import FieldsError, RowError, RowProblems
 from qlora_cli.data.row_store import Row, Rows, unpickled
 from qlora_cli.data.system_prompt import add_system

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from typing import Any
 
 from qlora_cli.data.chat_checks import LEAST_COPIED, chat_faults
-from qlora_cli.data.contents import Content, PromptCompletion
+from qlora_cli.data.contents import Content, LabelledText, PromptCompletion
 from qlora_cli.data.conversation import Conversation
 from qlora_cli.data.encode import Example
 from qlora_cli.data.finding_codes import CODES
@@ -110,7 +110,7 @@ class RowChecker:
             if example.begins_inside_token:
                 codes.add("inside-token")
             faults.count(row.origin, [code for code in CODES if code in codes] if codes else ())
-            if row_format != "text" and texts:
+            if row_format not in ("text", "classification") and texts:
                 _count_cut(faults.cut, texts[-1], example)
             digests.append(_digest(texts))
         return faults, digests
@@ -164,6 +164,8 @@ def _texts(content: Content | None) -> list[str]:
         return [message.get("content", "") for message in content.messages]
     if isinstance(content, PromptCompletion):
         return [content.prompt, content.completion]
+    if isinstance(content, LabelledText):
+        return [content.text, *([content.second] if content.second else [])]
     return []
 
 

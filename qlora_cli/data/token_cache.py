@@ -24,7 +24,7 @@ from qlora_cli.files.atomic import PARSE_ERRORS, report_write_errors
 from qlora_cli.files.cache import ENTRY, TOKENS, entry_folder, key_of
 from qlora_cli.recipe.schema import Data, DataFormat, Source
 
-_LAYOUT = 3
+_LAYOUT = 4
 """Version of the files of an entry."""
 _MIN_BYTES = 8 * 1024**2
 """Size of the data files from which on tokens are kept; fewer are tokenized in a few seconds."""
@@ -105,7 +105,7 @@ def key_for(data: Data, tokenizer: Any, vocab_size: int | None, encode: Any) -> 
         "contents": contents,
         "tokenizer": _tokenizer_facts(tokenizer),
         "vocab_size": vocab_size,
-        "encode": f"{encode.__module__}.{encode.__qualname__}",
+        "encode": f"{encode.__module__}.{getattr(encode, '__qualname__', repr(encode))}",
     }
     description = f"{sources_text(data.train)} for {getattr(tokenizer, 'name_or_path', None)}"
     return CacheKey(entry_folder(TOKENS, key_of(parts)), description, facts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from qlora_cli.errors import ModelError
 from qlora_cli.files.locate import NO_CODE_HINT, STARTER, STARTER_FOLDER, check_auto_map
 from qlora_cli.files.paths import user_path
 
+_MAX_FAULT = 1000
+"""Characters of the description of a fault; it can repeat a part of a file."""
 _FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -42,10 +46,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
             where=name,
             hint="a tokenizer.json is needed; transformers writes one with save_pretrained",
         )
-    try:
+    with _loading_errors(name):
         tokenizer("a")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _unloadable(name, error) from error
     if len(tokenizer) < 2:
         raise ModelError("its tokenizer is empty", where=name, hint="its files are incomplete")
     return tokenizer
@@ -54,8 +56,15 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 def _load(source: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with _loading_errors(source):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+@contextmanager
+def _loading_errors(source: str) -> Iterator[None]:
+    """Convert the errors of transformers and of the Rust library to ModelError."""
+    try:
+        yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise _unloadable(source, error) from error
     except Exception as error:
@@ -74,7 +83,7 @@ def _unloadable(source: str, error: Exception) -> ModelError:
             where=source,
             hint=f"{NO_CODE_HINT}, or one with a tokenizer.json that loads without code",
         )
-    summary = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    summary = (str(error).strip().splitlines() or [type(error).__name__])[0][:_MAX_FAULT]
     return ModelError(
         f"its tokenizer cannot be loaded: {summary}",
         where=source,

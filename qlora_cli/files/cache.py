@@ -28,12 +28,14 @@ PROOFS = "proofs"
 SPEEDS = "speeds"
 DEVICES = "devices"
 CHECKSUMS = "checksums"
+PACKED = "packed"
 KINDS = {
     TOKENS: "tokenized data",
     PROOFS: "proofs of model types",
     SPEEDS: "speeds of finished runs",
     DEVICES: "speeds of devices",
     CHECKSUMS: "checksums of model files",
+    PACKED: "packed bases",
 }
 """Kind -> what its entries are. A new kind is one entry here."""
 _LOCK_SUFFIX = ".lock"
@@ -98,16 +100,19 @@ def clear() -> list[CacheEntry]:
     Entries that another process writes now are kept. A process that uses a removed entry is not
     disturbed, because the system keeps open files.
     """
-    removed = []
-    for entry in entries():
-        folder = entry_folder(entry.kind, entry.key)
-        with locked(folder, wait=False) as is_free:
-            if is_free:
-                shutil.rmtree(folder)
-                removed.append(entry)
+    removed = [entry for entry in entries() if remove(entry)]
     for kind in KINDS:
         _remove_hidden(cache_root() / kind)
     return removed
+
+
+def remove(entry: CacheEntry) -> bool:
+    """Remove an entry, unless another process writes it. Return whether it was removed."""
+    folder = entry_folder(entry.kind, entry.key)
+    with locked(folder, wait=False) as is_free:
+        if is_free:
+            shutil.rmtree(folder)
+    return is_free
 
 
 def _remove_hidden(folder: Path) -> None:

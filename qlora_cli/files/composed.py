@@ -27,7 +27,8 @@ def language_config(config: Any) -> Any:
     text.dtype = config.dtype or text.dtype
     # The class of the whole model ties its head by the whole config.
     tied = getattr(config, "tie_word_embeddings", None)
-    text.tie_word_embeddings = bool(text.tie_word_embeddings if tied is None else tied)
+    own = getattr(text, "tie_word_embeddings", False)
+    text.tie_word_embeddings = bool(own if tied is None else tied)
     text.__dict__[WHOLE] = deepcopy(config)
     return text
 

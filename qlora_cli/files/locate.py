@@ -12,6 +12,7 @@ from qlora_cli.files.atomic import PARSE_ERRORS
 from qlora_cli.files.composed import language_config
 from qlora_cli.files.hub import download
 from qlora_cli.files.paths import user_path
+from qlora_cli.files.quantized import KEY, MXFP4, check_readable, mark
 
 STARTER = "starter"
 """The value of `model.name` that selects the embedded base."""
@@ -24,6 +25,8 @@ _SIZE_KEYS = (
 _MIN_ITEM_BYTES = 2
 _MAX_SIZE, _MAX_LAYERS = 2**31, 10_000
 """Upper bounds of sizes in a config, above all known models by far."""
+_MAX_FAULT = 1000
+"""Characters of transformers' description of a fault; it can repeat values of the file."""
 NO_CODE_HINT = (
     "qlora does not run code from a model folder; use a base of a family that transformers supports"
 )
@@ -85,9 +88,10 @@ def read_config(file: Path) -> Any:
 
     Code that `auto_map` names is never run.
 
-    Raises ModelError if the file is damaged, describes no model, describes a quantized model or
-    needs such code.
+    Raises ModelError if the file is damaged, describes no model, describes a quantized model whose
+    weights cannot be read, or needs such code.
     """
+    import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -97,13 +101,10 @@ def read_config(file: Path) -> Any:
     except OSError as fault:
         raise ModelError(f"cannot be read: {fault.strerror or fault}", where=str(file)) from fault
     except (ValueError, KeyError, AttributeError, TypeError) as fault:
-        raise ModelError(f"not a model's config: {fault!r}", where=str(file)) from fault
-    if "quantization_config" in content:
-        raise ModelError(
-            "this base is already quantized",
-            where=str(file),
-            hint="name the 16-bit model that it was quantized from; qlora quantizes while loading",
-        )
+        reason = repr(fault)[:_MAX_FAULT]
+        raise ModelError(f"not a model's config: {reason}", where=str(file)) from fault
+    packed_as = check_readable(content, str(file))
+    content.pop(KEY, None)
     check_auto_map(content, file)
     # Without auto_map, transformers cannot load such code when it builds the model.
     if content.pop("auto_map", None) and model_type not in CONFIG_MAPPING:
@@ -116,9 +117,13 @@ def read_config(file: Path) -> Any:
     try:
         config = AutoConfig.for_model(model_type, **_with_floats(content))
         config = language_config(config)
+        mark(config, packed_as)
+        if packed_as == MXFP4 and getattr(config, "dtype", None) is None:
+            config.dtype = torch.bfloat16
         _check_sizes(config)
     except (*PARSE_ERRORS, StrictDataclassError) as fault:
-        raise ModelError(f"it describes no model: {fault}", where=str(file)) from fault
+        reason = str(fault)[:_MAX_FAULT]
+        raise ModelError(f"it describes no model: {reason}", where=str(file)) from fault
     return config
 
 

@@ -23,6 +23,9 @@ from qlora_cli.errors import ModelError
 from qlora_cli.files.atomic import PARSE_ERRORS
 
 _LENGTH_BYTES = 8
+ALIGNMENT = 64
+"""The first tensor of a written file begins at a multiple of this number of bytes, as tensors in
+memory do."""
 _CHUNK_ELEMENTS = 2**18
 _MAX_HEADER_BYTES = 100 * 1024**2
 _DTYPES = {
@@ -72,7 +75,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if not 2 <= length <= min(_MAX_HEADER_BYTES, file.stat().st_size - _LENGTH_BYTES):
                 raise ValueError(f"impossible header length of {length} bytes")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), parse_constant=_no_number)
             metadata = _metadata(header.pop("__metadata__", None))
             start = _LENGTH_BYTES + length
             entries = {name: _entry(file, start, fields) for name, fields in header.items()}
@@ -103,6 +106,11 @@ def _check_places(entries: Mapping[str, TensorEntry], start: int) -> int:
     return end
 
 
+def _no_number(name: str) -> None:
+    """Refuse NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{name} is not JSON")
+
+
 def _metadata(content: Any) -> dict[str, str]:
     """Return the header's metadata, which must be texts. Raises ValueError."""
     metadata = {} if content is None else content
@@ -129,7 +137,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     if not entry.num_bytes:
         return tensor
-    buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
+    buffer = bytes_of(tensor)
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
         filled = 0
@@ -139,6 +147,11 @@ def read_tensor(entry: TensorEntry) -> Tensor:
                 raise ModelError("the file is shorter than its header says", where=str(entry.file))
             filled += count
     return tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -196,13 +209,12 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
         }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Padded to 8 bytes, so that readers that map the file get aligned tensors.
-    text += b" " * (-len(text) % 8)
+    # Padded, so that readers that map the file get aligned tensors.
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % ALIGNMENT)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def _write_tensor(stream: BinaryIO, name: str, spec: TensorSpec, tensor: Tensor) -> None:
     assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), name
-    flat = tensor.contiguous().reshape(-1)
-    if flat.numel():
-        stream.write(flat.view(torch.uint8).numpy().data)
+    if tensor.numel():
+        stream.write(bytes_of(tensor.contiguous()))

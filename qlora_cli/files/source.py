@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files.atomic import PARSE_ERRORS, read_json
+from qlora_cli.files.bitsandbytes_weights import with_weights
 from qlora_cli.files.checksums import cached_sha256
+from qlora_cli.files.mxfp4 import with_stacks
+from qlora_cli.files.packed_entry import PackedEntry, StoredFormat
 from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -52,17 +55,26 @@ class FolderSource:
     folder: a single-file or sharded checkpoint.
     rename: returns the parameter's name for the name of a tensor in the files.
     ignored: endings of the names of file tensors that are buffers and are not loaded.
+    uses: returns whether a tensor is of the model, by its parameter's name and its shape.
 
     Raises ModelError if files are missing or damaged, or if two tensors have one parameter.
     """
 
     def __init__(
-        self, folder: Path, rename: Callable[[str], str], ignored: Iterable[str] = ()
+        self,
+        folder: Path,
+        rename: Callable[[str], str],
+        ignored: Iterable[str] = (),
+        uses: Callable[[str, tuple[int, ...]], bool] = lambda *_: True,
     ) -> None:
         self.folder = folder
-        self.entries = read_folder(folder)
+        self.entries = with_stacks(with_weights(read_folder(folder)))
         endings = tuple(ignored)
-        self.ignored = [name for name in self.entries if endings and name.endswith(endings)]
+        self.ignored = [
+            name
+            for name, entry in self.entries.items()
+            if (endings and name.endswith(endings)) or not uses(rename(name), entry.shape)
+        ]
         ignored = set(self.ignored)
         self._file_names: dict[str, str] = {}
         for name in self.entries:
@@ -98,14 +110,72 @@ class FolderSource:
         Raises ModelError if a value is NaN or infinite: every result would be, too.
         """
         entry = self.entry(name)
-        tensor = read_tensor(entry)
+        tensor = entry.read() if isinstance(entry, PackedEntry) else read_tensor(entry)
+        self._check_finite(name, tensor)
+        return tensor
+
+    def stored_format(self, name: str) -> StoredFormat | None:
+        """Return the form of a weight that the checkpoint stores quantized; None for others."""
+        entry = self.entry(name)
+        return entry.stored_format() if isinstance(entry, PackedEntry) else None
+
+    def read_stored(self, name: str) -> dict[str, Tensor]:
+        """Return a weight that has a stored format, without dequantizing it.
+
+        Raises ModelError if a scale is NaN or infinite.
+        """
+        entry = self.entry(name)
+        assert isinstance(entry, PackedEntry)
+        tensors = entry.stored()
+        for tensor in tensors.values():
+            self._check_finite(name, tensor)
+        return tensors
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not is_finite(tensor):
             raise ModelError(
                 f"{self.file_name(name)} of the base has values that are not finite",
-                where=str(entry.file),
+                where=str(self.entry(name).file),
                 hint="the base is damaged; download it again",
             )
-        return tensor
+
+
+class OverlaidSource(FolderSource):
+    """The tensors of a folder, of which some are replaced or added by tensors of another file.
+
+    base: the source under them. others: parameter name -> entry. In a merge every tensor has its
+    parameter's name, because the others have no name in the folder.
+    """
+
+    def __init__(self, base: FolderSource, others: Mapping[str, TensorEntry]) -> None:
+        self.folder = base.folder
+        self.ignored = base.ignored
+        self.entries = {name: base.entry(name) for name in base.names()} | dict(others)
+        self._file_names = {name: name for name in self.entries}
+
+
+class InitializedSource:
+    """The tensors of a source, and new ones that are in no file.
+
+    base: the source. new: name -> tensor on the CPU; those that `base` has are not used.
+    """
+
+    def __init__(self, base: FolderSource, new: Mapping[str, Tensor]) -> None:
+        self.base = base
+        known = set(base.names())
+        self.new = {name: tensor for name, tensor in new.items() if name not in known}
+
+    def names(self) -> Sequence[str]:
+        """Return the names of all tensors, the new ones last."""
+        return [*self.base.names(), *self.new]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the tensor's shape."""
+        return tuple(self.new[name].shape) if name in self.new else self.base.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor on the CPU. Errors as of the source under it."""
+        return self.new[name].clone() if name in self.new else self.base.read(name)
 
 
 def fingerprint(folder: Path, like: str | None = None) -> str:
@@ -123,6 +193,11 @@ def fingerprint(folder: Path, like: str | None = None) -> str:
         digests = list(pool.map(cached_sha256, files))
     lines = (f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True))
     return _ALL_BYTES + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def weights_bytes(folder: Path) -> int:
+    """Return the size of a checkpoint's weights. Raises ModelError if files are damaged."""
+    return sum(entry.num_bytes for entry in read_folder(folder).values())
 
 
 def config_digest(folder: Path) -> str:

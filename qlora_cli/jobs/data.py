@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from typing import Any
@@ -12,13 +12,15 @@ from qlora_cli.data.encode import Example
 from qlora_cli.data.long_rows import LongRowsReport
 from qlora_cli.data.packing import pack
 from qlora_cli.events import Observer, Silent
-from qlora_cli.files.locate import find_tokenizer
+from qlora_cli.files.locate import find_config, find_tokenizer, read_config
 from qlora_cli.jobs.data_findings import dataset_of
 from qlora_cli.jobs.data_survey import row_loader
+from qlora_cli.jobs.labels import resolve_labels
 from qlora_cli.jobs.results import DataResult, ShownRow
 from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.tasks.classification import CLASSIFICATION
 from qlora_cli.tasks.registry import task_of
 
 _SILENT = Silent()
@@ -36,6 +38,7 @@ def run(
     config are loaded. Raises InputError, DataError or ModelError for the rows that cannot be
     tokenized; findings do not raise.
     """
+    recipe, choices = _with_labels(recipe)
     data = recipe.data
     loader = row_loader(recipe)
     loaded = loader.load(observer)
@@ -59,11 +62,11 @@ def run(
         shown=tuple(
             shown
             for example in examples[:show]
-            for shown in _shown_segments(example, task_of(recipe).segment_names, loader.tokenizer)
+            for shown in _shown_segments(example, recipe, loader.tokenizer)
         ),
         findings=findings,
         stops=any(found.severity == "error" and found.code not in allow for found in findings),
-        notes=(*loaded.notes, *length_notes(dataset, num_sequences)),
+        notes=(*choices, *loaded.notes, *length_notes(dataset, num_sequences)),
         held_out_rows=0 if dataset.held_out is None else len(dataset.held_out),
         dropped=train.long_rows.dropped,
         long_rows=_long_rows(train.long_rows),
@@ -86,9 +89,24 @@ def _long_rows(report: LongRowsReport) -> dict[str, Any]:
     }
 
 
-def _shown_segments(example: Example, names: Sequence[str], tokenizer: Any) -> Iterator[ShownRow]:
-    """Yield the segments of an example. names: of the segments; empty for one segment."""
-    for segment, name in zip_longest(example.split(), names):
+def _with_labels(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Return the recipe with its labels, for `task: classification`, and the choices as notes."""
+    if recipe.task != CLASSIFICATION.name:
+        return recipe, []
+    config = read_config(find_config(recipe.model.name, recipe.model.revision))
+    recipe, choices = resolve_labels(recipe, config)
+    return recipe, [f"{choice.key} = {choice.value}: {choice.reason}" for choice in choices]
+
+
+def _shown_segments(example: Example, recipe: Recipe, tokenizer: Any) -> Iterator[ShownRow]:
+    """Yield the segments of an example; one segment if it has no others."""
+    if example.value is not None:
+        names = recipe.classification.names
+        label = names[int(example.value)] if names else f"{example.value:g}"
+        shown = _shown(example, tokenizer)
+        yield replace(shown, origin=f"{shown.origin} label {label}")
+        return
+    for segment, name in zip_longest(example.split(), task_of(recipe).segment_names):
         shown = _shown(segment, tokenizer)
         yield replace(shown, origin=f"{shown.origin} {name}") if name else shown
 

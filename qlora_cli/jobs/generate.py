@@ -20,15 +20,19 @@ from qlora_cli.models.switch import BASE
 
 OnAnswerText = Callable[[str, str], None]
 """Receives the name of an adapter and the next piece of its answer."""
-_ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
+_ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of a file. messages: a chat that ends with a user message, or None for `text`."""
+    """A prompt of a file. messages: a chat that ends with a user message, or None for `text`.
+
+    second: the second text of a pair, for a classifier.
+    """
 
     text: str
     messages: list[dict[str, Any]] | None = None
+    second: str | None = None
 
     @property
     def content(self) -> Any:
@@ -120,8 +124,8 @@ def read_prompts(file: Path) -> list[Prompt]:
     is removed. Raises InputError if the file cannot be read, DataError listing every row without
     a prompt.
     """
-    if file.suffix not in _ROW_SUFFIXES:
-        return [Prompt(line) for line in _lines(file)]
+    if not has_rows(file):
+        return [Prompt(line) for line in read_lines(file)]
     prompts, problems = [], []
     for row in read_rows(str(file)):
         messages, text = row.fields.get("messages"), row.fields.get("prompt")
@@ -183,7 +187,13 @@ def _other_answers(file: Path, number: int) -> UsageError:
     )
 
 
-def _lines(file: Path) -> list[str]:
+def has_rows(file: Path) -> bool:
+    """Return whether a file of prompts has rows with fields, by its name."""
+    return file.suffix in _ROW_SUFFIXES
+
+
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a file that are not empty. Raises InputError if there are none."""
     try:
         lines = [line for line in file.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:

@@ -17,7 +17,7 @@ from qlora_cli.jobs.init_result import InitResult
 from qlora_cli.jobs.init_rows import FoundRows, HeldOut, find_rows
 from qlora_cli.jobs.init_training import Length, learning_rate
 from qlora_cli.memory.device import inspect_device
-from qlora_cli.plan.choose import MIN_SEQ_LEN, SizeChooser, needed_bytes
+from qlora_cli.plan.choose import MIN_SEQ_LEN, SizeChooser
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.describe import keys
 from qlora_cli.recipe.gpus import size_that_fits
@@ -91,7 +91,7 @@ def run(
     chooser = SizeChooser(config, profile)
     length = _choose_sizes(draft, chooser, rows)
     plan = chooser.planner.plan(draft.recipe)
-    is_preference = "task" in draft.chosen
+    is_preference = draft.recipe.task == "preference"
     draft.put(
         learning_rate(plan.total_parameters, is_instruct=has_template, is_preference=is_preference)
     )
@@ -141,11 +141,11 @@ def _choose_base(draft: Draft, chooser: SizeChooser) -> None:
 
 def _does_not_fit(draft: Draft, chooser: SizeChooser) -> DoesNotFit:
     shortest = chooser.smallest(draft.recipe)
-    size = size_that_fits(needed_bytes(shortest))
+    size = size_that_fits(shortest.needed_bytes)
     return DoesNotFit(
         f"{draft.value('model.name')} does not fit {draft.profile.name}: in 4 bit, with "
         f"{format_count(MIN_SEQ_LEN)} tokens per sequence, it needs "
-        f"{format_bytes(needed_bytes(shortest))} of {chooser.memory_text()}",
+        f"{format_bytes(shortest.needed_bytes)} of {chooser.memory_text()}",
         hint=(f"a GPU with {size} would do, or " if size else "") + "name a smaller model",
     )
 
@@ -159,7 +159,7 @@ def _write(
     file: Path, draft: Draft, plan: MemoryPlan, rows: FoundRows, length: Length
 ) -> InitResult:
     """Write the recipe and return the result."""
-    profile, needed = draft.profile, needed_bytes(plan)
+    profile, needed = draft.profile, plan.needed_bytes
     device = f"{profile.name} ({format_bytes(profile.capacity_bytes)})"
     text = recipe_text(_header(draft, plan, device), draft.choices)
     with report_write_errors("the recipe", file), atomic_file(file) as partial:

@@ -17,8 +17,9 @@ from qlora_cli.data.rows import read_rows
 from qlora_cli.data.template import with_template
 from qlora_cli.errors import ModelError
 from qlora_cli.jobs.data_survey import Survey, survey
+from qlora_cli.jobs.labels import resolve_labels, text_columns
 from qlora_cli.recipe.resolve import Choice
-from qlora_cli.recipe.schema import MAX_SEQ_LEN, Data, Sources
+from qlora_cli.recipe.schema import MAX_SEQ_LEN, Data, LongRows, Sources
 from qlora_cli.recipe.write import recipe_of
 from qlora_cli.units import format_count, format_rows
 
@@ -92,8 +93,9 @@ class FoundRows:
         if self.is_split and held < len(lengths):
             parts = [f"longer texts are split into pieces (data.long_rows); {longest}"]
         else:
+            done = "truncated" if self._policy == "truncate" else "left out"
             parts = [f"holds {format_count(held)} of {rows}; {longest}"]
-            parts += ["longer rows are left out (data.long_rows)"] if held < len(lengths) else []
+            parts += [f"longer rows are {done} (data.long_rows)"] if held < len(lengths) else []
         if self.positions is not None and seq_len < wanted:
             parts.append(f"the base has {format_count(self.positions)} positions")
         return "; ".join(parts)
@@ -113,11 +115,17 @@ class FoundRows:
             elif self.is_split:
                 pieces = math.ceil(length / limit)
                 yield from [math.ceil(length / pieces)] * pieces
+            elif self._policy == "truncate":
+                yield limit
 
     @property
     def is_split(self) -> bool:
         """Return whether rows that are too long are split into several sequences."""
-        return policy_of("auto", self.survey.format) == "split"
+        return self._policy == "split"
+
+    @property
+    def _policy(self) -> LongRows:
+        return policy_of("auto", self.survey.format)
 
 
 def find_rows(
@@ -135,7 +143,7 @@ def find_rows(
     vocabulary = ModelLimits(ModelLimits.of(config).vocab_size)
     template: list[Choice] = []
     try:
-        found = survey(recipe_of(given), tokenizer, vocabulary)
+        found = survey(resolve_labels(recipe_of(given), config)[0], tokenizer, vocabulary)
     except ModelError:
         if tokenizer is None or tokenizer.chat_template:
             raise
@@ -152,10 +160,15 @@ def find_rows(
 def _columns(train: Sources) -> tuple[list[Choice], list[Choice]]:
     """Return the choices of `data.columns` and of `task` by the fields of the first row.
 
-    The first is for rows whose fields have other tools' names, the second for preference pairs.
+    The first is for rows whose fields have other tools' names, the second for preference pairs and
+    labelled texts.
     """
-    fields = read_rows(sources_of(train)[0].path, limit=1)[0].fields
+    row = read_rows(sources_of(train)[0].path, limit=1)[0]
+    fields = row.fields
     found = format_of(fields)
+    texts = text_columns(row)
+    if "label" in fields and (texts is not None or "text" in fields):
+        return [], [Choice("task", "classification", "the rows are texts with a label")]
     if found == "preference":
         reason = "the rows are pairs of a chosen and a rejected answer"
         return [], [Choice("task", "preference", reason)]

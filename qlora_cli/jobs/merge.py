@@ -14,6 +14,7 @@ import torch
 from qlora_cli.data.template import trained_template
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
+from qlora_cli.export.merge.base_choice import is_stored_quantized
 from qlora_cli.export.merge.merge_settings import MergeSettings, choose_settings
 from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
 from qlora_cli.export.merge.write import find_equal_merge, write_merged
@@ -23,8 +24,8 @@ from qlora_cli.jobs.prompt_format import trained_format
 from qlora_cli.jobs.results import MergeResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.host import return_freed_memory
-from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run import Run
+from qlora_cli.tasks.classification import CLASSIFICATION
 
 
 def run(
@@ -52,9 +53,13 @@ def run(
     """
     is_used = _check_out(out, may_be_used=gguf is not None)
     source = _open_run(run, base, observer)
+    if gguf is not None and source.recipe.task == CLASSIFICATION.name:
+        raise UsageError(
+            "a classifier cannot be written as a GGUF file", where="--gguf", hint="omit --gguf"
+        )
     device = torch.device(inspect_device().kind)
     torch_type = torch_dtype(dtype or DEFAULT_DTYPE)
-    tensors = open_merged_tensors(source, "original", torch_type, device, weight, others)
+    tensors = open_merged_tensors(source, "original", torch_type, device, weight, others, observer)
     merged = _existing_merge(out, tensors, base, dtype) if is_used else None
     if gguf is not None:
         merge_bytes = 0 if merged else _num_bytes(tensors)
@@ -75,7 +80,7 @@ def _open_run(path: Path, base: str, observer: Observer) -> Run:
     Raises UsageError if the run does not have the base that `--base` names.
     """
     run = Run(path)
-    _check_base(run.recipe, base)
+    _check_base(run, base)
     if note := run.describe_weights():
         observer.note(note)
     return_freed_memory()
@@ -161,9 +166,16 @@ def _gguf_writer() -> ModuleType:
     return gguf_write
 
 
-def _check_base(recipe: Recipe, base: str) -> None:
+def _check_base(run: Run, base: str) -> None:
     """Raise UsageError if the run does not have this base."""
-    if base == "dequantized" and recipe.base.bits == 16:
+    bits = run.recipe.base.bits
+    if base == "original" and bits < 16 and is_stored_quantized(run.base_folder):
+        raise UsageError(
+            "this base has no original weights: its checkpoint was quantized by bitsandbytes",
+            where="--base",
+            hint="omit --base, or use --base dequantized, which are the weights of the training",
+        )
+    if base == "dequantized" and bits == 16:
         raise UsageError(
             "the base of this run is not quantized, so there is no dequantized base",
             where="--base",

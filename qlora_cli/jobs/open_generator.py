@@ -17,6 +17,7 @@ from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.export.merge.manifest import trained_row_format
+from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.files.paths import user_path
 from qlora_cli.jobs.prompt_format import PromptSource
 from qlora_cli.jobs.text_generator import TextGenerator
@@ -28,6 +29,7 @@ from qlora_cli.proof.prove import require_proof_of_model
 from qlora_cli.runs.layout import ADAPTER
 from qlora_cli.runs.open import OpenedModel, open_any, open_for_adapters
 from qlora_cli.runs.run import Run
+from qlora_cli.tasks.classification import CLASSIFICATION, task_of_model
 
 NO_ADAPTERS: Mapping[str, Path] = MappingProxyType({})
 
@@ -57,6 +59,11 @@ def open_generator(
     require_proof_of_model(run_or_model, observer)
     open_model = open_for_adapters if adapters or merged else open_any
     opened = open_model(run_or_model, device, observer)
+    if opened.loaded.family.is_classifier:
+        raise UsageError(
+            f"{run_or_model} is a classifier, which generates no text",
+            hint="`qlora generate` gives the label of a prompt, `qlora eval --data` the metrics",
+        )
     tokenizer = load_tokenizer(str(opened.folder))
     if tokenizer is None:
         raise ModelError(
@@ -144,6 +151,18 @@ def check_uses(run_or_model: str, adapters: Mapping[str, Path], uses: Sequence[s
     own = (OWN,) if run is not None and not run.is_full_fine_tuning else ()
     for name in uses:
         check_adapter_name(name, [BASE, *own, *adapters])
+
+
+def is_classifier(where: str) -> bool:
+    """Return whether `where` is a run of `task: classification` or a classifier's folder.
+
+    where: a run's folder, a model's folder or a hub id. Raises InputError if it is none.
+    """
+    check_not_an_adapter(where)
+    run = Run.find(where)
+    if run is not None:
+        return bool(run.recipe.task == CLASSIFICATION.name)
+    return task_of_model(read_config(find_config(where, None))) is not None
 
 
 def check_not_an_adapter(where: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from qlora_cli.data.mixture import sources_of
 from qlora_cli.data.positions import check_seq_len, row_limit
@@ -12,11 +15,14 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import InputError
 from qlora_cli.events import Silent
 from qlora_cli.files.locate import find_config, read_config
+from qlora_cli.jobs.labels import resolve_labels
+from qlora_cli.jobs.padding import planned_padding
 from qlora_cli.jobs.planned_length import estimated_time, planned_length
 from qlora_cli.jobs.results import PlanResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.ledger import Allocator, Device, Ledger, peak_phase
 from qlora_cli.models.limits import limits_of
+from qlora_cli.models.packed_base import has_packed_copy
 from qlora_cli.plan.advise import changes_that_fit, largest_sizes
 from qlora_cli.plan.arithmetic import arithmetic_of
 from qlora_cli.plan.dry_run import method_peak
@@ -24,8 +30,9 @@ from qlora_cli.plan.merging import dry_run_merge
 from qlora_cli.plan.notes import plan_notes
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.replay import MemoryPlan
-from qlora_cli.plan.results import Advice, Compared, DiskNeeds
+from qlora_cli.plan.results import Advice, Chosen, Compared, DiskNeeds, PolicySummary
 from qlora_cli.proof.prove import require_proof
+from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
@@ -46,13 +53,18 @@ def run(
     """
     began = time.perf_counter()
     profile = device_profile or inspect_device()
-    config = read_config(find_config(recipe.model.name, recipe.model.revision))
+    config_file = find_config(recipe.model.name, recipe.model.revision)
+    config = read_config(config_file)
+    recipe, chosen = resolve_labels(recipe, config, needs_rows=False)
     check_seq_len(recipe.data, config)
     task = task_of(recipe)
     require_proof(config, task, Silent())
     resolved, _ = resolve(recipe, profile)
-    planner = Planner(config, profile)
-    plan = planner.plan(resolved)
+    has_copy = partial(_has_copy, config_file.parent, config, profile)
+    planner = Planner(config, profile, has_copy=has_copy)
+    settled = planner.settle(resolved)
+    plan, flexible = settled.plan, _with_settled_batch(resolved, settled.recipe)
+    resolved = settled.recipe
     baseline = planner.plan(full_fine_tuning(resolved))
     ledger = _ledger(resolved, profile, plan, baseline)
     merge_phase = dry_run_merge(resolved, config, profile)
@@ -64,13 +76,18 @@ def run(
         fits=planner.fits(plan),
         usable_bytes=profile.usable_bytes,
         floor_bytes=plan.floor_bytes,
-        advice=_advice(resolved, planner, fit),
+        advice=_advice(flexible, planner, fit),
         compare=_compare(resolved, planner) if compare else (),
         trainable_parameters=plan.trainable_parameters,
         total_parameters=plan.total_parameters,
         adapter_bytes=plan.adapter_bytes,
         arithmetic=arithmetic_of(resolved, plan),
-        notes=(*plan_notes(resolved, profile, plan), *limits_of(config, task.model_class)),
+        notes=(
+            *(f"{choice.key} = {choice.value}: {choice.reason}" for choice in chosen),
+            *plan_notes(resolved, profile, plan),
+            *limits_of(config, task.model_class),
+            *filter(None, [None if data_problem else planned_padding(resolved, config)]),
+        ),
         seconds=time.perf_counter() - began,
         steps=length.updates if length else recipe.train.steps,
         length=length,
@@ -79,7 +96,23 @@ def run(
         disk=_disk_needs(resolved, plan),
         data_problem=data_problem,
         row_limit=row_limit(recipe.data, config),
+        choices=tuple(Chosen(c.key, c.value, c.reason) for c in settled.choices),
+        activation_policy=PolicySummary(
+            plan.num_blocks, plan.num_recomputed, plan.flops.recomputed_share
+        ),
     )
+
+
+def _has_copy(folder: Path, config: Any, profile: DeviceProfile, recipe: Recipe) -> bool:
+    """Return whether a job would load the base in `folder` from its packed copy."""
+    return has_packed_copy(recipe, folder, config, task_of(recipe).model_class, profile.kind)
+
+
+def _with_settled_batch(recipe: Recipe, settled: Recipe) -> Recipe:
+    """Return the recipe with the chosen micro-batch; the policy stays `auto` if it was."""
+    train = settled.train
+    changes = {"micro_batch": train.micro_batch, "grad_accum": train.grad_accum}
+    return with_settings(recipe, "train", **changes)
 
 
 def _disk_needs(recipe: Recipe, plan: MemoryPlan) -> DiskNeeds:
@@ -110,7 +143,11 @@ def _data_problem(recipe: Recipe) -> str | None:
 
 
 def _advice(recipe: Recipe, planner: Planner, fit: bool) -> tuple[Advice, ...]:
-    """Return the largest sizes if `fit`, and changes that save memory if the job does not fit."""
+    """Return the largest sizes if `fit`, and changes that save memory if the job does not fit.
+
+    recipe: resolved; its policy and its chunk of the loss may be `auto`, and then every change is
+    planned with its own.
+    """
     advice = largest_sizes(recipe, planner) if fit else ()
     if planner.fits(planner.plan(recipe)):
         return advice
@@ -138,7 +175,10 @@ def _ledger(
 
 
 def _compare(recipe: Recipe, planner: Planner) -> tuple[Compared, ...]:
-    """Plan the methods of `_COMPARED` on the same batches; full fine-tuning is the first row."""
+    """Plan the methods of `_COMPARED` on the same batches; full fine-tuning is the first row.
+
+    The recipe's own adapter method, such as DoRA, is in the place of LoRA.
+    """
     rows: list[Compared] = []
     for method, bits in _COMPARED:
         if method == "full":
@@ -151,5 +191,5 @@ def _compare(recipe: Recipe, planner: Planner) -> tuple[Compared, ...]:
         peak = peak_phase(planner.plan(variant).phases)
         full_bytes = rows[0].peak_bytes if rows else peak.peak_bytes
         ratio = full_bytes / peak.peak_bytes
-        rows.append(Compared(method, bits, peak.peak_bytes, peak.at_peak, ratio))
+        rows.append(Compared(variant.adapter.method, bits, peak.peak_bytes, peak.at_peak, ratio))
     return tuple(rows)

@@ -79,6 +79,6 @@ def estimated_time(
     if length is None:
         step = micro_batch * train.grad_accum + update
         return TimeEstimate(step, step * train.steps if train.steps else None, source)
-    share = length.tokens * length.epochs / (recipe.data.seq_len * train.micro_batch)
+    share = length.tokens * length.epochs / (recipe.data.seq_len * train.pass_size)
     total = share * micro_batch + length.updates * update
     return TimeEstimate(total / length.updates, total, source)

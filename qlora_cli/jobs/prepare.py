@@ -21,11 +21,15 @@ from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.locate import find_base, read_config
-from qlora_cli.files.source import FolderSource
+from qlora_cli.files.packed_store import PackedStore
+from qlora_cli.files.source import TensorSource
 from qlora_cli.jobs.data_findings import dataset_of, report_findings
+from qlora_cli.jobs.labels import resolve_labels
+from qlora_cli.jobs.padding import padding_of_job
 from qlora_cli.models.build import ModelRequest
-from qlora_cli.models.checkpoint_source import open_source
+from qlora_cli.models.checkpoint_source import open_source, with_new_head
 from qlora_cli.models.family import Family
+from qlora_cli.models.packed_base import has_packed_copy, packed_store
 from qlora_cli.proof.prove import ModelProof
 from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
@@ -61,13 +65,26 @@ class Prepared:
         text: str = self.tokenizer.chat_template
         return text
 
-    def source(self, model: nn.Module, family: Family) -> FolderSource:
-        """Return the tensors in the base's folder."""
-        return open_source(self.folder, family)
+    def source(self, model: nn.Module, family: Family) -> TensorSource:
+        """Return the tensors in the base's folder, and those of a new classification head."""
+        source = open_source(self.folder, family)
+        return with_new_head(source, family, self.config, self.recipe.train.seed)
 
     def request(self, device: torch.device, observer: Observer) -> ModelRequest:
         """Return the request for the model of this job on `device`."""
-        return ModelRequest(self.recipe, self.config, self.source, device, self.profile, observer)
+        recipe, copy = self.recipe, self.packed_store(observer)
+        given = (recipe, self.config, self.source, device, self.profile, observer)
+        return ModelRequest(*given, copy=copy)
+
+    def packed_store(self, observer: Observer) -> PackedStore | None:
+        """Return the packed copy of the base; None if `base.cache` keeps none."""
+        model_class, kind = task_of(self.recipe).model_class, self.profile.kind
+        return packed_store(self.recipe, self.folder, self.config, model_class, kind, observer)
+
+    def has_packed_copy(self, recipe: Recipe) -> bool:
+        """Return whether a job on this base, with another recipe, loads it without packing."""
+        model_class, kind = task_of(recipe).model_class, self.profile.kind
+        return has_packed_copy(recipe, self.folder, self.config, model_class, kind)
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,8 @@ def prepare(recipe: Recipe, profile: DeviceProfile) -> Prepared:
     resolved, choices = resolve(recipe, profile)
     folder = find_base(recipe.model.name, recipe.model.revision)
     config = read_config(folder / "config.json")
+    resolved, chosen_labels = resolve_labels(resolved, config)
+    choices += chosen_labels
     tokenizer = with_template(load_tokenizer(str(folder)), recipe.data)
     return Prepared(resolved, choices, profile, folder, config, tokenizer)
 
@@ -158,6 +177,8 @@ def read_job(
         dataset = dataset_of(recipe.data, rows, prepared.tokenizer, prepared.folder)
         report_findings(dataset, allow, observer)
     schedule = make_schedule(recipe, rows.train.examples)
+    if padding := padding_of_job(recipe, prepared.config, schedule):
+        observer.note(padding)
     held_out = held_out_batches(recipe, rows.held_out.examples) if rows.held_out else []
     steps = recipe.train.steps or math.ceil(recipe.train.epochs * schedule.steps_per_epoch)
     parts = [rows.train.examples, *([rows.held_out.examples] if rows.held_out else [])]
@@ -171,7 +192,7 @@ def make_schedule(recipe: Recipe, examples: Sequence[Example]) -> BatchSchedule:
         examples,
         seq_len=recipe.data.seq_len,
         packing=recipe.data.packing,
-        micro_batch=recipe.train.micro_batch,
+        micro_batch=recipe.train.pass_size,
         grad_accum=recipe.train.grad_accum,
         seed=recipe.train.seed,
         collate=task_of(recipe).collate,
@@ -185,7 +206,7 @@ def held_out_batches(recipe: Recipe, examples: Sequence[Example]) -> list[Batch]
             examples,
             seq_len=recipe.data.seq_len,
             packing=recipe.data.packing,
-            micro_batch=recipe.train.micro_batch,
+            micro_batch=recipe.train.pass_size,
             collate=task_of(recipe).collate,
         )
     )

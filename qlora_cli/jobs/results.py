@@ -14,7 +14,15 @@ from qlora_cli.data.findings import Finding
 from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.memory.timeline import PhaseTrace
-from qlora_cli.plan.results import Advice, Compared, DiskNeeds, Line, TimeEstimate
+from qlora_cli.plan.results import (
+    Advice,
+    Chosen,
+    Compared,
+    DiskNeeds,
+    Line,
+    PolicySummary,
+    TimeEstimate,
+)
 
 
 class Result:
@@ -37,6 +45,7 @@ class PlanResult(Result):
     depend on the rows and these cannot be read. length: of the job. length_problem: why the rows
     cannot be read though their files exist. data_problem: which file is missing; None if none is.
     row_limit: the base's positions if packed sequences are longer; rows are not longer than these.
+    choices: settings that the plan chose. activation_policy: which blocks are recomputed.
     """
 
     device: dict[str, Any]
@@ -59,6 +68,8 @@ class PlanResult(Result):
     disk: DiskNeeds | None = None
     data_problem: str | None = None
     row_limit: int | None = None
+    choices: tuple[Chosen, ...] = ()
+    activation_policy: PolicySummary | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class TrainResult(Result):
     steps: optimizer steps that were done. train_loss: mean loss of the last steps. eval_loss: loss
     of the exported weights on the held-out set; None without one. best_step: the step of the
     exported weights if they were evaluated. eval_loss_before: held-out loss before the first step.
+    metrics: the task's other held-out metrics of the exported weights.
     """
 
     run: Path
@@ -78,6 +90,7 @@ class TrainResult(Result):
     ledger: Ledger
     best_step: int | None = None
     eval_loss_before: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

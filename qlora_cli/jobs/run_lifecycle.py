@@ -12,6 +12,7 @@ from qlora_cli.events import Observer
 from qlora_cli.jobs import record, report
 from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.jobs.results import TrainResult
+from qlora_cli.recipe import activations
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import read_steps, remove_lines_after
 from qlora_cli.runs.resume import last_good_step
@@ -20,7 +21,14 @@ from qlora_cli.train.schedule import learning_rate
 
 _LENGTH = ("train.epochs", "train.steps")
 """Settings that may change on a resume if the run becomes longer."""
-_CHANGEABLE = ("output", "train.checkpoint_every", "train.keep_checkpoints", "train.patience")
+_CHANGEABLE = (
+    "output",
+    "base.cache",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.patience",
+    activations.KEY,
+)
 """Settings that may change on a resume, because they do not change the steps that were done."""
 _PLACES = {
     "data_digest": ("data.train", "data.eval"),
@@ -136,6 +144,8 @@ def _check_unchanged(earlier: Run, description: dict[str, Any]) -> list[str]:
     is_longer = before is not None and description["steps"] > before
     allowed = [*_CHANGEABLE, *(_LENGTH if is_longer else ())]
     allowed += [key for record, keys in _PLACES.items() if record in earlier.record for key in keys]
+    # Older versions did not have it, so it is chosen when their runs are resumed.
+    allowed += ["train.loss_chunk"] if stored.get("train.loss_chunk") == "auto" else []
     refused = [key for key in changed if key not in allowed]
     if refused:
         raise UsageError(

@@ -30,6 +30,7 @@ from qlora_cli.memory.device import inspect_device
 from qlora_cli.models.shared_base import SharedBase
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.planner import num_segments
+from qlora_cli.plan.settle import least_memory
 from qlora_cli.recipe.grid import Grid, GridRun
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import EVAL_LOSS, evaluation_metrics
@@ -126,7 +127,8 @@ class _Sweep:
             prepared = prepare(item.recipe, inspect_device())
             vocabulary, segments = prepared.config.vocab_size, num_segments(item.recipe)
             batch = largest_batch(_MIN_TOKENS, 1, vocabulary, segments=segments)
-            plan = dry_run(prepared.recipe, prepared.config, prepared.profile, [batch], [])
+            recipe = least_memory(prepared.recipe)
+            plan = dry_run(recipe, prepared.config, prepared.profile, [batch], [])
             self.parameters[key] = plan.trainable_parameters
             self.observer.advance(done)
         for line in self.grid.dropped:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from qlora_cli.errors import DoesNotFit, Interrupted
+from qlora_cli.errors import Interrupted
 from qlora_cli.events import Observer
 from qlora_cli.jobs import record
-from qlora_cli.jobs.initial_adapter import check_initial_adapter, load_initial_adapter
+from qlora_cli.jobs.initial_adapter import load_initial_adapter
 from qlora_cli.jobs.measured_speed import record_speed
 from qlora_cli.jobs.memory import EarlierProcess, MemoryRecord
-from qlora_cli.jobs.prepare import Prepared, TrainingJob, prepare, read_job
+from qlora_cli.jobs.out_of_memory import shortage_explained
+from qlora_cli.jobs.prepare import Prepared, TrainingJob
+from qlora_cli.jobs.prepare_training import check_memory, prepare_training
 from qlora_cli.jobs.results import TrainResult
 from qlora_cli.jobs.run_lifecycle import (
     describe_extension,
@@ -23,33 +24,27 @@ from qlora_cli.jobs.run_lifecycle import (
     open_or_resume,
     record_stop,
 )
-from qlora_cli.jobs.training_length import TrainingLength
-from qlora_cli.memory.device import inspect_device
+from qlora_cli.jobs.settled import may_recompute_more
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.models.build import build
-from qlora_cli.models.limits import limits_of
-from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
-from qlora_cli.proof.prove import require_proof
-from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import mean_last_loss
 from qlora_cli.runs.resume import add_last_checkpoint_hint, load_checkpoint
 from qlora_cli.runs.run import Run
-from qlora_cli.tasks.registry import task_of
 from qlora_cli.train.constants import add_constants
 from qlora_cli.train.energy import energy_counter
 from qlora_cli.train.evaluation import Evaluator
 from qlora_cli.train.loop import LAST_LOSSES, TrainingLoop
 from qlora_cli.train.progress import Progress
 from qlora_cli.train.runtime import setup_device
+from qlora_cli.train.shortage import divided_parts
 from qlora_cli.train.state import BuildModel, State, build_state, tag_living
 from qlora_cli.train.stop_signals import endings_as_interrupt
-from qlora_cli.train.trackers import Trackers, check_installed
+from qlora_cli.train.trackers import Trackers
 from qlora_cli.train.trained_weights import copy_weights, weights_checksums, write_weights
-from qlora_cli.units import format_bytes
 
 
 def run(
@@ -66,26 +61,28 @@ def run(
     recipe_path: the recipe's file, recorded in run.json. resume: continue the run in the recipe's
     output folder; a finished run returns its stored result. allow: codes of data findings that
     are neither shown nor stop a new run. build_model: as of `build_state`. Raises InputError if the
-    recipe, the base or the data cannot be used, DoesNotFit if the job needs more memory than the
-    device has, Interrupted after Ctrl-C, QloraError if training diverges or a file cannot be
-    written.
+    recipe, the base or the data cannot be used, DoesNotFit if memory does not suffice, Interrupted
+    after Ctrl-C, QloraError if training diverges or a file cannot be written.
     """
     with RunFolder(Path(recipe.output)).locked(new=not resume), endings_as_interrupt():
-        # The rows of a resumed run are those that were checked when it began.
-        job = _prepare(recipe, observer, None if resume else allow)
-        return _run(job, recipe_path, resume, observer, build_model)
+        earlier = Run(Path(recipe.output)) if resume else None
+        job, planned = prepare_training(recipe, observer, earlier, allow)
+        return _run(job, planned, recipe_path, earlier, observer, build_model)
 
 
 def _run(
     job: TrainingJob,
+    planned: MemoryPlan,
     recipe_path: Path | None,
-    resume: bool,
+    earlier: Run | None,
     observer: Observer,
     build_model: BuildModel,
 ) -> TrainResult:
-    """Train a prepared job, in a run's folder that no other process uses."""
+    """Train a prepared job, in a run's folder that no other process uses.
+
+    planned: the job's plan. earlier: the run to resume; None for a new one.
+    """
     description = record.describe_run(job, recipe_path)
-    earlier = Run(job.run.path) if resume else None
     if earlier is not None and (finished := finished_result(earlier, description, observer)):
         observer.note(f"{job.run.path} is finished; there is nothing to resume")
         return finished
@@ -93,60 +90,14 @@ def _run(
         observer.note(extension)
     checkpoint = open_or_resume(job, description, earlier, observer)
     try:
-        planned, baseline = _plan(job, observer)
+        baseline = check_memory(job, planned, observer)
         return _train(job, checkpoint, planned, baseline, observer, build_model)
     except (Interrupted, KeyboardInterrupt):
-        record_stop(job.run, "interrupted", resume)
+        record_stop(job.run, "interrupted", earlier is not None)
         raise
     except BaseException:  # Any error: run.json must not keep the status `running`.
-        record_stop(job.run, "failed", resume)
+        record_stop(job.run, "failed", earlier is not None)
         raise
-
-
-def _prepare(recipe: Recipe, observer: Observer, allow: Collection[str] | None) -> TrainingJob:
-    """Check everything that needs no weights, read the data, and report choices and length.
-
-    allow: as of `read_job`.
-    """
-    prepared = prepare(recipe, inspect_device())
-    task = task_of(prepared.recipe)
-    prepared = replace(prepared, proof=require_proof(prepared.config, task, observer))
-    for limit in limits_of(prepared.config, task.model_class):
-        observer.note(limit)
-    check_installed(prepared.recipe)
-    check_initial_adapter(prepared)
-    for choice in prepared.choices:
-        observer.note(f"{choice.key} = {choice.value}: {choice.reason}")
-    job = read_job(prepared, observer, allow)
-    length = TrainingLength.of(prepared.recipe, job.schedule, job.steps)
-    observer.note(length.text())
-    if warning := length.warning():
-        observer.note(warning)
-    return job
-
-
-def _plan(job: TrainingJob, observer: Observer) -> tuple[MemoryPlan, MemoryPlan]:
-    """Return the plans of this job and of full fine-tuning on the same batches.
-
-    Raises DoesNotFit if the job does not fit on the device.
-    """
-    prepared, profile = job.prepared, job.prepared.profile
-    batches, eval_batches = job.largest_step_batches, job.largest_eval_batches
-    planned, baseline = (
-        dry_run(recipe, prepared.config, profile, batches, eval_batches)
-        for recipe in (prepared.recipe, full_fine_tuning(prepared.recipe))
-    )
-    observer.note(
-        f"planned peak memory: {format_bytes(planned.peak_bytes)}; full fine-tuning would need "
-        f"{format_bytes(baseline.peak_bytes)}"
-    )
-    if not planned.fits(profile.usable_bytes):
-        raise DoesNotFit(
-            f"the job needs {format_bytes(planned.reserved_bytes or planned.peak_bytes)}; "
-            f"{profile.name} has {format_bytes(profile.usable_bytes)} for it",
-            hint="`qlora plan` shows which changes make it fit",
-        )
-    return planned, baseline
 
 
 def _train(
@@ -189,8 +140,16 @@ def _train(
         shared = (state, job.schedule, job.steps, job.run, instrument, observer, evaluator)
         energy = energy_counter(device)
         record.set_status(job.run, "running", energy=energy.source)
-        loop = TrainingLoop(*shared, prepared.folder, prepared.chat_template, energy, memory.write)
-        with add_last_checkpoint_hint(job.run):
+        loop = TrainingLoop(
+            *shared,
+            prepared.folder,
+            prepared.chat_template,
+            energy,
+            memory.write,
+            may_recompute_more(prepared),
+            divided_parts(job.run),
+        )
+        with add_last_checkpoint_hint(job.run), shortage_explained(prepared, planned):
             progress = loop.train()
             # The last evaluation, if the process that trained the last step was stopped before it.
             evaluator.evaluate_if_due(lambda: False)
@@ -252,16 +211,15 @@ def _export(job: TrainingJob, state: State, evaluator: Evaluator, observer: Obse
         return state.step
     if not job.run.checkpoint(best.step).is_dir():
         observer.note(
-            f"warning: the checkpoint of step {best.step:,}, which has the lowest held-out loss, "
+            f"warning: the checkpoint of step {best.step:,}, which has the best evaluation, "
             "is gone; the exported weights are those of the last step"
         )
         write_weights(state, job.prepared.folder, job.run.path, job.prepared.chat_template)
         return state.step
     copy_weights(job.run.checkpoint(best.step), job.run.path)
     observer.note(
-        f"the exported weights are those of step {best.step:,}, which has the lowest held-out loss "
-        f"({best.loss:.3f}); those of the last step are in its checkpoint "
-        f"({job.run.checkpoint(state.step)})"
+        f"the exported weights are those of step {best.step:,}, which has {evaluator.best_text}; "
+        f"those of the last step are in its checkpoint ({job.run.checkpoint(state.step)})"
     )
     return best.step
 
@@ -288,6 +246,7 @@ def _finish(
         ledger=ledger,
         best_step=exported if exported in losses else None,
         eval_loss_before=losses.get(0),
+        metrics=evaluator.metrics_of(exported),
     )
     summary = {key: value for key, value in result.to_dict().items() if key != "ledger"}
     record.set_status(job.run, "done", result=summary, checksums=weights_checksums(job.run))

@@ -25,7 +25,7 @@ class TrainingLength:
     sequences: number of sequences in an epoch. tokens, trained_tokens: of one epoch, with and
     without tokens that are not trained. grad_accum, micro_batch: the recipe's. has_fixed_steps: the
     recipe sets `train.steps` and not the epochs. is_estimate: the numbers are those of a sample of
-    the rows, by proportion.
+    the rows, by proportion. has_labels: rows are trained on, and not tokens.
     """
 
     rows: int
@@ -38,6 +38,7 @@ class TrainingLength:
     grad_accum: int
     has_fixed_steps: bool
     is_estimate: bool = False
+    has_labels: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, schedule: BatchSchedule, updates: int) -> TrainingLength:
@@ -58,7 +59,7 @@ class TrainingLength:
     ) -> TrainingLength:
         """Return the length of a recipe's job. The numbers are those of one epoch."""
         train = recipe.train
-        per_epoch = math.ceil(sequences / (train.micro_batch * train.grad_accum))
+        per_epoch = math.ceil(sequences / (train.pass_size * train.grad_accum))
         return cls(
             rows=rows,
             sequences=sequences,
@@ -66,10 +67,11 @@ class TrainingLength:
             updates=train.steps or math.ceil(train.epochs * per_epoch),
             tokens=tokens,
             trained_tokens=trained_tokens,
-            micro_batch=train.micro_batch,
+            micro_batch=train.pass_size,
             grad_accum=train.grad_accum,
             has_fixed_steps=train.steps is not None,
             is_estimate=is_estimate,
+            has_labels=recipe.task == "classification",
         )
 
     @property
@@ -87,7 +89,7 @@ class TrainingLength:
             f"{_count(self.updates, 'update')} of up to "
             f"{_count(self.micro_batch * self.grad_accum, 'sequence')}, "
             f"{_count(self.epochs, 'epoch')}; {format_count(total)} tokens, "
-            f"{format_count(trained)} of them trained"
+            f"{format_count(trained)} {'labels' if self.has_labels else 'of them trained'}"
         )
 
     def warning(self) -> str | None:

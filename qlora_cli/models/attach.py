@@ -20,6 +20,7 @@ from qlora_cli.adapters.adapted_modules import (
     adapted_modules,
     adapted_stacks,
 )
+from qlora_cli.adapters.dora import DoraLinear
 from qlora_cli.adapters.lora import LoraLinear, LoraSettings
 from qlora_cli.adapters.lora_experts import LoraStack
 from qlora_cli.adapters.peft_file import (
@@ -33,6 +34,7 @@ from qlora_cli.adapters.targets import EXPERTS
 from qlora_cli.errors import ModelError
 from qlora_cli.models import convert
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.trained_head import check_head, load_head
 from qlora_cli.models.tying import share_modules
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
@@ -47,6 +49,7 @@ def load_adapter(loaded: LoadedModel, folder: Path) -> None:
     """
     adapter = open_adapter(folder)
     adapter.check([*loaded.sites, *loaded.stacks])
+    check_head(loaded, adapter)
     layers = dict(adapted_layers(loaded.model))
     stacks = dict(adapted_stacks(loaded.model))
     sites = {site.path: site for site in loaded.sites}
@@ -61,19 +64,27 @@ def load_adapter(loaded: LoadedModel, folder: Path) -> None:
     for path, source in adapter.layers.items():
         _check_same(layers[path], source, sites[path], folder)
         for role, update in zip(layers[path].lora_slices, source.read(), strict=True):
-            layers[path].lora_a[role].copy_(update.a)
-            layers[path].lora_b[role].copy_(update.b)
+            layer = layers[path]
+            layer.lora_a[role].copy_(update.a)
+            layer.lora_b[role].copy_(update.b)
+            if update.magnitude is not None:
+                assert isinstance(layer, DoraLinear)
+                layer.lora_magnitude[role].copy_(update.magnitude)
     for path, stored in adapter.stacks.items():
         _check_settings(path, stored.settings, stacks[path].settings, {}, folder)
         values, lora = stored.read(), stacks[path].lora()
         lora.a.copy_(values.a)
         lora.b.copy_(values.b)
+    load_head(loaded, adapter)
 
 
 def _check_same(layer: LoraLinear, source: AdapterLayer, site: Site, folder: Path) -> None:
     """Raise ModelError if a stored layer and a layer of the model differ in their settings."""
-    roles = {"roles": (list(source.slices_on(site)), list(layer.lora_slices))}
-    _check_settings(source.path, source.settings, layer.settings, roles, folder)
+    others = {
+        "roles": (list(source.slices_on(site)), list(layer.lora_slices)),
+        "whether it is DoRA": (source.magnitude is not None, isinstance(layer, DoraLinear)),
+    }
+    _check_settings(source.path, source.settings, layer.settings, others, folder)
 
 
 def _check_settings(
@@ -133,6 +144,7 @@ def adapter_layers_for(loaded: LoadedModel, adapter: AdapterFile) -> dict[str, L
     the device of the base. Raises ProblemsError if the adapter does not fit the base.
     """
     adapter.check([*loaded.sites, *loaded.stacks])
+    check_head(loaded, adapter)
     sites = {site.path: site for site in loaded.sites}
     layers: dict[str, LoraModule] = {
         path: _adapted(base_at(loaded, path), layer, sites[path])
@@ -168,7 +180,8 @@ def base_at(loaded: LoadedModel, path: str) -> Any:
 
 def _adapted(base: QuantLinear, source: AdapterLayer, site: Site) -> LoraLinear:
     """Return a stored adapter layer around `base`, frozen and in eval mode."""
-    layer = LoraLinear(base, source.slices_on(site), source.settings)
+    kind = LoraLinear if source.magnitude is None else DoraLinear
+    layer = kind(base, source.slices_on(site), source.settings)
     load_lora_weights(layer, source, base.weight.device)
     return layer.eval()
 
@@ -178,6 +191,11 @@ def load_lora_weights(layer: LoraLinear, source: AdapterLayer, device: torch.dev
     for role, update in zip(layer.lora_slices, source.read(), strict=True):
         layer.lora_a[role] = nn.Parameter(update.a.to(device), requires_grad=False)
         layer.lora_b[role] = nn.Parameter(update.b.to(device), requires_grad=False)
+        if update.magnitude is not None:
+            assert isinstance(layer, DoraLinear)
+            magnitude = update.magnitude.float().to(device)
+            layer.lora_magnitude[role] = nn.Parameter(magnitude, requires_grad=False)
+            layer.forget_lengths()
 
 
 def load_stack_weights(module: LoraStack, source: AdapterStack, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,17 +24,24 @@ from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.atomic import PARSE_ERRORS
-from qlora_cli.files.composed import text_config_of, whole_config
+from qlora_cli.files.composed import is_composed, text_config_of, whole_config
 from qlora_cli.files.dtype import file_dtype, torch_dtype
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
+from qlora_cli.models.classifier import (
+    ClassifierClass,
+    classifier_family,
+    is_classifier_class,
+)
 from qlora_cli.models.composed import auto_class, remove_other_parts
 from qlora_cli.models.coverage import check_logits
+from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.derive import derive_family, dropout_keys
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
+from qlora_cli.models.placement.held import PackedCopy
 from qlora_cli.models.registry import known_family, refuse_by_name, unsupported
 from qlora_cli.models.sites import (
     experts_paths,
@@ -45,14 +53,20 @@ from qlora_cli.models.sites import (
 )
 from qlora_cli.models.tying import share_modules
 from qlora_cli.nn import attention
+from qlora_cli.nn.activation_policy import ActivationPolicy, Recomputation
 from qlora_cli.nn.by_row import restart_positions, run_by_row
 from qlora_cli.nn.embedding import has_own_memory
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
+from qlora_cli.recipe.activations import recomputed_blocks
 from qlora_cli.recipe.schema import Recipe
 
 MakeSource = Callable[[Any, Family], TensorSource]
 """From transformers' model on meta and its family to the tensors of a checkpoint."""
+
+
+_MAX_REASON = 1000
+"""Characters of transformers' reason why it cannot create a model."""
 
 
 def _causal_lm() -> Any:
@@ -68,7 +82,8 @@ class ModelRequest:
     recipe: resolved, without `auto`. config: transformers' config of the base; it is not modified.
     make_source: opens the checkpoint. device: device of the model's tensors, meta in a dry run.
     profile: facts about the device that the model runs on or is planned for. model_class: the
-    transformers Auto class of the task. file_dtype: dtype of the checkpoint, read from the config.
+    transformers Auto class of the task. copy: of the packed base; None if none is kept.
+    file_dtype: dtype of the checkpoint, read from the config.
     """
 
     recipe: Recipe
@@ -78,6 +93,7 @@ class ModelRequest:
     profile: DeviceProfile
     observer: Observer = field(default_factory=Silent)
     model_class: Any = field(default_factory=_causal_lm)
+    copy: PackedCopy | None = None
     file_dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,7 +138,7 @@ def skeleton(
     """
     refuse_by_name(config)
     family = known_family(config)
-    if family is not None:
+    if family is not None and model_class in (None, _causal_lm()):
         check_logits(config)
     # transformers writes the dtype and the attention's name into the config that it is given.
     config = deepcopy(config)
@@ -130,11 +146,18 @@ def skeleton(
     for key in family.dropouts if family else dropout_keys(config):
         if hasattr(config, key):
             setattr(config, key, 0.0)
-    model_class = auto_class(config, model_class or _causal_lm())
+    model_class = model_class or _causal_lm()
+    if isinstance(model_class, ClassifierClass) and is_composed(config):
+        raise unsupported(config, "classification is not supported for a model of several parts")
+    model_class = auto_class(config, model_class)
     model = _create(whole_config(config), compute, model_class)
     # Batches have no padding. With a pad token set, GPT-2 would search for it in every batch.
     with suppress(StrictDataclassError):  # Some configs require a pad token.
         text_config_of(model).pad_token_id = None
+    if is_classifier_class(model):
+        family = classifier_family(model, family)
+        for path in family.trained_head:
+            model.get_submodule(path).float()
     family = family or derive_family(model)
     remove_other_parts(model, family.others)
     for path in mixer_paths(model, family):
@@ -157,9 +180,9 @@ def _create(config: Any, compute: torch.dtype, model_class: Any) -> Any:
         if type(model)._can_set_attn_implementation():
             return model
         return _from_config(config, compute, model_class, "eager")
-    except (*PARSE_ERRORS, ImportError) as fault:
+    except (*PARSE_ERRORS, ImportError, RuntimeError) as fault:  # Sizes that overflow.
         text = str(fault) if isinstance(fault, ValueError) else repr(fault)
-        reason = text.strip().splitlines()[0]
+        reason = text.strip().splitlines()[0][:_MAX_REASON]
         raise unsupported(config, f"transformers cannot create it: {reason}") from fault
 
 
@@ -190,13 +213,10 @@ def build(request: ModelRequest) -> LoadedModel:
     if method.freezes_base:
         with unallocated():
             _replace_modules(loaded, method, device)
-    DevicePlacement(device, request.observer).place(loaded, source)
+    copy = request.copy if method.freezes_base else None
+    DevicePlacement(device, request.observer, copy).place(loaded, source)
     initialize_adapter(loaded, request)
-    if recipe.train.activation_checkpointing:
-        dropout = recipe.adapter.dropout
-        convert.enable_activation_checkpointing(
-            model, family.blocks, preserve_random_state=dropout > 0
-        )
+    apply_train_settings(loaded, recipe)
     config.use_cache = False
     return loaded
 
@@ -210,8 +230,28 @@ def initialize_adapter(loaded: LoadedModel, request: ModelRequest) -> None:
     method = method_of(recipe.adapter)
     method.initialize(model, request.device, recipe.train.seed)
     model.requires_grad_(False)
-    for parameter in method.trained_parameters(model):
+    heads = (model.get_submodule(path).parameters() for path in loaded.family.trained_head)
+    for parameter in (*method.trained_parameters(model), *chain.from_iterable(heads)):
         parameter.requires_grad_(True)
+
+
+def apply_train_settings(loaded: LoadedModel, recipe: Recipe) -> None:
+    """Apply the recipe's activation policy and its chunk of the loss to a model.
+
+    Raises RecipeError if the recipe recomputes more blocks than there are.
+    """
+    chunk, setting = recipe.train.loss_chunk, recipe.train.activation_checkpointing
+    loaded.loss_chunk = None if chunk == "auto" else chunk
+    if setting is False and loaded.recomputation is None:
+        return
+    blocks: Any = loaded.model.get_submodule(loaded.family.blocks)
+    # ALBERT computes its only block several times, so it is recomputed always or never.
+    number = min(recomputed_blocks(setting, num_blocks(loaded.config)), len(blocks))
+    policy = ActivationPolicy.recompute_first(number, len(blocks))
+    if loaded.recomputation is None:
+        loaded.recomputation = Recomputation(blocks, policy)
+    loaded.recomputation.policy = policy
+    loaded.recomputation.preserves_random_state = recipe.adapter.dropout > 0
 
 
 def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.device) -> None:
@@ -232,7 +272,8 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
             packed: Any = model.get_submodule(stack.path)
             convert.replace_module(model, stack.path, method.wrap_stack(packed))
     convert.replace_embeddings(model, family, weight_format)
-    convert.replace_head(model, family.head, weight_format)
+    if not family.is_classifier:
+        convert.replace_head(model, family.head, weight_format)
     # A tied table is also the head, and every step multiplies by all of it.
     if has_own_memory(device) and not is_tied(loaded):
         convert.move_embedding_to_host(model, family.token_embedding, device)

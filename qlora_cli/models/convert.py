@@ -7,12 +7,11 @@ checks each module before it is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
@@ -24,7 +23,6 @@ from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
-from qlora_cli.nn.spans import checkpoint_contexts
 
 
 def replace_linears(
@@ -130,40 +128,6 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put `new` in the place of the module at `path`, without any check."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, new)
-
-
-def enable_activation_checkpointing(model: Any, blocks: str, preserve_random_state: bool) -> None:
-    """Let each block save only its input and recompute the rest in the backward pass.
-
-    blocks: path of the list of blocks. preserve_random_state: True if the adapter uses dropout; it
-    costs time otherwise.
-    """
-    settings = {
-        "use_reentrant": False,
-        "preserve_rng_state": preserve_random_state,
-        "determinism_check": "none",
-        "context_fn": checkpoint_contexts,
-    }
-    if not model.supports_gradient_checkpointing:
-        for block in model.get_submodule(blocks):
-            block.forward = _checkpointed(block, block.forward, settings)
-    elif hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(settings)
-    else:
-        model.gradient_checkpointing_enable(settings)
-
-
-def _checkpointed(
-    block: nn.Module, forward: Callable[..., Any], settings: Mapping[str, Any]
-) -> Callable[..., Any]:
-    """Return the forward method of a block of a class that has no checkpointing of its own."""
-
-    def forward_with_checkpointing(*args: Any, **kwargs: Any) -> Any:
-        if not block.training:
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, **kwargs, **settings)
-
-    return forward_with_checkpointing
 
 
 def linear_paths(module: nn.Module) -> list[str]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from qlora_cli.models.probe import Probe, probe, takes_positions
 from qlora_cli.models.registry import unsupported
 from qlora_cli.models.tables import is_plain_table, measured_scale
 from qlora_cli.models.tying import share_modules, shared_modules, tied_names
+from qlora_cli.models.weight_reads import read_weights
 from qlora_cli.nn import attention, stacked_experts
 
 _DROPOUT = re.compile(r"dropout|drop_rate|layerdrop|_pdrop|_drop$|jitter_noise$")
@@ -49,6 +51,18 @@ def derive_family(model: Any) -> Family:
 
     Raises ModelError, with the reason, for a model that a `Family` cannot describe.
     """
+    family = derive_backbone(model, _head_path)
+    outermost = family.backbone.partition(".")[0]
+    is_outside = not family.head.startswith(f"{outermost}.")
+    code = measured_head(model, outermost if is_outside else family.backbone, family.head)
+    return replace(family, logits=code.transform, has_head_input=code.has_own_input)
+
+
+def derive_backbone(model: Any, head_path: Callable[[Any], str]) -> Family:
+    """Return the family of a model on meta, without what it does with the output of its head.
+
+    head_path: returns the path of the head. Errors as of `derive_family`.
+    """
     config = text_config_of(model)
     backbone = language_model_path(model)
     if not backbone:
@@ -57,16 +71,13 @@ def derive_family(model: Any) -> Family:
     blocks = _blocks_path(model, backbone)
     found = list(model.get_submodule(blocks))
     experts, stacks = _experts(model, blocks, found)
-    head = _head_path(model)
+    head = head_path(model)
     others = other_parts(model, backbone, head)
     tied = tied_names(model, head, others)
     shared = shared_modules(model, tied)
     tied = {name: other for name, other in tied.items() if name.rpartition(".")[0] not in shared}
     share_modules(model, shared)
     row_parts = parts_of_rows(model, list(_convolutions(model, blocks)))
-    outermost = backbone.partition(".")[0]
-    is_outside = not head.startswith(f"{outermost}.")
-    head_code = measured_head(model, outermost if is_outside else backbone, head)
     embeddings = tuple(_embedding_paths(model, blocks, others))
     if experts:
         model.set_experts_implementation(stacked_experts.NAME)
@@ -94,8 +105,6 @@ def derive_family(model: Any) -> Family:
         experts=experts,
         kept_stacks=tuple(dict.fromkeys(_kept_stacks(found))),
         stacks=stacks,
-        logits=head_code.transform,
-        has_head_input=head_code.has_own_input,
         first_position=_first_position(model, embeddings),
         tied=tied,
         shared=shared,
@@ -235,7 +244,10 @@ def _embedding_paths(model: Any, blocks: str, others: Sequence[str]) -> Iterator
     for path, module in model.named_modules():
         is_other = module is not tokens and not path.startswith(outside)
         if isinstance(module, nn.Embedding) and is_other and is_plain_table(module, path):
-            yield path
+            parent, _, name = path.rpartition(".")
+            # DeBERTa's relative positions are a matrix, which is read and not looked up.
+            if name not in read_weights(model.get_submodule(parent)):
+                yield path
 
 
 def _first_position(model: Any, embeddings: Sequence[str]) -> int:

@@ -19,10 +19,17 @@ from qlora_cli.nn.mlp import ACTIVATIONS, Projections
 ROLES: Mapping[str, str] = {
     "q_proj": "q",
     "query": "q",
+    "query_proj": "q",
+    "q_lin": "q",
     "k_proj": "k",
     "key": "k",
+    "key_proj": "k",
+    "k_lin": "k",
     "v_proj": "v",
     "value": "v",
+    "value_proj": "v",
+    "v_lin": "v",
+    "out_lin": "o",
     "o_proj": "o",
     "gate_proj": "gate",
     "up_proj": "up",
@@ -30,14 +37,18 @@ ROLES: Mapping[str, str] = {
     "fc_in": "up",
     "c_fc": "up",
     "dense_h_to_4h": "up",
+    "lin1": "up",
+    "ffn": "up",
     "down_proj": "down",
     "output_linear": "down",
     "fc2": "down",
     "fc_out": "down",
     "dense_4h_to_h": "down",
+    "lin2": "down",
+    "ffn_output": "down",
 }
 """Name of a linear -> its role. A linear with another name has its own name as its role."""
-_OUTPUTS = ("out_proj", "dense", "c_proj", "proj")
+_OUTPUTS = ("out_proj", "dense", "c_proj", "proj", "Wo")
 """Names that are used for the last linear of attention and of an MLP."""
 _PROJECTIONS = (
     Projections(gate="gate_proj", up="up_proj", down="down_proj"),
@@ -129,6 +140,8 @@ def norms_of(blocks: Sequence[nn.Module]) -> Iterator[str]:
 def _role(path: str) -> str:
     """Return the role of the linear at `path` within a block."""
     parent, _, name = path.rpartition(".")
+    if parent == "intermediate" and name == "dense":
+        return "up"
     if name in _OUTPUTS:
         if parent.endswith("intermediate"):
             return "up"

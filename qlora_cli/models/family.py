@@ -15,6 +15,7 @@ from qlora_cli.nn.experts import StackPart
 from qlora_cli.nn.logits import IDENTITY, LogitTransform
 from qlora_cli.nn.mlp import Projections
 
+Pooling = Literal["first", "last", "mean"]
 Rows = Callable[[Any], Mapping[str, slice]]
 """From a transformers config to each role's rows of a fused linear's weight (out, in)."""
 
@@ -49,7 +50,7 @@ class MlpSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """The structure of a causal language model.
+    """The structure of a causal language model, or of a sequence classifier.
 
     model_types: the `model_type` values of transformers configs with this structure. backbone: path
     of the module that maps token ids to hidden states. blocks: path of the list of blocks. head:
@@ -81,6 +82,11 @@ class Family:
     count the tokens. kept_stacks: weights of a block with more dimensions than a matrix, which stay
     in 16 bit. row_parts: name of a parameter -> the tensors of a checkpoint that are its rows, in
     order.
+
+    The last fields are for a sequence classifier, whose `head` is the last linear. trained_head:
+    paths of the modules after the blocks, which train in full precision. head_shapes: name -> shape
+    of their parameters. pooling: the token of each row that they get, or the mean of all tokens.
+    token_types: the backbone takes the types of tokens.
     """
 
     name: str
@@ -116,6 +122,15 @@ class Family:
     kept_stacks: tuple[str, ...] = ()
     shared: Mapping[str, str] = field(default_factory=dict)
     row_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    trained_head: tuple[str, ...] = ()
+    head_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    pooling: Pooling = "last"
+    token_types: bool = False
+
+    @property
+    def is_classifier(self) -> bool:
+        """Return whether the model classifies sequences."""
+        return bool(self.trained_head)
 
     @property
     def token_embedding(self) -> str:

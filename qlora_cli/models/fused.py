@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-GATE_UP = ("gate_up_proj", "input_linear")
+GATE_UP = ("gate_up_proj", "input_linear", "Wi")
 """Names of linears that have gate and up in two halves in some classes."""
 _SIZE = 5
 """Number of rows of each half in the small computation."""
@@ -26,6 +26,7 @@ _Rows = Mapping[str, slice]
 _QKV: Mapping[tuple[str, str], Callable[[Any], bool]] = {
     ("phi3", "qkv_proj"): lambda config: True,
     ("mpt", "Wqkv"): lambda config: True,
+    ("modernbert", "Wqkv"): lambda config: True,
     ("openai-gpt", "c_attn"): lambda config: True,
     ("gpt_bigcode", "c_attn"): lambda config: config.multi_query,
     ("falcon", "query_key_value"): lambda config: (

@@ -27,14 +27,17 @@ _TINY, _HUGE = 2.0**-20, 2.0**30
 _TOLERANCE = 1e-5
 
 
-class _Output(tuple[Tensor]):
-    """The output of a backbone as a tuple and as an object; every other field is None."""
+class _Output(tuple[Tensor, ...]):
+    """The output of a backbone as a tuple and as an object; every other field is None.
+
+    The second item is the output of a pooler, if the backbone has one.
+    """
 
     def __getattr__(self, name: str) -> Tensor | None:
         return self[0] if name == "last_hidden_state" else None
 
 
-class _StubBackbone(nn.Module):
+class StubBackbone(nn.Module):
     """Returns `hidden` for any arguments.
 
     Its attributes are those of the backbone `of`. A part, such as `decoder`, is the stub itself.
@@ -46,7 +49,14 @@ class _StubBackbone(nn.Module):
         self.__dict__["hidden"] = hidden
 
     def forward(self, *_: Any, **__: Any) -> _Output:
-        return _Output((self.hidden,))
+        """Return `hidden`, and the output of the backbone's pooler for it."""
+        pooler = getattr(self.of, "pooler", None)
+        if pooler is None:
+            return _Output((self.hidden,))
+        activation = getattr(self.of, "pooler_activation", None)
+        if activation is None:
+            return _Output((self.hidden, pooler(self.hidden)))
+        return _Output((self.hidden, activation(pooler(self.hidden[:, 0]))))
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.of, name)
@@ -128,8 +138,8 @@ def head_input(model: Any, backbone: str, head: str, hidden: Tensor) -> Tensor:
 
 def _stubbed(model: Any, backbone: str, head: str, hidden: Tensor, stub: _StubHead) -> Any:
     """Run the forward method of `model` on hidden states (1, n, d), with a stub as its head."""
-    stub_backbone = _StubBackbone(model.get_submodule(backbone), hidden)
-    stubbed = _with_module(_with_module(model, backbone, stub_backbone), head, stub)
+    stub_backbone = StubBackbone(model.get_submodule(backbone), hidden)
+    stubbed = with_module(with_module(model, backbone, stub_backbone), head, stub)
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     return stubbed(input_ids=ids, use_cache=False)
 
@@ -145,11 +155,11 @@ def _fit(logits: Tensor, z: Tensor) -> LogitTransform | None:
     return found if is_same and scale != 0.0 else None
 
 
-def _with_module(module: nn.Module, path: str, new: nn.Module) -> Any:
+def with_module(module: nn.Module, path: str, new: nn.Module) -> Any:
     """Return a shallow copy of `module` that has `new` at `path`. `module` is not changed."""
     name, _, rest = path.partition(".")
     changed = copy.copy(module)
     changed.__dict__["_modules"] = dict(module._modules)
     child = module.get_submodule(name)
-    changed._modules[name] = _with_module(child, rest, new) if rest else new
+    changed._modules[name] = with_module(child, rest, new) if rest else new
     return changed

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.files.quantized import BITSANDBYTES, MXFP4, stored_as
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.registry import known_family
 
@@ -17,12 +18,30 @@ def limits_of(config: Any, model_class: Any) -> tuple[str, ...]:
     config: transformers' config of a base. model_class: the transformers Auto class of the task.
     Raises ModelError if no family can describe the type.
     """
-    return () if known_family(config) is not None else tuple(_limits(config, model_class))
+    notes = list(_stored(config))
+    if known_family(config) is None:
+        notes += _limits(config, model_class)
+    return tuple(notes)
+
+
+def _stored(config: Any) -> Iterator[str]:
+    """Yield what happens to a checkpoint that is already quantized."""
+    if stored_as(config) == MXFP4:
+        yield (
+            "the experts of this checkpoint are in MXFP4; they are dequantized exactly when they "
+            "are read, one stack at a time, and quantized to base.bits like other weights"
+        )
+    if stored_as(config) == BITSANDBYTES:
+        yield (
+            "this checkpoint was quantized by bitsandbytes; weights in the format of the recipe's "
+            "base are used as they are, others are dequantized and quantized again; their values "
+            "differ from those of the 16-bit base that the checkpoint was made from"
+        )
 
 
 def _limits(config: Any, model_class: Any) -> Iterator[str]:
     model, family = skeleton(config, torch.float32, model_class)
-    if not family.packs:
+    if not family.packs and not family.is_classifier:
         yield (
             f"model type {family.name} runs one row at a time, because it adds tokens to its "
             "input; packing changes the order of rows, but saves no time"
@@ -31,6 +50,11 @@ def _limits(config: Any, model_class: Any) -> Iterator[str]:
         yield (
             f"the rows of a packed sequence run one at a time in {', '.join(family.mixers)} of "
             "each block that has it, and together in all other parts"
+        )
+    if family.others:
+        yield (
+            f"only the language model is trained; {', '.join(family.others)} are not loaded, and a "
+            "merge copies them, so that it is larger than the planned figure"
         )
     if family.experts:
         number = _num_parameters(model, family.experts)

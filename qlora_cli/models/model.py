@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from qlora_cli.models.family import Family
+from qlora_cli.nn.activation_policy import Recomputation
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.nn.spans import Kernel
@@ -20,7 +21,9 @@ class LoadedModel:
     model: transformers' model. sites: every linear that the family describes. adapted: path ->
     roles with an adapter. weight_format: format of the linears' weights. kernel: attention kernel
     of the device, in a dry run of the planned device. stacks: every stacked parameter of experts,
-    if the experts are packed.
+    if the experts are packed. loss_chunk: number of tokens whose logits exist at once; None for the
+    default. recomputation: which blocks are recomputed in the backward pass; None if no block ever
+    is.
     """
 
     model: Any
@@ -31,6 +34,8 @@ class LoadedModel:
     weight_format: WeightFormat
     kernel: Kernel
     stacks: list[Site] = field(default_factory=list)
+    loss_chunk: int | None = None
+    recomputation: Recomputation | None = None
 
     @property
     def head(self) -> nn.Module:
@@ -44,4 +49,6 @@ class LoadedModel:
 
 def is_tied(loaded: LoadedModel) -> bool:
     """Return whether the token embedding and the head are one parameter."""
+    if loaded.family.is_classifier:
+        return False
     return f"{loaded.family.head}.weight" in loaded.model.all_tied_weights_keys

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_cli.adapters import peft_config
+from qlora_cli.adapters import peft_config, peft_names
 from qlora_cli.adapters.adapted_modules import adapted_layers, adapted_stacks
+from qlora_cli.adapters.dora import DoraLinear
 from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.adapters.peft_metadata import AdapterMetadata
@@ -26,6 +27,7 @@ from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_erro
 from qlora_cli.files.finite import finite_cpu_copy
 from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.trained_head import head_parameters
 from qlora_cli.recipe.adapter import Adapter
 from qlora_cli.recipe.schema import Recipe
 
@@ -42,6 +44,9 @@ def save_adapter(
     """
     layers = dict(adapted_layers(loaded.model))
     factors = dict(_factors(loaded, layers))
+    for name, parameter in head_parameters(loaded).items():
+        spec = TensorSpec(parameter.dtype, tuple(parameter.shape))
+        factors[peft_names.saved_name(name)] = spec, parameter.detach
     specs = {name: spec for name, (spec, _) in factors.items()}
 
     def compute(name: str) -> Tensor:
@@ -59,11 +64,15 @@ def save_adapter(
 def _factors(
     loaded: LoadedModel, layers: Mapping[str, LoraLinear]
 ) -> Iterator[tuple[str, tuple[TensorSpec, Callable[[], Tensor]]]]:
-    """Yield the name in the file of each A and B, its form, and the function that computes it."""
+    """Yield the name of each tensor in the file, its form, and the function that computes it."""
     for path, layer in layers.items():
         for letter in "AB":
             spec = _stacked_spec(layer, letter)
-            yield peft_config.tensor_name(path, letter), (spec, partial(_stacked, layer, letter))
+            yield peft_names.tensor_name(path, letter), (spec, partial(_stacked, layer, letter))
+        if isinstance(layer, DoraLinear):
+            magnitude = partial(_magnitude, layer)
+            spec = TensorSpec(torch.float32, (layer.base.out_features,))
+            yield peft_names.magnitude_name(path), (spec, magnitude)
     stacks = dict(adapted_stacks(loaded.model))
     for path, in_file in file_paths(stacks).items():
         lora = stacks[path].lora()
@@ -71,7 +80,7 @@ def _factors(
             compute = partial(to_file, factor.detach(), letter)
             shape = tuple(to_file(factor.detach().to("meta"), letter).shape)
             yield (
-                peft_config.tensor_name(in_file, letter),
+                peft_names.tensor_name(in_file, letter),
                 (TensorSpec(factor.dtype, shape), compute),
             )
 
@@ -85,7 +94,10 @@ def _metadata(
         for path, layer in layers.items()
         if path in fused
     }
-    return AdapterMetadata(settings.rank, settings.alpha, settings.rslora, blocks)
+    own = {path: layer.settings for path, layer in layers.items()}
+    ranks = {path: o.rank for path, o in own.items() if o.rank != settings.rank}
+    alphas = {path: o.alpha for path, o in own.items() if o.alpha != settings.alpha}
+    return AdapterMetadata(settings.rank, settings.alpha, settings.rslora, blocks, ranks, alphas)
 
 
 def _peft_config(
@@ -97,25 +109,30 @@ def _peft_config(
     not every program that reads adapters supports patterns.
     """
     targets = _Targets.of(loaded, layers)
-    num_roles = {path: len(layer.lora_slices) for path, layer in layers.items()}
-    num_roles |= dict.fromkeys(targets.stacks, 1)
-    most_common = Counter(num_roles.values()).most_common(1)[0][0]
+    stacked = {path: _stacked_settings(layer) for path, layer in layers.items()}
+    for path, stack in adapted_stacks(loaded.model):
+        stacked[path] = (stack.settings.rank, stack.settings.alpha)
+    most_common = Counter(stacked.values()).most_common(1)[0][0]
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for num in set(num_roles.values()) - {most_common}:
-        paths = {path for path, own in num_roles.items() if own == num}
+    for pair in sorted(set(stacked.values()) - {most_common}):
+        paths = {path for path, own in stacked.items() if own == pair}
         for name in (*targets.modules(paths), *targets.parameters(paths)):
-            ranks[name], alphas[name] = _stacked_settings(recipe.adapter, num)
-    rank, alpha = _stacked_settings(recipe.adapter, most_common)
+            ranks[name], alphas[name] = pair
+    rank, alpha = most_common
+    heads = list(loaded.family.trained_head)
     return PeftConfig(
+        task_type=peft_config.CLASSIFICATION if heads else "CAUSAL_LM",
+        modules_to_save=heads or None,
         base_model_name_or_path=recipe.model.name,
         revision=recipe.model.revision,
         r=rank,
         lora_alpha=alpha,
         lora_dropout=recipe.adapter.dropout,
         use_rslora=recipe.adapter.rslora,
-        target_modules=targets.modules(num_roles) or None,
-        target_parameters=targets.parameters(num_roles) or None,
+        use_dora=any(isinstance(layer, DoraLinear) for layer in layers.values()),
+        target_modules=targets.modules(stacked) or None,
+        target_parameters=targets.parameters(stacked) or None,
         rank_pattern=ranks,
         alpha_pattern=alphas,
         fan_in_fan_out=any(site.transposed for site in loaded.sites if site.path in layers),
@@ -156,10 +173,11 @@ class _Targets:
         return sorted([*(f"{ending}.weight" for ending in weights), *stacks])
 
 
-def _stacked_settings(adapter: Adapter, num_roles: int) -> tuple[int, float]:
-    """Return (rank, alpha) of `num_roles` stacked adapters, with unchanged scaling."""
-    factor = num_roles**0.5 if adapter.rslora else num_roles
-    return adapter.rank * num_roles, adapter.alpha * factor
+def _stacked_settings(layer: LoraLinear) -> tuple[int, float]:
+    """Return (rank, alpha) of the stacked adapters of a linear, with unchanged scaling."""
+    settings, num_roles = layer.settings, len(layer.lora_slices)
+    factor = num_roles**0.5 if settings.rslora else num_roles
+    return settings.rank * num_roles, settings.alpha * factor
 
 
 def _stacked_spec(layer: LoraLinear, factor: str) -> TensorSpec:
@@ -180,3 +198,11 @@ def _stacked(layer: LoraLinear, factor: str) -> Tensor:
     for index, (role, rows) in enumerate(layer.lora_slices.items()):
         b[rows, index * rank : (index + 1) * rank] = layer.lora_b[role].detach()
     return b
+
+
+def _magnitude(layer: DoraLinear) -> Tensor:
+    """Return m of all rows (out,); rows without an adapter keep the length of W."""
+    m = layer.base_lengths().clone()
+    for role, rows in layer.lora_slices.items():
+        m[rows] = layer.lora_magnitude[role].detach()
+    return m

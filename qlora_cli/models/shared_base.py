@@ -10,7 +10,7 @@ from qlora_cli.adapters.registry import method_of
 from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
 from qlora_cli.models.attach import base_at
-from qlora_cli.models.build import ModelRequest, build, initialize_adapter
+from qlora_cli.models.build import ModelRequest, apply_train_settings, build, initialize_adapter
 from qlora_cli.models.model import LoadedModel
 
 
@@ -64,6 +64,7 @@ class SharedBase:
 def _base_content(request: ModelRequest) -> dict[str, Any]:
     """Return dotted key -> value of everything that a base depends on."""
     recipe = request.recipe
+    freezes_base = method_of(recipe.adapter).freezes_base
     sections = {"model": recipe.model, "base": recipe.base}
     content = {
         f"{name}.{key}": value
@@ -72,10 +73,8 @@ def _base_content(request: ModelRequest) -> dict[str, Any]:
     }
     return content | {
         "task": recipe.task,
-        "adapter.method": recipe.adapter.method,
-        "train.activation_checkpointing": recipe.train.activation_checkpointing,
-        # Activation checkpointing restores the random state only if there is dropout.
-        "adapter.dropout > 0": recipe.adapter.dropout > 0,
+        # Methods that freeze the base can follow each other on it.
+        "adapter.method": None if freezes_base else recipe.adapter.method,
     }
 
 
@@ -92,3 +91,4 @@ def _exchange_adapter(loaded: LoadedModel, request: ModelRequest) -> None:
                 module = method.wrap(module, {role: site.rows[role] for role in roles})
             convert.replace_module(loaded.model, site.path, module)
     initialize_adapter(loaded, request)
+    apply_train_settings(loaded, request.recipe)

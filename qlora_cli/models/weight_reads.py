@@ -29,6 +29,8 @@ def read_weights(module: nn.Module) -> set[str]:
     }
 
 
+_NEVER_PASSED = {"query_states": None}
+"""Arguments that no model passes to its blocks: only DeBERTa's head for pre-training does."""
 _Tests = tuple[tuple[str, bool], ...]
 
 
@@ -64,6 +66,7 @@ def _reads_of(nodes: Sequence[ast.AST], tests: _Tests) -> Iterator[tuple[str, _T
 def _is_excluded(test: str, wanted: bool, module: nn.Module) -> bool:
     """Return whether a test of the module's own settings has another result than `wanted`."""
     try:
-        return bool(eval(test, {"__builtins__": {}}, {"self": module})) is not wanted
+        names = {"self": module, **_NEVER_PASSED}
+        return bool(eval(test, {"__builtins__": {}}, names)) is not wanted
     except Exception:  # The test needs more than the module, such as an argument.
         return False

@@ -1,4 +1,4 @@
-"""Causal attention over rows in one sequence without padding, registered with transformers.
+"""Attention over rows in one sequence without padding, registered with transformers.
 
 A batch has no padding: all rows of a micro-batch, packed or not, form one sequence (1, tokens), and
 `Spans` gives the lengths of the rows. A row attends to itself only, so packed rows cannot leak into
@@ -8,9 +8,10 @@ kernel, which needs much memory.
 
 There are three code paths. On a CUDA GPU with FlashAttention, one variable-length call computes all
 rows. Otherwise each row is one SDPA call, or plain operations if no kernel computes it
-(`plain_attention.py`). Rows come from `split` and not from slicing, because the
-backward pass of a slice allocates the whole tensor. A dry run uses the kernel of the target device
-(`kernel_for`): on meta tensors SDPA silently selects MATH, which no real device selects here.
+(`plain_attention.py`). Rows come from `split` and not from slicing, because the backward pass of a
+slice allocates the whole tensor. Decoders attend causally, encoders to the complete row. A dry run
+uses the kernel of the target device (`kernel_for`): on meta tensors SDPA silently selects MATH,
+which no real device selects here.
 
 Letters: B batch (always 1 in training), H heads, G key/value heads, T query and S key positions, D
 head size.
@@ -18,7 +19,7 @@ head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ UNUSED_ARGUMENTS = {
     "output_attentions": "attention weights are not returned, whether they are wanted or not",
     "output_router_logits": "it belongs to the router of experts",
     "use_cache": "the model has already added the cached keys and values",
+    "deterministic": "it selects a variant of FlashAttention with the same result",
 }
 """Arguments that transformers passes and that do not change the result, with the reason."""
 
@@ -70,7 +72,9 @@ def attend(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute causal attention. query (B, H, T, D), key and value (B, G, S, D) -> (B, T, H, D).
+    """Compute attention. query (B, H, T, D), key and value (B, G, S, D) -> (B, T, H, D).
+
+    It is causal, unless the module or the argument `is_causal` states that it is not.
 
     Without `use_spans` the sequence is one row, and T < S means that the first S - T keys come from
     a cache. softcap: soft cap on the scores. s_aux: (H,), attention sinks. Raises ModelError if
@@ -78,6 +82,7 @@ def attend(
     model.
     """
     refuse_arguments(module, {"attention_mask": attention_mask, "dropout": dropout or None}, others)
+    causal = _is_causal(module, others)
     spans = current_spans()
     if spans is not None and query.shape[2] != key.shape[2]:
         raise _refusal(module, "keys that are not those of its tokens")
@@ -88,13 +93,16 @@ def attend(
             spans = (spans or Spans((query.shape[2],), "cpu")).in_chunks(size, query.device)
     kernel: Kernel = "cpu" if spans is None else spans.kernel
     if softcap is not None or s_aux is not None or _needs_plain_operations(query, value, kernel):
+        _refuse(module, [] if causal else ["is_causal=False"])
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         settings = PlainSettings(scaling, sliding_window, softcap)
         attend_row = partial(plain_attention, sinks=s_aux, settings=settings)
         return _attend_rows(attend_row, query, key, value, spans), None
     if spans is not None and spans.offsets is not None and _supports_flash(query, value):
-        return _attend_flash(query, key, value, scaling, sliding_window, spans), None
-    attend_row = partial(_attend_row, scaling=scaling, window=sliding_window, kernel=kernel)
+        return _attend_flash(query, key, value, scaling, sliding_window, spans, causal), None
+    attend_row = partial(
+        _attend_row, scaling=scaling, window=sliding_window, kernel=kernel, causal=causal
+    )
     return _attend_rows(attend_row, query, key, value, spans), None
 
 
@@ -138,15 +146,24 @@ def refuse_arguments(
     arguments. None means that the model does not use the argument.
     """
     passed = {**unsupported, **others}
-    # The argument overrides the attribute, as in transformers' own attention functions.
-    is_causal = passed.pop("is_causal", None)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+    passed.pop("is_causal", None)
     names = [
         name for name, value in passed.items() if value is not None and name not in UNUSED_ARGUMENTS
     ]
-    if not is_causal:
-        names.append("is_causal=False")
+    _refuse(module, names)
+
+
+def _is_causal(module: nn.Module, others: Mapping[str, Any]) -> bool:
+    """Return whether an attention call is causal. others: its further arguments.
+
+    The argument overrides the attribute, as in transformers' own attention functions.
+    """
+    argument = others.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if argument is None else argument)
+
+
+def _refuse(module: nn.Module, names: Sequence[str]) -> None:
+    """Raise ModelError that names the arguments of a call which are not handled, if any."""
     if names:
         raise _refusal(module, ", ".join(sorted(names)))
 
@@ -173,10 +190,12 @@ def _attend_flash(
     scaling: float | None,
     window: int | None,
     spans: Spans,
+    causal: bool,
 ) -> Tensor:
     """Compute all rows in one call. The kernel supports grouped heads."""
     assert query.shape[0] == 1, "all rows are in one sequence"
     window_left = None if window is None else window - 1
+    window_right = None if window is None else 0 if causal else window - 1
     out: Tensor = torch.ops.aten._flash_attention_forward(
         *(t.squeeze(0).transpose(0, 1) for t in (query, key, value)),
         spans.offsets,
@@ -184,11 +203,11 @@ def _attend_flash(
         spans.longest,
         spans.longest,
         0.0,
-        True,
+        causal,
         False,
         scale=scaling,
         window_size_left=window_left,
-        window_size_right=None if window is None else 0,
+        window_size_right=window_right,
     )[0]
     return out.unsqueeze(0)
 
@@ -200,13 +219,14 @@ def _attend_row(
     scaling: float | None,
     window: int | None,
     kernel: Kernel,
+    causal: bool = True,
 ) -> Tensor:
     """Compute one row (B, H, T, D) -> (B, H, T, D). kernel: used on meta tensors only."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     window_applies = window is not None and num_keys > window
-    needs_mask = window_applies or 1 < num_queries < num_keys
-    mask = _mask(num_queries, num_keys, window, query.device) if needs_mask else None
-    causal = mask is None and num_queries == num_keys
+    needs_mask = window_applies or (causal and 1 < num_queries < num_keys)
+    mask = _mask(num_queries, num_keys, window, query.device, causal) if needs_mask else None
+    causal = causal and mask is None and num_queries == num_keys
     grouped = key.shape[1] != query.shape[1]
     if grouped and (query.is_cuda or (query.is_meta and kernel != "cpu")):
         # SDPA's memory-efficient kernel does not support grouped heads and would select MATH.
@@ -267,17 +287,28 @@ def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
-def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+def _mask(
+    num_queries: int, num_keys: int, window: int | None, device: torch.device, causal: bool
+) -> Tensor:
     """Return (queries, keys) bool: True if the query attends to the key.
 
-    The last query is at the position of the last key. Three queries, five keys, no window:
+    The last query is at the position of the last key. Three queries, five keys, causal, no window:
 
         1 1 1 0 0
         1 1 1 1 0
         1 1 1 1 1
+
+    Without causality a window of 2 reaches one key to both sides. Three queries, three keys:
+
+        1 1 0
+        1 1 1
+        0 1 1
     """
     key_positions = torch.arange(num_keys, device=device)
     query_positions = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    if not causal:
+        assert window is not None, "without a window every key is visible"
+        return (key_positions - query_positions).abs() < window
     visible = key_positions <= query_positions
     return visible if window is None else visible & (key_positions > query_positions - window)
 

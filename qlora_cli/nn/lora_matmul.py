@@ -104,7 +104,8 @@ class LoraMatmul:
 
     def _adapters(self, factors: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield (rows, A, B) of each adapter."""
-        yield from zip(self.lora_slices, factors[0::2], factors[1::2], strict=True)
+        pairs = factors[: 2 * len(self.lora_slices)]
+        yield from zip(self.lora_slices, pairs[0::2], pairs[1::2], strict=True)
 
 
 class AdaptedLinear(nn.Module):

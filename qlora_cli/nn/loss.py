@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.memory.scopes import scope
+from qlora_cli.memory.scopes import mark, scope
 from qlora_cli.nn.logits import IDENTITY, LogitTransform
 
 _HEAD_ROWS = 8192
 """Rows of the head whose gradient is updated at once."""
+_CONVERTED_ELEMENTS = 2**20
+"""Values of the head that are converted to another dtype at once: 4 MiB in float32."""
 CHUNK_ELEMENTS = 2**25
-"""Logits of one chunk: 128 MiB in float32. Half of that saves 96 MiB and reads the head twice."""
+"""Logits of one chunk if its number of tokens is not given: 128 MiB in float32."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -41,7 +43,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         scale: float | Tensor,
         transform: LogitTransform,
+        chunk: int | None,
     ) -> Tensor:
+        mark("loss")
         with scope("loss"):
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             inputs = zip((hidden, head, bias), ctx.needs_input_grad, strict=False)
@@ -49,8 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.zeros_like(tensor) if tensor is not None and needed else None
                 for tensor, needed in inputs
             ]
-            weight = head.to(hidden.dtype)
-            for at, rows, logits in _chunks(hidden, weight, bias, positions, transform):
+            for at, rows, logits in _chunks(hidden, head, bias, positions, transform, chunk):
                 chosen = targets[at][:, None]
                 needs_grad = any(grad is not None for grad in ctx.grads)
                 slope = transform.slope(logits) if needs_grad else None
@@ -68,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     probabilities.mul_(slope)
                 grad_output = probabilities.mul_(weights * transform.scale).to(hidden.dtype)
                 del logits, probabilities, slope
-                _add_gradients(ctx.grads, grad_output, rows, weight, positions[at])
+                _add_gradients(ctx.grads, grad_output, rows, head, positions[at])
                 del grad_output, rows
         return total if isinstance(scale, Tensor) else total.mul_(scale)
 
@@ -76,7 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         scaled = (None if saved is None else saved.mul_(grad.to(saved.dtype)) for saved in grads)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _add_gradients(
@@ -89,11 +92,32 @@ def _add_gradients(
     """
     grad_hidden, grad_head, grad_bias = grads
     if grad_hidden is not None:
-        grad_hidden.index_copy_(0, at, grad_output @ weight)
+        grad_hidden.index_copy_(0, at, _grad_rows(grad_output, weight))
     if grad_head is not None:
         _add_product(grad_head, grad_output.to(grad_head.dtype), rows.to(grad_head.dtype))
     if grad_bias is not None:
         grad_bias += grad_output.sum(dim=0)
+
+
+def _grad_rows(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """Return grad_output (c, V) W (V, d), the gradient of the head's input."""
+    if weight.dtype == grad_output.dtype:
+        return grad_output @ weight
+    grad = grad_output.new_zeros(grad_output.shape[0], weight.shape[1])
+    for at, piece in _converted(weight, grad.dtype):
+        grad.addmm_(grad_output[:, at], piece)
+    return grad
+
+
+def _converted(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, these rows of the weight (V, d) in another dtype), a few at a time.
+
+    A copy of the head can need more memory than everything else in a step.
+    """
+    step = max(1, _CONVERTED_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        at = slice(start, start + step)
+        yield at, weight[at].to(dtype)
 
 
 def _add_product(grad_head: Tensor, grad_logits: Tensor, rows: Tensor) -> None:
@@ -114,17 +138,18 @@ def chunked_cross_entropy(
     scale: float | Tensor,
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return the sum of the cross entropies of all targets times `scale`, a float32 scalar.
 
     hidden: (n, d). head: (V, d). positions: (m,) int64, the rows of `hidden` that have a target.
     targets: (m,) int64. scale: one for all targets, or (m,) float32 one for each; it includes the
     loss scale of float16 training, so that it is applied before gradients are rounded to 16 bit.
-    bias: (V,) of the head. transform: of the head's output.
-    `backward` can be called once.
+    bias: (V,) of the head. transform: of the head's output. chunk: number of targets whose logits
+    exist at once; None for as many as have CHUNK_ELEMENTS logits. `backward` can be called once.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(
-        hidden, head, bias, positions, targets, scale, transform
+        hidden, head, bias, positions, targets, scale, transform, chunk
     )
     return loss
 
@@ -137,6 +162,7 @@ def score(
     targets: Tensor,
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (sum of the cross entropies, number of targets that are the top-1 token), scalars.
 
@@ -145,7 +171,9 @@ def score(
     with scope("loss"):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-        for is_top1, losses in _scored_chunks(hidden, head, positions, targets, bias, transform):
+        for is_top1, losses in _scored_chunks(
+            hidden, head, positions, targets, bias, transform, chunk
+        ):
             correct += is_top1.sum()
             total += losses.sum()
         return total, correct
@@ -159,12 +187,13 @@ def score_targets(
     targets: Tensor,
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each target (m,) float32, and whether it is top-1 (m,) bool.
 
     The arguments are those of `chunked_cross_entropy`; there is at least one target.
     """
-    chunks = list(_scored_chunks(hidden, head, positions, targets, bias, transform))
+    chunks = list(_scored_chunks(hidden, head, positions, targets, bias, transform, chunk))
     is_top1, losses = (torch.cat(parts).squeeze(1) for parts in zip(*chunks, strict=True))
     return -losses, is_top1
 
@@ -176,9 +205,11 @@ def _scored_chunks(
     targets: Tensor,
     bias: Tensor | None,
     transform: LogitTransform,
+    chunk: int | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (whether each target is top-1 (c, 1), losses (c, 1)) per chunk."""
-    for at, _, logits in _chunks(hidden, head.to(hidden.dtype), bias, positions, transform):
+    mark("loss")
+    for at, _, logits in _chunks(hidden, head, bias, positions, transform, chunk):
         chosen = targets[at][:, None]
         is_top1 = logits.argmax(dim=1, keepdim=True) == chosen
         yield is_top1, _losses(logits, chosen)[0]
@@ -192,9 +223,10 @@ def _chunks(
     bias: Tensor | None,
     positions: Tensor,
     transform: LogitTransform,
+    chunk: int | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield (slice of the targets, their hidden states (c, d), float32 logits (c, V)) per chunk."""
-    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    size = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
     for start in range(0, positions.shape[0], size):
         at = slice(start, start + size)
         rows = hidden.index_select(0, positions[at])
@@ -203,6 +235,11 @@ def _chunks(
 
 def head_output(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return rows W^T + b (c, V) of hidden states (c, d)."""
+    if weight.dtype != rows.dtype:
+        output = rows.new_empty(rows.shape[0], weight.shape[0])
+        for at, piece in _converted(weight, rows.dtype):
+            output[:, at] = rows @ piece.t()
+        return output if bias is None else output.add_(bias)
     if bias is None:
         return rows @ weight.t()
     return torch.addmm(bias.to(rows.dtype), rows, weight.t())

@@ -119,8 +119,7 @@ class QuantLinear(nn.Module):
                 self.weight = _frozen(weight.to(self.weight_format.storage).contiguous())
         attribute([self.weight], self.category)
         attribute(self.constants(), "quant_constants")
-        if self._dequantized is not None:
-            self.keep_dequantized()
+        self.renew_dequantized()
 
     def _pack_4bit(self, weight: Tensor) -> None:
         flat, device = weight.reshape(-1), weight.device
@@ -183,6 +182,11 @@ class QuantLinear(nn.Module):
         """
         self._dequantized = None
         self._dequantized = self.dequantize()
+
+    def renew_dequantized(self) -> None:
+        """Dequantize a new weight if `keep_dequantized` was called."""
+        if self._dequantized is not None:
+            self.keep_dequantized()
 
     def fuse_token_product(self) -> None:
         """Multiply single tokens by the packed 4-bit weight in one kernel of bitsandbytes.

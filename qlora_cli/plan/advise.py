@@ -1,24 +1,27 @@
-"""Searches for changes of a recipe that make a job fit a device. Every change is planned."""
+"""Searches for changes of a recipe that make a job fit a device. Every change is planned.
+
+If the recipe's activation policy is `auto`, every change is planned with the policy that needs the
+least memory, which is the one that a job at the limit gets.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.data.positions import num_positions
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.results import Advice
+from qlora_cli.plan.search import largest_that_fits
+from qlora_cli.plan.settle import least_memory
+from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.schema import Recipe
 
 _SEQUENCE_UNIT = 64
 """Sequence lengths are searched in multiples of this."""
 _MAX_MICRO_BATCH = 256
 """Upper end of the search for a micro-batch, unless the recipe's own is larger."""
-_EXTRAPOLATED_PLANS = 6
-"""Number of plans after which a search stops extrapolating and uses bisection."""
 _MAX_SEQ_LEN = 2**17
 """Upper end of the search for a sequence length if the config has no number of positions."""
 
@@ -30,13 +33,14 @@ def changes_that_fit(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     peak comes first, because it costs least. If the frozen weights alone exceed the device's
     memory, only changes of the weights are planned.
     """
+    recipe = least_memory(recipe)
     peak_bytes = planner.plan(recipe).peak_bytes
     weights_fit = _weights_fit(recipe, planner)
     on_gpu = planner.profile.kind == "cuda"
     changes = _changes(recipe, on_gpu) if weights_fit else _smaller_weights(recipe)
     advice = [_advice(text, changed, peak_bytes, planner) for text, changed in changes]
     sizes = (
-        _sizes(recipe, recipe.data.seq_len, recipe.train.micro_batch, recipe) if weights_fit else ()
+        _sizes(recipe, recipe.data.seq_len, recipe.train.pass_size, recipe) if weights_fit else ()
     )
     for size in sizes:
         best = size.largest(planner)
@@ -52,14 +56,15 @@ def largest_sizes(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     The sequence length is searched at micro-batch 1, the micro-batch at the recipe's sequence
     length. The result is empty if the frozen weights alone exceed the device's memory.
     """
+    recipe = least_memory(recipe)
     if not _weights_fit(recipe, planner):
         return ()
     peak_bytes = planner.plan(recipe).peak_bytes
     max_seq_len = num_positions(planner.config) or _MAX_SEQ_LEN
-    max_micro_batch = max(_MAX_MICRO_BATCH, recipe.train.micro_batch)
+    max_micro_batch = max(_MAX_MICRO_BATCH, recipe.train.pass_size)
     one_row = with_settings(recipe, "train", micro_batch=1)
     length, micro_batch = _sizes(recipe, max_seq_len, max_micro_batch, one_row)
-    also = "" if recipe.train.micro_batch == 1 else " train.micro_batch=1"
+    also = "" if recipe.train.pass_size == 1 else " train.micro_batch=1"
     advice = []
     by_model = "model" if num_positions(planner.config) else "search"
     for size, suffix, upper_limit in ((length, also, by_model), (micro_batch, "", "search")):
@@ -77,6 +82,7 @@ def longest_sequence(recipe: Recipe, planner: Planner, max_seq_len: int) -> int 
 
     max_seq_len: upper end of the search. None if the job does not fit with any.
     """
+    recipe = least_memory(recipe)
     if not _weights_fit(recipe, planner):
         return None
     return _sizes(recipe, max_seq_len, 1, recipe)[0].largest(planner)
@@ -89,7 +95,7 @@ def _weights_fit(recipe: Recipe, planner: Planner) -> bool:
 
 def _changes(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
     """Yield (override, changed recipe) for settings that save memory and cost speed or quality."""
-    if not recipe.train.activation_checkpointing:
+    if recipe.train.activation_checkpointing is not True:
         changed = with_settings(recipe, "train", activation_checkpointing=True)
         yield "train.activation_checkpointing=true", changed
     if recipe.base.compute_dtype == "float32":
@@ -138,43 +144,16 @@ class _Size:
         return with_settings(self.recipe, self.section, **{self.name: value})
 
     def largest(self, planner: Planner) -> int | None:
-        """Return the largest multiple of the unit with which the job fits, or None.
+        """Return the largest multiple of the unit with which the job fits, or None."""
 
-        Memory grows almost linearly with a size. So the search extrapolates from the last two plans
-        for a few plans, and then bisects the remaining range.
-        """
-        limit = planner.profile.usable_bytes
-        low, high, best = 0, self.upper // self.unit + 1, None
-        planned_bytes: dict[int, int] = {}
-        guess = max(1, min(getattr(getattr(self.recipe, self.section), self.name), self.upper))
-        guess = max(1, guess // self.unit)
-        while high - low > 1:
-            value = guess * self.unit
-            plan = planner.plan(self.changed(value))
-            planned_bytes[guess] = plan.reserved_bytes or plan.peak_bytes
-            if planner.fits(plan):
-                low, best = guess, value
-            else:
-                high = guess
-            guess = _next_guess(planned_bytes, low, high, limit)
-        return best
+        def planned(multiple: int) -> tuple[int, bool]:
+            plan = planner.plan(self.changed(multiple * self.unit))
+            return plan.needed_bytes, planner.fits(plan)
 
-
-def _next_guess(planned_bytes: Mapping[int, int], low: int, high: int, limit: int) -> int:
-    """Return the next multiple to plan, between `low` and `high` and excluding both.
-
-    planned_bytes: multiple -> planned bytes, in the order of planning. limit: bytes that fit.
-    """
-    middle = (low + high) // 2
-    if len(planned_bytes) == 1:  # A small change, because plans of many more tokens take longer.
-        return min(2 * low, high - 1) if low else middle
-    if len(planned_bytes) > _EXTRAPOLATED_PLANS:
-        return middle
-    (x1, y1), (x2, y2) = list(planned_bytes.items())[-2:]
-    if y1 == y2:
-        return middle
-    crossing = x2 + math.floor((limit - y2) * (x2 - x1) / (y2 - y1))
-    return min(max(crossing, low + 1), high - 1)
+        value = getattr(getattr(self.recipe, self.section), self.name)
+        guess, upper = min(value, self.upper) // self.unit, self.upper // self.unit
+        best = largest_that_fits(planned, upper, guess, planner.profile.usable_bytes)
+        return best * self.unit or None
 
 
 def _sizes(
@@ -191,9 +170,3 @@ def _advice(change: str, changed: Recipe, peak_bytes: int, planner: Planner) -> 
     """Return the advice for a change. peak_bytes: planned peak of the unchanged recipe."""
     plan = planner.plan(changed)
     return Advice(change, peak_bytes - plan.peak_bytes, plan.peak_bytes, planner.fits(plan))
-
-
-def with_settings(recipe: Recipe, section: str, **changes: Any) -> Recipe:
-    """Return the recipe with other values of settings in one section."""
-    changed_section = getattr(recipe, section).model_copy(update=changes)
-    return recipe.model_copy(update={section: changed_section})

@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_cli.device import DeviceProfile
-from qlora_cli.plan.advise import longest_sequence, with_settings
+from qlora_cli.plan.advise import longest_sequence
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.plan.settle import least_memory
+from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.resolve import Choice
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.units import format_bytes, format_count
@@ -42,8 +44,8 @@ class SizeChooser:
         return self.planner.profile.usable_bytes
 
     def needed(self, recipe: Recipe) -> str:
-        """Return the planned memory of a resolved recipe as text."""
-        return format_bytes(needed_bytes(self.planner.plan(recipe)))
+        """Return the memory that a resolved recipe needs at least, as text."""
+        return format_bytes(self.planner.plan(least_memory(recipe)).needed_bytes)
 
     def bits(self, recipe: Recipe) -> Choice | None:
         """Return the largest bits of the base with which the recipe fits.
@@ -83,7 +85,7 @@ class SizeChooser:
     def smallest(self, recipe: Recipe) -> MemoryPlan:
         """Return the plan of a recipe in 4 bit with the shortest sequence."""
         small = with_settings(recipe, "data", seq_len=min(MIN_SEQ_LEN, recipe.data.seq_len))
-        return self.planner.plan(with_settings(small, "base", bits=4))
+        return self.planner.plan(least_memory(with_settings(small, "base", bits=4)))
 
     def micro_batch(self, recipe: Recipe, batch: int) -> tuple[Choice, Choice]:
         """Return the sequences per pass, a power of two, and the passes per update.
@@ -116,16 +118,11 @@ class SizeChooser:
         )
 
     def _fits(self, recipe: Recipe) -> bool:
-        return self.planner.fits(self.planner.plan(recipe))
+        return self.planner.fits(self.planner.plan(least_memory(recipe)))
 
     def memory_text(self) -> str:
         """Return the memory that may be planned: `6.75 GiB (90% of the usable memory)`."""
         return f"{format_bytes(self.limit_bytes)} ({1 - RESERVE:.0%} of the usable memory)"
-
-
-def needed_bytes(plan: MemoryPlan) -> int:
-    """Return the memory that the caching allocator reserves, or of the tensors on a CPU."""
-    return plan.reserved_bytes or plan.peak_bytes
 
 
 def _split(recipe: Recipe, batch: int, micro_batch: int) -> Recipe:

@@ -6,15 +6,14 @@ FakeTensorMode, because FakeTensorMode cannot build packed weights, makes transf
 and is three times slower.
 
 If groups of blocks are alike (`block_groups.py`), only a few of them run, and their recorded events
-are repeated for the others (`recording.py`). The events are then replayed to the memory model of
+are repeated for the others (`repeat.py`). The events are then replayed to the memory model of
 the target device (`replay.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,19 +27,19 @@ from qlora_cli.memory.gc_pause import gc_paused
 from qlora_cli.memory.ledger import FigureSource, MethodPeak, Phase, peak_phase
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.tracker import StorageTracker, track_gradients
-from qlora_cli.models.build import ModelRequest, skeleton
-from qlora_cli.models.depth import num_blocks, set_num_blocks
-from qlora_cli.models.derive_blocks import structure_of
+from qlora_cli.models.build import ModelRequest
+from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.family import Family
-from qlora_cli.models.registry import known_family
 from qlora_cli.nn.codebook import clear_scale_codebook
-from qlora_cli.plan.block_groups import BlockGroups, find_groups
-from qlora_cli.plan.meta_source import MetaSource
-from qlora_cli.plan.recording import NotAlike, Recording
+from qlora_cli.plan.block_groups import BlockGroups, GroupSample
+from qlora_cli.plan.config_blocks import groups_of, with_blocks
+from qlora_cli.plan.meta_source import MetaCopy, MetaSource
+from qlora_cli.plan.recording import Recording
+from qlora_cli.plan.repeat import NotAlike
 from qlora_cli.plan.replay import MemoryPlan, RecordedJob, replay
+from qlora_cli.recipe.activations import recomputed_blocks
+from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.tasks.registry import task_of
-from qlora_cli.tasks.task import Task
 from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.state import State, build_state, tag_living
 from qlora_cli.train.step import train_step
@@ -52,74 +51,16 @@ def dry_run(
     profile: DeviceProfile,
     step_batches: Sequence[Batch],
     eval_batches: Sequence[Batch] = (),
+    has_copy: bool = False,
 ) -> MemoryPlan:
     """Plan loading, the first step, a later step and evaluation on the device of `profile`.
 
-    recipe: resolved, without `auto`. config: transformers' config of the base; it is not modified.
-    step_batches: micro-batches of one optimizer step, on the CPU: the largest first one, and the
-    largest later one if there are several. Later micro-batches run while gradients exist, so two
-    represent any number. eval_batches: the largest batches of the evaluation, on the CPU; empty if
-    the job does not evaluate. Raises the errors of `build_state` and `train_step`.
+    recipe: resolved, without `auto`. The other arguments and the errors are those of `DryRun`.
+    Raises RecipeError if the recipe recomputes more blocks than there are.
     """
-    job = _DryRun(recipe, profile, step_batches, eval_batches)
-    # Garbage collection would make the plan depend on when it runs, and would scan a hundred
-    # thousand recorded events each time.
-    with gc_paused():
-        return _plan(job, config)
-
-
-def _plan(job: _DryRun, config: Any) -> MemoryPlan:
-    """Run a few groups of blocks and repeat them if they are alike, else run all blocks."""
-    groups = _groups(job.recipe, config)
-    if groups is not None:
-        shorter = with_blocks(config, groups.num_recorded_blocks)
-        try:
-            return replay(job.record(shorter, groups), groups.number)
-        except NotAlike:
-            pass
-    number = num_blocks(config)
-    return replay(job.record(config, BlockGroups(0, 1, number)), number)
-
-
-def with_blocks(config: Any, number: int) -> Any:
-    """Return a copy of a transformers config with the first `number` blocks only."""
-    shorter = deepcopy(config)
-    set_num_blocks(shorter, number)
-    for key, values in _per_layer(config).items():
-        setattr(shorter, key, values[:number])
-    if overrides := _overrides(config):
-        shorter.per_layer_config = {i: v for i, v in overrides.items() if i < number}
-    return shorter
-
-
-def num_kinds_prefix(config: Any) -> int:
-    """Return the smallest number of first blocks that contain a block of every kind."""
-    kinds = _settings_of_blocks(config)
-    return max(kinds.index(kind) for kind in kinds) + 1
-
-
-def _settings_of_blocks(config: Any) -> list[str]:
-    """Return the settings of each block that may differ between blocks."""
-    overrides, per_layer = _overrides(config), _per_layer(config).values()
-    return [
-        repr([*(values[index] for values in per_layer), overrides.get(index)])
-        for index in range(num_blocks(config))
-    ]
-
-
-def _overrides(config: Any) -> dict[int, Any]:
-    """Return the number of a block -> settings that only this block has."""
-    overrides = config.to_dict().get("per_layer_config") or {}
-    return {int(index): settings for index, settings in overrides.items()}
-
-
-def _per_layer(config: Any) -> dict[str, Sequence[Any]]:
-    """Return the settings of a config that have one value per block."""
-    return {
-        key: value
-        for key, value in config.to_dict().items()
-        if isinstance(value, list | tuple) and len(value) == num_blocks(config)
-    }
+    number = recomputed_blocks(recipe.train.activation_checkpointing, num_blocks(config))
+    job = DryRun(recipe, config, profile, step_batches, eval_batches, has_copy=has_copy)
+    return job.plan(number)
 
 
 def method_peak(recipe: Recipe, phases: tuple[Phase, ...], source: FigureSource) -> MethodPeak:
@@ -130,32 +71,90 @@ def method_peak(recipe: Recipe, phases: tuple[Phase, ...], source: FigureSource)
     )
 
 
-def _groups(recipe: Recipe, config: Any) -> BlockGroups | None:
-    """Return the groups of blocks that recipe and config treat the same; None if there are none."""
-    targets = recipe.adapter.targets
-    are_roles = isinstance(targets, str) or not any("." in target for target in targets)
-    # Blocks that use the keys and values of earlier ones depend on the number of blocks.
-    if not are_roles or getattr(config, "num_kv_shared_layers", None):
-        return None
-    kinds = _settings_of_blocks(config)
-    if known_family(config) is None:
-        model, family = skeleton(config, torch.float32, task_of(recipe).model_class)
-        blocks: Any = model.get_submodule(family.blocks)
-        kinds = [f"{kind} {sorted(structure_of(b))}" for kind, b in zip(kinds, blocks, strict=True)]
-    return find_groups(kinds)
+class DryRun:
+    """A job that is planned with one or several activation policies.
 
+    recipe: resolved; its activation policy is not used. config: transformers' config of the base;
+    it is not modified. profile: the target device. step_batches: micro-batches of one optimizer
+    step, on the CPU: the largest first one, and the largest later one if there are several. Later
+    micro-batches run while gradients exist, so two represent any number. eval_batches: the largest
+    batches of the evaluation, on the CPU; empty if the job does not evaluate. has_copy: the base is
+    loaded from its packed copy.
+    """
 
-@dataclass(frozen=True)
-class _DryRun:
-    """A job to run on meta tensors, with any number of blocks. See `dry_run` for the fields."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: Any,
+        profile: DeviceProfile,
+        step_batches: Sequence[Batch],
+        eval_batches: Sequence[Batch] = (),
+        *,
+        has_copy: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self.config = config
+        self.profile = profile
+        self._step_batches = step_batches
+        self._eval_batches = eval_batches
+        self._has_copy = has_copy
+        self._groups = groups_of(recipe, config)
+        self._recorded: dict[tuple[int, int], RecordedJob] = {}
 
-    recipe: Recipe
-    profile: DeviceProfile
-    step_batches: Sequence[Batch]
-    eval_batches: Sequence[Batch]
+    @property
+    def policies(self) -> tuple[int, ...]:
+        """Return the numbers of recomputed blocks that are quick to plan, ascending."""
+        number = num_blocks(self.config)
+        return self._groups.boundaries if self._groups else tuple(range(number + 1))
 
-    def record(self, config: Any, groups: BlockGroups) -> RecordedJob:
-        """Run the complete job with a model of the config's number of blocks."""
+    def is_recorded(self, num_recomputed: int) -> bool:
+        """Return whether a plan of this policy needs no further recording."""
+        sample = self._groups.sample(num_recomputed) if self._groups else None
+        return sample is not None and (sample.number, sample.recomputed) in self._recorded
+
+    def plan(self, num_recomputed: int) -> MemoryPlan:
+        """Return the plan if the first `num_recomputed` blocks are recomputed.
+
+        A few groups of blocks run and are repeated if they are alike, else all blocks run. Raises
+        the errors of `build_state` and `train_step`.
+        """
+        # Garbage collection would make the plan depend on when it runs, and would scan a hundred
+        # thousand recorded events each time.
+        with gc_paused():
+            plan = self._extended(num_recomputed) or self._complete(num_recomputed)
+        number = num_blocks(self.config)
+        return replace(plan, num_blocks=number, num_recomputed=num_recomputed)
+
+    def _extended(self, num_recomputed: int) -> MemoryPlan | None:
+        """Plan with the recording of a few groups; None if they do not represent all blocks."""
+        groups = self._groups
+        sample = groups.sample(num_recomputed) if groups else None
+        if groups is None or sample is None:
+            return None
+        try:
+            return replay(self._record(groups, sample), sample.repeats)
+        except NotAlike:
+            self._groups = None
+            return None
+
+    def _complete(self, num_recomputed: int) -> MemoryPlan:
+        """Plan with a recording of all blocks."""
+        number = num_blocks(self.config)
+        sample = GroupSample(number, num_recomputed, ())
+        return replay(self._record(BlockGroups(0, 1, number), sample), ())
+
+    def _record(self, groups: BlockGroups, sample: GroupSample) -> RecordedJob:
+        """Return the recording of a sample of groups. Samples of other policies are kept."""
+        key = (sample.number, sample.recomputed)
+        if key not in self._recorded:
+            self._recorded[key] = self._run(groups, sample)
+        return self._recorded[key]
+
+    def _run(self, groups: BlockGroups, sample: GroupSample) -> RecordedJob:
+        """Run the complete job with a model of the sample's groups."""
+        config = with_blocks(self.config, groups.blocks_of(sample.number))
+        recomputed = groups.first_blocks(sample.recomputed, sample.number)
+        recipe = with_settings(self.recipe, "train", activation_checkpointing=recomputed)
         recording = Recording(groups.group_of)
         memory_model = MemoryModel.of(self.profile)
         tracker = memory_model.new_tracker(recording, "meta")
@@ -173,17 +172,18 @@ class _DryRun:
         clear_scale_codebook(meta)
         with tracker:
             recording.begin_phase()
-            state = build_state(ModelRequest(self.recipe, config, make_source, meta, self.profile))
+            given = (recipe, config, make_source, meta, self.profile)
+            copy = MetaCopy() if self._has_copy else None
+            state = build_state(ModelRequest(*given, copy=copy))
             tag_living(state, tracker)
             recording.end_phase("load")
             recording.release_cache()
             self._run_phases(state, tracker, recording)
         family = state.loaded.family
-        num_groups = BlockGroups(groups.first, groups.period, num_blocks(config)).number
-        num_tokens = max(batch.num_tokens for batch in self.step_batches)
+        num_tokens = max(batch.num_tokens for batch in self._step_batches)
         return RecordedJob(
             segments=recording.segments,
-            num_blocks=num_groups,
+            num_blocks=sample.number,
             memory_model=memory_model,
             total=total,
             trained=sums(state.trainable, family, nn.Parameter.numel),
@@ -193,6 +193,7 @@ class _DryRun:
             * state.loaded.weight_format.compute.itemsize
             * groups.period,
             has_single_blocks=groups.period == 1,
+            num_recomputed=sample.recomputed,
         )
 
     def _run_phases(self, state: State, tracker: StorageTracker, recording: Recording) -> None:
@@ -201,13 +202,13 @@ class _DryRun:
         _report_active_blocks(loaded.model.get_submodule(loaded.family.blocks), recording)
         if state.task.needs_constants:
             recording.begin_phase()
-            for batch in (*self.step_batches, *self.eval_batches):
+            for batch in (*self._step_batches, *self._eval_batches):
                 state.task.constants(loaded, batch, state.device)
             recording.end_phase("eval")
             recording.release_cache()
         step_batches, eval_batches = (
-            [with_constants(batch, state.task) for batch in batches]
-            for batches in (self.step_batches, self.eval_batches)
+            [state.task.planned(batch) for batch in batches]
+            for batches in (self._step_batches, self._eval_batches)
         )
         with track_gradients(state.trainable.values(), tracker):
             for step, name in enumerate(("first_step", "step")):
@@ -221,14 +222,6 @@ class _DryRun:
             recording.begin_phase()
             state.task.evaluate(loaded, eval_batches, state.device)
             recording.end_phase("eval")
-
-
-def with_constants(batch: Batch, task: Task) -> Batch:
-    """Return the batch with constants of any value, if the task needs them."""
-    if not task.needs_constants:
-        return batch
-    width = len(task.segment_names)
-    return replace(batch, constants=torch.zeros(len(batch.segments) // width, width))
 
 
 def _sums(

@@ -22,7 +22,7 @@ from qlora_cli.export.compare.comparison_models import merged_on_meta, trained_o
 from qlora_cli.export.compare.eval_rows import MAX_TOKENS
 from qlora_cli.export.compare.logit_comparison import COMPARISON_BYTES
 from qlora_cli.export.merge.lora_sum import CHUNK_ELEMENTS
-from qlora_cli.export.merge.merged_tensors import pack_weight
+from qlora_cli.export.merge.packed_weight import pack_weight
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.memory.ledger import Phase
 from qlora_cli.memory.profile import MemoryModel
@@ -36,7 +36,7 @@ from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.embedding import upload
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
-from qlora_cli.plan.dry_run import num_kinds_prefix, with_blocks
+from qlora_cli.plan.config_blocks import num_kinds_prefix, with_blocks
 from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.backbone import hidden_states
@@ -49,7 +49,8 @@ _META = torch.device("meta")
 def dry_run_merge(recipe: Recipe, config: Any, profile: DeviceProfile) -> Phase:
     """Return the planned phase `merge` of a resolved recipe.
 
-    config: transformers' config of the base. profile: the device that merges, in a new process.
+    config: transformers' config of the base. profile: the device that merges, in a new process. A
+    packed copy of the base does not lower the peak: merging packs each linear in any case.
     """
     task, dtype = task_of(recipe), file_dtype(config)
     weight_format = weight_format_of(recipe, dtype)

@@ -1,15 +1,17 @@
-"""The weight source of a dry run: the shapes and dtypes of a checkpoint, without bytes."""
+"""The weight sources of a dry run: shapes and dtypes, without bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_cli.files.safetensors_io import TensorSpec
 from qlora_cli.models.buffers import persistent_buffers
 from qlora_cli.models.family import Family
+from qlora_cli.models.placement.held import NamedTensors
 
 
 class MetaSource:
@@ -26,7 +28,8 @@ class MetaSource:
         for path, module in model.named_modules():
             for name in persistent_buffers(module):
                 self._shapes[f"{path}.{name}"] = tuple(module.get_buffer(name).shape)
-        if f"{family.head}.weight" in model.all_tied_weights_keys:
+        is_tied = f"{family.head}.weight" in model.all_tied_weights_keys
+        if is_tied and not family.is_classifier:
             self._shapes.pop(f"{family.head}.weight", None)
         self._dtype = dtype
 
@@ -41,6 +44,20 @@ class MetaSource:
     def read(self, name: str) -> Tensor:
         """Return an empty tensor on meta."""
         return torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
+
+
+class MetaCopy:
+    """The packed copy of a base that an earlier start has kept."""
+
+    def read(self, specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+        """Return empty tensors on meta."""
+        return {
+            name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            for name, spec in specs.items()
+        }
+
+    def finish(self, tensors: NamedTensors) -> None:
+        """Do nothing: the copy exists."""
 
 
 def _shapes_in_file(

@@ -1,13 +1,7 @@
-"""Records the tracker's events, and extends the recording of a few blocks to a model of any depth.
+"""Records the tracker's events by block, and plays them to another listener.
 
-The transformer blocks of a model are alike. A dry run therefore runs only `NUM_RECORDED_BLOCKS` of
-them, and `repeat` extends the recording: the events of one middle block are copied for every block
-that was left out, and each copy has storages of its own. `repeat` first checks that this is valid:
-the middle block and its neighbour must have the same events with the same sizes, and the events
-must refer to each other's storages in the same way. Otherwise it raises NotAlike, and the planner
-runs all blocks.
-
-A block may stand for a group of consecutive blocks (`block_groups.py`).
+`repeat.py` extends a recording of a few blocks to a model of any depth. A block may stand for a
+group of consecutive blocks (`block_groups.py`).
 
 Which block an event belongs to: the block that is active (`enter_module`), else the block of the
 storage that the event is about, else the block of the previous event. Consecutive events of one
@@ -17,21 +11,12 @@ block form a `BlockSegment`.
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qlora_cli.memory.listener import MemoryListener
 from qlora_cli.memory.work import Work
-
-NUM_RECORDED_BLOCKS = 4
-"""Blocks of a dry run: the first, the last, one to repeat, and its neighbour to compare it with."""
-_REPEATED = 1
-"""Index of the block whose events are repeated."""
-
-
-class NotAlike(Exception):
-    """The middle blocks have different events, so none of them can be repeated."""
 
 
 class StorageId(NamedTuple):
@@ -175,132 +160,8 @@ def play(
                 listener.begin_phase()
             elif kind == "end":
                 listener.end_phase(category)
+            elif kind == "mark":
+                listener.mark(category)
             elif kind == "release":
                 listener.release_cache()
         after_segment(segment)
-
-
-def repeat(segments: list[BlockSegment], num_blocks: int) -> list[BlockSegment]:
-    """Extend the recording of `NUM_RECORDED_BLOCKS` blocks to a model of `num_blocks` blocks.
-
-    Raises NotAlike if the middle blocks do not have the same events.
-    """
-    num_added = num_blocks - NUM_RECORDED_BLOCKS
-    assert num_added >= 0, num_blocks
-    neighbours = _matching_segments(segments)
-    extended: list[BlockSegment] = []
-    for index, segment in enumerate(segments):
-        if segment.block != _REPEATED:
-            extended.append(_moved(segment, num_added))
-            continue
-        neighbour = neighbours[segment.number]
-        copies = [_copy(segment, neighbour, shift, num_added) for shift in range(num_added + 1)]
-        extended += copies if _is_ascending(segments, index) else reversed(copies)
-    return extended
-
-
-def _matching_segments(segments: list[BlockSegment]) -> list[BlockSegment]:
-    """Return the segments of the repeated block's neighbour.
-
-    Raises NotAlike if they differ from the segments of the repeated block.
-    """
-    repeated, neighbours = (
-        [segment for segment in segments if segment.block == block]
-        for block in (_REPEATED, _REPEATED + 1)
-    )
-    if [len(segment.events) for segment in repeated] != [len(s.events) for s in neighbours]:
-        raise NotAlike
-    events = (event for segment in segments for event in segment.events)
-    sizes = {event.storage: event.num_bytes for event in events if event.kind == "allocate"}
-    for segment, neighbour in zip(repeated, neighbours, strict=True):
-        for event, match in zip(segment.events, neighbour.events, strict=True):
-            is_same = event[0] == match[0] and event[2:] == match[2:]
-            if not is_same or not _correspond(event.storage, match.storage, sizes):
-                raise NotAlike
-    return neighbours
-
-
-def _correspond(
-    storage: StorageId | None, match: StorageId | None, sizes: Mapping[StorageId | None, int]
-) -> bool:
-    """Return whether an event of the repeated block and its match refer to corresponding storages.
-
-    They do if both refer to the same storage, or to storages of adjacent blocks at the same
-    position. The first and the last block have other segments than the middle ones, so their
-    storages are compared by size.
-    """
-    if storage == match or storage is None or match is None:
-        return storage == match
-    if storage.block is None or match.block is None or storage.block + 1 != match.block:
-        return False
-    if storage.block == _REPEATED:
-        return storage[1:] == match[1:]
-    return sizes[storage] == sizes[match]
-
-
-def _is_ascending(segments: list[BlockSegment], index: int) -> bool:
-    """Return whether the blocks run from the first to the last around segment `index`.
-
-    In the backward pass they run in the opposite order. Raises NotAlike if the segment is not
-    between the two adjacent blocks.
-    """
-    before = segments[index - 1].block if index else None
-    after = segments[index + 1].block if index + 1 < len(segments) else None
-    if _REPEATED - 1 in (before, after) and _REPEATED + 1 in (before, after):
-        return before == _REPEATED - 1
-    raise NotAlike
-
-
-def _moved(segment: BlockSegment, num_added: int) -> BlockSegment:
-    """Return a segment that is not repeated, with the block numbers of the longer model."""
-
-    def moved_block(block: int | None) -> int | None:
-        """Return the new number of a block that the segment's events refer to."""
-        if block is None or block < _REPEATED:
-            return block
-        if block > _REPEATED:
-            return block + num_added
-        # The repeated block became `num_added + 1` blocks: the segment refers to the nearest one.
-        if segment.block == _REPEATED - 1:
-            return block
-        if segment.block == _REPEATED + 1:
-            return block + num_added
-        raise NotAlike
-
-    events = [
-        event
-        if event.storage is None
-        else _with_storage(event, moved_block(event.storage.block), event.storage)
-        for event in segment.events
-    ]
-    block = segment.block
-    if block is not None and block >= _REPEATED:
-        block += num_added
-    return BlockSegment(block, segment.number, events)
-
-
-def _copy(
-    segment: BlockSegment, neighbour: BlockSegment, shift: int, num_added: int
-) -> BlockSegment:
-    """Return the repeated block's segment as the segment of the block `shift` blocks later.
-
-    neighbour: the same segment of the next block. It identifies the storages of the previous block.
-    """
-    events = []
-    for event, match in zip(segment.events, neighbour.events, strict=True):
-        storage, other = event.storage, match.storage
-        if storage is not None and other is not None and storage.block is not None:
-            if storage == other:  # Both blocks use this storage. It belongs to no repeated block.
-                moved = storage.block + (num_added if storage.block > _REPEATED else 0)
-                event = _with_storage(event, moved, storage)
-            elif storage.block >= _REPEATED:
-                event = _with_storage(event, storage.block + shift, storage)
-            elif shift:  # A storage of the previous block, which is a copy itself.
-                event = _with_storage(event, storage.block + shift, other)
-        events.append(event)
-    return BlockSegment(_REPEATED + shift, segment.number, events)
-
-
-def _with_storage(event: Event, block: int | None, storage: StorageId) -> Event:
-    """Return the event for the storage at the same position of another block."""
-    return Event(event[0], StorageId(block, storage[1], storage[2]), event[2], event[3])

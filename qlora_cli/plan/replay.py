@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from qlora_cli.memory.allocator import OutOfMemory
 from qlora_cli.memory.ledger import PHASE_ORDER, Phase, peak_phase
 from qlora_cli.memory.profile import MemoryModel
-from qlora_cli.plan.recording import BlockSegment, play, repeat
+from qlora_cli.plan.flops import StepFlops, step_flops
+from qlora_cli.plan.loss_peak import LossPeak, PartListener
+from qlora_cli.plan.recording import BlockSegment, play
+from qlora_cli.plan.repeat import repeat
 
 _FROZEN = ("base", "quant_constants", "embeddings", "head")
 _PERMANENT = (*_FROZEN, "adapter", "gradients", "optimizer")
@@ -22,7 +25,9 @@ class MemoryPlan:
     adapter_bytes: trained tensors as a checkpoint stores them. reserved_bytes: peak of the memory
     that the caching allocator takes from the GPU; None on a CPU. floor_bytes: lower bound of the
     job's memory: weights, adapter state, the inputs of all blocks and one block's working set.
-    segments: all events of the job. memory_model: the model of the target device.
+    segments: all events of the job. memory_model: the model of the target device. loss: the peak of
+    the loss in a step, beside the peak of the rest. flops: operations of a step. num_blocks,
+    num_recomputed: number of blocks, and of those that are recomputed in the backward pass.
     """
 
     phases: tuple[Phase, ...]
@@ -33,6 +38,15 @@ class MemoryPlan:
     floor_bytes: int
     segments: Sequence[BlockSegment]
     memory_model: MemoryModel
+    loss: LossPeak
+    flops: StepFlops
+    num_blocks: int = 0
+    num_recomputed: int = 0
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory that the caching allocator reserves on a GPU, or of the tensors on a CPU."""
+        return self.peak_bytes if self.reserved_bytes is None else self.reserved_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -70,7 +84,8 @@ class RecordedJob:
     total, trained, trained_bytes: (sum over all parameters, sum over one middle block), the first
     two in parameters. input_bytes: size of one block's input, which activation checkpointing keeps.
     has_single_blocks: False if a block stands for a group of blocks; then one block's working set
-    is not known, and the lower bound of the memory leaves it out.
+    is not known, and the lower bound of the memory leaves it out. num_recomputed: number
+    of recorded blocks that are recomputed.
     """
 
     segments: list[BlockSegment]
@@ -81,15 +96,29 @@ class RecordedJob:
     trained_bytes: tuple[int, int]
     input_bytes: int
     has_single_blocks: bool
+    num_recomputed: int
+
+    def recomputed_with(self, repeats: Sequence[tuple[int, int]]) -> int:
+        """Return the number of groups of blocks that are recomputed with repeated groups.
+
+        The last blocks, if they are no complete group, are one more group.
+        """
+        added = sum(copies for group, copies in repeats if group < self.num_recomputed)
+        has_rest = self.num_recomputed == self.num_blocks
+        return self.num_recomputed + added + has_rest
 
 
-def replay(job: RecordedJob, num_blocks: int) -> MemoryPlan:
-    """Return the plan of the job with `num_blocks` blocks.
+def replay(job: RecordedJob, repeats: Sequence[tuple[int, int]]) -> MemoryPlan:
+    """Return the plan of the job with more blocks than were recorded.
 
-    Raises NotAlike if the recording cannot be extended to that number of blocks.
+    repeats: (number of a recorded block, number of copies that are added after it). Raises NotAlike
+    if the recording cannot be extended in this way.
     """
-    num_added = num_blocks - job.num_blocks
-    segments = repeat(job.segments, num_blocks) if num_added else job.segments
+    segments = job.segments
+    for repeated, num_copies in repeats:
+        segments = repeat(segments, repeated, num_copies)
+    num_added = sum(num_copies for _, num_copies in repeats)
+    num_blocks = job.num_blocks + num_added
     counter = job.memory_model.new_counter()
     working_set_bytes, start_bytes = 0, 0
 
@@ -100,7 +129,8 @@ def replay(job: RecordedJob, num_blocks: int) -> MemoryPlan:
             working_set_bytes = max(working_set_bytes, counter.high_bytes - start_bytes)
         start_bytes = counter.high_bytes = counter.live_bytes
 
-    play(segments, counter, measure_working_set)
+    listener = PartListener(counter)
+    play(segments, listener, measure_working_set)
     step = next(phase for phase in counter.phases if phase.name == "step")
     permanent_bytes = sum(step.at_peak.get(category, 0) for category in _PERMANENT)
     return MemoryPlan(
@@ -112,4 +142,6 @@ def replay(job: RecordedJob, num_blocks: int) -> MemoryPlan:
         floor_bytes=permanent_bytes + working_set_bytes + job.input_bytes * num_blocks,
         segments=segments,
         memory_model=job.memory_model,
+        loss=listener.peak,
+        flops=step_flops(segments, job.recomputed_with(repeats), num_blocks // 2),
     )

@@ -23,6 +23,29 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """A setting that the plan chose, its value and the reason."""
+
+    key: str
+    value: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class PolicySummary:
+    """What the blocks of a planned job do with their activations.
+
+    blocks: number of blocks. recomputed: number of first blocks that are recomputed in the backward
+    pass; the others keep their activations. recomputed_share: operations that are done twice,
+    divided by those of a step without recomputation.
+    """
+
+    blocks: int
+    recomputed: int
+    recomputed_share: float
+
+
+@dataclass(frozen=True)
 class TimeEstimate:
     """The time that training takes, in seconds; None if it is not known. source: of the figures."""
 

@@ -52,7 +52,8 @@ def micro_batches(segments: Iterable[BlockSegment]) -> list[list[Work]]:
             elif event.kind == "mark":
                 part = event.category
                 found += [[]] if part == "forward" else []
-            elif event.kind == "work" and part in ("forward", "backward"):
+            # An evaluation has a loss and no training step.
+            elif event.kind == "work" and found and part in ("forward", "loss", "backward"):
                 kind = cast(WorkKind, event.category)
                 found[-1].append(Work(kind, event.flops, event.num_bytes))
             elif event.kind == "end" and event.category == "step":

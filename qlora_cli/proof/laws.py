@@ -20,7 +20,9 @@ from qlora_cli.adapters.adapted_modules import adapted_layers, adapted_stacks
 from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.adapters.lora_experts import LoraStack
 from qlora_cli.data.collate import Batch
+from qlora_cli.models.classifier import classifier_logits, head_inputs, pooled_states
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.trained_head import head_parameters
 from qlora_cli.nn.experts import Experts
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.nn.loss import head_output
@@ -42,9 +44,11 @@ def packing(small: SmallModel) -> float:
     """Compare the logits of packed rows with those of transformers for each row alone."""
     rows = small.rows(*_ROWS)
     with torch.no_grad(), small.without_adapter() as loaded:
-        packed = logits_of(loaded, small.batch(*_ROWS)).split(_ROWS)
+        packed = logits_of(loaded, small.batch(*_ROWS))
+        # A classifier has one vector of logits per row.
+        sizes = [1] * len(rows) if loaded.family.is_classifier else list(_ROWS)
         alone = [small.reference(input_ids=torch.tensor([row.ids])).logits[0] for row in rows]
-    return max(map(difference, packed, alone))
+    return max(map(difference, packed.split(sizes), alone))
 
 
 def leak(small: SmallModel) -> float:
@@ -57,26 +61,34 @@ def leak(small: SmallModel) -> float:
         batch.input_ids, batch.position_ids, batch.labels, (sum(_ROWS),), batch.num_targets
     )
     with torch.no_grad(), small.without_adapter() as loaded:
-        return difference(logits_of(loaded, merged), logits_of(loaded, batch))
+        found, expected = logits_of(loaded, merged), logits_of(loaded, batch)
+        if loaded.family.is_classifier:
+            # The row whose pooled token is at the end of the merged sequence at which it pools.
+            expected = expected[-1 if loaded.family.pooling == "last" else 0]
+        return difference(found, expected)
 
 
 def gradients(small: SmallModel) -> float:
-    """Compare the gradients of A and B with those through the composed weights W + sBA."""
+    """Compare the gradients of A and B with those through the composed weights W + sBA.
+
+    The gradients of a classification head are compared, too.
+    """
     loaded, batch = small.loaded, small.batch(_ROWS[0])
     found = _gradients(small, loaded, batch)
     expected: list[tuple[nn.Parameter, Tensor]] = []
     with _composed(small, loaded) as weights, _composed_stacks(small, loaded) as stacks:
         output = small.reference(input_ids=batch.input_ids).logits[0]
-        loss = functional.cross_entropy(
-            output, batch.labels, ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        heads = head_parameters(loaded)
         composed = {**weights, **stacks}
+        composed |= {name: small.reference.get_parameter(name) for name in heads}
+        loss = _reference_loss(output, batch)
         grads = torch.autograd.grad(loss / batch.num_targets, list(composed.values()))
         by_path = dict(zip(composed, grads, strict=True))
     for path, layer in adapted_layers(loaded.model):
         expected += _expected_gradients(layer, by_path[path])
     for path, stack in adapted_stacks(loaded.model):
         expected += _expected_stack_gradients(stack, stack_as_matrices(small, path, by_path[path]))
+    expected += [(parameter, by_path[name]) for name, parameter in heads.items()]
     scale = max(value.abs().max().item() for _, value in expected)
     return max(
         (value - found[id(parameter)]).abs().max().item() / scale for parameter, value in expected
@@ -103,6 +115,15 @@ def quantized(small: SmallModel) -> float:
         return _compare_rows(small, loaded, _ROWS[0])
 
 
+def _reference_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the summed cross entropy. logits: (T, V) of tokens, or (labels,) of a row."""
+    if batch.values is not None:
+        return functional.cross_entropy(logits[None], batch.values.long())
+    return functional.cross_entropy(
+        logits, batch.labels, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
 def _compare_rows(small: SmallModel, loaded: LoadedModel, length: int) -> float:
     batch = small.batch(length)
     with torch.no_grad():
@@ -111,7 +132,10 @@ def _compare_rows(small: SmallModel, loaded: LoadedModel, length: int) -> float:
 
 
 def logits_of(loaded: LoadedModel, batch: Batch) -> Tensor:
-    """Return the logits (tokens, V) as the loss computes them."""
+    """Return the logits as the loss computes them: (tokens, V), or (rows, labels)."""
+    if loaded.family.is_classifier:
+        pooled = pooled_states(loaded.family, hidden_states(loaded, batch, CPU), batch.segments)
+        return classifier_logits(loaded, head_inputs(loaded, pooled))
     head: Any = loaded.head
     bias = None if head.bias is None else head.bias.float()
     output = head_output(hidden_states(loaded, batch, CPU), head.weight.float(), bias)

@@ -28,8 +28,10 @@ from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.models.registry import known_family, refuse_by_name, unsupported
 from qlora_cli.proof import job_laws, laws
 from qlora_cli.proof.small_model import SmallModel, small_model
+from qlora_cli.recipe.classification import Classification
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.causal import CAUSAL
+from qlora_cli.tasks.classification import CLASSIFICATION, ClassificationTask, task_of_model
 from qlora_cli.tasks.task import Task
 from qlora_cli.units import format_duration
 
@@ -38,6 +40,7 @@ _EXACT = 1e-5
 _PLAN = 0.01
 _SEPARATE = 1e-3
 _RESULT = "proof.json"
+_PROVED_CLASSIFIER = ClassificationTask(Classification(kind="classes", labels=["a", "b", "c"]))
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,15 @@ class LawResult:
 class ModelProof:
     """The proof of one model type.
 
-    seconds: time that it took. versions: of the libraries that it depends on. A proof stops at the
-    first law that does not hold.
+    seconds: time that it took. versions: of the libraries that it depends on. task: whose class
+    was proved. A proof stops at the first law that does not hold.
     """
 
     model_type: str
     results: tuple[LawResult, ...]
     seconds: float
     versions: Mapping[str, str]
+    task: str = "causal"
 
     @property
     def failed(self) -> LawResult | None:
@@ -126,7 +130,8 @@ def require_proof_of_model(where: str, observer: Observer) -> None:
     where: a run's folder, a model's folder or a hub id. Raises ModelError as `require_proof` does.
     """
     if Run.find(where) is None:
-        require_proof(read_config(find_config(where, None)), CAUSAL, observer)
+        config = read_config(find_config(where, None))
+        require_proof(config, task_of_model(config) or CAUSAL, observer)
 
 
 def proof_of(config: Any, task: Task, observer: Observer) -> ModelProof:
@@ -135,7 +140,11 @@ def proof_of(config: Any, task: Task, observer: Observer) -> ModelProof:
     Raises ModelError if no family can describe the type, or no small model of it can be made.
     """
     refuse_by_name(config)
-    key = cache.key_of({"config": config.to_json_string(), "versions": _versions()})
+    is_classifier = task.name == CLASSIFICATION.name
+    # Preference pairs train the class of causal models. The labels of a classifier do not matter.
+    task = _PROVED_CLASSIFIER if is_classifier else CAUSAL
+    parts: dict[str, Any] = {"config": config.to_json_string(), "versions": _versions()}
+    key = cache.key_of(parts | ({"task": task.name} if is_classifier else {}))
     folder = cache.entry_folder(cache.PROOFS, key)
     if (stored := _read(folder / _RESULT)) is not None:
         return stored
@@ -159,7 +168,7 @@ def stored_proofs() -> list[ModelProof]:
     folders = [cache.entry_folder(entry.kind, entry.key) for entry in entries]
     proofs = (_read(folder / _RESULT) for folder in folders)
     current = [proof for proof in proofs if proof is not None and proof.versions == _versions()]
-    return sorted(current, key=lambda proof: proof.model_type)
+    return sorted(current, key=lambda proof: (proof.model_type, proof.task))
 
 
 def _prove(config: Any, task: Task) -> ModelProof:
@@ -171,7 +180,8 @@ def _prove(config: Any, task: Task) -> ModelProof:
         small_model(config, task) as small,
     ):
         results = tuple(_until_failure(small, LAWS))
-    return ModelProof(model_type_of(config), results, time.perf_counter() - started, _versions())
+    seconds = time.perf_counter() - started
+    return ModelProof(model_type_of(config), results, seconds, _versions(), task.name)
 
 
 @contextmanager

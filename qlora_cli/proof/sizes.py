@@ -10,12 +10,12 @@ _VOCABULARY = (
 )
 _WIDTH = (
     *("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "embedding_size", "lru_width"),
-    *("embedding_dim",),
+    *("embedding_dim", "dim", "pooler_hidden_size"),
 )
 _INNER = (
     *("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff", "dim_ff"),
     *("decoder_ffn_dim", "dense_intermediate_size", "prefix_dense_intermediate_size"),
-    *("intermediate_size_mlp",),
+    *("intermediate_size_mlp", "hidden_dim"),
 )
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads")
 _POSITIONS = (

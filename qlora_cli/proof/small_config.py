@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_cli.files.composed import WHOLE, is_composed, whole_config
+from qlora_cli.files.quantized import STORED_AS
 from qlora_cli.models.depth import LAYER_KEYS, layers_key
 from qlora_cli.models.registry import unsupported
 from qlora_cli.proof.sizes import ACTIVE_EXPERTS, SIZES
@@ -42,7 +43,7 @@ def small_config(config: Any) -> Any:
     language model has parts of its own.
     """
     content = config.to_dict()
-    content.pop(WHOLE, None)
+    content = {key: value for key, value in content.items() if key not in (WHOLE, STORED_AS)}
     if "text_config" in content or "vision_config" in content:
         raise unsupported(config, "its language model has several parts")
     changes: dict[str, Any] = {**_sizes(content), **_key_value_heads(content)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora_cli.adapters.adapted_modules import adapted_modules
 from qlora_cli.adapters.targets import ALL, EXPERTS
-from qlora_cli.data.collate import Batch, collate
+from qlora_cli.data.collate import Batch
 from qlora_cli.data.encode import Example
 from qlora_cli.errors import QloraError
 from qlora_cli.files.composed import text_config_of, whole_config
@@ -31,6 +31,7 @@ from qlora_cli.models.registry import unsupported
 from qlora_cli.proof.small_config import small_config
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Bits, Recipe
+from qlora_cli.tasks.classification import CLASSIFICATION, ClassificationTask
 from qlora_cli.tasks.task import Task
 
 CPU = torch.device("cpu")
@@ -64,15 +65,17 @@ class SmallModel:
 
     def recipe(self, bits: Bits = 16, *, activation_checkpointing: bool = False) -> Recipe:
         """Return the recipe of the laws: float32, LoRA on all linears and experts."""
-        recipe = Recipe.model_validate(
-            {
-                "model": {"name": str(self.folder)},
-                "base": {"bits": bits, "compute_dtype": "float32"},
-                "adapter": {"rank": 2, "alpha": 4.0, "targets": self.targets},
-                "data": {"train": ""},
-                "train": {"activation_checkpointing": activation_checkpointing},
-            }
-        )
+        content = {
+            "model": {"name": str(self.folder)},
+            "base": {"bits": bits, "compute_dtype": "float32"},
+            "adapter": {"rank": 2, "alpha": 4.0, "targets": self.targets},
+            "data": {"train": ""},
+            "train": {"activation_checkpointing": activation_checkpointing},
+        }
+        if isinstance(self.task, ClassificationTask):
+            settings = self.task.settings.model_dump(mode="json", exclude_unset=True)
+            content |= {"task": self.task.name, "classification": settings}
+        recipe = Recipe.model_validate(content)
         return resolve(recipe, profile_of(CPU))[0]
 
     @cached_property
@@ -126,16 +129,22 @@ class SmallModel:
 
     def batch(self, *lengths: int) -> Batch:
         """Return a batch of rows of these lengths, with a target at every position."""
-        return collate(self.rows(*lengths))
+        return self.task.collate(self.rows(*lengths))
 
     def rows(self, *lengths: int) -> Sequence[Example]:
-        """Return rows of random tokens, the same in every call."""
+        """Return rows of random tokens, with labels 0 and 1 in turn, the same in every call."""
         generator = torch.Generator().manual_seed(1)
         rows = [
             torch.randint(_FIRST_TOKEN, self.config.vocab_size, (length,), generator=generator)
             for length in lengths
         ]
-        return [Example(row.tolist(), row.tolist(), f"row {i}") for i, row in enumerate(rows)]
+        has_labels = self.task.name == CLASSIFICATION.name
+        return [
+            Example(
+                row.tolist(), row.tolist(), f"row {i}", value=float(i % 2) if has_labels else None
+            )
+            for i, row in enumerate(rows)
+        ]
 
 
 def _all_b(loaded: LoadedModel) -> list[nn.Parameter]:
@@ -167,9 +176,12 @@ def _create(config: Any, task: Task) -> Any:
     for key in dropout_keys(small):
         setattr(small, key, 0.0)
     _check_size(task, small)
-    model = auto_class(config, task.model_class).from_config(
-        whole_config(small), dtype=torch.float32, trust_remote_code=False
-    )
+    # Vectors keep the values of the class, which may be random, plus noise.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = auto_class(config, task.model_class).from_config(
+            whole_config(small), dtype=torch.float32, trust_remote_code=False
+        )
     _fill(model)
     return model
 

@@ -15,6 +15,7 @@ from qlora_cli.proof.sizes import SIZES
 _SIZES = {
     **SIZES,
     "depth": 2,
+    "embed_dim": 64,
     "num_hidden_layers": 2,
     "out_hidden_size": SIZES["hidden_size"],
     "image_size": 28,

@@ -8,17 +8,21 @@ from pydantic import Field, model_validator
 
 from qlora_cli.recipe.section import NoEffect, Section
 
+Rank = Annotated[int, Field(ge=1, le=65536)]
+Alpha = Annotated[float, Field(gt=0)]
+
 
 class Adapter(Section):
     """What is trained."""
 
-    method: Literal["lora", "full"] = "lora"
-    """lora trains the adapter matrices A and B; full trains every weight of the base (full
+    method: Literal["lora", "dora", "full"] = "lora"
+    """lora trains the adapter matrices A and B; dora also the length of each row of an adapted
+    weight (Liu 2024), which takes more time; full trains every weight of the base (full
     fine-tuning) and is meant for comparison."""
-    rank: Annotated[int, Field(ge=1, le=65536)] = 16
+    rank: Rank = 16
     """LoRA rank, the number of rows of A and columns of B; a higher rank trains more parameters and
     needs more memory."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Alpha = 32.0
     """The adapter's output is multiplied by alpha / rank, or by alpha / sqrt(rank) with rslora;
     change it together with rank to keep this factor."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -36,6 +40,11 @@ class Adapter(Section):
     """Start from the adapter of this run, checkpoint or PEFT folder, which must have the same
     targets, rank, alpha and dtype; null starts with B = 0."""
 
+    ranks: dict[str, Rank] = Field(default={})
+    """Rank of single roles in place of `rank`, such as {q: 8, down: 32}; roles of a fused linear
+    have one rank."""
+    alphas: dict[str, Alpha] = Field(default={})
+    """Alpha of single roles in place of `alpha`, in the same way as `ranks`."""
     lr_ratio: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Learning rate of B divided by that of A, which is `train.lr` (LoRA+, Hayou 2024); the paper
     uses 16 with a lower `train.lr`."""
@@ -45,7 +54,7 @@ class Adapter(Section):
         lora_only = sorted(name.rstrip("_") for name in self.model_fields_set - {"method"})
         if self.method == "full" and lora_only:
             raise NoEffect(
-                f"{', '.join(lora_only)}: apply to method: lora only",
+                f"{', '.join(lora_only)}: do not apply to method: full",
                 {f"adapter.{name}": "adapter.method" for name in lora_only},
             )
         if not self.targets:

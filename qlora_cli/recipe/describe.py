@@ -160,7 +160,9 @@ def _alternatives(annotation: Any, metadata: Sequence[Any]) -> list[str]:
         (item,) = get_args(annotation)
         return [f"a list of {' or '.join(_list_items(item))}"]
     if get_origin(annotation) is dict:
-        return ["a mapping of strings to strings"]
+        _, value = get_args(annotation)
+        values = "strings" if value is str else f"{_join(_alternatives(value, []))} each"
+        return [f"a mapping of strings to {values}"]
     bounds = [
         f"{sign} {getattr(bound, attribute):.12g}"
         for kind, attribute, sign in _BOUNDS

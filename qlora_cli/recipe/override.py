@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -60,7 +60,8 @@ def parse_override(text: str) -> Override | Problem:
 
 
 def _value(raw: str, info: FieldInfo) -> Any:
-    takes_string = str in (info.annotation, *get_args(info.annotation))
+    is_mapping = get_origin(info.annotation) is dict
+    takes_string = not is_mapping and str in (info.annotation, *get_args(info.annotation))
     try:
         value = read_value(raw)
     except DocumentError:

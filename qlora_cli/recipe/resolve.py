@@ -24,7 +24,8 @@ class Choice:
 def resolve(recipe: Recipe, device: DeviceProfile) -> tuple[Recipe, tuple[Choice, ...]]:
     """Return the recipe with the `auto` values resolved for a device, and the choices made.
 
-    `data.format: auto` is kept: it depends on the rows and not on the device.
+    `data.format: auto` is kept, because it depends on the rows, and `base.cache: auto`, because it
+    depends on the size of the base.
     """
     choices: list[Choice] = []
     base = recipe.base

@@ -1,6 +1,6 @@
 """The recipe schema: every setting with its type, bounds, default and description.
 
-Settings are defined here, in `adapter.py` and, for `task: preference`, in `preference.py`. The
+Settings are defined here, in `adapter.py` and, for single tasks, in files of their names. The
 string under a field is its description: it is shown in `qlora recipe schema`, in error messages and
 in the documentation (`describe.py`). To add a setting, add a field here and the code that reads it.
 
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qlora_cli.recipe.adapter import Adapter
+from qlora_cli.recipe.classification import Classification, Metric
 from qlora_cli.recipe.preference import Preference
 from qlora_cli.recipe.section import NoEffect, Section
 
@@ -24,7 +25,9 @@ Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 Bits = Literal[4, 8, 16]
 Dtype = Literal["float32", "float16", "bfloat16"]
-DataFormat = Literal["text", "completion", "alpaca", "sharegpt", "messages", "tokens", "preference"]
+DataFormat = Literal[
+    "text", "completion", "alpaca", "sharegpt", "messages", "tokens", "preference", "classification"
+]
 LongRows = Literal["drop", "truncate", "split", "error"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -67,6 +70,9 @@ class Base(Section):
     residency: Literal["auto", "device"] = "auto"
     """Memory that stores the packed base: device is the memory of the GPU or CPU that computes, and
     auto selects device."""
+    cache: Literal["auto"] | bool = "auto"
+    """Keep a packed copy of the base on disk, so that later starts need not quantize it (`qlora
+    cache list`); auto keeps a base of more than 64 MiB if bits is 4 or 8."""
 
     @model_validator(mode="after")
     def _settings_match_bits(self) -> Base:
@@ -106,15 +112,17 @@ class Data(Section):
     """Fields of each row (`?`: optional); text: {text}; completion: {prompt, completion};
     alpaca: {instruction, output, input?, system?, tools?}; sharegpt: {conversations, system?,
     tools?}; messages: {messages, tools?, functions?}; tokens: {input_ids, labels?,
-    attention_mask?}; preference: {chosen, rejected, prompt?, tools?} for task: preference; auto
-    detects the format from the field names."""
+    attention_mask?}; preference: {chosen, rejected, prompt?, tools?} for task: preference;
+    classification: {text, label, text_pair?} for task: classification; auto detects the format
+    from the field names."""
     seq_len: Annotated[int, Field(ge=8, le=MAX_SEQ_LEN)] = 1024
     """Maximum length of a sequence in tokens, also the length that packing fills; `long_rows`
     applies to longer rows, and memory for activations grows with it."""
     long_rows: Literal["auto"] | LongRows = "auto"
     """What happens to rows that are longer than `seq_len` or than the model's positions: drop
     leaves them out, truncate removes their end, split cuts them into consecutive pieces, error
-    stops; auto splits `text` rows and drops other rows. The number of rows is reported."""
+    stops; auto splits `text` rows, truncates `classification` rows, whose last token stays, and
+    drops other rows. The number of rows is reported."""
     template: str | None = None
     """Chat template in place of the base's own: alpaca, chatml, or the path of a Jinja file; it is
     stored in the run, the adapter's folder and the merged model. null uses the base's."""
@@ -152,11 +160,15 @@ class Train(Section):
     """Number of passes over the training rows; set either `epochs` or `steps`."""
     steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Number of optimizer steps; null computes it from `epochs`."""
-    micro_batch: Count = 1
-    """Sequences per forward pass; a larger value trains faster and needs more memory."""
+    micro_batch: Literal["auto"] | Count = 1
+    """Sequences per forward pass; a larger value trains faster and needs more memory. auto divides
+    the grad_accum sequences of a step into the fewest passes that fit the memory."""
     grad_accum: Count = 8
     """Forward and backward passes per optimizer step; one step uses micro_batch x grad_accum
     sequences."""
+    loss_chunk: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Tokens whose logits exist at once in the loss; fewer need less memory and more time. auto
+    chooses so many that the loss never decides the peak memory."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
     """Peak learning rate; lower it if the loss diverges."""
     schedule: Schedule = "cosine"
@@ -170,9 +182,10 @@ class Train(Section):
     """Decoupled weight decay of AdamW, applied to every trained weight."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Scale gradients down to this total norm if it is exceeded; null disables clipping."""
-    activation_checkpointing: bool = True
-    """Store only the input of each block and compute the rest again in the backward pass; false
-    trains faster and needs more memory."""
+    activation_checkpointing: Literal["auto"] | bool | Annotated[int, Field(ge=0)] = "auto"
+    """Store only the input of a block and compute the rest again in the backward pass: true for
+    every block, false for none, a number for that many first blocks; auto recomputes as few as fit
+    the memory."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 200
     """Optimizer steps between two checkpoints; the last step always writes one."""
     keep_checkpoints: Annotated[int, Field(ge=1)] | None = 2
@@ -181,17 +194,24 @@ class Train(Section):
     eval_every: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
     """Optimizer steps between two evaluations on `data.eval`, or a share of an epoch such as 0.25;
     null evaluates before the first and after the last step only."""
-    keep_best: bool = True
+    keep_best: bool | Metric = True
     """Export the weights of the evaluated step with the lowest held-out loss, and write a
-    checkpoint of it; false exports those of the last step."""
+    checkpoint of it; the name of a metric, for task: classification, means its highest value
+    instead; false exports those of the last step."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Stop after this number of evaluations in a row without a lower held-out loss; null trains
-    all steps."""
+    """Stop after this number of evaluations in a row without a better one, as `keep_best` compares
+    them; null trains all steps."""
     log_to: list[Tracker] = Field(default=[])
     """Trackers that receive the recipe and the figures of each step and evaluation: tensorboard
     writes to the run's folder, the others use their own login and environment variables."""
     seed: Seed = 0
     """Seed of A's initial values, of the order of the rows and of dropout."""
+
+    @property
+    def pass_size(self) -> int:
+        """Number of sequences per forward pass. It must not be `auto` any more."""
+        assert self.micro_batch != "auto", "a plan chooses the micro-batch first"
+        return self.micro_batch
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -213,20 +233,22 @@ class Recipe(Section):
     train: Train = Train()
     task: Literal["causal", "classification", "preference"] = "causal"
     """causal trains next-token prediction; preference trains on pairs of a chosen and a rejected
-    answer; classification is refused, because this version does not implement it."""
+    answer; classification predicts a label or a number for each text."""
     preference: Preference = Preference()
+    classification: Classification = Classification()
     output: str = "runs/{name}"
     """Folder of the run or of the sweep; {name} is replaced by the name of the recipe file without
     its suffix."""
 
     @model_validator(mode="before")
     @classmethod
-    def _pairs_have_one_format(cls, content: Any) -> Any:
-        """Set `data.format` for `task: preference`, whose rows may have fields of other formats."""
-        if isinstance(content, dict) and content.get("task") == "preference":
+    def _tasks_have_one_format(cls, content: Any) -> Any:
+        """Set `data.format` for a task whose rows may have the fields of other formats."""
+        task = content.get("task") if isinstance(content, dict) else None
+        if task in ("preference", "classification"):
             data = content.get("data")
             if isinstance(data, dict) and data.get("format", "auto") == "auto":
-                return content | {"data": data | {"format": "preference"}}
+                return content | {"data": data | {"format": task}}
         return content
 
     @model_validator(mode="after")
@@ -248,12 +270,17 @@ class Recipe(Section):
                 "adapter.method: full trains the weights of the base, and quantized weights cannot "
                 "be trained; set base.bits=16"
             )
-        if self.task == "classification":
-            raise ValueError("task: classification is not supported by this version; use causal")
         return self
 
     @model_validator(mode="after")
-    def _preference_settings_match(self) -> Recipe:
+    def _task_settings_match(self) -> Recipe:
         data, initial = self.data, self.adapter.from_
         self.preference.check_with(self.task, data.format, data.long_rows, initial)
+        self.classification.check_with(self.task, data.format, data.long_rows, self.best_metric)
         return self
+
+    @property
+    def best_metric(self) -> Metric | None:
+        """Return the metric whose highest value is the best step; None for the lowest loss."""
+        best = self.train.keep_best
+        return None if isinstance(best, bool) else best

@@ -28,10 +28,20 @@ _NO_METRICS = ("step", "seconds")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The loss on the held-out set after `step` optimizer steps, in nats per target."""
+    """An evaluation on the held-out set after `step` optimizer steps.
+
+    loss: in nats per target. metric: the metric that decides which evaluation is best, by its
+    highest value; None if the lowest loss decides.
+    """
 
     step: int
     loss: float
+    metric: float | None = None
+
+    @property
+    def badness(self) -> float:
+        """Return a number that is lowest for the best evaluation."""
+        return self.loss if self.metric is None else -self.metric
 
 
 def is_evaluation(line: Mapping[str, Any]) -> bool:
@@ -69,10 +79,20 @@ def mean_last_loss(file: Path, steps: int) -> float:
     return sum(losses) / len(losses)
 
 
-def read_evaluations(file: Path) -> list[Evaluation]:
-    """Return the evaluations in the order in which they were done, without damaged lines."""
+def read_evaluations(file: Path, metric: str | None = None) -> list[Evaluation]:
+    """Return the evaluations in the order in which they were done, without damaged lines.
+
+    metric: name of the metric that decides which one is best; None for the loss.
+    """
     lines = [line for _, line in _read(file) if is_evaluation(line)]
-    return [Evaluation(int(line["step"]), float(line[EVAL_LOSS])) for line in lines]
+    return [
+        Evaluation(
+            int(line["step"]),
+            float(line[EVAL_LOSS]),
+            None if metric is None else float(line.get(metric, -inf)),
+        )
+        for line in lines
+    ]
 
 
 def evaluation_metrics(file: Path, step: int) -> dict[str, float]:
@@ -89,13 +109,13 @@ def evaluation_metrics(file: Path, step: int) -> dict[str, float]:
 
 
 def best_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation | None:
-    """Return the evaluation with the lowest loss; None if there is none.
+    """Return the evaluation with the lowest loss or highest metric; None if there is none.
 
     The evaluation before training is left out, and so is a loss that is not finite. Of equal ones
     the first is the best.
     """
     trained = [item for item in evaluations if item.step > 0 and isfinite(item.loss)]
-    return min(trained, key=lambda evaluation: evaluation.loss, default=None)
+    return min(trained, key=lambda evaluation: evaluation.badness, default=None)
 
 
 def append_line(file: Path, line: Mapping[str, Any]) -> None:

@@ -9,18 +9,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qlora_cli.adapters.peft_file import AdapterFile
 from qlora_cli.events import Observer
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.files.locate import find_base, read_config
-from qlora_cli.files.source import FolderSource
+from qlora_cli.files.source import FolderSource, OverlaidSource
 from qlora_cli.memory.device import profile_of
 from qlora_cli.models.attach import attach_adapter, remove_adapter
 from qlora_cli.models.build import MakeSource, ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.packed_base import packed_store
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run import Run
+from qlora_cli.tasks.classification import task_of_model
 from qlora_cli.tasks.registry import task_of
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -90,7 +93,8 @@ def open_run(run: Run, device: torch.device, observer: Observer) -> LoadedModel:
         trained = partial(_folder_source, run.trained_weights)
         return _open(run.recipe, base, trained, device, observer)
     adapter = run.adapter_file
-    loaded = _open(run.recipe, base, partial(_folder_source, base), device, observer)
+    source = partial(_source_with_head, base, adapter)
+    loaded = _open(run.recipe, base, source, device, observer)
     attach_adapter(loaded, adapter)
     return _ready(loaded, base)
 
@@ -130,18 +134,28 @@ def _open_packed(
 
 def _sixteen_bit(base: Path, compute: str, method: str) -> Recipe:
     """Return the recipe of a 16-bit base for a model that has no recipe."""
-    return Recipe.model_validate(
-        {
-            "model": {"name": str(base)},
-            "base": {"bits": 16, "compute_dtype": compute},
-            "adapter": {"method": method},
-            "data": {"train": ""},
-        }
-    )
+    content = {
+        "model": {"name": str(base)},
+        "base": {"bits": 16, "compute_dtype": compute},
+        "adapter": {"method": method},
+        "data": {"train": ""},
+    }
+    if (task := task_of_model(read_config(base / "config.json"))) is not None:
+        settings = task.settings.model_dump(mode="json", exclude_unset=True)
+        content |= {"task": task.name, "classification": settings}
+    return Recipe.model_validate(content)
 
 
 def _folder_source(folder: Path, _: nn.Module, family: Family) -> FolderSource:
     return open_source(folder, family)
+
+
+def _source_with_head(
+    folder: Path, adapter: AdapterFile, _: nn.Module, family: Family
+) -> FolderSource:
+    """Return the tensors of a base and those of the classification head in an adapter's folder."""
+    source = open_source(folder, family)
+    return OverlaidSource(source, adapter.saved) if adapter.saved else source
 
 
 def _open(
@@ -152,7 +166,9 @@ def _open(
     inference = recipe.model_copy(update={"train": train})
     model_class = task_of(recipe).model_class
     profile = profile_of(device)
-    loaded = build(ModelRequest(inference, config, source, device, profile, observer, model_class))
+    copy = packed_store(recipe, base, config, model_class, device.type, observer)
+    given = (inference, config, source, device, profile, observer, model_class, copy)
+    loaded = build(ModelRequest(*given))
     return _ready(loaded, base)
 
 

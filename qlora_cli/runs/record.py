@@ -17,6 +17,15 @@ class _Choice(BaseModel):
     reason: str
 
 
+class _Shortage(BaseModel):
+    """A step that ran out of memory, and what has applied since then."""
+
+    step: _Number
+    reason: str
+    recomputed_blocks: _Number
+    parts: Annotated[int, Field(ge=1, lt=2**53)]
+
+
 class _Tensors(BaseModel):
     """How tensors of one kind are stored."""
 
@@ -49,6 +58,7 @@ class RunRecord(BaseModel):
     steps: _Number | None = None
     choices: list[_Choice] | None = None
     tensors: list[_Tensors] | None = None
+    memory_shortages: list[_Shortage] | None = None
     versions: dict[str, str] | None = None
     checksums: dict[str, str] | None = None
     device: dict[str, Any] | None = None

@@ -145,8 +145,8 @@ class Run:
     def trained_step(self) -> int | None:
         """The step of the checkpoint whose weights are used; None for those of the finished run.
 
-        Without a requested step, a run that is not finished uses the checkpoint with the lowest
-        held-out loss, if `train.keep_best` is set and it was evaluated, else the last checkpoint.
+        Without a requested step, a run that is not finished uses the checkpoint with the best
+        evaluation, if `train.keep_best` is set and it was evaluated, else the last checkpoint.
 
         Raises UsageError if there is no checkpoint, or none of the requested step.
         """
@@ -163,7 +163,8 @@ class Run:
                 f"{self.record.get('status')}",
                 hint="continue it with `qlora train --resume` up to its first checkpoint",
             )
-        done = [item for item in read_evaluations(self.folder.metrics) if item.step in steps]
+        evaluations = read_evaluations(self.folder.metrics, self.recipe.best_metric)
+        done = [item for item in evaluations if item.step in steps]
         best = best_evaluation(done) if self.recipe.train.keep_best else None
         return best.step if best is not None else steps[-1]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qlora_cli.data.collate import Batch
 from qlora_cli.memory.scopes import scope
@@ -28,6 +29,8 @@ def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Te
     with scope("activations"):
         ids = batch.input_ids.to(ids_device, non_blocking=True)
         if not loaded.family.packs:
+            if loaded.family.is_classifier:
+                return _padded(loaded, ids, batch, device)
             rows = [_row(loaded, row, device) for row in ids.split(batch.segments, dim=1)]
             return head_input_of(loaded, rows[0] if len(rows) == 1 else torch.cat(rows))
         backbone = loaded.model.get_submodule(loaded.family.backbone)
@@ -37,6 +40,8 @@ def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Te
             if loaded.family.first_position:
                 positions = positions + loaded.family.first_position
             arguments["position_ids"] = positions
+        if loaded.family.token_types and batch.token_types is not None:
+            arguments["token_type_ids"] = batch.token_types.to(device, non_blocking=True)
         with use_spans(Spans.on(batch.segments, device, loaded.kernel)):
             hidden: Tensor = backbone(input_ids=ids, use_cache=False, **arguments)[0]
         return head_input_of(loaded, hidden.squeeze(0))
@@ -66,6 +71,24 @@ def head_input_of(loaded: LoadedModel, hidden: Tensor) -> Tensor:
     if not family.has_head_input:
         return hidden
     return head_input(loaded.model, family.backbone, family.head, hidden)
+
+
+def _padded(loaded: LoadedModel, ids: Tensor, batch: Batch, device: torch.device) -> Tensor:
+    """Return the last hidden states (tokens, d) of rows that are padded to the longest of them.
+
+    ids: (1, tokens), those of the batch, on the device of the token table.
+    """
+    backbone = loaded.model.get_submodule(loaded.family.backbone)
+    lengths = batch.segments
+    places = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    arguments = {"attention_mask": places.long().to(device, non_blocking=True)}
+    if loaded.family.token_types and batch.token_types is not None:
+        types = pad_sequence(batch.token_types.squeeze(0).split(lengths), batch_first=True)
+        arguments["token_type_ids"] = types.to(device, non_blocking=True)
+    padded = pad_sequence(ids.squeeze(0).split(lengths), batch_first=True)
+    hidden: Tensor = backbone(input_ids=padded, **arguments)[0]
+    kept = places.flatten().nonzero().flatten().to(device, non_blocking=True)
+    return hidden.flatten(0, 1)[kept]
 
 
 def head_of(loaded: LoadedModel) -> tuple[Tensor, Tensor | None, LogitTransform]:

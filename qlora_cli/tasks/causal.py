@@ -54,7 +54,9 @@ class CausalTask(Task):
         hidden = hidden_states(loaded, batch, device)
         positions, targets = targets_of(batch, device)
         weight, bias, transform = head_of(loaded)
-        return chunked_cross_entropy(hidden, weight, positions, targets, scale, bias, transform)
+        return chunked_cross_entropy(
+            hidden, weight, positions, targets, scale, bias, transform, loaded.loss_chunk
+        )
 
     @torch.no_grad()
     def evaluate(
@@ -91,4 +93,5 @@ def _score(loaded: LoadedModel, batch: Batch, device: torch.device) -> tuple[Ten
     """
     hidden = hidden_states(loaded, batch, device)
     weight, bias, transform = head_of(loaded)
-    return score(hidden, weight, *targets_of(batch, device), bias, transform)
+    targets = targets_of(batch, device)
+    return score(hidden, weight, *targets, bias, transform, loaded.loss_chunk)

@@ -111,7 +111,7 @@ class PreferenceTask(Task):
         positions, targets = targets_of(batch, device)
         weight, bias, transform = head_of(loaded)
         weighted = chunked_cross_entropy(
-            hidden, weight, positions, targets, weights, bias, transform
+            hidden, weight, positions, targets, weights, bias, transform, loaded.loss_chunk
         )
         # The value of the loss with the gradient of the weighted cross entropy.
         return total.detach() + (weighted - weighted.detach())
@@ -173,7 +173,9 @@ def _answer_log_probs(
     """Return the log-probability of each answer (P, 2) float32, without a gradient."""
     weight, bias, transform = head_of(loaded)
     positions, targets = targets_of(batch, device)
-    tokens, _ = score_targets(hidden.detach(), weight, positions, targets, bias, transform)
+    tokens, _ = score_targets(
+        hidden.detach(), weight, positions, targets, bias, transform, loaded.loss_chunk
+    )
     with scope("loss"):
         # Not index_add, whose order of additions on a GPU differs from run to run.
         sums = [part.sum() for part in tokens.split(_answer_lengths(batch))]

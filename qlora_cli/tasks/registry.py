@@ -5,10 +5,11 @@ from __future__ import annotations
 from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.causal import CAUSAL
+from qlora_cli.tasks.classification import CLASSIFICATION
 from qlora_cli.tasks.preference import PREFERENCE
 from qlora_cli.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL, PREFERENCE)}
+TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL, PREFERENCE, CLASSIFICATION)}
 """Name in the recipe -> task. A new task is one entry here."""
 
 

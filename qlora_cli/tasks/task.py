@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -57,19 +57,22 @@ class Task(Protocol):
 
     name: the value of `task` in a recipe. target_name: what is counted as a target, in the plural.
     segment_names: names of the segments of a row, such as the two answers of a pair; empty if a row
-    is one segment. trained_head: paths of head modules whose parameters
-    train in addition to the adapter; empty if the head stays frozen. Checkpoints contain a trained
-    head; an adapter folder and a merged model do not yet, so the first such task must add it there.
+    is one segment. A model class with a head that trains in addition to the adapter has it in its
+    family (`Family.trained_head`).
     """
 
     name: str
     target_name: str = "tokens"
     segment_names: tuple[str, ...] = ()
-    trained_head: tuple[str, ...] = ()
 
     def configured(self, recipe: Recipe) -> Task:
         """Return the task with the settings of a resolved recipe that names it."""
         return self
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the names of the metrics that are shown next to the held-out loss."""
+        return ()
 
     @property
     def needs_constants(self) -> bool:
@@ -84,6 +87,13 @@ class Task(Protocol):
     @property
     def model_class(self) -> Any:
         """Return the transformers Auto class that creates the model from its config."""
+
+    def config_entries(self, model: Any) -> dict[str, Any]:
+        """Return the entries of config.json in which a trained model differs from its base.
+
+        model: transformers' model.
+        """
+        return {}
 
     def encode(
         self,
@@ -117,6 +127,13 @@ class Task(Protocol):
         from then on. Called only if `needs_constants`.
         """
         raise AssertionError(f"the task {self.name} computes no constants")
+
+    def planned(self, batch: Batch) -> Batch:
+        """Return a batch that is not from any text with what the task adds to the rows of one."""
+        if not self.needs_constants:
+            return batch
+        width = len(self.segment_names)
+        return replace(batch, constants=torch.zeros(len(batch.segments) // width, width))
 
     def loss(
         self,

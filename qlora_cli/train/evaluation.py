@@ -17,6 +17,7 @@ from qlora_cli.runs.metrics import (
     Evaluation,
     append_line,
     best_evaluation,
+    evaluation_metrics,
     read_evaluations,
 )
 from qlora_cli.tasks.task import EvalScore
@@ -59,12 +60,35 @@ class Evaluator:
     _is_tracked: bool = False
 
     def __post_init__(self) -> None:
-        self.done = read_evaluations(self.run.metrics)
+        self.done = read_evaluations(self.run.metrics, self._metric)
+
+    @property
+    def _metric(self) -> str | None:
+        """The metric whose highest value is best; None for the lowest loss."""
+        return self.state.recipe.best_metric
 
     @property
     def best(self) -> Evaluation | None:
-        """The evaluation with the lowest loss, the one before training excepted."""
+        """The evaluation with the lowest loss, or the highest metric; not that before training."""
         return best_evaluation(self.done)
+
+    @property
+    def goal(self) -> str:
+        """What a better evaluation has, as text: `lower held-out loss`."""
+        return "lower held-out loss" if self._metric is None else f"higher {self._metric}"
+
+    @property
+    def best_text(self) -> str:
+        """What the best evaluation has, as text: `the lowest held-out loss (0.361)`."""
+        assert self.best is not None
+        if self._metric is None:
+            return f"the lowest held-out loss ({self.best.loss:.3f})"
+        return f"the highest {self._metric} ({self.best.metric:.3f})"
+
+    def metrics_of(self, step: int) -> dict[str, float]:
+        """Return the task's other metrics after `step`; empty if it was not evaluated."""
+        found = evaluation_metrics(self.run.metrics, step)
+        return {name: found[name] for name in self.state.task.metric_names if name in found}
 
     @property
     def last(self) -> Evaluation | None:
@@ -153,7 +177,8 @@ class Evaluator:
     def _record(self, score: EvalScore) -> Evaluation:
         """Write the line of metrics.jsonl, report the result and return it."""
         earlier_best = self.best
-        evaluation = Evaluation(self.state.step, score.loss)
+        metric = None if self._metric is None else score.metrics[self._metric]
+        evaluation = Evaluation(self.state.step, score.loss, metric)
         line: dict[str, Any] = {
             "step": evaluation.step,
             EVAL_LOSS: score.loss,
@@ -164,7 +189,9 @@ class Evaluator:
         append_line(self.run.metrics, line)
         self.trackers.log(line, evaluation.step)
         self.done.append(evaluation)
-        self.observer.note(self._describe(evaluation, earlier_best))
+        metrics = ", ".join(f"{name} {value:.3f}" for name, value in score.metrics.items())
+        shown = f" ({metrics})" if self.state.task.metric_names else ""
+        self.observer.note(f"{self._describe(evaluation, earlier_best)}{shown}")
         return evaluation
 
     def _describe(self, evaluation: Evaluation, earlier_best: Evaluation | None) -> str:
@@ -173,6 +200,9 @@ class Evaluator:
         text = f"step {evaluation.step:,}: held-out loss {evaluation.loss:.3f}"
         if earlier_best is None:
             return text
+        if self._metric is not None:
+            best = self.best or earlier_best
+            return f"{text}; the highest {self._metric} is {best.metric:.3f} at step {best.step:,}"
         if evaluation is self.best:
             return f"{text}, the lowest so far (before: {earlier_best.loss:.3f})"
         return f"{text}; the lowest is {earlier_best.loss:.3f} at step {earlier_best.step:,}"

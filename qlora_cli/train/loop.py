@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.data.packing import BatchSchedule, peak_steps
 from qlora_cli.errors import Interrupted, MicroBatchTooLarge
@@ -25,6 +27,13 @@ from qlora_cli.train.learning_checks import LearningChecks
 from qlora_cli.train.loss_spikes import LossSpikes
 from qlora_cli.train.progress import Progress
 from qlora_cli.train.schedule import learning_rate
+from qlora_cli.train.shortage import (
+    Shortage,
+    num_recomputed,
+    recomputed_share,
+    record_shortage,
+    reduce_memory,
+)
 from qlora_cli.train.state import State
 from qlora_cli.train.step import StepOutcome, train_step
 from qlora_cli.train.stop_signals import stop_signals
@@ -37,14 +46,8 @@ optimizer states, two more show the steady state."""
 LAST_LOSSES = 10
 """Number of last steps whose mean loss is reported as the run's training loss."""
 _METRICS = (
-    "step",
-    "loss",
-    "lr",
-    "grad_norm",
-    "tokens",
-    "tokens_per_second",
-    "peak_bytes",
-    "joules",
+    *("step", "loss", "lr", "grad_norm", "tokens"),
+    *("tokens_per_second", "peak_bytes", "joules"),
 )
 """Fields of a StepEvent that metrics.jsonl stores."""
 
@@ -58,6 +61,8 @@ class TrainingLoop:
     chat_template: the Jinja text that `data.template` sets, for the checkpoints.
     energy: counts the joules of each step.
     on_checkpoint: called after each checkpoint, to write what has been measured so far.
+    may_recompute_more: whether the activation policy may change if memory runs short. parts: number
+    of parts that each micro-batch is divided into from the start.
     """
 
     state: State
@@ -71,6 +76,8 @@ class TrainingLoop:
     chat_template: str | None
     energy: EnergyCounter
     on_checkpoint: Callable[[Progress], object]
+    may_recompute_more: bool = False
+    parts: int = 1
 
     def train(self) -> Progress:
         """Train from the state's step to the last step, which always writes a checkpoint.
@@ -79,7 +86,7 @@ class TrainingLoop:
         evaluations. Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint written;
         QloraError if a file cannot be written; NotFinite if training diverges.
         """
-        progress = Progress()
+        progress = Progress(parts=self.parts)
         checks = LearningChecks(self.state, LossSpikes(self.state, self.schedule))
         first = self.state.step
         tracked_steps = peak_steps(self.schedule, range(first, self.steps))
@@ -111,7 +118,7 @@ class TrainingLoop:
             return
         recipe = self.state.recipe
         trains_base = not method_of(recipe.adapter).freezes_base
-        passes = 2 + trains_base + recipe.train.activation_checkpointing
+        passes = 2 + trains_base + recomputed_share(self.state.loaded)
         epochs = self.steps / self.schedule.steps_per_epoch
         tokens = epochs * self.schedule.num_tokens[0]
         seconds = passes * tokens / self.evaluator.tokens_per_second
@@ -134,12 +141,11 @@ class TrainingLoop:
         """Return whether training ends before its last step, and report it."""
         if not self.evaluator.out_of_patience:
             return False
-        best = self.evaluator.best
-        assert best is not None
+        assert self.evaluator.best is not None
         self.observer.note(
-            f"stopped after step {self.state.step:,} of {self.steps:,}: no lower held-out loss in "
-            f"{self.state.recipe.train.patience} evaluations (train.patience); the lowest is "
-            f"{best.loss:.3f} at step {best.step:,}"
+            f"stopped after step {self.state.step:,} of {self.steps:,}: no {self.evaluator.goal} "
+            f"in {self.state.recipe.train.patience} evaluations (train.patience); step "
+            f"{self.evaluator.best.step:,} has {self.evaluator.best_text}"
         )
         return True
 
@@ -163,28 +169,34 @@ class TrainingLoop:
         return self._event(outcome, lr, seconds, joules, progress)
 
     def _train_step(self, progress: Progress, lr: float) -> StepOutcome:
-        """Do one optimizer step. If a micro-batch does not fit the memory, divide it and try again.
+        """Do one optimizer step. If it runs out of memory, reduce what it needs and try again.
 
-        The gradient is the same up to rounding. Raises MicroBatchTooLarge if single rows do not
-        fit.
+        Raises MicroBatchTooLarge if nothing can be reduced any more.
         """
-        step = self.state.step
         while True:
-            batches = self.schedule.step_batches(step, progress.parts)
+            batches = self.schedule.step_batches(self.state.step, progress.parts)
+            random_state = torch.get_rng_state()
             try:
                 return train_step(self.state, batches, lr)
             except MicroBatchTooLarge as error:
-                finer = self.schedule.step_batches(step, 2 * progress.parts)
-                if len(finer) == len(batches):
+                loaded = self.state.loaded if self.may_recompute_more else None
+                finer = self.schedule.step_batches(self.state.step, 2 * progress.parts)
+                change = reduce_memory(loaded, progress, len(finer) > len(batches))
+                if change is None:
                     raise
                 reason = error.what
             # After the except block, so that the tensors of the failed pass are freed.
-            progress.parts *= 2
+            torch.set_rng_state(random_state)
             self.instrument.release_cache()
-            self.observer.note(
-                f"warning: step {step + 1}: {reason}; from now on each micro-batch is divided into "
-                f"{progress.parts} parts, which gives the same gradient and takes more time"
-            )
+            self._report_shortage(reason, change, progress)
+
+    def _report_shortage(self, reason: str, change: str, progress: Progress) -> None:
+        step = self.state.step + 1
+        number = num_recomputed(self.state.loaded)
+        record_shortage(self.run, Shortage(step, reason, number, progress.parts))
+        self.observer.note(
+            f"warning: step {step}: {reason}; from now on {change}, and takes more time"
+        )
 
     @contextmanager
     def _measured(self, tracked: bool) -> Iterator[None]:
@@ -229,7 +241,7 @@ class TrainingLoop:
     def _save_if_due(self, progress: Progress, is_stop_requested: bool, is_best: bool) -> None:
         """Write a checkpoint if one is due. Raises Interrupted if the user asked to stop.
 
-        is_best: this step has the lowest held-out loss so far.
+        is_best: this step has the best evaluation so far.
         """
         step, train = self.state.step, self.state.recipe.train
         is_last = step == self.steps or self.evaluator.out_of_patience

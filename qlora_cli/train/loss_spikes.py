@@ -16,7 +16,7 @@ WINDOW = 20
 """Number of steps that a loss is compared with."""
 _FEWEST = 5
 """Number of steps that must have been done."""
-_FACTOR, _DIFFERENCE = 2.0, 1.0
+_FACTOR, _DIFFERENCE = 2.0, 2.0
 """A spike is larger than the largest loss of the window by this factor and by this difference."""
 _DEVIATIONS = 5
 """The logarithm of a spike is also above the window's mean by this number of standard deviations:

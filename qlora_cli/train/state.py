@@ -53,8 +53,6 @@ def build_state(request: ModelRequest, build_model: BuildModel = build) -> State
     recipe, device = request.recipe, request.device
     task = task_of(recipe)
     loaded = build_model(replace(request, model_class=task.model_class))
-    for path in task.trained_head:
-        loaded.model.get_submodule(path).requires_grad_(True)
     loaded.model.train()
     trainable = loaded.trainable()
     factors = method_of(recipe.adapter).lr_factors(loaded.model)
@@ -70,7 +68,7 @@ def tag_living(state: State, tracker: StorageTracker) -> None:
     for path, module in loaded.model.named_modules():
         if path in loaded.family.embeddings:
             tracker.tag(module.parameters(recurse=False), "embeddings")
-        elif path == loaded.family.head:
+        elif path == loaded.family.head and not loaded.family.is_classifier:
             # A tied head is the embedding, which has its own category.
             if module.weight is not table.weight:
                 tracker.tag(module.parameters(recurse=False), "head")

@@ -5,12 +5,18 @@ They are the adapter in PEFT's format, or a model's folder after full fine-tunin
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 from qlora_cli.adapters.registry import method_of
-from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors
+from qlora_cli.files.atomic import (
+    RESUME_HINT,
+    atomic_folder,
+    report_write_errors,
+    write_json,
+)
 from qlora_cli.files.checksums import checksums_of
 from qlora_cli.files.source import WEIGHTS_FILE
 from qlora_cli.models.save_adapter import save_adapter
@@ -34,7 +40,7 @@ def write_weights(state: State, base: Path, folder: Path, chat_template: str | N
         report_write_errors("the trained model", weights, hint=RESUME_HINT),
         atomic_folder(weights) as partial,
     ):
-        shutil.copy(base / "config.json", partial)
+        _write_config(state, base, partial)
         write_parameters(state.trainable, partial / WEIGHTS_FILE)
 
 
@@ -52,8 +58,18 @@ def add_weights(
         return
     weights = checkpoint / WEIGHTS
     weights.mkdir()
-    shutil.copy(base / "config.json", weights)
+    _write_config(state, base, weights)
     _link(parameters, weights / WEIGHTS_FILE)
+
+
+def _write_config(state: State, base: Path, folder: Path) -> None:
+    """Write the base's config.json to `folder`, with what the task changes in it."""
+    entries = state.task.config_entries(state.loaded.model)
+    if not entries:
+        shutil.copy(base / "config.json", folder)
+        return
+    content = json.loads((base / "config.json").read_text())
+    write_json(folder / "config.json", content | entries)
 
 
 def copy_weights(checkpoint: Path, folder: Path) -> None:

@@ -14,8 +14,11 @@ WIDTH_WITHOUT_TERMINAL = 100
 """Columns if the output goes to a file or a pipe and COLUMNS is not set."""
 
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-_CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-"""Code of a control character -> code of the character that is shown in its place."""
+_CONTROLS |= {0x7F: 0x2421}
+_CONTROLS |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)
+# These change the order in which the text after them is shown.
+_CONTROLS |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+"""Code of a control character, or of half a character -> code of what is shown in its place."""
 
 
 def printable(text: str) -> str:

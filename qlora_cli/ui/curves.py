@@ -37,11 +37,13 @@ def draw_metric(
     key: str,
     label: str,
     evaluations: Sequence[Mapping[str, Any]] = (),
+    held_out_key: str = "eval_loss",
 ) -> None:
     """Draw one metric over the steps: values as dots, their smoothed curve, the held-out loss.
 
     metrics: the lines of metrics.jsonl of steps. key: the metric. label: of the vertical axis.
-    evaluations: the lines of metrics.jsonl of evaluations, drawn as a second curve.
+    evaluations: the lines of metrics.jsonl of evaluations, drawn as a second curve. held_out_key:
+    of the metric in them.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -52,7 +54,7 @@ def draw_metric(
     if evaluations:
         axes.plot(
             [line["step"] for line in evaluations],
-            [line["eval_loss"] for line in evaluations],
+            [line[held_out_key] for line in evaluations],
             "o--",
             color=_HELD_OUT_COLOR,
             linewidth=1.4,

@@ -83,14 +83,16 @@ def metric_figure(
     key: str,
     label: str,
     evaluations: Sequence[Mapping[str, Any]] = (),
+    held_out_key: str = "eval_loss",
 ) -> Figure:
-    """Draw one metric over the steps, with the held-out loss if there are evaluations.
+    """Draw one metric over the steps, with its held-out values if there are evaluations.
 
-    metrics, evaluations: lines of metrics.jsonl. key: the metric. label: of the vertical axis.
+    metrics, evaluations: lines of metrics.jsonl. key, held_out_key: the metric in them. label: of
+    the vertical axis.
     """
     figure = new_figure(height=2.6)
     axes = figure.subplots()
-    curves.draw_metric(axes, metrics, key, label, evaluations)
+    curves.draw_metric(axes, metrics, key, label, evaluations, held_out_key)
     hide_frame(axes)
     return figure
 

@@ -97,6 +97,7 @@ def _sentences(result: PlanResult) -> list[Text]:
         limit = format_count(result.row_limit)
         text = f"A row may have {limit} tokens, the base's positions; data.seq_len is longer and "
         lines.append(Text(f"{text}holds several rows."))
+    lines += [Text(f"{choice.key} = {choice.value}: {choice.reason}.") for choice in result.choices]
     lines += [Text(text) for text in _duration(result)]
     if result.data_problem:
         lines.append(Text(result.data_problem, style="yellow"))

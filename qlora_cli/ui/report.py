@@ -31,6 +31,8 @@ _PAIR_METRICS = (
     _METRICS[1],
 )
 """The same for preference training."""
+_CLASS_METRICS = (("loss", "Loss", "per row"), ("train_accuracy", "Accuracy", "share of rows"))
+"""The same for classification."""
 _PAGE_MARK = b'<meta name="generator" content="qlora">'
 """Bytes that identify a page of qlora; the template contains them."""
 _IMAGE_MARK = b"Software\0qlora"
@@ -154,12 +156,25 @@ def _figures_over_time(result: ReportResult) -> Iterator[dict[str, str]]:
 def _metric_figures(result: ReportResult) -> Iterator[dict[str, str]]:
     from qlora_cli.ui import figures
 
+    held_out_keys = ("loss", "train_accuracy") if _is_classification(result) else ("loss",)
     if result.metrics:
-        is_of_pairs = "train_margin" in result.metrics[0]
-        for key, title, label in _PAIR_METRICS if is_of_pairs else _METRICS:
-            evaluations = result.evaluations if key == "loss" else ()
-            source = _embed(figures.metric_figure(result.metrics, key, label, evaluations))
-            yield {"title": title, "source": source}
+        for key, title, label in _shown_metrics(result):
+            if key not in result.metrics[0]:
+                continue
+            held_out = "eval_loss" if key == "loss" else key.removeprefix("train_")
+            evaluations = result.evaluations if key in held_out_keys else ()
+            figure = figures.metric_figure(result.metrics, key, label, evaluations, held_out)
+            yield {"title": title, "source": _embed(figure)}
+
+
+def _shown_metrics(result: ReportResult) -> tuple[tuple[str, str, str], ...]:
+    if _is_classification(result):
+        return (*_CLASS_METRICS, _METRICS[1])
+    return _PAIR_METRICS if "train_margin" in result.metrics[0] else _METRICS
+
+
+def _is_classification(result: ReportResult) -> bool:
+    return bool(result.run["recipe"].get("task") == "classification")
 
 
 def _embed(figure: Figure) -> str:

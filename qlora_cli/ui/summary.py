@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qlora_cli.jobs.results import ReportResult
+from qlora_cli.recipe.classification import CLASS_METRICS, REGRESSION_METRICS
 from qlora_cli.ui import memory_facts
 from qlora_cli.units import format_count
 
@@ -24,7 +25,8 @@ def summary(result: ReportResult) -> dict[str, str]:
     facts |= memory_facts.reliability(result.ledger)
     if result.metrics:
         facts |= _progress(result.metrics) | _energy(result)
-    return facts | held_out_loss(result.evaluations)
+    facts |= held_out_loss(result.evaluations)
+    return facts | _held_out_metrics(result) if recipe.get("task") == "classification" else facts
 
 
 def held_out_loss(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -44,6 +46,16 @@ def held_out_loss(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         if best != last:
             parts.append(f"lowest {trained[best]:.3f} after step {best:,}")
     return {"held-out loss": ", ".join(parts)}
+
+
+def _held_out_metrics(result: ReportResult) -> dict[str, str]:
+    """Return the metrics of classification in the last evaluation."""
+    if not result.evaluations:
+        return {}
+    last = result.evaluations[-1]
+    names = [name for name in (*CLASS_METRICS, *REGRESSION_METRICS) if name in last]
+    text = ", ".join(f"{name} {last[name]:.3f}" for name in names)
+    return {"held-out metrics": f"{text} after step {last['step']:,}"}
 
 
 def settings(run: Mapping[str, Any]) -> dict[str, str]:

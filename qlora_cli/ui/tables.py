@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qlora_cli.data.findings import Finding
 from qlora_cli.jobs.gguf_results import GgufResult
+from qlora_cli.jobs.label_results import LabelEvalResult
 from qlora_cli.jobs.pair_results import PairEvalResult
 from qlora_cli.jobs.results import (
     DataResult,
@@ -73,10 +74,11 @@ def verify(result: VerifyResult) -> RenderableType:
     parts += [Text(f"  {fault}") for fault in result.faults]
     if math.isnan(result.mean_kl):  # The two models could not be compared.
         return Group(*parts)
+    compared = "rows" if result.greedy_tokens is None else "tokens"
     facts = {
         "largest logit difference": f"{result.max_logit_difference:.3g}",
         "mean KL divergence": f"{result.mean_kl:.3g} nats",
-        "top-1 agreement": f"{result.top1_agreement:.2%} of tokens",
+        "top-1 agreement": f"{result.top1_agreement:.2%} of {compared}",
     }
     if result.greedy_tokens is not None:
         agreement = f"the first {result.greedy_agreement} of {result.greedy_tokens} tokens agree"
@@ -137,8 +139,12 @@ def push(result: PushResult) -> RenderableType:
     )
 
 
-def evaluation(result: EvalResult | PairEvalResult) -> RenderableType:
-    """Render loss, perplexity and accuracy over trained tokens, or the metrics of pairs."""
+def evaluation(result: EvalResult | PairEvalResult | LabelEvalResult) -> RenderableType:
+    """Render loss, perplexity and accuracy over trained tokens, or another task's metrics."""
+    if isinstance(result, LabelEvalResult):
+        metrics = {name: f"{value:.4f}" for name, value in result.metrics.items()}
+        rows = format_count(result.rows)
+        return fact_lines({"loss": f"{result.loss:.4f} per row", **metrics, "rows": rows})
     if isinstance(result, PairEvalResult):
         return fact_lines(
             {
@@ -164,10 +170,12 @@ def evaluation(result: EvalResult | PairEvalResult) -> RenderableType:
 def data(result: DataResult) -> RenderableType:
     """Render the totals of a data file, the findings and the rows to show."""
     share = result.trained_tokens / max(result.tokens, 1)
+    has_labels = result.format == "classification"
+    trained = "" if has_labels else f", {share:.1%} of them trained"
     facts = {
         "rows": f"{format_count(result.rows)} ({result.format})",
         "sequences": format_count(result.sequences),
-        "tokens": f"{format_count(result.tokens)}, {share:.1%} of them trained",
+        "tokens": f"{format_count(result.tokens)}{trained}",
         "longest row": f"{format_count(result.longest_row)} tokens",
     }
     if result.held_out_rows:
@@ -180,7 +188,8 @@ def data(result: DataResult) -> RenderableType:
     opening, closing = _BRACKETS
     legend = Text(f"Trained tokens are green and between {opening} and {closing}.", style="dim")
     rows = [_row(shown) for shown in result.shown]
-    return Group(fact_lines(facts), *findings, *lines, *([legend] if rows else []), *rows)
+    legends = [legend] if rows and not has_labels else []
+    return Group(fact_lines(facts), *findings, *lines, *legends, *rows)
 
 
 def _finding(found: Finding) -> RenderableType:
@@ -241,6 +250,7 @@ def _training_facts(result: TrainResult) -> dict[str, str]:
     }
     if result.eval_loss is not None:
         facts["held-out loss"] = _before_and_after(result.eval_loss_before, result)
+    facts |= {f"held-out {name}": f"{value:.4f}" for name, value in result.metrics.items()}
     if peak := planned_and_measured(result.ledger):
         facts["peak memory"] = peak
     return facts

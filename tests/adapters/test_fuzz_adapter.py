@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from qlora_cli.adapters.peft_config import CONFIG, WEIGHTS, tensor_name
+from qlora_cli.adapters.peft_config import CONFIG, WEIGHTS
 from qlora_cli.adapters.peft_file import AdapterMetadata, open_adapter
+from qlora_cli.adapters.peft_names import tensor_name
 from qlora_cli.nn.site import Site
 from tests.helpers.fuzz import changed_json, changed_values, damaged, fuzzed, only_own_errors, write
 

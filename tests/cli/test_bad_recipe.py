@@ -45,7 +45,7 @@ def test_all_problems_of_a_recipe_are_reported_at_once(job_recipe: Path) -> None
         ("model: {name: x", (":1", "cannot be read")),
         ("- a\n- b\n", ("is not a recipe",)),
         ("", ("model.name", "data.train", "is missing")),
-        ("task: classification\nmodel: {name: x}\ndata: {train: y}\n", ("not supported",)),
+        ("task: translation\nmodel: {name: x}\ndata: {train: y}\n", ("task", "classification")),
     ],
 )
 def test_a_text_that_is_not_a_recipe_is_refused(

@@ -31,6 +31,17 @@ def test_a_config_is_proved(tmp_path: Path) -> None:
     assert "at most 1e-05" in qlora("models", config).out
 
 
+@pytest.mark.slow
+def test_an_encoder_is_proved_as_a_classifier(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "electra"}))
+    result = qlora("models", config, "--json").json
+    (model_type,) = result["types"]
+    assert model_type["state"] == "proved"
+    assert model_type["detail"].endswith("for task: classification")
+    assert result["roles"] == ["q", "k", "v", "o", "up", "down"]
+
+
 def test_a_missing_config_is_refused(tmp_path: Path) -> None:
     outcome = qlora("models", tmp_path / "none.json")
     assert outcome.code == 2

@@ -53,8 +53,12 @@ def test_every_format_is_known_by_its_fields():
         "messages": {"messages": chat},
         "tokens": {"input_ids": [1, 2]},
         "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "classification": {"text": "a", "label": "b"},
     }
     assert set(examples) == set(FORMATS)
+    assert detect_format(rows(examples["classification"]), "classification") == "classification"
+    # The task sets the format: labelled texts can be trained as texts, too.
+    del examples["classification"]
     for format, fields in examples.items():
         assert detect_format(rows(fields), "auto") == format
         assert detect_format(rows(fields), format) == format

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from qlora_cli.files.safetensors_io import read_header, read_tensor
@@ -41,7 +41,11 @@ def test_files(file: Path, content: bytes) -> None:
     with only_own_errors():
         entries, _ = read_header(file)
         read = {name: read_tensor(entry) for name, entry in entries.items()}
-        with safe_open(file, "pt") as same:
+        try:
+            opened = safe_open(file, "pt")
+        except SafetensorError:
+            return  # It refuses more, such as half characters in the metadata.
+        with opened as same:
             for name, tensor in read.items():
                 expected = same.get_tensor(name)
                 assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)

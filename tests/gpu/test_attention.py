@@ -42,18 +42,22 @@ class Inputs:
 
 
 def on_gpu(
-    inputs: Inputs, gpu: torch.device, window: int | None, lengths: tuple[int, ...] = LENGTHS
+    inputs: Inputs,
+    gpu: torch.device,
+    window: int | None,
+    lengths: tuple[int, ...] = LENGTHS,
+    causal: bool = True,
 ) -> list[Tensor]:
     """Return the output and the gradients of query, key and value, computed on the GPU."""
     spans = Spans.on(lengths, gpu, kernel_for(profile_of(gpu), inputs.query.dtype))
     given = [t.to(gpu).detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)]
     with use_spans(spans):
-        out, _ = attend(torch.nn.Module(), *given, None, sliding_window=window)
+        out, _ = attend(torch.nn.Module(), *given, None, sliding_window=window, is_causal=causal)
     out.backward(inputs.grad.to(gpu))
     return [out.detach(), *(t.grad for t in given if t.grad is not None)]
 
 
-def expected(inputs: Inputs, window: int | None) -> list[Tensor]:
+def expected(inputs: Inputs, window: int | None, causal: bool = True) -> list[Tensor]:
     """Return the same by definition, row by row, on the CPU."""
     query, key, value = (
         t.float().detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)
@@ -64,9 +68,12 @@ def expected(inputs: Inputs, window: int | None) -> list[Tensor]:
         at = slice(start, start + length)
         keys, values = (t[:, :, at].repeat_interleave(groups, dim=1) for t in (key, value))
         scores = query[:, :, at] @ keys.transpose(2, 3) * query.shape[-1] ** -0.5
-        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        seen = torch.ones(length, length, dtype=torch.bool)
         if window is not None:
             seen &= torch.ones_like(seen).triu(diagonal=1 - window)
+            seen &= torch.ones_like(seen).tril(diagonal=window - 1)
+        if causal:
+            seen = seen.tril()
         rows.append(scores.masked_fill(~seen, float("-inf")).softmax(dim=-1) @ values)
     out = torch.cat(rows, dim=2).transpose(1, 2)
     out.backward(inputs.grad.float())
@@ -89,6 +96,19 @@ def test_rows_attend_only_to_themselves(
         error = ((own.to(CPU).float() - other).norm() / other.norm()).item()
         print(f"{name}: {error:.2e}, allowed {allowed:.2e}")
         assert error < allowed, (name, error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["all keys", "window"])
+def test_rows_of_an_encoder_attend_to_both_sides(
+    gpu: torch.device, window: int | None, dtype: torch.dtype
+) -> None:
+    inputs = Inputs.draw(4, 4, 64, dtype)
+    eps = torch.finfo(dtype).eps
+    allowed = 4 * eps if dtype != torch.float32 else 64 * eps
+    found = on_gpu(inputs, gpu, window, causal=False)
+    for own, other in zip(found, expected(inputs, window, causal=False), strict=True):
+        assert ((own.to(CPU).float() - other).norm() / other.norm()).item() < allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qlora_cli.adapters import peft_config
+from qlora_cli.adapters import peft_config, peft_names
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.export.merge.folder import plan_shards, write_index
 from qlora_cli.files.atomic import write_json
@@ -89,7 +89,7 @@ def make_large_run(path: Path, base: Path, num_layers: int = LAYERS) -> RunFolde
                 path_of = name.removesuffix(".weight")
                 out_features, in_features = shape
                 for letter, size in (("A", (16, in_features)), ("B", (out_features, 16))):
-                    key = peft_config.tensor_name(path_of, letter)
+                    key = peft_names.tensor_name(path_of, letter)
                     shapes[key] = TensorSpec(torch.float32, size)
     write_tensors(
         run.adapter / peft_config.WEIGHTS,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_cli.recipe.schema import Recipe
 from tests.helpers.runs import make_base, make_recipe, make_rows
 
@@ -16,9 +18,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Type -> sizes. gpt_oss is stored as transposed stacks with biases, the others by expert."""
 
 
-def make_moe(folder: Path, model_type: str) -> Path:
+def make_moe(folder: Path, model_type: str, dtype: torch.dtype = torch.float16) -> Path:
     """Write a small mixture of experts with random weights and return its folder."""
-    return make_base(folder, model_type, spread=0.1, **SETTINGS[model_type])
+    return make_base(folder, model_type, dtype=dtype, spread=0.1, **SETTINGS[model_type])
 
 
 def expert_recipe(model: Path, folder: Path, **sections: Any) -> Recipe:

@@ -83,6 +83,8 @@ CASES: dict[str, dict[str, Any]] = {
         "adapter": {"dropout": 0.2, "dtype": "float16"},
     },
     "lora+": {"adapter": {"dropout": 0.2, "lr_ratio": 8.0}},
+    "ranks": {"adapter": {"dropout": 0.2, "ranks": {"q": 5, "down": 1}, "alphas": {"up": 2.5}}},
+    "dora": {"adapter": {"dropout": 0.2, "method": "dora"}},
     "gpt2, without packing": {"family": "gpt2", "data": {"packing": False}},
     "full": {"base": {"bits": 16}, "adapter": {"method": "full"}},
 }

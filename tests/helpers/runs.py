@@ -108,8 +108,9 @@ def make_recipe(
         "base": {"bits": 4, "compute_dtype": "float32"},
         "adapter": {"rank": 3, "alpha": 6.0, "targets": "all"},
         "data": {"train": str(rows), "eval": str(rows), "seq_len": 32},
-        "train": {},
+        "train": {"activation_checkpointing": True},
         "preference": {},
+        "classification": {},
     }
     merged = {key: {**content.get(key, {}), **sections.get(key, {})} for key in content}
     if sections.get("adapter", {}).get("method") == "full":

@@ -10,6 +10,7 @@ from peft_law import LIMIT, peft_logits
 from transformers import AutoConfig
 
 from qlora_cli.adapters import peft_config
+from qlora_cli.files.composed import language_config
 from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.proof.small_model import SmallModel, small_model
 from qlora_cli.tasks.causal import CAUSAL
@@ -17,9 +18,19 @@ from qlora_cli.tasks.causal import CAUSAL
 # PEFT 0.21 uses an attribute that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-TYPES = ["phi3", "gemma2", "gpt_neox", "bloom", "qwen3_5_text", "mamba2", "gpt_oss", "deepseek_v3"]
+TYPES = [
+    "phi3",
+    "gemma2",
+    "gpt_neox",
+    "bloom",
+    "qwen3_5_text",
+    "mamba2",
+    "gpt_oss",
+    "deepseek_v3",
+    "llava",
+]
 """Fused projections, soft caps, renamed tensors, own attention, linear attention, state space,
-transposed experts, and linears with the names of former experts."""
+transposed experts, linears with the names of former experts, vision and text."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +42,8 @@ def small() -> Iterator[SmallModel]:
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES)
 def test_peft_computes_the_same_logits(model_type: str) -> None:
-    with small_model(AutoConfig.for_model(model_type), CAUSAL) as found:
+    config = language_config(AutoConfig.for_model(model_type))
+    with small_model(config, CAUSAL) as found:
         assert peft_logits(found) < LIMIT
 
 

@@ -201,7 +201,6 @@ def test_an_adapter_trained_on_a_packed_base_has_equal_logits_on_the_16_bit_base
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "use_dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True},
     "bias": {"bias": "all"},
     "bias of the adapted": {"bias": "lora_only"},

@@ -27,9 +27,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["gemma3", "llava"])
-def test_a_merge_keeps_the_other_parts(model_type: str, tmp_path: Path) -> None:
-    base = make_composed(tmp_path / "base", model_type)
+@pytest.mark.parametrize(
+    ("model_type", "dtype"), [("gemma3", torch.bfloat16), ("llava", torch.float16)]
+)
+def test_a_merge_keeps_the_other_parts(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The merge is in float16, the other parts keep the dtype of the base."""
+    base = make_composed(tmp_path / "base", model_type, dtype)
     train.run(composed_recipe(base, tmp_path), recipe_path=None, resume=False, observer=Silent())
     run, out = tmp_path / "run", tmp_path / "merged"
     merge.run(run, out=out, dtype=None, base="dequantized", observer=Silent())
@@ -39,11 +42,15 @@ def test_a_merge_keeps_the_other_parts(model_type: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     vision = [name for name in before if "vision_tower" in name or "projector" in name]
     assert len(vision) > 10
-    assert all(torch.equal(before[name], after[name]) for name in vision)
+    assert {before[name].dtype for name in vision} == {dtype}
+    assert all(
+        before[name].dtype == after[name].dtype and torch.equal(before[name], after[name])
+        for name in vision
+    )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[-2] for name in changed} >= {"q_proj", "v_proj"}
     configs = [json.loads((folder / "config.json").read_text()) for folder in (base, out)]
-    assert configs[0] == configs[1]
+    assert configs[0] | {"dtype": "float16"} == configs[1]
     assert (out / "preprocessor_config.json").is_file()
     _, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]

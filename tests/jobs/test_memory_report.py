@@ -66,7 +66,7 @@ def test_the_timeline_reaches_each_phase_s_peak_and_numbers_its_steps(finished: 
     assert steps[:2] == [2, 3]
     step = timelines.peak_step(result.timeline)
     assert step is not None
-    assert [word for _, word in step.marks] == ["forward", "backward"] * 2 + ["update"]
+    assert [word for _, word in step.marks] == ["forward", "loss", "backward"] * 2 + ["update"]
 
 
 def test_the_figures_of_the_report_are_measured(finished: RunFolder) -> None:

@@ -160,8 +160,8 @@ Tensors = dict[str, Tensor]
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 UNSUPPORTED: list[dict[str, Any]] = [
     {"peft_type": "IA3"},
-    {"task_type": "SEQ_CLS"},
-    {"use_dora": True},
+    {"task_type": "TOKEN_CLS"},
+    {"use_dora": True, "target_parameters": ["mlp.experts.down_proj"]},
     {"bias": "all"},
     {"lora_bias": True},
     {"modules_to_save": ["lm_head"]},

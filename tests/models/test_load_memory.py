@@ -40,7 +40,7 @@ def load(name, bits, compute):
     config = read_config(folder / "config.json")
     recipe = Recipe.model_validate({
         "model": {"name": name}, "base": {"bits": bits, "compute_dtype": compute},
-        "data": {"train": "none"},
+        "data": {"train": "none"}, "train": {"activation_checkpointing": True},
     })
     source = lambda _, family: open_source(folder, family)
     device = torch.device("cpu")

@@ -15,7 +15,7 @@ from qlora_cli.data.encode import Example
 from qlora_cli.errors import ModelError
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn import attention
-from qlora_cli.nn.spans import Spans
+from qlora_cli.nn.spans import Spans, use_spans
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.causal import CAUSAL
 from tests.helpers.families import MODEL_TYPES
@@ -180,7 +180,6 @@ def test_a_cache_and_several_new_tokens_at_once() -> None:
     ("name", "value"),
     [
         ("position_bias", torch.zeros(1, 4, 3, 3)),
-        ("is_causal", False),
         ("attention_mask", torch.ones(1, 1, 3, 3)),
         ("dropout", 0.1),
         ("an_argument_of_the_future", 1),
@@ -201,12 +200,36 @@ def test_none_and_harmless_arguments_are_accepted(name: str) -> None:
     assert torch.equal(out, attention.attend(torch.nn.Module(), query, query, query, None)[0])
 
 
-def test_attention_that_is_not_causal_is_refused() -> None:
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", [(10,), (6, 4)])
+def test_attention_that_is_not_causal_sees_both_sides(
+    window: int | None, lengths: tuple[int, ...]
+) -> None:
+    """A window of w reaches w - 1 keys to each side, and no key of another row."""
     module = torch.nn.Module()
     module.is_causal = False  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(1, 4, 10, 8, generator=generator)
+    key, value = (torch.randn(1, 2, 10, 8, generator=generator) for _ in range(2))
+    with use_spans(Spans.on(lengths, torch.device("cpu"), "cpu")):
+        out, _ = attention.attend(
+            module, query, key, value, None, scaling=0.3, sliding_window=window
+        )
+    keys, values = (t.repeat_interleave(2, dim=1) for t in (key, value))
+    rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = rows[:, None] == rows
+    if window is not None:
+        places = torch.arange(10)
+        seen &= (places[:, None] - places).abs() < window
+    scores = (0.3 * query @ keys.transpose(2, 3)).masked_fill(~seen, float("-inf"))
+    wanted = scores.softmax(dim=-1) @ values
+    torch.testing.assert_close(out, wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_plain_operations_refuse_attention_that_is_not_causal() -> None:
     query = torch.zeros(1, 4, 3, 8)
-    with pytest.raises(ModelError, match="is_causal"):
-        attention.attend(module, query, query, query, None)
+    with pytest.raises(ModelError, match="is_causal=False"):
+        attention.attend(torch.nn.Module(), query, query, query, None, softcap=2.0, is_causal=False)
 
 
 def test_no_mask_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+from qlora_cli.adapters.lora import LoraSettings
+from qlora_cli.adapters.lora_experts import LoraStack
 from qlora_cli.nn.experts import Experts
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.stacked_experts import run_stacked_experts
@@ -87,3 +89,54 @@ def test_packed_experts_compute_with_their_dequantized_weights(model_type: str) 
     for name in ours.stacks:
         theirs.get_parameter(name).data.copy_(ours.dequantized_stack(name))
     compare(ours(hidden, index, weights), theirs(hidden, index, weights), [hidden, weights])
+
+
+def adapted(theirs: Any, ours: Experts, dtype: torch.dtype) -> list[Tensor]:
+    """Put LoRA with random values on both projections of `ours`, and W + sBA into `theirs`.
+
+    Returns A and B of the first and of the second projection.
+    """
+    generator = torch.Generator().manual_seed(3)
+    factors: list[Tensor] = []
+    for name in ours.stacks:
+        stack = LoraStack(ours.stack(name), LoraSettings(2, 3.0, 0.0, dtype, False))
+        stack.initialize(torch.device("cpu"), generator)
+        lora = stack.lora()
+        nn.init.normal_(lora.b, std=0.3, generator=generator)
+        setattr(ours, name, stack)
+        delta = lora.scaling * lora.b.float() @ lora.a.float()
+        weight = theirs.get_parameter(name).detach()
+        del theirs._parameters[name]
+        setattr(theirs, name, weight + (delta.mT if ours.is_transposed else delta))
+        factors += [lora.a, lora.b]
+    return factors
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_lora_has_the_gradients_through_the_sum(model_type: str) -> None:
+    theirs, ours = make(model_type)
+    hidden, index, weights = draw(theirs)
+    plain = ours(hidden, index, weights)
+    factors = adapted(theirs, ours, torch.float32)
+    out = ours(hidden, index, weights)
+    assert not torch.allclose(out, plain, rtol=1e-2, atol=1e-2)
+    compare(out, theirs(hidden, index, weights), [hidden, weights, *factors])
+    grads = torch.autograd.grad(ours(hidden, index, weights).sum(), factors)
+    assert all(not grad[-1].any() for grad in grads), "the last expert gets no token"
+    assert all(grad[:-1].any() for grad in grads)
+
+
+def test_lora_in_16_bit_rounds_only() -> None:
+    theirs, ours = make("mixtral")
+    hidden, index, weights = draw(theirs)
+    factors = adapted(theirs, ours, torch.float16)
+    wanted = torch.autograd.grad(theirs(hidden, index, weights).square().sum(), factors)
+    for stack in map(ours.stack, ours.stacks):
+        for linear in stack:
+            linear.weight_format = WeightFormat(16, torch.bfloat16, torch.bfloat16)
+    half = hidden.detach().bfloat16().requires_grad_()
+    out = ours(half, index, weights)
+    found = torch.autograd.grad(out.float().square().sum(), factors)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.float16
+        torch.testing.assert_close(one, other, rtol=0.1, atol=0.02 * other.abs().max().item())

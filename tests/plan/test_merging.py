@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from qlora_cli.data.encode import Example
 from qlora_cli.device import DeviceProfile
 from qlora_cli.export.compare.comparison_models import merged_model, trained_model
 from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.options import MERGE_BASES
 from qlora_cli.files.locate import read_config
 from qlora_cli.memory.ledger import Phase
 from qlora_cli.memory.profile import MemoryModel
@@ -26,25 +28,33 @@ LARGE_GPT2 = {"n_embd": 256, "n_head": 4}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("has_copy", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_the_plan_equals_the_measured_memory(
-    family: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, bits: int, has_copy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = LARGE_GPT2 if family == "gpt2" else LARGE
     base = make_base(tmp_path / "base", family, **sizes)
     recipe = make_recipe(
-        base, make_rows(tmp_path / "rows.jsonl"), base={"bits": bits}, data={"seq_len": TOKENS}
+        base,
+        make_rows(tmp_path / "rows.jsonl"),
+        base={"bits": bits, "cache": has_copy},
+        data={"seq_len": TOKENS},
     )
     run, _ = make_run(tmp_path / "run", recipe)
     tensors = open_merged_tensors(Run(run.path), "original", torch.float16, CPU)
+    if has_copy:
+        trained_model(tensors, base, may_be_resident=True)
+        tensors = open_merged_tensors(Run(run.path), "original", torch.float16, CPU)
     ids = [3 + 7 * place % 250 for place in range(TOKENS)]
     rows = [Example(ids, ids, "")]
     memory_model = MemoryModel.of(PROFILE)
     counter = memory_model.new_counter()
     with memory_model.new_tracker(counter, "cpu"), counter.phase("merge"):
         trained_model(tensors, base, may_be_resident=False).compared_logits(rows)
-        merged_model(tensors, base).compared_logits(rows)
+        for kind in MERGE_BASES:
+            merged_model(replace(tensors, base=kind), base).compared_logits(rows)
 
     monkeypatch.setattr(merging, "MAX_TOKENS", TOKENS)
     monkeypatch.setattr(merging, "COMPARISON_BYTES", 0)

@@ -36,7 +36,8 @@ pytestmark = pytest.mark.slow
 Row = tuple[int, int]
 """(tokens, trained tokens)."""
 WIDE = Case("llama", "tiny", (), 32000, tied=True)
-"""A vocabulary so large that the logits of a hundred targets need more memory than a block."""
+"""A vocabulary so large that the logits of a hundred targets need more memory than a block, unless
+`train.loss_chunk` divides them."""
 
 
 def write_rows(file: Path, rows: Sequence[Row]) -> Path:
@@ -68,7 +69,7 @@ def trained(
         {
             "model": {"name": str(base)},
             "data": data,
-            "train": {"grad_accum": 2, "lr": 1e-5, **settings},
+            "train": {"grad_accum": 2, "lr": 1e-5, "loss_chunk": 1000, **settings},
             "output": str(folder / "run"),
         }
     )

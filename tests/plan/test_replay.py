@@ -13,8 +13,10 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.files.locate import read_config
 from qlora_cli.plan import dry_run as planner
 from qlora_cli.plan import replay
+from qlora_cli.plan.block_groups import NUM_RECORDED_GROUPS
 from qlora_cli.plan.dry_run import dry_run
-from qlora_cli.plan.recording import NUM_RECORDED_BLOCKS, NotAlike, Recording, repeat
+from qlora_cli.plan.recording import Recording
+from qlora_cli.plan.repeat import NotAlike, repeat
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.step_time import micro_batches
 from qlora_cli.recipe.resolve import resolve
@@ -101,17 +103,13 @@ def test_repeated_blocks_equal_blocks_that_ran(
     profile = DEVICES[device]
     recipe = recipe_of(bases, family, more, profile)
     config = read_config(bases / family / "config.json")
-    requested: list[int] = []
-    monkeypatch.setattr(
-        replay,
-        "repeat",
-        lambda segments, blocks: requested.append(blocks) or repeat(segments, blocks),
-    )
+    added: list[int] = []
+    monkeypatch.setattr(replay, "repeat", lambda *given: added.append(given[2]) or repeat(*given))
     short = plan(recipe, config, profile)
-    assert requested == [BLOCKS], "all blocks ran, none was repeated"
-    monkeypatch.setattr(planner, "_groups", lambda *_: None)
+    assert added == [BLOCKS - NUM_RECORDED_GROUPS], "all blocks ran, none was repeated"
+    monkeypatch.setattr(planner, "groups_of", lambda *_: None)
     complete = plan(recipe, config, profile)
-    assert requested == [BLOCKS]
+    assert len(added) == 1
     assert short.phases == complete.phases
     assert short.reserved_bytes == complete.reserved_bytes
     assert short.floor_bytes == complete.floor_bytes
@@ -137,12 +135,13 @@ def test_repeated_groups_equal_blocks_that_ran(
     config = AutoConfig.for_model(model_type, **{**sizes, **heads, **settings})
     profile = DEVICES["cpu"]
     content = {"model": {"name": "x"}, "data": {"train": "", "seq_len": 48}}
+    content |= {"train": {"activation_checkpointing": True}}
     recipe = resolve(Recipe.model_validate(content), profile)[0]
-    groups = planner._groups(recipe, config)
+    groups = planner.groups_of(recipe, config)
     assert groups is not None
     assert groups.num_recorded_blocks == recorded
     short = plan(recipe, config, profile)
-    monkeypatch.setattr(planner, "_groups", lambda *_: None)
+    monkeypatch.setattr(planner, "groups_of", lambda *_: None)
     complete = plan(recipe, config, profile)
     assert short.phases == complete.phases
     assert short.trainable_parameters == complete.trainable_parameters
@@ -178,7 +177,7 @@ def record(sizes: tuple[int, ...]) -> Recording:
 
 
 def test_a_recording_is_extended_event_by_event() -> None:
-    extended = repeat(record((8,) * NUM_RECORDED_BLOCKS).segments, 7)
+    extended = repeat(record((8,) * NUM_RECORDED_GROUPS).segments, 1, 3)
     complete = record((8,) * 7).segments
     assert [(v.block, v.events) for v in extended] == [(v.block, v.events) for v in complete]
 
@@ -186,7 +185,7 @@ def test_a_recording_is_extended_event_by_event() -> None:
 @pytest.mark.parametrize("sizes", [(8, 8, 16, 8), (8, 16, 16, 8), (4, 8, 8, 8)])
 def test_blocks_with_different_events_are_not_repeated(sizes: tuple[int, ...]) -> None:
     with pytest.raises(NotAlike):
-        repeat(record(sizes).segments, 7)
+        repeat(record(sizes).segments, 1, 3)
 
 
 def test_the_config_is_not_modified(bases: Any) -> None:

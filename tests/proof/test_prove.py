@@ -69,7 +69,7 @@ PROVED_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
 }
-COMPOSED = ["gemma3", "llava", "qwen3_vl", "qwen3_5", "gemma4"]
+COMPOSED = ["qwen3_vl", "qwen3_5"]
 """Types of vision and text."""
 
 

@@ -70,7 +70,7 @@ def test_overrides_that_contradict_each_other_are_refused(
 
 def test_a_file_that_contradicts_itself_is_refused(recipe: Path) -> None:
     recipe.write_text(TEXT.replace("rank: 4", "method: full, rank: 4"))
-    with pytest.raises(RecipeError, match="apply to method: lora only"):
+    with pytest.raises(RecipeError, match="do not apply to method: full"):
         load_recipe(recipe, ["train.lr=1", "base.quant_type=", "base.bits=16"])
 
 

@@ -69,6 +69,8 @@ def test_an_empty_section_is_a_missing_section(write: Write) -> None:
         ("adapter.targets=q,k", "adapter", "targets", ["q", "k"]),
         ("adapter.targets=q", "adapter", "targets", ["q"]),
         ("adapter.targets=all", "adapter", "targets", "all"),
+        ("adapter.ranks={q: 4, v: 2}", "adapter", "ranks", {"q": 4, "v": 2}),
+        ("adapter.ranks={}", "adapter", "ranks", {}),
         ("model.revision=1234567", "model", "revision", "1234567"),
         ("model.name=C:\\models\\x", "model", "name", "C:\\models\\x"),
         ("data.train=a: b.jsonl", "data", "train", "a: b.jsonl"),
@@ -191,7 +193,8 @@ def test_a_wrong_value_is_reported_with_the_accepted_values(
         ("adapter.frobnicate=1", "settings of adapter: method, rank"),
         (
             "zzz=1",
-            "top-level settings: model, base, adapter, data, train, preference, task, output",
+            "top-level settings: model, base, adapter, data, train, preference, classification, "
+            "task, output",
         ),
         ("train.lr.x=1", "did you mean train.lr?"),
     ],

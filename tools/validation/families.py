@@ -1,11 +1,11 @@
 """Prove every causal language model type of transformers and write the results.
 
-    tools/validation/families.py [--out FILE.json] [--page docs/models.md] [TYPE ...]
+    tools/validation/families.py [--composed] [--out FILE.json] [--page docs/models.md] [TYPE ...]
 
 Each type is proved with the default config of its class, and a type whose default lacks what its
 shipped models have also with their settings. The table of the types that pass is written between
-the marks of the page. No result is taken from the cache. The column PEFT is measured here only: the
-package does not use PEFT.
+the marks of the page. `--composed` proves the types of vision and text instead. No result is taken
+from the cache. The column PEFT is measured here only: the package does not use PEFT.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from typing import Any
 import torch
 from peft_law import LIMIT, peft_logits
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_NAMES,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as COMPOSED_NAMES,
+)
 from transformers.utils import logging
 
 from qlora_cli.events import Silent
@@ -38,8 +43,16 @@ from qlora_cli.proof.small_model import small_model
 from qlora_cli.tasks.causal import CAUSAL
 
 ROOT = Path(__file__).resolve().parents[2]
-_BEGIN, _END = "<!-- measured types -->", "<!-- end of measured types -->"
+_WORDS = ("types", "more causal language model types of transformers pass, of")
+_COMPOSED_WORDS = ("composed types", "types of vision and text of transformers pass, of")
+"""The words of the marks of the page, and what its table contains."""
 _COLUMNS = ("logits", "packing", "gradients", "quantized", "plan", "merge")
+
+
+def _sections(*sizes: int) -> dict[str, Any]:
+    """Return the rotary settings of a language model that has positions in time and space."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sizes)}
+    return {"text_config": {"rope_parameters": rope}}
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -62,9 +75,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
     "gemma4_text": {"num_kv_shared_layers": 18, "final_logit_softcapping": 30.0},
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _sections(16, 24, 24)),
+    **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga"), _sections(8, 12, 12)),
+    "paddleocr_vl": _sections(16, 24, 24),
 }
-"""Type -> settings of shipped models (granite-3.1, LFM2, Bamba, Gemma 4) that the class's default
-config lacks: multipliers, or a kind of layer."""
+"""Type -> settings of shipped models (granite-3.1, LFM2, Bamba, Gemma 4, Qwen2.5-VL, GLM-4V) that
+the class's default config lacks: multipliers, a kind of layer, or sections of rotary positions."""
 
 
 def config_of(model_type: str) -> Any:
@@ -106,8 +122,10 @@ def _peft_cell(value: float | str) -> str:
     return f"{value:.0e}" if value <= LIMIT else f"differs: {value:.0e}"
 
 
-def table(content: dict[str, Any]) -> str:
+def table(content: dict[str, Any], words: str) -> str:
     """Return the Markdown table of the types that pass, with how it was measured."""
+    tried = {item["model_type"] for item in content["types"]}
+    shipped = ", ".join(name for name in SETTINGS if name in tried)
     rows = []
     for item in content["types"]:
         proof = ModelProof.from_dict(item["proof"]) if "proof" in item else None
@@ -120,9 +138,9 @@ def table(content: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     return "\n".join(
         [
-            f"{len(rows)} more causal language model types of transformers pass, of",
+            f"{len(rows)} {words}",
             f"{len(content['types'])} that were tried with the default config of their class",
-            f"({', '.join(SETTINGS)} with settings of shipped models)",
+            f"({shipped} with settings of shipped models)",
             f"(`{content['command']}`, {content['device']}, {versions}):",
             "",
             f"| type | rows | {' | '.join(_COLUMNS)} | PEFT | seconds |",
@@ -132,11 +150,20 @@ def table(content: dict[str, Any]) -> str:
     )
 
 
+def _write_page(page: Path, content: dict[str, Any], kind: str, words: str) -> None:
+    """Write the table between the marks of a page. kind, words: see `_WORDS`."""
+    begin, end = f"<!-- measured {kind} -->", f"<!-- end of measured {kind} -->"
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n{table(content, words)}\n{end}{after}")
+
+
 def main() -> int:
     """Prove the types, write the file and the page, and print what does not pass."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    parser.add_argument("--out", type=Path, default=ROOT / "tools/measurements/families.json")
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--composed", action="store_true")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -145,27 +172,30 @@ def main() -> int:
     tested = {name for family in FAMILIES for name in family.model_types}
     with tempfile.TemporaryDirectory() as folder:
         os.environ[cache.SWITCH] = folder
-        tried = [prove(name) for name in arguments.types if name not in tested]
+        every = COMPOSED_NAMES if arguments.composed else CAUSAL_NAMES
+        tried = [prove(name) for name in arguments.types or sorted(every) if name not in tested]
     # Some names of types have the config of another type, as gpt-sw3 has GPT-2's.
     types = [item for item in tried if item["model_type"] not in tested]
-    if len(arguments.types) < len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) and arguments.out.is_file():
+    name = "composed" if arguments.composed else "families"
+    out = arguments.out or ROOT / f"tools/measurements/{name}.json"
+    if arguments.types and out.is_file():
         new = {item["model_type"] for item in types}
-        old = json.loads(arguments.out.read_text())["types"]
+        old = json.loads(out.read_text())["types"]
         types += [item for item in old if item["model_type"] not in new]
         types.sort(key=lambda item: item["model_type"])
     versions = next(item["proof"]["versions"] for item in types if "proof" in item)
     content = {
-        "command": "python tools/validation/families.py",
+        "command": "python tools/validation/families.py"
+        + " --composed" * arguments.composed
+        + " TYPE ..." * bool(arguments.types),
         "device": f"CPU, {platform.machine()}, one thread",
         "versions": {"python": platform.python_version(), **versions},
         "limits": {law.name: law.limit for law in LAWS},
         "types": types,
     }
-    write_json(arguments.out, content)
+    write_json(out, content)
     if arguments.page is not None:
-        before, _, rest = arguments.page.read_text().partition(_BEGIN)
-        _, _, after = rest.partition(_END)
-        arguments.page.write_text(f"{before}{_BEGIN}\n{table(content)}\n{_END}{after}")
+        _write_page(arguments.page, content, *(_COMPOSED_WORDS if arguments.composed else _WORDS))
     print(json.dumps([item for item in types if "error" in item], indent=1))
     return 0
 

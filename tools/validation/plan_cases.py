@@ -113,7 +113,7 @@ class Case:
         content: dict[str, Any] = {
             "model": {"name": self.shape},
             "data": {"train": "none"},
-            "train": {"grad_accum": 2},
+            "train": {"grad_accum": 2, "activation_checkpointing": True},
         }
         for text in self.changes:
             override = parse_override(text)

@@ -109,7 +109,39 @@ def cuda_grid() -> tuple[Case, ...]:
     return (*small, *vocabularies, *real)
 
 
+def policy_grid(device: str) -> tuple[Case, ...]:
+    """Return cases in which some blocks are recomputed and others kept. device: cpu or cuda."""
+    policies = [
+        Case(family, "small", (*text.split(), *more.split(), f"{_CHECKPOINTING}={number}"), 32000)
+        for family, text, numbers, more in _POLICIES
+        for number in numbers
+    ]
+    if device == "cpu":
+        return tuple(policies)
+    real = [
+        Case("llama", shape, (f"data.seq_len={tokens}", _ALL, chunk, f"{_CHECKPOINTING}={number}"))
+        for shape, tokens, number, chunk in _REAL_POLICIES
+    ]
+    return (*policies, *real)
+
+
 _ALL = "adapter.targets=all"
+_CHECKPOINTING = "train.activation_checkpointing"
+_POLICIES = (
+    ("llama", "data.seq_len=256", (1, 3, 5), f"{_ALL} train.loss_chunk=64"),
+    ("llama", "data.seq_len=128", (3,), "base.bits=16 adapter.method=full"),
+    ("qwen3", "data.seq_len=256", (2, 4), "base.bits=8 base.outlier_threshold=0"),
+    ("mistral", "data.seq_len=256", (4,), f"train.micro_batch=2 {_ALL} train.loss_chunk=100"),
+    ("gpt2", "data.seq_len=256", (2,), f"{_ALL} adapter.dropout=0.1"),
+)
+"""(family, overrides, numbers of recomputed blocks, more overrides)."""
+_REAL_POLICIES = (
+    ("1B", 2048, 8, "train.loss_chunk=128"),
+    ("8B", 2048, 16, "train.loss_chunk=160"),
+    ("8B", 2048, 26, "train.loss_chunk=160"),
+    ("8B", 8192, 14, "train.loss_chunk=261"),
+)
+"""(shape, tokens, number of recomputed blocks, chunk of the loss)."""
 _NO_CHECKPOINTING = "train.activation_checkpointing=false"
 _INT8 = "base.bits=8 base.outlier_threshold=0"
 """Without outlier columns: their number depends on the data, and a plan assumes its bound."""

@@ -23,7 +23,7 @@ from qlora_cli.memory.device import inspect_device, profile_of
 from qlora_cli.memory.host import host_capacity_bytes
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.nn.codebook import scale_codebook
-from qlora_cli.plan.dry_run import dry_run, with_constants
+from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
@@ -95,7 +95,7 @@ class Run:
     def batches(self, state: State) -> list[Batch]:
         """Return the micro-batches of a step."""
         batches = step_batches_of(self.recipe, self.config)
-        return [with_constants(batch, state.task) for batch in batches]
+        return [state.task.planned(batch) for batch in batches]
 
     def compute_constants(self, state: State) -> None:
         """Compute the constants of the rows of a step and of one evaluation batch."""

@@ -29,7 +29,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from plan_cases import Case
-from plan_grids import cpu_grid, cuda_grid
+from plan_grids import cpu_grid, cuda_grid, policy_grid
 from plan_measure import compare, describe_machine, write_trace
 from plan_table import failures, largest_error_first, table
 
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--table", type=Path, metavar="FILE.md")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
+    parser.add_argument("--policies", action="store_true", help="the grid of activation policies")
     parser.add_argument("--small", action="store_true", help="every sixth case of the CPU grid")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE.jsonl", help="write the allocator's events"
@@ -77,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _grid(options: argparse.Namespace) -> Sequence[Case]:
+    if options.policies:
+        return policy_grid(options.device)
     if options.device == "cuda":
         return [c for c in cuda_grid() if not options.small or c.shape == "small"]
     return cpu_grid()[:: 6 if options.small else 1]

@@ -81,14 +81,17 @@ def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> 
     config = read_config(base / CONFIG)
     loaded = trained_on_meta(tensors.task, config, tensors.weight_format, tensors.sites, kernel)
     if may_be_resident and fits(_resident_bytes(tensors), tensors.device):
-        DevicePlacement(tensors.device).place(loaded, tensors.source)
+        DevicePlacement(tensors.device, copy=tensors.copy).place(loaded, tensors.source)
         if tensors.adapter is not None:
             attach_adapter(loaded, tensors.adapter)
         is_resident = True
     else:
-        StreamedPlacement(tensors.device, tensors.adapter).place(loaded, tensors.source)
+        streamed = StreamedPlacement(tensors.device, tensors.adapter, tensors.copy)
+        streamed.place(loaded, tensors.source)
         is_resident = False
-    storage = tensors.weight_format.storage
+    # A classification head trains in float32.
+    is_classifier = loaded.family.is_classifier
+    storage = torch.float32 if is_classifier else tensors.weight_format.storage
     return _comparison_model(
         tensors.task, loaded, tensors.source, tensors.device, storage, is_resident
     )
@@ -164,7 +167,8 @@ def trained_on_meta(
     share_modules(model, family.shared)
     convert.replace_experts(model, family, experts_paths(model, family), weight_format)
     convert.replace_embeddings(model, family, weight_format)
-    convert.replace_head(model, family.head, weight_format)
+    if not family.is_classifier:
+        convert.replace_head(model, family.head, weight_format)
     return loaded
 
 
@@ -180,7 +184,8 @@ def merged_on_meta(
     weight_format = WeightFormat(16, compute, storage)
     convert.replace_experts(model, family, experts_paths(model, family), weight_format)
     convert.replace_embeddings(model, family, weight_format)
-    convert.replace_head(model, family.head, weight_format)
+    if not family.is_classifier:
+        convert.replace_head(model, family.head, weight_format)
     return LoadedModel(model, family, config, [], {}, weight_format, kernel)
 
 
@@ -190,6 +195,9 @@ def _transformers_model(
     kernel = kernel_for(profile_of(device), compute)
     loaded = merged_on_meta(task, read_config(folder / CONFIG), compute, storage, kernel)
     model, family = loaded.model, loaded.family
+    if family.is_classifier:
+        # transformers' masks of encoders do not separate rows that share a sequence.
+        loaded.family = replace(family, packs=False)
     if not family.own_attention:
         model.set_attn_implementation(family.merged_attention)
     if compute is torch.float16 and device.type == "cpu":

@@ -150,6 +150,8 @@ def compare(
     """
     assert torch.equal(reference.targets, candidate.targets)
     assert reference.head.vocab_size == candidate.head.vocab_size
+    if reference.head.vocab_size == 1:
+        return _compare_numbers(reference, candidate)
     p_softmax = RunningSoftmax.empty(reference.targets)
     q_softmax = RunningSoftmax.empty(candidate.targets)
     # The sum of exp(p) (p - q), divided by exp(largest p) as `RunningSoftmax.total` is.
@@ -169,6 +171,18 @@ def compare(
     signed = loss if signs is None else loss * signs.to(loss.device)
     means = (float(values.mean()) for values in (divergence, is_same, loss, signed))
     return Comparison(float(max_difference), *means)
+
+
+def _compare_numbers(reference: ComparedLogits, candidate: ComparedLogits) -> Comparison:
+    """Compare predicted numbers, the only logit of a regression.
+
+    The divergence is that of two normal distributions of variance 1 with these means, half the
+    squared difference. It is also the loss: the labels are not compared.
+    """
+    (_, p), (_, q) = next(reference.logits()), next(candidate.logits())
+    difference = (p - q).double()
+    divergence = float(difference.square().mean() / 2)
+    return Comparison(float(difference.abs().max()), divergence, 1.0, divergence, divergence)
 
 
 @dataclass

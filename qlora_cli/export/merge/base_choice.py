@@ -35,8 +35,11 @@ from qlora_cli.export.compare.comparison_models import (
 )
 from qlora_cli.export.compare.eval_rows import EvalRows
 from qlora_cli.export.compare.logit_comparison import Comparison, compare, free_memory
+from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.merge.merged_tensors import MergedTensors
 from qlora_cli.export.options import MERGE_BASES, MergeBase
+from qlora_cli.files.locate import read_config
+from qlora_cli.files.quantized import BITSANDBYTES, stored_as
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,14 @@ def choose_base(
         return BaseChoice("original", "all weights were trained; there is no adapter to add")
     if tensors.weight_format.bits == 16:
         return BaseChoice("original", "the base was not quantized in training")
+    if is_stored_quantized(base):
+        return BaseChoice("dequantized", "bitsandbytes quantized the checkpoint of the base")
     return _compare_bases(tensors, base, read_rows())
+
+
+def is_stored_quantized(base: Path) -> bool:
+    """Return whether bitsandbytes quantized the checkpoint in the folder `base`."""
+    return stored_as(read_config(base / CONFIG)) == BITSANDBYTES
 
 
 def loses_fine_tune(original: Comparison, dequantized: Comparison, frozen: Comparison) -> bool:

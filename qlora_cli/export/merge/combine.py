@@ -119,11 +119,24 @@ class CombinedAdapter(AdapterFile):
 def combine(weighted_adapters: Sequence[WeightedAdapter]) -> AdapterFile:
     """Return the weighted sum of the adapters.
 
-    A single adapter of weight 1 is returned unchanged, so its merge is the same bit for bit.
+    A single adapter of weight 1 is returned unchanged, so its merge is the same bit for bit. Raises
+    UsageError if one of several adapters is DoRA, which is no sum.
     """
     first = weighted_adapters[0].adapter
     if len(weighted_adapters) == 1 and weighted_adapters[0].weight == 1.0:
         return first
+    if any(weighted.adapter.saved for weighted in weighted_adapters):
+        raise UsageError(
+            "adapters with a classification head cannot be weighted or combined",
+            where="--with" if len(weighted_adapters) > 1 else "--weight",
+            hint="leave --weight and --with out",
+        )
+    for adapter in (weighted.adapter for weighted in weighted_adapters):
+        if adapter.config.use_dora:
+            raise UsageError(
+                f"the adapter in {adapter.folder} is DoRA, which cannot be weighted or added",
+                hint="merge it alone, without --weight and --with",
+            )
     paths = sorted({path for weighted in weighted_adapters for path in weighted.adapter.layers})
     layers = {path: _stacked(path, weighted_adapters) for path in paths}
     paths = sorted({path for weighted in weighted_adapters for path in weighted.adapter.stacks})

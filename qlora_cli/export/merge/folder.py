@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -90,14 +91,17 @@ def write_index(folder: Path, shards: list[Shard]) -> None:
     (folder / WEIGHTS_INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def merged_config(base: Path, dtype: torch.dtype) -> dict[str, Any]:
+def merged_config(
+    base: Path, dtype: torch.dtype, entries: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """Return the config.json of a merged model: the base's, with `dtype` as the weights' dtype.
 
-    base: the base's folder.
+    base: the base's folder. entries: that differ from the base's.
     """
     content: dict[str, Any] = json.loads((base / CONFIG).read_text())
     kept = {key: value for key, value in content.items() if key not in _DROPPED_KEYS}
-    return kept | {"dtype": dtype_name(dtype)}
+    changed: dict[str, Any] = json.loads(json.dumps(dict(entries)))  # With text as every key.
+    return kept | changed | {"dtype": dtype_name(dtype)}
 
 
 def copied_files(base: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ _RELATIVE_ERROR = 2.0**-44
 
 def merged_rows(weight: Tensor, parts: Sequence[LoraUpdate]) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, W + sum over the parts of scaling * B A in these rows), in float64.
+
+    Rows of a part with a magnitude m become m (W + scaling * B A) / ||W + scaling * B A|| (DoRA).
 
     weight: W (out, in), any floating-point dtype.
     parts: LoRA products; each adds to its own rows of W.
@@ -41,6 +44,13 @@ def merged_rows(weight: Tensor, parts: Sequence[LoraUpdate]) -> Iterator[tuple[s
             first, end = max(start, own.start), min(rows.stop, own.stop)
             if first < end:
                 total[first - start : end - start].addmm_(b[first - own.start : end - own.start], a)
+        for part in parts:
+            first, end = max(start, part.rows.start), min(rows.stop, part.rows.stop)
+            if part.magnitude is not None and first < end:
+                scaled = total[first - start : end - start]
+                magnitude = part.magnitude[first - part.rows.start : end - part.rows.start]
+                lengths = torch.linalg.vector_norm(scaled, dim=1)
+                scaled.mul_((magnitude.double() / lengths)[:, None])
         yield rows, total
 
 
@@ -52,12 +62,32 @@ def rounds_to(result: Tensor, weight: Tensor, parts: Sequence[LoraUpdate]) -> bo
 
     result: (out, in), in the dtype of the merged checkpoint. weight, parts: as in `merged_rows`.
     """
-    magnitudes = [replace(part, a=part.a.abs(), b=part.b.abs()) for part in parts]
-    sums = zip(merged_rows(weight, parts), merged_rows(weight.abs(), magnitudes), strict=True)
-    return all(
-        _is_between(result[rows], total - size * _RELATIVE_ERROR, total + size * _RELATIVE_ERROR)
-        for (rows, total), (_, size) in sums
-    )
+    plain = [replace(part, magnitude=None) for part in parts]
+    absolute = [replace(part, a=part.a.abs(), b=part.b.abs()) for part in plain]
+    sums, sizes = merged_rows(weight, plain), merged_rows(weight.abs(), absolute)
+    is_scaled = any(part.magnitude is not None for part in parts)
+    results = merged_rows(weight, parts) if is_scaled else repeat(None)
+    for (rows, before), (_, size), scaled in zip(sums, sizes, results, strict=False):
+        total, error = before, size * _RELATIVE_ERROR
+        if scaled is not None:
+            total = scaled[1]
+            error = _error_of_rows(total, before, size)
+        if not _is_between(result[rows], total - error, total + error):
+            return False
+    return True
+
+
+def _error_of_rows(total: Tensor, before: Tensor, size: Tensor) -> Tensor:
+    """Return the largest error of rows that are scaled to a length (DoRA).
+
+    total: the scaled rows. before: the sums. size: the sums of absolute values. The relative error
+    of a length is at most that of the row, of which a few roundings more are allowed.
+    """
+    lengths = torch.linalg.vector_norm(before, dim=1, keepdim=True)
+    gain = torch.linalg.vector_norm(total, dim=1, keepdim=True) / lengths
+    relative = torch.linalg.vector_norm(size, dim=1, keepdim=True) / lengths
+    error: Tensor = (gain * size + total.abs() * (relative + 1)) * _RELATIVE_ERROR
+    return error
 
 
 def _is_between(result: Tensor, low: Tensor, high: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 The dtype is the one that the user names, else float16 (`options.DEFAULT_DTYPE`). If the model does
 not fit the range of float16, bfloat16 is written instead, with a warning. If the user named float16
-and the model does not fit, the merge fails.
+and the model does not fit, the merge fails. For a base in MXFP4 the default is bfloat16.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from qlora_cli.export.options import (
 )
 from qlora_cli.files.dtype import dtype_name, torch_dtype
 from qlora_cli.files.locate import read_config
+from qlora_cli.files.quantized import MXFP4, stored_as
 from qlora_cli.runs.run import Run
 
 
@@ -71,6 +72,9 @@ def choose_settings(
     choice = _SettingsChoice(run, run.base_folder, base, observer)
     if dtype is not None:
         return choice.in_dtype(tensors, dtype, "requested")
+    if stored_as(read_config(run.base_folder / CONFIG)) == MXFP4:
+        reason = f"the weights that are stored in MXFP4 are {FALLBACK_DTYPE} numbers"
+        return choice.in_dtype(tensors, FALLBACK_DTYPE, reason)
     try:
         return choice.in_dtype(tensors, DEFAULT_DTYPE, "the default; the model fits its range")
     except VerificationFailed as fault:

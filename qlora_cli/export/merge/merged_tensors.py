@@ -24,31 +24,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_cli.adapters.peft_file import AdapterFile, LoraUpdate
 from qlora_cli.errors import UsageError, VerificationFailed
+from qlora_cli.events import Observer, Silent
 from qlora_cli.export.merge.combine import WeightedAdapter, combine, open_other_adapters
 from qlora_cli.export.merge.expert_tensors import ExpertTensor, expert_tensors
 from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.merge.lora_sum import merged_rows, rounds_to
+from qlora_cli.export.merge.packed_weight import pack_weight, trained_weight
 from qlora_cli.export.merge.underflow import Count, Underflow
 from qlora_cli.export.options import FALLBACK_DTYPE, MergeBase
 from qlora_cli.files.dtype import dtype_name, file_dtype
 from qlora_cli.files.locate import read_config
 from qlora_cli.files.safetensors_io import TensorSpec, is_finite
-from qlora_cli.files.source import FolderSource
+from qlora_cli.files.source import FolderSource, OverlaidSource
 from qlora_cli.models.build import skeleton, weight_format_of
 from qlora_cli.models.checkpoint_source import open_source
+from qlora_cli.models.packed_base import packed_store
+from qlora_cli.models.placement.held import PackedCopy
 from qlora_cli.models.sites import find_sites, find_stacks
 from qlora_cli.nn.expert_stack import StackLora
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
 from qlora_cli.tasks.task import Task
+
+_SILENT = Silent()
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,9 @@ class MergedTensors:
     device: device that packs weights. It should be of the kind that trained, because the kernels
         of another kind may round a tie between two codes differently.
     experts: name in the model -> tensor, of all tensors with weights of experts.
+    others: paths of the parts of a composed model that are copied bit for bit, in any dtype.
+    copy: the packed copy of the base, for running the trained model and nothing else.
+    config_entries: entries of config.json that differ from the base's.
     """
 
     source: FolderSource
@@ -76,6 +86,9 @@ class MergedTensors:
     dtype: torch.dtype
     device: torch.device
     experts: Mapping[str, ExpertTensor] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+    copy: PackedCopy | None = None
+    config_entries: Mapping[str, Any] = field(default_factory=dict)
 
     def shapes(self) -> dict[str, TensorSpec]:
         """Return tensor name -> shape and dtype of the merged checkpoint, in the file's order."""
@@ -142,7 +155,8 @@ class MergedTensors:
 
     def _dtype_of(self, name: str) -> torch.dtype:
         own = self.source.entry(name).dtype
-        return self.dtype if own.is_floating_point else own
+        is_kept = name.startswith(tuple(f"{path}." for path in self.others))
+        return self.dtype if own.is_floating_point and not is_kept else own
 
     def _parts(self, name: str) -> list[LoraUpdate]:
         layers = self.adapter.layers if self.adapter is not None else {}
@@ -186,13 +200,9 @@ class MergedTensors:
 
     def _base_weight(self, name: str, site: Site) -> Tensor:
         """Return the weight (out, in) that the adapter is added to."""
-        tensor = self.source.read(name)
-        weight = site.from_file(tensor)
         if self.base == "original":
-            return weight
-        layer = pack_weight(self.weight_format, weight.contiguous().to(self.device))
-        # The unpacked weight is as large as the tensor; both together would be the job's peak.
-        del tensor, weight
+            return site.from_file(self.source.read(name))
+        layer = trained_weight(name, site, self.source, self.weight_format, self.device)
         return layer.dequantize().cpu()
 
     def _copied(self, name: str, count: Count) -> Tensor:
@@ -211,14 +221,6 @@ class MergedTensors:
         return result
 
 
-def pack_weight(weight_format: WeightFormat, weight: Tensor) -> QuantLinear:
-    """Return a linear packed as in training. weight: (out, in), on the device that packs it."""
-    out_features, in_features = weight.shape
-    layer = QuantLinear(in_features, out_features, bias=False, weight_format=weight_format)
-    layer.pack(weight)
-    return layer
-
-
 def open_merged_tensors(
     run: Run,
     base: MergeBase,
@@ -226,6 +228,7 @@ def open_merged_tensors(
     device: torch.device,
     weight: float = 1.0,
     others: Sequence[tuple[Path, float]] = (),
+    observer: Observer = _SILENT,
 ) -> MergedTensors:
     """Return the tensors of this run's merge. No tensor is read yet.
 
@@ -233,6 +236,7 @@ def open_merged_tensors(
     base, dtype, device: as in `MergedTensors`.
     weight: factor of the run's own adapter.
     others: folders of further adapters on the same base, and their factors.
+    observer: receives notes about the packed copy of the base.
 
     Raises InputError if the run, its base or an adapter is incomplete or does not match the
     others.
@@ -255,8 +259,13 @@ def open_merged_tensors(
         adapter = combine([own, *open_other_adapters(run, others)])
         adapter.check([*sites, *stacks])
     source = open_source(folder, family)
+    if family.is_classifier:
+        source = OverlaidSource(source, {} if adapter is None else adapter.saved)
     experts = expert_tensors(stacks, family)
-    return MergedTensors(source, task, sites, adapter, weight_format, base, dtype, device, experts)
+    copy = packed_store(recipe, run.base_folder, config, task.model_class, device.type, observer)
+    how = (weight_format, base, dtype, device)
+    what = (experts, family.others, copy, task.config_entries(model))
+    return MergedTensors(source, task, sites, adapter, *how, *what)
 
 
 def _refuse_adapters(run: Run, weight: float, others: Sequence[tuple[Path, float]]) -> None:

@@ -94,7 +94,7 @@ def _write_other_files(
     tensors: MergedTensors, base: Path, folder: Path, chat_template: str | None
 ) -> None:
     """Write the config, the tokenizer and the other files of the base into `folder`."""
-    write_json(folder / CONFIG, merged_config(base, tensors.dtype))
+    write_json(folder / CONFIG, merged_config(base, tensors.dtype, tensors.config_entries))
     copy_files(base, folder)
     if chat_template is not None:
         (folder / TEMPLATE_FILE).write_text(chat_template)

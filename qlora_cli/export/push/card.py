@@ -12,8 +12,11 @@ from typing import Any
 import yaml
 
 from qlora_cli.errors import UsageError
+from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.push.contents import UploadContents, is_hub_id
 from qlora_cli.files.atomic import read_json
+from qlora_cli.files.composed import is_composed
+from qlora_cli.files.locate import read_config
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.recipe.describe import to_yaml
 from qlora_cli.runs.run import Run
@@ -33,7 +36,9 @@ def model_card(contents: UploadContents, repo: str) -> str:
 
 def _front_matter(contents: UploadContents) -> str:
     lines = ["---", f"library_name: {'peft' if contents.kind == 'adapter' else 'transformers'}"]
-    lines += ["pipeline_tag: text-generation", "tags:", "- qlora-cli"]
+    is_classifier = contents.run is not None and contents.run.recipe.task == "classification"
+    kind = "text-classification" if is_classifier else "text-generation"
+    lines += [f"pipeline_tag: {kind}", "tags:", "- qlora-cli"]
     if contents.kind != "full":
         lines.append("- lora")
     base = _hub_base(contents.run)
@@ -87,8 +92,10 @@ def _usage(contents: UploadContents, repo: str) -> Iterator[str]:
         loaded = f'from peft import AutoPeftModelForCausalLM\n\nmodel = "{repo}"\n'
         loaded += "model = AutoPeftModelForCausalLM.from_pretrained(model)"
     else:
-        loaded = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        loaded += f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
+        is_whole = is_composed(read_config(contents.folder / CONFIG))
+        name = "AutoModelForImageTextToText" if is_whole else "AutoModelForCausalLM"
+        loaded = f"from transformers import {name}, AutoTokenizer\n\n"
+        loaded += f'model = {name}.from_pretrained("{repo}")\n'
         loaded += f'tokenizer = AutoTokenizer.from_pretrained("{repo}")'
     yield f"## Use\n\n```python\n{loaded}\n```"
 

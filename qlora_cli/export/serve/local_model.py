@@ -13,6 +13,8 @@ from torch import Tensor
 
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError
+from qlora_cli.files.locate import read_config
+from qlora_cli.models.composed import auto_class
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 """A token that is one byte, in tokenizers of SentencePiece's kind."""
@@ -38,7 +40,8 @@ class LocalModel:
         if self.tokenizer is None:
             raise ModelError("the model has no tokenizer", where=str(folder))
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            config = read_config(folder / "config.json")
+            model: Any = auto_class(config, AutoModelForCausalLM).from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=False
             )
         except (OSError, ValueError, RuntimeError) as fault:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,15 @@ def _template_faults(path: Path, chat_template: str) -> Iterator[str]:
         yield f"{path.name} differs from data.template of the run; merge again"
 
 
-def config_faults(merged: Path, base: Path, dtype: torch.dtype) -> Iterator[str]:
-    """Yield a line for each key of config.json that differs from the base's.
+def config_faults(
+    merged: Path, base: Path, dtype: torch.dtype, entries: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield a line for each key of config.json that differs from what merging writes.
 
     merged, base: folders of the merged model and of the base. dtype: dtype of the merged weights.
+    entries: that differ from the base's.
     """
-    expected = merged_config(base, dtype)
+    expected = merged_config(base, dtype, entries)
     try:
         config = json.loads((merged / CONFIG).read_text())
     except ValueError as fault:

@@ -51,12 +51,13 @@ _BASE_CHANGE_FACTOR = 4.0
 class PredictionReport:
     """How the merged folder's predictions compare with the trained model's.
 
-    comparison: on the held-out rows. greedy: on a greedy continuation. faults: failed checks.
+    comparison: on the held-out rows. greedy: on a greedy continuation; None for a model that
+    generates no text. faults: failed checks.
     explanation: what the figures include and which are checked, one sentence each.
     """
 
     comparison: Comparison
-    greedy: GreedyAgreement
+    greedy: GreedyAgreement | None
     faults: tuple[str, ...]
     explanation: tuple[str, ...]
 
@@ -83,13 +84,14 @@ def compare_predictions(
         )
     model = trained_model(expected, base, may_be_resident=True)
     trained = model.compared_logits(rows.rows)
-    continuation = greedy_continuation(model, rows.rows)
+    is_classifier = model.loaded.family.is_classifier
+    continuation = [] if is_classifier else [greedy_continuation(model, rows.rows)]
     frozen = frozen_base_model(model, expected, base).compared_logits(rows.rows)
     del model
     free_memory()
     faults = list(loading_faults(merged, expected.task.model_class))
     model = folder_model(expected.task, merged, expected.dtype, expected.device)
-    predictions = model.compared_logits([*rows.rows, continuation])
+    predictions = model.compared_logits([*rows.rows, *continuation])
     num = trained.targets.numel()
     comparison = compare(trained, predictions[:num], rows.signs)
     base_kl = _base_change_kl(expected, base, rows, frozen)
@@ -98,12 +100,12 @@ def compare_predictions(
         faults += _lost_fine_tune_faults(expected, base, rows, trained, frozen, comparison)
     if has_narrow_range(dtype_name(expected.dtype)):
         faults += _overflow_faults(merged, expected, rows.rows)
-    greedy = count_agreeing_tokens(predictions[num:])
+    greedy = count_agreeing_tokens(predictions[num:]) if continuation else None
     explanation = tuple(explain(_is_base_changed(expected), base_kl, greedy))
     return PredictionReport(comparison, greedy, tuple(faults), explanation)
 
 
-def explain(is_base_changed: bool, base_kl: float, greedy: GreedyAgreement) -> Iterator[str]:
+def explain(is_base_changed: bool, base_kl: float, greedy: GreedyAgreement | None) -> Iterator[str]:
     """Yield what the figures of a verification include, one sentence each.
 
     is_base_changed: whether the adapter is added to other weights than it was trained on. base_kl:
@@ -121,6 +123,8 @@ def explain(is_base_changed: bool, base_kl: float, greedy: GreedyAgreement) -> I
         f"Checked: the mean KL may be up to {_allowed_kl(base_kl):.3g} nats, computed from the "
         f"{base_kl:.3g} nats by which {cause} changes the base without the adapter."
     )
+    if greedy is None:
+        return
     yield (
         "Not checked: the largest difference, because it is that of a single logit, and often of "
         "an unlikely token."

@@ -92,7 +92,7 @@ def verify(merged: Path, run: Run, device: torch.device, observer: Observer) -> 
     try:
         manifest = MergeManifest.read(merged)
         expected = open_merged_tensors(
-            run, manifest.base, manifest.dtype, device, manifest.weight, manifest.others
+            run, manifest.base, manifest.dtype, device, manifest.weight, manifest.others, observer
         )
     except UsageError:
         raise
@@ -100,7 +100,11 @@ def verify(merged: Path, run: Run, device: torch.device, observer: Observer) -> 
         return VerificationReport((f"the expected tensors cannot be determined: {fault}",))
     for note in manifest.notes():
         observer.note(note)
-    broken = [*structure_faults(merged, expected), *config_faults(merged, base, expected.dtype)]
+    entries = expected.config_entries
+    broken = [
+        *structure_faults(merged, expected),
+        *config_faults(merged, base, expected.dtype, entries),
+    ]
     template = trained_template(run.recipe.data, base)
     faults = [*_adapter_faults(manifest, expected), *broken, *file_faults(merged, base, template)]
     faults += gguf_file_faults(merged, can_compare=not broken, observer=observer)

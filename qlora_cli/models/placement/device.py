@@ -2,7 +2,8 @@
 
 At any moment memory contains the weights that are already packed, and one tensor of the checkpoint.
 The order of loading is the model's and not the file's, so that a dry run, which has no file, loads
-in the same order. A dry run calls the same functions with a source of meta tensors.
+in the same order. A dry run calls the same functions with a source of meta tensors. A packed copy
+of an earlier start (`held.py`) makes reading and packing the checkpoint unnecessary.
 """
 
 from __future__ import annotations
@@ -19,29 +20,43 @@ from qlora_cli.events import Observer, Silent
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import module_scope, scope
 from qlora_cli.models.model import LoadedModel, is_tied
+from qlora_cli.models.placement.held import PackedCopy, held_tensors, put_tensor
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots, rebuild_buffers
 from qlora_cli.models.tying import share_tied
 
 
 @dataclass(frozen=True)
 class DevicePlacement:
-    """Placement of a whole model on `device`. observer: receives the progress of loading."""
+    """Placement of a whole model on `device`.
+
+    observer: receives the progress of loading. copy: is read in place of the checkpoint, or written
+    if it is absent; None for neither.
+    """
 
     device: torch.device
     observer: Observer = field(default_factory=Silent)
+    copy: PackedCopy | None = None
 
     def place(self, loaded: LoadedModel, source: TensorSource) -> None:
         """Load every tensor of the model. Raises ModelError if the source does not fit."""
         slots = checked_slots(loaded, source)
         self.observer.stage("load", len(slots))
+        num_copied = 0
+        # A copy has the base only: a classification head is trained, and perhaps in no file.
+        heads = loaded.family.head_shapes
         for done, name in enumerate(loading_order(slots, loaded.family.blocks), 1):
             with scope("temporary"), module_scope(slots[name].module or name):
-                slots[name].fill(source, name, self.device)
+                copy = None if name in heads else self.copy
+                num_copied += put_tensor(name, slots[name], source, copy, self.device)
             self.observer.advance(done)
         if is_tied(loaded):
-            _tie_head(loaded, source)
+            # A copy is written only after the checkpoint's head was compared.
+            _tie_head(loaded, None if num_copied == len(slots) else source)
         share_tied(loaded.model, loaded.family.tied, source)
         rebuild_buffers(loaded, self.device)
+        if self.copy is not None:
+            of_base = {name: slot for name, slot in slots.items() if name not in heads}
+            self.copy.finish(lambda: held_tensors(of_base))
 
 
 def loading_order(slots: Mapping[str, TensorSlot], blocks: str) -> list[str]:
@@ -58,15 +73,16 @@ def loading_order(slots: Mapping[str, TensorSlot], blocks: str) -> list[str]:
     return sorted(slots, key=key)
 
 
-def _tie_head(loaded: LoadedModel, source: TensorSource) -> None:
+def _tie_head(loaded: LoadedModel, source: TensorSource | None) -> None:
     """Use the token table as the weight of the head.
 
-    Raises ModelError if the checkpoint contains a head with other values.
+    source: of the weights; None if it was checked before. Raises ModelError if the checkpoint
+    contains a head with other values.
     """
     table: Any = loaded.model.get_submodule(loaded.family.token_embedding).weight
     loaded.head.weight = table
     name = f"{loaded.family.head}.weight"
-    if name not in source.names() or table.is_meta:
+    if source is None or name not in source.names() or table.is_meta:
         return
     # Compared on the CPU as stored in the file, so that the device does not store the table twice.
     if not torch.equal(source.read(name), source.read(f"{loaded.family.token_embedding}.weight")):

@@ -33,8 +33,9 @@ class TensorSlot:
     file_shape: shape of the tensor in the file. put: stores the tensor, in the model's orientation,
     in the model. site: the linear whose weight it is. on_host: the tensor stays in host memory.
     dtype: dtype in the model; None for a weight that is quantized. module: path of the module that
-    has the tensor, if the tensor's name is another one. The tensor is transposed and cast on the
-    CPU, so that the device never stores it twice.
+    has the tensor, if the tensor's name is another one. linears: those that `put` packs the tensor
+    into. get: returns the tensor that `put` stored, if there are no such linears and the base is
+    frozen. The tensor is transposed and cast on the CPU, so that the device never stores it twice.
     """
 
     file_shape: tuple[int, ...]
@@ -43,6 +44,8 @@ class TensorSlot:
     on_host: bool = False
     dtype: torch.dtype | None = None
     module: str | None = None
+    linears: Sequence[QuantLinear] = ()
+    get: Callable[[], Tensor] | None = None
 
     def fill(self, source: TensorSource, name: str, device: torch.device) -> None:
         """Read the tensor `name` and store it in the model on `device`."""
@@ -87,8 +90,7 @@ def _slots(loaded: LoadedModel) -> Iterator[tuple[str, TensorSlot]]:
             if module.bias is not None:
                 yield f"{name}.bias", _parameter_slot(module, "bias", "base")
         elif isinstance(module, HostEmbedding):
-            shape = tuple(module.weight.shape)
-            yield f"{path}.weight", TensorSlot(shape, module.put, on_host=True)
+            yield f"{path}.weight", _host_slot(module)
         elif not isinstance(module, LoraLinear) and path != tied_head:
             for key, _ in module.named_parameters(recurse=False):
                 if parts := loaded.family.stacks.get(f"{path}.{key}"):
@@ -106,7 +108,14 @@ def _packed_slot(module: QuantLinear, site: Site | None) -> TensorSlot:
     """site: None for a head, which a file stores as (out, in)."""
     shape = (module.out_features, module.in_features) if site is None else site.file_shape
     dtype = module.weight_format.storage if module.weight_format.bits == 16 else None
-    return TensorSlot(shape, module.pack, site=site, dtype=dtype)
+    return TensorSlot(shape, module.pack, site=site, dtype=dtype, linears=(module,))
+
+
+def _host_slot(module: HostEmbedding) -> TensorSlot:
+    old = module.weight
+    return TensorSlot(
+        tuple(old.shape), module.put, on_host=True, dtype=old.dtype, get=lambda: module.weight
+    )
 
 
 def _experts_slots(
@@ -116,16 +125,17 @@ def _experts_slots(
     for name, shape in module.stacks.items():
         parts = loaded.family.stacks.get(f"{path}.{name}")
         stack = module.stack(name)
+        linears: Any = tuple(stack)
         weight_format = stack.weight_format
         dtype = weight_format.storage if weight_format.bits == 16 else None
         if parts is None:
             put = partial(module.pack_stack, name)
-            yield f"{path}.{name}", TensorSlot(shape, put, dtype=dtype)
+            yield f"{path}.{name}", TensorSlot(shape, put, dtype=dtype, linears=linears)
             continue
-        linears: Any = stack
         for part, linear in zip(parts, linears, strict=True):
             part_shape = (linear.out_features, linear.in_features)
-            yield part.name, TensorSlot(part_shape, linear.pack, dtype=dtype, module=path)
+            slot = TensorSlot(part_shape, linear.pack, dtype=dtype, module=path, linears=(linear,))
+            yield part.name, slot
 
 
 def _stack_slots(
@@ -182,7 +192,10 @@ def _parameter_slot(module: nn.Module, key: str, category: str) -> TensorSlot:
         attribute([value], category)
         setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
 
-    return TensorSlot(tuple(old.shape), put, dtype=old.dtype)
+    def get() -> Tensor:
+        return module.get_parameter(key).detach()
+
+    return TensorSlot(tuple(old.shape), put, dtype=old.dtype, get=get)
 
 
 def _buffer_slot(module: nn.Module, key: str) -> TensorSlot:
@@ -193,7 +206,7 @@ def _buffer_slot(module: nn.Module, key: str) -> TensorSlot:
         attribute([value], "base")
         module._buffers[key] = value
 
-    return TensorSlot(tuple(old.shape), put, dtype=old.dtype)
+    return TensorSlot(tuple(old.shape), put, dtype=old.dtype, get=lambda: module.get_buffer(key))
 
 
 def _category(loaded: LoadedModel, path: str) -> str:

@@ -25,6 +25,7 @@ from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
 from qlora_cli.models.attach import attach_adapter, load_lora_weights, load_stack_weights
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.placement.held import PackedCopy, put_tensor
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots, rebuild_buffers
 from qlora_cli.nn.embedding import HostEmbedding, has_own_memory
 from qlora_cli.nn.experts import Experts
@@ -37,11 +38,13 @@ _NamedSlots = Sequence[tuple[str, TensorSlot]]
 class StreamedPlacement:
     """Placement of a model that computes on `device`, in inference only.
 
-    adapter: put on the model and streamed with it.
+    adapter: put on the model and streamed with it. copy: is read in place of the checkpoint, if it
+    exists; None reads the checkpoint.
     """
 
     device: torch.device
     adapter: AdapterFile | None = None
+    copy: PackedCopy | None = None
 
     def place(self, loaded: LoadedModel, source: TensorSource) -> None:
         """Add hooks that read and free weights. Raises ModelError if the source does not fit."""
@@ -62,12 +65,26 @@ class StreamedPlacement:
         stacks = self.adapter.stacks if self.adapter is not None else {}
         for path, slots in slots_by_module.items():
             module = loaded.model.get_submodule(path)
-            read = _read_weights(slots, source, self.device, layers.get(path))
+            read = self._read_weights(slots, source, layers.get(path))
             module.register_forward_pre_hook(read)
             if isinstance(module, Experts):
                 own = {name: stacks.get(f"{path}.{name}") for name in module.stacks}
                 module.register_forward_pre_hook(_read_adapters(own, self.device))
             module.register_forward_hook(_free_weights)
+
+    def _read_weights(
+        self, slots: _NamedSlots, source: TensorSource, layer: AdapterLayer | None
+    ) -> Callable[[nn.Module, Any], None]:
+        """Return a forward pre-hook that reads a module's tensors and its adapter's."""
+
+        def read(module: nn.Module, _: Any) -> None:
+            for name, slot in slots:
+                put_tensor(name, slot, source, self.copy, self.device)
+            if layer is not None:
+                assert isinstance(module, LoraLinear)
+                load_lora_weights(module, layer, self.device)
+
+        return read
 
 
 def _reader(loaded: LoadedModel, path: str) -> str:
@@ -78,26 +95,13 @@ def _reader(loaded: LoadedModel, path: str) -> str:
     """
     family, module = loaded.family, loaded.model.get_submodule(path)
     if not path.startswith(f"{family.blocks}."):
-        return path
+        # A table that is read as a matrix, such as DeBERTa's relative positions.
+        is_read = isinstance(module, nn.Embedding) and path not in family.embeddings
+        return path.rpartition(".")[0] if is_read else path
     index, _, within = path.removeprefix(f"{family.blocks}.").partition(".")
     has_own = isinstance(module, QuantLinear | LoraLinear | nn.Linear | Conv1D)
     has_own = has_own or within in family.experts or path in family.shared.values()
     return path if has_own and within not in family.unquantized else f"{family.blocks}.{index}"
-
-
-def _read_weights(
-    slots: _NamedSlots, source: TensorSource, device: torch.device, layer: AdapterLayer | None
-) -> Callable[[nn.Module, Any], None]:
-    """Return a forward pre-hook that reads a module's tensors and its adapter's."""
-
-    def read(module: nn.Module, _: Any) -> None:
-        for name, slot in slots:
-            slot.fill(source, name, device)
-        if layer is not None:
-            assert isinstance(module, LoraLinear)
-            load_lora_weights(module, layer, device)
-
-    return read
 
 
 def _read_adapters(

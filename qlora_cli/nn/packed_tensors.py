@@ -1,0 +1,72 @@
+"""The tensors of a packed linear, as they are written to a file and put back without quantizing.
+
+The names are those of `files/packed_entry.py`, because a checkpoint may contain such tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.files.packed_entry import (
+    CONSTANTS,
+    OFFSET,
+    SCALE,
+    SCALE_OF_SCALE,
+    WEIGHT,
+    StoredFormat,
+)
+from qlora_cli.files.safetensors_io import TensorSpec
+from qlora_cli.memory.scopes import attribute
+from qlora_cli.nn.quant import BLOCK_SIZE_4BIT, BLOCK_SIZE_SCALES, QuantLinear, WeightFormat
+
+
+def is_in_format(own: WeightFormat, stored: StoredFormat) -> bool:
+    """Return whether a weight stored in this form is the weight of a linear in the format `own`."""
+    if own.bits == 8:
+        return stored.bits == 8
+    scale_block_size = BLOCK_SIZE_SCALES if own.double_quant else 0
+    wanted = StoredFormat(4, own.quant_type, BLOCK_SIZE_4BIT, scale_block_size)
+    return own.bits == 4 and stored == wanted
+
+
+def packed_specs(linear: QuantLinear) -> dict[str, TensorSpec]:
+    """Return name -> dtype and shape of the tensors of `linear` after `pack`."""
+    weight_format, shape = linear.weight_format, (linear.out_features, linear.in_features)
+    if weight_format.bits == 16:
+        return {WEIGHT: TensorSpec(weight_format.storage, shape)}
+    if weight_format.bits == 8:
+        scale = TensorSpec(torch.float32, (linear.out_features,))
+        return {WEIGHT: TensorSpec(torch.int8, shape), SCALE: scale}
+    num_weights = linear.out_features * linear.in_features
+    num_scales = -(-num_weights // BLOCK_SIZE_4BIT)
+    weight = TensorSpec(torch.uint8, (-(-num_weights // 2), 1))
+    if not weight_format.double_quant:
+        return {WEIGHT: weight, SCALE: TensorSpec(torch.float32, (num_scales,))}
+    return {
+        WEIGHT: weight,
+        SCALE: TensorSpec(torch.uint8, (num_scales,)),
+        SCALE_OF_SCALE: TensorSpec(torch.float32, (-(-num_scales // BLOCK_SIZE_SCALES),)),
+        OFFSET: TensorSpec(torch.float32, ()),
+    }
+
+
+def packed_tensors(linear: QuantLinear) -> dict[str, Tensor]:
+    """Return name -> tensor of a packed linear."""
+    constants = {name: getattr(linear, name) for name in CONSTANTS}
+    present = {name: tensor for name, tensor in constants.items() if tensor is not None}
+    return {WEIGHT: linear.weight.detach()} | {n: t.detach() for n, t in present.items()}
+
+
+def put_packed(linear: QuantLinear, tensors: Mapping[str, Tensor]) -> None:
+    """Make `tensors`, which `packed_tensors` returned, the weight of a linear. None is copied."""
+    linear.weight = nn.Parameter(tensors[WEIGHT], requires_grad=False)
+    for name in CONSTANTS:
+        tensor = tensors.get(name)
+        frozen = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+        setattr(linear, name, frozen)
+    attribute([linear.weight], linear.category)
+    attribute(linear.constants(), "quant_constants")
+    linear.renew_dequantized()

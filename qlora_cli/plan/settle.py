@@ -1,0 +1,163 @@
+"""Replaces each `auto` of a recipe that depends on planned memory by a value, with a reason.
+
+These are `train.micro_batch`, `train.activation_checkpointing` and `train.loss_chunk`. The others
+are resolved without a plan (`recipe/resolve.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qlora_cli.plan.dry_run import DryRun
+from qlora_cli.plan.limit import Limit
+from qlora_cli.plan.policy import MIN_CHUNK, Attempt, PolicySearch
+from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.plan.search import largest_that_fits
+from qlora_cli.recipe import activations
+from qlora_cli.recipe.activations import recomputed_blocks
+from qlora_cli.recipe.change import with_settings
+from qlora_cli.recipe.resolve import Choice
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.units import format_bytes, format_count
+
+_CHUNK = "train.loss_chunk"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A recipe without `auto` values that depend on memory, the choices made, and its plan."""
+
+    recipe: Recipe
+    choices: tuple[Choice, ...]
+    plan: MemoryPlan
+
+
+@dataclass(frozen=True)
+class Settler:
+    """Chooses settings by plans.
+
+    num_blocks: of the base. limit: memory that a job with chosen settings may need. dry: returns
+    the dry run of a recipe, whose activation policy is not used. first_chunk: returns the chunk of
+    the loss that is planned first for a recipe.
+    """
+
+    num_blocks: int
+    limit: Limit
+    dry: Callable[[Recipe], DryRun]
+    first_chunk: Callable[[Recipe], int]
+
+    def settle(self, recipe: Recipe) -> Settled:
+        """Return the recipe with a policy and a chunk. recipe: its micro-batch is a number."""
+        search = self._search(recipe)
+        if recipe.train.activation_checkpointing == "auto":
+            found = search.fewest()
+            choices = [self._policy_choice(search, found)]
+        else:
+            found, choices = search.attempt(self._recomputed(recipe)), []
+        if recipe.train.loss_chunk == "auto":
+            choices.append(_chunk_choice(found))
+        values = {choice.key.removeprefix("train."): choice.value for choice in choices}
+        return Settled(with_settings(recipe, "train", **values), tuple(choices), found.plan)
+
+    def micro_batch(self, recipe: Recipe, max_size: int) -> tuple[Recipe, tuple[Choice, Choice]]:
+        """Return the recipe with the largest micro-batch that fits, and the choices.
+
+        The product of micro_batch and grad_accum stays the same. If the policy is `auto` too, a
+        larger micro-batch may not need more recomputed blocks than one sequence does, because
+        recomputation costs more time than short passes. max_size: largest number of sequences.
+        """
+        total = recipe.train.grad_accum
+        sizes = [n for n in range(1, min(total, max_size) + 1) if total % n == 0]
+        first = self.settle(_divided(recipe, 1)).plan
+        plans = {1: first}
+
+        def planned(number: int) -> tuple[int, bool]:
+            """Plan the micro-batch `sizes[number - 1]`."""
+            size = sizes[number - 1]
+            if size not in plans:
+                search = self._search(_divided(recipe, size))
+                plans[size] = search.attempt(first.num_recomputed).plan
+            needed = plans[size].needed_bytes
+            return needed, needed <= self.limit.num_bytes
+
+        best = largest_that_fits(planned, len(sizes), 2, self.limit.num_bytes)
+        size = sizes[max(best, 1) - 1]
+        larger = min((other for other in plans if other > size), default=None)
+        reason = f"{_sequences(size)} need {format_bytes(plans[size].needed_bytes)} of "
+        reason += self.limit.text
+        if larger:
+            reason += f"; {larger} would need {format_bytes(plans[larger].needed_bytes)}"
+        changed = _divided(recipe, size)
+        accum = Choice("train.grad_accum", total // size, f"{_sequences(total)} per step")
+        return changed, (Choice("train.micro_batch", size, reason), accum)
+
+    def _recomputed(self, recipe: Recipe) -> int:
+        return recomputed_blocks(recipe.train.activation_checkpointing, self.num_blocks)
+
+    def _search(self, recipe: Recipe) -> PolicySearch:
+        chunk = recipe.train.loss_chunk
+        return PolicySearch(
+            lambda tokens: self.dry(with_settings(recipe, "train", loss_chunk=tokens)),
+            self.limit,
+            None if chunk == "auto" else chunk,
+            self.first_chunk(recipe),
+        )
+
+    def _policy_choice(self, search: PolicySearch, found: Attempt) -> Choice:
+        """Return the choice of a policy: what it needs and costs, and what the next one would."""
+        plan = found.plan
+        number, total = plan.num_recomputed, plan.num_blocks
+        needed = format_bytes(plan.needed_bytes)
+        more = f"{plan.flops.recomputed_share:.1%} more operations"
+        if not number:
+            reason = f"every block keeps its activations: {needed} planned of {self.limit.text}"
+        elif search.fits(plan):
+            reason = f"{number} of {total} blocks are recomputed, the fewest that fit: {needed} "
+            reason += f"planned of {self.limit.text}; {more}"
+        else:
+            reason = f"{number} of {total} blocks are recomputed, which needs the least memory: "
+            reason += f"{needed} planned, and {self.limit.text} should not be exceeded; {more}"
+        if number < total:
+            reason += f". One step less memory{_step_text(search, found)} would cost "
+            reason += f"{plan.flops.block_share:.1%} more operations"
+        return Choice(activations.KEY, number, reason)
+
+
+def _step_text(search: PolicySearch, found: Attempt) -> str:
+    """Return ` (24 MiB less)`, what recomputing one more block or group of blocks saves."""
+    saved = search.saved_by_next(found)
+    return "" if saved is None else f" ({format_bytes(saved)} less)"
+
+
+def least_memory(recipe: Recipe) -> Recipe:
+    """Return the recipe with the values of `auto` that need the least memory and one plan."""
+    train = recipe.train
+    changes: dict[str, object] = {}
+    if train.activation_checkpointing == "auto":
+        changes["activation_checkpointing"] = True
+    if train.loss_chunk == "auto":
+        changes["loss_chunk"] = MIN_CHUNK
+    return with_settings(recipe, "train", **changes)
+
+
+def _divided(recipe: Recipe, size: int) -> Recipe:
+    """Return the recipe with the sequences of a step in passes of `size`."""
+    accum = recipe.train.grad_accum // size
+    return with_settings(recipe, "train", micro_batch=size, grad_accum=accum)
+
+
+def _chunk_choice(found: Attempt) -> Choice:
+    loss = found.plan.loss
+    during, rest = format_bytes(loss.loss_bytes), format_bytes(loss.rest_bytes)
+    if loss.decides:
+        reason = f"{during} are in use during the loss and {rest} at most in the rest of a step; a "
+        reason += "smaller chunk would be slow"
+    else:
+        reason = f"{during} are in use during the loss, not more than the {rest} of the rest of a "
+        reason += "step"
+    return Choice(_CHUNK, found.chunk, reason)
+
+
+def _sequences(number: int) -> str:
+    return f"{format_count(number)} sequence{'' if number == 1 else 's'}"

@@ -1,0 +1,13 @@
+"""Returns recipes with other settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_cli.recipe.schema import Recipe
+
+
+def with_settings(recipe: Recipe, section: str, **changes: Any) -> Recipe:
+    """Return the recipe with other values of settings in one section. They are not validated."""
+    changed_section = getattr(recipe, section).model_copy(update=changes)
+    return recipe.model_copy(update={section: changed_section})

@@ -1,0 +1,205 @@
+"""The plan of every activation policy, the policy that is chosen, and the chunk of the loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from qlora_cli.data.collate import largest_batch
+from qlora_cli.device import DeviceProfile
+from qlora_cli.plan import dry_run as planning
+from qlora_cli.plan.dry_run import DryRun
+from qlora_cli.plan.limit import GPU_SHARE, limit_of
+from qlora_cli.plan.planner import Planner
+from qlora_cli.plan.policy import MIN_CHUNK
+from qlora_cli.plan.search import largest_that_fits
+from qlora_cli.plan.settle import Settled
+from qlora_cli.recipe.resolve import resolve
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.units import MIB
+from tests.helpers.marks import slow_after_first
+
+BLOCKS = 9
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 4096,
+    "max_position_embeddings": 4096,
+}
+GPU = DeviceProfile("cuda", "a GPU", 2**34, (8, 9), 128)
+CPU = DeviceProfile("cpu", "a CPU", 2**34)
+FULL = {"base": {"bits": 16}, "adapter": {"method": "full"}}
+CASES = [
+    ("llama", GPU, {}),
+    ("gpt2", CPU, FULL),
+    ("gemma2", CPU, {}),
+]
+
+
+def config_of(family: str, **more: int) -> Any:
+    names = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+    }
+    sizes = {names.get(key, key): value for key, value in SIZES.items()}
+    return AutoConfig.for_model(family, **{**(sizes if family == "gpt2" else SIZES), **more})
+
+
+def recipe_of(profile: DeviceProfile, seq_len: int = 512, **sections: Any) -> Recipe:
+    content: dict[str, Any] = {
+        "model": {"name": "x"},
+        "adapter": {"targets": "all"},
+        "data": {"train": "", "seq_len": seq_len},
+    }
+    merged = content | {key: {**content.get(key, {}), **value} for key, value in sections.items()}
+    if sections.get("adapter", {}).get("method") == "full":
+        merged["adapter"] = {"method": "full"}
+    return resolve(Recipe.model_validate(merged), profile)[0]
+
+
+def settled(capacity: int, seq_len: int = 512, **train: Any) -> Settled:
+    """Settle a recipe for a GPU of this capacity."""
+    profile = replace(GPU, capacity_bytes=capacity)
+    return Planner(config_of("llama"), profile).settle(recipe_of(profile, seq_len, train=train))
+
+
+def needed(number: int, chunk: int, seq_len: int = 512) -> int:
+    """Return what the policy that recomputes `number` blocks needs."""
+    train = {"activation_checkpointing": number, "loss_chunk": chunk}
+    return settled(2**34, seq_len, **train).plan.needed_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", slow_after_first(CASES), ids=lambda case: f"{case[0]}-{case[1].kind}"
+)
+def test_a_plan_of_a_few_groups_equals_that_of_all_blocks(
+    case: tuple[str, DeviceProfile, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same peaks, reserved bytes and operations, for few and many recomputed blocks."""
+    family, profile, sections = case
+    config, recipe = config_of(family), recipe_of(profile, 48, **sections)
+    if family == "gemma2":  # Groups of two blocks.
+        config = config_of(family, num_hidden_layers=14)
+    batch = largest_batch(48, 1, config.vocab_size)
+    short = DryRun(recipe, config, profile, [batch] * 2, [batch])
+    monkeypatch.setattr(planning, "groups_of", lambda *_: None)
+    complete = DryRun(recipe, config, profile, [batch] * 2, [batch])
+    assert short.policies[0] == 0
+    assert short.policies[-1] == config.num_hidden_layers
+    for number in (short.policies[1], short.policies[len(short.policies) // 2]):
+        found, wanted = short.plan(number), complete.plan(number)
+        assert found.phases == wanted.phases, number
+        assert found.reserved_bytes == wanted.reserved_bytes
+        assert found.loss == wanted.loss
+        assert (found.flops.total, found.flops.recomputed) == (
+            wanted.flops.total,
+            wanted.flops.recomputed,
+        )
+        assert found.num_recomputed == number
+    for number in short.policies:
+        short.plan(number)
+    # A recording of one sample of groups serves several policies.
+    assert len(short._recorded) < len(short.policies)
+
+
+def test_a_large_gpu_recomputes_nothing() -> None:
+    result = settled(2**34)
+    assert result.recipe.train.activation_checkpointing == 0
+    assert result.plan.flops.recomputed == 0
+    assert "every block keeps its activations" in result.choices[0].reason
+
+
+@pytest.mark.slow
+def test_the_fewest_blocks_that_fit_are_recomputed() -> None:
+    none, every = settled(2**34), settled(2**34, activation_checkpointing=True)
+    between = (none.plan.needed_bytes + every.plan.needed_bytes) // 2
+    result = settled(int(between / GPU_SHARE))
+    number, chunk = result.recipe.train.activation_checkpointing, result.recipe.train.loss_chunk
+    assert isinstance(number, int)
+    assert isinstance(chunk, int)
+    assert 0 < number < BLOCKS
+    limit = limit_of(replace(GPU, capacity_bytes=int(between / GPU_SHARE))).num_bytes
+    assert needed(number, chunk) == result.plan.needed_bytes <= limit < needed(number - 1, chunk)
+    share = result.plan.flops.recomputed / result.plan.flops.block
+    assert share == pytest.approx(number)
+    reason = result.choices[0].reason
+    assert f"{number} of {BLOCKS} blocks are recomputed, the fewest that fit" in reason
+    assert "One step less memory (" in reason
+
+
+@pytest.mark.slow
+def test_a_gpu_that_is_too_small_gets_the_policy_with_the_least_memory() -> None:
+    result = settled(20 * MIB)
+    plans = [needed(number, MIN_CHUNK) for number in (0, BLOCKS - 1, BLOCKS)]
+    assert result.plan.needed_bytes <= min(plans)
+    assert "which needs the least memory" in result.choices[0].reason
+
+
+def test_explicit_settings_are_not_changed() -> None:
+    train = {"activation_checkpointing": 3, "loss_chunk": 200, "micro_batch": 2}
+    result = settled(2**34, **train)
+    assert result.choices == ()
+    assert {key: getattr(result.recipe.train, key) for key in train} == train
+    assert result.plan.num_recomputed == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [0, 4, BLOCKS])
+def test_the_loss_does_not_decide_the_peak(policy: int) -> None:
+    """With a chunk of all tokens it does."""
+    large = settled(2**34, activation_checkpointing=policy, loss_chunk=511)
+    assert large.plan.loss.decides
+    chosen = settled(2**34, activation_checkpointing=policy)
+    assert not chosen.plan.loss.decides
+    assert chosen.plan.loss.rest_bytes == chosen.plan.peak_bytes < large.plan.peak_bytes
+    assert MIN_CHUNK <= chosen.recipe.train.loss_chunk < 511  # type: ignore[operator]
+
+
+def test_micro_batch_auto_keeps_the_sequences_of_a_step() -> None:
+    result = settled(2**34, 64, micro_batch="auto", grad_accum=6)
+    assert (result.recipe.train.micro_batch, result.recipe.train.grad_accum) == (6, 1)
+
+
+@pytest.mark.slow
+def test_the_largest_micro_batch_that_fits_is_chosen() -> None:
+    def plan_of(size: int) -> int:
+        train = {"micro_batch": size, "grad_accum": 12 // size}
+        return settled(2**34, 64, activation_checkpointing=0, **train).plan.needed_bytes
+
+    capacity = int(((plan_of(4) + plan_of(6)) // 2) / GPU_SHARE)
+    result = settled(capacity, 64, micro_batch="auto", grad_accum=12)
+    train = result.recipe.train
+    assert (train.micro_batch, train.grad_accum, train.activation_checkpointing) == (4, 3, 0)
+    assert {choice.key for choice in result.choices} == {
+        "train.micro_batch",
+        "train.grad_accum",
+        "train.activation_checkpointing",
+        "train.loss_chunk",
+    }
+
+
+def test_on_a_cpu_a_share_of_the_free_memory_is_used() -> None:
+    limit = limit_of(CPU)
+    assert limit.num_bytes <= CPU.usable_bytes // 2
+    assert "50% of the free memory" in limit.text
+
+
+@pytest.mark.parametrize("best", [0, 1, 7, 19, 20])
+def test_a_search_finds_the_largest_number(best: int) -> None:
+    planned: list[int] = []
+
+    def plan(number: int) -> tuple[int, bool]:
+        planned.append(number)
+        return 100 + 10 * number, number <= best
+
+    assert largest_that_fits(plan, 20, 10, 105 + 10 * best) == best
+    assert len(planned) <= 8
