@@ -21,11 +21,11 @@ pytestmark = pytest.mark.slow
 def test_a_job_that_does_not_fit_exits_3_and_writes_nothing(
     job_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_cli.jobs import train
+    from qlora_cli.jobs import prepare_training
 
     small = dataclasses.replace(inspect_device(), capacity_bytes=1000)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "inspect_device", lambda: small)
+        patch.setattr(prepare_training, "inspect_device", lambda: small)
         assert_refused(qlora("train", job_recipe), 3, "the job needs", "has 1000 B", "qlora plan")
     assert_folder_is_usable(job_recipe)
 
@@ -67,7 +67,7 @@ def test_a_signal_while_loading_ends_a_resumed_run_in_order(
     assert qlora("train", job_recipe).code == 0
     longer = ("train", job_recipe, "train.steps=5", "--resume")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "build_state", lambda _: os.kill(os.getpid(), getattr(signal, name)))
+        patch.setattr(train, "build_state", lambda *_: os.kill(os.getpid(), getattr(signal, name)))
         assert qlora(*longer).code == 130
     run_json = job_recipe.parent / "run" / "run.json"
     assert json.loads(run_json.read_text())["status"] == "interrupted"
