@@ -52,8 +52,10 @@ class FourBitEntry(PackedEntry):
 
         constants = {name: read_tensor(entry) for name, entry in self.constants.items()}
         state = QuantState.from_dict(constants, device=torch.device("cpu"))
+        # Flat, for the reason in `QuantLinear.dequantize`.
+        shape, state.shape = state.shape, torch.Size([state.shape.numel()])
         weight: Tensor = dequantize_4bit(read_tensor(self.codes), state)
-        return weight
+        return weight.view(shape)
 
     def stored_format(self) -> StoredFormat:
         """Return the form of the stored weight."""

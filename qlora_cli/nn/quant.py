@@ -208,14 +208,17 @@ class QuantLinear(nn.Module):
                 assert self.scale is not None
                 return scaled_codes(self.weight, self.scale, self.weight_format.compute)
             assert self.scale is not None
-            return _ops.dequantize_4bit(  # type: ignore[no-any-return]
+            # Flat, because bitsandbytes' CPU kernel takes the blocks of a matrix row by row, which
+            # is wrong if a row is not a multiple of a block.
+            flat: Tensor = _ops.dequantize_4bit(
                 self.weight,
                 self._block_scales(),
                 BLOCK_SIZE_4BIT,
                 self.weight_format.quant_type,
-                [self.out_features, self.in_features],
+                [self.out_features * self.in_features],
                 self.weight_format.compute,
             )
+            return flat.view(self.out_features, self.in_features)
 
     def _block_scales(self) -> Tensor:
         assert self.scale is not None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.nn import quant
-from qlora_cli.nn.quant import QuantLinear
+from qlora_cli.nn.quant import BLOCK_SIZE_4BIT, QuantLinear, WeightFormat
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.quantized import draw, packed
 from tests.helpers.runs import build_base, logits, make_base, make_recipe, make_rows
@@ -257,3 +257,16 @@ def test_packed_weights_are_frozen_parameters() -> None:
     # About 4.127 bits per weight (QLoRA, section 3): 4096 weights have few scales.
     twin = copy.deepcopy(layer)
     assert torch.equal(twin.dequantize(), layer.dequantize())
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("width", [32, 96, 128, 160])
+def test_rows_need_not_be_whole_blocks(width: int, quant_type: str) -> None:
+    """No value is farther from the weight than the largest gap of the codes, in its own block."""
+    weight = torch.randn(24, width, generator=torch.Generator().manual_seed(0))
+    weight_format = WeightFormat(4, torch.float32, torch.float16, quant_type, double_quant=False)
+    layer = QuantLinear(width, 24, False, weight_format)
+    layer.pack(weight)
+    error = (layer.dequantize() - weight).reshape(-1, BLOCK_SIZE_4BIT).abs()
+    scale = weight.reshape(-1, BLOCK_SIZE_4BIT).abs().amax(dim=1, keepdim=True)
+    assert (error <= 0.17 * scale).all()
