@@ -16,10 +16,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_cli.files.composed import text_config_of
 from qlora_cli.models.buffers import created_buffers, persistent_buffers
+from qlora_cli.models.causality import check_causal
 from qlora_cli.models.composed import language_model_path, modules_inside, other_parts
 from qlora_cli.models.conversions import Stacks, parameter_names, parts_of_rows, stacked_parts
 from qlora_cli.models.derive_blocks import (
@@ -67,7 +67,7 @@ def derive_backbone(model: Any, head_path: Callable[[Any], str]) -> Family:
     backbone = language_model_path(model)
     if not backbone:
         raise unsupported(config, "it has no module for its hidden states")
-    _check_causal(model, model.get_submodule(backbone))
+    check_causal(model, model.get_submodule(backbone))
     blocks = _blocks_path(model, backbone)
     found = list(model.get_submodule(blocks))
     experts, stacks = _experts(model, blocks, found)
@@ -259,29 +259,6 @@ def _first_position(model: Any, embeddings: Sequence[str]) -> int:
     return max(
         (table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0
     )
-
-
-def _check_causal(model: Any, backbone: nn.Module) -> None:
-    """Raise ModelError for a causal language model whose tokens attend to later ones.
-
-    Also for one whose attention changes with the length of a row.
-    """
-    if model.config.to_dict().get("attention_type") == "block_sparse" and hasattr(
-        backbone, "set_attention_type"
-    ):
-        raise unsupported(
-            model.config,
-            "its attention is sparse for long rows only; write attention_type: original_full "
-            "into config.json to train it with full attention",
-        )
-    can_be_encoder = "config.is_decoder" in inspect.getsource(type(backbone))
-    is_encoder = can_be_encoder and not text_config_of(model).is_decoder
-    if is_encoder and type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        raise unsupported(
-            model.config,
-            "its config.json has no is_decoder: true, so each token attends to those after it; "
-            "to train it as a causal language model, write is_decoder: true there",
-        )
 
 
 def _final_norm(model: Any, backbone: str, blocks: str) -> str | None:

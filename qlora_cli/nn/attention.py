@@ -19,7 +19,7 @@ head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from qlora_cli.device import DeviceProfile
-from qlora_cli.errors import ModelError
+from qlora_cli.nn.attention_arguments import is_causal, refusal, refuse, refuse_arguments
 from qlora_cli.nn.plain_attention import PlainSettings, plain_attention
 from qlora_cli.nn.spans import Kernel, Spans, current_spans, first_visible_key
 
@@ -39,15 +39,6 @@ NAME = "qlora"
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_SIZE = 256
 FLASH_CAPABILITY = (8, 0)
-
-UNUSED_ARGUMENTS = {
-    "position_ids": "the model has already applied the positions to queries and keys",
-    "output_attentions": "attention weights are not returned, whether they are wanted or not",
-    "output_router_logits": "it belongs to the router of experts",
-    "use_cache": "the model has already added the cached keys and values",
-    "deterministic": "it selects a variant of FlashAttention with the same result",
-}
-"""Arguments that transformers passes and that do not change the result, with the reason."""
 
 
 def kernel_for(profile: DeviceProfile, compute: torch.dtype) -> Kernel:
@@ -82,10 +73,10 @@ def attend(
     model.
     """
     refuse_arguments(module, {"attention_mask": attention_mask, "dropout": dropout or None}, others)
-    causal = _is_causal(module, others)
+    causal = is_causal(module, others)
     spans = current_spans()
     if spans is not None and query.shape[2] != key.shape[2]:
-        raise _refusal(module, "keys that are not those of its tokens")
+        raise refusal(module, "keys that are not those of its tokens")
     if (size := _chunk_size(module)) is not None:
         first = first_visible_key(query.shape[2], key.shape[2], size)
         key, value = key[:, :, first:], value[:, :, first:]
@@ -93,7 +84,7 @@ def attend(
             spans = (spans or Spans((query.shape[2],), "cpu")).in_chunks(size, query.device)
     kernel: Kernel = "cpu" if spans is None else spans.kernel
     if softcap is not None or s_aux is not None or _needs_plain_operations(query, value, kernel):
-        _refuse(module, [] if causal else ["is_causal=False"])
+        refuse(module, [] if causal else ["is_causal=False"])
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         settings = PlainSettings(scaling, sliding_window, softcap)
         attend_row = partial(plain_attention, sinks=s_aux, settings=settings)
@@ -135,47 +126,6 @@ def _attend_rows(
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     rows = [attend_row(*row) for row in zip(queries, keys, values, strict=True)]
     return torch.cat([row.transpose(1, 2) for row in rows], dim=1)
-
-
-def refuse_arguments(
-    module: nn.Module, unsupported: Mapping[str, Any], others: Mapping[str, Any]
-) -> None:
-    """Raise ModelError for an attention call that this package would compute wrongly.
-
-    module: transformers' attention. unsupported: named arguments that must be None. others: further
-    arguments. None means that the model does not use the argument.
-    """
-    passed = {**unsupported, **others}
-    passed.pop("is_causal", None)
-    names = [
-        name for name, value in passed.items() if value is not None and name not in UNUSED_ARGUMENTS
-    ]
-    _refuse(module, names)
-
-
-def _is_causal(module: nn.Module, others: Mapping[str, Any]) -> bool:
-    """Return whether an attention call is causal. others: its further arguments.
-
-    The argument overrides the attribute, as in transformers' own attention functions.
-    """
-    argument = others.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if argument is None else argument)
-
-
-def _refuse(module: nn.Module, names: Sequence[str]) -> None:
-    """Raise ModelError that names the arguments of a call which are not handled, if any."""
-    if names:
-        raise _refusal(module, ", ".join(sorted(names)))
-
-
-def _refusal(module: nn.Module, what: str) -> ModelError:
-    return ModelError(
-        f"{type(module).__name__} calls the attention with {what}, which this package does not "
-        "support",
-        where="model.name",
-        hint="handle it in qlora_cli/nn/attention.py, with a test against transformers' eager "
-        "attention",
-    )
 
 
 def _supports_flash(query: Tensor, value: Tensor) -> bool:

@@ -208,8 +208,7 @@ class QuantLinear(nn.Module):
                 assert self.scale is not None
                 return scaled_codes(self.weight, self.scale, self.weight_format.compute)
             assert self.scale is not None
-            # Flat, because bitsandbytes' CPU kernel takes the blocks of a matrix row by row, which
-            # is wrong if a row is not a multiple of a block.
+            # Flat: for a matrix, bitsandbytes' CPU kernel lets no block cross the end of a row.
             flat: Tensor = _ops.dequantize_4bit(
                 self.weight,
                 self._block_scales(),

@@ -25,6 +25,7 @@ from qlora_cli.files import cache
 from qlora_cli.files.atomic import atomic_folder, write_json
 from qlora_cli.files.composed import model_type_of
 from qlora_cli.files.locate import find_config, read_config
+from qlora_cli.models.build import skeleton
 from qlora_cli.models.registry import known_family, refuse_by_name, unsupported
 from qlora_cli.proof import job_laws, laws
 from qlora_cli.proof.small_model import SmallModel, small_model
@@ -179,6 +180,8 @@ def _prove(config: Any, task: Task) -> ModelProof:
         _without_progress_bars(),
         small_model(config, task) as small,
     ):
+        # A type that no family can describe is refused for this reason, and not by a law.
+        skeleton(small.config, torch.float32, task.model_class)
         results = tuple(_until_failure(small, LAWS))
     seconds = time.perf_counter() - started
     return ModelProof(model_type_of(config), results, seconds, _versions(), task.name)

@@ -44,7 +44,8 @@ def test_a_model_type_without_proof_is_refused_with_the_reason(
             outcome,
             2,
             "'roberta' is not supported",
-            "the code around its head cannot be examined",
+            "no is_decoder: true",
+            "task: classification",
             "llama",
         )
     assert_folder_is_usable(job_recipe)

@@ -14,7 +14,7 @@ from qlora_cli.data.collate import collate
 from qlora_cli.data.encode import Example
 from qlora_cli.errors import ModelError
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.nn import attention
+from qlora_cli.nn import attention, attention_arguments
 from qlora_cli.nn.spans import Spans, use_spans
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.causal import CAUSAL
@@ -192,10 +192,12 @@ def test_an_argument_that_is_not_handled_is_refused(name: str, value: Any) -> No
         attention.attend(torch.nn.Module(), query, query, query, **arguments)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "is_causal", *attention.UNUSED_ARGUMENTS])
+@pytest.mark.parametrize(
+    "name", ["softcap", "s_aux", "is_causal", *attention_arguments.UNUSED_ARGUMENTS]
+)
 def test_none_and_harmless_arguments_are_accepted(name: str) -> None:
     query = torch.randn(1, 4, 3, 8)
-    value = torch.arange(3) if name in attention.UNUSED_ARGUMENTS else None
+    value = torch.arange(3) if name in attention_arguments.UNUSED_ARGUMENTS else None
     out, _ = attention.attend(torch.nn.Module(), query, query, query, None, **{name: value})
     assert torch.equal(out, attention.attend(torch.nn.Module(), query, query, query, None)[0])
 
