@@ -12,7 +12,7 @@ import pytest
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import DoesNotFit, Interrupted, ProblemsError, QloraError, UsageError
 from qlora_cli.events import Silent, StepEvent
-from qlora_cli.jobs import sweep, train
+from qlora_cli.jobs import prepare_training, sweep, train
 from qlora_cli.jobs.sweep_results import DOES_NOT_FIT, DONE, FAILED, PENDING, SweepResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.recipe.grid import make_grid
@@ -184,13 +184,13 @@ def test_a_run_that_does_not_fit_is_skipped_and_reported(
     def small_device() -> DeviceProfile:
         return DeviceProfile("cpu", "a small CPU", capacity_bytes=4_000_000)
 
-    monkeypatch.setattr(train, "inspect_device", small_device)
+    monkeypatch.setattr(prepare_training, "inspect_device", small_device)
     result = run_sweep(recipe, "adapter.rank=1,4096", observer=Silent())
     assert [run.status for run in result.runs] == [DONE, DOES_NOT_FIT]
     assert "a small CPU has 3.81 MiB" in (result.runs[1].reason or "")
     assert not (result.folder / "rank-4096").exists()
     assert [cell.seeds for cell in result.table] == [(0,), ()]
-    monkeypatch.setattr(train, "inspect_device", inspect_device)
+    monkeypatch.setattr(prepare_training, "inspect_device", inspect_device)
     resumed = run_sweep(recipe, "adapter.rank=1,4096", resume=True, observer=Silent())
     assert [run.status for run in resumed.runs] == [DONE, DONE]
 
@@ -205,10 +205,10 @@ def test_a_sweep_without_a_finished_run_is_an_error(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = DeviceProfile("cpu", "a tiny CPU", capacity_bytes=100_000)
-    monkeypatch.setattr(train, "inspect_device", lambda: profile)
+    monkeypatch.setattr(prepare_training, "inspect_device", lambda: profile)
     with pytest.raises(DoesNotFit, match="no run of the sweep is done"):
         run_sweep(recipe, "adapter.rank=1,2", observer=Silent())
-    monkeypatch.setattr(train, "inspect_device", inspect_device)
+    monkeypatch.setattr(prepare_training, "inspect_device", inspect_device)
     with pytest.raises(QloraError, match="no run of the sweep is done"):
         run_sweep(
             recipe, "train.lr=1e39,1e40", "train.max_grad_norm=null", f"output={recipe.parent}/x",

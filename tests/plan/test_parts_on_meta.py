@@ -34,6 +34,7 @@ def plan(model_type: str, profile: DeviceProfile, window: int | None = None) -> 
             "model": {"name": "base"},
             "adapter": {"rank": 4, "targets": "all"},
             "data": {"train": "", "seq_len": NUM_TOKENS},
+            "train": {"activation_checkpointing": True},
         }
     )
     batches = [largest_batch(NUM_TOKENS, 1, config.vocab_size)] * 2
