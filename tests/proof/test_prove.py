@@ -110,7 +110,7 @@ def test_the_language_model_of_a_composed_model_obeys_every_law(model_type: str)
     [("xlstm", "gradients"), ("xmod", "plan")],
 )
 def test_an_unsupported_type_is_refused_with_the_law(model_type: str, law: str) -> None:
-    config = AutoConfig.for_model(model_type)
+    config = AutoConfig.for_model(model_type, is_decoder=True)
     proof = prove.proof_of(config, CAUSAL, Silent())
     assert proof.failed is not None
     assert proof.failed.law == law
