@@ -112,7 +112,9 @@ def _duration(result: PlanResult) -> list[str]:
         steps = f"as many steps as the rows give{reason}"
         if result.steps is not None:
             steps = f"{format_count(result.steps)} steps{reason}"
-        step = "not known" if time.step_seconds is None else format_duration(time.step_seconds)
+        if time.step_seconds is None:
+            return [f"Duration: {steps}; the time of a step is {time.source}."]
+        step = format_duration(time.step_seconds)
         return [f"Duration: {steps}; a step takes {step}, {time.source}."]
     lines = [f"Length: {length.text()}."]
     if time.total_seconds is None:
