@@ -1,7 +1,7 @@
 """Find the tokens of a text whose characters are trained.
 
 A token is trained if any of its characters is in a trained span. The first and the last token of a
-span are looked up in the tokenizer's encoding. Where a lookup does not decide (white space that is
+span are looked up in the tokenizer's encoding. If a lookup does not decide (white space that is
 outside of the offsets, a token that crosses the end of a span), the offsets of all tokens do.
 """
 
