@@ -108,8 +108,8 @@ class EncodedRows:
     def ids(self, row: int, start: int = 0, length: int | None = None) -> NDArray[np.int32]:
         """Return the token ids of a row, or `length` of them from `start` on.
 
-        A row with a value keeps its last token: encoders end a text with a special token, and
-        decoders predict from the last one.
+        A part of a row with a value (a labelled text that is cut) ends with the row's last token:
+        encoders end a text with a special token, and decoders predict from the last one.
         """
         part, tokens = self._find(row, start, length)
         ids = part.ids[tokens]

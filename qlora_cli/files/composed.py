@@ -1,6 +1,6 @@
 """Configs of composed models, such as vision and text, whose language model is trained.
 
-The package sees the config of the language model only. That object remembers the whole config,
+The package uses the config of the language model only. That object remembers the whole config,
 which transformers needs to build the model.
 """
 

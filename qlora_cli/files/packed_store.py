@@ -63,9 +63,9 @@ class PackedStore:
         return False
 
     def read(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, Tensor] | None:
-        """Return the tensors of `specs`, mapped from the copy.
+        """Return the tensors of `specs`, mapped from the copy; None if they cannot be used.
 
-        None if there is no copy, or from the first tensor on that is damaged.
+        That is if there is no copy or one of them is damaged; then the copy is not used any more.
         """
         files = self._opened()
         if files is None:

@@ -24,7 +24,7 @@ def shortage_explained(prepared: Prepared, planned: MemoryPlan) -> Iterator[None
     """Convert a lack of memory inside the block to DoesNotFit, with the changes that save memory.
 
     prepared: the job. planned: its plan, which fits the device; so another process, or memory that
-    the plan does not know, has used what is missing.
+    the plan does not include, has used what is missing.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """The work of one operation: its floating-point operations, and the bytes that it reads and writes.
 
-Formulas of matrix products and attention are those of torch's FLOP counter. Attention kernels that
-it does not know (on a CPU, and of variable length) are counted as causal attention: half of the
+Formulas of matrix products and attention are those of torch's FLOP counter. Attention kernels for
+which it has none (on a CPU, and of variable length) are counted as causal attention: half of the
 products of queries and keys, and of weights and values.
 """
 

@@ -110,7 +110,7 @@ def linears_of(
 
 
 def _constant(rows: Mapping[str, slice]) -> Rows:
-    """Return the function of a spec that gives these rows: they are those of the same config."""
+    """Return a function that returns `rows` for any config, as the spec of a linear needs it."""
     return lambda _config: rows
 
 

@@ -99,11 +99,12 @@ def attend(
 
 def _chunk_size(module: nn.Module) -> int | None:
     """Return the size of the chunks of a row that attend to themselves only (Llama 4), or None."""
-    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    config: Any = getattr(module, "config", None)
+    index = getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None or index is None or kinds[index] != "chunked_attention":
         return None
-    return int(config.attention_chunk_size)  # type: ignore[union-attr]
+    return int(config.attention_chunk_size)
 
 
 def _needs_plain_operations(query: Tensor, value: Tensor, kernel: Kernel) -> bool:

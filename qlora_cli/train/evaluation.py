@@ -79,7 +79,7 @@ class Evaluator:
 
     @property
     def best_text(self) -> str:
-        """What the best evaluation has, as text: `the lowest held-out loss (0.361)`."""
+        """The best value so far as text: `the lowest held-out loss (0.361)`."""
         assert self.best is not None
         if self._metric is None:
             return f"the lowest held-out loss ({self.best.loss:.3f})"

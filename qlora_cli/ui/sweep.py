@@ -24,7 +24,7 @@ _PLAIN = {
 
 def sweep(result: SweepResult) -> RenderableType:
     """Render one line per cell with mean and spread over its seeds, and what was not trained."""
-    # The training loss says less than the held-out loss, and sweep.json has it.
+    # The held-out loss is the better measure; sweep.json has the training loss.
     has_held_out = any("eval_loss" in cell.mean for cell in result.table)
     metrics = [
         name

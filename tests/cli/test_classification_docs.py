@@ -10,15 +10,9 @@ import pytest
 
 from tests.helpers.classifiers import make_encoder, make_labelled_rows
 from tests.helpers.cli_helpers import qlora
+from tests.helpers.documents import block
 
 pytestmark = pytest.mark.slow
-
-
-def block(text: str, language: str) -> str:
-    """Return the content of the first code block of a language."""
-    found = re.search(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert found is not None, language
-    return found[1]
 
 
 def test_the_first_run_learns_the_labels(

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.cli_helpers import qlora
+from tests.helpers.documents import block
 
 pytestmark = pytest.mark.slow
-
-
-def block(text: str, language: str) -> str:
-    """Return the content of the first code block of a language."""
-    found = re.search(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert found is not None, language
-    return found[1]
 
 
 def test_the_first_run_learns_the_preference(

@@ -23,7 +23,7 @@ from qlora_cli.nn.loss import chunked_cross_entropy
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.backbone import hidden_states
 from tests.helpers.interrupted import train_run
-from tests.helpers.resumed_runs import CASES, assert_same_run, losses, recipe_of
+from tests.helpers.resumed_runs import CASES, assert_same_run, losses, make_bases, recipe_of
 from tests.helpers.runs import build_base, make_base, make_recipe, make_rows
 
 pytestmark = pytest.mark.gpu
@@ -32,11 +32,7 @@ LONG = 300
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases")
-    make_rows(folder / "rows.jsonl", num=17, length=12)
-    for family in ("llama", "gpt2"):
-        make_base(folder / family, family, spread=0.1)
-    return folder
+    return make_bases(tmp_path_factory.mktemp("bases"), "llama", "gpt2")
 
 
 @pytest.fixture(scope="module")

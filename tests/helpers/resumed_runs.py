@@ -10,17 +10,25 @@ import torch
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import read_steps
-from tests.helpers.runs import make_recipe
+from tests.helpers.runs import make_base, make_recipe, make_rows
 
 STEPS = 5
 """Optimizer steps of a run."""
+
+
+def make_bases(folder: Path, *families: str) -> Path:
+    """Write `rows.jsonl` and a small model of each family to `folder`, and return it."""
+    make_rows(folder / "rows.jsonl", num=17, length=12)
+    for family in families:
+        make_base(folder / family, family, spread=0.1)
+    return folder
 
 
 def recipe_of(bases: Path, output: Path, family: str = "llama", **sections: Any) -> Recipe:
     """Return the recipe of a run of `STEPS` steps.
 
     It has dropout, so that the random states matter, and two rows per sequence, so that packing
-    matters. bases: folder with a model named like `family` and `rows.jsonl`. sections: settings
+    matters. bases: folder of `make_bases`. sections: settings
     that differ.
     """
     sections = {"adapter": {"dropout": 0.2}, **sections}

@@ -17,8 +17,8 @@ from qlora_cli.recipe.schema import Model, Recipe
 from qlora_cli.runs.layout import RunFolder
 from tests.helpers.interrupted import train_run
 from tests.helpers.observers import NoteRecorder
-from tests.helpers.resumed_runs import recipe_of
-from tests.helpers.runs import make_base, make_rows
+from tests.helpers.resumed_runs import make_bases, recipe_of
+from tests.helpers.runs import make_base
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +26,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def stopped(tmp_path: Path) -> Recipe:
     """Return the recipe of a run that was stopped after step 2 of 5."""
-    make_rows(tmp_path / "rows.jsonl", num=17, length=12)
-    make_base(tmp_path / "llama", "llama", spread=0.1)
+    make_bases(tmp_path, "llama")
     recipe = recipe_of(tmp_path, tmp_path / "run", train={"checkpoint_every": 1})
     with pytest.raises(Interrupted):
         train_run(recipe, stop_after=2)

@@ -15,18 +15,14 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run
 from tests.helpers.interrupted import train_run
-from tests.helpers.resumed_runs import assert_same_run, recipe_of
-from tests.helpers.runs import make_base, make_rows
+from tests.helpers.resumed_runs import assert_same_run, make_bases, recipe_of
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases")
-    make_rows(folder / "rows.jsonl", num=17, length=12)
-    make_base(folder / "llama", "llama", spread=0.1)
-    return folder
+    return make_bases(tmp_path_factory.mktemp("bases"), "llama")
 
 
 def flip(file: Path) -> None:

@@ -19,8 +19,7 @@ from qlora_cli.train import evaluation, loop
 from qlora_cli.ui import report as page
 from tests.helpers.forked import in_process, training
 from tests.helpers.interrupted import train_run
-from tests.helpers.resumed_runs import assert_same_run, recipe_of
-from tests.helpers.runs import make_base, make_rows
+from tests.helpers.resumed_runs import assert_same_run, make_bases, recipe_of
 
 pytestmark = pytest.mark.slow
 
@@ -126,10 +125,7 @@ def ended(moment: Moment, job: Callable[[], object], name: str = "SIGKILL") -> N
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases")
-    make_rows(folder / "rows.jsonl", num=17, length=12)
-    make_base(folder / "llama", "llama", spread=0.1)
-    return folder
+    return make_bases(tmp_path_factory.mktemp("bases"), "llama")
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from qlora_cli.runs.run import Run
 from qlora_cli.train.adamw import AdamW
 from qlora_cli.train.loss_scale import LossScale
 from tests.helpers.interrupted import train_run
-from tests.helpers.resumed_runs import CASES, STEPS, assert_same_run, losses, recipe_of
-from tests.helpers.runs import make_base, make_rows
+from tests.helpers.resumed_runs import CASES, STEPS, assert_same_run, losses, make_bases, recipe_of
+from tests.helpers.runs import make_rows
 
 pytestmark = pytest.mark.slow
 
@@ -36,12 +36,8 @@ SIGINT_HANDLER = signal.getsignal(signal.SIGINT)
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases")
-    make_rows(folder / "rows.jsonl", num=17, length=12)
-    for family in ("llama", "gpt2"):
-        # Wide enough that adamw8bit really holds 8-bit states: A of the widest has 4096 values.
-        make_base(folder / family, family, spread=0.1)
-    return folder
+    # Wide enough that adamw8bit really holds 8-bit states: A of the widest has 4096 values.
+    return make_bases(tmp_path_factory.mktemp("bases"), "llama", "gpt2")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,18 +18,14 @@ from qlora_cli.runs.metrics import read_evaluations
 from qlora_cli.train import loop
 from tests.helpers.interrupted import Stopper, train_run
 from tests.helpers.observers import NoteRecorder
-from tests.helpers.resumed_runs import losses, recipe_of
-from tests.helpers.runs import make_base, make_rows
+from tests.helpers.resumed_runs import losses, make_bases, recipe_of
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases")
-    make_rows(folder / "rows.jsonl", num=17, length=12)
-    make_base(folder / "llama", "llama", spread=0.1)
-    return folder
+    return make_bases(tmp_path_factory.mktemp("bases"), "llama")
 
 
 def changed(recipe: Recipe, section: str = "train", **settings: object) -> Recipe:

@@ -19,7 +19,7 @@ from qlora_cli.tasks.causal import CausalTask
 from qlora_cli.train.adamw import AdamW
 from tests.helpers.interrupted import train_run
 from tests.helpers.observers import NoteRecorder
-from tests.helpers.resumed_runs import assert_same_run, recipe_of
+from tests.helpers.resumed_runs import assert_same_run, make_bases, recipe_of
 from tests.helpers.runs import make_base, make_recipe, make_rows
 
 pytestmark = pytest.mark.slow
@@ -40,10 +40,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases")
-    make_rows(folder / "rows.jsonl", num=17, length=12)
-    make_base(folder / "llama", "llama", spread=0.1)
-    return folder
+    return make_bases(tmp_path_factory.mktemp("bases"), "llama")
 
 
 def run(recipe: Recipe, output: Path) -> tuple[list[tuple[float, float]], list[str]]:
