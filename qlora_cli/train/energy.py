@@ -23,7 +23,7 @@ _EXTRA = "pip install 'qlora-cli[energy]'"
 class EnergyCounter:
     """A counter of the device's energy.
 
-    source: what counts, for run.json, or the reason why nothing does. read: returns joules since
+    source: name of the counter for run.json, or the reason why there is none. read: returns joules since
     any fixed moment; None if there is no counter or it cannot be read any more.
     """
 
@@ -73,17 +73,17 @@ def _uuid(device: torch.device) -> str:
 
 
 def _cpu_counter(powercap: Path) -> EnergyCounter:
-    packages = sorted(
-        name.parent
-        for name in powercap.glob("*/name")
-        if name.read_text().strip().startswith("package")
-    )
-    if not packages:
-        return _none("this CPU has no RAPL counter")
     try:
+        packages = sorted(
+            name.parent
+            for name in powercap.glob("*/name")
+            if name.read_text().strip().startswith("package")
+        )
+        if not packages:
+            return _none("this CPU has no RAPL counter")
         reading = _RaplReading(packages)
-    except PermissionError:
-        return _none(f"only root can read {packages[0] / 'energy_uj'}")
+    except PermissionError as error:
+        return _none(f"only root can read {error.filename}")
     except (OSError, ValueError) as error:
         return _none(f"the RAPL counter cannot be read ({error})")
     return EnergyCounter(f"RAPL, {len(packages)} complete CPU package(s)", reading)
