@@ -23,8 +23,8 @@ _EXTRA = "pip install 'qlora-cli[energy]'"
 class EnergyCounter:
     """A counter of the device's energy.
 
-    source: name of the counter for run.json, or the reason why there is none. read: returns joules since
-    any fixed moment; None if there is no counter or it cannot be read any more.
+    source: name of the counter for run.json, or the reason why there is none. read: returns the
+    joules since any fixed moment; None if there is no counter or it cannot be read any more.
     """
 
     source: str
