@@ -168,14 +168,14 @@ def _gguf_writer() -> ModuleType:
 
 def _check_base(run: Run, base: str) -> None:
     """Raise UsageError if the run does not have this base."""
-    bits = run.recipe.base.bits
-    if base == "original" and bits < 16 and is_stored_quantized(run.base_folder):
+    is_quantized = min(run.recipe.base.all_bits) < 16
+    if base == "original" and is_quantized and is_stored_quantized(run.base_folder):
         raise UsageError(
             "this base has no original weights: its checkpoint was quantized by bitsandbytes",
             where="--base",
             hint="omit --base, or use --base dequantized, which are the weights of the training",
         )
-    if base == "dequantized" and bits == 16:
+    if base == "dequantized" and not is_quantized:
         raise UsageError(
             "the base of this run is not quantized, so there is no dequantized base",
             where="--base",

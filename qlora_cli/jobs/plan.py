@@ -177,17 +177,20 @@ def _ledger(
 def _compare(recipe: Recipe, planner: Planner) -> tuple[Compared, ...]:
     """Plan the methods of `_COMPARED` on the same batches; full fine-tuning is the first row.
 
-    The recipe's own adapter method, such as DoRA, is in the place of LoRA.
+    The recipe's own adapter method, such as DoRA, is in the place of LoRA. A mixed base of the
+    recipe is the last row.
     """
     rows: list[Compared] = []
-    for method, bits in _COMPARED:
+    mixed = [("lora", None)] if recipe.base.overrides else []
+    for method, bits in [*_COMPARED, *mixed]:
         if method == "full":
             variant = full_fine_tuning(recipe)
         elif recipe.adapter.method == "full":
             continue
+        elif bits is None:
+            variant = recipe
         else:
-            base = recipe.base.model_copy(update={"bits": bits})
-            variant = recipe.model_copy(update={"base": base})
+            variant = with_settings(recipe, "base", bits=bits, overrides={})
         peak = peak_phase(planner.plan(variant).phases)
         full_bytes = rows[0].peak_bytes if rows else peak.peak_bytes
         ratio = full_bytes / peak.peak_bytes

@@ -151,4 +151,4 @@ def _linear_format(layer: QuantLinear, is_head: bool) -> tuple[str, str]:
         return f"{weight_format.quant_type}{suffix}", "a frozen linear layer of a block"
     if weight_format.bits == 8:
         return "int8", "a frozen linear layer of a block"
-    return dtype_name(layer.weight.dtype), "base.bits is 16"
+    return dtype_name(layer.weight.dtype), "base.bits or base.overrides is 16"

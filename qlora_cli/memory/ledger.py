@@ -75,7 +75,7 @@ class Phase:
 class MethodPeak:
     """The peak of a complete job with one method: the baseline (full fine-tuning) or this job.
 
-    method: the adapter method. bits: bits of the frozen weights.
+    method: the adapter method. bits: bits of the frozen weights; None if they are mixed.
     """
 
     method: str

@@ -25,10 +25,11 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.atomic import PARSE_ERRORS
 from qlora_cli.files.composed import is_composed, text_config_of, whole_config
-from qlora_cli.files.dtype import file_dtype, torch_dtype
+from qlora_cli.files.dtype import file_dtype
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
+from qlora_cli.models.base_format import base_format_of
 from qlora_cli.models.classifier import (
     ClassifierClass,
     classifier_family,
@@ -44,7 +45,6 @@ from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.placement.held import PackedCopy
 from qlora_cli.models.registry import known_family, refuse_by_name, unsupported
 from qlora_cli.models.sites import (
-    experts_paths,
     find_sites,
     find_stacks,
     mixer_paths,
@@ -56,7 +56,7 @@ from qlora_cli.nn import attention
 from qlora_cli.nn.activation_policy import ActivationPolicy, Recomputation
 from qlora_cli.nn.by_row import restart_positions, run_by_row
 from qlora_cli.nn.embedding import has_own_memory
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
 from qlora_cli.recipe.activations import recomputed_blocks
 from qlora_cli.recipe.schema import Recipe
@@ -98,33 +98,6 @@ class ModelRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "file_dtype", file_dtype(self.config))
-
-
-def storage_dtype(file: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """Return the 16-bit dtype in which unquantized weights are stored.
-
-    file: dtype of the checkpoint. compute: compute dtype; if it has 16 bits it is used, because a
-    matrix product needs both operands in it.
-    """
-    if compute.itemsize == 2:
-        return compute
-    return file if file.itemsize == 2 else torch.float16
-
-
-def weight_format_of(recipe: Recipe, file_dtype: torch.dtype) -> WeightFormat:
-    """Return the format of the base's linears.
-
-    recipe: resolved, without `auto`. file_dtype: dtype of the checkpoint.
-    """
-    compute = torch_dtype(recipe.base.compute_dtype)
-    return WeightFormat(
-        bits=recipe.base.bits,
-        compute=compute,
-        storage=storage_dtype(file_dtype, compute),
-        quant_type=recipe.base.quant_type,
-        double_quant=recipe.base.double_quant,
-        threshold=recipe.base.outlier_threshold,
-    )
 
 
 def skeleton(
@@ -198,18 +171,20 @@ def build(request: ModelRequest) -> LoadedModel:
     """Build the requested model and load its weights from the source.
 
     Returns a model with packed linears and initialized adapters on `request.device`. Raises
-    ModelError if the family is unknown or the source does not fit the config.
+    ModelError if the family is unknown or the source does not fit the config, RecipeError if a
+    pattern of `base.overrides` matches no linear.
     """
     recipe, device = request.recipe, request.device
     method = method_of(recipe.adapter)
-    weight_format = weight_format_of(recipe, request.file_dtype)
+    base_format = base_format_of(recipe, request.file_dtype)
     with unallocated():
-        model, family = skeleton(request.config, weight_format.compute, request.model_class)
+        model, family = skeleton(request.config, base_format.compute, request.model_class)
     source = request.make_source(model, family)
     config = text_config_of(model)
     sites = find_sites(model, family, config)
-    kernel = attention.kernel_for(request.profile, weight_format.compute)
-    loaded = LoadedModel(model, family, config, sites, {}, weight_format, kernel)
+    base_format.check([*sites, *find_stacks(model, family)])
+    kernel = attention.kernel_for(request.profile, base_format.compute)
+    loaded = LoadedModel(model, family, config, sites, {}, base_format, kernel)
     if method.freezes_base:
         with unallocated():
             _replace_modules(loaded, method, device)
@@ -256,7 +231,7 @@ def apply_train_settings(loaded: LoadedModel, recipe: Recipe) -> None:
 
 def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.device) -> None:
     """Replace the modules of a model whose base is frozen, and wrap the adapted linears."""
-    model, family, weight_format = loaded.model, loaded.family, loaded.weight_format
+    model, family, base_format = loaded.model, loaded.family, loaded.base_format
     loaded.stacks = find_stacks(model, family)
     loaded.adapted = method.adapted_roles([*loaded.sites, *loaded.stacks])
 
@@ -264,16 +239,16 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
         roles = loaded.adapted.get(site.path)
         return method.wrap(linear, {role: site.rows[role] for role in roles}) if roles else linear
 
-    convert.replace_linears(model, loaded.sites, weight_format, wrap)
+    convert.replace_linears(model, loaded.sites, base_format, wrap)
     share_modules(model, family.shared)
-    convert.replace_experts(model, family, experts_paths(model, family), weight_format)
+    convert.replace_experts(model, family, loaded.stacks, base_format)
     for stack in loaded.stacks:
         if stack.path in loaded.adapted:
             packed: Any = model.get_submodule(stack.path)
             convert.replace_module(model, stack.path, method.wrap_stack(packed))
-    convert.replace_embeddings(model, family, weight_format)
+    convert.replace_embeddings(model, family, base_format.default)
     if not family.is_classifier:
-        convert.replace_head(model, family.head, weight_format)
+        convert.replace_head(model, family.head, base_format.default)
     # A tied table is also the head, and every step multiplies by all of it.
     if has_own_memory(device) and not is_tied(loaded):
         convert.move_embedding_to_host(model, family.token_embedding, device)

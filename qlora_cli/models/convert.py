@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.models.base_format import BaseFormat
 from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
 from qlora_cli.models.family import Family
 from qlora_cli.models.tables import norm_of_table
@@ -28,7 +29,7 @@ from qlora_cli.nn.site import Site
 def replace_linears(
     model: nn.Module,
     sites: Sequence[Site],
-    weight_format: WeightFormat,
+    base_format: BaseFormat,
     wrap: Callable[[QuantLinear, Site], nn.Module] | None = None,
 ) -> None:
     """Replace the module of every site by a packed linear without a weight.
@@ -38,7 +39,8 @@ def replace_linears(
     """
     for site in sites:
         check_linear(model.get_submodule(site.path), site.path)
-        packed = QuantLinear(site.in_features, site.out_features, site.bias, weight_format)
+        sizes = (site.in_features, site.out_features, site.bias)
+        packed = QuantLinear(*sizes, base_format.of(site))
         replace_module(model, site.path, wrap(packed, site) if wrap is not None else packed)
 
 
@@ -62,19 +64,23 @@ def replace_embeddings(model: nn.Module, family: Family, weight_format: WeightFo
 
 
 def replace_experts(
-    model: nn.Module, family: Family, paths: Sequence[str], weight_format: WeightFormat
+    model: nn.Module, family: Family, stacks: Sequence[Site], base_format: BaseFormat
 ) -> None:
     """Replace modules with stacked experts by ones with packed weights.
 
-    paths: of these modules.
+    stacks: every stacked parameter of these modules.
     """
-    for path in paths:
+    formats = {site.path: base_format.of(site) for site in stacks}
+    for path in dict.fromkeys(path.rpartition(".")[0] for path in formats):
         old: Any = model.get_submodule(path)
+
+        def format_of(name: str, path: str = path) -> WeightFormat:
+            return formats[f"{path}.{name}"]
 
         def num_parts(name: str, path: str = path, num_experts: int = old.num_experts) -> int:
             return max(1, len(family.stacks.get(f"{path}.{name}", ())) // num_experts)
 
-        replace_module(model, path, Experts(old, weight_format, num_parts))
+        replace_module(model, path, Experts(old, format_of, num_parts))
 
 
 def replace_head(model: nn.Module, path: str, weight_format: WeightFormat) -> None:

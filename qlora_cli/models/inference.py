@@ -31,7 +31,7 @@ def prepare_generation(loaded: LoadedModel, device: torch.device, observer: Obse
     num_bytes = sum(linear.dequantized_bytes for linear in linears)
     if not num_bytes:
         return
-    dtype = str(loaded.weight_format.compute).removeprefix("torch.")
+    dtype = str(loaded.base_format.compute).removeprefix("torch.")
     size = format_bytes(num_bytes)
     if not fits(num_bytes, device):
         free = format_bytes(available_bytes(device))

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from qlora_cli.models.base_format import BaseFormat
 from qlora_cli.models.family import Family
 from qlora_cli.nn.activation_policy import Recomputation
-from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.nn.spans import Kernel
 
@@ -19,7 +19,7 @@ class LoadedModel:
     """A model that is ready to train or to generate.
 
     model: transformers' model. sites: every linear that the family describes. adapted: path ->
-    roles with an adapter. weight_format: format of the linears' weights. kernel: attention kernel
+    roles with an adapter. base_format: format of each linear's weight. kernel: attention kernel
     of the device, in a dry run of the planned device. stacks: every stacked parameter of experts,
     if the experts are packed. loss_chunk: number of tokens whose logits exist at once; None for the
     default. recomputation: which blocks are recomputed in the backward pass; None if no block ever
@@ -31,7 +31,7 @@ class LoadedModel:
     config: Any
     sites: list[Site]
     adapted: dict[str, list[str]]
-    weight_format: WeightFormat
+    base_format: BaseFormat
     kernel: Kernel
     stacks: list[Site] = field(default_factory=list)
     loss_chunk: int | None = None

@@ -18,9 +18,8 @@ from qlora_cli.files.packed_entry import PackedEntry
 from qlora_cli.files.packed_store import PackedStore
 from qlora_cli.files.quantized import BITSANDBYTES, stored_as
 from qlora_cli.files.source import config_digest, fingerprint, read_folder, weights_bytes
-from qlora_cli.models.build import weight_format_of
+from qlora_cli.models.base_format import BaseFormat, base_format_of
 from qlora_cli.nn.packed_tensors import is_in_format
-from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.units import MIB
 
@@ -45,21 +44,22 @@ def packed_store(
     """
     if recipe.adapter.method == "full" or not _is_kept(recipe, folder):
         return None
-    weight_format = weight_format_of(recipe, file_dtype(config))
+    base_format = base_format_of(recipe, file_dtype(config))
     base = fingerprint(folder)
     parts = {
         "layout": _LAYOUT,
         "base": base,
         "config": config_digest(folder),
-        "format": [_name(weight_format), *map(dtype_name, _dtypes(weight_format))],
+        "format": [_name(base_format), *map(dtype_name, _dtypes(base_format))],
+        "overrides": base_format.overrides,
         "model": model_class.__name__,
         "kind": kind,
         "versions": {name: version(name) for name in _PACKAGES},
         "code": _code_digest(),
     }
     digest = base.rpartition(":")[2]
-    key = f"{digest[:16]}-{_name(weight_format)}-{key_of(parts)[:16]}"
-    description = f"{recipe.model.name} in {_name(weight_format)} for {kind}"
+    key = f"{digest[:16]}-{_name(base_format)}-{key_of(parts)[:16]}"
+    description = f"{recipe.model.name} in {_name(base_format)} for {kind}"
     return PackedStore(entry_folder(PACKED, key), description, observer)
 
 
@@ -82,11 +82,13 @@ def has_packed_copy(recipe: Recipe, folder: Path, config: Any, model_class: Any,
 
 def _is_stored(recipe: Recipe, folder: Path, config: Any) -> bool:
     """Return whether the checkpoint contains the weights in the format of the recipe."""
-    weight_format = weight_format_of(recipe, file_dtype(config))
+    base_format = base_format_of(recipe, file_dtype(config))
+    if base_format.overrides:  # Some linears are quantized again.
+        return False
     with suppress(ModelError):
         entries = with_weights(read_folder(folder)).values()
         stored = next((e.stored_format() for e in entries if isinstance(e, PackedEntry)), None)
-        return stored is not None and is_in_format(weight_format, stored)
+        return stored is not None and is_in_format(base_format.default, stored)
     return False
 
 
@@ -94,19 +96,21 @@ def _is_kept(recipe: Recipe, folder: Path) -> bool:
     """Return whether `base.cache` keeps the base in a folder."""
     if recipe.base.cache == "auto":
         # The copy of a 16-bit base would be as large as the base.
-        return recipe.base.bits < 16 and weights_bytes(folder) >= MIN_BYTES
+        return min(recipe.base.all_bits) < 16 and weights_bytes(folder) >= MIN_BYTES
     return recipe.base.cache
 
 
-def _name(weight_format: WeightFormat) -> str:
-    if weight_format.bits == 4:
-        return f"{weight_format.quant_type}{'-nested' if weight_format.double_quant else ''}"
-    return "int8" if weight_format.bits == 8 else "16bit"
+def _name(base_format: BaseFormat) -> str:
+    default = base_format.default
+    name = "int8" if default.bits == 8 else "16bit"
+    if default.bits == 4:
+        name = f"{default.quant_type}{'-nested' if default.double_quant else ''}"
+    return f"{name}-mixed" if base_format.overrides else name
 
 
-def _dtypes(weight_format: WeightFormat) -> tuple[Any, Any]:
+def _dtypes(base_format: BaseFormat) -> tuple[Any, Any]:
     """Return the dtypes of the tensors that are not quantized."""
-    return weight_format.compute, weight_format.storage
+    return base_format.compute, base_format.storage
 
 
 @cache

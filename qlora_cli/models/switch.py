@@ -47,10 +47,9 @@ class AdapterSwitch:
     """
 
     def __init__(self, loaded: LoadedModel, source: FolderSource, *, merged: bool = False) -> None:
-        if merged and loaded.weight_format.bits != 16:
+        if merged and loaded.base_format.is_quantized:
             raise UsageError(
-                "an adapter cannot be added to the weights of a "
-                f"{loaded.weight_format.bits}-bit base",
+                f"an adapter cannot be added to the weights of a {loaded.base_format.text} base",
                 where="--merged",
                 hint="omit it, or open the 16-bit model with the run as --adapter NAME=RUN",
             )

@@ -40,11 +40,13 @@ class StackPart:
 class Experts(nn.Module):
     """Replaces a module with transformers' interface for experts, with the same names of weights.
 
-    old: that module, on meta. parts: number of packed linears of each expert, by parameter: a
-    checkpoint may store gate and up on their own.
+    old: that module, on meta. format_of: format of a stacked parameter, by name. parts: number of
+    packed linears of each expert, by parameter: a checkpoint may store gate and up on their own.
     """
 
-    def __init__(self, old: Any, weight_format: WeightFormat, parts: Callable[[str], int]) -> None:
+    def __init__(
+        self, old: Any, format_of: Callable[[str], WeightFormat], parts: Callable[[str], int]
+    ) -> None:
         super().__init__()
         self.num_experts: int = old.num_experts
         self.is_transposed: bool = old.is_transposed
@@ -52,7 +54,7 @@ class Experts(nn.Module):
         self.up_name = next(name for name in UP_NAMES if name in self.stacks)
         for name, shape in self.stacks.items():
             rows, columns = shape[1:] if not self.is_transposed else reversed(shape[1:])
-            stack = ExpertStack(self.num_experts, parts(name), columns, rows, weight_format)
+            stack = ExpertStack(self.num_experts, parts(name), columns, rows, format_of(name))
             self.add_module(name, stack)
         for name, parameter in old._parameters.items():
             if name not in self.stacks:

@@ -121,6 +121,8 @@ def _smaller_weights(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     for bits in (8, 4):
         if recipe.base.bits > bits:
             yield f"base.bits={bits}", with_settings(recipe, "base", bits=bits)
+    if any(bits > recipe.base.bits for bits in recipe.base.overrides.values()):
+        yield "base.overrides={}", with_settings(recipe, "base", overrides={})
     if recipe.base.bits == 4 and not recipe.base.double_quant:
         yield "base.double_quant=true", with_settings(recipe, "base", double_quant=True)
 

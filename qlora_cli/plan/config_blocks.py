@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 
+from qlora_cli.files.composed import text_config_of
+from qlora_cli.files.dtype import file_dtype
+from qlora_cli.models.base_format import base_format_of, matches
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.depth import num_blocks, set_num_blocks
 from qlora_cli.models.derive_blocks import structure_of
+from qlora_cli.models.family import Family
 from qlora_cli.models.registry import known_family
+from qlora_cli.models.sites import find_sites, find_stacks
+from qlora_cli.nn.site import Site
 from qlora_cli.plan.block_groups import BlockGroups, find_groups
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.schema import Bits, Recipe
 from qlora_cli.tasks.registry import task_of
 
 
@@ -31,7 +37,43 @@ def groups_of(recipe: Recipe, config: Any) -> BlockGroups | None:
         if len(blocks) != len(kinds):  # ALBERT computes one block several times.
             return None
         kinds = [f"{kind} {sorted(structure_of(b))}" for kind, b in zip(kinds, blocks, strict=True)]
+    if recipe.base.overrides:
+        formats = _formats_of_blocks(recipe, config)
+        kinds = [f"{kind} {formats.get(index)}" for index, kind in enumerate(kinds)]
     return find_groups(kinds)
+
+
+def _formats_of_blocks(recipe: Recipe, config: Any) -> dict[int, list[int]]:
+    """Return the number of a block -> bits of each of its linears and stacks of experts.
+
+    Raises RecipeError if a pattern of `base.overrides` matches no linear of the complete model.
+    """
+    sites, family = _sites_of(recipe, config)
+    base_format = base_format_of(recipe, file_dtype(config))
+    base_format.check(sites)
+    found: dict[int, list[int]] = {}
+    for site in sites:
+        block = int(site.path.removeprefix(f"{family.blocks}.").partition(".")[0])
+        found.setdefault(block, []).append(base_format.of(site).bits)
+    return found
+
+
+def matched_overrides(recipe: Recipe, config: Any) -> dict[str, Bits]:
+    """Return the entries of `base.overrides` that match a linear of the model of `config`.
+
+    It has fewer blocks than the recipe's, and all entries matched a linear of that.
+    """
+    if not recipe.base.overrides:
+        return {}
+    sites, _ = _sites_of(recipe, config)
+    overrides = recipe.base.overrides.items()
+    return {name: bits for name, bits in overrides if any(matches(name, site) for site in sites)}
+
+
+def _sites_of(recipe: Recipe, config: Any) -> tuple[list[Site], Family]:
+    """Return every linear and stack of experts of the model of `config`, and its family."""
+    model, family = skeleton(config, torch.float32, task_of(recipe).model_class)
+    return [*find_sites(model, family, text_config_of(model)), *find_stacks(model, family)], family
 
 
 def with_blocks(config: Any, number: int) -> Any:

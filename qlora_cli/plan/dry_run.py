@@ -32,7 +32,7 @@ from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.family import Family
 from qlora_cli.nn.codebook import clear_scale_codebook
 from qlora_cli.plan.block_groups import BlockGroups, GroupSample
-from qlora_cli.plan.config_blocks import groups_of, with_blocks
+from qlora_cli.plan.config_blocks import groups_of, matched_overrides, with_blocks
 from qlora_cli.plan.meta_source import MetaCopy, MetaSource
 from qlora_cli.plan.recording import Recording
 from qlora_cli.plan.repeat import NotAlike
@@ -65,10 +65,9 @@ def dry_run(
 
 def method_peak(recipe: Recipe, phases: tuple[Phase, ...], source: FigureSource) -> MethodPeak:
     """Return the peak of a job with the recipe's method, from its planned or measured phases."""
-    peak = peak_phase(phases)
-    return MethodPeak(
-        recipe.adapter.method, source, peak.peak_bytes, peak.at_peak, recipe.base.bits
-    )
+    peak, base = peak_phase(phases), recipe.base
+    bits = None if base.overrides else base.bits
+    return MethodPeak(recipe.adapter.method, source, peak.peak_bytes, peak.at_peak, bits)
 
 
 class DryRun:
@@ -155,6 +154,9 @@ class DryRun:
         config = with_blocks(self.config, groups.blocks_of(sample.number))
         recomputed = groups.first_blocks(sample.recomputed, sample.number)
         recipe = with_settings(self.recipe, "train", activation_checkpointing=recomputed)
+        if num_blocks(config) < num_blocks(self.config):
+            overrides = matched_overrides(recipe, config)
+            recipe = with_settings(recipe, "base", overrides=overrides)
         recording = Recording(groups.group_of)
         memory_model = MemoryModel.of(self.profile)
         tracker = memory_model.new_tracker(recording, "meta")
@@ -190,7 +192,7 @@ class DryRun:
             trained_bytes=sums(state.trainable, family, lambda p: p.numel() * p.element_size()),
             input_bytes=num_tokens
             * config.hidden_size
-            * state.loaded.weight_format.compute.itemsize
+            * state.loaded.base_format.compute.itemsize
             * groups.period,
             has_single_blocks=groups.period == 1,
             num_recomputed=sample.recomputed,

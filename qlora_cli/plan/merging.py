@@ -10,6 +10,7 @@ little more memory for many short rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from qlora_cli.files.dtype import file_dtype
 from qlora_cli.memory.ledger import Phase
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.scopes import host_memory, scope, unallocated
-from qlora_cli.models.build import skeleton, weight_format_of
+from qlora_cli.models.base_format import BaseFormat, base_format_of
+from qlora_cli.models.build import skeleton
 from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.streamed import StreamedPlacement
@@ -53,25 +55,35 @@ def dry_run_merge(recipe: Recipe, config: Any, profile: DeviceProfile) -> Phase:
     packed copy of the base does not lower the peak: merging packs each linear in any case.
     """
     task, dtype = task_of(recipe), file_dtype(config)
-    weight_format = weight_format_of(recipe, dtype)
-    shorter = with_blocks(config, max(min(2, num_blocks(config)), num_kinds_prefix(config)))
-    model, family = skeleton(shorter, weight_format.compute, task.model_class)
+    base_format, number = base_format_of(recipe, dtype), num_blocks(config)
+    # With exceptions, any block may be the one that needs the most.
+    is_mixed = bool(base_format.overrides)
+    number = number if is_mixed else max(min(2, number), num_kinds_prefix(config))
+    shorter = with_blocks(config, number)
+    model, family = skeleton(shorter, base_format.compute, task.model_class)
     sites = find_sites(model, family, shorter)
     memory_model = MemoryModel.of(profile)
     counter = memory_model.new_counter()
     tracker = memory_model.new_tracker(counter, "meta")
     with tracker, counter.phase("merge"), torch.no_grad():
-        largest = max(sites, key=lambda site: site.in_features * site.out_features)
-        _merge_one_tensor(largest, weight_format, dtype)
+        for site in _largest_of_each_format(sites, base_format):
+            _merge_one_tensor(site, base_format.of(site), dtype)
         for stack in find_stacks(model, family):
-            _merge_stack(stack, stack.path in family.stacks, weight_format, dtype)
-        if weight_format.bits < 16:
-            models = _compared_models(task, shorter, weight_format, sites, profile)
+            _merge_stack(stack, stack.path in family.stacks, base_format.of(stack), dtype)
+        if base_format.is_quantized:
+            models = _compared_models(task, shorter, base_format, sites, profile)
             for loaded, source_class in zip(models, (MetaSource, _MergedSource), strict=True):
                 _run(loaded, source_class(model, family, dtype), recipe.data.seq_len)
             with scope("temporary"):
                 torch.empty(COMPARISON_BYTES, dtype=torch.uint8, device=_META)
     return counter.phases[0]
+
+
+def _largest_of_each_format(sites: list[Site], base_format: BaseFormat) -> Iterator[Site]:
+    """Yield the linear with the most weights among those of each format."""
+    for weight_format in dict.fromkeys(map(base_format.of, sites)):
+        own = (site for site in sites if base_format.of(site) == weight_format)
+        yield max(own, key=lambda site: site.in_features * site.out_features)
 
 
 def _merge_one_tensor(site: Site, weight_format: WeightFormat, dtype: torch.dtype) -> None:
@@ -117,13 +129,13 @@ class _MergedSource(MetaSource):
 
 
 def _compared_models(
-    task: Task, config: Any, weight_format: WeightFormat, sites: list[Site], profile: DeviceProfile
+    task: Task, config: Any, base_format: BaseFormat, sites: list[Site], profile: DeviceProfile
 ) -> list[LoadedModel]:
     """Return the trained model and the merged one on meta, as merging compares them."""
-    compute = weight_format.compute
+    compute = base_format.compute
     with unallocated():
         return [
-            trained_on_meta(task, config, weight_format, sites, kernel_for(profile, compute)),
+            trained_on_meta(task, config, base_format, sites, kernel_for(profile, compute)),
             merged_on_meta(
                 task, config, torch.float32, torch.float16, kernel_for(profile, torch.float32)
             ),

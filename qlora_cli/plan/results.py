@@ -85,12 +85,13 @@ class Line:
 class Compared:
     """The peak memory of one method, on the same data and batch size.
 
-    method: name of the adapter method, or "full". bits: bits of the base weights. at_peak: category
-    -> bytes. ratio: the peak of full fine-tuning divided by this peak.
+    method: name of the adapter method, or "full". bits: bits of the base weights; None for the mix
+    of `base.overrides`. at_peak: category -> bytes. ratio: the peak of full fine-tuning divided by
+    this peak.
     """
 
     method: str
-    bits: int
+    bits: int | None
     peak_bytes: int
     at_peak: dict[str, int]
     ratio: float

@@ -55,6 +55,9 @@ class Base(Section):
     bits: Bits = 4
     """Bits per quantized weight: 4 (NF4 or FP4) needs the least memory, 8 is LLM.int8(), 16 does
     not quantize."""
+    overrides: dict[str, Bits] = Field(default={})
+    """Bits of single linears in place of `bits`, such as {"*.down_proj": 8}, by role or by a glob
+    of their names; of several matching entries the last counts."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type: nf4 has its 16 values at the quantiles of a normal distribution, fp4 is a
     4-bit float; applies to bits: 4."""
@@ -74,10 +77,15 @@ class Base(Section):
     """Keep a packed copy of the base on disk, so that later starts need not quantize it (`qlora
     cache list`); auto keeps a base of more than 64 MiB if bits is 4 or 8."""
 
+    @property
+    def all_bits(self) -> set[Bits]:
+        """Return the bits that linears of the base have."""
+        return {self.bits, *self.overrides.values()}
+
     @model_validator(mode="after")
     def _settings_match_bits(self) -> Base:
         for name, bits in (("quant_type", 4), ("double_quant", 4), ("outlier_threshold", 8)):
-            if name in self.model_fields_set and self.bits != bits:
+            if name in self.model_fields_set and bits not in self.all_bits:
                 what = f"{name} applies to bits: {bits} only, and bits is {self.bits}"
                 raise NoEffect(what, {f"base.{name}": "base.bits"})
         return self
@@ -265,7 +273,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _full_is_not_quantized(self) -> Recipe:
-        if self.adapter.method == "full" and self.base.bits != 16:
+        if self.adapter.method == "full" and self.base.all_bits != {16}:
             raise ValueError(
                 "adapter.method: full trains the weights of the base, and quantized weights cannot "
                 "be trained; set base.bits=16"

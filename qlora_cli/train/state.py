@@ -57,7 +57,7 @@ def build_state(request: ModelRequest, build_model: BuildModel = build) -> State
     trainable = loaded.trainable()
     factors = method_of(recipe.adapter).lr_factors(loaded.model)
     optimizer = make_optimizer(recipe.train, trainable.values(), device, factors)
-    half = {torch.float16} & {loaded.weight_format.compute, torch_dtype(recipe.adapter.dtype)}
+    half = {torch.float16} & {loaded.base_format.compute, torch_dtype(recipe.adapter.dtype)}
     return State(recipe, task, loaded, trainable, optimizer, LossScale(needed=bool(half)), device)
 
 

@@ -79,9 +79,14 @@ def peak_by_method(ledger: Ledger) -> dict[str, dict[str, int]]:
 
 
 def method_name(method: str, bits: int | None) -> str:
-    """Return `LoRA, 4-bit base` or, without a frozen base, `full fine-tuning`."""
+    """Return `LoRA, 4-bit base` or, without a frozen base, `full fine-tuning`.
+
+    bits: of the base; None for a mixed base.
+    """
     name = _METHODS.get(method, method)
-    return f"{name}, {bits}-bit base" if bits and method != "full" else name
+    if method == "full":
+        return name
+    return f"{name}, {f'{bits}-bit' if bits else 'mixed'} base"
 
 
 def peak_phase_name(ledger: Ledger) -> str:

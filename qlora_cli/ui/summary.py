@@ -13,12 +13,12 @@ from qlora_cli.units import format_count
 
 def summary(result: ReportResult) -> dict[str, str]:
     """Return label -> text: the run, its device and base, peak memory, progress and speed."""
-    recipe = settings(result.run)
+    recipe, base = settings(result.run), result.run["recipe"].get("base", {})
     facts = {
         "run": recipe.get("output", "-"),
         "status": str(result.run["status"]),
         "device": memory_facts.device_text(result.ledger),
-        "base": f"{recipe.get('model.name', '-')}, {recipe.get('base.bits', '-')} bit",
+        "base": f"{recipe.get('model.name', '-')}, {_bits_text(base)} bit",
     }
     if peak := memory_facts.planned_and_measured(result.ledger):
         facts["peak memory"] = peak
@@ -27,6 +27,12 @@ def summary(result: ReportResult) -> dict[str, str]:
         facts |= _progress(result.metrics) | _energy(result)
     facts |= held_out_loss(result.evaluations)
     return facts | _held_out_metrics(result) if recipe.get("task") == "classification" else facts
+
+
+def _bits_text(base: Mapping[str, Any]) -> str:
+    """Return `4`, or `4 and 8` for a mixed base. base: the section of the recipe in run.json."""
+    bits = {base.get("bits", "-"), *base.get("overrides", {}).values()}
+    return " and ".join(map(str, sorted(bits)))
 
 
 def held_out_loss(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, str]:

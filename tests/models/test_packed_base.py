@@ -41,6 +41,7 @@ FORMATS = [
     {"bits": 4, "quant_type": "fp4", "double_quant": False},
     {"bits": 8},
     {"bits": 16, "compute_dtype": "bfloat16"},
+    {"bits": 4, "overrides": {"down": 8, "*.0.*": 16}},
 ]
 PROFILE = profile_of(CPU)
 
@@ -193,6 +194,8 @@ def test_whatever_changes_bytes_makes_a_new_copy(
     assert is_new(bits=8)
     assert not is_new(bits=8, outlier_threshold=0.0)
     assert is_new(bits=16)
+    assert is_new(overrides={"down": 8})
+    assert is_new(overrides={"down": 16})
     with monkeypatch.context() as patch:
         patch.setattr(packed_base, "version", lambda name: "0")
         assert is_new()

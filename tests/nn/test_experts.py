@@ -37,7 +37,8 @@ def make(model_type: str, bits: int = 16) -> tuple[Any, Experts]:
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.1, generator=generator)
     empty = CLASSES[model_type](config).to("meta")
-    ours = Experts(empty, WeightFormat(bits, torch.float32, torch.float32), lambda _: 1)
+    weight_format = WeightFormat(bits, torch.float32, torch.float32)
+    ours = Experts(empty, lambda _: weight_format, lambda _: 1)
     for name in ours.stacks:
         ours.pack_stack(name, theirs.get_parameter(name).detach())
     for name in dict(ours.named_parameters(recurse=False)):

@@ -29,17 +29,23 @@ LARGE_GPT2 = {"n_embd": 256, "n_head": 4}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("has_copy", [False, True])
+@pytest.mark.parametrize("overrides", [{}, {"down": 8, "*.1.*": 16}], ids=["", "mixed"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_the_plan_equals_the_measured_memory(
-    family: str, bits: int, has_copy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    bits: int,
+    has_copy: bool,
+    overrides: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes = LARGE_GPT2 if family == "gpt2" else LARGE
     base = make_base(tmp_path / "base", family, **sizes)
     recipe = make_recipe(
         base,
         make_rows(tmp_path / "rows.jsonl"),
-        base={"bits": bits, "cache": has_copy},
+        base={"bits": bits, "cache": has_copy, "overrides": overrides},
         data={"seq_len": TOKENS},
     )
     run, _ = make_run(tmp_path / "run", recipe)

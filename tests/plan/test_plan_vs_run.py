@@ -39,6 +39,7 @@ GRID = [
         ("llama", 8192, False, "data.seq_len=256"),
         ("llama", 8192, False, "data.seq_len=256 base.bits=8 adapter.targets=all"),
         ("llama", 8192, False, "data.seq_len=128 base.bits=16"),
+        ("llama", 8192, False, 'data.seq_len=128 base.overrides={"down":8,"*.1.*":16}'),
         ("llama", 8192, False, "data.seq_len=128 base.bits=16 adapter.method=full"),
         ("llama", 8192, True, "data.seq_len=64 adapter.dropout=0.1 adapter.rank=64"),
         ("llama", 8192, False, "data.seq_len=128 train.optimizer=adamw8bit adapter.targets=all"),

@@ -81,7 +81,7 @@ def open_pairs(
 ) -> dict[str, tuple[Any, Any]]:
     """Return name -> (transformers' model, the model of `qlora generate`)."""
     plain = open_generator(str(base), Silent()).opened.loaded
-    dtype = plain.weight_format.compute
+    dtype = plain.base_format.compute
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -242,8 +242,8 @@ def measure(arguments: argparse.Namespace, note: Callable[[str], None]) -> dict[
         "model": {
             "shape": SHAPES[arguments.size],
             "parameters": sum(p.numel() for p in bench.loaded.model.parameters()),
-            "weights": str(bench.loaded.weight_format.storage),
-            "compute": str(bench.loaded.weight_format.compute),
+            "weights": str(bench.loaded.base_format.storage),
+            "compute": str(bench.loaded.base_format.compute),
         },
         "adapters": adapters,
         "switch_seconds": switching,

@@ -33,12 +33,13 @@ from qlora_cli.memory.device import profile_of
 from qlora_cli.memory.host import fits
 from qlora_cli.models import convert
 from qlora_cli.models.attach import attach_adapter, remove_adapter
+from qlora_cli.models.base_format import BaseFormat
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.placement.streamed import StreamedPlacement
-from qlora_cli.models.sites import experts_paths, find_stacks
+from qlora_cli.models.sites import find_stacks
 from qlora_cli.models.tying import share_modules
 from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.quant import WeightFormat
@@ -77,9 +78,9 @@ def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> 
     may_be_resident: True to keep the model in memory if it fits; False to stream it always, because
         merging must stay within a bound of memory.
     """
-    kernel = kernel_for(profile_of(tensors.device), tensors.weight_format.compute)
+    kernel = kernel_for(profile_of(tensors.device), tensors.base_format.compute)
     config = read_config(base / CONFIG)
-    loaded = trained_on_meta(tensors.task, config, tensors.weight_format, tensors.sites, kernel)
+    loaded = trained_on_meta(tensors.task, config, tensors.base_format, tensors.sites, kernel)
     if may_be_resident and fits(_resident_bytes(tensors), tensors.device):
         DevicePlacement(tensors.device, copy=tensors.copy).place(loaded, tensors.source)
         if tensors.adapter is not None:
@@ -91,7 +92,7 @@ def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> 
         is_resident = False
     # A classification head trains in float32.
     is_classifier = loaded.family.is_classifier
-    storage = torch.float32 if is_classifier else tensors.weight_format.storage
+    storage = torch.float32 if is_classifier else tensors.base_format.storage
     return _comparison_model(
         tensors.task, loaded, tensors.source, tensors.device, storage, is_resident
     )
@@ -152,23 +153,24 @@ def folder_model(
 def trained_on_meta(
     task: Task,
     config: Any,
-    weight_format: WeightFormat,
+    base_format: BaseFormat,
     sites: Sequence[Site],
     kernel: Kernel,
 ) -> LoadedModel:
     """Return the trained model on meta, without an adapter, ready to receive its weights.
 
-    weight_format: how training stored the base's linears. sites: these linears. kernel: attention.
+    base_format: how training stored each of the base's linears. sites: these linears. kernel: its
+    attention.
     """
-    model, family = skeleton(config, weight_format.compute, task.model_class)
+    model, family = skeleton(config, base_format.compute, task.model_class)
     stacks = find_stacks(model, family)
-    loaded = LoadedModel(model, family, config, list(sites), {}, weight_format, kernel, stacks)
-    convert.replace_linears(model, sites, weight_format)
+    loaded = LoadedModel(model, family, config, list(sites), {}, base_format, kernel, stacks)
+    convert.replace_linears(model, sites, base_format)
     share_modules(model, family.shared)
-    convert.replace_experts(model, family, experts_paths(model, family), weight_format)
-    convert.replace_embeddings(model, family, weight_format)
+    convert.replace_experts(model, family, stacks, base_format)
+    convert.replace_embeddings(model, family, base_format.default)
     if not family.is_classifier:
-        convert.replace_head(model, family.head, weight_format)
+        convert.replace_head(model, family.head, base_format.default)
     return loaded
 
 
@@ -181,12 +183,12 @@ def merged_on_meta(
     attention of training; transformers' own attention is not set here.
     """
     model, family = skeleton(config, compute, task.model_class)
-    weight_format = WeightFormat(16, compute, storage)
-    convert.replace_experts(model, family, experts_paths(model, family), weight_format)
-    convert.replace_embeddings(model, family, weight_format)
+    plain = WeightFormat(16, compute, storage)
+    convert.replace_experts(model, family, find_stacks(model, family), BaseFormat(plain))
+    convert.replace_embeddings(model, family, plain)
     if not family.is_classifier:
-        convert.replace_head(model, family.head, weight_format)
-    return LoadedModel(model, family, config, [], {}, weight_format, kernel)
+        convert.replace_head(model, family.head, plain)
+    return LoadedModel(model, family, config, [], {}, BaseFormat(plain), kernel)
 
 
 def _transformers_model(
@@ -242,16 +244,14 @@ def _resident_bytes(tensors: MergedTensors) -> int:
     This is the size of the model plus its largest tensor in float32, which exists while it is
     packed.
     """
-    packed = {f"{site.path}.weight" for site in tensors.sites}
+    formats = {f"{site.path}.weight": tensors.base_format.of(site) for site in tensors.sites}
     total = largest = 0
     for name in tensors.source.names():
         num = torch.Size(tensors.source.shape(name)).numel()
-        bits = (
-            tensors.weight_format.bits
-            if name in packed
-            else 8 * tensors.weight_format.storage.itemsize
-        )
-        total += num * bits // 8
+        weight_format = formats.get(name)
+        bits = 16 if weight_format is None else weight_format.bits
+        storage_bits = 8 * tensors.base_format.storage.itemsize
+        total += num * (bits if bits < 16 else storage_bits) // 8
         largest = max(largest, num * torch.float32.itemsize)
     return total + largest
 

@@ -89,7 +89,7 @@ def choose_base(
     """
     if tensors.adapter is None:
         return BaseChoice("original", "all weights were trained; there is no adapter to add")
-    if tensors.weight_format.bits == 16:
+    if not tensors.base_format.is_quantized:
         return BaseChoice("original", "the base was not quantized in training")
     if is_stored_quantized(base):
         return BaseChoice("dequantized", "bitsandbytes quantized the checkpoint of the base")

@@ -43,13 +43,13 @@ from qlora_cli.files.dtype import dtype_name, file_dtype
 from qlora_cli.files.locate import read_config
 from qlora_cli.files.safetensors_io import TensorSpec, is_finite
 from qlora_cli.files.source import FolderSource, OverlaidSource
-from qlora_cli.models.build import skeleton, weight_format_of
+from qlora_cli.models.base_format import BaseFormat, base_format_of
+from qlora_cli.models.build import skeleton
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.packed_base import packed_store
 from qlora_cli.models.placement.held import PackedCopy
 from qlora_cli.models.sites import find_sites, find_stacks
 from qlora_cli.nn.expert_stack import StackLora
-from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
@@ -66,7 +66,7 @@ class MergedTensors:
     task: the training objective of the run.
     sites: every linear of the model.
     adapter: the adapter to merge; None for a full fine-tuning.
-    weight_format: how training stored the base's linears.
+    base_format: how training stored each of the base's linears.
     base: the weights that the adapter is added to.
     dtype: dtype of the floating-point tensors of the merged checkpoint.
     device: device that packs weights. It should be of the kind that trained, because the kernels
@@ -81,7 +81,7 @@ class MergedTensors:
     task: Task
     sites: Sequence[Site]
     adapter: AdapterFile | None
-    weight_format: WeightFormat
+    base_format: BaseFormat
     base: MergeBase
     dtype: torch.dtype
     device: torch.device
@@ -173,7 +173,8 @@ class MergedTensors:
         for expert, rows, matrix in expert_tensor.matrices(self.source.read(name)):
             weight = matrix
             if self.base == "dequantized":
-                packed = pack_weight(self.weight_format, matrix.contiguous().to(self.device))
+                weight_format = self.base_format.of(expert_tensor.site)
+                packed = pack_weight(weight_format, matrix.contiguous().to(self.device))
                 weight = packed.dequantize().cpu()
             updates = []
             if lora is not None:
@@ -202,7 +203,8 @@ class MergedTensors:
         """Return the weight (out, in) that the adapter is added to."""
         if self.base == "original":
             return site.from_file(self.source.read(name))
-        layer = trained_weight(name, site, self.source, self.weight_format, self.device)
+        weight_format = self.base_format.of(site)
+        layer = trained_weight(name, site, self.source, weight_format, self.device)
         return layer.dequantize().cpu()
 
     def _copied(self, name: str, count: Count) -> Tensor:
@@ -244,16 +246,16 @@ def open_merged_tensors(
     recipe = run.recipe
     folder = run.base_folder
     config = read_config(folder / CONFIG)
-    weight_format = weight_format_of(recipe, file_dtype(config))
+    base_format = base_format_of(recipe, file_dtype(config))
     task = task_of(recipe)
-    model, family = skeleton(config, weight_format.compute, task.model_class)
+    model, family = skeleton(config, base_format.compute, task.model_class)
     sites, stacks = find_sites(model, family, config), find_stacks(model, family)
     adapter = None
     if run.is_full_fine_tuning:
         _refuse_adapters(run, weight, others)
         folder = run.trained_weights
         # Trained weights are stored in the compute dtype of the training.
-        weight_format = replace(weight_format, storage=weight_format.compute)
+        base_format = BaseFormat(replace(base_format.default, storage=base_format.compute))
     else:
         own = WeightedAdapter(run.adapter_file, weight)
         adapter = combine([own, *open_other_adapters(run, others)])
@@ -263,7 +265,7 @@ def open_merged_tensors(
         source = OverlaidSource(source, {} if adapter is None else adapter.saved)
     experts = expert_tensors(stacks, family)
     copy = packed_store(recipe, run.base_folder, config, task.model_class, device.type, observer)
-    how = (weight_format, base, dtype, device)
+    how = (base_format, base, dtype, device)
     what = (experts, family.others, copy, task.config_entries(model))
     return MergedTensors(source, task, sites, adapter, *how, *what)
 

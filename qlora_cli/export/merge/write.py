@@ -149,7 +149,8 @@ def _settings(tensors: MergedTensors, shards: list[Shard]) -> dict[str, Any]:
     return {
         "base": tensors.base,
         "dtype": dtype_name(tensors.dtype),
-        "held": {key: _to_json(value) for key, value in vars(tensors.weight_format).items()},
+        "held": {key: _to_json(value) for key, value in vars(tensors.base_format.default).items()},
+        "overrides": dict(tensors.base_format.overrides),
         "packed_on": tensors.device.type,
         "weights": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
         "adapters": [weighted.to_dict() for weighted in adapters],

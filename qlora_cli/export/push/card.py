@@ -83,7 +83,7 @@ def _summary(contents: UploadContents) -> Iterator[str]:
         )
     yield text
     if run is not None and run.recipe.adapter.method != "full":
-        bits = run.recipe.base.bits
+        bits = " and ".join(map(str, sorted(run.recipe.base.all_bits)))
         yield f"During training, the weights of the base were stored in {bits} bit and frozen."
 
 

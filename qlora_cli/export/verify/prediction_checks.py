@@ -202,5 +202,5 @@ def _overflow_faults(
 
 def _is_base_changed(expected: MergedTensors) -> bool:
     """Return whether the adapter is added to other weights than it was trained on."""
-    is_quantized = expected.adapter is not None and expected.weight_format.bits < 16
+    is_quantized = expected.adapter is not None and expected.base_format.is_quantized
     return is_quantized and expected.base == "original"
