@@ -21,7 +21,7 @@ from qlora_cli.recipe.resolve import Choice
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
-from qlora_cli.train.trackers import check_installed
+from qlora_cli.train.trackers import check_trackers
 from qlora_cli.units import format_bytes
 
 
@@ -38,7 +38,7 @@ def prepare_training(
     prepared = replace(prepared, proof=require_proof(prepared.config, task, observer))
     for limit in limits_of(prepared.config, task.model_class):
         observer.note(limit)
-    check_installed(prepared.recipe)
+    check_trackers(prepared.recipe)
     check_initial_adapter(prepared)
     _report(prepared.choices, observer)
     if earlier is not None:

@@ -16,6 +16,7 @@ from qlora_cli.errors import UsageError
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.train.runtime import make_tracker
+from qlora_cli.train.tracker_servers import check_reachable
 
 _MODULES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -42,8 +43,8 @@ class Tracker(Protocol):
         """Close the tracker."""
 
 
-def check_installed(recipe: Recipe) -> None:
-    """Raise UsageError if a tracker of `train.log_to` is not installed."""
+def check_trackers(recipe: Recipe) -> None:
+    """Raise UsageError if a tracker of `train.log_to` is not installed or not reachable."""
     for name in recipe.train.log_to:
         if not any(find_spec(module) for module in _MODULES[name]):
             raise UsageError(
@@ -51,6 +52,7 @@ def check_installed(recipe: Recipe) -> None:
                 where="train.log_to",
                 hint=f"pip install {_MODULES[name][0]}, or remove {name} from train.log_to",
             )
+        check_reachable(name)
 
 
 @dataclass

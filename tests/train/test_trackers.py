@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,19 @@ def test_a_missing_package_is_an_error_before_the_run(
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="wandb, which is not installed"):
         run(recipe_with(bases, tmp_path / "run", "wandb"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_server_that_does_not_listen_is_an_error_within_seconds(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, RecordingTracker())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        run(recipe_with(bases, tmp_path / "reached", "mlflow"))
+    with pytest.raises(UsageError, match=r"its server at 127\.0\.0\.1 is not reachable"):
+        run(recipe_with(bases, tmp_path / "run", "mlflow"))
     assert not (tmp_path / "run").exists()
 
 
