@@ -52,11 +52,16 @@ class DoraLinear(LoraLinear):
         """Compute all lengths again at the next use, because A and B were replaced."""
         self._frozen_lengths = None
 
+    @property
+    def joins(self) -> bool:
+        """Return False: the gains are computed for one linear."""
+        return False
+
     def start_matmul(self) -> tuple[LoraMatmul, list[Tensor]]:
         """Return (one call with its dropout seed drawn, A and B of each role, then each m)."""
         plain, factors = super().start_matmul()
         matmul = DoraMatmul(
-            self.base, plain.lora_slices, plain.scaling, plain.dropout, plain.seed, self._lengths()
+            plain.bases, plain.lora_slices, plain.scaling, plain.dropout, plain.seed, self._lengths()
         )
         return matmul, [*factors, *(self.lora_magnitude[role] for role in self.lora_slices)]
 

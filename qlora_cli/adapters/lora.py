@@ -4,9 +4,6 @@ A layer has one adapter for each adapted role. A plain projection has one role. 
 projection has three, and each adapter changes only the rows of its role: q and v can be adapted
 without k.
 
-The product is one autograd function (`nn/lora_matmul.py`), because a composition of modules would
-save two more copies of its input. It saves x and x A^T and nothing else.
-
 Shapes: x (tokens, in), lora_a (rank, in), lora_b (rows, rank), y (tokens, out).
 """
 
@@ -15,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_cli.memory.scopes import host_memory
-from qlora_cli.nn.lora_matmul import AdaptedLinear, LoraMatmul, draw_seed
+from qlora_cli.nn.lora_matmul import AdaptedLinear, LoraMatmul, LoraSlice, draw_seed
+from qlora_cli.nn.lora_product import lora_product
 from qlora_cli.nn.quant import QuantLinear
 
 
@@ -80,52 +77,38 @@ class LoraLinear(AdaptedLinear):
             delta[rows] += self.settings.scaling * product
         return delta
 
+    @property
+    def joins(self) -> bool:
+        """Return whether no mask of its own is drawn for its input."""
+        return not self._dropout
+
+    @property
+    def _dropout(self) -> float:
+        return self.settings.dropout if self.training else 0.0
+
     def start_matmul(self) -> tuple[LoraMatmul, list[Tensor]]:
         """Return (one call with its dropout seed drawn, the factors A and B of each role)."""
         settings = self.settings
-        dropout = settings.dropout if self.training else 0.0
-        slices = tuple(self.lora_slices.values())
+        dropout = self._dropout
+        slices = tuple(LoraSlice(0, rows) for rows in self.lora_slices.values())
         seed = draw_seed() if dropout and slices else None
-        matmul = LoraMatmul(self.base, slices, settings.scaling, dropout, seed)
+        matmul = LoraMatmul((self.base,), slices, settings.scaling, dropout, seed)
         return matmul, [factor for role in self.lora_slices for factor in self._factors(role)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out); differentiable in x, A and B."""
         matmul, factors = self.start_matmul()
-        flat = x.reshape(-1, self.base.in_features)
         # Without gradients, autograd's bookkeeping would be a large part of one token's time.
-        y: Tensor = (
-            _LoraProduct.apply(flat, matmul, *factors)
-            if torch.is_grad_enabled()
-            else matmul.forward(flat, factors)[0]
-        )
+        if torch.is_grad_enabled():
+            (y,) = lora_product(x, matmul, factors)
+        else:
+            flat = x.reshape(-1, self.base.in_features)
+            cast = matmul.cast(factors, x.dtype)
+            (y,) = matmul.outputs(flat, matmul.lora_activations(flat, cast), cast, factors)
         return y.view(*x.shape[:-1], self.base.out_features)
 
     def _factors(self, role: str) -> tuple[Tensor, Tensor]:
         return self.lora_a[role], self.lora_b[role]
-
-
-class _LoraProduct(torch.autograd.Function):
-    """The packed product plus the low-rank products; saves x and each x A^T."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matmul: LoraMatmul, *factors: Tensor) -> Tensor:
-        y, lora_activations = matmul.forward(x, factors)
-        ctx.save_for_backward(x, *lora_activations, *factors)
-        ctx.matmul = matmul
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        matmul: LoraMatmul = ctx.matmul
-        x, *saved = ctx.saved_tensors
-        num_adapters = len(matmul.lora_slices)
-        lora_activations, factors = saved[:num_adapters], saved[num_adapters:]
-        grad_activations = matmul.grad_activations(grad, factors)
-        grads = matmul.grad_factors(x, grad, lora_activations, grad_activations, factors)
-        if not ctx.needs_input_grad[0]:
-            return (None, None, *grads)
-        return (matmul.grad_input(grad, grad_activations, factors), None, *grads)
 
 
 def drawn_a(

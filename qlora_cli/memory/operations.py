@@ -18,13 +18,15 @@ from torch import Tensor
 _WRITES_ONLY = frozenset(
     f"aten::{name}"
     for name in (
-        *("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor", "addmm_", "pow_.Scalar"),
+        *("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor", "addmm_", "addcmul_", "pow_.Scalar"),
         *("exp_", "rsqrt_", "round_", "clamp_min_", "index_fill_.int_Scalar", "copy_"),
     )
 )
 """In-place operations. They have no effect on a meta tensor, but running one on meta takes torch
 half a millisecond, so the tracker skips them."""
-_WRITES_OUT = frozenset({"aten::mul.out", "aten::div.out", "aten::silu_backward.grad_input"})
+_WRITES_OUT = frozenset(
+    f"aten::{name}" for name in ("mul.out", "div.out", "mm.out", "silu_backward.grad_input")
+)
 """The same for operations with an output argument."""
 
 

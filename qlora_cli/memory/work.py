@@ -40,9 +40,10 @@ def work_of(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
 ) -> Work | None:
     """Return the work of an operation; None if it computes nothing, such as a view."""
-    if _is_free(func):
+    if is_free(func):
         return None
-    num_bytes = sum(map(_bytes, _tensors([args, kwargs.values(), [output]])))
+    others = [value for value in kwargs.values() if value is not output]
+    num_bytes = sum(map(_bytes, _tensors([args, others, [output]])))
     name = func._schema.name
     if "dequantize" in name:
         return Work("dequantize", 0, num_bytes)
@@ -54,7 +55,7 @@ def work_of(
 
 
 @cache
-def _is_free(func: Any) -> bool:
+def is_free(func: Any) -> bool:
     """Return whether an operation launches nothing: a view, or memory that is not filled."""
     name = func._schema.name.removeprefix("aten::")
     return bool(func.is_view) or "empty" in name or name in ("_local_scalar_dense", "_unsafe_view")

@@ -258,3 +258,5 @@ def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.d
         activation = getattr(loaded.config, family.mlp.activation)
         paths = mlp_paths(model, family, family.mlp)
         convert.replace_mlps(model, paths, family.mlp.projections, activation)
+    if family.attention is not None:
+        convert.share_attention_inputs(model.get_submodule(family.blocks), family.attention)

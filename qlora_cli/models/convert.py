@@ -7,7 +7,7 @@ checks each module before it is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.models.base_format import BaseFormat
 from qlora_cli.models.coverage import check_embedding, check_linear, check_mlp, check_norm
-from qlora_cli.models.family import Family
+from qlora_cli.models.family import AttentionSpec, Family
 from qlora_cli.models.tables import norm_of_table
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.experts import Experts
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.shared_input import share_input
 from qlora_cli.nn.site import Site
 
 
@@ -128,6 +129,12 @@ def replace_mlps(
         old = model.get_submodule(path)
         check_mlp(old, path, projections, ACTIVATIONS[activation])
         replace_module(model, path, Mlp(old, projections, ACTIVATIONS[activation]))
+
+
+def share_attention_inputs(blocks: Iterable[nn.Module], attention: AttentionSpec) -> None:
+    """Let the projections of each block's attention compute their outputs together."""
+    for block in blocks:
+        share_input(block.get_submodule(attention.path), attention.projections)
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:

@@ -49,6 +49,17 @@ class MlpSpec:
 
 
 @dataclass(frozen=True)
+class AttentionSpec:
+    """The attention of a block, whose projections have the same input.
+
+    path: path within the block. projections: names of its linears, each called once.
+    """
+
+    path: str
+    projections: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """The structure of a causal language model, or of a sequence classifier.
 
@@ -56,7 +67,8 @@ class Family:
     of the module that maps token ids to hidden states. blocks: path of the list of blocks. head:
     path of the module that maps hidden states to logits. embeddings: paths of the token table and,
     after it, of position tables. linears: the linears of a block. mlp: the MLP of a block, if it
-    has one of the supported forms. norms: paths of the RMSNorms within a block. final_norm: path of
+    has one of the supported forms. attention: the attention of a block, if its projections may be
+    computed together. norms: paths of the RMSNorms within a block. final_norm: path of
     an RMSNorm after the last block. dropouts: config keys of the base's own dropout, which is
     disabled. ignored: endings of file tensors that are buffers and not weights. logits: what the
     model does with the head's output. embedding_scale: factor of the rows of the token table.
@@ -97,6 +109,7 @@ class Family:
     embeddings: tuple[str, ...]
     linears: tuple[LinearSpec, ...]
     mlp: MlpSpec | None = None
+    attention: AttentionSpec | None = None
     norms: tuple[str, ...] = ()
     final_norm: str | None = None
     dropouts: tuple[str, ...] = ()

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_cli.nn.lora_matmul import LoraMatmul
+from qlora_cli.nn.lora_matmul import CastFactors, LoraMatmul
 
 
 @dataclass(frozen=True)
 class DoraMatmul(LoraMatmul):
-    """One call of a linear with a DoRA adapter.
+    """One call of one linear with DoRA adapters.
 
     lengths: ||W + s B A|| of each adapter's rows. `factors` of all methods: A and B of the first
     adapter, A and B of the second one, and so on, then m of each adapter.
@@ -29,62 +29,71 @@ class DoraMatmul(LoraMatmul):
 
     lengths: Sequence[Tensor] = ()
 
-    def forward(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return (y, x A^T of each adapter)."""
-        y, lora_activations = super().forward(x, factors)
-        bias = self.base.bias
+    def outputs(
+        self, x: Tensor, lora_activations: Tensor | None, cast: CastFactors, factors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return y of the linear, in a list."""
+        outputs = super().outputs(x, lora_activations, cast, factors)
+        bias = self.bases[0].bias
         for rows, gain in self._gains(factors):
-            part = y[:, rows]
+            part = outputs[0][:, rows]
             if bias is not None:
                 part.sub_(bias[rows])
             _multiply(part, gain)
             if bias is not None:
                 part.add_(bias[rows])
-        return y, lora_activations
+        return outputs
 
-    def grad_activations(self, grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gradient of each adapter's x A^T. grad: gradient of y."""
-        gains = self._gains(factors)
-        return [
-            (grad[:, rows] @ (b * gain[:, None]).to(grad.dtype)).mul_(self.scaling)
-            for (rows, _, b), (_, gain) in zip(self._adapters(factors), gains, strict=True)
+    def grad_activations(
+        self, grads: Sequence[Tensor], cast: CastFactors, factors: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Return the gradient of x A^T divided by s (tokens, ranks). grads: gradient of y."""
+        scaled = [
+            (b * gain[:, None]).to(grads[0].dtype)
+            for b, (_, gain) in zip(self._b(factors), self._gains(factors), strict=True)
         ]
+        return super().grad_activations(grads, CastFactors(cast.a, scaled), factors)
 
     def grad_factors(
         self,
         x: Tensor,
-        grad: Tensor,
-        lora_activations: Sequence[Tensor],
-        grad_activations: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        lora_activations: Tensor | None,
+        grad_activations: Tensor | None,
         factors: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Return the gradients of `factors`, in the same order. grad: gradient of y."""
-        grads = super().grad_factors(x, grad, lora_activations, grad_activations, factors)
+        """Return the gradients of `factors`, in the same order. grads: gradient of y."""
+        found = super().grad_factors(x, grads, lora_activations, grad_activations, factors)
         for index, (_, gain) in enumerate(self._gains(factors)):
-            grads[2 * index + 1].mul_(gain[:, None])
+            found[2 * index + 1].mul_(gain[:, None])
         # The output before the gain and without the bias: the product that LoRA computes.
-        before, _ = super().forward(x, factors)
-        for rows, length in zip(self.lora_slices, self.lengths, strict=True):
+        cast, bias = self.cast(factors, x.dtype), self.bases[0].bias
+        (before,) = super().outputs(x, lora_activations, cast, factors)
+        for (_, rows), length in zip(self.lora_slices, self.lengths, strict=True):
             part = before[:, rows]
-            if self.base.bias is not None:
-                part.sub_(self.base.bias[rows])
-            part.mul_(grad[:, rows])
-            grads.append(part.sum(dim=0, dtype=torch.float32).div_(length))
-        return grads
+            if bias is not None:
+                part.sub_(bias[rows])
+            part.mul_(grads[0][:, rows])
+            found.append(part.sum(dim=0, dtype=torch.float32).div_(length))
+        return found
 
     def grad_input(
-        self, grad: Tensor, grad_activations: Sequence[Tensor], factors: Sequence[Tensor]
+        self,
+        grads: Sequence[Tensor],
+        grad_activations: Tensor | None,
+        cast: CastFactors,
+        factors: Sequence[Tensor],
     ) -> Tensor:
-        """Return the gradient of x. grad: gradient of y."""
-        scaled = grad.clone()
+        """Return the gradient of x. grads: gradient of y."""
+        scaled = grads[0].clone()
         for rows, gain in self._gains(factors):
             _multiply(scaled[:, rows], gain)
-        return super().grad_input(scaled, grad_activations, factors)
+        return super().grad_input([scaled], grad_activations, cast, factors)
 
     def _gains(self, factors: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, g) of each adapter."""
         magnitudes = factors[2 * len(self.lora_slices) :]
-        for rows, m, length in zip(self.lora_slices, magnitudes, self.lengths, strict=True):
+        for (_, rows), m, length in zip(self.lora_slices, magnitudes, self.lengths, strict=True):
             yield rows, m / length
 
 

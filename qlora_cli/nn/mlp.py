@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_cli.nn.lora_matmul import AdaptedLinear, LoraMatmul
-from qlora_cli.nn.quant import QuantLinear
+from qlora_cli.nn.lora_matmul import CastFactors, LoraMatmul
+from qlora_cli.nn.lora_product import outputs_of, started
 
 CHUNK_ELEMENTS = 2**22
-"""Values whose gradients are computed at once: two temporaries of 8 MiB each in 16 bit."""
+"""Values whose gradients are computed at once: two temporaries of 8 MiB each in 16 bit. More if the
+dequantized weight of down, which is freed before, is larger than two temporaries."""
 
 _aten = torch.ops.aten
 
@@ -84,18 +85,15 @@ class Mlp(nn.Module):
         """Map x (..., d) to (..., d); differentiable in x and in every adapter."""
         if not torch.is_grad_enabled():
             return self._forward_without_grad(x)
-        gate: Tensor | None = None
-        if self.projections.gate is not None:
-            gate = self.get_submodule(self.projections.gate)(x)
-        up: Tensor = self.get_submodule(self.projections.up)(x)
-        down = self.get_submodule(self.projections.down)
-        assert isinstance(down, AdaptedLinear | QuantLinear)
-        matmul, factors = (
-            down.start_matmul() if isinstance(down, AdaptedLinear) else (LoraMatmul(down), [])
-        )
-        flat = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (gate, up))
-        y: Tensor = _DownProduct.apply(self.activation, matmul, *flat, *factors)
-        return y.view(*x.shape[:-1], matmul.base.out_features)
+        names = self.projections
+        inputs = [self.get_submodule(name) for name in (names.gate, names.up) if name is not None]
+        *gates, up = (y.reshape(-1, y.shape[-1]) for y in outputs_of(inputs, x))
+        gate = gates[0] if gates else None
+        matmul, factors = started(self.get_submodule(names.down))
+        kept = _KeptForDown()
+        token = _KeepForDown.apply(kept, self.activation, matmul, gate, up, *factors)
+        y: Tensor = _DownProduct.apply(kept, token, gate, up, *factors)
+        return y.view(*x.shape[:-1], matmul.bases[0].out_features)
 
     def _forward_without_grad(self, x: Tensor) -> Tensor:
         """Free each intermediate tensor before the next one is computed."""
@@ -107,40 +105,87 @@ class Mlp(nn.Module):
         return y
 
 
-class _DownProduct(torch.autograd.Function):
-    """The product of down. The backward pass recomputes its input."""
+@dataclass
+class _KeptForDown:
+    """What `_KeepForDown` passes on to `_DownProduct`. x and cast exist in the forward pass only."""
+
+    ctx: Any = None
+    x: Tensor | None = None
+    lora_activations: Tensor | None = None
+    cast: CastFactors | None = None
+
+
+class _KeepForDown(torch.autograd.Function):
+    """Saves what the backward pass of down needs, before the product of down is computed.
+
+    A checkpoint stops to recompute a block as soon as its last tensor is saved. So it does not
+    compute the product of down again, which is a quarter of all products of a block. The output is
+    an empty tensor that keeps this node alive.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
+        kept: _KeptForDown,
         activation: Activation,
         matmul: LoraMatmul,
         gate: Tensor | None,
         up: Tensor,
         *factors: Tensor,
     ) -> Tensor:
-        y, lora_activations = matmul.forward(_down_input(activation, gate, up), factors)
-        ctx.save_for_backward(gate, up, *lora_activations, *factors)
+        x = _down_input(activation, gate, up)
+        cast = matmul.cast(factors, x.dtype)
+        lora_activations = matmul.lora_activations(x, cast)
+        ctx.save_for_backward(gate, up, lora_activations, *factors)
         ctx.activation, ctx.matmul = activation, matmul
+        ctx.set_materialize_grads(False)
+        kept.ctx, kept.x, kept.lora_activations, kept.cast = ctx, x, lora_activations, cast
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
+        """Return no gradient: `_DownProduct` computes all of them."""
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _DownProduct(torch.autograd.Function):
+    """The product of down. The backward pass recomputes its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kept: _KeptForDown,
+        token: Tensor,
+        gate: Tensor | None,
+        up: Tensor,
+        *factors: Tensor,
+    ) -> Tensor:
+        assert kept.x is not None
+        assert kept.cast is not None
+        ctx.kept = kept.ctx
+        x, lora_activations, cast = kept.x, kept.lora_activations, kept.cast
+        kept.x = kept.lora_activations = kept.cast = kept.ctx = None
+        (y,) = ctx.kept.matmul.outputs(x, lora_activations, cast, factors)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        matmul: LoraMatmul = ctx.matmul
-        gate, up, *saved = ctx.saved_tensors
-        num_adapters = len(matmul.lora_slices)
-        lora_activations, factors = saved[:num_adapters], saved[num_adapters:]
-        grad_activations = matmul.grad_activations(grad, factors)
+        matmul: LoraMatmul = ctx.kept.matmul
+        activation: Activation = ctx.kept.activation
+        gate, up, lora_activations, *factors = ctx.kept.saved_tensors
+        cast = matmul.cast(factors, up.dtype)
+        grad_xa = matmul.grad_activations([grad], cast, factors)
         grads: list[Tensor] = []
         if factors:
             # Freed before the gradient of the same size is allocated.
-            x = _down_input(ctx.activation, gate, up)
-            grads = matmul.grad_factors(x, grad, lora_activations, grad_activations, factors)
+            x = _down_input(activation, gate, up)
+            grads = matmul.grad_factors(x, [grad], lora_activations, grad_xa, factors)
             del x
         if not any(ctx.needs_input_grad[2:4]):
             return (None, None, None, None, *grads)
-        grad_x = matmul.grad_input(grad, grad_activations, factors)
-        return (None, None, *_grad_gate_and_up(ctx.activation, grad_x, gate, up), *grads)
+        grad_x = matmul.grad_input([grad], grad_xa, cast, factors)
+        largest = max(CHUNK_ELEMENTS, matmul.bases[0].dequantized_bytes // (2 * up.itemsize))
+        return (None, None, *_grad_gate_and_up(activation, grad_x, gate, up, largest), *grads)
 
 
 def _down_input(activation: Activation, gate: Tensor | None, up: Tensor) -> Tensor:
@@ -149,11 +194,11 @@ def _down_input(activation: Activation, gate: Tensor | None, up: Tensor) -> Tens
 
 
 def _grad_gate_and_up(
-    activation: Activation, grad: Tensor, gate: Tensor | None, up: Tensor
+    activation: Activation, grad: Tensor, gate: Tensor | None, up: Tensor, largest: int
 ) -> tuple[Tensor | None, Tensor]:
     """Return the gradients of gate and up. They overwrite `grad` and `up`.
 
-    grad: gradient of the input of down. Overwriting is safe: nothing else uses these tensors,
+    grad: gradient of the input of down. largest: number of values that are computed at once. Overwriting is safe: nothing else uses these tensors,
     because a projection saves its input and not its output. A second backward pass through the same
     graph raises an error of torch and gives no wrong gradient.
     """
@@ -161,14 +206,14 @@ def _grad_gate_and_up(
         activation.gradient(grad, up, grad_input=grad)
         return None, grad
     up = up.detach()
-    for grad_chunk, gate_chunk, up_chunk in _chunks(grad, gate.detach(), up):
+    for grad_chunk, gate_chunk, up_chunk in _chunks(largest, grad, gate.detach(), up):
         grad_act = grad_chunk * up_chunk
         torch.mul(grad_chunk, activation.forward(gate_chunk), out=up_chunk)
         activation.gradient(grad_act, gate_chunk, grad_input=grad_chunk)
     return grad, up
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the same rows of each tensor, at most CHUNK_ELEMENTS values at a time."""
-    num_rows = max(1, CHUNK_ELEMENTS // tensors[0].shape[1])
+def _chunks(largest: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the same rows of each tensor, at most `largest` values at a time."""
+    num_rows = max(1, largest // tensors[0].shape[1])
     return zip(*(tensor.split(num_rows) for tensor in tensors), strict=True)

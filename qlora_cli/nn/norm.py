@@ -1,8 +1,9 @@
 """RMSNorm that saves its input in its own dtype and one factor per row (Zhang and Sennrich 2019).
 
 transformers' RMSNorm is composed of plain operations and saves a float32 copy of its input for the
-backward pass: 4 bytes per value if the input has 2. The output here is equal to the last bit. The
-gradient differs only by the order in which float32 numbers are added.
+backward pass: 4 bytes per value if the input has 2. On a CPU the output here is equal to the last
+bit, and the gradient differs only by the order in which float32 numbers are added. A GPU uses torch's
+fused kernel, one launch instead of seven, which rounds the output once instead of twice.
 
 Shapes: x (..., d), weight (d,), factor (..., 1).
 """
@@ -13,6 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qlora_cli.nn.embedding import has_own_memory
+
+_aten = torch.ops.aten
 
 
 class RmsNorm(nn.Module):
@@ -44,6 +49,10 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Return r g - r^3 x mean(g x) with g = weight * grad and the factor r."""
         x, factor, weight = ctx.saved_tensors
+        if _has_kernel(x, weight):
+            needed = [True, False]
+            found = _aten._fused_rms_norm_backward(grad, x, weight.shape, factor, weight, needed)
+            return found[0], None, None
         dtype = _accumulation_dtype(x)
         weighted = grad * weight
         projection = torch.mul(weighted, x, out=torch.empty_like(x, dtype=dtype))
@@ -55,10 +64,18 @@ class _RmsNorm(torch.autograd.Function):
 
 def _normalize(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return (y, factor)."""
+    if _has_kernel(x, weight):
+        y, factor = _aten._fused_rms_norm(x, weight.shape, weight, epsilon)
+        return y, factor
     accumulator = x.to(_accumulation_dtype(x), copy=True)
     factor = accumulator.square_().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
     del accumulator
     return torch.mul(x, factor, out=torch.empty_like(x)).mul_(weight), factor
+
+
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Return whether torch has a fused kernel: on a GPU, and in a dry run for one."""
+    return x.device.type in ("cuda", "meta") and has_own_memory(x.device) and x.dtype == weight.dtype
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -268,6 +268,10 @@ class QuantLinear(nn.Module):
         """Return the gradient of the input (tokens, in). grad: (tokens, out), of the output."""
         return grad @ self.dequantize()
 
+    def add_grad_input(self, total: Tensor, grad: Tensor) -> None:
+        """Add the gradient of the input to `total` (tokens, in). grad: (tokens, out)."""
+        total.addmm_(grad, self.dequantize())
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out); differentiable in x only."""
         flat = x.reshape(-1, self.in_features)

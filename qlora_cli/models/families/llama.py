@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qlora_cli.models.family import Family, LinearSpec, MlpSpec
+from qlora_cli.models.family import AttentionSpec, Family, LinearSpec, MlpSpec
 from qlora_cli.nn.mlp import Projections
 
 LLAMA = Family(
@@ -24,6 +24,7 @@ LLAMA = Family(
         LinearSpec("mlp.down_proj", ("down",)),
     ),
     mlp=MlpSpec("mlp", Projections(gate="gate_proj", up="up_proj", down="down_proj"), "hidden_act"),
+    attention=AttentionSpec("self_attn", ("q_proj", "k_proj", "v_proj")),
     norms=("input_layernorm", "post_attention_layernorm"),
     final_norm="model.norm",
     dropouts=("attention_dropout",),
