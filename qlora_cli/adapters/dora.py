@@ -61,7 +61,12 @@ class DoraLinear(LoraLinear):
         """Return (one call with its dropout seed drawn, A and B of each role, then each m)."""
         plain, factors = super().start_matmul()
         matmul = DoraMatmul(
-            plain.bases, plain.lora_slices, plain.scaling, plain.dropout, plain.seed, self._lengths()
+            plain.bases,
+            plain.lora_slices,
+            plain.scaling,
+            plain.dropout,
+            plain.seed,
+            self._lengths(),
         )
         return matmul, [*factors, *(self.lora_magnitude[role] for role in self.lora_slices)]
 

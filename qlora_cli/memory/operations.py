@@ -18,7 +18,15 @@ from torch import Tensor
 _WRITES_ONLY = frozenset(
     f"aten::{name}"
     for name in (
-        *("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor", "addmm_", "addcmul_", "pow_.Scalar"),
+        *(
+            "add_.Tensor",
+            "sub_.Tensor",
+            "mul_.Tensor",
+            "div_.Tensor",
+            "addmm_",
+            "addcmul_",
+            "pow_.Scalar",
+        ),
         *("exp_", "rsqrt_", "round_", "clamp_min_", "index_fill_.int_Scalar", "copy_"),
     )
 )

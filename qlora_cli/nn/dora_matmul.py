@@ -30,7 +30,11 @@ class DoraMatmul(LoraMatmul):
     lengths: Sequence[Tensor] = ()
 
     def outputs(
-        self, x: Tensor, lora_activations: Tensor | None, cast: CastFactors, factors: Sequence[Tensor]
+        self,
+        x: Tensor,
+        lora_activations: Tensor | None,
+        cast: CastFactors,
+        factors: Sequence[Tensor],
     ) -> list[Tensor]:
         """Return y of the linear, in a list."""
         outputs = super().outputs(x, lora_activations, cast, factors)

@@ -11,8 +11,8 @@ Dropout saves no mask. A seed from the CPU generator recreates the mask in the b
 masks and dropped inputs would cost up to 4 bytes per value for each adapted linear, although the
 linears share their inputs otherwise.
 
-Shapes: x (tokens, in), y (tokens, out), A (rank, in), B (rows, rank), x A^T (tokens, ranks) with the
-sum of all ranks.
+Shapes: x (tokens, in), y (tokens, out), A (rank, in), B (rows, rank), x A^T (tokens, ranks) with
+the sum of all ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LoraSlice(NamedTuple):
 
 
 class CastFactors(NamedTuple):
-    """The factors in the compute dtype. a: every A (ranks, in), None without adapters. b: each B."""
+    """The factors in the compute dtype: every A (ranks, in), None without adapters, and each B."""
 
     a: Tensor | None
     b: Sequence[Tensor]
@@ -65,7 +65,7 @@ class LoraMatmul:
             return CastFactors(None, ())
         with scope("temporary"):
             if a[0].dtype == dtype:
-                return CastFactors(a[0] if len(a) == 1 else torch.cat(a), b)
+                return CastFactors(a[0] if len(a) == 1 else torch.cat(list(a)), b)
             # One kernel casts all of them.
             copy = a[0].new_empty(sum(map(Tensor.numel, (*a, *b))), dtype=dtype)
             copies = _views(copy, [*a, *b])
@@ -78,7 +78,11 @@ class LoraMatmul:
         return None if cast.a is None else self.dropped(x) @ cast.a.t()
 
     def outputs(
-        self, x: Tensor, lora_activations: Tensor | None, cast: CastFactors, factors: Sequence[Tensor]
+        self,
+        x: Tensor,
+        lora_activations: Tensor | None,
+        cast: CastFactors,
+        factors: Sequence[Tensor],
     ) -> list[Tensor]:
         """Return y of each linear."""
         outputs = [base.product(x) for base in self.bases]
@@ -127,7 +131,9 @@ class LoraMatmul:
         else:
             flat = torch.mul(flat, self.scaling, out=flat.new_empty(flat.shape, dtype=a[0].dtype))
         found = _views(flat, [*a, *b])
-        return [grad for pair in zip(found[: len(a)], found[len(a) :], strict=True) for grad in pair]
+        return [
+            grad for pair in zip(found[: len(a)], found[len(a) :], strict=True) for grad in pair
+        ]
 
     def grad_input(
         self,
@@ -139,7 +145,7 @@ class LoraMatmul:
         """Return the gradient of x. grads: gradient of each y."""
         grad_x = self.bases[0].grad_input(grads[0])
         for base, grad in zip(self.bases[1:], grads[1:], strict=True):
-            base.add_grad_input(grad_x, grad)
+            base.grad_input(grad, grad_x)
         if cast.a is None or grad_activations is None:
             return grad_x
         # Without dropout the adapters add to grad_x directly and need no buffer of their own.

@@ -24,8 +24,8 @@ Started = tuple[LoraMatmul, list[Tensor]]
 def outputs_of(linears: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """Return the output (..., out) of each linear for one input (..., in).
 
-    linears: QuantLinear or AdaptedLinear. Differentiable in x and in the adapters. They are computed
-    together if they can be.
+    linears: QuantLinear or AdaptedLinear. Differentiable in x and in the adapters. They are
+    computed together if they can be.
     """
     joined_call = joined(linears) if torch.is_grad_enabled() else None
     if joined_call is None:
@@ -42,10 +42,10 @@ def lora_product(x: Tensor, matmul: LoraMatmul, factors: Sequence[Tensor]) -> Se
 
 
 def joined(linears: Sequence[nn.Module]) -> Started | None:
-    """Return one call of several linears with the same input, or None if they need calls of their own.
+    """Return one call of several linears with the same input, or None if each needs its own.
 
-    They do if only one is given or none is adapted, if one has hooks, dropout or another method than
-    LoRA, or if their scalings or dtypes differ.
+    Each needs its own if only one is given or none is adapted, if one has hooks, dropout or another
+    method than LoRA, or if their scalings or dtypes differ.
     """
     if len(linears) < 2 or not all(map(_may_join, linears)):
         return None

@@ -28,7 +28,7 @@ from qlora_cli.nn.lora_product import outputs_of, started
 
 CHUNK_ELEMENTS = 2**22
 """Values whose gradients are computed at once: two temporaries of 8 MiB each in 16 bit. More if the
-dequantized weight of down, which is freed before, is larger than two temporaries."""
+dequantized part of down's weight, which is freed before, is larger than two temporaries."""
 
 _aten = torch.ops.aten
 
@@ -107,7 +107,7 @@ class Mlp(nn.Module):
 
 @dataclass
 class _KeptForDown:
-    """What `_KeepForDown` passes on to `_DownProduct`. x and cast exist in the forward pass only."""
+    """What `_KeepForDown` passes on to `_DownProduct`, which empties it."""
 
     ctx: Any = None
     x: Tensor | None = None
@@ -165,8 +165,8 @@ class _DownProduct(torch.autograd.Function):
         ctx.kept = kept.ctx
         x, lora_activations, cast = kept.x, kept.lora_activations, kept.cast
         kept.x = kept.lora_activations = kept.cast = kept.ctx = None
-        (y,) = ctx.kept.matmul.outputs(x, lora_activations, cast, factors)
-        return y
+        outputs: list[Tensor] = ctx.kept.matmul.outputs(x, lora_activations, cast, factors)
+        return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,7 +184,7 @@ class _DownProduct(torch.autograd.Function):
         if not any(ctx.needs_input_grad[2:4]):
             return (None, None, None, None, *grads)
         grad_x = matmul.grad_input([grad], grad_xa, cast, factors)
-        largest = max(CHUNK_ELEMENTS, matmul.bases[0].dequantized_bytes // (2 * up.itemsize))
+        largest = max(CHUNK_ELEMENTS, matmul.bases[0].piece_bytes // (2 * up.itemsize))
         return (None, None, *_grad_gate_and_up(activation, grad_x, gate, up, largest), *grads)
 
 

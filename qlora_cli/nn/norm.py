@@ -75,7 +75,9 @@ def _normalize(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tenso
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     """Return whether torch has a fused kernel: on a GPU, and in a dry run for one."""
-    return x.device.type in ("cuda", "meta") and has_own_memory(x.device) and x.dtype == weight.dtype
+    return (
+        x.device.type in ("cuda", "meta") and has_own_memory(x.device) and x.dtype == weight.dtype
+    )
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -9,40 +9,32 @@ and matrix product are separate operations that the memory tracker observes.
 Packed weights are parameters, not buffers, because distributed engines shard parameters. No weight
 is saved on an autograd context: the backward pass dequantizes it again.
 
-The block sizes of 4-bit weights are BLOCK_SIZE_4BIT and BLOCK_SIZE_SCALES below. Nothing else in
-the package depends on them. A run does not store them, so merge a run with the sizes of its
-training.
-
 Shapes: x (tokens, in), y (tokens, out), weight (out, in). Sources: Dettmers et al. 2022
 (LLM.int8(), equations 3 to 8), 2023 (QLoRA, equations 4 to 6).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qlora_cli.memory.scopes import attribute, scope
 from qlora_cli.nn.codebook import scale_codebook
-from qlora_cli.nn.int8_product import TINY, int8_product, scaled_codes
+from qlora_cli.nn.int8_product import int8_product, scaled_codes
+from qlora_cli.nn.packing import (
+    BLOCK_SIZE_4BIT,
+    dequantized_4bit,
+    dequantized_scales,
+    packed_4bit,
+    packed_8bit,
+)
 
-BLOCK_SIZE_4BIT = 64
-"""NF4 and FP4: number of consecutive weights that share one scale (QLoRA's default is 64)."""
-BLOCK_SIZE_SCALES = 256
-"""Double quantization: number of scales that share one scale of their own."""
-PACK_ELEMENTS = 2**20
-"""Number of weights that are packed at once, a multiple of every block size. On a CPU bitsandbytes
-needs up to 28 temporary bytes per weight, which is 1.5 GiB for a gate projection of an 8B model."""
-PIECES_ON_META = 2
-"""Number of pieces that a dry run packs: every further piece needs the same memory."""
+PIECE_ELEMENTS = 2**25
+"""Largest number of weights that a product dequantizes at once: 64 MiB in 16 bit."""
 
-assert PACK_ELEMENTS % (BLOCK_SIZE_4BIT * BLOCK_SIZE_SCALES) == 0
-
-_T = TypeVar("_T")
 _ops = torch.ops.bitsandbytes
 
 
@@ -112,50 +104,19 @@ class QuantLinear(nn.Module):
         assert weight.shape == (self.out_features, self.in_features), weight.shape
         with scope("temporary"):
             if self.weight_format.bits == 4:
-                self._pack_4bit(weight)
+                settings = self.weight_format
+                tensors = packed_4bit(weight, settings.quant_type, settings.double_quant)
             elif self.weight_format.bits == 8:
-                self._pack_8bit(weight)
+                tensors = packed_8bit(weight)
             else:
-                self.weight = _frozen(weight.to(self.weight_format.storage).contiguous())
+                tensors = [weight.to(self.weight_format.storage).contiguous()]
+            names = ("weight", "scale", "scale_of_scale", "offset_of_scale")
+            for name, tensor in zip(names, tensors, strict=False):
+                setattr(self, name, _frozen(tensor))
+            del tensors
         attribute([self.weight], self.category)
         attribute(self.constants(), "quant_constants")
         self.renew_dequantized()
-
-    def _pack_4bit(self, weight: Tensor) -> None:
-        flat, device = weight.reshape(-1), weight.device
-        packed = torch.empty(-(-flat.numel() // 2), 1, dtype=torch.uint8, device=device)
-        scale = torch.empty(-(-flat.numel() // BLOCK_SIZE_4BIT), device=device)
-        for start in _pieces(range(0, flat.numel(), PACK_ELEMENTS), flat):
-            codes, scales = _ops.quantize_4bit(
-                flat[start : start + PACK_ELEMENTS],
-                BLOCK_SIZE_4BIT,
-                self.weight_format.quant_type,
-                torch.uint8,
-            )
-            packed[start // 2 :][: codes.shape[0]] = codes
-            scale[start // BLOCK_SIZE_4BIT :][: scales.shape[0]] = scales
-        self.weight = _frozen(packed)
-        if not self.weight_format.double_quant:
-            self.scale = _frozen(scale)
-            return
-        offset = scale.mean()
-        codes, scale_of_scale = _ops.quantize_blockwise(
-            scale - offset, scale_codebook(scale.device), BLOCK_SIZE_SCALES
-        )
-        self.scale = _frozen(codes)
-        self.scale_of_scale = _frozen(scale_of_scale)
-        self.offset_of_scale = _frozen(offset)
-
-    def _pack_8bit(self, weight: Tensor) -> None:
-        packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        scale = torch.empty(self.out_features, device=weight.device)
-        num_rows = max(1, PACK_ELEMENTS // self.in_features)
-        pieces = zip(*(t.split(num_rows) for t in (weight, packed, scale)), strict=True)
-        for rows, codes, row_scale in _pieces(list(pieces), weight):
-            # The scale of an all-zero row is 0, and the row is divided by it.
-            row_scale.copy_(rows.abs().amax(dim=1).float() / 127).clamp_min_(TINY)
-            codes.copy_(torch.div(rows, row_scale[:, None]).round_())
-        self.weight, self.scale = _frozen(packed), _frozen(scale)
 
     def constants(self) -> Iterator[nn.Parameter]:
         """Yield the quantization constants of a packed weight: its scales."""
@@ -173,6 +134,27 @@ class QuantLinear(nn.Module):
         if self.weight_format.bits == 8 or self.weight.dtype == compute:
             return 0
         return self.out_features * self.in_features * compute.itemsize
+
+    @property
+    def piece_bytes(self) -> int:
+        """Return the bytes of the dequantized rows that a gradient of the input needs at once."""
+        if self._has_whole:
+            return 0
+        return self._piece_rows * self.in_features * self.weight_format.compute.itemsize
+
+    @property
+    def _has_whole(self) -> bool:
+        """Return whether the weight exists in the compute dtype."""
+        return self._dequantized is not None or self.weight.dtype == self.weight_format.compute
+
+    @property
+    def _piece_rows(self) -> int:
+        """Return the number of rows that are dequantized at once: all, or whole blocks of them."""
+        num_pieces = -(-self.out_features * self.in_features // PIECE_ELEMENTS)
+        if num_pieces == 1 or self._has_whole:
+            return self.out_features
+        rows = -(-self.out_features // num_pieces)
+        return min(self.out_features, -(-rows // BLOCK_SIZE_4BIT) * BLOCK_SIZE_4BIT)
 
     @torch.no_grad()
     def keep_dequantized(self) -> None:
@@ -202,36 +184,41 @@ class QuantLinear(nn.Module):
         if self._dequantized is not None:
             return self._dequantized
         with scope("temporary"):
-            if self.weight_format.bits == 16:
-                return self.weight.to(self.weight_format.compute)
-            if self.weight_format.bits == 8:
-                assert self.scale is not None
-                return scaled_codes(self.weight, self.scale, self.weight_format.compute)
-            assert self.scale is not None
-            # Flat: for a matrix, bitsandbytes' CPU kernel lets no block cross the end of a row.
-            flat: Tensor = _ops.dequantize_4bit(
-                self.weight,
-                self._block_scales(),
-                BLOCK_SIZE_4BIT,
-                self.weight_format.quant_type,
-                [self.out_features * self.in_features],
-                self.weight_format.compute,
-            )
-            return flat.view(self.out_features, self.in_features)
+            return self._dequantized_rows(slice(0, self.out_features), self._scales())
 
-    def _block_scales(self) -> Tensor:
-        assert self.scale is not None
-        if self.scale_of_scale is None:
+    def _dequantized_pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, the weight of these rows), a few at a time.
+
+        The caller deletes a piece before it takes the next one.
+        """
+        step = self._piece_rows
+        if step == self.out_features:
+            yield slice(0, self.out_features), self.dequantize()
+            return
+        with scope("temporary"):
+            scale = self._scales()
+        for start in range(0, self.out_features, step):
+            rows = slice(start, min(start + step, self.out_features))
+            with scope("temporary"):
+                piece = [self._dequantized_rows(rows, scale)]
+            yield rows, piece.pop()
+
+    def _dequantized_rows(self, rows: slice, scale: Tensor | None) -> Tensor:
+        """Return rows of the weight in the compute dtype. scale: from `_scales`."""
+        compute = self.weight_format.compute
+        if scale is None:
+            return self.weight[rows].to(compute)
+        if self.weight_format.bits == 8:
+            return scaled_codes(self.weight[rows], scale[rows], compute)
+        values = range(rows.start * self.in_features, rows.stop * self.in_features)
+        flat = dequantized_4bit(self.weight, scale, values, self.weight_format.quant_type, compute)
+        return flat.view(-1, self.in_features)
+
+    def _scales(self) -> Tensor | None:
+        """Return the scale of every block of a 4-bit weight, of every row of an 8-bit one."""
+        if self.scale is None or self.scale_of_scale is None or self.offset_of_scale is None:
             return self.scale
-        scale: Tensor = _ops.dequantize_blockwise(
-            self.scale,
-            self.scale_of_scale,
-            scale_codebook(self.scale.device),
-            BLOCK_SIZE_SCALES,
-            torch.float32,
-        )
-        assert self.offset_of_scale is not None
-        return scale.add_(self.offset_of_scale)
+        return dequantized_scales(self.scale, self.scale_of_scale, self.offset_of_scale)
 
     def product(self, x: Tensor) -> Tensor:
         """Return x W^T + b without recording a graph. x: (tokens, in)."""
@@ -240,14 +227,23 @@ class QuantLinear(nn.Module):
             return y if self.bias is None else y.add_(self.bias)
         if self._fuses_token_product and x.shape[0] == 1:
             return self._fused_product(x)
-        if self.bias is None:
-            return x @ self.dequantize().t()
-        return torch.addmm(self.bias, x, self.dequantize().t())
+        return self._dense_product(x, self.bias)
 
     def _product_8bit(self, x: Tensor) -> Tensor:
         assert self.scale is not None
         y = int8_product(x, self.weight, self.scale, self.weight_format.threshold)
-        return x @ self.dequantize().t() if y is None else y
+        return self._dense_product(x, None) if y is None else y
+
+    def _dense_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b with the dequantized weight."""
+        if self._piece_rows == self.out_features:
+            weight = self.dequantize().t()
+            return x @ weight if bias is None else torch.addmm(bias, x, weight)
+        y = x.new_empty(x.shape[0], self.out_features)
+        for rows, piece in self._dequantized_pieces():
+            torch.mm(x, piece.t(), out=y[:, rows])
+            del piece
+        return y if bias is None else y.add_(bias)
 
     def _fused_product(self, x: Tensor) -> Tensor:
         is_nested = self.scale_of_scale is not None
@@ -264,13 +260,17 @@ class QuantLinear(nn.Module):
             absmax_offset=self.offset_of_scale,
         )
 
-    def grad_input(self, grad: Tensor) -> Tensor:
-        """Return the gradient of the input (tokens, in). grad: (tokens, out), of the output."""
-        return grad @ self.dequantize()
+    def grad_input(self, grad: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return the gradient of the input (tokens, in). grad: (tokens, out), of the output.
 
-    def add_grad_input(self, total: Tensor, grad: Tensor) -> None:
-        """Add the gradient of the input to `total` (tokens, in). grad: (tokens, out)."""
-        total.addmm_(grad, self.dequantize())
+        total: add the gradient to this tensor, and return it.
+        """
+        for rows, piece in self._dequantized_pieces():
+            part = grad[:, rows]
+            total = part @ piece if total is None else total.addmm_(part, piece)
+            del piece
+        assert total is not None
+        return total
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out); differentiable in x only."""
@@ -293,11 +293,6 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.layer.grad_input(grad), None  # type: ignore[attr-defined]
-
-
-def _pieces(pieces: Sequence[_T], weight: Tensor) -> Sequence[_T]:
-    """Return all pieces, or the first PIECES_ON_META of a weight on meta."""
-    return pieces[:PIECES_ON_META] if weight.is_meta else pieces
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

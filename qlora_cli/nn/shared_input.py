@@ -63,7 +63,7 @@ def _projected(linears: Sequence[nn.Module], x: Tensor) -> Iterator[None]:
 
 
 class _Answer:
-    """Returns the output of a linear that was computed before, once. It keeps no reference to it."""
+    """Returns the output of a linear that was computed before, once, and then forgets it."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self._x = x

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.nn.codebook import scale_codebook
-from qlora_cli.nn.quant import BLOCK_SIZE_4BIT, BLOCK_SIZE_SCALES, QuantLinear
+from qlora_cli.nn.packing import BLOCK_SIZE_4BIT, BLOCK_SIZE_SCALES
+from qlora_cli.nn.quant import QuantLinear
 from tests.helpers.quantized import draw, packed
 from tests.helpers.runs import CPU
 

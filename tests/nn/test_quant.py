@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_cli.nn import quant
-from qlora_cli.nn.quant import BLOCK_SIZE_4BIT, QuantLinear, WeightFormat
+from qlora_cli.nn import packing, quant
+from qlora_cli.nn.packing import BLOCK_SIZE_4BIT
+from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.quantized import draw, packed
 from tests.helpers.runs import build_base, logits, make_base, make_recipe, make_rows
@@ -37,11 +38,27 @@ def test_4_bit_equals_bitsandbytes_bit_for_bit(
     assert torch.equal(layer.dequantize(), reference.dequantize_4bit(wanted, state))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize(("bits", "inputs"), [(4, 172), (4, 35), (8, 35), (16, 35)])
+def test_products_in_pieces_equal_products_with_the_whole_weight(
+    bits: int, inputs: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = packed(draw(150, inputs), bits)
+    x, grad = draw(num_tokens, inputs), draw(num_tokens, 150)
+    wanted = layer.product(x), layer.grad_input(grad)
+    assert layer.piece_bytes == 150 * inputs * 4
+    monkeypatch.setattr(quant, "PIECE_ELEMENTS", 64 * inputs)
+    assert layer.piece_bytes == 64 * inputs * 4
+    assert len(list(layer._dequantized_pieces())) == 3
+    for found, whole in zip((layer.product(x), layer.grad_input(grad)), wanted, strict=True):
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packing_in_pieces_changes_nothing(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = draw(43, 172)
     whole = packed(weight, bits)
-    monkeypatch.setattr(quant, "PACK_ELEMENTS", 512)
+    monkeypatch.setattr(packing, "PACK_ELEMENTS", 512)
     pieces = packed(weight, bits)
     assert torch.equal(whole.weight, pieces.weight)
     assert torch.equal(whole.dequantize(), pieces.dequantize())

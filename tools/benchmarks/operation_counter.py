@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,7 +60,9 @@ class OperationCounter(TorchDispatchMode):
         return output
 
 
-def _moved(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Iterator[Tensor]:
+def _moved(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> Iterator[Tensor]:
     """Yield every tensor that is read or written, once for each time."""
     name = func._schema.name.removeprefix("aten::")
     written: set[int] = set()
