@@ -198,9 +198,10 @@ def _grad_gate_and_up(
 ) -> tuple[Tensor | None, Tensor]:
     """Return the gradients of gate and up. They overwrite `grad` and `up`.
 
-    grad: gradient of the input of down. largest: number of values that are computed at once. Overwriting is safe: nothing else uses these tensors,
-    because a projection saves its input and not its output. A second backward pass through the same
-    graph raises an error of torch and gives no wrong gradient.
+    grad: gradient of the input of down. largest: number of values that are computed at once.
+    Overwriting is safe: nothing else uses these tensors, because a projection saves its input and
+    not its output. A second backward pass through the same graph raises an error of torch and gives
+    no wrong gradient.
     """
     if gate is None:
         activation.gradient(grad, up, grad_input=grad)

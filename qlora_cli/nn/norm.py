@@ -2,8 +2,8 @@
 
 transformers' RMSNorm is composed of plain operations and saves a float32 copy of its input for the
 backward pass: 4 bytes per value if the input has 2. On a CPU the output here is equal to the last
-bit, and the gradient differs only by the order in which float32 numbers are added. A GPU uses torch's
-fused kernel, one launch instead of seven, which rounds the output once instead of twice.
+bit, and the gradient differs only by the order in which float32 numbers are added. A GPU uses
+torch's fused kernel, one launch instead of seven, which rounds the output once instead of twice.
 
 Shapes: x (..., d), weight (d,), factor (..., 1).
 """

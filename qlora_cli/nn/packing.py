@@ -1,4 +1,4 @@
-"""Quantizes and dequantizes weights: NF4 and FP4 with scales of scales, and int8 with one scale for each row.
+"""Quantizes and dequantizes weights: NF4 and FP4 in blocks, and int8 with one scale per row.
 
 The block sizes of 4-bit weights are BLOCK_SIZE_4BIT and BLOCK_SIZE_SCALES below. Nothing else in
 the package depends on them. A run does not store them, so merge a run with the sizes of its
@@ -36,10 +36,10 @@ _ops = torch.ops.bitsandbytes
 
 
 def packed_4bit(weight: Tensor, quant_type: str, double_quant: bool) -> list[Tensor]:
-    """Return codes and scales or, with double quantization, codes, codes of scales, their scales
-    and their offset.
+    """Return the codes of a weight, and the scales of its blocks of BLOCK_SIZE_4BIT weights.
 
-    quant_type: nf4 or fp4. The scales are those of blocks of BLOCK_SIZE_4BIT weights.
+    quant_type: nf4 or fp4. double_quant: return codes of the scales, their scales and their offset
+    in place of the scales.
     """
     flat, device = weight.reshape(-1), weight.device
     packed = torch.empty(-(-flat.numel() // 2), 1, dtype=torch.uint8, device=device)
