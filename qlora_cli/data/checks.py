@@ -7,22 +7,16 @@ texts (`text_checks.py`) ran when the rows were tokenized; their result is in `f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qlora_cli.data.encoded import Examples
+from qlora_cli.data.encoded_dataset import OWN_PROMPTS, EncodedDataset
 from qlora_cli.data.finding_codes import CODES
 from qlora_cli.data.findings import Finding, finding
-from qlora_cli.data.formats import FORMATS, RowFormat
 from qlora_cli.data.label_checks import label_findings
+from qlora_cli.data.repeat_checks import duplicates, held_out_rows, similar
 from qlora_cli.data.row_findings import about
-from qlora_cli.data.text_checks import RowFaults
-from qlora_cli.data.token_facts import TokenFacts, TokenIds
-from qlora_cli.recipe.schema import DataFormat
+from qlora_cli.data.token_facts import TokenIds
 from qlora_cli.units import format_count
 
 _NEARLY_FULL = 0.95
@@ -37,61 +31,6 @@ _LEAST_ROWS = 10
 """Rows from which on a property of nearly all rows is not by chance."""
 _SHORT_ANSWER = 8
 """Trained tokens of an answer that contradicts another one; longer texts have many wordings."""
-_OWN_PROMPTS = 0.3
-"""Share of different prompts among the rows; with fewer, prompts are repeated on purpose."""
-_HELD_OUT_PROMPTS = 0.01
-"""Share of the held-out rows whose prompts are reported if they are trained on, too."""
-
-
-@dataclass(frozen=True)
-class EncodedDataset:
-    """Encoded rows and how they are arranged.
-
-    held_out: rows of the evaluation set; None if there is none. tokenizer: the base's; None if it
-    has none. faults: of the texts of the rows. replaces_template: whether
-    `data.template` differs from the base's own chat template.
-    """
-
-    examples: Examples
-    held_out: Examples | None
-    format: DataFormat
-    tokenizer: Any
-    seq_len: int
-    packing: bool
-    faults: RowFaults = field(default_factory=RowFaults)
-    replaces_template: bool = False
-
-    @cached_property
-    def facts(self) -> TokenFacts:
-        """Return the facts about the tokens of `examples`."""
-        return TokenFacts.of(self.examples, TokenIds.of(self.tokenizer))
-
-    @cached_property
-    def held_out_facts(self) -> TokenFacts | None:
-        """Return the facts about the tokens of `held_out`."""
-        if self.held_out is None:
-            return None
-        return TokenFacts.of(self.held_out, TokenIds.of(self.tokenizer))
-
-    @property
-    def row_format(self) -> RowFormat:
-        """Return the format's entry in the registry."""
-        return FORMATS[self.format]
-
-    @property
-    def uses_template(self) -> bool:
-        """Return whether the chat template writes the rows."""
-        return self.row_format.uses_chat_template(self.tokenizer)
-
-    @cached_property
-    def is_split(self) -> NDArray[np.bool_]:
-        """Return for each row whether it is a piece of a longer one."""
-        return self.examples.pieces > 0
-
-    @cached_property
-    def has_prompt(self) -> NDArray[np.bool_]:
-        """Return for each row whether more than a BOS token is in front of its answer."""
-        return (self.facts.first > 1) & ~self.is_split
 
 
 def examine(dataset: EncodedDataset) -> tuple[Finding, ...]:
@@ -169,48 +108,6 @@ def _unknown_tokens(dataset: EncodedDataset) -> Iterator[Finding]:
     yield from about("unknown-tokens", dataset.examples, unknown > 0, detail)
 
 
-def _duplicates(dataset: EncodedDataset) -> Iterator[Finding]:
-    examples = dataset.examples
-    words = examples.encoded.words[examples.rows]
-    same = _repeats(examples, dataset.facts.digest)
-    near = _repeats(examples, words) & ~same & (words != 0) & ~dataset.is_split
-    for code, repeated, values in (
-        ("duplicates", same, dataset.facts.digest),
-        ("near-duplicates", near, words),
-    ):
-        if repeated.any():
-            place = int(np.flatnonzero(repeated)[0])
-            earlier = examples.origin(int(np.flatnonzero(values == values[place])[0]))
-            detail = f"{examples.origin(place)} is like {earlier}"
-            yield from about(code, examples, repeated, detail)
-
-
-def _repeats(examples: Examples, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return for each example whether an earlier one of another origin has the same digest."""
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    # A row that its weight repeats has the same origin.
-    places = np.stack([*examples.where(), examples.piece])
-    result: NDArray[np.bool_] = (places != places[:, first[inverse]]).any(axis=0)
-    return result
-
-
-def _held_out(dataset: EncodedDataset) -> Iterator[Finding]:
-    facts, held_out = dataset.held_out_facts, dataset.held_out
-    if held_out is None or facts is None:
-        return
-    train, examples = dataset.facts, dataset.examples
-    words = held_out.encoded.words[held_out.rows]
-    is_near = np.isin(words, examples.encoded.words[examples.rows]) & (words != 0)
-    shared = np.isin(facts.digest, train.digest) | (is_near & (held_out.pieces == 0))
-    yield from about("held-out-in-train", held_out, shared)
-    prompts = train.prompt[dataset.has_prompt]
-    if len(np.unique(prompts)) < _OWN_PROMPTS * len(prompts):
-        return
-    same = np.isin(facts.prompt, prompts) & (facts.first > 1) & ~shared & (held_out.pieces == 0)
-    if same.sum() > _HELD_OUT_PROMPTS * len(held_out):
-        yield from about("held-out-prompts", held_out, same)
-
-
 def _answers(dataset: EncodedDataset) -> Iterator[Finding]:
     facts, examples = dataset.facts, dataset.examples
     chosen = np.flatnonzero(dataset.has_prompt)
@@ -220,7 +117,7 @@ def _answers(dataset: EncodedDataset) -> Iterator[Finding]:
             yield finding("one-answer", detail=f"{counts.max()} of {len(examples)} rows")
             return
     _, first, inverse = np.unique(facts.prompt[chosen], return_index=True, return_inverse=True)
-    if len(first) < _OWN_PROMPTS * len(chosen):
+    if len(first) < OWN_PROMPTS * len(chosen):
         return
     other = facts.answer[chosen] != facts.answer[chosen][first[inverse]]
     short = examples.targets[chosen] <= _SHORT_ANSWER
@@ -259,8 +156,9 @@ CHECKS: tuple[Callable[[EncodedDataset], Iterator[Finding]], ...] = (
     _ids,
     _template,
     _unknown_tokens,
-    _duplicates,
-    _held_out,
+    duplicates,
+    similar,
+    held_out_rows,
     _answers,
     _few_targets,
     _equal_answers,
@@ -272,7 +170,7 @@ def _labels(dataset: EncodedDataset) -> Iterator[Finding]:
     yield from label_findings(dataset.examples, dataset.facts.digest)
 
 
-LABEL_CHECKS = (_unknown_tokens, _duplicates, _held_out, _lengths, _labels)
+LABEL_CHECKS = (_unknown_tokens, duplicates, similar, held_out_rows, _lengths, _labels)
 """The checks of labelled rows, no token of which is trained."""
 
 

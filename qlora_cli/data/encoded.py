@@ -282,3 +282,16 @@ class Examples(Sequence[Example]):
         origin = self.encoded.origin(int(self.rows[index]))
         pieces = self.pieces[index]
         return f"{origin} [{self.piece[index]}/{pieces}]" if pieces else origin
+
+
+def chosen_of_parts(examples: Examples) -> Iterator[tuple[Part, NDArray[np.int64]]]:
+    """Yield each part of the table with the examples whose rows are in it."""
+    parts = examples.encoded.parts
+    firsts = np.array([part.first for part in parts])
+    number = np.searchsorted(firsts, examples.rows, side="right") - 1
+    order = np.argsort(number, kind="stable")
+    bounds = np.searchsorted(number[order], np.arange(len(parts) + 1))
+    for place, part in enumerate(parts):
+        chosen = order[bounds[place] : bounds[place + 1]]
+        if len(chosen):
+            yield part, chosen

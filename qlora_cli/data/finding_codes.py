@@ -6,6 +6,7 @@ To add one, add it to `_ALL` and yield it in `checks.CHECKS`, or in `text_checks
 from __future__ import annotations
 
 from qlora_cli.data.finding_code import Code
+from qlora_cli.data.text_codes import TEXT_CODES
 
 _ALL = (
     Code(
@@ -228,6 +229,18 @@ _ALL = (
         "keep one of them",
     ),
     Code(
+        "similar-rows",
+        "warning",
+        "the row differs from an earlier one only in one word or number",
+        "keep one of them, unless the difference is what is learned",
+    ),
+    Code(
+        "held-out-similar",
+        "warning",
+        "the held-out row differs from a row of data.train only in one word or number",
+        "remove it from data.train, or the held-out loss is too low",
+    ),
+    Code(
         "held-out-in-train",
         "warning",
         "the row of data.eval is also in data.train, so the held-out loss is too low",
@@ -245,49 +258,6 @@ _ALL = (
         "the row is more than 10 times as long as the median",
         "check that it is one row",
     ),
-    Code(
-        "mojibake",
-        "warning",
-        "UTF-8 text was read in another encoding (`Ã©` for `é`)",
-        "read the source as UTF-8 and write the file again",
-    ),
-    Code(
-        "replacement-character",
-        "warning",
-        "U+FFFD stands for characters that were lost in decoding",
-        "read the source in its own encoding and write the file again",
-    ),
-    Code(
-        "control-characters",
-        "warning",
-        "a text contains control or NUL characters",
-        "remove them",
-    ),
-    Code(
-        "byte-order-mark",
-        "warning",
-        "a text contains a byte order mark (U+FEFF)",
-        "read the source as utf-8-sig",
-    ),
-    Code(
-        "invisible-characters",
-        "warning",
-        "a text contains zero-width spaces or direction marks, which change its tokens",
-        "remove U+200B, U+2060 and U+202A to U+202E",
-    ),
-    Code(
-        "html",
-        "warning",
-        "texts contain HTML tags or entities such as `&amp;`",
-        "convert them to plain text (html.unescape)",
-        share=0.02,
-    ),
-    Code(
-        "literal-newlines",
-        "warning",
-        r"texts contain the two characters `\n` in place of a line break",
-        "replace them by line breaks",
-        share=0.02,
-    ),
+    *TEXT_CODES,
 )
 CODES: dict[str, Code] = {code.name: code for code in _ALL}

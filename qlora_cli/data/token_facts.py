@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_cli.data.encoded import Examples, Part
+from qlora_cli.data.encoded import Examples, Part, chosen_of_parts
 
 _NONE = -1
 """A token id that no token has."""
@@ -67,7 +66,7 @@ class TokenFacts:
         """Return the facts about one or more examples, part by part."""
         places, pieces = [], []
         weights = _weights(int(examples.lengths.max(initial=0)))
-        for part, chosen in _parts(examples):
+        for part, chosen in chosen_of_parts(examples):
             places.append(chosen)
             pieces.append(_facts(_Tokens.of(examples, part, chosen), ids, weights))
         order = np.argsort(np.concatenate(places), kind="stable")
@@ -113,19 +112,6 @@ class _Tokens:
     def of_rows(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return the value of its row for each token."""
         return np.repeat(values, self.lengths)
-
-
-def _parts(examples: Examples) -> Iterator[tuple[Part, NDArray[np.int64]]]:
-    """Yield each part of the table with the examples whose rows are in it."""
-    parts = examples.encoded.parts
-    firsts = np.array([part.first for part in parts])
-    number = np.searchsorted(firsts, examples.rows, side="right") - 1
-    order = np.argsort(number, kind="stable")
-    bounds = np.searchsorted(number[order], np.arange(len(parts) + 1))
-    for place, part in enumerate(parts):
-        chosen = order[bounds[place] : bounds[place + 1]]
-        if len(chosen):
-            yield part, chosen
 
 
 def _weights(length: int) -> NDArray[np.uint64]:

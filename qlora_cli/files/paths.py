@@ -17,7 +17,10 @@ def user_path(text: str | Path) -> Path:
     `~name` of an unknown user stays as it is. Raises UsageError if it cannot be a path.
     """
     path = Path(os.path.expanduser(text))
-    too_long = any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in path.parts)
+    try:
+        too_long = any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in path.parts)
+    except UnicodeEncodeError as fault:
+        raise UsageError(f"{str(path)[:60]!r} is not a path: {fault.reason}") from fault
     if too_long or "\0" in str(path):
         reason = f"a name in it has more than {_MAX_NAME_BYTES} bytes" if too_long else "it has NUL"
         raise UsageError(f"{str(path)[:60]!r}... is not a path: {reason}")

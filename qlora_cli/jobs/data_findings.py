@@ -6,7 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.checks import EncodedDataset, examine
+from qlora_cli.data.checks import examine
+from qlora_cli.data.encoded_dataset import EncodedDataset
 from qlora_cli.data.findings import stop_at_errors
 from qlora_cli.data.load import LoadedData
 from qlora_cli.data.template import replaces_template

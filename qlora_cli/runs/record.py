@@ -62,4 +62,5 @@ class RunRecord(BaseModel):
     versions: dict[str, str] | None = None
     checksums: dict[str, str] | None = None
     device: dict[str, Any] | None = None
+    energy: str | None = None
     result: _Result | None = None

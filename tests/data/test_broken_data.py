@@ -72,6 +72,16 @@ def asked_for_copy(number: int) -> Row:
     return chat(user(f"{WORDS[number]}: {LONG} {number}."), assistant(f"{LONG} {number}."))
 
 
+def ferry(time: str) -> str:
+    return f"The ferry leaves the old harbour at {time}, and it is back when the sun sets."
+
+
+def crossing(time: str, goal: str = "the big bay") -> tuple[Row, Row]:
+    return user(f"How do people get from the market to {goal} in the summer months?"), assistant(
+        ferry(time)
+    )
+
+
 TOOL = {"role": "tool", "content": "{}"}
 TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
 LONG = "the answer has more than forty characters and is copied from here"
@@ -169,6 +179,10 @@ SET_FAULTS = [
     ("empty-answer", [*TEXTS, {"text": " \n "}]),
     ("control-characters", [*TEXTS, {"text": "a\x07b"}]),
     ("duplicates", [*TEXTS, TEXTS[2]]),
+    ("similar-rows", [*CHATS, chat(*crossing("nine")), chat(*crossing("five"))]),
+    ("similar-rows", [*CHATS, chat(*crossing("9:25")), chat(*crossing("9:45"))]),
+    ("similar-rows", [*CHATS, chat(*crossing("nine")), chat(*crossing("nine", "the dry bay"))]),
+    ("similar-rows", [*TEXTS, {"text": ferry("nine")}, {"text": ferry("five")}]),
     ("outside-template", PAIRS),
 ]
 """(code, all rows)."""
@@ -249,6 +263,16 @@ def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
     assert found(other, same_prompt) == {"held-out-prompts": 1}
 
 
+def test_held_out_rows_that_differ_in_one_word(tmp_path: Path) -> None:
+    held_out = write_rows(tmp_path / "held_out.jsonl", [chat(*crossing("five"))])
+    for rows, codes_found in (
+        (CHATS, {}),
+        ([*CHATS, chat(*crossing("nine"))], {"held-out-similar": 1, "held-out-prompts": 1}),
+    ):
+        found = codes(tmp_path / "rows.jsonl", rows, chat=True, eval=str(held_out))
+        assert found == codes_found
+
+
 def test_padding_is_found_without_a_tokenizer(tmp_path: Path) -> None:
     rows = [{"input_ids": [*range(5, 10 + i), *[0] * (8 - i)]} for i in range(6)]
     data = Data.model_validate({"train": str(write_rows(tmp_path / "rows.jsonl", rows))})
@@ -284,7 +308,13 @@ def load_copy(folder: Path) -> Any:
 
 
 def test_every_code_has_a_broken_set_and_there_are_sixty() -> None:
-    elsewhere = {"held-out-in-train", "held-out-prompts", "dated-template", "no-end-token"}
+    elsewhere = {
+        "held-out-similar",
+        "held-out-in-train",
+        "held-out-prompts",
+        "dated-template",
+        "no-end-token",
+    }
     elsewhere |= {"template-replaced", "unknown-tokens", "equal-answers"}
     elsewhere |= {"one-label", "label-conflict"}
     assert {code for code, _ in MIXED} == {*CODES} - elsewhere

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.checks import EncodedDataset, examine, length_notes
+from qlora_cli.data.checks import examine, length_notes
 from qlora_cli.data.encode import Example
+from qlora_cli.data.encoded_dataset import EncodedDataset
 from qlora_cli.data.finding_codes import CODES
 from qlora_cli.data.findings import finding, stop_at_errors
 from qlora_cli.errors import DataError

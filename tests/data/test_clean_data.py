@@ -121,6 +121,8 @@ REAL_FAULTS = {
     "gsm8k as chats": {"invisible-characters"},
     "gsm8k as alpaca": {"invisible-characters"},
     "entailment": {"control-characters", "duplicates"},
+    # "Tell me about yourself." and "Tell me about you." with the same long answer.
+    "share_gpt": {"similar-rows"},
 }
 TEMPLATES = sorted((SHARED_DATA / "chat_templates").glob("*/*.jinja"))
 REFUSE_PLAIN_CHATS = {

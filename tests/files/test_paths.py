@@ -16,7 +16,7 @@ def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert user_path("~no-such-user/x") == Path("~no-such-user/x")
 
 
-@pytest.mark.parametrize("text", ["x" * 256, "a/" + "\u20ac" * 90, "a\0b"])
+@pytest.mark.parametrize("text", ["x" * 256, "a/" + "\u20ac" * 90, "a\0b", "a/\ud800"])
 def test_a_text_that_cannot_be_a_path_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a path"):
         user_path(text)
