@@ -78,11 +78,14 @@ def fast_import() -> Iterator[None]:
 def job_observer() -> Iterator[SweepObserver]:
     """Yield an observer that shows a job's progress on stderr.
 
-    Inside the block, everything that libraries print on stdout goes to stderr too.
+    Inside the block, everything that libraries print on stdout goes to stderr too, and SIGTERM and
+    SIGHUP end the job as Ctrl-C does, so that no unfinished file is left.
     """
+    from qlora_cli.train.stop_signals import endings_as_interrupt
     from qlora_cli.ui import console, progress
 
-    with redirect_stdout(sys.stderr), progress.watching(console.messages()) as observer:
+    watching = progress.watching(console.messages())
+    with endings_as_interrupt(), redirect_stdout(sys.stderr), watching as observer:
         yield observer
 
 

@@ -36,11 +36,16 @@ def stop_signals(on_request: Callable[[], object]) -> Iterator[StopRequested]:
 def endings_as_interrupt() -> Iterator[None]:
     """Raise KeyboardInterrupt at SIGTERM and SIGHUP inside the block, as at Ctrl-C.
 
-    So the job ends in order and records that it was interrupted.
+    So the job ends in order and records that it was interrupted. Later ones are ignored, because a
+    closed terminal and a shutdown send several, and the record must be written.
     """
+    has_ended = False
 
     def handle(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        nonlocal has_ended
+        if not has_ended:
+            has_ended = True
+            raise KeyboardInterrupt
 
     with _handled(_endings(), handle):
         yield

@@ -121,7 +121,7 @@ REAL_FAULTS = {
     "gsm8k as chats": {"invisible-characters"},
     "gsm8k as alpaca": {"invisible-characters"},
     "entailment": {"control-characters", "duplicates"},
-    # "Tell me about yourself." and "Tell me about you." with the same long answer.
+    # Two questions that differ in one word have the same long answer.
     "share_gpt": {"similar-rows"},
 }
 TEMPLATES = sorted((SHARED_DATA / "chat_templates").glob("*/*.jinja"))
