@@ -76,6 +76,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             if not 2 <= length <= min(_MAX_HEADER_BYTES, file.stat().st_size - _LENGTH_BYTES):
                 raise ValueError(f"impossible header length of {length} bytes")
             header = json.loads(stream.read(length), parse_constant=_no_number)
+            json.dumps(header, ensure_ascii=False).encode()  # Raises at half characters.
             metadata = _metadata(header.pop("__metadata__", None))
             start = _LENGTH_BYTES + length
             entries = {name: _entry(file, start, fields) for name, fields in header.items()}
@@ -114,10 +115,9 @@ def _no_number(name: str) -> None:
 def _metadata(content: Any) -> dict[str, str]:
     """Return the header's metadata, which must be texts. Raises ValueError."""
     metadata = {} if content is None else content
-    values = metadata.values() if isinstance(metadata, dict) else [metadata]
-    if not all(isinstance(value, str) for value in values):
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata is not a map of texts")
-    return dict(metadata)
+    return metadata
 
 
 def _entry(file: Path, start: int, fields: Mapping[str, Any]) -> TensorEntry:
@@ -126,6 +126,8 @@ def _entry(file: Path, start: int, fields: Mapping[str, Any]) -> TensorEntry:
     shape = tuple(fields["shape"])
     if not all(type(number) is int and number >= 0 for number in (first, end, *shape)):
         raise ValueError(f"the shape {shape} or the offsets {first} and {end} are not sizes")
+    if fields["dtype"] not in _DTYPES:
+        raise ValueError(f"the dtype {str(fields['dtype'])[:40]!r} is not supported")
     entry = TensorEntry(file, _DTYPES[fields["dtype"]], shape, start + first)
     if entry.num_bytes != end - first:
         raise ValueError(f"a tensor of shape {shape} has {end - first} bytes")
