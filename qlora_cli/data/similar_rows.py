@@ -22,7 +22,7 @@ _WIDTH = 4
 _KEPT = 16
 """Shingles of a row that are compared, on average."""
 _SAMPLE = 2000
-"""Rows whose shingles tell which ones are of a template."""
+"""Rows among which a shingle of a template is frequent."""
 _TEMPLATE_SHARE = 0.05
 _TEMPLATE_ROWS = 5
 """Share and number of the rows of the sample from which on a shingle is of a template."""

@@ -11,6 +11,7 @@ File format: the length of the header (8 bytes, little endian), a JSON header, t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,12 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if not 2 <= length <= min(_MAX_HEADER_BYTES, file.stat().st_size - _LENGTH_BYTES):
                 raise ValueError(f"impossible header length of {length} bytes")
-            header = json.loads(stream.read(length), parse_constant=_no_number)
+            header = json.loads(
+                stream.read(length),
+                parse_constant=_no_number,
+                parse_int=lambda text: int(_in_range(text)),
+                parse_float=lambda text: float(_in_range(text)),
+            )
             json.dumps(header, ensure_ascii=False).encode()  # Raises at half characters.
             metadata = _metadata(header.pop("__metadata__", None))
             start = _LENGTH_BYTES + length
@@ -110,6 +116,13 @@ def _check_places(entries: Mapping[str, TensorEntry], start: int) -> int:
 def _no_number(name: str) -> None:
     """Refuse NaN and Infinity, which JSON does not have."""
     raise ValueError(f"{name} is not JSON")
+
+
+def _in_range(text: str) -> str:
+    """Return the text of a number. Raises ValueError if float64 cannot represent it."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]}... is out of range")
+    return text
 
 
 def _metadata(content: Any) -> dict[str, str]:

@@ -83,10 +83,11 @@ HEADERS = [
     {**HEADER, "__metadata__": ""},
     {**HEADER, "__metadata__": {"format": "\ud800"}},
     {**HEADER, "\ud800": HEADER["a"]},
+    {**HEADER, "a": {**HEADER["a"], "more": 10**400}},
 ]
 
 
-@pytest.mark.parametrize("header", HEADERS, ids=["text", "value", "name"])
+@pytest.mark.parametrize("header", HEADERS, ids=["text", "value", "name", "number"])
 def test_headers_that_the_library_refuses(file: Path, header: Any) -> None:
     write(file, with_header(header))
     assert read_by_library(file) is None
