@@ -177,10 +177,10 @@ def _check_sizes(config: Any) -> None:
 def _size(config: Any, key: str) -> int | None:
     """Return a size of a config; None if it has none, or if it differs between layers."""
     try:
-        size: int | None = getattr(config, key, None)
+        size = getattr(config, key, None)
     except RuntimeError:
         return None
-    return size
+    return None if isinstance(size, list | tuple) else size
 
 
 def _local(name: str) -> Path | None:

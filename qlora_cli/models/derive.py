@@ -42,6 +42,7 @@ from qlora_cli.models.tables import is_plain_table, measured_scale
 from qlora_cli.models.tying import share_modules, shared_modules, tied_names
 from qlora_cli.models.weight_reads import read_weights
 from qlora_cli.nn import attention, stacked_experts
+from qlora_cli.nn.own_experts import has_own_experts, plan_own_experts
 
 _DROPOUT = re.compile(r"dropout|drop_rate|layerdrop|_pdrop|_drop$|jitter_noise$")
 
@@ -81,6 +82,7 @@ def derive_backbone(model: Any, head_path: Callable[[Any], str]) -> Family:
     embeddings = tuple(_embedding_paths(model, blocks, others))
     if experts:
         model.set_experts_implementation(stacked_experts.NAME)
+    plan_own_experts(model)
     own_attention, probed = _attention(model, backbone, blocks)
     unquantized = tuple(dict.fromkeys((*read_directly(found), *probed.idle)))
     has_positions = takes_positions(model.get_submodule(backbone))
@@ -122,10 +124,11 @@ def derive_backbone(model: Any, head_path: Callable[[Any], str]) -> Family:
 def _experts(model: Any, blocks: str, found: Sequence[nn.Module]) -> tuple[tuple[str, ...], Stacks]:
     """Return the paths of experts within a block, and the parts of their stacks in a checkpoint."""
     paths = dict.fromkeys(path for path, module in modules_of(found) if has_experts(module))
+    own = dict.fromkeys(path for path, module in modules_of(found) if has_own_experts(module))
     stacks = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and _is_in(name, blocks, tuple(paths))
+        if parameter.dim() == 3 and _is_in(name, blocks, (*paths, *own))
     }
     return tuple(paths), stacked_parts(model, stacks)
 
@@ -144,11 +147,14 @@ def _is_in(name: str, blocks: str, paths: Sequence[str]) -> bool:
 
 
 def _blocks_path(model: Any, backbone: str) -> str:
-    """Return the path of the only list of modules that contains linears."""
+    """Return the path of the only list of modules that contains linears.
+
+    A list of linears, such as Gemma 3n has next to its blocks, is not counted.
+    """
     found: list[str] = []
     for path, module in model.get_submodule(backbone).named_modules(prefix=backbone):
         is_inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not is_inside and _has_linears(module):
+        if isinstance(module, nn.ModuleList) and not is_inside and _has_blocks(module):
             found.append(path)
     if len(found) != 1:
         lists = ", ".join(found) or "none"
@@ -156,19 +162,23 @@ def _blocks_path(model: Any, backbone: str) -> str:
     return found[0]
 
 
-def _has_linears(module: nn.Module) -> bool:
-    return any(is_linear(child) for child in module.modules())
+def _has_blocks(modules: nn.ModuleList) -> bool:
+    blocks = (module for module in modules if not is_linear(module))
+    return any(is_linear(child) for block in blocks for child in block.modules())
 
 
 def _kept_stacks(found: Sequence[nn.Module]) -> Iterator[str]:
     """Yield the paths, within a block, of large weights with more dimensions than a matrix.
 
-    They stay as they are, as does a matrix that is not a linear, such as a router.
+    They stay as they are, as does a matrix that is not a linear, such as a router. Matrices of
+    experts with code of their own are such weights, too.
     """
+    own = {id(part) for _, m in modules_of(found) if has_own_experts(m) for part in m.children()}
     for path, module in modules_of(found):
         for name, parameter in module.named_parameters(recurse=False):
-            is_known = isinstance(module, nn.Conv1d) or has_experts(module)
-            if sum(size > 1 for size in parameter.shape) > 2 and not is_known:
+            is_known = isinstance(module, nn.Conv1d) or has_experts(module) or is_linear(module)
+            is_stack = sum(size > 1 for size in parameter.shape) > 2 or id(module) in own
+            if is_stack and not is_known:
                 yield f"{path}.{name}"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qlora_cli.files.composed import text_config_of
 from qlora_cli.models.derive_blocks import is_linear, structure_of
+from qlora_cli.nn.full_mask import full_mask
 from qlora_cli.nn.spans import Spans, use_spans
 
 _NUM_TOKENS = 3
@@ -83,14 +84,15 @@ def _probe(model: Any, backbone: str, blocks: str, has_mask: bool) -> Probe | No
     num_tokens = max(
         [_NUM_TOKENS, *(getattr(text_config_of(model), "compress_rates", None) or {}).values()]
     )
-    lengths: list[int] = []
+    has_other_length: list[bool] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        lengths.append(num_tokens if hidden is None else hidden.shape[1])
+        # Gemma 3n has several hidden states of each token: (states, 1, T, d).
+        has_other_length.append(hidden is not None and num_tokens not in hidden.shape[1:-1])
 
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
-    mask = {"attention_mask": torch.ones_like(ids)} if has_mask else {}
+    mask = {"attention_mask": full_mask(num_tokens, ids.device)} if has_mask else {}
     found = model.get_submodule(blocks)
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in found]
     try:
@@ -104,7 +106,7 @@ def _probe(model: Any, backbone: str, blocks: str, has_mask: bool) -> Probe | No
     finally:
         for handle in handles:
             handle.remove()
-    return Probe(tuple(_idle(found, has_effect)), any(n != num_tokens for n in lengths))
+    return Probe(tuple(_idle(found, has_effect)), any(has_other_length))
 
 
 def _has_gradient(model: nn.Module, hidden: Tensor) -> set[int]:

@@ -34,6 +34,7 @@ ACTIVE_EXPERTS = (
 _EXPERT_WIDTH = (
     *("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
     *("moe_shared_expert_intermediate_size", "expert_ffn_hidden_size"),
+    "shared_experts_intermediate_size",
 )
 _ONE = ("n_group", "topk_group", "num_expert_group", "n_groups", "mamba_n_groups", "mamba_ngroups")
 _LATENT = ("q_lora_rank", "qk_latent_size", "o_lora_rank")
@@ -45,6 +46,9 @@ _WINDOW = (
     *("sliding_window", "sliding_window_size", "attention_window_size", "window_size"),
     *("local_attention", "attention_chunk_size"),
 )
+_INDEXER_HEAD_SIZE = ("index_head_dim", "indexer_head_dim")
+_INDEXER_HEADS = ("index_n_heads", "indexer_n_heads")
+_SELECTED = ("index_topk", "indexer_budget")
 
 SIZES: Mapping[str, int] = {
     **dict.fromkeys(_VOCABULARY, 128),
@@ -75,12 +79,18 @@ SIZES: Mapping[str, int] = {
     **dict.fromkeys(_LATENT, 32),
     "kv_lora_rank": 16,
     **dict.fromkeys(_STATE, 8),
+    **dict.fromkeys(_INDEXER_HEAD_SIZE, 16),
+    **dict.fromkeys(_INDEXER_HEADS, 2),
+    **dict.fromkeys(_SELECTED, 4),
+    "indexer_compress_ratio": 2,
+    "hc_lowrank": 8,
     "time_step_rank": 4,
     "mamba_dt_rank": 4,
     "hidden_size_per_layer_input": 16,
     "pronunciation_embed_dim": 16,
     "shape_embed_dim": 16,
     "adapter_rank": 8,
+    "kv_n_heads": 2,
     "zero_expert_num": 2,
     "first_k_dense_replace": 1,
 }

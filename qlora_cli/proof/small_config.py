@@ -16,7 +16,7 @@ from qlora_cli.files.quantized import STORED_AS
 from qlora_cli.models.depth import LAYER_KEYS, layers_key
 from qlora_cli.models.registry import unsupported
 from qlora_cli.proof.sizes import ACTIVE_EXPERTS, SIZES
-from qlora_cli.proof.small_parts import small_whole
+from qlora_cli.proof.small_parts import small_parts, small_whole
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -27,6 +27,7 @@ _STATE_HEADS = {
     "head_dim": ("num_heads", "expand"),
 }
 """Head size of a state-space layer -> number of its heads, factor of the hidden size."""
+_HEAD_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SMALL_SOFT_CAP = 2.0
 _MIN_LAYERS = 2
@@ -44,9 +45,9 @@ def small_config(config: Any) -> Any:
     """
     content = config.to_dict()
     content = {key: value for key, value in content.items() if key not in (WHOLE, STORED_AS)}
-    if "text_config" in content or "vision_config" in content:
+    if "text_config" in content:
         raise unsupported(config, "its language model has several parts")
-    changes: dict[str, Any] = {**_sizes(content), **_key_value_heads(content)}
+    changes: dict[str, Any] = {**_sizes(content), **_key_value_heads(content), **small_parts(config)}
     changes |= _state_heads(content, changes)
     changes |= _wider_attention(content, changes)
     changes |= _layers(content, changes)
@@ -114,10 +115,7 @@ def _layers(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     result |= {name: [kept.index(i) for i in value if i in kept] for name, value in numbers.items()}
     if overrides:
         result["per_layer_config"] = {
-            kept.index(index): {
-                name: _in_proportion(old, content.get(name), changes.get(name))
-                for name, old in values.items()
-            }
+            kept.index(index): _small_overrides(values, content, changes)
             for index, values in overrides.items()
             if index in kept
         }
@@ -152,6 +150,22 @@ def _small(name: str, value: Any, changes: Mapping[str, Any]) -> Any:
     if name in _KEY_VALUE_HEADS:
         return min(value, changes.get(name, value))
     return min(value, SIZES[name]) if name in SIZES and isinstance(value, int) else value
+
+
+def _small_overrides(
+    values: Mapping[str, Any], content: Mapping[str, Any], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the small values of the settings that one layer has instead of the common ones."""
+    small = {
+        name: _in_proportion(old, content.get(name), changes.get(name))
+        for name, old in values.items()
+    }
+    # A head of latent attention consists of a part with positions and one without.
+    large = {**content, **values}
+    parts = [large.get(name) for name in _HEAD_PARTS]
+    if None not in parts and large.get("head_dim") == sum(parts):
+        small["head_dim"] = sum({**changes, **small}[name] for name in _HEAD_PARTS)
+    return small
 
 
 def _in_proportion(value: Any, common: Any, small: Any) -> Any:

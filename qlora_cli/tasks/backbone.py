@@ -13,6 +13,7 @@ from qlora_cli.memory.scopes import scope
 from qlora_cli.models.head import head_input
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.embedding import HostEmbedding
+from qlora_cli.nn.full_mask import full_mask
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.nn.logits import LogitTransform
 from qlora_cli.nn.spans import Spans, use_spans
@@ -62,7 +63,7 @@ def _mask(loaded: LoadedModel, ids: Tensor, device: torch.device) -> dict[str, T
     if not loaded.family.own_attention:
         return {}
     # Without a mask some models search the positions for packed rows, which reads a value.
-    return {"attention_mask": torch.ones(ids.shape, dtype=torch.long, device=device)}
+    return {"attention_mask": full_mask(ids.shape[1], device)}
 
 
 def head_input_of(loaded: LoadedModel, hidden: Tensor) -> Tensor:

@@ -55,6 +55,14 @@ def _sections(*sizes: int) -> dict[str, Any]:
     return {"text_config": {"rope_parameters": rope}}
 
 
+_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 16,
+    "output_gate_type": "sigmoid",
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "granite": {
         "embedding_multiplier": 12.0,
@@ -74,6 +82,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
     "xmod": {"default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
+    "emu3": {"vocabulary_map": {"<image>": 151851, "<|visual token 000000|>": 151854}},
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), _INDEXER),
+    "dbrx": {
+        "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 8, "rope_theta": 500000.0},
+        "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+    },
     "gemma4_text": {"num_kv_shared_layers": 18, "final_logit_softcapping": 30.0},
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _sections(16, 24, 24)),
     **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga"), _sections(8, 12, 12)),
