@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from qlora_cli.files.composed import is_composed
+from qlora_cli.files.composed import is_composed, model_type_of
+from qlora_cli.nn.full_mask import full_mask
+
+_PARTS = ("vision_config", "audio_config")
+"""Keys of a config with the configs of parts for images and sound."""
+_NUM_TOKENS = 3
 
 
 def auto_class(config: Any, model_class: Any) -> Any:
@@ -18,7 +26,9 @@ def auto_class(config: Any, model_class: Any) -> Any:
         return model_class
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText
+    # A model for sound and text is only in the list of causal language models.
+    is_listed = model_type_of(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if is_listed else model_class
 
 
 def language_model_path(model: Any) -> str:
@@ -50,7 +60,7 @@ def other_parts(model: Any, backbone: str, head: str) -> tuple[str, ...]:
     backbone, head: paths of the language model and of its head.
     """
     if not hasattr(model.config, "text_config"):
-        return ()
+        return _parts_without_text(model, backbone)
     found: list[str] = []
     ancestors = backbone.split(".")
     for depth in range(len(ancestors)):
@@ -60,6 +70,43 @@ def other_parts(model: Any, backbone: str, head: str) -> tuple[str, ...]:
             if path != head and not f"{backbone}.".startswith(f"{path}."):
                 found.append(path)
     return tuple(found)
+
+
+def _parts_without_text(model: Any, backbone: str) -> tuple[str, ...]:
+    """Return the paths of the modules in the language model that rows of text do not run.
+
+    Some models contain their parts for images or sound in the language model (GIT, Phi-4
+    multimodal). Other models have no such parts.
+    """
+    if not any(hasattr(getattr(model.config, key, None), "to_dict") for key in _PARTS):
+        return ()
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+        for path, module in model.named_modules()
+    ]
+    ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad():
+            model.get_submodule(backbone)(
+                input_ids=ids, use_cache=False, attention_mask=full_mask(_NUM_TOKENS, ids.device)
+            )
+    except Exception:  # Code of any model class runs here. The laws find what is wrong.
+        return ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(_uncalled(model.get_submodule(backbone), backbone, called))
+
+
+def _uncalled(module: nn.Module, path: str, called: Collection[str]) -> Iterator[str]:
+    """Yield the paths of the outermost modules with weights of which no part was called."""
+    for name, child in module.named_children():
+        inside = f"{path}.{name}"
+        if any(f"{one}.".startswith(f"{inside}.") for one in called):
+            yield from _uncalled(child, inside, called)
+        elif any(True for _ in child.parameters()):
+            yield inside
 
 
 def modules_inside(model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ Stacks = Mapping[str, tuple[StackPart, ...]]
 
 RowParts = Mapping[str, tuple[str, ...]]
 """Name of a parameter -> the tensors of a checkpoint that are its rows, in order."""
+_SIZE = 4
+"""Rows and columns of a matrix of codes: with two rows, interleaved halves would look in order."""
 _NUM_CODES = 12
 """Divisible by the number of parts of a parameter."""
 
@@ -73,7 +75,7 @@ def stacked_parts(model: Any, parameters: Mapping[str, Tensor]) -> Stacks:
     Raises ModelError for parts that are not rows of one expert's matrix.
     """
     codes = {
-        name: torch.arange(p.shape[0] * 4, device="cpu").view(-1, 2, 2)
+        name: torch.arange(p.shape[0] * _SIZE**2, device="cpu").view(-1, _SIZE, _SIZE)
         for name, p in parameters.items()
     }
     names = dict(enumerate(codes))
@@ -86,7 +88,8 @@ def stacked_parts(model: Any, parameters: Mapping[str, Tensor]) -> Stacks:
             continue
         found = _part(file_name, part - list(codes).index(parameter) * largest, codes[parameter])
         if found is None:
-            raise unsupported(model.config, f"{file_name} is not a part of one expert's matrix")
+            reason = f"{file_name} is not a part of one expert's matrix, in the order of its rows"
+            raise unsupported(model.config, reason)
         stacks.setdefault(parameter, []).append(found)
     return {
         name: tuple(sorted(parts, key=lambda part: (part.expert, part.start)))
@@ -119,9 +122,9 @@ def parts_of_rows(model: Any, parameters: Iterable[str]) -> RowParts:
 
 
 def _part(name: str, found: Tensor, codes: Tensor) -> StackPart | None:
-    """Return the part of the stack `codes` (E, 2, 2) that has the numbers of `found`."""
-    expert = int(found.flatten()[0]) // 4
+    """Return the part of the stack `codes` (E, size, size) that has the numbers of `found`."""
+    expert, half = int(found.flatten()[0]) // _SIZE**2, _SIZE // 2
     for start, stop in ((0, 2), (0, 1), (1, 2)):
-        if torch.equal(found, codes[expert, start:stop]):
+        if torch.equal(found, codes[expert, start * half : stop * half]):
             return StackPart(name, expert, start, stop)
     return None

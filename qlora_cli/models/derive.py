@@ -36,13 +36,14 @@ from qlora_cli.models.derive_blocks import (
 from qlora_cli.models.family import Family
 from qlora_cli.models.head import measured_head
 from qlora_cli.models.mixers import mixers_of, position_tables
-from qlora_cli.models.probe import Probe, probe, takes_positions
+from qlora_cli.models.probe import Probe, arguments_of, probe, takes_positions
 from qlora_cli.models.registry import unsupported
 from qlora_cli.models.tables import is_plain_table, measured_scale
 from qlora_cli.models.tying import share_modules, shared_modules, tied_names
 from qlora_cli.models.weight_reads import read_weights
 from qlora_cli.nn import attention, stacked_experts
-from qlora_cli.nn.own_experts import has_own_experts, plan_own_experts
+from qlora_cli.nn.own_experts import has_own_experts
+from qlora_cli.nn.plannable import replace_value_dependent
 
 _DROPOUT = re.compile(r"dropout|drop_rate|layerdrop|_pdrop|_drop$|jitter_noise$")
 
@@ -69,11 +70,11 @@ def derive_backbone(model: Any, head_path: Callable[[Any], str]) -> Family:
     if not backbone:
         raise unsupported(config, "it has no module for its hidden states")
     check_causal(model, model.get_submodule(backbone))
-    blocks = _blocks_path(model, backbone)
-    found = list(model.get_submodule(blocks))
-    experts, stacks = _experts(model, blocks, found)
     head = head_path(model)
     others = other_parts(model, backbone, head)
+    blocks = _blocks_path(model, backbone, others)
+    found = list(model.get_submodule(blocks))
+    experts, stacks = _experts(model, blocks, found)
     tied = tied_names(model, head, others)
     shared = shared_modules(model, tied)
     tied = {name: other for name, other in tied.items() if name.rpartition(".")[0] not in shared}
@@ -82,7 +83,7 @@ def derive_backbone(model: Any, head_path: Callable[[Any], str]) -> Family:
     embeddings = tuple(_embedding_paths(model, blocks, others))
     if experts:
         model.set_experts_implementation(stacked_experts.NAME)
-    plan_own_experts(model)
+    replace_value_dependent(model)
     own_attention, probed = _attention(model, backbone, blocks)
     unquantized = tuple(dict.fromkeys((*read_directly(found), *probed.idle)))
     has_positions = takes_positions(model.get_submodule(backbone))
@@ -114,6 +115,7 @@ def derive_backbone(model: Any, head_path: Callable[[Any], str]) -> Family:
         packs=not probed.adds_tokens,
         mixers=tuple(mixers_of(found, own_attention)),
         takes_positions=has_positions,
+        arguments=arguments_of(config, model.get_submodule(backbone)),
         counting_tables=() if has_positions else tuple(_counting_tables(model, backbone, found)),
         merged_attention=_merged_attention(model, backbone),
         others=others,
@@ -146,14 +148,14 @@ def _is_in(name: str, blocks: str, paths: Sequence[str]) -> bool:
     return name.startswith(f"{blocks}.") and within in paths
 
 
-def _blocks_path(model: Any, backbone: str) -> str:
+def _blocks_path(model: Any, backbone: str, others: Sequence[str]) -> str:
     """Return the path of the only list of modules that contains linears.
 
     A list of linears, such as Gemma 3n has next to its blocks, is not counted.
     """
     found: list[str] = []
     for path, module in model.get_submodule(backbone).named_modules(prefix=backbone):
-        is_inside = any(path.startswith(f"{outer}.") for outer in found)
+        is_inside = any(path.startswith(f"{outer}.") for outer in (*found, *others))
         if isinstance(module, nn.ModuleList) and not is_inside and _has_blocks(module):
             found.append(path)
     if len(found) != 1:
@@ -224,6 +226,8 @@ def _counting_tables(model: Any, backbone: str, found: Sequence[nn.Module]) -> I
 
 def _can_set_attention(model: Any, backbone: str) -> bool:
     """Return whether the classes of a model and of its language model use the interface."""
+    if text_config_of(model)._attn_implementation != attention.NAME:
+        return False
     parts = (model, model.get_submodule(backbone))
     checks = (getattr(part, "_can_set_attn_implementation", lambda: True) for part in parts)
     return all(check() for check in checks)

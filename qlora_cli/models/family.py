@@ -92,7 +92,8 @@ class Family:
     that mix tokens, and not through transformers' interface; they compute one row at a time.
     takes_positions: the backbone accepts positions. counting_tables: else, position tables that
     count the tokens. kept_stacks: weights of a block with more dimensions than a matrix, which stay
-    in 16 bit. row_parts: name of a parameter -> the tensors of a checkpoint that are its rows, in
+    in 16 bit. arguments: name of an argument of the backbone -> its value, the same for all rows.
+    row_parts: name of a parameter -> the tensors of a checkpoint that are its rows, in
     order.
 
     The last fields are for a sequence classifier, whose `head` is the last linear. trained_head:
@@ -133,6 +134,7 @@ class Family:
     takes_positions: bool = True
     counting_tables: tuple[str, ...] = ()
     kept_stacks: tuple[str, ...] = ()
+    arguments: Mapping[str, int] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     row_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     trained_head: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qlora_cli.files.composed import text_config_of
 from qlora_cli.models.derive_blocks import is_linear, structure_of
+from qlora_cli.models.registry import unsupported
 from qlora_cli.nn.full_mask import full_mask
 from qlora_cli.nn.spans import Spans, use_spans
 
@@ -29,6 +30,30 @@ def takes_positions(backbone: nn.Module) -> bool:
     children = list(backbone.children())
     is_wrapper = all(p.kind in _VARIABLE for p in parameters.values())
     return is_wrapper and len(children) == 1 and takes_positions(children[0])
+
+
+def arguments_of(config: Any, backbone: nn.Module) -> dict[str, int]:
+    """Return the arguments of the backbone with one value for all rows: X-MOD's language.
+
+    config: of the language model. Raises ModelError if it does not name the language.
+    """
+    if "lang_ids" not in inspect.signature(backbone.forward).parameters:
+        return {}
+    if config.default_language not in config.languages:
+        raise unsupported(
+            config,
+            f"its config.json must name the language of the rows, one of "
+            f"{', '.join(config.languages)}, as default_language",
+        )
+    return {"lang_ids": list(config.languages).index(config.default_language)}
+
+
+def constant_arguments(values: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return arguments of a backbone for one sequence. values: name -> value.
+
+    The tensors are on the CPU: the model selects by their values, also in a dry run.
+    """
+    return {name: torch.tensor([value], device="cpu") for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -92,14 +117,15 @@ def _probe(model: Any, backbone: str, blocks: str, has_mask: bool) -> Probe | No
         has_other_length.append(hidden is not None and num_tokens not in hidden.shape[1:-1])
 
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
-    mask = {"attention_mask": full_mask(num_tokens, ids.device)} if has_mask else {}
+    parts = model.get_submodule(backbone)
+    arguments = constant_arguments(arguments_of(text_config_of(model), parts))
+    if has_mask:
+        arguments["attention_mask"] = full_mask(num_tokens, ids.device)
     found = model.get_submodule(blocks)
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in found]
     try:
         with torch.enable_grad(), use_spans(Spans((num_tokens,), "cpu")):
-            hidden: Tensor = model.get_submodule(backbone)(input_ids=ids, use_cache=False, **mask)[
-                0
-            ]
+            hidden: Tensor = parts(input_ids=ids, use_cache=False, **arguments)[0]
             has_effect = _has_gradient(model, hidden)
     except Exception:  # Code of any model class runs here.
         return None

@@ -8,7 +8,6 @@ no values, can plan the memory. The weights stay in transformers' own parameters
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +18,8 @@ from qlora_cli.nn.experts import rows_per_expert, sum_over_experts
 
 
 def has_own_experts(module: nn.Module) -> bool:
-    """Return whether `plan_own_experts` changes a module."""
-    return type(module).__name__ in _FORWARDS
-
-
-def plan_own_experts(model: nn.Module) -> None:
-    """Change the modules of `model` whose code looks up which experts got tokens."""
-    for module in model.modules():
-        if has_own_experts(module):
-            module.forward = partial(_FORWARDS[type(module).__name__], module)
+    """Return whether a module has experts with code of their own."""
+    return type(module).__name__ in EXPERTS
 
 
 def _run_sorted(
@@ -99,7 +91,7 @@ def _jetmoe_router(module: Any, hidden_states: Tensor) -> tuple[Any, ...]:
     return order, order // module.top_k, weights.flatten()[order], counts, logits
 
 
-_FORWARDS: dict[str, Callable[..., Any]] = {
+EXPERTS: dict[str, Callable[..., Any]] = {
     "DbrxExperts": _dbrx,
     "LongcatFlashExperts": _longcat,
     "JetMoeTopKGating": _jetmoe_router,

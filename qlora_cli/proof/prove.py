@@ -36,8 +36,6 @@ from qlora_cli.tasks.classification import CLASSIFICATION, ClassificationTask, t
 from qlora_cli.tasks.task import Task
 from qlora_cli.units import format_duration
 
-_EXACT = 1e-5
-"""Largest relative difference between two float32 computations of the same values."""
 _PLAN = 0.01
 _SEPARATE = 1e-3
 _RESULT = "proof.json"
@@ -51,7 +49,7 @@ class Law:
     name: str
     text: str
     measure: Callable[[SmallModel], float]
-    limit: float = _EXACT
+    limit: float = laws.EXACT
     is_lower_bound: bool = False
 
     def holds(self, value: float) -> bool:

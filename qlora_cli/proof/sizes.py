@@ -47,7 +47,6 @@ _WINDOW = (
     *("local_attention", "attention_chunk_size"),
 )
 _INDEXER_HEAD_SIZE = ("index_head_dim", "indexer_head_dim")
-_INDEXER_HEADS = ("index_n_heads", "indexer_n_heads")
 _SELECTED = ("index_topk", "indexer_budget")
 
 SIZES: Mapping[str, int] = {
@@ -80,7 +79,8 @@ SIZES: Mapping[str, int] = {
     "kv_lora_rank": 16,
     **dict.fromkeys(_STATE, 8),
     **dict.fromkeys(_INDEXER_HEAD_SIZE, 16),
-    **dict.fromkeys(_INDEXER_HEADS, 2),
+    "index_n_heads": 2,
+    "indexer_n_heads": 4,
     **dict.fromkeys(_SELECTED, 4),
     "indexer_compress_ratio": 2,
     "hc_lowrank": 8,

@@ -13,6 +13,7 @@ from typing import Any
 from qlora_cli.files.composed import TEXT
 from qlora_cli.proof.sizes import SIZES
 
+_CHANNELS = ("nemo_conv_channels", "ext_pw_out_channel", "depthwise_separable_out_channel")
 _SIZES = {
     **SIZES,
     "depth": 2,
@@ -27,6 +28,8 @@ _SIZES = {
     "mm_tokens_per_image": 1,
     "base_channels": 32,
     "codebook_size": 64,
+    "num_blocks": 2,
+    **dict.fromkeys(_CHANNELS, SIZES["hidden_size"]),
 }
 _INDICES = ("fullatt_block_indexes", "deepstack_visual_indexes")
 

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qlora_cli.data.collate import Batch
 from qlora_cli.memory.scopes import scope
 from qlora_cli.models.head import head_input
+from qlora_cli.models.probe import constant_arguments
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.embedding import HostEmbedding
 from qlora_cli.nn.full_mask import full_mask
@@ -35,7 +36,7 @@ def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Te
             rows = [_row(loaded, row, device) for row in ids.split(batch.segments, dim=1)]
             return head_input_of(loaded, rows[0] if len(rows) == 1 else torch.cat(rows))
         backbone = loaded.model.get_submodule(loaded.family.backbone)
-        arguments = _mask(loaded, ids, device)
+        arguments = _arguments(loaded, ids, device)
         if loaded.family.takes_positions:
             positions = batch.position_ids.to(device, non_blocking=True)
             if loaded.family.first_position:
@@ -51,19 +52,23 @@ def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Te
 def _row(loaded: LoadedModel, ids: Tensor, device: torch.device) -> Tensor:
     """Return the last hidden states (tokens, d) of one row. ids: (1, tokens)."""
     backbone = loaded.model.get_submodule(loaded.family.backbone)
-    arguments = _mask(loaded, ids, device)
+    arguments = _arguments(loaded, ids, device)
     spans = Spans.on((ids.shape[1],), device, loaded.kernel)
     with use_spans(spans):
         hidden: Tensor = backbone(input_ids=ids, use_cache=False, **arguments)[0]
     return hidden.squeeze(0)
 
 
-def _mask(loaded: LoadedModel, ids: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Return the mask for a model with attention of its own. ids: (1, tokens)."""
+def _arguments(loaded: LoadedModel, ids: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Return the mask for a model with attention of its own, and the family's arguments.
+
+    ids: (1, tokens).
+    """
+    arguments = constant_arguments(loaded.family.arguments)
     if not loaded.family.own_attention:
-        return {}
+        return arguments
     # Without a mask some models search the positions for packed rows, which reads a value.
-    return {"attention_mask": full_mask(ids.shape[1], device)}
+    return {**arguments, "attention_mask": full_mask(ids.shape[1], device)}
 
 
 def head_input_of(loaded: LoadedModel, hidden: Tensor) -> Tensor:
@@ -82,7 +87,8 @@ def _padded(loaded: LoadedModel, ids: Tensor, batch: Batch, device: torch.device
     backbone = loaded.model.get_submodule(loaded.family.backbone)
     lengths = batch.segments
     places = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    arguments = {"attention_mask": places.long().to(device, non_blocking=True)}
+    arguments = constant_arguments(loaded.family.arguments)
+    arguments["attention_mask"] = places.long().to(device, non_blocking=True)
     if loaded.family.token_types and batch.token_types is not None:
         types = pad_sequence(batch.token_types.squeeze(0).split(lengths), batch_first=True)
         arguments["token_type_ids"] = types.to(device, non_blocking=True)

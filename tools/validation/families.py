@@ -83,7 +83,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
     "emu3": {"vocabulary_map": {"<image>": 151851, "<|visual token 000000|>": 151854}},
-    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), _INDEXER),
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "dbrx": {
         "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 8, "rope_theta": 500000.0},
         "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
