@@ -74,7 +74,8 @@ def _limits(config: Any, model_class: Any) -> Iterator[str]:
         names = [(n, p) for n, p in model.named_parameters() if n.endswith(endings)]
         yield (
             f"{sum(p.numel() for _, p in names):,} parameters ({', '.join(family.kept_stacks)} of "
-            "each block) are no matrices, and stay in 16 bit without an adapter"
+            "each block) are experts with code of their own or have more than two dimensions; they "
+            "stay in 16 bit without an adapter"
         )
 
 

@@ -28,14 +28,15 @@ def select_keys(
 
     module: transformers' indexer. hidden_states: (1, T, d) of one row.
     """
-    length, ratio, size = hidden_states.shape[1], module.compress_ratio, module.index_head_dim
+    length = hidden_states.shape[1]
+    ratio, size = int(module.compress_ratio), int(module.index_head_dim)
     number = length // ratio
     device = hidden_states.device
     num_complete = (torch.arange(length, device=device) + 1) // ratio
     after = torch.arange(length, device=device) >= num_complete[:, None] * ratio
     if number == 0:
         return after[None, None]
-    scores = _scores(module, hidden_states, position_embeddings) / math.sqrt(size)
+    scores: Tensor = _scores(module, hidden_states, position_embeddings) / math.sqrt(size)
     is_complete = torch.arange(number, device=device) < num_complete[:, None]
     scores = scores.masked_fill(~is_complete, float("-inf"))
     chosen = scores.topk(min(module.block_topk, number), dim=-1).indices
@@ -49,7 +50,7 @@ def _scores(
     module: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Return the score (T, N) of each block for each token, float32."""
-    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
     cos, sin = position_embeddings
     ratio, size = module.compress_ratio, module.index_head_dim
     number = hidden_states.shape[1] // ratio
@@ -61,5 +62,5 @@ def _scores(
     blocks = module.k_layernorm(blocks).unsqueeze(2)
     starts = slice(0, number * ratio, ratio)
     blocks = rotate(blocks, cos=cos[:, starts], sin=sin[:, starts], unsqueeze_dim=2)
-    products = q[0].float() @ blocks[0, :, 0].float().t()
+    products: Tensor = q[0].float() @ blocks[0, :, 0].float().t()
     return products.relu().sum(dim=1)

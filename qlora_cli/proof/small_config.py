@@ -47,7 +47,11 @@ def small_config(config: Any) -> Any:
     content = {key: value for key, value in content.items() if key not in (WHOLE, STORED_AS)}
     if "text_config" in content:
         raise unsupported(config, "its language model has several parts")
-    changes: dict[str, Any] = {**_sizes(content), **_key_value_heads(content), **small_parts(config)}
+    changes: dict[str, Any] = {
+        **_sizes(content),
+        **_key_value_heads(content),
+        **small_parts(config),
+    }
     changes |= _state_heads(content, changes)
     changes |= _wider_attention(content, changes)
     changes |= _layers(content, changes)
@@ -162,8 +166,8 @@ def _small_overrides(
     }
     # A head of latent attention consists of a part with positions and one without.
     large = {**content, **values}
-    parts = [large.get(name) for name in _HEAD_PARTS]
-    if None not in parts and large.get("head_dim") == sum(parts):
+    parts = [large.get(name) or 0 for name in _HEAD_PARTS]
+    if all(parts) and large.get("head_dim") == sum(parts):
         small["head_dim"] = sum({**changes, **small}[name] for name in _HEAD_PARTS)
     return small
 

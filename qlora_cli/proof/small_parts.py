@@ -44,7 +44,8 @@ def small_whole(whole: Any) -> Any:
 
 def small_parts(config: Any) -> dict[str, Any]:
     """Return key -> small config of each part of a config, except the language model."""
-    parts = {key: getattr(config, key, None) for key in config.to_dict() if key != TEXT}
+    keys = [k for k, value in config.to_dict().items() if isinstance(value, Mapping) and k != TEXT]
+    parts = {key: getattr(config, key, None) for key in keys}
     return {key: _small_part(part) for key, part in parts.items() if hasattr(part, "to_dict")}
 
 

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from qlora_cli.data.collate import Batch
 from qlora_cli.memory.scopes import scope
 from qlora_cli.models.head import head_input
-from qlora_cli.models.probe import constant_arguments
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.probe import constant_arguments
 from qlora_cli.nn.embedding import HostEmbedding
 from qlora_cli.nn.full_mask import full_mask
 from qlora_cli.nn.labels import IGNORE_INDEX

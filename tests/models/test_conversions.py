@@ -50,3 +50,8 @@ def test_two_tensors_of_one_parameter_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="a and b belong to one parameter"):
         FolderSource(tmp_path, lambda _: "weight")
+
+
+def test_stacks_in_another_order_of_rows_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"w13_weight is not a part .* in the order of its rows"):
+        family_of("inkling2_text")

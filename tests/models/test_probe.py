@@ -52,6 +52,23 @@ def test_a_model_that_adds_tokens_does_not_pack() -> None:
     assert derived("olmo2")[1].packs
 
 
+def test_several_hidden_states_of_each_token_do_not_add_tokens() -> None:
+    assert derived("gemma3n_text")[1].packs
+
+
+def test_parts_for_images_in_a_language_model_are_not_loaded() -> None:
+    model, family = derived("git")
+    assert family.others == ("git.image_encoder", "git.visual_projection")
+    assert family.blocks == "git.encoder.layer"
+    assert not hasattr(model.git, "image_encoder")
+
+
+def test_the_language_of_the_rows_is_an_argument() -> None:
+    settings = {"languages": ["en_XX", "de_DE"], "default_language": "de_DE", "is_decoder": True}
+    _, family = derived("xmod", **settings)
+    assert family.arguments == {"lang_ids": 1}
+
+
 def test_position_tables_that_count() -> None:
     _, family = derived("bart")
     assert not family.takes_positions

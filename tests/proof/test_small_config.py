@@ -51,6 +51,26 @@ def test_the_heads_of_a_state_space_model_fit_its_width() -> None:
     assert content["num_heads"] * content["head_dim"] == content["expand"] * content["hidden_size"]
 
 
+def test_a_layer_keeps_the_sum_of_the_parts_of_its_heads() -> None:
+    content = small("dots3_note_text")
+    own = content["per_layer_config"]["2"]
+    parts = (own["qk_nope_head_dim"], content["qk_rope_head_dim"])
+    assert own["head_dim"] == sum(parts)
+    assert own["qk_nope_head_dim"] != content["qk_nope_head_dim"]
+
+
+def test_the_configs_of_parts_get_small() -> None:
+    content = small("git")
+    assert content["vision_config"]["num_hidden_layers"] == 2
+    attention = {"kv_n_heads": 8, "rope_theta": 500000.0}
+    assert small("dbrx", attn_config=attention)["attn_config"]["kv_n_heads"] == 2
+
+
+def test_sparse_attention_leaves_keys_out() -> None:
+    """Otherwise the proof, with its short rows, would not run the choice of keys."""
+    assert small("deepseek_v32")["index_topk"] < 9
+
+
 def test_a_model_of_several_parts_is_refused() -> None:
     with pytest.raises(ModelError, match="several parts"):
         small("gemma3")
