@@ -33,7 +33,11 @@ _WRITES_ONLY = frozenset(
 """In-place operations. They have no effect on a meta tensor, but running one on meta takes torch
 half a millisecond, so the tracker skips them."""
 _WRITES_OUT = frozenset(
-    f"aten::{name}" for name in ("mul.out", "div.out", "mm.out", "silu_backward.grad_input")
+    f"aten::{name}"
+    for name in (
+        *("mul.out", "div.out", "mm.out", "silu_backward.grad_input"),
+        "gelu_backward.grad_input",
+    )
 )
 """The same for operations with an output argument."""
 

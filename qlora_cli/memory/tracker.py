@@ -28,9 +28,9 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_cli.memory.ledger import CATEGORIES
 from qlora_cli.memory.listener import MemoryListener
-from qlora_cli.memory.operations import accumulates_in_place, origins, written_into
+from qlora_cli.memory.meta_operations import MetaOperations
+from qlora_cli.memory.operations import accumulates_in_place, origins
 from qlora_cli.memory.scopes import Location, activate, deactivate
-from qlora_cli.memory.work import work_of
 
 TemporaryRule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], Sequence[int]]
 """(args, kwargs, output) of an operation -> bytes of each temporary inside its kernel."""
@@ -90,7 +90,13 @@ class StorageTracker(TorchDispatchMode):
         self._keys = itertools.count()
         self._threads_with_workspace: set[str] = set()
         self._part_of_step = "forward"
+        self._operations = MetaOperations()
         self.work_factor = 1.0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would wrap every operation, which takes a tenth of a plan. Nothing is compiled here.
+        return False
 
     def __enter__(self) -> StorageTracker:
         activate(self)
@@ -135,14 +141,13 @@ class StorageTracker(TorchDispatchMode):
         if self._rules.workspace_bytes and func._schema.name in _MATRIX_PRODUCTS:
             self._allocate_workspace(args)
         name = func.name()
-        output = written_into(name, args, kwargs) if self._device_type == "meta" else None
-        if output is None:
-            output = func(*args, **kwargs)
+        if self._device_type == "meta":
+            output, work = self._operations.run(func, args, kwargs)
+        else:
+            output, work = func(*args, **kwargs), None
         self._track_output(output, args)
-        if self._device_type == "meta" and self.location == "device":
-            work = work_of(func, args, kwargs, output)
-            if work is not None:
-                self.listener.work(work.times(self.work_factor))
+        if work is not None and self.location == "device":
+            self.listener.work(work.times(self.work_factor))
         rule = self._rules.temporaries.get(name)
         if rule is not None and self.location == "device":
             self._allocate_temporaries(rule(args, kwargs, output))

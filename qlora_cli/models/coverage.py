@@ -84,9 +84,11 @@ def check_linear(module: nn.Module, path: str) -> None:
 
 
 def _computes_linear(module: nn.Module) -> bool:
-    """Return whether a subclass of nn.Linear computes x W^T + b, on a small weight."""
+    """Return whether nn.Linear, or a subclass on a small weight, computes x W^T + b."""
     if not isinstance(module, nn.Linear):
         return False
+    if type(module) is nn.Linear and "forward" not in vars(module):
+        return True
     weight, bias, x = _values(5, 3), _values(5), _values(4, 3)
     toy = copy.copy(module)
     toy.__dict__["in_features"], toy.__dict__["out_features"] = 3, 5
