@@ -144,11 +144,14 @@ def _table_format(table: FrozenEmbedding | HostEmbedding, is_head: bool) -> tupl
 def _linear_format(layer: QuantLinear, is_head: bool) -> tuple[str, str]:
     """Return (storage format, reason) of a frozen linear layer."""
     weight_format = layer.weight_format
+    reason = "a frozen linear layer of a block"
+    if not layer.weight.numel():
+        reason += ", in CPU memory while the block does not compute"
     if is_head:
         return dtype_name(layer.weight.dtype), "the head: its errors affect every logit directly"
     if weight_format.bits == 4:
         suffix = " with double quantization" if weight_format.double_quant else ""
-        return f"{weight_format.quant_type}{suffix}", "a frozen linear layer of a block"
+        return f"{weight_format.quant_type}{suffix}", reason
     if weight_format.bits == 8:
-        return "int8", "a frozen linear layer of a block"
+        return "int8", reason
     return dtype_name(layer.weight.dtype), "base.bits or base.overrides is 16"

@@ -147,12 +147,11 @@ def adapter_layers_for(loaded: LoadedModel, adapter: AdapterFile) -> dict[str, L
     check_head(loaded, adapter)
     sites = {site.path: site for site in loaded.sites}
     layers: dict[str, LoraModule] = {
-        path: _adapted(base_at(loaded, path), layer, sites[path])
-        for path, layer in adapter.layers.items()
+        path: _adapted(loaded, layer, sites[path]) for path, layer in adapter.layers.items()
     }
     for path, source in adapter.stacks.items():
         stack = LoraStack(base_at(loaded, path), source.settings)
-        load_stack_weights(stack, source, stack.base.device)
+        load_stack_weights(stack, source, _device_of(loaded, stack.base.device))
         layers[path] = stack.eval()
     return layers
 
@@ -178,11 +177,17 @@ def base_at(loaded: LoadedModel, path: str) -> Any:
     return module.base if isinstance(module, LoraLinear | LoraStack) else module
 
 
-def _adapted(base: QuantLinear, source: AdapterLayer, site: Site) -> LoraLinear:
-    """Return a stored adapter layer around `base`, frozen and in eval mode."""
+def _device_of(loaded: LoadedModel, device: torch.device) -> torch.device:
+    """Return the device that computes. device: of a weight, unless weights are streamed."""
+    return loaded.stream.device if loaded.stream is not None else device
+
+
+def _adapted(loaded: LoadedModel, source: AdapterLayer, site: Site) -> LoraLinear:
+    """Return a stored adapter layer around the linear at `site`, frozen and in eval mode."""
+    base: QuantLinear = base_at(loaded, site.path)
     kind = LoraLinear if source.magnitude is None else DoraLinear
     layer = kind(base, source.slices_on(site), source.settings)
-    load_lora_weights(layer, source, base.weight.device)
+    load_lora_weights(layer, source, _device_of(loaded, base.weight.device))
     return layer.eval()
 
 

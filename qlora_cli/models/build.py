@@ -22,6 +22,7 @@ from torch import nn
 from qlora_cli.adapters.method import AdapterMethod
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
+from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.atomic import PARSE_ERRORS
 from qlora_cli.files.composed import is_composed, text_config_of, whole_config
@@ -189,11 +190,29 @@ def build(request: ModelRequest) -> LoadedModel:
         with unallocated():
             _replace_modules(loaded, method, device)
     copy = request.copy if method.freezes_base else None
-    DevicePlacement(device, request.observer, copy).place(loaded, source)
+    num_streamed = streamed_blocks(loaded, recipe)
+    DevicePlacement(device, request.observer, copy, num_streamed).place(loaded, source)
     initialize_adapter(loaded, request)
     apply_train_settings(loaded, recipe)
     config.use_cache = False
     return loaded
+
+
+def streamed_blocks(loaded: LoadedModel, recipe: Recipe) -> int:
+    """Return the number of first blocks whose weights are not on the device all the time.
+
+    They are those that are recomputed. Raises ModelError if blocks of the model share weights.
+    """
+    if recipe.base.residency != "host":
+        return 0
+    blocks: Any = loaded.model.get_submodule(loaded.family.blocks)
+    if len(blocks) != num_blocks(loaded.config) or loaded.family.shared:
+        raise ModelError(
+            "blocks of this model share weights, so they cannot be streamed",
+            where="base.residency",
+            hint="set base.residency=device",
+        )
+    return recomputed_blocks(recipe.train.activation_checkpointing, len(blocks))
 
 
 def initialize_adapter(loaded: LoadedModel, request: ModelRequest) -> None:
@@ -227,6 +246,8 @@ def apply_train_settings(loaded: LoadedModel, recipe: Recipe) -> None:
         loaded.recomputation = Recomputation(blocks, policy)
     loaded.recomputation.policy = policy
     loaded.recomputation.preserves_random_state = recipe.adapter.dropout > 0
+    if loaded.stream is not None:
+        loaded.recomputation.before_block = loaded.stream.acquire
 
 
 def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.device) -> None:

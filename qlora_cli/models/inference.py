@@ -23,6 +23,12 @@ def prepare_generation(loaded: LoadedModel, device: torch.device, observer: Obse
     multiplies single tokens by 4-bit weights, which rounds differently. The observer gets a note
     with the size of the copies.
     """
+    if loaded.stream is not None:
+        observer.note(
+            f"the weights of {loaded.stream.num_blocks} blocks are copied to the device for every "
+            "token (base.residency), which is slow"
+        )
+        return
     linears = [module for module in loaded.model.modules() if isinstance(module, QuantLinear)]
     if device.type != "cpu":
         for linear in linears:

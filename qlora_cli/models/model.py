@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,6 +12,9 @@ from qlora_cli.models.family import Family
 from qlora_cli.nn.activation_policy import Recomputation
 from qlora_cli.nn.site import Site
 from qlora_cli.nn.spans import Kernel
+
+if TYPE_CHECKING:
+    from qlora_cli.models.placement.block_stream import BlockStream
 
 
 @dataclass
@@ -23,7 +26,7 @@ class LoadedModel:
     of the device, in a dry run of the planned device. stacks: every stacked parameter of experts,
     if the experts are packed. loss_chunk: number of tokens whose logits exist at once; None for the
     default. recomputation: which blocks are recomputed in the backward pass; None if no block ever
-    is.
+    is. stream: gives blocks their weights while they compute; None if all weights stay in place.
     """
 
     model: Any
@@ -36,6 +39,7 @@ class LoadedModel:
     stacks: list[Site] = field(default_factory=list)
     loss_chunk: int | None = None
     recomputation: Recomputation | None = None
+    stream: BlockStream | None = None
 
     @property
     def head(self) -> nn.Module:

@@ -12,6 +12,7 @@ from qlora_cli.models import convert
 from qlora_cli.models.attach import base_at
 from qlora_cli.models.build import ModelRequest, apply_train_settings, build, initialize_adapter
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.recipe import activations
 
 
 class SharedBase:
@@ -75,6 +76,10 @@ def _base_content(request: ModelRequest) -> dict[str, Any]:
         "task": recipe.task,
         # Methods that freeze the base can follow each other on it.
         "adapter.method": None if freezes_base else recipe.adapter.method,
+        # The recomputed blocks are those whose weights are in host memory.
+        activations.KEY: None
+        if recipe.base.residency == "device"
+        else recipe.train.activation_checkpointing,
     }
 
 

@@ -43,7 +43,7 @@ class AdapterSwitch:
     source: the source of the base's weights.
     merged: add the active adapter to the weights instead of computing it separately.
 
-    Raises UsageError if `merged` is set and the base is quantized.
+    Raises UsageError if `merged` is set and the base is quantized or in host memory.
     """
 
     def __init__(self, loaded: LoadedModel, source: FolderSource, *, merged: bool = False) -> None:
@@ -52,6 +52,12 @@ class AdapterSwitch:
                 f"an adapter cannot be added to the weights of a {loaded.base_format.text} base",
                 where="--merged",
                 hint="omit it, or open the 16-bit model with the run as --adapter NAME=RUN",
+            )
+        if merged and loaded.stream is not None:
+            raise UsageError(
+                "an adapter cannot be added to weights in host memory (base.residency)",
+                where="--merged",
+                hint="omit it, or merge the run with `qlora merge`",
             )
         self._loaded = loaded
         self._source = source

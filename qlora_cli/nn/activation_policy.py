@@ -67,13 +67,19 @@ class Recomputation:
     def __init__(self, blocks: Iterable[nn.Module], policy: ActivationPolicy) -> None:
         self.policy = policy
         self.preserves_random_state = False
+        self.before_block: Callable[[int], None] = lambda _: None
+        """Called with the index of a block before each of its forward passes."""
         for index, block in enumerate(blocks):
             block.forward = self._forward_of(block, index)
 
     def _forward_of(self, block: nn.Module, index: int) -> Callable[..., Any]:
         """Return the forward method of a block under the policy."""
         # If the block referred to itself, only garbage collection would free it.
-        reference, forward = weakref.ref(block), type(block).forward
+        reference, own_forward = weakref.ref(block), type(block).forward
+
+        def forward(living: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.before_block(index)
+            return own_forward(living, *args, **kwargs)
 
         def forward_by_policy(*args: Any, **kwargs: Any) -> Any:
             living = reference()

@@ -19,7 +19,7 @@ from qlora_cli.files.packed_entry import (
     StoredFormat,
 )
 from qlora_cli.files.safetensors_io import TensorSpec
-from qlora_cli.memory.scopes import attribute
+from qlora_cli.memory.scopes import attribute, unallocated
 from qlora_cli.nn.packing import BLOCK_SIZE_4BIT, BLOCK_SIZE_SCALES
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
 
@@ -61,13 +61,30 @@ def packed_tensors(linear: QuantLinear) -> dict[str, Tensor]:
     return {WEIGHT: linear.weight.detach()} | {n: t.detach() for n, t in present.items()}
 
 
-def put_packed(linear: QuantLinear, tensors: Mapping[str, Tensor]) -> None:
-    """Make `tensors`, which `packed_tensors` returned, the weight of a linear. None is copied."""
+def put_packed(linear: QuantLinear, tensors: Mapping[str, Tensor], *, counted: bool = True) -> None:
+    """Make `tensors`, which `packed_tensors` returned, the weight of a linear. None is copied.
+
+    counted: count their memory under the linear's category; parts of a buffer are counted with it.
+    """
     linear.weight = nn.Parameter(tensors[WEIGHT], requires_grad=False)
     for name in CONSTANTS:
         tensor = tensors.get(name)
         frozen = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
         setattr(linear, name, frozen)
-    attribute([linear.weight], linear.category)
-    attribute(linear.constants(), "quant_constants")
+    if counted:
+        attribute([linear.weight], linear.category)
+        attribute(linear.constants(), "quant_constants")
     linear.renew_dequantized()
+
+
+def drop_packed(linear: QuantLinear) -> None:
+    """Replace the weight and the scales of a packed linear by tensors without elements.
+
+    The linear cannot compute until `put_packed` gives it its tensors again.
+    """
+    with unallocated():
+        for name in ("weight", *CONSTANTS):
+            tensor = getattr(linear, name)
+            if tensor is not None:
+                empty = torch.empty(0, dtype=tensor.dtype, device="meta")
+                setattr(linear, name, nn.Parameter(empty, requires_grad=False))

@@ -222,12 +222,18 @@ class QuantLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """Return x W^T + b without recording a graph. x: (tokens, in)."""
+        self._check_weight()
         if self.weight_format.bits == 8:
             y = self._product_8bit(x)
             return y if self.bias is None else y.add_(self.bias)
         if self._fuses_token_product and x.shape[0] == 1:
             return self._fused_product(x)
         return self._dense_product(x, self.bias)
+
+    def _check_weight(self) -> None:
+        """Raise RuntimeError if `drop_packed` removed the weight; a kernel would read beyond it."""
+        if not self.weight.numel():
+            raise RuntimeError("the weight of this linear is not on the device")
 
     def _product_8bit(self, x: Tensor) -> Tensor:
         assert self.scale is not None
@@ -265,6 +271,7 @@ class QuantLinear(nn.Module):
 
         total: add the gradient to this tensor, and return it.
         """
+        self._check_weight()
         for rows, piece in self._dequantized_pieces():
             part = grad[:, rows]
             total = part @ piece if total is None else total.addmm_(part, piece)

@@ -37,7 +37,7 @@ def changes_that_fit(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     peak_bytes = planner.plan(recipe).peak_bytes
     weights_fit = _weights_fit(recipe, planner)
     on_gpu = planner.profile.kind == "cuda"
-    changes = _changes(recipe, on_gpu) if weights_fit else _smaller_weights(recipe)
+    changes = _changes(recipe, on_gpu) if weights_fit else _smaller_weights(recipe, on_gpu)
     advice = [_advice(text, changed, peak_bytes, planner) for text, changed in changes]
     sizes = (
         _sizes(recipe, recipe.data.seq_len, recipe.train.pass_size, recipe) if weights_fit else ()
@@ -109,15 +109,15 @@ def _changes(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
                 f"train.optimizer={optimizer}",
                 with_settings(recipe, "train", optimizer=optimizer),
             )
-    yield from _smaller_weights(recipe)
+    yield from _smaller_weights(recipe, on_gpu)
     if recipe.adapter.rank > 8:
         yield "adapter.rank=8", with_settings(recipe, "adapter", rank=8)
     if recipe.adapter.targets == "all":
         yield "adapter.targets=[q,v]", with_settings(recipe, "adapter", targets=["q", "v"])
 
 
-def _smaller_weights(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Yield (override, changed recipe) for smaller formats of the frozen weights."""
+def _smaller_weights(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
+    """Yield (override, changed recipe) for frozen weights that need less memory."""
     for bits in (8, 4):
         if recipe.base.bits > bits:
             yield f"base.bits={bits}", with_settings(recipe, "base", bits=bits)
@@ -125,6 +125,9 @@ def _smaller_weights(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "base.overrides={}", with_settings(recipe, "base", overrides={})
     if recipe.base.bits == 4 and not recipe.base.double_quant:
         yield "base.double_quant=true", with_settings(recipe, "base", double_quant=True)
+    if on_gpu and recipe.adapter.method == "lora" and recipe.base.residency == "device":
+        recomputed = with_settings(recipe, "train", activation_checkpointing=True)
+        yield "base.residency=host", with_settings(recomputed, "base", residency="host")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from qlora_cli.memory.tracker import StorageTracker, track_gradients
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.family import Family
+from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.codebook import clear_scale_codebook
 from qlora_cli.plan.block_groups import BlockGroups, GroupSample
 from qlora_cli.plan.config_blocks import groups_of, matched_overrides, with_blocks
@@ -196,6 +197,7 @@ class DryRun:
             * groups.period,
             has_single_blocks=groups.period == 1,
             num_recomputed=sample.recomputed,
+            streamed_bytes=_streamed_bytes(state.loaded, groups, sample.number),
         )
 
     def _run_phases(self, state: State, tracker: StorageTracker, recording: Recording) -> None:
@@ -224,6 +226,14 @@ class DryRun:
             recording.begin_phase()
             state.task.evaluate(loaded, eval_batches, state.device)
             recording.end_phase("eval")
+
+
+def _streamed_bytes(loaded: LoadedModel, groups: BlockGroups, number: int) -> list[int]:
+    """Return the packed weights in host memory of each of the recorded groups. number: of them."""
+    sizes = [0] * (number + 1)  # The last blocks may be no complete group.
+    for block, num_bytes in enumerate(loaded.stream.block_bytes if loaded.stream else ()):
+        sizes[groups.group_of(block)] += num_bytes
+    return sizes
 
 
 def _sums(

@@ -9,7 +9,10 @@ from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.bitsandbytes_adamw import PAGED_FROM
 from qlora_cli.train.optimizer import OPTIMIZERS
-from qlora_cli.units import format_bytes
+from qlora_cli.units import format_bytes, format_duration
+
+_LINK_BYTES_PER_SECOND = 31.5e9
+"""PCIe 4.0 with 16 lanes: 16 GT/s per lane, of which 128 of 130 bits are data."""
 
 
 def plan_notes(recipe: Recipe, profile: DeviceProfile, plan: MemoryPlan) -> tuple[str, ...]:
@@ -18,6 +21,7 @@ def plan_notes(recipe: Recipe, profile: DeviceProfile, plan: MemoryPlan) -> tupl
         *_weights_note(profile, plan),
         *_gpu_notes(recipe, profile),
         *_recipe_notes(recipe),
+        *_streaming_note(plan),
     )
 
 
@@ -26,7 +30,19 @@ def _weights_note(profile: DeviceProfile, plan: MemoryPlan) -> Iterator[str]:
         yield (
             f"the frozen weights alone need {format_bytes(plan.frozen_bytes)} of "
             f"{format_bytes(profile.usable_bytes)}: no change of the batch, the adapter or the "
-            "optimizer makes this job fit; use a smaller base, fewer bits or a larger GPU"
+            "optimizer makes this job fit; use base.residency=host, a smaller base, fewer bits "
+            "or a larger GPU"
+        )
+
+
+def _streaming_note(plan: MemoryPlan) -> Iterator[str]:
+    if plan.streamed_bytes:
+        copied = 2 * plan.streamed_bytes
+        yield (
+            f"base.residency=host: {format_bytes(plan.streamed_bytes)} of weights are in host "
+            f"memory; each micro-batch copies up to {format_bytes(copied)} to the device, which "
+            f"takes at least {format_duration(copied / _LINK_BYTES_PER_SECOND)} over PCIe 4.0 x16 "
+            "(31.5 GB/s by its specification); the estimated duration does not contain it"
         )
 
 

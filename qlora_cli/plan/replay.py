@@ -28,6 +28,7 @@ class MemoryPlan:
     segments: all events of the job. memory_model: the model of the target device. loss: the peak of
     the loss in a step, beside the peak of the rest. flops: operations of a step. num_blocks,
     num_recomputed: number of blocks, and of those that are recomputed in the backward pass.
+    streamed_bytes: packed weights in host memory, which each pass over the blocks copies.
     """
 
     phases: tuple[Phase, ...]
@@ -42,6 +43,7 @@ class MemoryPlan:
     flops: StepFlops
     num_blocks: int = 0
     num_recomputed: int = 0
+    streamed_bytes: int = 0
 
     @property
     def needed_bytes(self) -> int:
@@ -85,7 +87,8 @@ class RecordedJob:
     two in parameters. input_bytes: size of one block's input, which activation checkpointing keeps.
     has_single_blocks: False if a block stands for a group of blocks; then one block's working set
     is not known, and the lower bound of the memory leaves it out. num_recomputed: number
-    of recorded blocks that are recomputed.
+    of recorded blocks that are recomputed. streamed_bytes: packed weights of each recorded block
+    that are in host memory.
     """
 
     segments: list[BlockSegment]
@@ -97,6 +100,7 @@ class RecordedJob:
     input_bytes: int
     has_single_blocks: bool
     num_recomputed: int
+    streamed_bytes: Sequence[int]
 
     def recomputed_with(self, repeats: Sequence[tuple[int, int]]) -> int:
         """Return the number of groups of blocks that are recomputed with repeated groups.
@@ -144,4 +148,6 @@ def replay(job: RecordedJob, repeats: Sequence[tuple[int, int]]) -> MemoryPlan:
         memory_model=job.memory_model,
         loss=listener.peak,
         flops=step_flops(segments, job.recomputed_with(repeats), num_blocks // 2),
+        streamed_bytes=sum(job.streamed_bytes)
+        + sum(num_copies * job.streamed_bytes[block] for block, num_copies in repeats),
     )

@@ -127,7 +127,7 @@ class Settler:
 def _step_text(search: PolicySearch, found: Attempt) -> str:
     """Return ` (24 MiB less)`, what recomputing one more block or group of blocks saves."""
     saved = search.saved_by_next(found)
-    return "" if saved is None else f" ({format_bytes(saved)} less)"
+    return f" ({format_bytes(saved)} less)" if saved and saved > 0 else ""
 
 
 def least_memory(recipe: Recipe) -> Recipe:

@@ -13,7 +13,9 @@ def full_fine_tuning(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "adapter": type(recipe.adapter)(method="full"),
-            "base": recipe.base.model_copy(update={"bits": 16, "overrides": {}}),
+            "base": recipe.base.model_copy(
+                update={"bits": 16, "overrides": {}, "residency": "device"}
+            ),
             "train": recipe.train.model_copy(update={"optimizer": "adamw"}),
         }
     )

@@ -70,9 +70,10 @@ class Base(Section):
     compute_dtype: Literal["auto"] | Dtype = "auto"
     """Dtype of activations and matrix products; auto selects bfloat16 on a GPU with bfloat16 units,
     float16 on an older GPU and float32 on a CPU."""
-    residency: Literal["auto", "device"] = "auto"
+    residency: Literal["auto", "device", "host"] = "auto"
     """Memory that stores the packed base: device is the memory of the GPU or CPU that computes, and
-    auto selects device."""
+    auto selects device. host keeps the blocks that are recomputed (train.activation_checkpointing)
+    in host memory and copies each to the GPU when it computes, which is slower."""
     cache: Literal["auto"] | bool = "auto"
     """Keep a packed copy of the base on disk, so that later starts need not quantize it (`qlora
     cache list`); auto keeps a base of more than 64 MiB if bits is 4 or 8."""
@@ -277,6 +278,21 @@ class Recipe(Section):
             raise ValueError(
                 "adapter.method: full trains the weights of the base, and quantized weights cannot "
                 "be trained; set base.bits=16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _streamed_is_frozen(self) -> Recipe:
+        if self.base.residency != "host":
+            return self
+        if self.adapter.method != "lora":
+            raise ValueError(
+                f"base.residency: host supports adapter.method: lora, and not {self.adapter.method}"
+            )
+        if self.train.activation_checkpointing in (False, 0):
+            raise ValueError(
+                "base.residency: host keeps the blocks that are recomputed in host memory, and "
+                "train.activation_checkpointing recomputes none; set it to true or to a number"
             )
         return self
 

@@ -162,8 +162,10 @@ def _open(
     recipe: Recipe, base: Path, source: MakeSource, device: torch.device, observer: Observer
 ) -> LoadedModel:
     config = read_config(base / "config.json")
-    train = recipe.train.model_copy(update={"activation_checkpointing": False})
-    inference = recipe.model_copy(update={"train": train})
+    inference = recipe
+    if recipe.base.residency == "device":
+        train = recipe.train.model_copy(update={"activation_checkpointing": False})
+        inference = recipe.model_copy(update={"train": train})
     model_class = task_of(recipe).model_class
     profile = profile_of(device)
     copy = packed_store(recipe, base, config, model_class, device.type, observer)

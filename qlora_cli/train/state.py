@@ -73,8 +73,12 @@ def tag_living(state: State, tracker: StorageTracker) -> None:
             if module.weight is not table.weight:
                 tracker.tag(module.parameters(recurse=False), "head")
         elif isinstance(module, QuantLinear):
-            tracker.tag((p for p in (module.weight, module.bias) if p is not None), "base")
-            tracker.tag(module.constants(), "quant_constants")
+            # The weights of a block that is streamed are on the device only while it computes.
+            if module.weight.numel():
+                tracker.tag([module.weight], "base")
+                tracker.tag(module.constants(), "quant_constants")
+            if module.bias is not None:
+                tracker.tag([module.bias], "base")
         else:
             frozen = (p for p in module.parameters(recurse=False) if not p.requires_grad)
             tracker.tag(frozen, "base")

@@ -61,6 +61,7 @@ GRID = [
         ("llama", 8192, False, "data.seq_len=256 task=preference"),
         ("llama", 128256, True, "data.seq_len=300 task=preference preference.loss=simpo"),
         ("gpt2", 8192, True, f"data.seq_len=128 task=preference {FULL} {NO_CHECKPOINTING}"),
+        ("llama", 8192, False, "data.seq_len=256 base.residency=host"),
         ("gpt2", 8192, True, "data.seq_len=256 adapter.targets=all"),
         ("gpt2", 8192, True, f"data.seq_len=256 base.bits=8 {NO_CHECKPOINTING}"),
         (

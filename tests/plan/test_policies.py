@@ -40,6 +40,7 @@ CASES = [
     ("llama", GPU, {}),
     ("gpt2", CPU, FULL),
     ("gemma2", CPU, {}),
+    ("llama", GPU, {"base": {"residency": "host"}}),
 ]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qlora_cli.events import Observer, Silent
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import module_scope, scope
 from qlora_cli.models.model import LoadedModel, is_tied
+from qlora_cli.models.placement.block_stream import BlockStream, streamed_slots
 from qlora_cli.models.placement.held import PackedCopy, held_tensors, put_tensor
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots, rebuild_buffers
 from qlora_cli.models.tying import share_tied
@@ -30,17 +32,22 @@ class DevicePlacement:
     """Placement of a whole model on `device`.
 
     observer: receives the progress of loading. copy: is read in place of the checkpoint, or written
-    if it is absent; None for neither.
+    if it is absent; None for neither. num_streamed: number of first blocks whose packed weights are
+    in host memory while they do not compute.
     """
 
     device: torch.device
     observer: Observer = field(default_factory=Silent)
     copy: PackedCopy | None = None
+    num_streamed: int = 0
 
     def place(self, loaded: LoadedModel, source: TensorSource) -> None:
         """Load every tensor of the model. Raises ModelError if the source does not fit."""
         slots = checked_slots(loaded, source)
         self.observer.stage("load", len(slots))
+        if self.num_streamed:
+            streamed = streamed_slots(slots, loaded.family.blocks, self.num_streamed)
+            loaded.stream = BlockStream(streamed, self.device)
         num_copied = 0
         # A copy has the base only: a classification head is trained, and perhaps in no file.
         heads = loaded.family.head_shapes
@@ -48,15 +55,21 @@ class DevicePlacement:
             with scope("temporary"), module_scope(slots[name].module or name):
                 copy = None if name in heads else self.copy
                 num_copied += put_tensor(name, slots[name], source, copy, self.device)
+                if loaded.stream is not None and name in loaded.stream.names:
+                    loaded.stream.keep(name, slots[name])
             self.observer.advance(done)
         if is_tied(loaded):
             # A copy is written only after the checkpoint's head was compared.
             _tie_head(loaded, None if num_copied == len(slots) else source)
+        if loaded.stream is not None:
+            loaded.stream.allocate_buffers()
         share_tied(loaded.model, loaded.family.tied, source)
         rebuild_buffers(loaded, self.device)
         if self.copy is not None:
-            of_base = {name: slot for name, slot in slots.items() if name not in heads}
-            self.copy.finish(lambda: held_tensors(of_base))
+            absent = {*heads, *(loaded.stream.names if loaded.stream else ())}
+            of_base = {name: slot for name, slot in slots.items() if name not in absent}
+            held = loaded.stream.held if loaded.stream else lambda: iter(())
+            self.copy.finish(lambda: chain(held_tensors(of_base), held()))
 
 
 def loading_order(slots: Mapping[str, TensorSlot], blocks: str) -> list[str]:

@@ -53,19 +53,29 @@ def put_tensor(
     name: of the tensor in `source`. slot: its destination. device: of the model's tensors.
     """
     with host_memory():
-        held = copy.read(_specs(name, slot)) if copy is not None else None
+        held = copy.read(held_specs(name, slot)) if copy is not None else None
         is_copied = held is not None
         if held is None:
             held = _stored(name, slot, source)
     if held is None:
         slot.fill(source, name, device)
         return False
-    tensors = held if slot.on_host else {key: upload(held[key], device) for key in held}
+    put_held(name, slot, held if slot.on_host else {k: upload(held[k], device) for k in held})
+    return is_copied
+
+
+def put_held(
+    name: str, slot: TensorSlot, tensors: Mapping[str, Tensor], *, counted: bool = True
+) -> None:
+    """Make tensors that `held_tensors` yielded the model's own. None is copied.
+
+    name, slot: as of `put_tensor`. counted: as of `put_packed`.
+    """
     if not slot.linears:
         slot.put(tensors[name])
     for linear, names in zip(slot.linears, _names(name, slot), strict=True):
-        put_packed(linear, {key: tensors[names[key]] for key in packed_specs(linear)})
-    return is_copied
+        own = {key: tensors[names[key]] for key in packed_specs(linear)}
+        put_packed(linear, own, counted=counted)
 
 
 def stored_tensors(
@@ -113,7 +123,7 @@ def held_tensors(slots: Mapping[str, TensorSlot]) -> Iterator[tuple[str, Tensor]
                 yield names[key], tensor
 
 
-def _specs(name: str, slot: TensorSlot) -> dict[str, TensorSpec]:
+def held_specs(name: str, slot: TensorSlot) -> dict[str, TensorSpec]:
     """Return name -> dtype and shape of the tensors that memory holds of a checkpoint's tensor."""
     if not slot.linears:
         assert slot.dtype is not None, name

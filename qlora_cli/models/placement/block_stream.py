@@ -1,0 +1,185 @@
+"""Keeps the packed weights of the first blocks in host memory and streams them to the device.
+
+The device has two buffers. One holds the weights of the block that computes; the weights of the
+next block are copied to the other one meanwhile. A block that is streamed is also recomputed in the
+backward pass (`nn/activation_policy.py`), and its products save no weight, so nothing of it is
+needed between the two passes. The backward pass of a block ends before the one before it is
+recomputed. A product of a linear whose weights are not on the device is an error.
+
+A copy to a buffer waits for everything that was queued on the computing stream before, which are
+the operations of the block that used the buffer. The dry run calls the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qlora_cli.memory.scopes import attribute, host_memory, scope, unallocated
+from qlora_cli.models.placement.held import held_specs, held_tensors, put_held
+from qlora_cli.models.placement.slots import TensorSlot
+from qlora_cli.nn.embedding import has_own_memory
+from qlora_cli.nn.packed_tensors import drop_packed
+
+Slots = Mapping[str, TensorSlot]
+"""Name of a tensor in the checkpoint -> its destination."""
+_ALIGNMENT = 256
+"""Every tensor of a buffer begins at a multiple of this many bytes, as in torch's allocator."""
+
+
+class BlockStream:
+    """Gives the first blocks of a model their weights when they compute.
+
+    blocks: the slots of packed weights of each streamed block. device: the one that computes.
+    """
+
+    def __init__(self, blocks: Sequence[Slots], device: torch.device) -> None:
+        self.device = device
+        self._blocks = blocks
+        self._host: dict[str, dict[str, Tensor]] = {}
+        """Name of a slot -> its packed tensors in host memory by name; pinned for a GPU."""
+        self._buffers: list[Tensor] = []
+        self._arrivals: dict[int, torch.cuda.Event | None] = {}
+        """The blocks whose weights are in a buffer or on their way -> end of the copy."""
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last = 0
+        self._is_ascending = True
+
+    @property
+    def num_blocks(self) -> int:
+        """Return the number of streamed blocks, which are the first ones."""
+        return len(self._blocks)
+
+    @property
+    def names(self) -> set[str]:
+        """Return the names of the tensors that are streamed."""
+        return {name for slots in self._blocks for name in slots}
+
+    @property
+    def block_bytes(self) -> list[int]:
+        """Return the bytes of the weights of each streamed block."""
+        return [_size(slots) for slots in self._blocks]
+
+    def keep(self, name: str, slot: TensorSlot) -> None:
+        """Move the weights of a slot that was just filled to host memory."""
+        self._host[name] = {key: self._on_host(t) for key, t in held_tensors({name: slot})}
+        for linear in slot.linears:
+            drop_packed(linear)
+
+    def allocate_buffers(self) -> None:
+        """Allocate the buffers on the device; the weights of all blocks were moved before."""
+        largest = max(self.block_bytes)
+        with scope("base"):
+            self._buffers = [
+                torch.empty(largest, dtype=torch.uint8, device=self.device)
+                for _ in range(min(2, self.num_blocks))
+            ]
+        attribute(self._buffers, "base")
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name -> tensor of all streamed weights, as `held_tensors` does."""
+        for tensors in self._host.values():
+            yield from tensors.items()
+
+    def acquire(self, block: int) -> None:
+        """Put the weights of a block on the device before it computes, and begin to copy the next.
+
+        block: index of the block. Blocks that are not streamed have their weights always.
+        """
+        if block >= self.num_blocks:
+            return
+        following = self._following(block)
+        for other in [b for b in self._arrivals if b not in (block, following)]:
+            self._drop(other)
+        for wanted in (block, following):
+            if 0 <= wanted < self.num_blocks and wanted not in self._arrivals:
+                self._arrivals[wanted] = self._copy(wanted)
+        arrival = self._arrivals[block]
+        if arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrival)
+
+    def _following(self, block: int) -> int:
+        """Return the block that probably computes next.
+
+        At both ends the direction turns, and the neighbour's weights are there already.
+        """
+        if block in (0, self.num_blocks - 1):
+            self._is_ascending = block == 0
+        elif block != self._last:
+            self._is_ascending = block > self._last
+        self._last = block
+        return block + 1 if self._is_ascending else block - 1
+
+    def _drop(self, block: int) -> None:
+        del self._arrivals[block]
+        for slot in self._blocks[block].values():
+            for linear in slot.linears:
+                drop_packed(linear)
+
+    def _copy(self, block: int) -> torch.cuda.Event | None:
+        """Copy the weights of a block to its buffer. Return the end of the copy on a GPU."""
+        parts = self._parts(block)
+        arrival = None
+        if self._copies is None:
+            self._fill(parts)
+        else:
+            self._copies.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._copies):
+                self._fill(parts)
+            arrival = self._copies.record_event()
+        for name, slot in self._blocks[block].items():
+            put_held(name, slot, parts[name], counted=False)
+        return arrival
+
+    def _fill(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        with unallocated():  # The link between the memories copies, and not the device's kernels.
+            for name, tensors in parts.items():
+                for key, tensor in tensors.items():
+                    tensor.copy_(self._host[name][key], non_blocking=True)
+
+    def _parts(self, block: int) -> dict[str, dict[str, Tensor]]:
+        """Return the parts of a block's buffer that hold its tensors: by slot, then by name."""
+        buffer = self._buffers[block % len(self._buffers)]
+        parts: dict[str, dict[str, Tensor]] = {}
+        start = 0
+        for name, slot in self._blocks[block].items():
+            parts[name] = {}
+            for key, spec in held_specs(name, slot).items():
+                part = buffer[start : start + spec.num_bytes]
+                parts[name][key] = part.view(spec.dtype).view(spec.shape)
+                start += _aligned(spec.num_bytes)
+        return parts
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        if not has_own_memory(self.device):
+            return tensor  # It is in host memory already.
+        with host_memory():
+            if tensor.is_meta:
+                return torch.empty_like(tensor)
+            pinned = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            return pinned.copy_(tensor)
+
+
+def streamed_slots(slots: Slots, blocks: str, num_streamed: int) -> list[dict[str, TensorSlot]]:
+    """Return the slots of packed weights of each of the first blocks.
+
+    blocks: path of the list of blocks. Norms and biases are small and stay on the device.
+    """
+    found: list[dict[str, TensorSlot]] = [{} for _ in range(num_streamed)]
+    for name, slot in slots.items():
+        index = (slot.module or name).removeprefix(f"{blocks}.").partition(".")[0]
+        if slot.linears and name.startswith(f"{blocks}.") and int(index) < num_streamed:
+            found[int(index)][name] = slot
+    return found
+
+
+def _size(slots: Slots) -> int:
+    """Return the bytes that the packed tensors of a block need in a buffer."""
+    specs = (spec for name, slot in slots.items() for spec in held_specs(name, slot).values())
+    return sum(_aligned(spec.num_bytes) for spec in specs)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
