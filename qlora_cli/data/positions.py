@@ -8,7 +8,10 @@ from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.recipe.schema import Data
 from qlora_cli.units import format_count
 
-_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm")
+_AFTER_PADDING = (
+    *("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "xmod"),
+    *("data2vec-text", "mpnet", "ibert", "longformer"),
+)
 """Model types whose first token has the position after that of the padding token."""
 
 

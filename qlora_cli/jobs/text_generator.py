@@ -112,14 +112,15 @@ class TextGenerator:
         """Return how many tokens fit the model's context after `ids`, at most `requested`."""
         if not ids:
             raise UsageError("the prompt is empty", hint="write at least one word")
-        config = self.opened.loaded.config
+        loaded = self.opened.loaded
+        config = loaded.config
         if max(ids) >= config.vocab_size:
             word = self.tokenizer.decode([max(ids)])
             raise UsageError(
                 f"the prompt contains {word!r}, which the model does not have: its token id is "
                 f"{max(ids)}, and the vocabulary ends at {config.vocab_size - 1}"
             )
-        limit: int | None = getattr(config, "max_position_embeddings", None)
+        limit = loaded.num_positions
         if limit is None:
             return requested
         if len(ids) >= limit:

@@ -46,6 +46,12 @@ class LoadedModel:
         """Return the module whose weight (V, d) maps hidden states to logits."""
         return self.model.get_submodule(self.family.head)  # type: ignore[no-any-return]
 
+    @property
+    def num_positions(self) -> int | None:
+        """Return the maximum number of tokens in a row; None if the config states none."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        return None if positions is None else int(positions) - self.family.first_position
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return name -> parameter of all parameters that the optimizer updates."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from qlora_cli.data.collate import BatchSize, synthetic_batch
-from qlora_cli.data.positions import num_positions
 from qlora_cli.device import DeviceProfile
 from qlora_cli.export.compare.comparison_models import merged_on_meta, trained_on_meta
 from qlora_cli.export.compare.eval_rows import MAX_TOKENS
@@ -146,6 +145,6 @@ def _run(loaded: LoadedModel, source: MetaSource, seq_len: int) -> None:
     """Run one streamed forward pass over as many tokens as merging compares."""
     loaded.model.eval()
     StreamedPlacement(_META).place(loaded, source)
-    longest = min(seq_len, MAX_TOKENS, num_positions(loaded.config) or seq_len)
+    longest = min(seq_len, MAX_TOKENS, loaded.num_positions or seq_len)
     rows = max(1, MAX_TOKENS // longest)
     hidden_states(loaded, synthetic_batch(BatchSize(rows * longest, 1, rows, longest)), _META)

@@ -8,10 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from qlora_cli.data.positions import check_seq_len, num_positions
+from qlora_cli.errors import RecipeError
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.family import Family
 from qlora_cli.nn import attention
 from qlora_cli.proof.small_config import small_config
+from qlora_cli.recipe.schema import Data
 
 
 def derived(model_type: str, **settings: Any) -> tuple[Any, Family]:
@@ -74,6 +77,22 @@ def test_position_tables_that_count() -> None:
     assert not family.takes_positions
     assert family.counting_tables == ("model.decoder.embed_positions",)
     assert derived("opt")[1].counting_tables == ()
+
+
+@pytest.mark.parametrize(
+    "model_type", ["bert", "data2vec-text", "roberta", "roberta-prelayernorm", "xmod", "camembert"]
+)
+def test_a_row_may_have_as_many_tokens_as_positions_are_left(model_type: str) -> None:
+    """The data is checked by the config alone, the model by its table. They have to agree."""
+    settings = {"default_language": "en_XX"} if model_type == "xmod" else {}
+    config = small_config(AutoConfig.for_model(model_type, is_decoder=True, **settings))
+    model, family = skeleton(config, torch.float32)
+    table = next(
+        m for n, m in model.named_modules() if n.endswith("embeddings.position_embeddings")
+    )
+    assert num_positions(config) == table.num_embeddings - family.first_position
+    with pytest.raises(RecipeError, match="the base has"):
+        check_seq_len(Data(train="rows", seq_len=num_positions(config) + 1, packing=False), config)
 
 
 def test_the_first_position_follows_that_of_padding() -> None:

@@ -54,7 +54,7 @@ def greedy_continuation(trained: ComparisonModel, rows: Sequence[Example]) -> Ex
     row = rows[0]
     first = next(index for index, label in enumerate(row.labels) if label != IGNORE_INDEX)
     prompt = row.ids[: first if first > 1 else max(1, len(row.ids) // 2)]
-    limit = getattr(trained.loaded.config, "max_position_embeddings", None)
+    limit = trained.loaded.num_positions
     num = NUM_TOKENS if limit is None else max(0, min(NUM_TOKENS, limit - len(prompt)))
     if trained.is_resident:
         return _labelled(prompt, _generate(trained, prompt, num))
