@@ -25,7 +25,7 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.atomic import PARSE_ERRORS
-from qlora_cli.files.composed import is_composed, text_config_of, whole_config
+from qlora_cli.files.composed import text_config_of, whole_config
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
@@ -33,6 +33,7 @@ from qlora_cli.models import convert
 from qlora_cli.models.base_format import base_format_of
 from qlora_cli.models.classifier import (
     ClassifierClass,
+    check_classifier,
     classifier_family,
     is_classifier_class,
 )
@@ -121,8 +122,8 @@ def skeleton(
         if hasattr(config, key):
             setattr(config, key, 0.0)
     model_class = model_class or _causal_lm()
-    if isinstance(model_class, ClassifierClass) and is_composed(config):
-        raise unsupported(config, "classification is not supported for a model of several parts")
+    if isinstance(model_class, ClassifierClass):
+        check_classifier(config)
     model_class = auto_class(config, model_class)
     model = _create(whole_config(config), compute, model_class)
     # Batches have no padding. With a pad token set, GPT-2 would search for it in every batch.

@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
+from qlora_cli.errors import ModelError
+from qlora_cli.files.composed import is_composed, model_type_of
 from qlora_cli.models.conversions import parameter_names
 from qlora_cli.models.derive import derive_backbone
 from qlora_cli.models.family import Family, Pooling
@@ -63,6 +68,26 @@ class ClassifierClass:
             "label2id": {name: number for number, name in enumerate(names)},
             "problem_type": kind,
         }
+
+
+def check_classifier(config: Any) -> None:
+    """Raise ModelError if transformers has no classifier of this type, or one of several parts.
+
+    config: of a base. The adapter of such a base can be trained on labels as answers instead.
+    """
+    model_type = model_type_of(config)
+    if is_composed(config):
+        what = f"model type {model_type!r} has several parts, and a classifier needs text alone"
+    elif config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        what = f"transformers has no class that classifies texts for model type {model_type!r}"
+    else:
+        return
+    raise ModelError(
+        what,
+        where="model.name",
+        hint="use a base of text alone, such as answerdotai/ModernBERT-base or Qwen/Qwen3-0.6B; or "
+        "set task: causal and write the label as the answer of each row",
+    )
 
 
 def is_classifier_class(model: Any) -> bool:

@@ -26,6 +26,7 @@ from qlora_cli.files.atomic import atomic_folder, write_json
 from qlora_cli.files.composed import model_type_of
 from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.models.build import skeleton
+from qlora_cli.models.classifier import check_classifier
 from qlora_cli.models.registry import known_family, refuse_by_name, unsupported
 from qlora_cli.proof import job_laws, laws
 from qlora_cli.proof.small_model import SmallModel, small_model
@@ -140,6 +141,8 @@ def proof_of(config: Any, task: Task, observer: Observer) -> ModelProof:
     """
     refuse_by_name(config)
     is_classifier = task.name == CLASSIFICATION.name
+    if is_classifier:
+        check_classifier(config)
     # Preference pairs train the class of causal models. The labels of a classifier do not matter.
     task = _PROVED_CLASSIFIER if is_classifier else CAUSAL
     parts: dict[str, Any] = {"config": config.to_json_string(), "versions": _versions()}

@@ -20,8 +20,10 @@ from qlora_cli.nn import attention
 from qlora_cli.nn.logits import IDENTITY, LogitTransform
 from qlora_cli.proof import laws, prove
 from qlora_cli.proof.small_model import SmallModel, small_model
+from qlora_cli.recipe.classification import Classification
 from qlora_cli.tasks import causal
 from qlora_cli.tasks.causal import CAUSAL
+from qlora_cli.tasks.classification import ClassificationTask
 from tests.helpers.observers import NoteRecorder
 
 PROVED = {
@@ -155,6 +157,20 @@ def test_what_a_family_cannot_describe_is_refused_with_the_reason(
     config = AutoConfig.for_model(model_type, **settings)
     with pytest.raises(ModelError, match=reason):
         prove.require_proof(config, CAUSAL, Silent())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("gemma3", "'gemma3' has several parts"), ("git", "no class that classifies texts")],
+)
+def test_a_classifier_that_does_not_exist_is_refused_with_what_to_use(
+    model_type: str, reason: str
+) -> None:
+    config = language_config(AutoConfig.for_model(model_type))
+    task = ClassificationTask(Classification(kind="classes", labels=["a", "b"]))
+    with pytest.raises(ModelError, match=reason) as refusal:
+        prove.require_proof(config, task, Silent())
+    assert "task: causal" in str(refusal.value)
 
 
 def test_a_proof_is_kept_and_read_back() -> None:
