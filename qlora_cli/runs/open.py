@@ -163,7 +163,7 @@ def _open(
 ) -> LoadedModel:
     config = read_config(base / "config.json")
     inference = recipe
-    if recipe.base.residency == "device":
+    if recipe.base.residency != "host":
         train = recipe.train.model_copy(update={"activation_checkpointing": False})
         inference = recipe.model_copy(update={"train": train})
     model_class = task_of(recipe).model_class
