@@ -201,11 +201,17 @@ class BatchSchedule:
             return example
         return replace(example, constants=tuple(self._constants[row].tolist()))
 
-    def sizes(self, step: int) -> list[BatchSize]:
-        """Return the sizes of the micro-batches of an optimizer step."""
+    def sizes(self, step: int, parts: int = 1) -> list[BatchSize]:
+        """Return the sizes of the micro-batches of `step_batches`."""
+        if parts > 1:
+            return [self._size(p) for rows in self.step_rows(step) for p in _divided(rows, parts)]
         epoch, batches = self._find(step)
         columns = epoch.sizes[:, batches.start : batches.stop].T.tolist()
         return [BatchSize(*column) for column in columns]
+
+    def _size(self, rows: list[int]) -> BatchSize:
+        sums = self._row_sizes[:3, rows].sum(axis=1).tolist()
+        return BatchSize(*sums, int(self._row_sizes[3, rows].max()))
 
     def size_columns(self, steps: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the sizes of all micro-batches of some steps without a list of objects.

@@ -6,7 +6,7 @@ that resumes the run continues with the measurements of the earlier one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qlora_cli.errors import UsageError
 from qlora_cli.files.atomic import RESUME_HINT, report_write_errors, write_json
@@ -26,11 +26,13 @@ from qlora_cli.memory.ledger import (
     peak_phase,
 )
 from qlora_cli.memory.timeline import PhaseTrace, timeline_content
-from qlora_cli.plan.dry_run import method_peak
+from qlora_cli.plan.dry_run import DryRun, method_peak
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.train.progress import Progress
+from qlora_cli.train.shortage import Shortage, recorded_shortages
+from qlora_cli.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class EarlierProcess:
 class MemoryRecord:
     """The memory measurements of one process of a job.
 
-    plan: the plan of this job. baseline_plan: the plan of full fine-tuning on the same batches.
-    earlier: the measurements of an earlier process; None in the first process of a run.
+    plan: the plan of this job at its start. baseline_plan: the plan of full fine-tuning on the same
+    batches. earlier: the measurements of an earlier process; None in the first process of a run.
     """
 
     job: TrainingJob
@@ -71,6 +73,26 @@ class MemoryRecord:
     baseline_plan: MemoryPlan
     instrument: Instrument
     earlier: EarlierProcess | None
+    _plans: dict[tuple[int, int], MemoryPlan] = field(default_factory=dict)
+
+    def current_plan(self) -> MemoryPlan:
+        """Return the plan with what has applied since memory ran short, else the job's plan."""
+        shortage = self._shortage()
+        if shortage is None:
+            return self.plan
+        settings = (shortage.recomputed_blocks, shortage.parts)
+        if settings not in self._plans:
+            job, prepared = self.job, self.job.prepared
+            batches = (job.largest_divided_batches(shortage.parts), job.largest_eval_batches)
+            given = (prepared.recipe, prepared.config, prepared.profile, *batches)
+            dry = DryRun(*given, has_copy=prepared.has_packed_copy(prepared.recipe))
+            self._plans[settings] = dry.plan(shortage.recomputed_blocks)
+        return self._plans[settings]
+
+    def _shortage(self) -> Shortage | None:
+        """Return the last lack of memory of the run, which decides its settings since then."""
+        shortages = recorded_shortages(self.job.run.read())
+        return shortages[-1] if shortages else None
 
     def write(self, progress: Progress) -> Ledger:
         """Write both files and return the ledger. Raises QloraError if writing fails."""
@@ -84,6 +106,7 @@ class MemoryRecord:
 
     def _ledger(self, progress: Progress) -> Ledger:
         recipe, profile = self.job.prepared.recipe, self.job.prepared.profile
+        plan = self.current_plan()
         device = Device(profile.kind, profile.name, profile.capacity_bytes)
         known = self._earlier_ledger(device)
         phases = self.instrument.phases
@@ -100,13 +123,13 @@ class MemoryRecord:
             before=before,
             after=method_peak(recipe, phases, "measured")
             if has_step
-            else method_peak(recipe, self.plan.phases, "planned"),
-            planned_peak_bytes=self.plan.peak_bytes,
+            else method_peak(recipe, plan.phases, "planned"),
+            planned_peak_bytes=plan.peak_bytes,
             measured_peak_bytes=peak_phase(phases).peak_bytes if has_step else 0,
             allocator=allocator if known is None else allocator.larger_of_each(known.allocator),
             instrument=self.instrument.describe(),
             before_planned_bytes=before_planned_bytes,
-            floor_bytes=self.plan.floor_bytes,
+            floor_bytes=plan.floor_bytes,
             instrument_cost=_cost(progress, self.instrument),
             notes=tuple(self._notes(known, has_step)),
         )
@@ -139,6 +162,14 @@ class MemoryRecord:
             notes.append(f"The run was resumed after step {self.earlier.step}; {scope}.")
             if self.earlier.damage:
                 notes.append(f"A file of an earlier process was ignored: {self.earlier.damage}.")
+        if shortage := self._shortage():
+            notes.append(
+                f"Memory ran short in step {shortage.step}. The plan is for what applies since "
+                f"then: {shortage.recomputed_blocks} recomputed blocks, each micro-batch in "
+                f"{shortage.parts} part{'' if shortage.parts == 1 else 's'}. This process began "
+                f"with a plan of {format_bytes(self.plan.peak_bytes)}; the measured peak includes "
+                "the steps before the change."
+            )
         if not has_step:
             notes.append("No training step was measured; `after` is the plan.")
         return notes

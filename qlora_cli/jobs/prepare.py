@@ -116,8 +116,12 @@ class TrainingJob:
         There are one or two. The first is for the first micro-batch of every step, the second is
         for all later ones, during which gradients exist already.
         """
+        return self.largest_divided_batches(1)
+
+    def largest_divided_batches(self, parts: int) -> list[Batch]:
+        """Return `largest_step_batches` if each micro-batch is divided into `parts`."""
         distinct = range(min(self.steps, self.schedule.distinct_steps))
-        steps = [self.schedule.sizes(step) for step in distinct]
+        steps = [self.schedule.sizes(step, parts) for step in distinct]
         first = [sizes[0] for sizes in steps]
         later = [size for sizes in steps for size in sizes[1:]]
         return [self._batch(BatchSize.upper_bound(sizes)) for sizes in (first, later) if sizes]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qlora_cli.errors import DoesNotFit, Interrupted
-from qlora_cli.jobs import train
+from qlora_cli.jobs import report, train
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import read_steps
@@ -213,6 +213,30 @@ def test_more_blocks_are_recomputed_before_micro_batches_are_divided(
     for found, wanted in zip(divided, whole, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
     assert sum("each micro-batch is divided into 2 parts" in note for note in notes) == 1
+
+
+@pytest.mark.parametrize(("times", "setting", "parts"), [(2, True, 1), (3, True, 2)])
+def test_the_ledger_has_the_plan_of_what_applied_in_the_end(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    setting: bool,
+    parts: int,
+) -> None:
+    """It is the plan of a run that has these settings from the start, with rows of one length."""
+    data = recipe.data.model_copy(update={"packing": False, "eval": None})
+    recipe = recipe.model_copy(update={"data": data})
+    monkeypatch.setattr(CausalTask, "loss", failing_first(times))
+    run(with_policy(recipe, "auto"), tmp_path / "short")
+    monkeypatch.undo()
+    train = recipe.train.model_copy(update={"micro_batch": 2 // parts, "grad_accum": 2 * parts})
+    run(with_policy(recipe.model_copy(update={"train": train}), setting), tmp_path / "set")
+    short, wanted = (report.read_ledger(RunFolder(tmp_path / name)) for name in ("short", "set"))
+    assert short.planned_peak_bytes == wanted.planned_peak_bytes
+    (note,) = (note for note in short.notes if "Memory ran short in step 1" in note)
+    assert "2 recomputed blocks" in note
+    assert f"in {parts} part" in note
 
 
 def test_a_policy_that_is_set_is_obeyed(
