@@ -210,8 +210,8 @@ class BatchSchedule:
         return [BatchSize(*column) for column in columns]
 
     def _size(self, rows: list[int]) -> BatchSize:
-        sums = self._row_sizes[:3, rows].sum(axis=1).tolist()
-        return BatchSize(*sums, int(self._row_sizes[3, rows].max()))
+        tokens, targets, segments = self._row_sizes[:3, rows].sum(axis=1).tolist()
+        return BatchSize(tokens, targets, segments, int(self._row_sizes[3, rows].max()))
 
     def size_columns(self, steps: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the sizes of all micro-batches of some steps without a list of objects.

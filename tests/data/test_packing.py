@@ -72,6 +72,14 @@ def test_an_epoch_contains_every_row_once(lengths, packing, micro_batch, grad_ac
         assert all(sum(batch.segments) <= micro_batch * 32 for batch in batches)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_sizes_are_those_of_the_micro_batches(parts):
+    schedule = schedule_of([2 + row * 7 % 31 for row in range(23)], micro_batch=3, grad_accum=2)
+    for step in range(schedule.steps_per_epoch):
+        batches = schedule.step_batches(step, parts)
+        assert schedule.sizes(step, parts) == [batch.size for batch in batches]
+
+
 def test_batches_are_a_pure_function_of_the_step():
     lengths = [2 + row * 7 % 31 for row in range(50)]
     schedule, same = schedule_of(lengths), schedule_of(lengths)
