@@ -29,6 +29,7 @@ from qlora_cli.cli.models import models
 from qlora_cli.cli.output import echo, emit_error
 from qlora_cli.cli.plan import plan
 from qlora_cli.cli.push import push
+from qlora_cli.cli.quantize import quantize
 from qlora_cli.cli.quickstart import quickstart
 from qlora_cli.cli.recipe import recipe
 from qlora_cli.cli.report import report
@@ -67,6 +68,7 @@ class _Commands(click.Group):
         quickstart,
         init,
         plan,
+        quantize,
         train,
         sweep,
         report,

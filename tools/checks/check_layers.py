@@ -30,6 +30,7 @@ LAYERS = (
     ("export",),
     ("plan",),
     ("proof",),
+    ("quantize",),
     ("jobs",),
     ("ui",),
     ("cli",),

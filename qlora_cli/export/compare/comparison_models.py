@@ -14,7 +14,7 @@ cast when they are used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from qlora_cli.models.placement.streamed import StreamedPlacement
 from qlora_cli.models.sites import find_stacks
 from qlora_cli.models.tying import share_modules
 from qlora_cli.nn.attention import kernel_for
-from qlora_cli.nn.quant import WeightFormat
+from qlora_cli.nn.quant import QuantLinear, WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.nn.spans import Kernel
 from qlora_cli.tasks.task import Task
@@ -93,7 +93,7 @@ def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> 
     # A classification head trains in float32.
     is_classifier = loaded.family.is_classifier
     storage = torch.float32 if is_classifier else tensors.base_format.storage
-    return _comparison_model(
+    return comparison_model(
         tensors.task, loaded, tensors.source, tensors.device, storage, is_resident
     )
 
@@ -127,7 +127,7 @@ def merged_model(
     """
     loaded = _transformers_model(tensors.task, base, compute, tensors.dtype, tensors.device)
     StreamedPlacement(tensors.device).place(loaded, _MergedSource(tensors, underflow))
-    return _comparison_model(tensors.task, loaded, tensors.source, tensors.device, tensors.dtype)
+    return comparison_model(tensors.task, loaded, tensors.source, tensors.device, tensors.dtype)
 
 
 def folder_model(
@@ -147,7 +147,7 @@ def folder_model(
     loaded = _transformers_model(task, merged, compute, dtype, device)
     source = open_source(merged, loaded.family)
     StreamedPlacement(device).place(loaded, source)
-    return _comparison_model(task, loaded, source, device, dtype)
+    return comparison_model(task, loaded, source, device, dtype)
 
 
 def trained_on_meta(
@@ -156,16 +156,17 @@ def trained_on_meta(
     base_format: BaseFormat,
     sites: Sequence[Site],
     kernel: Kernel,
+    wrap: Callable[[QuantLinear, Site], nn.Module] | None = None,
 ) -> LoadedModel:
     """Return the trained model on meta, without an adapter, ready to receive its weights.
 
     base_format: how training stored each of the base's linears. sites: these linears. kernel: its
-    attention.
+    attention. wrap: as of `replace_linears`.
     """
     model, family = skeleton(config, base_format.compute, task.model_class)
     stacks = find_stacks(model, family)
     loaded = LoadedModel(model, family, config, list(sites), {}, base_format, kernel, stacks)
-    convert.replace_linears(model, sites, base_format)
+    convert.replace_linears(model, sites, base_format, wrap)
     share_modules(model, family.shared)
     convert.replace_experts(model, family, stacks, base_format)
     convert.replace_embeddings(model, family, base_format.default)
@@ -218,7 +219,7 @@ def _multiply_in_two_steps(linear: nn.Module) -> None:
     linear.register_forward_hook(lambda _, __, output: output.half())
 
 
-def _comparison_model(
+def comparison_model(
     task: Task,
     loaded: LoadedModel,
     source: FolderSource,
@@ -226,6 +227,7 @@ def _comparison_model(
     dtype: torch.dtype,
     is_resident: bool = False,
 ) -> ComparisonModel:
+    """Return a placed model, ready to be compared. dtype: of its head."""
     loaded.model.eval()
     loaded.model.requires_grad_(False)
     path = loaded.family.token_embedding if is_tied(loaded) else loaded.family.head

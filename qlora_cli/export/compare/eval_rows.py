@@ -62,18 +62,28 @@ class EvalRows:
         return (1 - 2 * (torch.arange(len(self.rows)) % 2)).repeat_interleave(numbers)
 
 
-def eval_rows(recipe: Recipe, base: Path, config: Any) -> EvalRows:
+@dataclass(frozen=True)
+class Limits:
+    """Largest number of rows, and of tokens in all of them."""
+
+    rows: int = MAX_ROWS
+    tokens: int = MAX_TOKENS
+
+
+def eval_rows(recipe: Recipe, base: Path, config: Any, limits: Limits | None = None) -> EvalRows:
     """Return the rows to compare models on (see the module).
 
     recipe: the run's recipe.
     base: the base's folder, for its tokenizer.
     config: the base's transformers config.
+    limits: None for those of a comparison.
     """
+    limits = limits or Limits()
     notes: list[str] = []
     held_out = [(sources_text(recipe.data.eval), False)] if recipe.data.eval else []
     for where, from_end in [*held_out, (sources_text(recipe.data.train), True)]:
         try:
-            rows = _read(recipe, base, config, from_end)
+            rows = _read(recipe, base, config, from_end, limits)
         except InputError as fault:
             notes.append(f"{where} cannot be used for the comparison: {fault.what.rstrip(':')}")
             continue
@@ -96,30 +106,29 @@ def file_rows(where: str, folder: Path, config: Any) -> EvalRows:
     Raises InputError if the rows cannot be read or encoded.
     """
     loader = RowLoader(Data(train=where), load_tokenizer(str(folder)), ModelLimits.of(config))
-    rows = _first(loader.file(where, slice(MAX_ROWS)).examples)
+    rows = _first(loader.file(where, slice(MAX_ROWS)).examples, MAX_TOKENS)
     return EvalRows(rows, f"{format_rows(len(rows))} of {where}", True)
 
 
-def _read(recipe: Recipe, base: Path, config: Any, from_end: bool) -> list[Example]:
+def _read(recipe: Recipe, base: Path, config: Any, from_end: bool, limits: Limits) -> list[Example]:
     """Return the first held-out rows, or the last training rows if `from_end`.
-
-    They have at most `MAX_TOKENS` tokens in total.
 
     Raises InputError if the rows cannot be read or encoded.
     """
-    select = slice(-MAX_ROWS, None) if from_end else slice(MAX_ROWS)
+    number = limits.rows
+    select = slice(-number, None) if from_end else slice(number)
     tokenizer = with_template(load_tokenizer(str(base)), recipe.data)
-    limits = ModelLimits.of(config)
-    loader = RowLoader(recipe.data, tokenizer, limits, task_of(recipe).encode)
+    loader = RowLoader(recipe.data, tokenizer, ModelLimits.of(config), task_of(recipe).encode)
     loaded = (loader.train if from_end else loader.held_out)(select)
-    return _first(loaded.examples[-MAX_ROWS:] if from_end else loaded.examples[:MAX_ROWS])
+    examples = loaded.examples[-number:] if from_end else loaded.examples[:number]
+    return _first(examples, limits.tokens)
 
 
-def _first(examples: Iterable[Example]) -> list[Example]:
-    """Return the first examples, with at most `MAX_TOKENS` tokens in total."""
+def _first(examples: Iterable[Example], max_tokens: int) -> list[Example]:
+    """Return the first examples, with at most this number of tokens in total."""
     kept: list[Example] = []
     for example in examples:
-        if kept and sum(len(row.ids) for row in kept) + len(example.ids) > MAX_TOKENS:
+        if kept and sum(len(row.ids) for row in kept) + len(example.ids) > max_tokens:
             break
         # The segments of a row do not attend to each other, so each is compared as a row.
         kept += example.split()
