@@ -62,7 +62,8 @@ def plan(
     """Compute the memory that a job needs, before it runs.
 
     Performs a dry run of the job: the same code on tensors without data. Shows whether it fits and
-    what it needs on disk. Reads only the config of the base model and needs no GPU.
+    what it needs on disk. Reads only the config of the base model and needs no GPU; with base.bits:
+    auto it measures the base first.
 
     RECIPE is a YAML file or the name of a shipped recipe (`qlora recipe list`); a key=value, such
     as data.seq_len=512, replaces one of its settings. Exits with code 3 if the job does not fit,
@@ -75,8 +76,10 @@ def plan(
         from qlora_cli.jobs import plan as job
         from qlora_cli.ui import planned
 
-    with job_observer():
-        result = job.run(loaded, device_profile=profile, fit=fit, compare=compare)
+    with job_observer() as observer:
+        result = job.run(
+            loaded, device_profile=profile, fit=fit, compare=compare, observer=observer
+        )
     emit(result, as_json, partial(planned.plan, details=details))
     if result.fits is False:
         ctx.exit(DoesNotFit.exit_code)

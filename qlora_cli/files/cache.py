@@ -29,6 +29,7 @@ SPEEDS = "speeds"
 DEVICES = "devices"
 CHECKSUMS = "checksums"
 PACKED = "packed"
+MIXES = "mixes"
 KINDS = {
     TOKENS: "tokenized data",
     PROOFS: "proofs of model types",
@@ -36,6 +37,7 @@ KINDS = {
     DEVICES: "speeds of devices",
     CHECKSUMS: "checksums of model files",
     PACKED: "packed bases",
+    MIXES: "chosen bits of bases",
 }
 """Kind -> what its entries are. A new kind is one entry here."""
 _LOCK_SUFFIX = ".lock"

@@ -12,7 +12,7 @@ import torch
 
 from qlora_cli.jobs.results import Check, DoctorResult
 from qlora_cli.memory.device import inspect_device
-from qlora_cli.recipe.schema import Bits
+from qlora_cli.recipe.base import Bits
 from qlora_cli.units import GIB, format_bytes
 
 _LIBRARIES = ("torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "datasets")

@@ -13,11 +13,13 @@ from qlora_cli.data.positions import check_seq_len, row_limit
 from qlora_cli.data.sources import open_sources
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import InputError
-from qlora_cli.events import Silent
+from qlora_cli.events import Observer, Silent
 from qlora_cli.files.locate import find_config, read_config
+from qlora_cli.jobs.auto_bits import choose_bits
 from qlora_cli.jobs.labels import resolve_labels
 from qlora_cli.jobs.padding import planned_padding
 from qlora_cli.jobs.planned_length import estimated_time, planned_length
+from qlora_cli.jobs.prepare import prepare
 from qlora_cli.jobs.results import PlanResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.ledger import Allocator, Device, Ledger, peak_phase
@@ -34,22 +36,29 @@ from qlora_cli.plan.results import Advice, Chosen, Compared, DiskNeeds, PolicySu
 from qlora_cli.proof.prove import require_proof
 from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.methods import full_fine_tuning
-from qlora_cli.recipe.resolve import resolve
+from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 
+_SILENT = Silent()
 _COMPARED = (("full", 16), ("lora", 16), ("lora", 8), ("lora", 4))
 """(method, bits) of the rows of `--compare`."""
 
 
 def run(
-    recipe: Recipe, *, device_profile: DeviceProfile | None, fit: bool, compare: bool
+    recipe: Recipe,
+    *,
+    device_profile: DeviceProfile | None,
+    fit: bool,
+    compare: bool,
+    observer: Observer = _SILENT,
 ) -> PlanResult:
     """Plan a recipe's memory for a device.
 
     device_profile: the target device; None for the device of this machine. fit: also search the
     largest micro-batch and sequence length that fit. compare: also plan full fine-tuning and LoRA
-    on 16, 8 and 4 bit. Raises ModelError or RecipeError.
+    on 16, 8 and 4 bit. observer: receives the progress of `base.bits: auto`, which reads the
+    weights and the rows. Raises ModelError or RecipeError.
     """
     began = time.perf_counter()
     profile = device_profile or inspect_device()
@@ -60,6 +69,7 @@ def run(
     task = task_of(recipe)
     require_proof(config, task, Silent())
     resolved, _ = resolve(recipe, profile)
+    resolved, bits = _with_bits(resolved, profile, observer)
     has_copy = partial(_has_copy, config_file.parent, config, profile)
     planner = Planner(config, profile, has_copy=has_copy)
     settled = planner.settle(resolved)
@@ -83,7 +93,7 @@ def run(
         adapter_bytes=plan.adapter_bytes,
         arithmetic=arithmetic_of(resolved, plan),
         notes=(
-            *(f"{choice.key} = {choice.value}: {choice.reason}" for choice in chosen),
+            *(choice.text for choice in (*chosen, *bits)),
             *plan_notes(resolved, profile, plan),
             *limits_of(config, task.model_class),
             *filter(None, [None if data_problem else planned_padding(resolved, config)]),
@@ -101,6 +111,16 @@ def run(
             plan.num_blocks, plan.num_recomputed, plan.flops.recomputed_share
         ),
     )
+
+
+def _with_bits(
+    recipe: Recipe, profile: DeviceProfile, observer: Observer
+) -> tuple[Recipe, tuple[Choice, ...]]:
+    """Return a resolved recipe without `base.bits: auto`, and the choices made."""
+    if recipe.base.bits != "auto":
+        return recipe, ()
+    prepared, choices = choose_bits(prepare(recipe, profile), None, observer)
+    return prepared.recipe, choices
 
 
 def _has_copy(folder: Path, config: Any, profile: DeviceProfile, recipe: Recipe) -> bool:

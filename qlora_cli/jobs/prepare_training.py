@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from qlora_cli.errors import DoesNotFit
 from qlora_cli.events import Observer
+from qlora_cli.jobs.auto_bits import choose_bits
 from qlora_cli.jobs.initial_adapter import check_initial_adapter
 from qlora_cli.jobs.prepare import TrainingJob, prepare, read_job
 from qlora_cli.jobs.settled import choose_micro_batch, choose_policy, with_stored_settings
@@ -41,6 +42,8 @@ def prepare_training(
     check_trackers(prepared.recipe)
     check_initial_adapter(prepared)
     _report(prepared.choices, observer)
+    prepared, choices = choose_bits(prepared, earlier, observer)
+    _report(choices, observer)
     if earlier is not None:
         prepared = with_stored_settings(prepared, earlier)
     prepared, choices = choose_micro_batch(prepared)
@@ -57,7 +60,7 @@ def prepare_training(
 
 def _report(choices: Iterable[Choice], observer: Observer) -> None:
     for choice in choices:
-        observer.note(f"{choice.key} = {choice.value}: {choice.reason}")
+        observer.note(choice.text)
 
 
 def check_memory(job: TrainingJob, planned: MemoryPlan, observer: Observer) -> MemoryPlan:

@@ -62,9 +62,8 @@ def run(
     """
     if out is not None:
         check_target(out, force=force)
-    _check_method(recipe)
-    plain = with_settings(recipe, "base", bits=4, overrides={})
-    prepared = prepare(plain, inspect_device())
+    check_method(recipe)
+    prepared = prepare(in_4_bit(recipe), inspect_device())
     require_proof(prepared.config, task_of(recipe), observer)
     result = measure(prepared, budget, target_kl, observer)
     if out is None:
@@ -79,7 +78,7 @@ def measure(
 ) -> QuantizeResult:
     """Return the result for a prepared recipe with a base of 4 bit; arguments as of `run`."""
     began = time.perf_counter()
-    rows = _rows(prepared, observer)
+    rows = measured_rows(prepared, observer)
     base = _measured_base(prepared, rows)
     sizes = linear_sizes(base)
     linears_4bit = mix_bytes(sizes, {size.path: 4 for size in sizes})
@@ -122,9 +121,12 @@ def measure(
 
 
 def base_bytes(prepared: Prepared) -> int:
-    """Return the planned bytes of the recipe's base on the device: linears and everything else."""
-    planner = Planner(prepared.config, prepared.profile)
-    plan = planner.plan(least_memory(prepared.recipe))
+    """Return the planned bytes of the recipe's base if all of it is on the device.
+
+    These are linears, embeddings that are not in host memory, head and norms.
+    """
+    recipe = with_settings(least_memory(prepared.recipe), "base", residency="device")
+    plan = Planner(prepared.config, prepared.profile).plan(recipe)
     phase = next(phase for phase in plan.phases if phase.name == "checkpoint")
     return sum(phase.at_peak.get(category, 0) for category in _BASE_CATEGORIES)
 
@@ -142,7 +144,13 @@ def linear_sizes(base: MeasuredBase) -> list[LinearSize]:
     return found
 
 
-def _check_method(recipe: Recipe) -> None:
+def in_4_bit(recipe: Recipe) -> Recipe:
+    """Return the recipe with all linears in 4 bit."""
+    return with_settings(recipe, "base", bits=4, overrides={}, budget=None)
+
+
+def check_method(recipe: Recipe) -> None:
+    """Raise UsageError if the base of a recipe cannot be measured."""
     if recipe.adapter.method == "full":
         raise UsageError(
             "full fine-tuning does not quantize the base", where="adapter.method", hint="use lora"
@@ -155,7 +163,8 @@ def _check_method(recipe: Recipe) -> None:
         )
 
 
-def _rows(prepared: Prepared, observer: Observer) -> EvalRows:
+def measured_rows(prepared: Prepared, observer: Observer) -> EvalRows:
+    """Return the rows that are measured. Raises UsageError if there are none."""
     rows = eval_rows(prepared.recipe, prepared.folder, prepared.config, LIMITS)
     if not rows.is_task_data:
         raise UsageError(
@@ -168,7 +177,8 @@ def _rows(prepared: Prepared, observer: Observer) -> EvalRows:
 
 def _measured_base(prepared: Prepared, rows: EvalRows) -> MeasuredBase:
     recipe = prepared.recipe
-    device = setup_device(prepared.profile, recipe.train.seed)
+    # The plan may be for another device.
+    device = setup_device(inspect_device(), recipe.train.seed)
     base_format = base_format_of(recipe, file_dtype(prepared.config))
     given = (task_of(recipe), prepared.folder, prepared.config, base_format.default)
     return MeasuredBase(*given, rows.rows, torch.device(device))
@@ -214,9 +224,9 @@ def _recipe_text(recipe: Recipe, result: QuantizeResult) -> str:
     reason = f"KL {chosen.kl:.3g} nats per token instead of {plain.kl:.3g} in 4 bit, with "
     reason += f"{format_bytes(chosen.bytes)} instead of {format_bytes(plain.bytes)}; measured by "
     reason += f"`qlora quantize` on {result.rows}"
-    base = recipe.base.model_fields_set - {"bits", "overrides"}
-    base |= {"bits", "overrides"}
-    changed = with_settings(recipe, "base", bits=4, overrides=dict(chosen.overrides))
+    base = (recipe.base.model_fields_set - {"budget"}) | {"bits", "overrides"}
+    overrides = dict(chosen.overrides)
+    changed = with_settings(recipe, "base", bits=4, overrides=overrides, budget=None)
     choices = []
     for name in type(recipe).model_fields:
         value = getattr(changed, name)

@@ -96,7 +96,7 @@ def base_format_of(recipe: Recipe, file_dtype: torch.dtype) -> BaseFormat:
     """
     base, compute = recipe.base, torch_dtype(recipe.base.compute_dtype)
     default = WeightFormat(
-        bits=base.bits,
+        bits=base.default_bits,
         compute=compute,
         storage=storage_dtype(file_dtype, compute),
         quant_type=base.quant_type,

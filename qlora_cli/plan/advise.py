@@ -119,9 +119,9 @@ def _changes(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
 def _smaller_weights(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
     """Yield (override, changed recipe) for frozen weights that need less memory."""
     for bits in (8, 4):
-        if recipe.base.bits > bits:
+        if recipe.base.default_bits > bits:
             yield f"base.bits={bits}", with_settings(recipe, "base", bits=bits)
-    if any(bits > recipe.base.bits for bits in recipe.base.overrides.values()):
+    if any(bits > recipe.base.default_bits for bits in recipe.base.overrides.values()):
         yield "base.overrides={}", with_settings(recipe, "base", overrides={})
     if recipe.base.bits == 4 and not recipe.base.double_quant:
         yield "base.double_quant=true", with_settings(recipe, "base", double_quant=True)

@@ -19,7 +19,8 @@ from qlora_cli.models.registry import known_family
 from qlora_cli.models.sites import find_sites, find_stacks
 from qlora_cli.nn.site import Site
 from qlora_cli.plan.block_groups import BlockGroups, find_groups
-from qlora_cli.recipe.schema import Bits, Recipe
+from qlora_cli.recipe.base import Bits
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 
 

@@ -67,7 +67,7 @@ def dry_run(
 def method_peak(recipe: Recipe, phases: tuple[Phase, ...], source: FigureSource) -> MethodPeak:
     """Return the peak of a job with the recipe's method, from its planned or measured phases."""
     peak, base = peak_phase(phases), recipe.base
-    bits = None if base.overrides else base.bits
+    bits = None if base.overrides else base.default_bits
     return MethodPeak(recipe.adapter.method, source, peak.peak_bytes, peak.at_peak, bits)
 
 

@@ -138,6 +138,8 @@ def least_memory(recipe: Recipe) -> Recipe:
         changes["activation_checkpointing"] = True
     if train.loss_chunk == "auto":
         changes["loss_chunk"] = MIN_CHUNK
+    if recipe.base.bits == "auto":
+        recipe = with_settings(recipe, "base", bits=4, budget=None)
     return with_settings(recipe, "train", **changes)
 
 

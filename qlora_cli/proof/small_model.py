@@ -29,8 +29,9 @@ from qlora_cli.models.derive import dropout_keys
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.registry import unsupported
 from qlora_cli.proof.small_config import small_config
+from qlora_cli.recipe.base import Bits
 from qlora_cli.recipe.resolve import resolve
-from qlora_cli.recipe.schema import Bits, Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.classification import CLASSIFICATION, ClassificationTask
 from qlora_cli.tasks.task import Task
 

@@ -113,7 +113,7 @@ def _upgrades(
     if not found:
         # The errors that are left compensate each other. Without any of them the KL is 0.
         independent = {
-            path: {more: -2 * alone[path][bits[path]] for more in changes}
+            path: dict.fromkeys(changes, -2 * alone[path][bits[path]])
             for path, changes in measured.changes.items()
         }
         found = upgrades(sizes, bits, alone, independent)

@@ -14,7 +14,7 @@ def full_fine_tuning(recipe: Recipe) -> Recipe:
         update={
             "adapter": type(recipe.adapter)(method="full"),
             "base": recipe.base.model_copy(
-                update={"bits": 16, "overrides": {}, "residency": "device"}
+                update={"bits": 16, "overrides": {}, "budget": None, "residency": "device"}
             ),
             "train": recipe.train.model_copy(update={"optimizer": "adamw"}),
         }

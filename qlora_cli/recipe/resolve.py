@@ -20,6 +20,13 @@ class Choice:
     value: Any
     reason: str
 
+    @property
+    def text(self) -> str:
+        """Return `key = value: reason`; of a mapping the number of its entries."""
+        value = self.value
+        shown = f"{len(value)} entries" if isinstance(value, dict) else value
+        return f"{self.key} = {shown}: {self.reason}"
+
 
 def resolve(recipe: Recipe, device: DeviceProfile) -> tuple[Recipe, tuple[Choice, ...]]:
     """Return the recipe with the `auto` values resolved for a device, and the choices made.

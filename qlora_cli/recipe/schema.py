@@ -1,8 +1,9 @@
 """The recipe schema: every setting with its type, bounds, default and description.
 
-Settings are defined here, in `adapter.py` and, for single tasks, in files of their names. The
-string under a field is its description: it is shown in `qlora recipe schema`, in error messages and
-in the documentation (`describe.py`). To add a setting, add a field here and the code that reads it.
+Settings are defined here, in `base.py`, in `adapter.py` and, for single tasks, in files of their
+names. The string under a field is its description: it is shown in `qlora recipe schema`, in error
+messages and in the documentation (`describe.py`). To add a setting, add a field here and the code
+that reads it.
 
 `auto` means that the program chooses the value, prints the choice with its reason and stores both
 in `run.json` (`resolve.py`). Every setting either takes effect or is refused. A setting that has no
@@ -17,14 +18,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qlora_cli.recipe.adapter import Adapter
+from qlora_cli.recipe.base import Base
 from qlora_cli.recipe.classification import Classification, Metric
 from qlora_cli.recipe.preference import Preference
 from qlora_cli.recipe.section import NoEffect, Section
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
-Bits = Literal[4, 8, 16]
-Dtype = Literal["float32", "float16", "bfloat16"]
 DataFormat = Literal[
     "text", "completion", "alpaca", "sharegpt", "messages", "tokens", "preference", "classification"
 ]
@@ -47,49 +47,6 @@ class Model(Section):
     `starter`, the small base embedded in the package."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model; set a commit to get the same files every time."""
-
-
-class Base(Section):
-    """How the frozen base is stored and computed."""
-
-    bits: Bits = 4
-    """Bits per quantized weight: 4 (NF4 or FP4) needs the least memory, 8 is LLM.int8(), 16 does
-    not quantize."""
-    overrides: dict[str, Bits] = Field(default={})
-    """Bits of single linears in place of `bits`, such as {"*.down_proj": 8}, by role or by a glob
-    of their names; of several matching entries the last counts."""
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit data type: nf4 has its 16 values at the quantiles of a normal distribution, fp4 is a
-    4-bit float; applies to bits: 4."""
-    double_quant: bool = True
-    """Quantize the scales of the 4-bit blocks too, 4.127 instead of 4.5 bits per weight; applies to
-    bits: 4."""
-    outlier_threshold: Annotated[float, Field(ge=0.0)] = 6.0
-    """Multiply input columns with an absolute value above this threshold in 16 bit, 0 disables it;
-    applies to bits: 8."""
-    compute_dtype: Literal["auto"] | Dtype = "auto"
-    """Dtype of activations and matrix products; auto selects bfloat16 on a GPU with bfloat16 units,
-    float16 on an older GPU and float32 on a CPU."""
-    residency: Literal["auto", "device", "host"] = "auto"
-    """Memory that stores the packed base: device is the memory of the GPU or CPU that computes, and
-    auto selects device. host keeps the blocks that are recomputed (train.activation_checkpointing)
-    in host memory and copies each to the GPU when it computes, which is slower."""
-    cache: Literal["auto"] | bool = "auto"
-    """Keep a packed copy of the base on disk, so that later starts need not quantize it (`qlora
-    cache list`); auto keeps a base of more than 64 MiB if bits is 4 or 8."""
-
-    @property
-    def all_bits(self) -> set[Bits]:
-        """Return the bits that linears of the base have."""
-        return {self.bits, *self.overrides.values()}
-
-    @model_validator(mode="after")
-    def _settings_match_bits(self) -> Base:
-        for name, bits in (("quant_type", 4), ("double_quant", 4), ("outlier_threshold", 8)):
-            if name in self.model_fields_set and bits not in self.all_bits:
-                what = f"{name} applies to bits: {bits} only, and bits is {self.bits}"
-                raise NoEffect(what, {f"base.{name}": "base.bits"})
-        return self
 
 
 class Source(Section):

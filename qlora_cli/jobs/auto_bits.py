@@ -1,0 +1,132 @@
+"""Chooses `base.bits: auto` by measuring the base, or reads the choice of a run or the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.events import Observer
+from qlora_cli.files import cache
+from qlora_cli.files.atomic import PARSE_ERRORS, write_json
+from qlora_cli.files.source import config_digest, fingerprint
+from qlora_cli.jobs.prepare import Prepared
+from qlora_cli.jobs.quantize import base_bytes, check_method, in_4_bit, measure, measured_rows
+from qlora_cli.memory.device import inspect_device
+from qlora_cli.plan.limit import limit_of
+from qlora_cli.plan.planner import Planner
+from qlora_cli.recipe.change import with_settings
+from qlora_cli.recipe.resolve import Choice
+from qlora_cli.runs.run import Run
+from qlora_cli.units import format_bytes, parse_bytes
+
+_BITS, _OVERRIDES = "base.bits", "base.overrides"
+_LAYOUT = 1
+"""Version of what a cached choice depends on and contains."""
+_PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers")
+
+
+def choose_bits(
+    prepared: Prepared, earlier: Run | None, observer: Observer
+) -> tuple[Prepared, tuple[Choice, ...]]:
+    """Return the recipe without `base.bits: auto`, and the choices made.
+
+    earlier: the run that is resumed, which keeps its bits. Raises the errors of `measure`.
+    """
+    if prepared.recipe.base.bits != "auto":
+        return prepared, ()
+    check_method(prepared.recipe)
+    choices = _stored(earlier) if earlier is not None else _choose(prepared, observer)
+    values = {choice.key.removeprefix("base."): choice.value for choice in choices}
+    recipe = with_settings(prepared.recipe, "base", **{"overrides": {}, **values}, budget=None)
+    return replace(prepared, recipe=recipe, choices=(*prepared.choices, *choices)), choices
+
+
+def _stored(earlier: Run) -> tuple[Choice, ...]:
+    """Return the choices of an earlier process of the run."""
+    base = earlier.recipe.base
+    reasons = {entry["key"]: entry["reason"] for entry in earlier.record.get("choices", ())}
+    values = {_BITS: base.bits, _OVERRIDES: dict(base.overrides)}
+    return tuple(Choice(k, v, reasons.get(k, "as the run began")) for k, v in values.items())
+
+
+def _choose(prepared: Prepared, observer: Observer) -> tuple[Choice, ...]:
+    plain = replace(prepared, recipe=in_4_bit(prepared.recipe))
+    least = base_bytes(plain)
+    budget, text = _budget(prepared, plain, least)
+    whole = replace(plain, recipe=with_settings(plain.recipe, "base", bits=16))
+    if (needed := base_bytes(whole)) <= budget:
+        return (Choice(_BITS, 16, f"16 bit needs {format_bytes(needed)} of {text}"),)
+    if budget == least:
+        return (Choice(_BITS, 4, f"no memory is left for more: {text}"),)
+    found = _measured(plain, budget, observer)
+    linears = f"{found['upgraded']} of {found['linears']} linears have more"
+    reason = (
+        f"{linears}, which gives a KL to 16 bit of {found['kl']:.3g} nats per token instead of "
+    )
+    reason += f"{found['plain_kl']:.3g}; {format_bytes(found['bytes'])} of {text}"
+    overrides = Choice(_OVERRIDES, found["overrides"], "those with the lowest KL for their bytes")
+    return Choice(_BITS, 4, reason), overrides
+
+
+def _budget(prepared: Prepared, plain: Prepared, least: int) -> tuple[int, str]:
+    """Return the bytes that the base may have, and the same in words.
+
+    plain: with 4 bit. least: bytes of its base.
+    """
+    if prepared.recipe.base.budget is not None:
+        budget = parse_bytes(prepared.recipe.base.budget)
+        return budget, f"the {format_bytes(budget)} of base.budget"
+    planner = Planner(plain.config, plain.profile, has_copy=plain.has_packed_copy)
+    plan, limit = planner.plan(plain.recipe), limit_of(plain.profile)
+    budget = least + max(0, limit.num_bytes - plan.needed_bytes)
+    return budget, f"{format_bytes(budget)}, which the rest of the job leaves of {limit.text}"
+
+
+def _measured(plain: Prepared, budget: int, observer: Observer) -> dict[str, Any]:
+    """Return the mix for a budget, from the cache if it was measured before."""
+    file = _file(plain, budget, observer)
+    with suppress(OSError, *PARSE_ERRORS):
+        found: dict[str, Any] = json.loads(file.read_text())["mix"]
+        observer.note("base.bits: the choice of an earlier measurement is used")
+        return found
+    result = measure(plain, budget, None, observer)
+    chosen = result.chosen
+    mix = {
+        "overrides": dict(chosen.overrides),
+        "kl": chosen.kl,
+        "plain_kl": result.plain.kl,
+        "bytes": chosen.bytes,
+        "linears": len(result.linears),
+        "upgraded": sum(cost.bits > 4 for cost in result.linears),
+    }
+    description = f"{plain.recipe.model.name} in {format_bytes(budget)}"
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"description": description, "mix": mix})
+    return mix
+
+
+def _file(plain: Prepared, budget: int, observer: Observer) -> Path:
+    """Return the file of the choice, named by everything that it depends on."""
+    rows = measured_rows(plain, observer).rows
+    tokens = json.dumps([[list(row.ids), list(row.labels)] for row in rows])
+    base = plain.recipe.base
+    key = cache.key_of(
+        {
+            "layout": _LAYOUT,
+            "base": fingerprint(plain.folder),
+            "config": config_digest(plain.folder),
+            "rows": hashlib.sha256(tokens.encode()).hexdigest(),
+            "format": [base.quant_type, base.double_quant, base.outlier_threshold],
+            "compute": base.compute_dtype,
+            "budget": budget,
+            "kind": inspect_device().kind,
+            "versions": {name: version(name) for name in _PACKAGES},
+        }
+    )
+    return cache.entry_folder(cache.MIXES, key) / cache.ENTRY
