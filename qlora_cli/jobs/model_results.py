@@ -34,9 +34,11 @@ class ModelsResult(Result):
     """Result of `qlora models`.
 
     types: the known model types, or the one that was asked for. roles: the roles of its linears.
-    laws: its proof; empty for types that the test suite proves.
+    laws: its proof; empty for types that the test suite proves. notes: what this type cannot do, or
+    does in another way.
     """
 
     types: tuple[ModelType, ...]
     roles: tuple[str, ...] = ()
     laws: tuple[MeasuredLaw, ...] = ()
+    notes: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from qlora_cli.events import Observer
 from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.jobs.model_results import MeasuredLaw, ModelsResult, ModelType
 from qlora_cli.models.build import skeleton
+from qlora_cli.models.limits import limits_of
 from qlora_cli.models.registry import FAMILIES, known_family
 from qlora_cli.models.sites import find_sites, find_stacks
 from qlora_cli.proof.prove import LAWS, ModelProof, proof_of, stored_proofs
@@ -33,7 +34,8 @@ def run(where: str | None, *, observer: Observer) -> ModelsResult:
         (known,) = (item for item in _tested() if item.model_type == config.model_type)
         return ModelsResult((known,), roles)
     proof = proof_of(config, task, observer)
-    return ModelsResult((_summary(proof),), roles, _measured(proof))
+    notes = limits_of(config, task.model_class)
+    return ModelsResult((_summary(proof),), roles, _measured(proof), notes)
 
 
 def _tested() -> list[ModelType]:

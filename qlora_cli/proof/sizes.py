@@ -22,7 +22,10 @@ _POSITIONS = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length"),
     *("max_target_positions", "n_ctx", "context_length"),
 )
-_HEAD_SIZE = ("head_dim", "swa_head_dim", "attention_head_dim", "d_head", "kv_channels")
+_HEAD_SIZE = (
+    *("head_dim", "swa_head_dim", "attention_head_dim", "d_head", "kv_channels"),
+    "attention_head_size",
+)
 _EXPERTS = (
     *("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
     *("num_routed_experts",),

@@ -19,8 +19,13 @@ def models(result: ModelsResult) -> RenderableType:
     parts: list[RenderableType] = [table]
     if result.laws:
         parts.append(_laws(result.laws))
-    if result.roles:
-        parts.append(Text(f"roles for adapter.targets: {', '.join(result.roles)}"))
+    parts += [Text(f"note: {note}") for note in result.notes]
+    if any(not law.holds for law in result.laws):
+        parts.append(Text("It cannot be trained with this version: the last law does not hold."))
+    elif result.roles:
+        parts.append(
+            Text(f"It can be trained. Roles for adapter.targets: {', '.join(result.roles)}")
+        )
     else:
         parts.append(
             Text(

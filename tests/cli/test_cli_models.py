@@ -28,7 +28,9 @@ def test_a_config_is_proved(tmp_path: Path) -> None:
     assert (model_type["model_type"], model_type["state"]) == ("olmo2", "proved")
     assert result["roles"] == ["q", "k", "v", "o", "gate", "up", "down"]
     assert all(law["holds"] for law in result["laws"])
-    assert "at most 1e-05" in qlora("models", config).out
+    text = qlora("models", config).out
+    assert "at most 1e-05" in text
+    assert "It can be trained. Roles for adapter.targets: q, k, v, o, gate, up, down" in text
 
 
 @pytest.mark.slow

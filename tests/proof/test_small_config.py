@@ -59,6 +59,11 @@ def test_a_layer_keeps_the_sum_of_the_parts_of_its_heads() -> None:
     assert own["qk_nope_head_dim"] != content["qk_nope_head_dim"]
 
 
+def test_a_size_of_heads_that_the_config_states_gets_small() -> None:
+    content = small("deberta-v2", hidden_size=1536, num_attention_heads=24, attention_head_size=64)
+    assert content["attention_head_size"] * content["num_attention_heads"] == content["hidden_size"]
+
+
 def test_the_configs_of_parts_get_small() -> None:
     content = small("git")
     assert content["vision_config"]["num_hidden_layers"] == 2
