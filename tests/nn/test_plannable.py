@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_cli.nn.plannable import replace_value_dependent
 from qlora_cli.proof.small_config import small_config
-from tests.proof.test_prove import PROVED_SETTINGS
+from tests.helpers.type_settings import PROVED_SETTINGS
 
 _WIDTH, _TOKENS = 64, 13
 
