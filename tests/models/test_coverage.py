@@ -13,6 +13,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qlora_cli.errors import ModelError
+from qlora_cli.models.base_format import BaseFormat
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.convert import (
     replace_embeddings,
@@ -44,7 +45,7 @@ def replaced(model_type: str = "llama", path: str = "", module: nn.Module | None
     if module is not None:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
-    replace_linears(model, sites, FORMAT)
+    replace_linears(model, sites, BaseFormat(FORMAT))
     replace_embeddings(model, family, FORMAT)
     replace_head(model, family.head, FORMAT)
     replace_norms(model, norm_paths(model, family))
