@@ -194,6 +194,15 @@ def test_compared_methods_get_smaller(llama: Path) -> None:
     assert ratios[-1] == result.ledger.ratio
 
 
+def test_a_mixed_base_is_compared_too(llama: Path) -> None:
+    result = run(recipe_of(llama, base={"overrides": {"down": 8}}), 24 * GIB, compare=True)
+    *plain, mixed = result.compare
+    assert [item.bits for item in plain] == [16, 16, 8, 4]
+    assert (mixed.method, mixed.bits) == ("lora", None)
+    assert mixed.peak_bytes == result.ledger.after.peak_bytes
+    assert plain[-1].peak_bytes < mixed.peak_bytes < plain[1].peak_bytes
+
+
 def test_a_note_names_the_outlier_bound(llama: Path) -> None:
     with_outliers = run(recipe_of(llama, base={"bits": 8}), 24 * GIB)
     without = run(recipe_of(llama, base={"bits": 8, "outlier_threshold": 0.0}), 24 * GIB)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_cli.data.encode import Example
 from qlora_cli.events import Silent
@@ -18,6 +18,7 @@ from qlora_cli.export.compare.logit_comparison import ComparedLogits
 from qlora_cli.files.locate import read_config
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.proof.small_config import small_config as proof_config
 from qlora_cli.quantize import measurement, search
 from qlora_cli.quantize.gradients import divergence_gradient
 from qlora_cli.quantize.measurement import MeasuredBase, measure_mix, measure_reference
@@ -135,6 +136,26 @@ def sizes_of(base: MeasuredBase) -> list[LinearSize]:
 
 def plain_bytes(sizes: list[LinearSize]) -> int:
     return sum(size.num_bytes[4] for size in sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gemma2", "falcon_mamba", "gpt_neox"])
+def test_derived_families_are_measured(model_type: str, tmp_path: Path) -> None:
+    config = proof_config(AutoConfig.for_model(model_type))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.to(torch.float16).save_pretrained(tmp_path)
+    rows = [Example(row, [IGNORE_INDEX, *row[1:]], "") for row in ([5, 9, 7, 11, 3], [8, 2, 6])]
+    config = read_config(tmp_path / "config.json")
+    base = MeasuredBase(CAUSAL, tmp_path, config, FORMAT, rows, CPU)
+    reference, alone = measure_reference(base, Silent())
+    assert set(alone) == {site.path for site in base.sites} != set()
+    assert all(cost[4] > cost[8] for cost in alone.values())
+    mix = measure_mix(base, {}, reference, Silent())
+    forward = measurement.compare_format(base, base.format_of({}), reference)
+    assert mix.kl == pytest.approx(forward.mean_kl, rel=1e-3)
+    exact = {site.path: 16 for site in base.sites}
+    assert measurement.compare_format(base, base.format_of(exact), reference).mean_kl < mix.kl / 10
 
 
 @pytest.mark.slow

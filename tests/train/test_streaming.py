@@ -66,10 +66,12 @@ def test_streaming_gives_equal_bits(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [8, 16])
-def test_streaming_gives_equal_bits_in_every_format(tmp_path: Path, bits: int) -> None:
-    wanted = results(state_of(tmp_path, "llama", "device", 3, bits=bits))
-    assert differences(results(state_of(tmp_path, "llama", "host", 3, bits=bits)), wanted) == []
+@pytest.mark.parametrize(
+    "base", [{"bits": 8}, {"bits": 16}, {"overrides": {"down": 8, "*.1.*": 16}}], ids=str
+)
+def test_streaming_gives_equal_bits_in_every_format(tmp_path: Path, base: dict[str, Any]) -> None:
+    wanted = results(state_of(tmp_path, "llama", "device", 3, **base))
+    assert differences(results(state_of(tmp_path, "llama", "host", 3, **base)), wanted) == []
 
 
 def test_two_blocks_have_their_weights(tmp_path: Path) -> None:
