@@ -73,7 +73,8 @@ def _task_and_roles(config: Any) -> tuple[Task, tuple[str, ...]]:
 def _is_encoder(config: Any) -> bool:
     """Return whether a classifier of this type does not predict from the last token."""
     try:
-        return skeleton(config, torch.float32, CLASSIFICATION.model_class)[1].pooling != "last"
+        _, family = skeleton(config, torch.float32, CLASSIFICATION.model_class)
+        return family.classifier.pooling != "last"
     except ModelError:
         return False
 

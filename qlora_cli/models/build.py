@@ -131,7 +131,7 @@ def skeleton(
         text_config_of(model).pad_token_id = None
     if is_classifier_class(model):
         family = classifier_family(model, family)
-        for path in family.trained_head:
+        for path in family.classifier.modules:
             model.get_submodule(path).float()
     family = family or derive_family(model)
     remove_other_parts(model, family.others)
@@ -225,7 +225,7 @@ def initialize_adapter(loaded: LoadedModel, request: ModelRequest) -> None:
     method = method_of(recipe.adapter)
     method.initialize(model, request.device, recipe.train.seed)
     model.requires_grad_(False)
-    heads = (model.get_submodule(path).parameters() for path in loaded.family.trained_head)
+    heads = (model.get_submodule(path).parameters() for path in loaded.family.classifier.modules)
     for parameter in (*method.trained_parameters(model), *chain.from_iterable(heads)):
         parameter.requires_grad_(True)
 

@@ -26,8 +26,8 @@ def open_source(folder: Path, family: Family) -> FolderSource:
 
 def _is_of_classifier(family: Family, name: str, shape: tuple[int, ...]) -> bool:
     """Return whether a tensor of a checkpoint is one of the classifier's."""
-    if name in family.head_shapes:
-        return family.head_shapes[name] == shape
+    if name in family.classifier.shapes:
+        return family.classifier.shapes[name] == shape
     prefix = f"{family.backbone}."
     return name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")
 

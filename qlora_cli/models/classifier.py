@@ -24,7 +24,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.files.composed import is_composed, model_type_of
 from qlora_cli.models.conversions import parameter_names
 from qlora_cli.models.derive import derive_backbone
-from qlora_cli.models.family import Family, Pooling
+from qlora_cli.models.family import ClassifierHead, Family, Pooling
 from qlora_cli.models.head import StubBackbone, with_module
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.registry import unsupported
@@ -106,17 +106,20 @@ def classifier_family(model: Any, known: Family | None) -> Family:
     head = _head_path(model, trained)
     backbone = model.get_submodule(family.backbone)
     accepted = inspect.signature(backbone.forward).parameters
+    shapes = {
+        f"{path}.{name}": tuple(parameter.shape)
+        for path in trained
+        for name, parameter in model.get_submodule(path).named_parameters()
+    }
     return replace(
         family,
         head=head,
-        trained_head=trained,
-        head_shapes={
-            f"{path}.{name}": tuple(parameter.shape)
-            for path in trained
-            for name, parameter in model.get_submodule(path).named_parameters()
-        },
-        pooling=_measured_pooling(model, family.backbone, trained, head),
-        token_types="token_type_ids" in accepted and _has_token_types(model.config),
+        classifier=ClassifierHead(
+            modules=trained,
+            shapes=shapes,
+            pooling=_measured_pooling(model, family.backbone, trained, head),
+            token_types="token_type_ids" in accepted and _has_token_types(model.config),
+        ),
         # Attention of its own computes padded rows, as transformers does.
         packs=family.packs and not family.own_attention,
         mixers=() if family.own_attention else family.mixers,
@@ -196,9 +199,10 @@ def pooled_states(family: Family, hidden: Tensor, lengths: Sequence[int]) -> Ten
     hidden: (T, d), of all rows in order. lengths: tokens of each row.
     """
     rows = hidden.split(list(lengths))
-    if family.pooling == "mean":
+    pooling = family.classifier.pooling
+    if pooling == "mean":
         return torch.stack([row.mean(dim=0) for row in rows])
-    place = 0 if family.pooling == "first" else -1
+    place = 0 if pooling == "first" else -1
     return torch.stack([row[place] for row in rows])
 
 
@@ -207,7 +211,8 @@ def head_inputs(loaded: LoadedModel, pooled: Tensor) -> Tensor:
     family, head = loaded.family, loaded.head
     weight: Any = head.weight
     pooled = pooled.to(weight.dtype)
-    return _head_inputs(loaded.model, family.backbone, family.head, family.pooling, pooled)
+    pooling = family.classifier.pooling
+    return _head_inputs(loaded.model, family.backbone, family.head, pooling, pooled)
 
 
 def classifier_logits(loaded: LoadedModel, inputs: Tensor) -> Tensor:
@@ -240,7 +245,7 @@ def initial_head(family: Family, config: Any, seed: int) -> Mapping[str, Tensor]
     std = float(getattr(config, "initializer_range", 0.02))
     generator = torch.Generator().manual_seed(seed)
     values: dict[str, Tensor] = {}
-    for name, shape in family.head_shapes.items():
+    for name, shape in family.classifier.shapes.items():
         value = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         values[name] = value.normal_(std=std, generator=generator) if len(shape) > 1 else value
     return values

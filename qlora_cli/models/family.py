@@ -60,6 +60,25 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class ClassifierHead:
+    """What follows the blocks of a sequence classifier.
+
+    modules: paths of the modules after the blocks, which train in full precision. shapes: name ->
+    shape of their parameters. pooling: the token of each row that they get, or the mean of all
+    tokens. token_types: the backbone takes the types of tokens.
+    """
+
+    modules: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    pooling: Pooling = "last"
+    token_types: bool = False
+
+
+NO_CLASSIFIER = ClassifierHead()
+"""A causal language model has no such head."""
+
+
+@dataclass(frozen=True)
 class Family:
     """The structure of a causal language model, or of a sequence classifier.
 
@@ -96,10 +115,7 @@ class Family:
     row_parts: name of a parameter -> the tensors of a checkpoint that are its rows, in
     order.
 
-    The last fields are for a sequence classifier, whose `head` is the last linear. trained_head:
-    paths of the modules after the blocks, which train in full precision. head_shapes: name -> shape
-    of their parameters. pooling: the token of each row that they get, or the mean of all tokens.
-    token_types: the backbone takes the types of tokens.
+    classifier: of a sequence classifier, whose `head` is the last linear; empty for others.
     """
 
     name: str
@@ -137,15 +153,12 @@ class Family:
     arguments: Mapping[str, int] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     row_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    trained_head: tuple[str, ...] = ()
-    head_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    pooling: Pooling = "last"
-    token_types: bool = False
+    classifier: ClassifierHead = NO_CLASSIFIER
 
     @property
     def is_classifier(self) -> bool:
         """Return whether the model classifies sequences."""
-        return bool(self.trained_head)
+        return bool(self.classifier.modules)
 
     @property
     def token_embedding(self) -> str:

@@ -120,7 +120,7 @@ def _peft_config(
         for name in (*targets.modules(paths), *targets.parameters(paths)):
             ranks[name], alphas[name] = pair
     rank, alpha = most_common
-    heads = list(loaded.family.trained_head)
+    heads = list(loaded.family.classifier.modules)
     return PeftConfig(
         task_type=peft_config.CLASSIFICATION if heads else "CAUSAL_LM",
         modules_to_save=heads or None,

@@ -15,7 +15,7 @@ def head_parameters(loaded: LoadedModel) -> dict[str, nn.Parameter]:
     """Return name -> parameter of a classification head; empty for a language model."""
     return {
         f"{path}.{name}": parameter
-        for path in loaded.family.trained_head
+        for path in loaded.family.classifier.modules
         for name, parameter in loaded.model.get_submodule(path).named_parameters()
     }
 
@@ -32,7 +32,7 @@ def check_head(loaded: LoadedModel, adapter: AdapterFile) -> None:
 
     The shapes of the head depend on the number of labels.
     """
-    expected = dict(loaded.family.head_shapes)
+    expected = dict(loaded.family.classifier.shapes)
     stored = {name: entry.shape for name, entry in adapter.saved.items()}
     if stored == expected:
         return

@@ -21,7 +21,7 @@ from qlora_cli.models.composed import auto_class
 from qlora_cli.models.save_adapter import save_adapter
 from qlora_cli.nn.codebook import clear_scale_codebook
 from qlora_cli.plan.dry_run import dry_run
-from qlora_cli.proof.laws import paths_of_weight, stack_as_matrices, stack_delta
+from qlora_cli.proof.composition import paths_of_weight, stack_as_matrices, stack_delta
 from qlora_cli.proof.small_model import CPU, SmallModel
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run

@@ -42,7 +42,7 @@ def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Te
             if loaded.family.first_position:
                 positions = positions + loaded.family.first_position
             arguments["position_ids"] = positions
-        if loaded.family.token_types and batch.token_types is not None:
+        if loaded.family.classifier.token_types and batch.token_types is not None:
             arguments["token_type_ids"] = batch.token_types.to(device, non_blocking=True)
         with use_spans(Spans.on(batch.segments, device, loaded.kernel)):
             hidden: Tensor = backbone(input_ids=ids, use_cache=False, **arguments)[0]
@@ -89,7 +89,7 @@ def _padded(loaded: LoadedModel, ids: Tensor, batch: Batch, device: torch.device
     places = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     arguments = constant_arguments(loaded.family.arguments)
     arguments["attention_mask"] = places.long().to(device, non_blocking=True)
-    if loaded.family.token_types and batch.token_types is not None:
+    if loaded.family.classifier.token_types and batch.token_types is not None:
         types = pad_sequence(batch.token_types.squeeze(0).split(lengths), batch_first=True)
         arguments["token_type_ids"] = types.to(device, non_blocking=True)
     padded = pad_sequence(ids.squeeze(0).split(lengths), batch_first=True)

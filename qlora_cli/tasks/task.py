@@ -58,7 +58,7 @@ class Task(Protocol):
     name: the value of `task` in a recipe. target_name: what is counted as a target, in the plural.
     segment_names: names of the segments of a row, such as the two answers of a pair; empty if a row
     is one segment. A model class with a head that trains in addition to the adapter has it in its
-    family (`Family.trained_head`).
+    family (`Family.classifier`).
     """
 
     name: str

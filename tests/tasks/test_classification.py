@@ -166,7 +166,7 @@ def test_an_adapter_of_another_number_of_labels_is_refused(
 def test_the_pooling_of_modernbert_is_measured(pooling: str) -> None:
     config = AutoConfig.for_model("modernbert", classifier_pooling=pooling)
     with small_model(config, TASK) as small:
-        assert small.loaded.family.pooling == {"cls": "first", "mean": "mean"}[pooling]
+        assert small.loaded.family.classifier.pooling == {"cls": "first", "mean": "mean"}[pooling]
         assert laws.packing(small) < 1e-5
 
 

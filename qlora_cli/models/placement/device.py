@@ -50,7 +50,7 @@ class DevicePlacement:
             loaded.stream = BlockStream(streamed, self.device)
         num_copied = 0
         # A copy has the base only: a classification head is trained, and perhaps in no file.
-        heads = loaded.family.head_shapes
+        heads = loaded.family.classifier.shapes
         for done, name in enumerate(loading_order(slots, loaded.family.blocks), 1):
             with scope("temporary"), module_scope(slots[name].module or name):
                 copy = None if name in heads else self.copy
