@@ -32,6 +32,7 @@ from qlora_cli.files.atomic import (
     write_json,
 )
 from qlora_cli.files.lock import locked_file
+from qlora_cli.files.paths import user_path
 from qlora_cli.runs.record import RunRecord
 
 ADAPTER = "adapter"
@@ -145,8 +146,8 @@ class RunFolder:
                     self.discard()
 
     def check_unused(self) -> None:
-        """Raise UsageError if the folder contains files, so that a new run cannot use it."""
-        if not self.path.exists():
+        """Raise UsageError if the folder contains files or cannot exist."""
+        if not user_path(self.path).exists():
             return
         if not self.path.is_dir() or any(map(self._is_foreign, self.path.iterdir())):
             raise UsageError(
@@ -179,7 +180,7 @@ class RunFolder:
 
     def require_run_json(self) -> None:
         """Raise UsageError if the folder has no run.json."""
-        if not self.run_json.is_file():
+        if not user_path(self.run_json).is_file():
             raise UsageError(
                 f"{self.path} is not a run's folder",
                 hint="a run's folder contains run.json; `qlora train` creates one",

@@ -35,6 +35,13 @@ def test_a_folder_in_use_is_refused_and_an_empty_one_is_used(tmp_path: Path) -> 
         RunFolder(run.run_json).create()
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path, new: bool) -> None:
+    run = RunFolder(tmp_path / ("x" * 300))
+    with pytest.raises(UsageError, match="is not a path"), run.locked(new=new):
+        pass
+
+
 def test_a_run_without_a_step_can_be_discarded(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.create()
