@@ -25,7 +25,7 @@ def is_padded(recipe: Recipe, config: Any) -> bool:
     """
     if recipe.task != CLASSIFICATION.name:
         return False
-    return not skeleton(config, torch.float32, task_of(recipe).model_class)[1].packs
+    return not skeleton(config, torch.float32, task_of(recipe).model_class)[1].rows.packs
 
 
 def padding_of_job(recipe: Recipe, config: Any, schedule: BatchSchedule) -> str | None:

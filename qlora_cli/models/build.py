@@ -137,7 +137,7 @@ def skeleton(
     remove_other_parts(model, family.others)
     for path in mixer_paths(model, family):
         run_by_row(model.get_submodule(path))
-    for path in family.counting_tables:
+    for path in family.rows.counting_tables:
         restart_positions(model.get_submodule(path))
     return model, family
 

@@ -105,6 +105,7 @@ def classifier_family(model: Any, known: Family | None) -> Family:
     trained = tuple(_trained_modules(model, family.backbone))
     head = _head_path(model, trained)
     backbone = model.get_submodule(family.backbone)
+    own_attention = family.rows.own_attention
     accepted = inspect.signature(backbone.forward).parameters
     shapes = {
         f"{path}.{name}": tuple(parameter.shape)
@@ -121,8 +122,7 @@ def classifier_family(model: Any, known: Family | None) -> Family:
             token_types="token_type_ids" in accepted and _has_token_types(model.config),
         ),
         # Attention of its own computes padded rows, as transformers does.
-        packs=family.packs and not family.own_attention,
-        mixers=() if family.own_attention else family.mixers,
+        rows=replace(family.rows, packs=False, mixers=()) if own_attention else family.rows,
         ignored=(*family.ignored, ".embeddings.position_ids"),
         rename=parameter_names(model, family.stacks, family.row_parts),
     )

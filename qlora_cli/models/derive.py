@@ -33,7 +33,7 @@ from qlora_cli.models.derive_blocks import (
     read_directly,
     structure_of,
 )
-from qlora_cli.models.family import Family
+from qlora_cli.models.family import Family, RowSettings
 from qlora_cli.models.head import measured_head
 from qlora_cli.models.mixers import mixers_of, position_tables
 from qlora_cli.models.probe import Probe, arguments_of, probe, takes_positions
@@ -87,6 +87,15 @@ def derive_backbone(model: Any, head_path: Callable[[Any], str]) -> Family:
     own_attention, probed = _attention(model, backbone, blocks)
     unquantized = tuple(dict.fromkeys((*read_directly(found), *probed.idle)))
     has_positions = takes_positions(model.get_submodule(backbone))
+    rows = RowSettings(
+        own_attention=own_attention,
+        packs=not probed.adds_tokens,
+        mixers=tuple(mixers_of(found, own_attention)),
+        takes_positions=has_positions,
+        first_position=_first_position(model, embeddings),
+        counting_tables=() if has_positions else tuple(_counting_tables(model, backbone, found)),
+        arguments=arguments_of(config, model.get_submodule(backbone)),
+    )
     return Family(
         name=model.config.model_type,
         model_types=(model.config.model_type,),
@@ -108,15 +117,9 @@ def derive_backbone(model: Any, head_path: Callable[[Any], str]) -> Family:
         experts=experts,
         kept_stacks=tuple(dict.fromkeys(_kept_stacks(found))),
         stacks=stacks,
-        first_position=_first_position(model, embeddings),
+        rows=rows,
         tied=tied,
         shared=shared,
-        own_attention=own_attention,
-        packs=not probed.adds_tokens,
-        mixers=tuple(mixers_of(found, own_attention)),
-        takes_positions=has_positions,
-        arguments=arguments_of(config, model.get_submodule(backbone)),
-        counting_tables=() if has_positions else tuple(_counting_tables(model, backbone, found)),
         merged_attention=_merged_attention(model, backbone),
         others=others,
         other_modules=modules_inside(model, others),

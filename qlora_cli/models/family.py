@@ -60,6 +60,32 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class RowSettings:
+    """How the rows in one sequence are computed.
+
+    own_attention: the model's class computes attention itself, and not through transformers'
+    interface. packs: rows that share a sequence do not affect each other; otherwise each row is a
+    forward pass of its own. mixers: modules of a block that mix tokens, and not through
+    transformers' interface; they compute one row at a time. takes_positions: the backbone accepts
+    positions. counting_tables: else, position tables that count the tokens. first_position:
+    position of the first token of a row. arguments: name of an argument of the backbone -> its
+    value, the same for all rows.
+    """
+
+    own_attention: bool = False
+    packs: bool = True
+    mixers: tuple[str, ...] = ()
+    takes_positions: bool = True
+    counting_tables: tuple[str, ...] = ()
+    first_position: int = 0
+    arguments: Mapping[str, int] = field(default_factory=dict)
+
+
+ROWS_TOGETHER = RowSettings()
+"""This package's attention separates the rows; all else computes them together."""
+
+
+@dataclass(frozen=True)
 class ClassifierHead:
     """What follows the blocks of a sequence classifier.
 
@@ -96,24 +122,16 @@ class Family:
     the model's code reads their weights directly or does not use them. blocks_differ: a block may
     lack some of the linears, norms and MLPs. rename: from the name of a tensor in a checkpoint to
     that of its parameter; None if only the backbone's prefix may be missing. experts: modules of a
-    block with
-    the stacked weights of experts. stacks: parts, in a checkpoint, of the stacked parameters that
-    it does not store whole. own_attention: the model's class
-    computes attention itself, and not through transformers' interface. packs: rows that share a
-    sequence do not affect each other; otherwise each row is a forward pass of its own.
-    merged_attention: the attention of transformers that computes the same model. others: paths of
-    the other parts of a composed model, which are not loaded and which a merge copies.
-    other_modules: paths of all modules in these parts. has_head_input: the model computes more
-    between the backbone and the head, with code of its own.
-    first_position: position of the first token of a row. tied: name of a parameter that a
-    checkpoint may omit -> the parameter that it is, apart from a tied head's weight. shared: path
-    of a module that a block shares with an earlier one -> path there. mixers: modules of a block
-    that mix tokens, and not through transformers' interface; they compute one row at a time.
-    takes_positions: the backbone accepts positions. counting_tables: else, position tables that
-    count the tokens. kept_stacks: weights of a block with more dimensions than a matrix, which stay
-    in 16 bit. arguments: name of an argument of the backbone -> its value, the same for all rows.
-    row_parts: name of a parameter -> the tensors of a checkpoint that are its rows, in
-    order.
+    block with the stacked weights of experts. stacks: parts, in a checkpoint, of the stacked
+    parameters that it does not store whole. kept_stacks: weights of a block with more dimensions
+    than a matrix, which stay in 16 bit. row_parts: name of a parameter -> the tensors of a
+    checkpoint that are its rows, in order. merged_attention: the attention of transformers that
+    computes the same model. others: paths of the other parts of a composed model, which are not
+    loaded and which a merge copies. other_modules: paths of all modules in these parts.
+    has_head_input: the model computes more between the backbone and the head, with code of its own.
+    tied: name of a parameter that a checkpoint may omit -> the parameter that it is, apart from a
+    tied head's weight. shared: path of a module that a block shares with an earlier one -> path
+    there. rows: how rows in one sequence are computed.
 
     classifier: of a sequence classifier, whose `head` is the last linear; empty for others.
     """
@@ -138,21 +156,15 @@ class Family:
     rename: Callable[[str], str] | None = None
     experts: tuple[str, ...] = ()
     stacks: Mapping[str, tuple[StackPart, ...]] = field(default_factory=dict)
-    own_attention: bool = False
-    packs: bool = True
     merged_attention: Literal["sdpa", "eager"] = "sdpa"
     others: tuple[str, ...] = ()
     other_modules: tuple[str, ...] = ()
     has_head_input: bool = False
-    first_position: int = 0
     tied: Mapping[str, str] = field(default_factory=dict)
-    mixers: tuple[str, ...] = ()
-    takes_positions: bool = True
-    counting_tables: tuple[str, ...] = ()
     kept_stacks: tuple[str, ...] = ()
-    arguments: Mapping[str, int] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     row_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: RowSettings = ROWS_TOGETHER
     classifier: ClassifierHead = NO_CLASSIFIER
 
     @property

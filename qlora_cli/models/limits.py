@@ -41,14 +41,14 @@ def _stored(config: Any) -> Iterator[str]:
 
 def _limits(config: Any, model_class: Any) -> Iterator[str]:
     model, family = skeleton(config, torch.float32, model_class)
-    if not family.packs and not family.is_classifier:
+    if not family.rows.packs and not family.is_classifier:
         yield (
             f"model type {family.name} runs one row at a time, because it adds tokens to its "
             "input; packing changes the order of rows, but saves no time"
         )
-    elif family.mixers:
+    elif mixers := family.rows.mixers:
         yield (
-            f"the rows of a packed sequence run one at a time in {', '.join(family.mixers)} of "
+            f"the rows of a packed sequence run one at a time in {', '.join(mixers)} of "
             "each block that has it, and together in all other parts"
         )
     if family.others:

@@ -50,7 +50,7 @@ class LoadedModel:
     def num_positions(self) -> int | None:
         """Return the maximum number of tokens in a row; None if the config states none."""
         positions = getattr(self.config, "max_position_embeddings", None)
-        return None if positions is None else int(positions) - self.family.first_position
+        return None if positions is None else int(positions) - self.family.rows.first_position
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return name -> parameter of all parameters that the optimizer updates."""

@@ -48,7 +48,7 @@ def experts_paths(model: nn.Module, family: Family) -> list[str]:
 
 def mixer_paths(model: nn.Module, family: Family) -> list[str]:
     """Return the paths of the modules that compute one row at a time."""
-    return [path for name in family.mixers for path in _in_blocks(model, family, name)]
+    return [path for name in family.rows.mixers for path in _in_blocks(model, family, name)]
 
 
 def find_stacks(model: nn.Module, family: Family) -> list[Site]:

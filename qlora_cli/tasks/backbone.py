@@ -30,17 +30,17 @@ def hidden_states(loaded: LoadedModel, batch: Batch, device: torch.device) -> Te
     ids_device = torch.device("cpu") if isinstance(table, HostEmbedding) else device
     with scope("activations"):
         ids = batch.input_ids.to(ids_device, non_blocking=True)
-        if not loaded.family.packs:
+        if not loaded.family.rows.packs:
             if loaded.family.is_classifier:
                 return _padded(loaded, ids, batch, device)
             rows = [_row(loaded, row, device) for row in ids.split(batch.segments, dim=1)]
             return head_input_of(loaded, rows[0] if len(rows) == 1 else torch.cat(rows))
         backbone = loaded.model.get_submodule(loaded.family.backbone)
         arguments = _arguments(loaded, ids, device)
-        if loaded.family.takes_positions:
+        if loaded.family.rows.takes_positions:
             positions = batch.position_ids.to(device, non_blocking=True)
-            if loaded.family.first_position:
-                positions = positions + loaded.family.first_position
+            if loaded.family.rows.first_position:
+                positions = positions + loaded.family.rows.first_position
             arguments["position_ids"] = positions
         if loaded.family.classifier.token_types and batch.token_types is not None:
             arguments["token_type_ids"] = batch.token_types.to(device, non_blocking=True)
@@ -64,8 +64,8 @@ def _arguments(loaded: LoadedModel, ids: Tensor, device: torch.device) -> dict[s
 
     ids: (1, tokens).
     """
-    arguments = constant_arguments(loaded.family.arguments)
-    if not loaded.family.own_attention:
+    arguments = constant_arguments(loaded.family.rows.arguments)
+    if not loaded.family.rows.own_attention:
         return arguments
     # Without a mask some models search the positions for packed rows, which reads a value.
     return {**arguments, "attention_mask": full_mask(ids.shape[1], device)}
@@ -87,7 +87,7 @@ def _padded(loaded: LoadedModel, ids: Tensor, batch: Batch, device: torch.device
     backbone = loaded.model.get_submodule(loaded.family.backbone)
     lengths = batch.segments
     places = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    arguments = constant_arguments(loaded.family.arguments)
+    arguments = constant_arguments(loaded.family.rows.arguments)
     arguments["attention_mask"] = places.long().to(device, non_blocking=True)
     if loaded.family.classifier.token_types and batch.token_types is not None:
         types = pad_sequence(batch.token_types.squeeze(0).split(lengths), batch_first=True)

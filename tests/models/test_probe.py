@@ -45,18 +45,18 @@ def test_a_model_that_needs_a_mask_gets_the_attention_of_transformers(
     model_type: str, own: bool
 ) -> None:
     model, family = derived(model_type)
-    assert family.own_attention == own
+    assert family.rows.own_attention == own
     assert model.config._attn_implementation == ("eager" if own else attention.NAME)
-    assert bool(family.mixers) == own
+    assert bool(family.rows.mixers) == own
 
 
 def test_a_model_that_adds_tokens_does_not_pack() -> None:
-    assert not derived("cpmant")[1].packs
-    assert derived("olmo2")[1].packs
+    assert not derived("cpmant")[1].rows.packs
+    assert derived("olmo2")[1].rows.packs
 
 
 def test_several_hidden_states_of_each_token_do_not_add_tokens() -> None:
-    assert derived("gemma3n_text")[1].packs
+    assert derived("gemma3n_text")[1].rows.packs
 
 
 def test_parts_for_images_in_a_language_model_are_not_loaded() -> None:
@@ -69,14 +69,14 @@ def test_parts_for_images_in_a_language_model_are_not_loaded() -> None:
 def test_the_language_of_the_rows_is_an_argument() -> None:
     settings = {"languages": ["en_XX", "de_DE"], "default_language": "de_DE", "is_decoder": True}
     _, family = derived("xmod", **settings)
-    assert family.arguments == {"lang_ids": 1}
+    assert family.rows.arguments == {"lang_ids": 1}
 
 
 def test_position_tables_that_count() -> None:
     _, family = derived("bart")
-    assert not family.takes_positions
-    assert family.counting_tables == ("model.decoder.embed_positions",)
-    assert derived("opt")[1].counting_tables == ()
+    assert not family.rows.takes_positions
+    assert family.rows.counting_tables == ("model.decoder.embed_positions",)
+    assert derived("opt")[1].rows.counting_tables == ()
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_a_row_may_have_as_many_tokens_as_positions_are_left(model_type: str) ->
     table = next(
         m for n, m in model.named_modules() if n.endswith("embeddings.position_embeddings")
     )
-    assert num_positions(config) == table.num_embeddings - family.first_position
+    assert num_positions(config) == table.num_embeddings - family.rows.first_position
     with pytest.raises(RecipeError, match="the base has"):
         check_seq_len(Data(train="rows", seq_len=num_positions(config) + 1, packing=False), config)
 
 
 def test_the_first_position_follows_that_of_padding() -> None:
-    assert derived("roberta", is_decoder=True)[1].first_position == 3
-    assert derived("bert", is_decoder=True)[1].first_position == 0
+    assert derived("roberta", is_decoder=True)[1].rows.first_position == 3
+    assert derived("bert", is_decoder=True)[1].rows.first_position == 0

@@ -16,6 +16,7 @@ from qlora_cli.events import Silent
 from qlora_cli.files import cache
 from qlora_cli.files.composed import language_config
 from qlora_cli.models.derive import derive_family
+from qlora_cli.models.family import Family
 from qlora_cli.nn import attention
 from qlora_cli.nn.logits import IDENTITY, LogitTransform
 from qlora_cli.proof import laws, prove
@@ -204,14 +205,20 @@ def test_rows_that_attend_to_each_other_are_detected(
     assert laws.packing(small) > 1e-3
 
 
+def _changed(family: Family, changes: dict[str, Any]) -> Family:
+    """Return a family with other values of fields, or of fields of `rows`."""
+    rows = replace(family.rows, **changes.get("rows", {}))
+    return replace(family, **{**changes, "rows": rows})
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes", "law"),
     [
         ("cohere", {"logits": IDENTITY}, "logits"),
         ("gemma2", {"logits": IDENTITY}, "logits"),
         ("gemma3_text", {"embedding_scale": 2.0}, "logits"),
-        ("qwen3_5_text", {"mixers": ()}, "packing"),
-        ("openai-gpt", {"mixers": ()}, "packing"),
+        ("qwen3_5_text", {"rows": {"mixers": ()}}, "packing"),
+        ("openai-gpt", {"rows": {"mixers": ()}}, "packing"),
     ],
 )
 def test_a_fault_in_a_derived_family_is_detected(
@@ -219,7 +226,7 @@ def test_a_fault_in_a_derived_family_is_detected(
 ) -> None:
     monkeypatch.setattr(
         "qlora_cli.models.build.derive_family",
-        lambda model: replace(derive_family(model), **changes),
+        lambda model: _changed(derive_family(model), changes),
     )
     with small_model(AutoConfig.for_model(model_type), CAUSAL) as faulty:
         assert getattr(laws, law)(faulty) > 1e-3

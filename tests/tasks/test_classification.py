@@ -116,7 +116,7 @@ def test_padded_rows_are_those_of_each_row_alone() -> None:
     with small_model(AutoConfig.for_model("deberta-v2"), TASK) as small:
         rows = examples(small, *ROWS)
         with torch.no_grad(), small.without_adapter() as loaded:
-            assert not loaded.family.packs
+            assert not loaded.family.rows.packs
             found = TASK.logits(loaded, TASK.collate(rows), CPU)
         torch.testing.assert_close(found, expected_logits(small, rows), rtol=1e-5, atol=1e-5)
 

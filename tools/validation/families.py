@@ -114,7 +114,7 @@ def prove(model_type: str) -> dict[str, Any]:
         found: dict[str, Any] = {"proof": proof.to_dict(), "model_type": proof.model_type}
         if proof.failed is not None:
             return found
-        packs = skeleton(small_config(config), torch.float32, CAUSAL.model_class)[1].packs
+        packs = skeleton(small_config(config), torch.float32, CAUSAL.model_class)[1].rows.packs
         return found | {"packs": packs, "peft": _peft(config)}
     except Exception as error:  # Any class of transformers runs here.
         text = str(error).strip().splitlines()

@@ -200,8 +200,8 @@ def _transformers_model(
     model, family = loaded.model, loaded.family
     if family.is_classifier:
         # transformers' masks of encoders do not separate rows that share a sequence.
-        loaded.family = replace(family, packs=False)
-    if not family.own_attention:
+        loaded.family = replace(family, rows=replace(family.rows, packs=False))
+    if not family.rows.own_attention:
         model.set_attn_implementation(family.merged_attention)
     if compute is torch.float16 and device.type == "cpu":
         for path in convert.linear_paths(model):
