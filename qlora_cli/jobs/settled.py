@@ -12,12 +12,12 @@ from qlora_cli.jobs.prepare import Prepared, TrainingJob
 from qlora_cli.plan.planner import Batches, Planner
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe import activations
-from qlora_cli.recipe.change import with_settings
-from qlora_cli.recipe.resolve import Choice
+from qlora_cli.recipe.change import with_values
+from qlora_cli.recipe.resolve import RESIDENCY, Choice
 from qlora_cli.runs.run import Run
 from qlora_cli.train.shortage import recorded_shortages
 
-_KEYS = (activations.KEY, "train.loss_chunk")
+_KEYS = (activations.KEY, "train.loss_chunk", RESIDENCY)
 
 
 def with_stored_settings(prepared: Prepared, earlier: Run) -> Prepared:
@@ -29,9 +29,10 @@ def with_stored_settings(prepared: Prepared, earlier: Run) -> Prepared:
     train, stored = prepared.recipe.train, earlier.recipe.train
     values: dict[str, object] = {}
     for key in _KEYS:
-        name = key.removeprefix("train.")
-        if getattr(train, name) == "auto" and getattr(stored, name) != "auto":
-            values[key] = getattr(stored, name)
+        section, _, name = key.partition(".")
+        own, earlier_own = (getattr(r, section) for r in (prepared.recipe, earlier.recipe))
+        if getattr(own, name) == "auto" and getattr(earlier_own, name) != "auto":
+            values[key] = getattr(earlier_own, name)
     shortages = recorded_shortages(earlier.record)
     if shortages and activations.KEY in values:
         values[activations.KEY] = shortages[-1].recomputed_blocks
@@ -76,8 +77,7 @@ def may_recompute_more(prepared: Prepared) -> bool:
 
 
 def _with_choices(prepared: Prepared, choices: Iterable[Choice]) -> Prepared:
-    """Return the recipe with the chosen values; all keys are of the section `train`."""
+    """Return the recipe with the chosen values."""
     chosen = tuple(choices)
-    values = {choice.key.removeprefix("train."): choice.value for choice in chosen}
-    recipe = with_settings(prepared.recipe, "train", **values)
+    recipe = with_values(prepared.recipe, {choice.key: choice.value for choice in chosen})
     return replace(prepared, recipe=recipe, choices=(*prepared.choices, *chosen))

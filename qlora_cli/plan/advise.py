@@ -125,7 +125,7 @@ def _smaller_weights(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe
         yield "base.overrides={}", with_settings(recipe, "base", overrides={})
     if recipe.base.bits == 4 and not recipe.base.double_quant:
         yield "base.double_quant=true", with_settings(recipe, "base", double_quant=True)
-    if on_gpu and recipe.adapter.method == "lora" and recipe.base.residency == "device":
+    if on_gpu and recipe.adapter.method == "lora" and recipe.base.residency != "host":
         recomputed = with_settings(recipe, "train", activation_checkpointing=True)
         yield "base.residency=host", with_settings(recomputed, "base", residency="host")
 

@@ -1,13 +1,13 @@
 """Replaces each `auto` of a recipe that depends on planned memory by a value, with a reason.
 
-These are `train.micro_batch`, `train.activation_checkpointing` and `train.loss_chunk`. The others
-are resolved without a plan (`recipe/resolve.py`).
+These are `train.micro_batch`, `train.activation_checkpointing`, `train.loss_chunk` and, on a GPU,
+`base.residency`. The others are resolved without a plan (`recipe/resolve.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_cli.plan.dry_run import DryRun
 from qlora_cli.plan.limit import Limit
@@ -16,8 +16,8 @@ from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.search import largest_that_fits
 from qlora_cli.recipe import activations
 from qlora_cli.recipe.activations import recomputed_blocks
-from qlora_cli.recipe.change import with_settings
-from qlora_cli.recipe.resolve import Choice
+from qlora_cli.recipe.change import with_settings, with_values
+from qlora_cli.recipe.resolve import RESIDENCY, Choice
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.units import format_bytes, format_count
 
@@ -48,7 +48,28 @@ class Settler:
     first_chunk: Callable[[Recipe], int]
 
     def settle(self, recipe: Recipe) -> Settled:
-        """Return the recipe with a policy and a chunk. recipe: its micro-batch is a number."""
+        """Return the recipe with a policy, a chunk and a residency.
+
+        recipe: its micro-batch is a number. A base that does not fit the device is put into host
+        memory, unless that does not help.
+        """
+        if recipe.base.residency != "auto":
+            return self._settled(recipe)
+        settled = self._settled(with_settings(recipe, "base", residency="device"))
+        needed = settled.plan.needed_bytes
+        what = f"{format_bytes(needed)} planned of {self.limit.text}"
+        choice = Choice(RESIDENCY, "device", f"the base fits the device: {what}")
+        if needed > self.limit.num_bytes and _can_stream(recipe):
+            streamed = self._settled(with_settings(recipe, "base", residency="host"))
+            if streamed.plan.needed_bytes < needed:
+                settled = streamed
+                choice = _host_choice(streamed.plan, what)
+        elif needed > self.limit.num_bytes:
+            choice = Choice(RESIDENCY, "device", f"no block can be in host memory: {what}")
+        return replace(settled, choices=(choice, *settled.choices))
+
+    def _settled(self, recipe: Recipe) -> Settled:
+        """Return the recipe with a policy and a chunk. recipe: its residency is not `auto`."""
         search = self._search(recipe)
         if recipe.train.activation_checkpointing == "auto":
             found = search.fewest()
@@ -57,8 +78,8 @@ class Settler:
             found, choices = search.attempt(self._recomputed(recipe)), []
         if recipe.train.loss_chunk == "auto":
             choices.append(_chunk_choice(found))
-        values = {choice.key.removeprefix("train."): choice.value for choice in choices}
-        return Settled(with_settings(recipe, "train", **values), tuple(choices), found.plan)
+        values = {choice.key: choice.value for choice in choices}
+        return Settled(with_values(recipe, values), tuple(choices), found.plan)
 
     def micro_batch(self, recipe: Recipe, max_size: int) -> tuple[Recipe, tuple[Choice, Choice]]:
         """Return the recipe with the largest micro-batch that fits, and the choices.
@@ -69,7 +90,9 @@ class Settler:
         """
         total = recipe.train.grad_accum
         sizes = [n for n in range(1, min(total, max_size) + 1) if total % n == 0]
-        first = self.settle(_divided(recipe, 1)).plan
+        settled = self.settle(_divided(recipe, 1))
+        first = settled.plan
+        recipe = with_settings(recipe, "base", residency=settled.recipe.base.residency)
         plans = {1: first}
 
         def planned(number: int) -> tuple[int, bool]:
@@ -122,6 +145,20 @@ class Settler:
             reason += f". One step less memory{_step_text(search, found)} would cost "
             reason += f"{plan.flops.block_share:.1%} more operations"
         return Choice(activations.KEY, number, reason)
+
+
+def _can_stream(recipe: Recipe) -> bool:
+    """Return whether blocks of the base may be in host memory."""
+    recomputes = recipe.train.activation_checkpointing not in (False, 0)
+    return recomputes and recipe.adapter.method == "lora"
+
+
+def _host_choice(plan: MemoryPlan, what: str) -> Choice:
+    """Return the choice of host memory. what: the memory that a base on the device needs."""
+    reason = f"a base on the device does not fit: {what}. {plan.num_recomputed} of "
+    reason += f"{plan.num_blocks} blocks are in host memory ({format_bytes(plan.streamed_bytes)}) "
+    reason += f"and are copied to the GPU to compute: {format_bytes(plan.needed_bytes)} planned"
+    return Choice(RESIDENCY, "host", reason)
 
 
 def _step_text(search: PolicySearch, found: Attempt) -> str:

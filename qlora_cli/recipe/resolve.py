@@ -11,6 +11,8 @@ from qlora_cli.recipe.preference import Preference
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.section import Section
 
+RESIDENCY = "base.residency"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -31,21 +33,17 @@ class Choice:
 def resolve(recipe: Recipe, device: DeviceProfile) -> tuple[Recipe, tuple[Choice, ...]]:
     """Return the recipe with the `auto` values resolved for a device, and the choices made.
 
-    `data.format: auto` is kept, because it depends on the rows, and `base.cache: auto`, because it
-    depends on the size of the base.
+    `data.format: auto` is kept, because it depends on the rows, `base.cache: auto`, because it
+    depends on the size of the base, and on a GPU `base.residency: auto`, because it depends on the
+    planned memory.
     """
     choices: list[Choice] = []
     base = recipe.base
     if base.compute_dtype == "auto":
         choices.append(_compute_dtype(device))
-    if base.residency == "auto":
-        choices.append(
-            Choice(
-                "base.residency",
-                "device",
-                "the packed base is stored in the memory of the device that computes",
-            )
-        )
+    if base.residency == "auto" and device.kind == "cpu":
+        reason = "on a CPU all weights are in host memory"
+        choices.append(Choice(RESIDENCY, "device", reason))
     if recipe.task == "preference" and recipe.preference.beta == "auto":
         choices.append(_beta(recipe.preference))
     sections = {

@@ -55,7 +55,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_of(config: Path, **sections: Any) -> Recipe:
     settings = {
-        "base": {"bits": 4, "compute_dtype": "auto"},
+        "base": {"bits": 4, "compute_dtype": "auto", "residency": "device"},
         "adapter": {"rank": 8, "targets": "all"},
         "data": {"seq_len": 1024},
         "train": {"micro_batch": 2, "grad_accum": 4},
@@ -117,8 +117,9 @@ def test_if_the_weights_alone_are_too_large_only_fewer_bits_are_planned(llama: P
     enough = four.ledger.allocator.reserved + CONTEXT
     assert enough - CONTEXT < at_peak["base"] + at_peak["head"], "16-bit weights do not fit"
     result = run(recipe, enough)
-    assert {item.change for item in result.advice} == {"base.bits=8", "base.bits=4"}
-    assert [item.change for item in result.advice if item.fits] == ["base.bits=4"]
+    smaller = {"base.bits=8", "base.bits=4", "base.residency=host"}
+    assert {item.change for item in result.advice} == smaller
+    assert "base.bits=4" in [item.change for item in result.advice if item.fits]
     assert any("frozen weights alone" in note for note in result.notes)
     assert run(recipe, enough, fit=True).advice == result.advice, "no size is searched"
     assert not any("frozen weights" in note for note in four.notes)

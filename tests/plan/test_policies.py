@@ -57,6 +57,7 @@ def config_of(family: str, **more: int) -> Any:
 def recipe_of(profile: DeviceProfile, seq_len: int = 512, **sections: Any) -> Recipe:
     content: dict[str, Any] = {
         "model": {"name": "x"},
+        "base": {"residency": "device"},
         "adapter": {"targets": "all"},
         "data": {"train": "", "seq_len": seq_len},
     }
@@ -206,3 +207,28 @@ def test_a_search_finds_the_largest_number(best: int) -> None:
 
     assert largest_that_fits(plan, 20, 10, 105 + 10 * best) == best
     assert len(planned) <= 8
+
+
+@pytest.mark.slow
+def test_a_base_that_does_not_fit_is_put_into_host_memory() -> None:
+    """As many blocks as fit stay on the device with their activations; the others are streamed."""
+
+    def chosen(capacity: int, **train: Any) -> Settled:
+        profile = replace(GPU, capacity_bytes=capacity)
+        recipe = recipe_of(profile, base={"residency": "auto"}, train=train)
+        return Planner(config_of("llama"), profile).settle(recipe)
+
+    device = chosen(2**34)
+    assert device.recipe.base.residency == "device"
+    assert "the base fits the device" in device.choices[0].reason
+    least = settled(2**34, activation_checkpointing=True).plan.needed_bytes
+    host = chosen(int((least - MIB) / GPU_SHARE))
+    number = host.recipe.train.activation_checkpointing
+    assert host.recipe.base.residency == "host"
+    assert 0 < number < BLOCKS
+    assert host.plan.needed_bytes <= least - MIB
+    assert host.plan.streamed_bytes
+    assert f"{number} of {BLOCKS} blocks are in host memory" in host.choices[0].reason
+    kept = chosen(int((least - MIB) / GPU_SHARE), activation_checkpointing=False)
+    assert kept.recipe.base.residency == "device"
+    assert "no block can be in host memory" in kept.choices[0].reason
