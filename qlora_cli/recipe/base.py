@@ -39,10 +39,10 @@ class Base(Section):
     """Dtype of activations and matrix products; auto selects bfloat16 on a GPU with bfloat16 units,
     float16 on an older GPU and float32 on a CPU."""
     residency: Literal["auto", "device", "host"] = "auto"
-    """Memory that stores the packed base: device is that of the GPU or CPU that computes. host keeps
-    the blocks that are recomputed (train.activation_checkpointing) in host memory and copies each
-    to the GPU when it computes, which is slower. auto selects host if the job does not fit the GPU
-    otherwise."""
+    """Memory that stores the packed base: device is that of the GPU or CPU that computes. host is
+    host memory for the blocks that are recomputed (train.activation_checkpointing); each one is
+    copied to the GPU when it computes, which is slower. auto selects host if the job does not fit
+    the GPU otherwise."""
     cache: Literal["auto"] | bool = "auto"
     """Keep a packed copy of the base on disk, so that later starts need not quantize it (`qlora
     cache list`); auto keeps a base of more than 64 MiB if bits is 4 or 8."""
