@@ -209,7 +209,7 @@ def test_a_note_names_the_outlier_bound(llama: Path) -> None:
     without = run(recipe_of(llama, base={"bits": 8, "outlier_threshold": 0.0}), 24 * GIB)
     assert any("outlier" in note for note in with_outliers.notes)
     assert not any("outlier" in note for note in without.notes)
-    assert with_outliers.floor_bytes > without.floor_bytes
+    assert with_outliers.ledger.planned_peak_bytes > without.ledger.planned_peak_bytes
 
 
 def test_the_floor_is_below_the_peak(llama: Path) -> None:
