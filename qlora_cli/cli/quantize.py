@@ -26,7 +26,7 @@ from qlora_cli.errors import QloraError, UsageError
     "--budget",
     metavar="SIZE",
     help="Memory of the base, such as 6GiB: linears, embeddings, head and norms, without adapter "
-    "and activations.  [default: a tenth more than in 4 bit]",
+    "and activations.  [default: base.budget, else a tenth more than in 4 bit]",
 )
 @click.option(
     "--target-kl",
@@ -77,8 +77,12 @@ def quantize(
         ctx.exit(QloraError.exit_code)
     if out is not None:
         suggest("train", out)
+    elif result.budget_bytes is not None:
+        chosen = ("base.bits=auto", f"base.budget={result.budget_bytes}")
+        suggest("train", recipe, *overrides, *chosen)
     else:
-        suggest("quantize", recipe, *overrides, "--out", "mixed.yaml")
+        target = ("--target-kl", f"{target_kl:g}", "--out", "mixed.yaml")
+        suggest("quantize", recipe, *overrides, *target)
 
 
 def _size(text: str) -> int:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from qlora_cli.events import Observer
-from qlora_cli.files import cache
-from qlora_cli.files.atomic import PARSE_ERRORS, write_json
-from qlora_cli.files.source import config_digest, fingerprint
+from qlora_cli.jobs import mix_cache
 from qlora_cli.jobs.prepare import Prepared
 from qlora_cli.jobs.quantize import base_bytes, check_method, in_4_bit, measure, measured_rows
-from qlora_cli.memory.device import inspect_device
 from qlora_cli.plan.limit import limit_of
 from qlora_cli.plan.planner import Planner
 from qlora_cli.recipe.change import with_settings
@@ -25,9 +17,6 @@ from qlora_cli.runs.run import Run
 from qlora_cli.units import format_bytes, parse_bytes
 
 _BITS, _OVERRIDES = "base.bits", "base.overrides"
-_LAYOUT = 1
-"""Version of what a cached choice depends on and contains."""
-_PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers")
 
 
 def choose_bits(
@@ -89,44 +78,10 @@ def _budget(prepared: Prepared, plain: Prepared, least: int) -> tuple[int, str]:
 
 def _measured(plain: Prepared, budget: int, observer: Observer) -> dict[str, Any]:
     """Return the mix for a budget, from the cache if it was measured before."""
-    file = _file(plain, budget, observer)
-    with suppress(OSError, *PARSE_ERRORS):
-        found: dict[str, Any] = json.loads(file.read_text())["mix"]
+    rows = measured_rows(plain, observer)
+    found = mix_cache.read(plain, budget, rows)
+    if found is not None:
         observer.note("base.bits: the choice of an earlier measurement is used")
         return found
-    result = measure(plain, budget, None, observer)
-    chosen = result.chosen
-    mix = {
-        "overrides": dict(chosen.overrides),
-        "kl": chosen.kl,
-        "plain_kl": result.plain.kl,
-        "bytes": chosen.bytes,
-        "linears": len(result.linears),
-        "upgraded": sum(cost.bits > 4 for cost in result.linears),
-    }
-    description = f"{plain.recipe.model.name} in {format_bytes(budget)}"
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"description": description, "mix": mix})
-    return mix
-
-
-def _file(plain: Prepared, budget: int, observer: Observer) -> Path:
-    """Return the file of the choice, named by everything that it depends on."""
-    rows = measured_rows(plain, observer).rows
-    tokens = json.dumps([[list(row.ids), list(row.labels)] for row in rows])
-    base = plain.recipe.base
-    key = cache.key_of(
-        {
-            "layout": _LAYOUT,
-            "base": fingerprint(plain.folder),
-            "config": config_digest(plain.folder),
-            "rows": hashlib.sha256(tokens.encode()).hexdigest(),
-            "format": [base.quant_type, base.double_quant, base.outlier_threshold],
-            "compute": base.compute_dtype,
-            "budget": budget,
-            "kind": inspect_device().kind,
-            "versions": {name: version(name) for name in _PACKAGES},
-        }
-    )
-    return cache.entry_folder(cache.MIXES, key) / cache.ENTRY
+    result = measure(plain, rows, budget, None, observer)
+    return mix_cache.write(plain, rows, result)

@@ -15,6 +15,7 @@ from qlora_cli.events import Observer
 from qlora_cli.export.compare.eval_rows import EvalRows, Limits, eval_rows
 from qlora_cli.files.atomic import atomic_file, report_write_errors
 from qlora_cli.files.dtype import file_dtype
+from qlora_cli.jobs import mix_cache
 from qlora_cli.jobs.init import check_target
 from qlora_cli.jobs.prepare import Prepared, prepare
 from qlora_cli.jobs.quantize_results import LinearCost, MixStep, QuantizeResult
@@ -35,7 +36,7 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.write import recipe_text
 from qlora_cli.tasks.registry import task_of
 from qlora_cli.train.runtime import setup_device
-from qlora_cli.units import format_bytes
+from qlora_cli.units import format_bytes, parse_bytes
 
 LIMITS = Limits(rows=64, tokens=4096)
 """Rows that are measured: enough for the order of the linears, and quick on a CPU."""
@@ -56,7 +57,8 @@ def run(
     """Measure the recipe's base and find a mix.
 
     budget: bytes of the base, as the memory report counts it. target_kl: instead of a budget. With
-    neither, the budget is a tenth more than 4 bit. out: a recipe with the mix is written to it.
+    neither, the budget is that of the recipe, or a tenth more than 4 bit. The cache keeps a mix for
+    a budget. out: a recipe with the mix is written to it.
     force: replace an existing file. Raises UsageError or ModelError for what cannot be measured,
     DoesNotFit if 4 bit exceeds the budget.
     """
@@ -65,7 +67,12 @@ def run(
     check_method(recipe)
     prepared = prepare(in_4_bit(recipe), inspect_device())
     require_proof(prepared.config, task_of(recipe), observer)
-    result = measure(prepared, budget, target_kl, observer)
+    if budget is None and target_kl is None and recipe.base.budget is not None:
+        budget = parse_bytes(recipe.base.budget)
+    rows = measured_rows(prepared, observer)
+    result = measure(prepared, rows, budget, target_kl, observer)
+    if target_kl is None:
+        mix_cache.write(prepared, rows, result)
     if out is None:
         return result
     with report_write_errors("the recipe", out), atomic_file(out) as partial:
@@ -74,11 +81,14 @@ def run(
 
 
 def measure(
-    prepared: Prepared, budget: int | None, target_kl: float | None, observer: Observer
+    prepared: Prepared,
+    rows: EvalRows,
+    budget: int | None,
+    target_kl: float | None,
+    observer: Observer,
 ) -> QuantizeResult:
     """Return the result for a prepared recipe with a base of 4 bit; arguments as of `run`."""
     began = time.perf_counter()
-    rows = measured_rows(prepared, observer)
     base = _measured_base(prepared, rows)
     sizes = linear_sizes(base)
     linears_4bit = mix_bytes(sizes, {size.path: 4 for size in sizes})

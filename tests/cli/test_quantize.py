@@ -53,7 +53,7 @@ def test_the_table_names_the_linears_and_the_bases(small: Path) -> None:
     assert outcome.code == 0
     assert "model.layers.0.mlp.down_proj" in outcome.out
     assert "recovered" in outcome.out
-    assert "next: qlora quantize" in outcome.err
+    assert f"next: qlora train {small} base.bits=auto base.budget={2**30}" in outcome.err
 
 
 def test_a_wanted_kl_is_reached_or_the_exit_code_is_1(small: Path) -> None:

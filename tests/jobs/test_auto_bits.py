@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import Interrupted, RecipeError, UsageError
+from qlora_cli.events import Silent
 from qlora_cli.files import cache
-from qlora_cli.jobs import auto_bits, plan
+from qlora_cli.jobs import auto_bits, plan, quantize
 from qlora_cli.recipe.gpus import planned_gpu
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
@@ -65,6 +66,18 @@ def test_a_choice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     monkeypatch.setenv(cache.SWITCH, str(tmp_path / "other"))
     assert plan.run(recipe, **arguments).ledger.phases == first.ledger.phases
+
+
+def test_the_measurement_of_the_command_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tmp_path)
+    arguments: Any = {"target_kl": None, "out": None, "observer": Silent()}
+    result = quantize.run(recipe, budget=None, **arguments)
+    assert result.budget_bytes == 142 * 1024, "base.budget is not used"
+    monkeypatch.setattr(auto_bits, "measure", lambda *_: pytest.fail("measured again"))
+    run = train_run(recipe)
+    assert Run(run.path).recipe.base.overrides == result.chosen.overrides != {}
 
 
 def test_the_base_gets_what_fits(tmp_path: Path) -> None:
