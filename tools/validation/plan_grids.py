@@ -119,8 +119,8 @@ def policy_grid(device: str) -> tuple[Case, ...]:
     if device == "cpu":
         return tuple(policies)
     real = [
-        Case("llama", shape, (f"data.seq_len={tokens}", _ALL, chunk, f"{_CHECKPOINTING}={number}"))
-        for shape, tokens, number, chunk in _REAL_POLICIES
+        Case("llama", shape, (f"data.seq_len={tokens}", _ALL, *text, f"{_CHECKPOINTING}={number}"))
+        for shape, tokens, number, *text in _REAL_POLICIES
     ]
     return (*policies, *real)
 
@@ -133,6 +133,7 @@ _POLICIES = (
     ("qwen3", "data.seq_len=256", (2, 4), "base.bits=8 base.outlier_threshold=0"),
     ("mistral", "data.seq_len=256", (4,), f"train.micro_batch=2 {_ALL} train.loss_chunk=100"),
     ("gpt2", "data.seq_len=256", (2,), f"{_ALL} adapter.dropout=0.1"),
+    ("llama", "data.seq_len=256", (1, 4, 6), f"base.residency=host {_ALL}"),
 )
 """(family, overrides, numbers of recomputed blocks, more overrides)."""
 _REAL_POLICIES = (
@@ -140,8 +141,10 @@ _REAL_POLICIES = (
     ("8B", 2048, 16, "train.loss_chunk=160"),
     ("8B", 2048, 26, "train.loss_chunk=160"),
     ("8B", 8192, 14, "train.loss_chunk=261"),
+    ("8B", 512, 32, "train.loss_chunk=64", "base.residency=host"),
+    ("8B", 2048, 20, "train.loss_chunk=160", "base.residency=host"),
 )
-"""(shape, tokens, number of recomputed blocks, chunk of the loss)."""
+"""(shape, tokens, number of recomputed blocks, further overrides)."""
 _NO_CHECKPOINTING = "train.activation_checkpointing=false"
 _INT8 = "base.bits=8 base.outlier_threshold=0"
 """Without outlier columns: their number depends on the data, and a plan assumes its bound."""
