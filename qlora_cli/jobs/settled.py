@@ -17,7 +17,7 @@ from qlora_cli.recipe.resolve import RESIDENCY, Choice
 from qlora_cli.runs.run import Run
 from qlora_cli.train.shortage import recorded_shortages
 
-_KEYS = (activations.KEY, "train.loss_chunk", RESIDENCY)
+_KEYS = (activations.KEY, activations.OFFLOAD_KEY, "train.loss_chunk", RESIDENCY)
 
 
 def with_stored_settings(prepared: Prepared, earlier: Run) -> Prepared:

@@ -23,6 +23,7 @@ class ActiveTracker(Protocol):
 
     category: str
     work_factor: float
+    recomputes: bool
     location: Location
     counts_host_memory: bool
     listener: MemoryListener
@@ -105,6 +106,20 @@ def represents(number: float) -> Iterator[None]:
         yield
     finally:
         tracker.work_factor = outer
+
+
+@contextlib.contextmanager
+def recomputing() -> Iterator[None]:
+    """Count the work inside the block as done a second time, by a recomputed block."""
+    if not _active:
+        yield
+        return
+    tracker = _active[-1]
+    tracker.recomputes = True
+    try:
+        yield
+    finally:
+        tracker.recomputes = False
 
 
 @contextlib.contextmanager

@@ -92,6 +92,7 @@ class StorageTracker(TorchDispatchMode):
         self._part_of_step = "forward"
         self._operations = MetaOperations()
         self.work_factor = 1.0
+        self.recomputes = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -147,7 +148,8 @@ class StorageTracker(TorchDispatchMode):
             output, work = func(*args, **kwargs), None
         self._track_output(output, args)
         if work is not None and self.location == "device":
-            self.listener.work(work.times(self.work_factor))
+            work = work.times(self.work_factor)._replace(recomputed=self.recomputes)
+            self.listener.work(work)
         rule = self._rules.temporaries.get(name)
         if rule is not None and self.location == "device":
             self._allocate_temporaries(rule(args, kwargs, output))

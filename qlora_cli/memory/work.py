@@ -28,12 +28,14 @@ class Work(NamedTuple):
     kind: WorkKind
     flops: int
     num_bytes: int
+    recomputed: bool = False
+    """Whether a recomputed block does it a second time."""
 
     def times(self, factor: float) -> Work:
         """Return the work of `factor` such operations as one."""
         if factor == 1.0:
             return self
-        return Work(self.kind, int(self.flops * factor), int(self.num_bytes * factor))
+        return self._replace(flops=int(self.flops * factor), num_bytes=int(self.num_bytes * factor))
 
 
 def work_of(

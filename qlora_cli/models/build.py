@@ -22,7 +22,7 @@ from torch import nn
 from qlora_cli.adapters.method import AdapterMethod
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, Problem, RecipeError
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.atomic import PARSE_ERRORS
 from qlora_cli.files.composed import text_config_of, whole_config
@@ -58,6 +58,7 @@ from qlora_cli.nn import attention
 from qlora_cli.nn.activation_policy import ActivationPolicy, Recomputation
 from qlora_cli.nn.by_row import restart_positions, run_by_row
 from qlora_cli.nn.embedding import has_own_memory
+from qlora_cli.nn.input_offload import InputOffload
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
 from qlora_cli.recipe.activations import recomputed_blocks
@@ -233,8 +234,20 @@ def initialize_adapter(loaded: LoadedModel, request: ModelRequest) -> None:
 def apply_train_settings(loaded: LoadedModel, recipe: Recipe) -> None:
     """Apply the recipe's activation policy and its chunk of the loss to a model.
 
-    Raises RecipeError if the recipe recomputes more blocks than there are.
+    Raises RecipeError if the recipe recomputes more blocks than there are, or moves inputs to host
+    memory without a GPU.
     """
+    if recipe.train.offload_inputs is True and loaded.kernel == "cpu":
+        raise RecipeError(
+            "this device does not support a setting of the recipe",
+            [
+                Problem(
+                    "train.offload_inputs",
+                    "it moves tensors from GPU to CPU memory, and there is no GPU",
+                    "omit it",
+                )
+            ],
+        )
     chunk, setting = recipe.train.loss_chunk, recipe.train.activation_checkpointing
     loaded.loss_chunk = None if chunk == "auto" else chunk
     if setting is False and loaded.recomputation is None:
@@ -249,6 +262,7 @@ def apply_train_settings(loaded: LoadedModel, recipe: Recipe) -> None:
     loaded.recomputation.preserves_random_state = recipe.adapter.dropout > 0
     if loaded.stream is not None:
         loaded.recomputation.before_block = loaded.stream.acquire
+    loaded.recomputation.offload = InputOffload() if recipe.train.offload_inputs is True else None
 
 
 def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.device) -> None:

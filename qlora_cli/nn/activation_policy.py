@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora_cli.nn.input_offload import InputOffload
 from qlora_cli.nn.spans import checkpoint_contexts
 
 Action = Literal["keep", "recompute"]
@@ -61,7 +63,8 @@ class Recomputation:
 
     blocks: as many as the policy has. policy: may be replaced between two steps.
     preserves_random_state: whether the forward pass draws random numbers, which the second pass has
-    to draw again; it costs time otherwise.
+    to draw again; it costs time otherwise. offload: stores the inputs of recomputed blocks; None to
+    keep them on the device.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], policy: ActivationPolicy) -> None:
@@ -69,6 +72,7 @@ class Recomputation:
         self.preserves_random_state = False
         self.before_block: Callable[[int], None] = lambda _: None
         """Called with the index of a block before each of its forward passes."""
+        self.offload: InputOffload | None = None
         for index, block in enumerate(blocks):
             block.forward = self._forward_of(block, index)
 
@@ -86,13 +90,14 @@ class Recomputation:
             assert living is not None
             if not living.training or self.policy.actions[index] == "keep":
                 return forward(living, *args, **kwargs)
-            return checkpoint(
-                partial(forward, living, **kwargs),
-                *args,
-                use_reentrant=False,
-                preserve_rng_state=self.preserves_random_state,
-                determinism_check="none",
-                context_fn=checkpoint_contexts,
-            )
+            with self.offload.storing() if self.offload is not None else nullcontext():
+                return checkpoint(
+                    partial(forward, living, **kwargs),
+                    *args,
+                    use_reentrant=False,
+                    preserve_rng_state=self.preserves_random_state,
+                    determinism_check="none",
+                    context_fn=checkpoint_contexts,
+                )
 
         return forward_by_policy

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from qlora_cli.errors import ModelError
+from qlora_cli.memory.scopes import recomputing
 
 Kernel = Literal["varlen", "efficient", "cpu"]
 """varlen: FlashAttention over all rows. efficient: SDPA's memory-efficient kernel, one call per
@@ -72,7 +73,7 @@ def first_visible_key(num_queries: int, num_keys: int, size: int) -> int:
 _CURRENT: ContextVar[Spans | None] = ContextVar("spans", default=None)
 
 
-class use_spans:  # noqa: N801
+class use_spans(AbstractContextManager[None]):  # noqa: N801
     """Let every attention inside the block compute the rows of `spans`.
 
     A context and not an argument, because some models do not pass arguments on to the attention.
@@ -96,4 +97,21 @@ def current_spans() -> Spans | None:
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of a block's forward pass and of its recomputation, with equal spans."""
-    return nullcontext(), use_spans(_CURRENT.get())
+    return nullcontext(), _Recomputation(_CURRENT.get())
+
+
+class _Recomputation(AbstractContextManager[None]):
+    """The context of a recomputed block; it can be entered again."""
+
+    def __init__(self, spans: Spans | None) -> None:
+        self._spans = spans
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        stack = ExitStack()
+        stack.enter_context(use_spans(self._spans))
+        stack.enter_context(recomputing())
+        self._entered.append(stack)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._entered.pop().__exit__(*exception)

@@ -98,6 +98,9 @@ def _changes(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
     if recipe.train.activation_checkpointing is not True:
         changed = with_settings(recipe, "train", activation_checkpointing=True)
         yield "train.activation_checkpointing=true", changed
+    if on_gpu and recipe.train.offload_inputs is not True:
+        changed = with_settings(recipe, "train", activation_checkpointing=True, offload_inputs=True)
+        yield "train.activation_checkpointing=true train.offload_inputs=true", changed
     if recipe.base.compute_dtype == "float32":
         yield "base.compute_dtype=bfloat16", with_settings(recipe, "base", compute_dtype="bfloat16")
     if not method_of(recipe.adapter).freezes_base:

@@ -196,7 +196,6 @@ class DryRun:
             * state.loaded.base_format.compute.itemsize
             * groups.period,
             has_single_blocks=groups.period == 1,
-            num_recomputed=sample.recomputed,
             streamed_bytes=_streamed_bytes(state.loaded, groups, sample.number),
         )
 

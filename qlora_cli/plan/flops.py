@@ -13,8 +13,8 @@ from qlora_cli.plan.recording import BlockSegment
 class StepFlops:
     """Operations of matrix products and attention of the micro-batches of a recorded step.
 
-    total: of the step. recomputed: of the forward passes that are done twice. block: of the forward
-    pass of one group of blocks, which recomputing it costs.
+    total: of the step. recomputed: those that are done a second time. block: what recomputing one
+    group of blocks costs; if none is recomputed, its forward pass, which is a little more.
     """
 
     total: int = 0
@@ -32,26 +32,30 @@ class StepFlops:
         return self.block / max(1, self.total - self.recomputed)
 
 
-def step_flops(segments: Iterable[BlockSegment], num_recomputed: int, middle: int) -> StepFlops:
+def step_flops(segments: Iterable[BlockSegment], middle: int) -> StepFlops:
     """Return the operations of the phase `step` of a recording.
 
-    num_recomputed: number of first groups of blocks that are recomputed. middle: number of a group
-    that is like most others.
+    middle: number of a group of blocks that is like most others.
     """
     forward: Tally[int | None] = Tally()
+    again: Tally[int | None] = Tally()
     total, part = 0, ""
     for segment in segments:
         for kind, _, _, category, flops in segment.events:
             if kind == "begin":
                 total, part = 0, ""
                 forward.clear()
+                again.clear()
             elif kind == "mark":
                 part = category
-            elif kind == "work":
+            elif kind in ("work", "recompute"):
                 total += flops
-                if part == "forward":
+                if kind == "recompute":
+                    again[segment.block] += flops
+                elif part == "forward":
                     forward[segment.block] += flops
             elif kind == "end" and category == "step":
-                recomputed = sum(forward[group] for group in range(num_recomputed))
-                return StepFlops(total, recomputed, forward[middle])
+                # The first blocks are recomputed before others are.
+                block = again[middle] or again[middle // 2] or again[0] or forward[middle]
+                return StepFlops(total, again.total(), block)
     raise ValueError("the recording has no step")

@@ -81,6 +81,7 @@ class Planner:
             limit_of(self.profile),
             self._dry_run,
             self._first_chunk,
+            may_offload=self.profile.kind == "cuda",
         )
         if recipe.train.micro_batch != "auto":
             return settler.settle(recipe)

@@ -34,9 +34,10 @@ class StorageId(NamedTuple):
 class Event(NamedTuple):
     """One event.
 
-    kind: allocate, free, recategorize, begin, end, release, mark or work. category: the storage's
-    category; for `end` the name of the phase, for `mark` of the part of the step, for `work` the
-    kind of work. num_bytes: of the storage, or those that work reads and writes. flops: of work.
+    kind: allocate, free, recategorize, begin, end, release, mark, work or recompute, which is work
+    that a recomputed block does a second time. category: the storage's category; for `end` the name
+    of the phase, for `mark` of the part of the step, for work its kind. num_bytes: of the storage,
+    or those that work reads and writes. flops: of work.
     """
 
     kind: str
@@ -101,7 +102,8 @@ class Recording:
 
     def work(self, work: Work) -> None:
         """Record the work of an operation."""
-        self._append(Event("work", None, work.num_bytes, work.kind, work.flops), None)
+        kind = "recompute" if work.recomputed else "work"
+        self._append(Event(kind, None, work.num_bytes, work.kind, work.flops), None)
 
     def allocate(
         self, key: Hashable, num_bytes: int, category: str, origin: Hashable = None

@@ -86,9 +86,8 @@ class RecordedJob:
     total, trained, trained_bytes: (sum over all parameters, sum over one middle block), the first
     two in parameters. input_bytes: size of one block's input, which activation checkpointing keeps.
     has_single_blocks: False if a block stands for a group of blocks; then one block's working set
-    is not known, and the lower bound of the memory leaves it out. num_recomputed: number
-    of recorded blocks that are recomputed. streamed_bytes: packed weights of each recorded block
-    that are in host memory.
+    is not known, and the lower bound of the memory leaves it out. streamed_bytes: packed weights of
+    each recorded block that are in host memory.
     """
 
     segments: list[BlockSegment]
@@ -99,17 +98,7 @@ class RecordedJob:
     trained_bytes: tuple[int, int]
     input_bytes: int
     has_single_blocks: bool
-    num_recomputed: int
     streamed_bytes: Sequence[int]
-
-    def recomputed_with(self, repeats: Sequence[tuple[int, int]]) -> int:
-        """Return the number of groups of blocks that are recomputed with repeated groups.
-
-        The last blocks, if they are no complete group, are one more group.
-        """
-        added = sum(copies for group, copies in repeats if group < self.num_recomputed)
-        has_rest = self.num_recomputed == self.num_blocks
-        return self.num_recomputed + added + has_rest
 
 
 def replay(job: RecordedJob, repeats: Sequence[tuple[int, int]]) -> MemoryPlan:
@@ -147,7 +136,7 @@ def replay(job: RecordedJob, repeats: Sequence[tuple[int, int]]) -> MemoryPlan:
         segments=segments,
         memory_model=job.memory_model,
         loss=listener.peak,
-        flops=step_flops(segments, job.recomputed_with(repeats), num_blocks // 2),
+        flops=step_flops(segments, num_blocks // 2),
         streamed_bytes=sum(job.streamed_bytes)
         + sum(num_copies * job.streamed_bytes[block] for block, num_copies in repeats),
     )

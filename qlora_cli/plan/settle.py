@@ -39,13 +39,15 @@ class Settler:
 
     num_blocks: of the base. limit: memory that a job with chosen settings may need. dry: returns
     the dry run of a recipe, whose activation policy is not used. first_chunk: returns the chunk of
-    the loss that is planned first for a recipe.
+    the loss that is planned first for a recipe. may_offload: the device is a GPU, so that inputs of
+    blocks may be moved to host memory.
     """
 
     num_blocks: int
     limit: Limit
     dry: Callable[[Recipe], DryRun]
     first_chunk: Callable[[Recipe], int]
+    may_offload: bool = False
 
     def settle(self, recipe: Recipe) -> Settled:
         """Return the recipe with a policy, a chunk and a residency.
@@ -71,11 +73,14 @@ class Settler:
     def _settled(self, recipe: Recipe) -> Settled:
         """Return the recipe with a policy and a chunk. recipe: its residency is not `auto`."""
         search = self._search(recipe)
+        choices: list[Choice] = []
         if recipe.train.activation_checkpointing == "auto":
             found = search.fewest()
-            choices = [self._policy_choice(search, found)]
+            if self.may_offload and not search.fits(found.plan):
+                search, found, choices = self._offloaded(recipe, search, found)
+            choices.append(self._policy_choice(search, found))
         else:
-            found, choices = search.attempt(self._recomputed(recipe)), []
+            found = search.attempt(self._recomputed(recipe))
         if recipe.train.loss_chunk == "auto":
             choices.append(_chunk_choice(found))
         values = {choice.key: choice.value for choice in choices}
@@ -114,6 +119,24 @@ class Settler:
         changed = _divided(recipe, size)
         accum = Choice("train.grad_accum", total // size, f"{_sequences(total)} per step")
         return changed, (Choice("train.micro_batch", size, reason), accum)
+
+    def _offloaded(
+        self, recipe: Recipe, search: PolicySearch, found: Attempt
+    ) -> tuple[PolicySearch, Attempt, list[Choice]]:
+        """Return a policy that also moves inputs to host memory, if the recipe may and it helps.
+
+        search, found: the policy without it, which does not fit.
+        """
+        if recipe.train.offload_inputs != "auto":
+            return search, found, []
+        other = self._search(with_settings(recipe, "train", offload_inputs=True))
+        moved = other.fewest()
+        if moved.plan.needed_bytes >= found.plan.needed_bytes:
+            return search, found, []
+        reason = f"without it {format_bytes(found.plan.needed_bytes)} are needed of "
+        reason += f"{self.limit.text}, with it {format_bytes(moved.plan.needed_bytes)}; the input "
+        reason += "of each recomputed block is copied to host memory and back"
+        return other, moved, [Choice(activations.OFFLOAD_KEY, True, reason)]
 
     def _recomputed(self, recipe: Recipe) -> int:
         return recomputed_blocks(recipe.train.activation_checkpointing, self.num_blocks)

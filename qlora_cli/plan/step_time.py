@@ -13,6 +13,9 @@ from typing import cast
 from qlora_cli.memory.work import Work, WorkKind
 from qlora_cli.plan.recording import BlockSegment
 
+_PASSES = ("forward", "loss", "backward")
+"""Parts of a step that are work of a micro-batch."""
+
 
 @dataclass(frozen=True)
 class DeviceSpeed:
@@ -53,7 +56,7 @@ def micro_batches(segments: Iterable[BlockSegment]) -> list[list[Work]]:
                 part = event.category
                 found += [[]] if part == "forward" else []
             # An evaluation has a loss and no training step.
-            elif event.kind == "work" and found and part in ("forward", "loss", "backward"):
+            elif event.kind in ("work", "recompute") and found and part in _PASSES:
                 kind = cast(WorkKind, event.category)
                 found[-1].append(Work(kind, event.flops, event.num_bytes))
             elif event.kind == "end" and event.category == "step":

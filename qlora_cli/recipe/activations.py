@@ -5,6 +5,7 @@ from __future__ import annotations
 from qlora_cli.errors import Problem, RecipeError
 
 KEY = "train.activation_checkpointing"
+OFFLOAD_KEY = "train.offload_inputs"
 
 
 def recomputed_blocks(setting: str | bool | int, num_blocks: int) -> int:

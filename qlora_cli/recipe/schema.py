@@ -152,6 +152,9 @@ class Train(Section):
     """Store only the input of a block and compute the rest again in the backward pass: true for
     every block, false for none, a number for that many first blocks; auto recomputes as few as fit
     the memory."""
+    offload_inputs: Literal["auto"] | bool = "auto"
+    """Keep the inputs of recomputed blocks in host memory and copy them back in the backward pass;
+    needs a GPU. auto does it if recomputing every block does not fit the memory otherwise."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 200
     """Optimizer steps between two checkpoints; the last step always writes one."""
     keep_checkpoints: Annotated[int, Field(ge=1)] | None = 2
@@ -178,6 +181,15 @@ class Train(Section):
         """Number of sequences per forward pass. It must not be `auto` any more."""
         assert self.micro_batch != "auto", "a plan chooses the micro-batch first"
         return self.micro_batch
+
+    @model_validator(mode="after")
+    def _offload_has_inputs(self) -> Train:
+        if self.offload_inputs is True and self.activation_checkpointing is False:
+            what = (
+                "train.offload_inputs needs blocks that train.activation_checkpointing recomputes"
+            )
+            raise NoEffect(what, {"train.offload_inputs": "train.activation_checkpointing"})
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

@@ -110,7 +110,10 @@ def cuda_grid() -> tuple[Case, ...]:
 
 
 def policy_grid(device: str) -> tuple[Case, ...]:
-    """Return cases in which some blocks are recomputed and others kept. device: cpu or cuda."""
+    """Return cases of every form of the activation policy, most with some blocks recomputed.
+
+    device: cpu or cuda. A GPU of 24 GiB recomputes some blocks where the policy is `auto`.
+    """
     policies = [
         Case(family, "small", (*text.split(), *more.split(), f"{_CHECKPOINTING}={number}"), 32000)
         for family, text, numbers, more in _POLICIES
@@ -119,8 +122,8 @@ def policy_grid(device: str) -> tuple[Case, ...]:
     if device == "cpu":
         return tuple(policies)
     real = [
-        Case("llama", shape, (f"data.seq_len={tokens}", _ALL, *text, f"{_CHECKPOINTING}={number}"))
-        for shape, tokens, number, *text in _REAL_POLICIES
+        Case("llama", shape, (f"data.seq_len={tokens}", _ALL, *more, f"{_CHECKPOINTING}={setting}"))
+        for shape, tokens, setting, *more in _REAL_POLICIES
     ]
     return (*policies, *real)
 
@@ -137,6 +140,12 @@ _POLICIES = (
 )
 """(family, overrides, numbers of recomputed blocks, more overrides)."""
 _REAL_POLICIES = (
+    ("1B", 2048, "false", "train.loss_chunk=128"),
+    ("8B", 2048, "true", "train.loss_chunk=160"),
+    ("8B", 2048, "true", "train.loss_chunk=160", "train.offload_inputs=true"),
+    ("1B", 2048, "9", "train.loss_chunk=128", "train.offload_inputs=true"),
+    ("8B", 4096, "auto", "train.loss_chunk=auto"),
+    ("8B", 8192, "auto", "train.loss_chunk=auto"),
     ("1B", 2048, 8, "train.loss_chunk=128"),
     ("8B", 2048, 16, "train.loss_chunk=160"),
     ("8B", 2048, 26, "train.loss_chunk=160"),
@@ -144,7 +153,7 @@ _REAL_POLICIES = (
     ("8B", 512, 32, "train.loss_chunk=64", "base.residency=host"),
     ("8B", 2048, 20, "train.loss_chunk=160", "base.residency=host"),
 )
-"""(shape, tokens, number of recomputed blocks, further overrides)."""
+"""(shape, tokens, policy, further overrides)."""
 _NO_CHECKPOINTING = "train.activation_checkpointing=false"
 _INT8 = "base.bits=8 base.outlier_threshold=0"
 """Without outlier columns: their number depends on the data, and a plan assumes its bound."""

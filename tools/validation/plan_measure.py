@@ -24,6 +24,7 @@ from qlora_cli.memory.host import host_capacity_bytes
 from qlora_cli.models.build import ModelRequest
 from qlora_cli.nn.codebook import scale_codebook
 from qlora_cli.plan.dry_run import dry_run
+from qlora_cli.plan.planner import Batches, Planner
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
@@ -37,9 +38,23 @@ PHASES = ("load", "first_step", "step", "eval")
 def plan_case(case: Case, profile: DeviceProfile) -> MemoryPlan:
     """Return the plan of a case for a device."""
     config = case.config()
-    recipe, _ = resolve(case.recipe(), profile)
+    recipe = resolved_recipe(case, profile)
     batches = step_batches_of(recipe, config)
     return dry_run(recipe, config, profile, batches, batches[:1])
+
+
+def resolved_recipe(case: Case, profile: DeviceProfile) -> Recipe:
+    """Return the recipe of a case without `auto`. A policy that is `auto` is chosen by plans."""
+    recipe, _ = resolve(case.recipe(), profile)
+    if recipe.train.activation_checkpointing != "auto":
+        return recipe
+    config = case.config()
+
+    def batches(given: Recipe) -> Batches:
+        step = step_batches_of(given, config)
+        return Batches(step, step[:1])
+
+    return Planner(config, profile, batches).settle(recipe).recipe
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ class Run:
     @classmethod
     def of(cls, case: Case, profile: DeviceProfile) -> Run:
         """Set up device and seed as the job does."""
-        recipe, _ = resolve(case.recipe(), profile)
+        recipe = resolved_recipe(case, profile)
         device = setup_device(profile, recipe.train.seed)
         random_values()  # Not part of the job: create it before the measurement starts.
         return cls(case, recipe, case.config(), device)

@@ -1,0 +1,306 @@
+"""Whole tools beside each other: ours, Trainer with PEFT and bitsandbytes, TRL's SFTTrainer.
+
+    python tools/benchmarks/compare_tools.py --model FOLDER --rows ALPACA.jsonl --out FILE.json
+
+Every run is a process of its own (`tool_process.py`); the tools take turns, and each round begins
+with another one. Ratios are taken within a round, so that a busy machine slows all of them. Three
+scenarios:
+
+- equal: equal settings, rows of equal length without padding, one row a step;
+- memory: the same, but ours recomputes as few blocks as the memory that Trainer takes allows;
+- defaults: each tool's own settings on real rows, of which the answers are trained. Time that is
+  spent on padding counts against the tool that pads.
+
+NF4, 8 or 16 bit, LoRA of rank 16 on all linears. `--table` writes docs/performance.md's table from
+a file that exists. Peft and trl are pinned in tools/constraints.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench_inference import spread, where
+from tool_process import IGNORED, TOOLS
+
+from qlora_cli.files.atomic import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- tools -->", "<!-- end of tools -->"
+OURS, REFERENCE = "ours", "trainer"
+_SCENARIOS = ("equal", "memory", "defaults")
+_PARTS = 4
+"""Ours is tried with so many fewer quarters of its blocks recomputed."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One comparison. checkpointing: of all tools, or ours: a number of recomputed blocks."""
+
+    scenario: str
+    bits: int
+    tokens: int
+    checkpointing: bool | int
+
+    @property
+    def name(self) -> str:
+        """Return the settings for people."""
+        if self.scenario == "defaults":
+            return f"defaults, {self.bits} bit"
+        recomputed = "blocks recomputed" if self.checkpointing else "blocks kept"
+        return f"{self.scenario}, {self.bits} bit, {self.tokens} tokens, {recomputed}"
+
+
+def cells(options: argparse.Namespace) -> Iterator[Cell]:
+    """Yield the comparisons that the options name."""
+    for scenario in options.scenarios:
+        for bits in options.bits:
+            if scenario == "defaults":
+                yield Cell(scenario, bits, 0, True)
+                continue
+            for tokens in options.tokens:
+                for checkpointing in (True,) if scenario == "memory" else options.checkpointing:
+                    yield Cell(scenario, bits, tokens, checkpointing)
+
+
+class Bench:
+    """Runs tools in processes of their own."""
+
+    def __init__(self, options: argparse.Namespace, place: Path) -> None:
+        self._options = options
+        self._place = place
+        self._tokenizer: Any = None
+
+    def run(self, tool: str, cell: Cell) -> dict[str, Any]:
+        """Return the figures of one run. Raises SystemExit if the tool fails."""
+        spec = {
+            "tool": tool,
+            "model": str(self._options.model.resolve()),
+            "rows": str(self._rows(cell)),
+            "bits": cell.bits,
+            "tokens": cell.tokens,
+            "checkpointing": cell.checkpointing,
+            "defaults": cell.scenario == "defaults",
+            "dtype": self._options.dtype,
+            "threads": self._options.threads,
+            "skip": 0 if cell.scenario == "defaults" else self._options.skip,
+            "out": str(self._place / "result.json"),
+        }
+        file = self._place / "spec.json"
+        file.write_text(json.dumps(spec))
+        script = Path(__file__).with_name("tool_process.py")
+        surroundings = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, str(script), str(file)],
+            env=surroundings,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"{tool}, {cell.name}: {done.stderr[-2000:]}")
+        return dict(json.loads((self._place / "result.json").read_text()))
+
+    def _rows(self, cell: Cell) -> Path:
+        """Return a file of rows with token ids and labels."""
+        file = self._place / f"{cell.scenario}-{cell.tokens}.jsonl"
+        if not file.exists():
+            made = self._answers() if cell.scenario == "defaults" else self._full(cell.tokens)
+            file.write_text("".join(json.dumps(row) + "\n" for row in made))
+        return file
+
+    def _source(self) -> list[dict[str, str]]:
+        lines = self._options.rows.read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def _full(self, tokens: int) -> list[dict[str, list[int]]]:
+        """Return one row of exactly so many tokens for each step, from the texts of the rows."""
+        count, ids = self._options.skip + self._options.steps, list[int]()
+        for row in self._source():
+            ids += self._tokenize(" ".join(row.values()))
+            if len(ids) >= count * tokens:
+                break
+        parts = [ids[start : start + tokens] for start in range(0, count * tokens, tokens)]
+        return [{"input_ids": part, "labels": part} for part in parts]
+
+    def _answers(self) -> list[dict[str, list[int]]]:
+        """Return chats of the first rows, of which the answers have labels."""
+        made = []
+        for row in self._source()[: self._options.num_rows]:
+            question = "\n\n".join(filter(None, (row["instruction"], row["input"])))
+            chat = [{"role": "user", "content": question}]
+            texts = [
+                self.tokenizer.apply_chat_template(
+                    chat, tokenize=False, add_generation_prompt=True
+                ),
+                f"{row['output']}<|im_end|>\n",
+            ]
+            prompt, answer = (self._tokenize(text) for text in texts)
+            labels = [IGNORED] * len(prompt) + answer
+            made.append({"input_ids": prompt + answer, "labels": labels})
+        return made
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the model's tokenizer."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self._options.model)
+        return self._tokenizer
+
+    def trained_tokens(self, cell: Cell) -> int:
+        """Return the number of labels of all rows that are trained."""
+        rows = (json.loads(line) for line in self._rows(cell).read_text().splitlines())
+        return sum(label != IGNORED for row in rows for label in row["labels"])
+
+
+def compare(bench: Bench, cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of all tools in one cell."""
+    own = own_cell(bench, cell, options) if cell.scenario == "memory" else cell
+    runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in options.tools}
+    for turn in range(options.rounds):
+        first = turn % len(options.tools)
+        for tool in (*options.tools[first:], *options.tools[:first]):
+            runs[tool].append(bench.run(tool, own if tool == OURS else cell))
+            print(f"{cell.name}: round {turn + 1}, {tool}", file=sys.stderr)
+    tokens = bench.trained_tokens(cell)
+    return {
+        "cell": cell.name,
+        "ours_recomputes": own.checkpointing,
+        "trained_tokens": tokens,
+        "tools": {tool: _figures(found, cell, tokens) for tool, found in runs.items()},
+        "ratios": {
+            tool: _ratios(runs[OURS], found, cell) for tool, found in runs.items() if tool != OURS
+        },
+    }
+
+
+def own_cell(bench: Bench, cell: Cell, options: argparse.Namespace) -> Cell:
+    """Return the cell in which ours recomputes the fewest blocks within the other's memory."""
+    limit = bench.run(REFERENCE, cell)["step_memory_bytes"]
+    config = json.loads((options.model / "config.json").read_text())
+    blocks = int(config["num_hidden_layers"])
+    for part in range(_PARTS + 1):
+        tried = replace(cell, checkpointing=blocks * part // _PARTS)
+        if bench.run(OURS, tried)["step_memory_bytes"] <= limit:
+            return tried
+    return cell
+
+
+def _figures(runs: Sequence[Mapping[str, Any]], cell: Cell, tokens: int) -> dict[str, Any]:
+    clock = "clock" if cell.scenario == "defaults" else "clock_per_step"
+    return {
+        "seconds": spread([run[clock] for run in runs]),
+        "processor_seconds": spread([run[clock.replace("clock", "processor")] for run in runs]),
+        "trained_tokens_per_second": spread([tokens / run["clock"] for run in runs]),
+        "step_memory_bytes": max(run["step_memory_bytes"] for run in runs),
+        "mean_loss": fmean(fmean(run["losses"]) for run in runs),
+        "last_loss": fmean(run["losses"][-1] for run in runs),
+        "steps": runs[0]["steps"],
+    }
+
+
+def _ratios(
+    ours: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], cell: Cell
+) -> dict[str, Any]:
+    """Return how many times as fast ours is, and its share of the other's step memory."""
+    end = "" if cell.scenario == "defaults" else "_per_step"
+    rounds = list(zip(ours, others, strict=True))
+    return {
+        "speed_by_clock": spread(
+            [other[f"clock{end}"] / own[f"clock{end}"] for own, other in rounds]
+        ),
+        "speed_by_processor": spread(
+            [other[f"processor{end}"] / own[f"processor{end}"] for own, other in rounds]
+        ),
+        "memory": spread(
+            [own["step_memory_bytes"] / other["step_memory_bytes"] for own, other in rounds]
+        ),
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Return the table of docs/performance.md."""
+    lines = [
+        "| cell | beside | speed, processor time | speed, clock | step memory | our loss | loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        for tool, ratios in row["ratios"].items():
+            cellsof = [
+                _spread(ratios[name]) for name in ("speed_by_processor", "speed_by_clock", "memory")
+            ]
+            losses = [f"{row['tools'][name]['mean_loss']:.3f}" for name in (OURS, tool)]
+            lines.append("| " + " | ".join([row["cell"], tool, *cellsof, *losses]) + " |")
+    return "\n".join(lines)
+
+
+def _spread(figures: Mapping[str, float]) -> str:
+    low, high = figures["lower_quartile"], figures["upper_quartile"]
+    return f"{figures['median']:.2f}x ({low:.2f} to {high:.2f})"
+
+
+def write_table(page: Path, report: Mapping[str, Any]) -> None:
+    """Write the table between the markers of a page."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n{table(report)}\n{END}{after}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="only write the table of --out")
+    parser.add_argument("--model", type=Path, help="folder of a Hugging Face model")
+    parser.add_argument("--rows", type=Path, help="JSON lines: instruction, input, output")
+    parser.add_argument("--scenarios", nargs="+", choices=_SCENARIOS, default=_SCENARIOS)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=tuple(TOOLS))
+    parser.add_argument("--bits", nargs="+", type=int, choices=(4, 8, 16), default=(4, 8, 16))
+    parser.add_argument("--tokens", nargs="+", type=int, default=(256, 1024))
+    parser.add_argument(
+        "--checkpointing", nargs="+", type=json.loads, default=(True, False), metavar="true|false"
+    )
+    parser.add_argument("--dtype", default="float32", help="compute dtype of equal settings")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of a run")
+    parser.add_argument("--skip", type=int, default=4, help="steps before them; ours measures in 3")
+    parser.add_argument("--num-rows", type=int, default=200, help="rows of an epoch of `defaults`")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 is torch's choice")
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run every cell and write one JSON file, after each cell."""
+    options = _parser().parse_args(words)
+    if options.table:
+        write_table(PAGE, json.loads(options.out.read_text()))
+        return
+    if options.model is None or options.rows is None or OURS not in options.tools:
+        raise SystemExit("give --model and --rows, and ours among --tools")
+    given = sys.argv[1:] if words is None else words
+    command = shlex.join(["python", "tools/benchmarks/compare_tools.py", *given])
+    report: dict[str, Any] = {"command": command, **where(), "rows": []}
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(options, Path(place))
+        for cell in cells(options):
+            report["rows"].append(compare(bench, cell, options))
+            write_json(options.out, report)
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
