@@ -75,10 +75,10 @@ class Settler:
         search = self._search(recipe)
         choices: list[Choice] = []
         if recipe.train.activation_checkpointing == "auto":
-            found = search.fewest()
+            found, moved = search.fewest(), list[Choice]()
             if self.may_offload and not search.fits(found.plan):
-                search, found, choices = self._offloaded(recipe, search, found)
-            choices.append(self._policy_choice(search, found))
+                search, found, moved = self._offloaded(recipe, search, found)
+            choices = [self._policy_choice(search, found), *moved]
         else:
             found = search.attempt(self._recomputed(recipe))
         if recipe.train.loss_chunk == "auto":
