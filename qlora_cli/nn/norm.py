@@ -65,6 +65,8 @@ class _RmsNorm(torch.autograd.Function):
 def _normalize(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return (y, factor)."""
     if _has_kernel(x, weight):
+        if x.is_meta:  # There torch has no such kernel: it runs, and allocates for, its parts.
+            return x * weight, x.new_empty((*x.shape[:-1], 1), dtype=_accumulation_dtype(x))
         y, factor = _aten._fused_rms_norm(x, weight.shape, weight, epsilon)
         return y, factor
     accumulator = x.to(_accumulation_dtype(x), copy=True)

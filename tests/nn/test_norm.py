@@ -8,7 +8,10 @@ from torch import nn
 from torch.autograd.gradcheck import GradcheckError
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from qlora_cli.device import DeviceProfile
+from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.nn.norm import RmsNorm
+from qlora_cli.plan.recording import Recording
 from tests.helpers.gradients import draw, grads
 
 HIDDEN, TOKENS = 64, 11
@@ -50,3 +53,16 @@ def test_gradcheck_detects_a_wrong_norm_gradient(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("qlora_cli.nn.norm.Tensor.pow", lambda self, _: self, raising=False)
     with pytest.raises(GradcheckError):
         torch.autograd.gradcheck(ours, (x,))
+
+
+def test_a_dry_run_for_a_gpu_allocates_what_the_fused_kernel_does() -> None:
+    """On a GPU the kernel returns the output and one float32 factor per row, and nothing else."""
+    recording = Recording()
+    profile = DeviceProfile("cuda", "a GPU", 2**34, (8, 9), 128)
+    weight = nn.Parameter(torch.empty(64, dtype=torch.bfloat16, device="meta"), False)
+    x = torch.empty(2, 10, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with MemoryModel.of(profile).new_tracker(recording, "meta"):
+        y = RmsNorm(weight, 1e-6)(x)
+    events = [event for segment in recording.segments for event in segment.events]
+    assert [event.num_bytes for event in events if event.kind == "allocate"] == [2560, 80]
+    assert y.shape == x.shape
