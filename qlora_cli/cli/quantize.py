@@ -52,7 +52,7 @@ def quantize(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure what quantization costs and which linears should get more than 4 bit.
+    """Measure what quantization costs, linear by linear.
 
     Runs the base on at most 64 held-out or training rows, in 16 bit and quantized. Shows the KL
     between both and the part of each linear, and finds the mix of 4, 8 and 16 bit with the lowest

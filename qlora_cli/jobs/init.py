@@ -19,9 +19,10 @@ from qlora_cli.jobs.init_training import Length, learning_rate
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.plan.choose import MIN_SEQ_LEN, SizeChooser
 from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.describe import keys
 from qlora_cli.recipe.gpus import size_that_fits
-from qlora_cli.recipe.resolve import Choice, resolve
+from qlora_cli.recipe.resolve import RESIDENCY, Choice, resolve
 from qlora_cli.recipe.schema import Recipe, Sources
 from qlora_cli.recipe.write import recipe_of, recipe_text
 from qlora_cli.units import format_bytes, format_count
@@ -53,9 +54,14 @@ class Draft:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe with the choices, without `auto` values."""
+        """The recipe with the choices, without `auto` values.
+
+        Blocks are in host memory only if that was chosen, because it is slow.
+        """
         recipe, _ = resolve(recipe_of(self.choices), self.profile)
-        return recipe
+        if RESIDENCY in self.chosen:
+            return recipe
+        return with_settings(recipe, "base", residency="device")
 
 
 def run(
@@ -127,13 +133,24 @@ def check_target(file: Path, *, force: bool) -> None:
 
 
 def _choose_base(draft: Draft, chooser: SizeChooser) -> None:
-    """Choose the bits of the base and, if the rows are too long for the device, `data.seq_len`."""
+    """Choose the bits of the base and, if the rows are too long for the device, `data.seq_len`.
+
+    A base that does not fit a GPU with any length is put into host memory.
+    """
     bits = chooser.bits(draft.recipe)
     if bits is not None:
         draft.put(bits)
         return
     draft.put(Choice("base.bits", 4, "the fewest; the rows are too long for more"))
     seq_len = chooser.seq_len(draft.recipe)
+    if seq_len is None and draft.profile.kind == "cuda":
+        reason = (
+            "a base on the device does not fit in 4 bit; its blocks are copied when they compute"
+        )
+        draft.put(Choice(RESIDENCY, "host", reason), Choice("base.bits", 4, "the fewest"))
+        if chooser.fits(draft.recipe):
+            return
+        seq_len = chooser.seq_len(draft.recipe)
     if seq_len is None:
         raise _does_not_fit(draft, chooser)
     draft.put(seq_len)

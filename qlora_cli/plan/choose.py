@@ -56,7 +56,7 @@ class SizeChooser:
         too_large: list[str] = []
         for bits in _BITS:
             changed = with_settings(recipe, "base", bits=bits)
-            if self._fits(changed):
+            if self.fits(changed):
                 return Choice("base.bits", bits, self._bits_reason(bits, changed, too_large))
             too_large.append(f"{bits} bit ({self.needed(changed)})")
         return None
@@ -96,7 +96,7 @@ class SizeChooser:
         while 2 * upper <= batch and 2 * upper * recipe.data.seq_len <= MAX_PASS_TOKENS:
             upper *= 2
         chosen = upper
-        while chosen > 1 and not self._fits(_split(recipe, batch, chosen)):
+        while chosen > 1 and not self.fits(_split(recipe, batch, chosen)):
             chosen //= 2
         if chosen < upper:
             larger = _split(recipe, batch, 2 * chosen)
@@ -117,7 +117,8 @@ class SizeChooser:
             Choice("train.grad_accum", batch // chosen, ""),
         )
 
-    def _fits(self, recipe: Recipe) -> bool:
+    def fits(self, recipe: Recipe) -> bool:
+        """Return whether a resolved recipe fits with the `auto` values that need least memory."""
         return self.planner.fits(self.planner.plan(least_memory(recipe)))
 
     def memory_text(self) -> str:

@@ -27,7 +27,7 @@ def test_all_problems_of_a_recipe_are_reported_at_once(job_recipe: Path) -> None
         2,
         f"{job_recipe}:1: model.nam: unknown setting",
         f"{job_recipe}:1: model.name: is missing",
-        f"{job_recipe}:2: base.bits: is 5; it must be 4, 8 or 16",
+        f"{job_recipe}:2: base.bits: is 5; it must be auto, 4, 8 or 16",
         f"{job_recipe}:3: adapter.rank: is 'many'; it must be an integer",
         f"{job_recipe}:4: data.train: is 3; it must be a string",
         f"{job_recipe}:7: train.lr: is written twice",

@@ -137,7 +137,7 @@ def test_train_refuses_a_faulty_recipe_with_every_problem(recipe: Path) -> None:
     outcome = qlora("train", recipe, "train.lrr=1", "base.bits=5")
     assert outcome.code == 2
     assert "override train.lrr=1: unknown setting" in outcome.err
-    assert "override base.bits=5: is 5; it must be 4, 8 or 16" in outcome.err
+    assert "override base.bits=5: is 5; it must be auto, 4, 8 or 16" in outcome.err
 
 
 def test_report_shows_a_run(run: Path, tmp_path: Path) -> None:

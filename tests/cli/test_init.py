@@ -135,11 +135,23 @@ def large_model(folder: Path, shared: Path) -> Path:
     return base
 
 
-def test_a_model_that_is_too_large_exits_3_and_names_a_gpu(folder: Path, shared: Path) -> None:
+def test_a_model_that_is_too_large_is_put_into_host_memory(folder: Path, shared: Path) -> None:
     base = large_model(folder, shared)
     words_ = ("init", "mine.yaml", "--model", base, "--data", "alpaca.jsonl")
-    outcome = qlora(*words_, "--vram", "4GiB")
-    assert_refused(outcome, 3, "does not fit", "a GPU with 8 GiB (such as RTX 4060) would do")
+    outcome = qlora(*words_, "--vram", "4GiB", "--json")
+    assert outcome.code == 0, outcome.err
+    chosen = reasons(outcome)
+    assert (chosen["base.residency"][0], chosen["base.bits"][0]) == ("host", 4)
+    assert outcome.json["needed_bytes"] <= 0.9 * outcome.json["usable_bytes"]
+
+
+def test_a_model_that_does_not_fit_at_all_exits_3_and_names_a_gpu(
+    folder: Path, shared: Path
+) -> None:
+    base = large_model(folder, shared)
+    words_ = ("init", "mine.yaml", "--model", base, "--data", "alpaca.jsonl")
+    outcome = qlora(*words_, "--vram", "2GiB")
+    assert_refused(outcome, 3, "does not fit", "a GPU with 8 GiB")
     assert not Path("mine.yaml").exists()
 
 
