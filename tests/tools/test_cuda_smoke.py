@@ -18,8 +18,9 @@ from qlora_cli.files.atomic import write_json
 from qlora_cli.memory.ledger import Allocator, Device, Ledger, Phase
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.checkpoint_source import open_source
+from qlora_cli.recipe.base import Bits
 from qlora_cli.recipe.load import load_recipe
-from qlora_cli.recipe.schema import Bits, Optimizer
+from qlora_cli.recipe.schema import Optimizer
 from qlora_cli.runs.layout import RunFolder
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.results import AFTER_LOAD, LEDGER, STEP

@@ -11,8 +11,9 @@ from qlora_cli.models.model import LoadedModel
 class Placement(Protocol):
     """A way to give a converted model on `meta` its weights.
 
-    `device.py` loads all weights onto one device. `streamed.py` reads the weights of a module when
-    the module computes and frees them afterwards.
+    `device.py` loads all weights onto one device; some blocks may then move to host memory and be
+    copied back when they compute (`block_stream.py`). `streamed.py` reads the weights of a module
+    from the checkpoint when the module computes, and frees them afterwards.
     """
 
     def place(self, loaded: LoadedModel, source: TensorSource) -> None:
