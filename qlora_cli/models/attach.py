@@ -178,7 +178,10 @@ def base_at(loaded: LoadedModel, path: str) -> Any:
 
 
 def _device_of(loaded: LoadedModel, device: torch.device) -> torch.device:
-    """Return the device that computes. device: of a weight, unless weights are streamed."""
+    """Return the device that computes.
+
+    device: that of a weight. It is returned unless the weights of blocks are streamed.
+    """
     return loaded.stream.device if loaded.stream is not None else device
 
 

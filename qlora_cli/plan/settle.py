@@ -60,14 +60,16 @@ class Settler:
         settled = self._settled(with_settings(recipe, "base", residency="device"))
         needed = settled.plan.needed_bytes
         what = f"{format_bytes(needed)} planned of {self.limit.text}"
-        choice = Choice(RESIDENCY, "device", f"the base fits the device: {what}")
-        if needed > self.limit.num_bytes and _can_stream(recipe):
+        if needed <= self.limit.num_bytes:
+            choice = Choice(RESIDENCY, "device", f"the base fits the device: {what}")
+        elif not _can_stream(recipe):
+            choice = Choice(RESIDENCY, "device", f"no block can be in host memory: {what}")
+        else:
             streamed = self._settled(with_settings(recipe, "base", residency="host"))
             if streamed.plan.needed_bytes < needed:
-                settled = streamed
-                choice = _host_choice(streamed.plan, what)
-        elif needed > self.limit.num_bytes:
-            choice = Choice(RESIDENCY, "device", f"no block can be in host memory: {what}")
+                settled, choice = streamed, _host_choice(streamed.plan, what)
+            else:
+                choice = Choice(RESIDENCY, "device", f"host memory would save nothing: {what}")
         return replace(settled, choices=(choice, *settled.choices))
 
     def _settled(self, recipe: Recipe) -> Settled:

@@ -48,6 +48,7 @@ class DevicePlacement:
         if self.num_streamed:
             streamed = streamed_slots(slots, loaded.family.blocks, self.num_streamed)
             loaded.stream = BlockStream(streamed, self.device)
+        moved = loaded.stream.names if loaded.stream is not None else set()
         num_copied = 0
         # A copy has the base only: a classification head is trained, and perhaps in no file.
         heads = loaded.family.classifier.shapes
@@ -55,7 +56,7 @@ class DevicePlacement:
             with scope("temporary"), module_scope(slots[name].module or name):
                 copy = None if name in heads else self.copy
                 num_copied += put_tensor(name, slots[name], source, copy, self.device)
-                if loaded.stream is not None and name in loaded.stream.names:
+                if loaded.stream is not None and name in moved:
                     loaded.stream.keep(name, slots[name])
             self.observer.advance(done)
         if is_tied(loaded):
@@ -66,7 +67,7 @@ class DevicePlacement:
         share_tied(loaded.model, loaded.family.tied, source)
         rebuild_buffers(loaded, self.device)
         if self.copy is not None:
-            absent = {*heads, *(loaded.stream.names if loaded.stream else ())}
+            absent = {*heads, *moved}
             of_base = {name: slot for name, slot in slots.items() if name not in absent}
             held = loaded.stream.held if loaded.stream else lambda: iter(())
             self.copy.finish(lambda: chain(held_tensors(of_base), held()))
