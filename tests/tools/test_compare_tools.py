@@ -75,6 +75,26 @@ def test_ratios_are_taken_within_a_round_and_the_first_tool_changes(
     )
 
 
+def test_a_file_that_exists_is_continued(
+    options: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = list[str]()
+
+    def fake(bench: Bench, cell: Cell, _: argparse.Namespace) -> dict[str, Any]:
+        ran.append(cell.name)
+        return {"cell": cell.name, "ratios": {}}
+
+    monkeypatch.setattr(compare_tools, "compare", fake)
+    out = tmp_path / "tools.json"
+    words = ["--model", str(options.model), "--rows", str(options.rows), "--out", str(out)]
+    words += ["--scenarios", "equal", "--tokens", "8", "--checkpointing", "true", "--bits"]
+    compare_tools.main([*words, "4"])
+    compare_tools.main([*words, "4", "8"])
+    assert ran == [f"equal, {bits} bit, 8 tokens, blocks recomputed" for bits in (4, 8)]
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["command"].split()[-1] for row in rows] == ["4", "8"]
+
+
 def test_ours_recomputes_as_few_blocks_as_the_memory_of_the_other_allows(
     options: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,9 @@ scenarios:
 - defaults: each tool's own settings on real rows, of which the answers are trained. Time that is
   spent on padding counts against the tool that pads.
 
-NF4, 8 or 16 bit, LoRA of rank 16 on all linears. `--table` writes docs/performance.md's table from
-a file that exists. Peft and trl are pinned in tools/constraints.txt.
+NF4, 8 or 16 bit, LoRA of rank 16 on all linears. A file that exists is continued: its cells are
+not measured again, and each cell records its command. `--table` writes docs/performance.md's table
+from a file that exists. Peft and trl are pinned in tools/constraints.txt.
 """
 
 from __future__ import annotations
@@ -293,12 +294,16 @@ def main(words: Sequence[str] | None = None) -> None:
         raise SystemExit("give --model and --rows, and ours among --tools")
     given = sys.argv[1:] if words is None else words
     command = shlex.join(["python", "tools/benchmarks/compare_tools.py", *given])
-    report: dict[str, Any] = {"command": command, **where(), "rows": []}
+    report = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
+    measured = {row["cell"] for row in report["rows"]}
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(options, Path(place))
         for cell in cells(options):
-            report["rows"].append(compare(bench, cell, options))
-            write_json(options.out, report)
+            if cell.name not in measured:
+                row = compare(bench, cell, options)
+                threads = {"threads": options.threads} if options.threads else {}
+                report["rows"].append({"command": command, **row, "where": where() | threads})
+                write_json(options.out, report)
     print(table(report))
 
 
