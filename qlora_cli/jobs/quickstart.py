@@ -17,7 +17,7 @@ from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
 from qlora_cli.files.atomic import PARSE_ERRORS, partial_folders, report_write_errors, write_json
 from qlora_cli.files.locate import STARTER
-from qlora_cli.jobs import evaluate, merge, plan, train, verify
+from qlora_cli.jobs import merge, plan, train, verify
 from qlora_cli.jobs.open_generator import open_generator
 from qlora_cli.jobs.results import QuickstartResult
 from qlora_cli.jobs.text_generator import Sampling
@@ -59,11 +59,10 @@ def _run_jobs(out: Path, observer: Observer) -> QuickstartResult:
     recipe = load_recipe(find_recipe(RECIPE), [f"output={out / _RUN}"])
     planned = plan.run(recipe, device_profile=None, fit=False, compare=True)
     before = _samples(STARTER, observer)
-    loss_before = evaluate.run(STARTER, data=HELD_OUT, observer=observer).loss
     # The starter's rows are plain prompts on purpose.
     accepted = ("outside-template",)
     trained = train.run(recipe, recipe_path=None, resume=False, observer=observer, allow=accepted)
-    assert trained.eval_loss is not None
+    assert trained.eval_loss is not None and trained.eval_loss_before is not None
     merged = merge.run(trained.run, out=out / _MERGED, dtype=None, base="auto", observer=observer)
     verified = verify.run(merged.out, against=trained.run, observer=observer)
     after = _samples(str(merged.out), observer)
@@ -72,7 +71,7 @@ def _run_jobs(out: Path, observer: Observer) -> QuickstartResult:
         train=trained,
         merge=merged,
         verify=verified,
-        loss_before=loss_before,
+        loss_before=trained.eval_loss_before,
         loss_after=trained.eval_loss,
         samples=tuple((prompt, before[prompt], after[prompt]) for prompt in before),
     )
