@@ -62,7 +62,8 @@ def _run_jobs(out: Path, observer: Observer) -> QuickstartResult:
     # The starter's rows are plain prompts on purpose.
     accepted = ("outside-template",)
     trained = train.run(recipe, recipe_path=None, resume=False, observer=observer, allow=accepted)
-    assert trained.eval_loss is not None and trained.eval_loss_before is not None
+    assert trained.eval_loss is not None
+    assert trained.eval_loss_before is not None
     merged = merge.run(trained.run, out=out / _MERGED, dtype=None, base="auto", observer=observer)
     verified = verify.run(merged.out, against=trained.run, observer=observer)
     after = _samples(str(merged.out), observer)
