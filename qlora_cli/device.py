@@ -20,6 +20,7 @@ class DeviceProfile:
     multiprocessors: number of streaming multiprocessors of the GPU; 0 for a CPU.
     context_bytes: part of `capacity_bytes` that the CUDA context and other processes use.
     is_planned: True for a GPU that was described by hand (`qlora plan --vram`).
+    count: number of such devices that the job trains on, each with a process of its own.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class DeviceProfile:
     multiprocessors: int = 0
     context_bytes: int = 0
     is_planned: bool = False
+    count: int = 1
 
     @property
     def usable_bytes(self) -> int:

@@ -7,6 +7,7 @@ QloraError                 exit 1    the job failed while it ran
 |  +- ProblemsError                  several problems, reported together
 |     +- RecipeError                 the recipe: every problem with its file, line and key
 |     +- DataError                   the rows: every problem with its file and line
++- ProcessLost             exit 1    another process of the same job has ended
 +- NotFinite               exit 1    training diverged: a loss or a weight is NaN or infinite
 +- DoesNotFit              exit 3    the job needs more memory than the device has
 |  +- MicroBatchTooLarge             a pass ran out of memory; smaller micro-batches may fit
@@ -93,6 +94,10 @@ class RecipeError(ProblemsError):
 
 class DataError(ProblemsError):
     """Rows that cannot be used, each with its file and line."""
+
+
+class ProcessLost(QloraError):
+    """Another process that trains the same job has ended."""
 
 
 class NotFinite(QloraError):

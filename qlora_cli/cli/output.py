@@ -144,6 +144,11 @@ def emit_error(ctx: click.Context, error: Exception, exit_code: int) -> None:
     emit_json({"error": content, "exit_code": exit_code})
 
 
+def expect_no_json() -> None:
+    """Print no JSON object in this process, because another one of the same job does."""
+    click.get_current_context().meta[_NEEDS_JSON] = False
+
+
 def emit_json(content: dict[str, Any]) -> None:
     """Print one JSON object on stdout. NaN and infinity, which JSON does not have, become null."""
     context = click.get_current_context(silent=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from typing import NoReturn
+
 import click
 
 from qlora_cli.cli.arguments import allow_option, recipe_argument
 from qlora_cli.cli.output import (
     emit,
+    expect_no_json,
     fast_import,
     job_observer,
     json_option,
@@ -21,10 +25,22 @@ from qlora_cli.cli.output import (
 @recipe_argument
 @overrides_argument
 @click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=1,
+    help="Train in N processes on this machine, one per GPU, with the result of one.",
+)
 @allow_option
 @json_option
 def train(
-    recipe: str, overrides: tuple[str, ...], resume: bool, allow: tuple[str, ...], as_json: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    resume: bool,
+    processes: int,
+    allow: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Run the fine-tuning job of a recipe.
 
@@ -38,18 +54,54 @@ def train(
     Ctrl-C finishes the current step, writes a checkpoint and exits with code 130; --resume
     continues from there. A stopped run can be merged and tried, too. With more train.epochs or
     train.steps, --resume extends a finished run.
+
+    With --processes, or started by `accelerate launch -m qlora_cli train RECIPE`, several processes
+    share the train.grad_accum micro-batches of each step. Each has the complete base on its GPU.
     """
     from qlora_cli.recipe.shipped import find_recipe
 
     # The recipe is checked before the slow imports, so that its problems are reported at once.
     path = find_recipe(recipe)
     loaded = recipe_of(path, overrides)
+    if processes > 1:
+        _launch(recipe, overrides, resume, processes, allow, as_json)
     with fast_import():
+        from qlora_cli.jobs import follow
         from qlora_cli.jobs import train as job
+        from qlora_cli.train.runtime import join_processes
         from qlora_cli.ui import tables
 
+    joined = join_processes()
+    if not joined.is_main:
+        expect_no_json()
+        follow.run(joined)
+        return
     with job_observer() as observer:
-        result = job.run(loaded, recipe_path=path, resume=resume, observer=observer, allow=allow)
+        result = job.run(
+            loaded,
+            recipe_path=path,
+            resume=resume,
+            observer=observer,
+            allow=allow,
+            processes=joined,
+        )
         write_page(result.run, observer)
     emit(result, as_json, tables.train)
     suggest("generate", result.run, "--prompt", "...")
+
+
+def _launch(
+    recipe: str,
+    overrides: tuple[str, ...],
+    resume: bool,
+    processes: int,
+    allow: tuple[str, ...],
+    as_json: bool,
+) -> NoReturn:
+    """Run this command in several processes and exit with the exit code of the job."""
+    from qlora_cli.train.launcher import launch
+
+    options = [*(["--resume"] if resume else []), *(["--json"] if as_json else [])]
+    options += [word for code in allow for word in ("--allow", code)]
+    expect_no_json()  # The main process prints it.
+    sys.exit(launch(["train", *options, recipe, *overrides], processes))

@@ -6,7 +6,9 @@ that resumes the run continues with the measurements of the earlier one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 from qlora_cli.errors import UsageError
 from qlora_cli.files.atomic import RESUME_HINT, report_write_errors, write_json
@@ -17,15 +19,18 @@ from qlora_cli.memory.instrument_cost import record_bytes
 from qlora_cli.memory.ledger import (
     PHASE_ORDER,
     STEP_PHASES,
+    Allocator,
     Device,
     InstrumentCost,
     Ledger,
     MethodPeak,
     Phase,
+    ProcessMemory,
     larger_of_each,
     peak_phase,
 )
 from qlora_cli.memory.timeline import PhaseTrace, timeline_content
+from qlora_cli.parallel.processes import SINGLE, Processes
 from qlora_cli.plan.dry_run import DryRun, method_peak
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.methods import full_fine_tuning
@@ -60,12 +65,19 @@ class EarlierProcess:
             return cls(step, damage=str(error).splitlines()[0])
 
 
+def gather_memory(processes: Processes, instrument: Instrument) -> list[ProcessMemory]:
+    """Return what every process of a job has measured. Each of them calls this together."""
+    own = ProcessMemory(processes.rank, instrument.phases, instrument.allocator())
+    return processes.gather(own)
+
+
 @dataclass(frozen=True)
 class MemoryRecord:
-    """The memory measurements of one process of a job.
+    """The memory measurements of a job since its last start, by the main process.
 
     plan: the plan of this job at its start. baseline_plan: the plan of full fine-tuning on the same
-    batches. earlier: the measurements of an earlier process; None in the first process of a run.
+    batches. earlier: the measurements of an earlier start; None at the first start of a run.
+    processes: those that train the job.
     """
 
     job: TrainingJob
@@ -73,6 +85,7 @@ class MemoryRecord:
     baseline_plan: MemoryPlan
     instrument: Instrument
     earlier: EarlierProcess | None
+    processes: Processes = SINGLE
     _plans: dict[tuple[int, int], MemoryPlan] = field(default_factory=dict)
 
     def current_plan(self) -> MemoryPlan:
@@ -95,8 +108,12 @@ class MemoryRecord:
         return shortages[-1] if shortages else None
 
     def write(self, progress: Progress) -> Ledger:
-        """Write both files and return the ledger. Raises QloraError if writing fails."""
-        run, ledger = self.job.run, self._ledger(progress)
+        """Write both files and return the ledger. Raises QloraError if writing fails.
+
+        The other processes call `gather_memory` at the same time.
+        """
+        measured = gather_memory(self.processes, self.instrument)
+        run, ledger = self.job.run, self._ledger(progress, measured)
         earlier_traces = self.earlier.traces if self.earlier else ()
         timeline = timeline_content([*earlier_traces, *self.instrument.timeline.traces])
         with report_write_errors("the memory report", run.memory_json, hint=RESUME_HINT):
@@ -104,19 +121,19 @@ class MemoryRecord:
             write_json(run.memory_json, ledger.to_dict())
         return ledger
 
-    def _ledger(self, progress: Progress) -> Ledger:
+    def _ledger(self, progress: Progress, measured: Sequence[ProcessMemory]) -> Ledger:
         recipe, profile = self.job.prepared.recipe, self.job.prepared.profile
         plan = self.current_plan()
         device = Device(profile.kind, profile.name, profile.capacity_bytes)
         known = self._earlier_ledger(device)
-        phases = self.instrument.phases
+        phases = reduce(larger_of_each, (process.phases for process in measured))
         if known is not None:
             phases = larger_of_each(known.phases, phases)
         # Evaluations take place between steps and before checkpoints, too.
         phases = tuple(sorted(phases, key=lambda phase: PHASE_ORDER.index(phase.name)))
         has_step = _has_step(phases)
         before, before_planned_bytes = self._baseline(known)
-        allocator = self.instrument.allocator()
+        allocator = reduce(Allocator.larger_of_each, (process.allocator for process in measured))
         return Ledger(
             device=device,
             phases=phases,
@@ -132,6 +149,7 @@ class MemoryRecord:
             floor_bytes=plan.floor_bytes,
             instrument_cost=_cost(progress, self.instrument),
             notes=tuple(self._notes(known, has_step)),
+            processes=tuple(measured) if len(measured) > 1 else (),
         )
 
     def _earlier_ledger(self, device: Device) -> Ledger | None:
@@ -169,6 +187,11 @@ class MemoryRecord:
                 f"{shortage.parts} part{'' if shortage.parts == 1 else 's'}. This process began "
                 f"with a plan of {format_bytes(self.plan.peak_bytes)}; the measured peak includes "
                 "the steps before the change."
+            )
+        if self.processes.size > 1:
+            notes.append(
+                f"The job ran in {self.processes.size} processes, one per device; each phase shows "
+                "the highest peak of all of them, and `processes` has each one's."
             )
         if not has_step:
             notes.append("No training step was measured; `after` is the plan.")

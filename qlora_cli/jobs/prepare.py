@@ -113,8 +113,8 @@ class TrainingJob:
     def largest_step_batches(self) -> list[Batch]:
         """Return the micro-batches of a step to plan for: at least as large as any of the job's.
 
-        There are one or two. The first is for the first micro-batch of every step, the second is
-        for all later ones, during which gradients exist already.
+        There are one or two. The first is for the first micro-batch of every process in a step, the
+        second is for all later ones, during which gradients exist already.
         """
         return self.largest_divided_batches(1)
 
@@ -122,8 +122,9 @@ class TrainingJob:
         """Return `largest_step_batches` if each micro-batch is divided into `parts`."""
         distinct = range(min(self.steps, self.schedule.distinct_steps))
         steps = [self.schedule.sizes(step, parts) for step in distinct]
-        first = [sizes[0] for sizes in steps]
-        later = [size for sizes in steps for size in sizes[1:]]
+        processes = self.prepared.profile.count
+        first = [size for sizes in steps for size in sizes[:processes]]
+        later = [size for sizes in steps for size in sizes[processes:]]
         return [self._batch(BatchSize.upper_bound(sizes)) for sizes in (first, later) if sizes]
 
     @property

@@ -10,6 +10,7 @@ from qlora_cli.events import Observer
 from qlora_cli.jobs.auto_bits import choose_bits
 from qlora_cli.jobs.initial_adapter import check_initial_adapter
 from qlora_cli.jobs.prepare import TrainingJob, prepare, read_job
+from qlora_cli.jobs.process_start import check_processes
 from qlora_cli.jobs.settled import choose_micro_batch, choose_policy, with_stored_settings
 from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.memory.device import inspect_device
@@ -27,14 +28,20 @@ from qlora_cli.units import format_bytes
 
 
 def prepare_training(
-    recipe: Recipe, observer: Observer, earlier: Run | None, allow: Collection[str]
+    recipe: Recipe,
+    observer: Observer,
+    earlier: Run | None,
+    allow: Collection[str],
+    processes: int = 1,
 ) -> tuple[TrainingJob, MemoryPlan]:
     """Check everything that needs no weights, read the data, choose what depends on memory.
 
     Returns the job and its plan; choices and length are reported. earlier: the run to resume.
     allow: as of `read_job`; the rows of a resumed run are those that were checked when it began.
+    processes: number of processes that train the job. Raises UsageError if it needs another number.
     """
-    prepared = prepare(recipe, inspect_device())
+    check_processes(recipe, processes)
+    prepared = prepare(recipe, replace(inspect_device(), count=processes))
     task = task_of(prepared.recipe)
     prepared = replace(prepared, proof=require_proof(prepared.config, task, observer))
     for limit in limits_of(prepared.config, task.model_class):

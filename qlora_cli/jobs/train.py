@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
+from qlora_cli.data.collate import Batch
 from qlora_cli.errors import Interrupted
 from qlora_cli.events import Observer
 from qlora_cli.jobs import record
@@ -16,6 +17,7 @@ from qlora_cli.jobs.measured_speed import record_speed
 from qlora_cli.jobs.memory import EarlierProcess, MemoryRecord
 from qlora_cli.jobs.out_of_memory import shortage_explained
 from qlora_cli.jobs.prepare import Prepared, TrainingJob
+from qlora_cli.jobs.process_start import JobStart, share_state, take_turns
 from qlora_cli.jobs.prepare_training import check_memory, prepare_training
 from qlora_cli.jobs.results import TrainResult
 from qlora_cli.jobs.run_lifecycle import (
@@ -28,6 +30,7 @@ from qlora_cli.jobs.settled import may_recompute_more
 from qlora_cli.memory.instrument import Instrument
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.models.build import build
+from qlora_cli.parallel.processes import SINGLE, Processes
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
@@ -35,7 +38,7 @@ from qlora_cli.runs.metrics import mean_last_loss
 from qlora_cli.runs.resume import add_last_checkpoint_hint, load_checkpoint
 from qlora_cli.runs.run import Run
 from qlora_cli.train.constants import add_constants
-from qlora_cli.train.energy import energy_counter
+from qlora_cli.train.energy import EnergyCounter, energy_counter
 from qlora_cli.train.evaluation import Evaluator
 from qlora_cli.train.loop import LAST_LOSSES, TrainingLoop
 from qlora_cli.train.progress import Progress
@@ -55,19 +58,22 @@ def run(
     observer: Observer,
     allow: Collection[str] = (),
     build_model: BuildModel = build,
+    processes: Processes = SINGLE,
 ) -> TrainResult:
     """Train the recipe and return the result of the run.
 
     recipe_path: the recipe's file, recorded in run.json. resume: continue the run in the recipe's
     output folder; a finished run returns its stored result. allow: codes of data findings that
-    are neither shown nor stop a new run. build_model: as of `build_state`. Raises InputError if the
+    are neither shown nor stop a new run. build_model: as of `build_state`. processes: those that
+    train the job; this is the main one, and the others call `follow.run`. Raises InputError if the
     recipe, the base or the data cannot be used, DoesNotFit if memory does not suffice, Interrupted
-    after Ctrl-C, QloraError if training diverges or a file cannot be written.
+    after Ctrl-C, ProcessLost if another process has ended, QloraError if training diverges or a
+    file cannot be written.
     """
     with RunFolder(Path(recipe.output)).locked(new=not resume), endings_as_interrupt():
         earlier = Run(Path(recipe.output)) if resume else None
-        job, planned = prepare_training(recipe, observer, earlier, allow)
-        return _run(job, planned, recipe_path, earlier, observer, build_model)
+        job, planned = prepare_training(recipe, observer, earlier, allow, processes.size)
+        return _run(job, planned, recipe_path, earlier, observer, build_model, processes)
 
 
 def _run(
@@ -77,6 +83,7 @@ def _run(
     earlier: Run | None,
     observer: Observer,
     build_model: BuildModel,
+    processes: Processes,
 ) -> TrainResult:
     """Train a prepared job, in a run's folder that no other process uses.
 
@@ -85,13 +92,15 @@ def _run(
     description = record.describe_run(job, recipe_path)
     if earlier is not None and (finished := finished_result(earlier, description, observer)):
         observer.note(f"{job.run.path} is finished; there is nothing to resume")
+        processes.broadcast(None)
         return finished
     if earlier is not None and (extension := describe_extension(earlier, job)):
         observer.note(extension)
     checkpoint = open_or_resume(job, description, earlier, observer)
     try:
         baseline = check_memory(job, planned, observer)
-        return _train(job, checkpoint, planned, baseline, observer, build_model)
+        processes.broadcast(JobStart(job.prepared.recipe, job.data_digest, divided_parts(job.run)))
+        return _train(job, checkpoint, planned, baseline, observer, build_model, processes)
     except (Interrupted, KeyboardInterrupt):
         record_stop(job.run, "interrupted", earlier is not None)
         raise
@@ -107,56 +116,64 @@ def _train(
     baseline: MemoryPlan,
     observer: Observer,
     build_model: BuildModel,
+    processes: Processes,
 ) -> TrainResult:
     """Load the model, train from `checkpoint` or from the start, evaluate and save.
 
     planned, baseline: the plans of this job and of full fine-tuning. build_model: as of
-    `build_state`.
+    `build_state`. processes: those that train the job, of which this is the main one.
     """
     prepared = job.prepared
-    device = setup_device(prepared.profile, prepared.recipe.train.seed)
+    device = setup_device(prepared.profile, prepared.recipe.train.seed, processes)
     instrument = Instrument(device, prepared.profile)
     if prepared.recipe.train.log_to:
         # A server that does not answer can take minutes.
         observer.note(f"starting {', '.join(prepared.recipe.train.log_to)}")
     with closing(Trackers.start(prepared.recipe, job.run, observer.note)) as trackers:
-        state = load(prepared, device, instrument, observer, build_model)
+        state = load(prepared, device, instrument, observer, build_model, processes)
         record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))
         earlier = _restore(job, checkpoint, state, observer)
-        held_out = add_constants(
-            state,
-            job.schedule,
-            job.held_out,
-            job.steps,
-            job.run,
-            f"{job.data_digest} {job.run.read()['base_fingerprint']}",
-            instrument,
-            observer,
-        )
-        memory = MemoryRecord(job, planned, baseline, instrument, earlier)
-        evaluator = Evaluator(
-            state, held_out, job.steps, job.eval_every, job.run, instrument, observer, trackers
-        )
-        shared = (state, job.schedule, job.steps, job.run, instrument, observer, evaluator)
-        energy = energy_counter(device)
+        share_state(state)
+        given = (job, planned, baseline, instrument, earlier, processes)
+        memory, energy = MemoryRecord(*given), energy_counter(device, processes=processes.size)
         record.set_status(job.run, "running", energy=energy.source)
-        loop = TrainingLoop(
-            *shared,
-            prepared.folder,
-            prepared.chat_template,
-            energy,
-            memory.write,
-            may_recompute_more(prepared),
-            divided_parts(job.run),
-        )
+        parts = divided_parts(job.run)
+        key = f"{job.data_digest} {job.run.read()['base_fingerprint']}"
+        loop = make_loop(job, state, instrument, observer, trackers, energy, memory.write, parts, key)
         with add_last_checkpoint_hint(job.run), shortage_explained(prepared, planned):
             progress = loop.train()
             # The last evaluation, if the process that trained the last step was stopped before it.
-            evaluator.evaluate_if_due(lambda: False)
-            exported = _export(job, state, evaluator, observer)
+            loop.evaluator.evaluate_if_due(lambda: False)
+            exported = _export(job, state, loop.evaluator, observer)
         ledger = memory.write(progress)
         trackers.log(_peaks(ledger), state.step)
-    return _finish(job, state.step, progress, evaluator, exported, ledger)
+    return _finish(job, state.step, progress, loop.evaluator, exported, ledger)
+
+
+def make_loop(
+    job: TrainingJob,
+    state: State,
+    instrument: Instrument,
+    observer: Observer,
+    trackers: Trackers,
+    energy: EnergyCounter,
+    on_checkpoint: Callable[[Progress], object],
+    parts: int,
+    constants_key: str,
+) -> TrainingLoop:
+    """Return the loop of a job whose state is loaded. Computes the constants of its rows.
+
+    The last arguments are those of `TrainingLoop` and the key of `add_constants`.
+    """
+    given = (job.run, constants_key, instrument, observer)
+    held_out: list[Batch] = add_constants(state, job.schedule, job.held_out, job.steps, *given)
+    evaluator = Evaluator(
+        state, held_out, job.steps, job.eval_every, job.run, instrument, observer, trackers
+    )
+    shared = (state, job.schedule, job.steps, job.run, instrument, observer, evaluator)
+    base = (job.prepared.folder, job.prepared.chat_template)
+    may_change = may_recompute_more(job.prepared)
+    return TrainingLoop(*shared, *base, energy, on_checkpoint, may_change, parts)
 
 
 def _peaks(ledger: Ledger) -> dict[str, int]:
@@ -186,15 +203,18 @@ def load(
     instrument: Instrument,
     observer: Observer,
     build_model: BuildModel = build,
+    processes: Processes = SINGLE,
 ) -> State:
     """Build the job's state before its first step and measure the phase `load`.
 
     device: of the model. instrument: registers every tensor of the state. build_model: as of
-    `build_state`, whose errors are raised.
+    `build_state`, whose errors are raised. processes: those that train the job. The first one of a
+    machine loads the base before the others if it keeps a packed copy, which they then use.
     """
-    with instrument.phase("load"):
+    with take_turns(processes, prepared), instrument.phase("load"):
         state = build_state(prepared.request(device, observer), build_model)
         tag_living(state, instrument.tracker)
+    state.processes = processes
     instrument.release_cache()
     return state
 

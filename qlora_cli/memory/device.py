@@ -13,8 +13,13 @@ from qlora_cli.memory.ledger import Allocator
 
 
 def inspect_device() -> DeviceProfile:
-    """Return the profile of the first CUDA GPU, or of the CPU if there is no GPU."""
-    return profile_of(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    """Return the profile of the current CUDA GPU, or of the CPU if there is no GPU.
+
+    The current one is the first, or the one of this process if several train together.
+    """
+    if not torch.cuda.is_available():
+        return profile_of(torch.device("cpu"))
+    return profile_of(torch.device("cuda", torch.cuda.current_device()))
 
 
 def profile_of(device: torch.device) -> DeviceProfile:

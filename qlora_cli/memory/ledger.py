@@ -116,6 +116,15 @@ class Allocator:
 
 
 @dataclass(frozen=True)
+class ProcessMemory:
+    """What one of the processes that train a job together has measured, each on its device."""
+
+    rank: Count
+    phases: tuple[Phase, ...]
+    allocator: Allocator
+
+
+@dataclass(frozen=True)
 class InstrumentCost:
     """The cost of measuring memory.
 
@@ -154,6 +163,9 @@ class Ledger:
     instrument_cost: InstrumentCost | None = None
     notes: tuple[str, ...] = ()
     """Sentences for the reader about how the figures were obtained."""
+    processes: tuple[ProcessMemory, ...] = ()
+    """The measurements of each process of the last start, if there are several; `phases` and
+    `allocator` are the highest of all."""
 
     @property
     def ratio(self) -> float:
@@ -161,9 +173,15 @@ class Ledger:
         return self.before.peak_bytes / self.after.peak_bytes if self.after.peak_bytes else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of `memory.json`; `bits` is left out if it is None."""
+        """Return the content of `memory.json`.
+
+        `bits` is left out if it is None, and `processes` if there is one process.
+        """
         content = asdict(self)
         content["phases"], content["notes"] = list(content["phases"]), list(self.notes)
+        processes = content.pop("processes")
+        if processes:
+            content["processes"] = [p | {"phases": list(p["phases"])} for p in processes]
         for key in ("before", "after"):
             if content[key]["bits"] is None:
                 del content[key]["bits"]

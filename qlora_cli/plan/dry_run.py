@@ -32,6 +32,7 @@ from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.codebook import clear_scale_codebook
+from qlora_cli.parallel.processes import PlannedProcesses
 from qlora_cli.plan.block_groups import BlockGroups, GroupSample
 from qlora_cli.plan.config_blocks import groups_of, matched_overrides, with_blocks
 from qlora_cli.plan.meta_source import MetaCopy, MetaSource
@@ -178,6 +179,7 @@ class DryRun:
             given = (recipe, config, make_source, meta, self.profile)
             copy = MetaCopy() if self._has_copy else None
             state = build_state(ModelRequest(*given, copy=copy))
+            state.processes = PlannedProcesses(self.profile.count)
             tag_living(state, tracker)
             recording.end_phase("load")
             recording.release_cache()

@@ -59,7 +59,10 @@ def add_constants(
     """
     if not state.task.needs_constants:
         return held_out
-    constants = _stored(run, key) if state.step or run.constants.is_file() else None
+    constants = None
+    if state.processes.is_main and (state.step or run.constants.is_file()):
+        constants = _stored(run, key)
+    constants = state.processes.broadcast(constants)
     if constants is None:
         if state.step:
             raise _unusable(run, "the file is missing or belongs to other rows")
@@ -74,7 +77,9 @@ def add_constants(
                 hint="start a new run with output=...",
             )
         _compute(state, schedule, held_out, missing, constants, instrument, observer)
-        _write(run, key, constants)
+        if state.processes.is_main:
+            _write(run, key, constants)
+        constants = state.processes.broadcast(constants)
     schedule.set_constants(constants.train)
     return _with_constants(held_out, constants.held_out)
 

@@ -36,8 +36,16 @@ class EnergyCounter:
         return None if now is None or start is None else now - start
 
 
-def energy_counter(device: torch.device, powercap: Path = POWERCAP) -> EnergyCounter:
-    """Return the counter of `device`. powercap: the folder of the system's RAPL counters."""
+def energy_counter(
+    device: torch.device, powercap: Path = POWERCAP, *, processes: int = 1
+) -> EnergyCounter:
+    """Return the counter of `device`. powercap: the folder of the system's RAPL counters.
+
+    processes: number of processes that train the job. Several have devices of their own, or share
+    one, and are not measured.
+    """
+    if processes > 1:
+        return _none(f"the job runs in {processes} processes")
     return _gpu_counter(device) if device.type == "cuda" else _cpu_counter(powercap)
 
 

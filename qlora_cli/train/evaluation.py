@@ -37,7 +37,8 @@ class _Stopped(Exception):
 class Evaluator:
     """Evaluates a run on its held-out set and stores each result in metrics.jsonl.
 
-    An evaluation draws no random numbers and changes no parameter, so training is the same with and
+    Each process of a job evaluates the complete set, so the result does not depend on their number;
+    that of the main process counts. An evaluation draws no random numbers and changes no parameter, so training is the same with and
     without it.
 
     batches: of the held-out set, on the CPU; if there are none, nothing is evaluated.
@@ -60,7 +61,9 @@ class Evaluator:
     _is_tracked: bool = False
 
     def __post_init__(self) -> None:
-        self.done = read_evaluations(self.run.metrics, self._metric)
+        processes = self.state.processes
+        done = read_evaluations(self.run.metrics, self._metric) if processes.is_main else []
+        self.done = processes.broadcast(done)
 
     @property
     def _metric(self) -> str | None:
@@ -162,7 +165,7 @@ class Evaluator:
             batches = _until_stop(self.batches, is_stop_requested, self._report_progress())
             score = state.task.evaluate(state.loaded, batches, state.device)
         self.instrument.release_cache()
-        return score
+        return state.processes.broadcast(score)
 
     def _report_progress(self) -> Callable[[int], object]:
         """Return the function that is called with the number of evaluated batches.
@@ -186,7 +189,8 @@ class Evaluator:
             **score.metrics,
             "seconds": self.seconds,
         }
-        append_line(self.run.metrics, line)
+        if self.state.processes.is_main:
+            append_line(self.run.metrics, line)
         self.trackers.log(line, evaluation.step)
         self.done.append(evaluation)
         metrics = ", ".join(f"{name} {value:.3f}" for name, value in score.metrics.items())

@@ -91,7 +91,11 @@ class TrainingLoop:
         first = self.state.step
         tracked_steps = peak_steps(self.schedule, range(first, self.steps))
         tracked_steps |= {*range(first, first + TRACKED_STEPS)}
-        with stop_signals(partial(self._report_stop, progress)) as is_stop_requested:
+        with stop_signals(partial(self._report_stop, progress)) as is_requested_here:
+
+            def is_stop_requested() -> bool:
+                return self.state.processes.is_any(is_requested_here())
+
             self.evaluator.evaluate_if_due(is_stop_requested)
             if is_stop_requested() and first == 0:
                 raise KeyboardInterrupt  # There is nothing to save yet.
@@ -193,7 +197,8 @@ class TrainingLoop:
     def _report_shortage(self, reason: str, change: str, progress: Progress) -> None:
         step = self.state.step + 1
         number = num_recomputed(self.state.loaded)
-        record_shortage(self.run, Shortage(step, reason, number, progress.parts))
+        if self.state.processes.is_main:
+            record_shortage(self.run, Shortage(step, reason, number, progress.parts))
         self.observer.note(
             f"warning: step {step}: {reason}; from now on {change}, and takes more time"
         )
@@ -260,6 +265,8 @@ class TrainingLoop:
     def _save(self, step: int) -> None:
         """Write the checkpoint of the current step, and remove older ones that are not needed."""
         state = self.state
+        if not state.processes.is_main:
+            return
         with self.instrument.phase("checkpoint"):
             save_checkpoint(
                 self.run,
@@ -276,6 +283,8 @@ class TrainingLoop:
 
     def _write_metrics(self, event: StepEvent) -> None:
         """Append the step's line to metrics.jsonl. Raises QloraError if it cannot be written."""
+        if not self.state.processes.is_main:
+            return
         values = asdict(event)
         line = {key: values[key] for key in _METRICS}
         line |= {f"train_{name}": value for name, value in event.metrics.items()}

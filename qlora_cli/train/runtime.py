@@ -12,24 +12,40 @@ from accelerate.utils import set_seed
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import UsageError
+from qlora_cli.parallel.processes import SINGLE, DistributedProcesses, Processes
 
 _PROJECT = "qlora"
 """Project of all runs in trackers that have projects."""
 
 
-def setup_device(profile: DeviceProfile, seed: int) -> torch.device:
+def join_processes() -> Processes:
+    """Join the other processes of the job, if a launcher has started several.
+
+    That is `qlora train --processes` or `accelerate launch`. A process that trains alone gets
+    `SINGLE`. Afterwards the current GPU is the one of this process.
+    """
+    partial = PartialState(cpu=not torch.cuda.is_available())
+    if partial.num_processes == 1:
+        return SINGLE
+    return DistributedProcesses(partial.local_process_index)
+
+
+def setup_device(
+    profile: DeviceProfile, seed: int, processes: Processes = SINGLE
+) -> torch.device:
     """Seed all random number generators and return the device that this process trains on.
 
-    Raises UsageError if a launcher started several processes.
+    processes: those that the job has joined. Raises UsageError if a launcher started several
+    processes of a job that uses one.
     """
-    processes = PartialState(cpu=profile.kind == "cpu")
-    if processes.num_processes > 1:
+    partial = PartialState(cpu=profile.kind == "cpu")
+    if partial.num_processes != processes.size:
         raise UsageError(
-            f"started as {processes.num_processes} processes",
-            hint="qlora trains on one device; start it without a launcher",
+            f"started as {partial.num_processes} processes",
+            hint="only `qlora train` uses several processes; start this command without a launcher",
         )
     set_seed(seed)
-    device: torch.device = processes.device
+    device: torch.device = partial.device
     return device
 
 

@@ -14,6 +14,7 @@ from qlora_cli.memory.tracker import StorageTracker
 from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.quant import QuantLinear
+from qlora_cli.parallel.processes import SINGLE, Processes
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 from qlora_cli.tasks.task import Task
@@ -29,7 +30,8 @@ class State:
     """A training job between two optimizer steps.
 
     recipe: resolved, without `auto`. task: the recipe's training objective. trainable: name ->
-    parameter that the optimizer updates. step: number of optimizer steps done.
+    parameter that the optimizer updates. step: number of optimizer steps done. processes: those
+    that train the job, each with a state of its own; all states are equal after a step.
     """
 
     recipe: Recipe
@@ -40,6 +42,7 @@ class State:
     loss_scale: LossScale
     device: torch.device
     step: int = 0
+    processes: Processes = SINGLE
 
 
 def build_state(request: ModelRequest, build_model: BuildModel = build) -> State:

@@ -6,6 +6,7 @@ The dry run calls the same function, and the package has no other `.backward()` 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from qlora_cli.memory.scopes import mark, scope
 from qlora_cli.shortage import converted
 from qlora_cli.tasks.task import MetricSums
 from qlora_cli.train.nonfinite import describe_nonfinite
+from qlora_cli.train.reduce import reduce_step, report_shortage
 from qlora_cli.train.state import State
 
 
@@ -43,10 +45,11 @@ class StepOutcome:
 def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome:
     """Do one optimizer step with learning rate `lr` and count it in `state.step`.
 
-    batches: the micro-batches of the step. The loss of each is divided by the number of targets in
-    all of them, so that accumulated micro-batches give the gradient of one large batch. Raises
-    NotFinite if the loss is not finite, or if gradients are not finite and the loss scale cannot
-    be the cause; MicroBatchTooLarge if a pass runs out of memory, and then nothing has changed.
+    batches: the micro-batches of the step, of which each process computes its share. The loss of
+    each is divided by the number of targets in all of them, so that accumulated micro-batches give
+    the gradient of one large batch, on any number of processes. Raises NotFinite if the loss is not
+    finite, or if gradients are not finite and the loss scale cannot be the cause;
+    MicroBatchTooLarge if a pass runs out of memory, and then nothing has changed.
     """
     metrics = MetricSums()
     try:
@@ -56,8 +59,10 @@ def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome
         shortage = converted(error)
         if not isinstance(shortage, DoesNotFit):
             raise
+        report_shortage(state.processes, shortage.what)
         raise MicroBatchTooLarge(shortage.what, hint=shortage.hint) from error
     mark("update")
+    _reduce(state, total, metrics)
     with scope("temporary"):
         norm = _gradient_norm(state)
         loss_value, norm_value, *sums = _read([total, norm, *metrics.sums.values()])
@@ -78,22 +83,44 @@ def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome
 
 
 def _accumulate_gradients(state: State, batches: Sequence[Batch], metrics: MetricSums) -> Tensor:
-    """Run forward and backward of each micro-batch. Return the step's loss times the loss scale.
+    """Run forward and backward of this process' micro-batches. Return their loss.
 
-    metrics: receives the sums of the task's other metrics.
+    It is multiplied by the loss scale and divided by the targets of the step. metrics: receives the
+    sums of the task's other metrics.
     """
     scale = state.loss_scale.value / state.task.num_targets(batches)
     with scope("loss"):
         total = torch.zeros((), dtype=torch.float32, device=state.device)
-    for batch in batches:
+    for index in state.processes.share(len(batches)):
         mark("forward")
-        loss = state.task.loss(state.loaded, batch, state.device, scale, metrics)
+        _seed_dropout(state, index)
+        loss = state.task.loss(state.loaded, batches[index], state.device, scale, metrics)
         mark("backward")
         loss.backward()
         total += loss.detach()
         # Free the loss before the next forward pass, not when the name is assigned again.
         del loss
     return total
+
+
+def _seed_dropout(state: State, index: int) -> None:
+    """Seed the generator of the dropout masks for one micro-batch.
+
+    The masks depend on the number of the micro-batch in the step, and not on the process that
+    computes it. index: this number.
+    """
+    if state.recipe.adapter.dropout:
+        numbers = random.Random(f"{state.recipe.train.seed}/{state.step}/{index}")
+        torch.default_generator.manual_seed(numbers.getrandbits(63))
+
+
+def _reduce(state: State, total: Tensor, metrics: MetricSums) -> None:
+    """Add up loss, metrics and gradients of all processes. Raises MicroBatchTooLarge."""
+    try:
+        reduce_step(state.processes, list(state.trainable.values()), total, metrics)
+    except MicroBatchTooLarge:
+        state.optimizer.zero_grad(set_to_none=True)
+        raise
 
 
 def _gradient_norm(state: State) -> Tensor:

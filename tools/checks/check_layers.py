@@ -20,6 +20,7 @@ LAYERS = (
     ("recipe",),
     ("files",),
     ("memory",),
+    ("parallel",),
     ("nn",),
     ("data",),
     ("adapters",),

@@ -1,0 +1,92 @@
+"""What the processes of a training job exchange before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from qlora_cli.errors import UsageError
+from qlora_cli.events import Silent
+from qlora_cli.jobs.prepare import Prepared
+from qlora_cli.parallel.processes import Processes
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.train.state import State
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class JobStart:
+    """What the main process has decided before loading, for the others.
+
+    recipe: resolved, with every choice. data_digest: of the rows. parts: number of parts that each
+    micro-batch is divided into.
+    """
+
+    recipe: Recipe
+    data_digest: str
+    parts: int
+
+
+def check_processes(recipe: Recipe, number: int) -> None:
+    """Raise UsageError if a recipe cannot be trained by this number of processes."""
+    if number == 1:
+        return
+    train = recipe.train
+    if train.micro_batch == "auto":
+        raise UsageError(
+            f"train.micro_batch: auto chooses for one process, and there are {number}",
+            where="train.micro_batch",
+            hint="set a number; `qlora plan --fit` finds the largest one that fits",
+        )
+    if train.grad_accum < number:
+        raise UsageError(
+            f"a step has {train.grad_accum} micro-batch{'' if train.grad_accum == 1 else 'es'}, "
+            f"and {number} processes share them",
+            where="train.grad_accum",
+            hint="train.grad_accum counts the micro-batches of a step over all processes; set it "
+            f"to a multiple of {number}, or start fewer processes",
+        )
+
+
+@contextmanager
+def take_turns(processes: Processes, prepared: Prepared) -> Iterator[None]:
+    """Run the block first in one process of each machine, if it keeps a packed copy of the base.
+
+    The others then read the copy. Without a copy all run at once.
+    """
+    if processes.size > 1 and prepared.packed_store(Silent()) is not None:
+        if processes.local_rank > 0:
+            processes.wait()
+            yield
+        else:
+            yield
+            processes.wait()
+        return
+    yield
+
+
+def share_state(state: State) -> None:
+    """Give all processes the state of the main one: trained weights, optimizer and step."""
+    processes = state.processes
+    if processes.size == 1:
+        return
+    with torch.no_grad():
+        for parameter in state.trainable.values():
+            processes.copy_from_main(parameter.data)
+    # A tensor on a GPU would arrive on the main process' GPU.
+    own = (state.step, state.loss_scale.state(), _moved(state.optimizer.state_dict(), _CPU))
+    state.step, scale, optimizer = processes.broadcast(own)
+    state.loss_scale.restore(scale)
+    if optimizer["state"] and not processes.is_main:
+        state.optimizer.load_state_dict(_moved(optimizer, state.device))
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    """Return a copy of nested values with the tensors on `device`."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tree)

@@ -1,0 +1,162 @@
+"""Starts the processes of `qlora train --processes N` on this machine, and ends all if one ends.
+
+The environment is the one that accelerate's launcher gives its processes, so `accelerate launch`
+can be used instead. It is not called here, because it kills its processes 30 seconds after Ctrl-C,
+and a step and its checkpoint can take longer.
+
+The main process has rank 0 and keeps the terminal; the others write to logs. Each process has a
+session of its own, so that Ctrl-C reaches only the launcher, which passes it to the main process.
+All processes agree after each step whether to stop.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from qlora_cli.errors import QloraError, UsageError
+
+PARENT = "QLORA_LAUNCHER"
+"""Environment variable with the process id of the launcher."""
+_GRACE_SECONDS = 10.0
+"""Time that the other processes have to end after one has ended."""
+_POLL_SECONDS = 0.05
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LOG_LINES = 5
+
+
+@dataclass(frozen=True)
+class _Child:
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+
+
+def launch(arguments: Sequence[str], number: int) -> int:
+    """Run `qlora` with `arguments` in `number` processes and return the exit code of the job.
+
+    Raises QloraError if another process than the main one fails, with the end of its log; UsageError
+    if a launcher has started this process already.
+    """
+    if "LOCAL_RANK" in os.environ:
+        raise UsageError(
+            "another launcher has started this process already",
+            where="--processes",
+            hint="leave --processes out with `accelerate launch`",
+        )
+    logs = Path(tempfile.mkdtemp(prefix="qlora-processes-"))
+    children = _start(arguments, number, logs)
+    with _forwarded(children[0].process):
+        first = _wait_for_any(children)
+        _end(children)
+    main, code = children[0], first.process.returncode
+    if first is main and code >= 0:
+        # It has reported its error itself; the others have ended because it did.
+        shutil.rmtree(logs, ignore_errors=True)
+        return code
+    raise _failure(first, number)
+
+
+def _start(arguments: Sequence[str], number: int, logs: Path) -> list[_Child]:
+    """Start the processes, the main one first."""
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        PARENT: str(os.getpid()),
+    }
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    children: list[_Child] = []
+    for rank in range(number):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", "qlora_cli", *arguments]
+        log = logs / f"process-{rank}.log" if rank else None
+        with open(os.devnull, "rb") as nothing, open(log or os.devnull, "wb") as stream:
+            output = stream if rank else None
+            given = {"stdin": nothing if rank else None, "stdout": output, "stderr": output}
+            process = subprocess.Popen(command, env=own, start_new_session=True, **given)
+        children.append(_Child(rank, process, log))
+    return children
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _forwarded(main: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass the signals that end a job to the main process inside the block."""
+
+    def forward(number: int, _: FrameType | None) -> None:
+        with suppress(ProcessLookupError):
+            main.send_signal(number)
+
+    previous = {}
+    with suppress(ValueError):  # Only the main thread may set signal handlers.
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, forward)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait_for_any(children: Sequence[_Child]) -> _Child:
+    """Wait until a process fails, or the main one ends. Return it; one that was killed first."""
+    while True:
+        ended = [child for child in children if child.process.poll() is not None]
+        failed = [child for child in ended if child.process.returncode != 0]
+        if failed:
+            return min(failed, key=lambda child: child.process.returncode)
+        if children[0] in ended:
+            return children[0]
+        time.sleep(_POLL_SECONDS)
+
+
+def _end(children: Sequence[_Child]) -> None:
+    """Wait until all processes have ended, and end those that do not."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for end in (None, signal.SIGKILL):
+        for child in children:
+            if end is not None and child.process.poll() is None:
+                with suppress(ProcessLookupError):
+                    child.process.send_signal(end)
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):
+                child.process.wait(None if end else max(0.0, deadline - time.monotonic()))
+
+
+def _failure(child: _Child, number: int) -> QloraError:
+    """Return the error for a process that failed, with the last lines of its log."""
+    code = child.process.returncode
+    ending = f"ended with exit code {code}"
+    if code < 0:
+        ending = f"was ended by {signal.Signals(-code).name}"
+    what = f"process {child.rank} of {number} {ending}, so the others were ended too"
+    if child.log is None:
+        return QloraError(what, hint="continue the run with --resume")
+    text = child.log.read_text(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()][-_LOG_LINES:]
+    last = f"; its last lines: {' | '.join(lines)}" if lines else ""
+    hint = f"its log is {child.log}{last}"
+    return QloraError(what, hint=hint)
