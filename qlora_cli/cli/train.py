@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from typing import NoReturn
-
 import click
 
 from qlora_cli.cli.arguments import allow_option, recipe_argument
@@ -19,6 +16,7 @@ from qlora_cli.cli.output import (
     suggest,
     write_page,
 )
+from qlora_cli.errors import Interrupted, MicroBatchTooLarge, NotFinite
 
 
 @click.command()
@@ -34,7 +32,9 @@ from qlora_cli.cli.output import (
 )
 @allow_option
 @json_option
+@click.pass_context
 def train(
+    ctx: click.Context,
     recipe: str,
     overrides: tuple[str, ...],
     resume: bool,
@@ -64,17 +64,28 @@ def train(
     path = find_recipe(recipe)
     loaded = recipe_of(path, overrides)
     if processes > 1:
-        _launch(recipe, overrides, resume, processes, allow, as_json)
+        from qlora_cli.train.launcher import check_no_launcher, launch
+
+        check_no_launcher()
+        options = [*(["--resume"] if resume else []), *(["--json"] if as_json else [])]
+        options += [word for code in allow for word in ("--allow", code)]
+        expect_no_json()  # The main process prints it.
+        ctx.exit(launch(["train", *options, recipe, *overrides], processes))
     with fast_import():
         from qlora_cli.jobs import follow
         from qlora_cli.jobs import train as job
+        from qlora_cli.train.launcher import end_with_launcher
         from qlora_cli.train.runtime import join_processes
         from qlora_cli.ui import tables
 
+    end_with_launcher()
     joined = join_processes()
     if not joined.is_main:
         expect_no_json()
-        follow.run(joined)
+        try:
+            follow.run(joined)
+        except (Interrupted, NotFinite, MicroBatchTooLarge) as error:
+            ctx.exit(error.exit_code)  # All processes raise it, and the main one reports it.
         return
     with job_observer() as observer:
         result = job.run(
@@ -88,20 +99,3 @@ def train(
         write_page(result.run, observer)
     emit(result, as_json, tables.train)
     suggest("generate", result.run, "--prompt", "...")
-
-
-def _launch(
-    recipe: str,
-    overrides: tuple[str, ...],
-    resume: bool,
-    processes: int,
-    allow: tuple[str, ...],
-    as_json: bool,
-) -> NoReturn:
-    """Run this command in several processes and exit with the exit code of the job."""
-    from qlora_cli.train.launcher import launch
-
-    options = [*(["--resume"] if resume else []), *(["--json"] if as_json else [])]
-    options += [word for code in allow for word in ("--allow", code)]
-    expect_no_json()  # The main process prints it.
-    sys.exit(launch(["train", *options, recipe, *overrides], processes))

@@ -54,13 +54,13 @@ def _train(job: TrainingJob, start: JobStart, processes: Processes) -> None:
     share_state(state)
     loop = make_loop(
         job,
+        start,
         state,
         instrument,
         observer,
         Trackers(observer.note),
         energy_counter(device, processes=processes.size),
         lambda _: gather_memory(processes, instrument),
-        start.parts,
         "",
     )
     loop.train()

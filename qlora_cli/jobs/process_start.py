@@ -24,13 +24,14 @@ _CPU = torch.device("cpu")
 class JobStart:
     """What the main process has decided before loading, for the others.
 
-    recipe: resolved, with every choice. data_digest: of the rows. parts: number of parts that each
-    micro-batch is divided into.
+    recipe: resolved, with every choice. data_digest: of the rows. parts, may_recompute_more: as of
+    `TrainingLoop`.
     """
 
     recipe: Recipe
     data_digest: str
     parts: int
+    may_recompute_more: bool
 
 
 def check_processes(recipe: Recipe, number: int) -> None:

@@ -17,8 +17,8 @@ from qlora_cli.jobs.measured_speed import record_speed
 from qlora_cli.jobs.memory import EarlierProcess, MemoryRecord
 from qlora_cli.jobs.out_of_memory import shortage_explained
 from qlora_cli.jobs.prepare import Prepared, TrainingJob
-from qlora_cli.jobs.process_start import JobStart, share_state, take_turns
 from qlora_cli.jobs.prepare_training import check_memory, prepare_training
+from qlora_cli.jobs.process_start import JobStart, share_state, take_turns
 from qlora_cli.jobs.results import TrainResult
 from qlora_cli.jobs.run_lifecycle import (
     describe_extension,
@@ -99,8 +99,14 @@ def _run(
     checkpoint = open_or_resume(job, description, earlier, observer)
     try:
         baseline = check_memory(job, planned, observer)
-        processes.broadcast(JobStart(job.prepared.recipe, job.data_digest, divided_parts(job.run)))
-        return _train(job, checkpoint, planned, baseline, observer, build_model, processes)
+        start = JobStart(
+            job.prepared.recipe,
+            job.data_digest,
+            divided_parts(job.run),
+            may_recompute_more(job.prepared),
+        )
+        processes.broadcast(start)
+        return _train(job, start, checkpoint, planned, baseline, observer, build_model, processes)
     except (Interrupted, KeyboardInterrupt):
         record_stop(job.run, "interrupted", earlier is not None)
         raise
@@ -111,6 +117,7 @@ def _run(
 
 def _train(
     job: TrainingJob,
+    start: JobStart,
     checkpoint: Path | None,
     planned: MemoryPlan,
     baseline: MemoryPlan,
@@ -137,9 +144,9 @@ def _train(
         given = (job, planned, baseline, instrument, earlier, processes)
         memory, energy = MemoryRecord(*given), energy_counter(device, processes=processes.size)
         record.set_status(job.run, "running", energy=energy.source)
-        parts = divided_parts(job.run)
         key = f"{job.data_digest} {job.run.read()['base_fingerprint']}"
-        loop = make_loop(job, state, instrument, observer, trackers, energy, memory.write, parts, key)
+        shown = (observer, trackers, energy, memory.write)
+        loop = make_loop(job, start, state, instrument, *shown, key)
         with add_last_checkpoint_hint(job.run), shortage_explained(prepared, planned):
             progress = loop.train()
             # The last evaluation, if the process that trained the last step was stopped before it.
@@ -152,18 +159,18 @@ def _train(
 
 def make_loop(
     job: TrainingJob,
+    start: JobStart,
     state: State,
     instrument: Instrument,
     observer: Observer,
     trackers: Trackers,
     energy: EnergyCounter,
     on_checkpoint: Callable[[Progress], object],
-    parts: int,
     constants_key: str,
 ) -> TrainingLoop:
     """Return the loop of a job whose state is loaded. Computes the constants of its rows.
 
-    The last arguments are those of `TrainingLoop` and the key of `add_constants`.
+    The last arguments are those of `TrainingLoop`, and the key of `add_constants`.
     """
     given = (job.run, constants_key, instrument, observer)
     held_out: list[Batch] = add_constants(state, job.schedule, job.held_out, job.steps, *given)
@@ -172,8 +179,8 @@ def make_loop(
     )
     shared = (state, job.schedule, job.steps, job.run, instrument, observer, evaluator)
     base = (job.prepared.folder, job.prepared.chat_template)
-    may_change = may_recompute_more(job.prepared)
-    return TrainingLoop(*shared, *base, energy, on_checkpoint, may_change, parts)
+    changes = (start.may_recompute_more, start.parts)
+    return TrainingLoop(*shared, *base, energy, on_checkpoint, *changes)
 
 
 def _peaks(ledger: Ledger) -> dict[str, int]:

@@ -131,7 +131,7 @@ class Train(Section):
     the grad_accum sequences of a step into the fewest passes that fit the memory."""
     grad_accum: Count = 8
     """Forward and backward passes per optimizer step; one step uses micro_batch x grad_accum
-    sequences."""
+    sequences. Several processes (`qlora train --processes`) share these passes."""
     loss_chunk: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Tokens whose logits exist at once in the loss; fewer need less memory and more time. auto
     chooses so many that the loss never decides the peak memory."""

@@ -38,8 +38,8 @@ class Evaluator:
     """Evaluates a run on its held-out set and stores each result in metrics.jsonl.
 
     Each process of a job evaluates the complete set, so the result does not depend on their number;
-    that of the main process counts. An evaluation draws no random numbers and changes no parameter, so training is the same with and
-    without it.
+    that of the main process counts. An evaluation draws no random numbers and changes no parameter,
+    so training is the same with and without it.
 
     batches: of the held-out set, on the CPU; if there are none, nothing is evaluated.
     steps: number of optimizer steps of the job. every: steps between two evaluations.

@@ -11,6 +11,7 @@ All processes agree after each step whether to stop.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -27,13 +28,15 @@ from types import FrameType
 
 from qlora_cli.errors import QloraError, UsageError
 
-PARENT = "QLORA_LAUNCHER"
+_PARENT = "QLORA_LAUNCHER"
 """Environment variable with the process id of the launcher."""
 _GRACE_SECONDS = 10.0
 """Time that the other processes have to end after one has ended."""
 _POLL_SECONDS = 0.05
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOG_LINES = 5
+_SET_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of Linux's prctl."""
 
 
 @dataclass(frozen=True)
@@ -43,32 +46,52 @@ class _Child:
     log: Path | None
 
 
-def launch(arguments: Sequence[str], number: int) -> int:
-    """Run `qlora` with `arguments` in `number` processes and return the exit code of the job.
+_QLORA = (sys.executable, "-m", "qlora_cli")
 
-    Raises QloraError if another process than the main one fails, with the end of its log; UsageError
-    if a launcher has started this process already.
-    """
+
+def check_no_launcher() -> None:
+    """Raise UsageError if a launcher has started this process, which can start no others then."""
     if "LOCAL_RANK" in os.environ:
         raise UsageError(
             "another launcher has started this process already",
             where="--processes",
             hint="leave --processes out with `accelerate launch`",
         )
+
+
+def launch(arguments: Sequence[str], number: int, command: Sequence[str] = _QLORA) -> int:
+    """Run `command` with `arguments` in `number` processes and return the exit code of the job.
+
+    Raises QloraError if another process than the main one fails, with the end of its log.
+    """
     logs = Path(tempfile.mkdtemp(prefix="qlora-processes-"))
-    children = _start(arguments, number, logs)
+    children = _start([*command, *arguments], number, logs)
     with _forwarded(children[0].process):
         first = _wait_for_any(children)
         _end(children)
-    main, code = children[0], first.process.returncode
-    if first is main and code >= 0:
-        # It has reported its error itself; the others have ended because it did.
+    code = children[0].process.returncode
+    is_reported = first.rank == 0 or (first.process.returncode > 0 and not _last_lines(first))
+    if is_reported and code >= 0:
+        # The main process has reported the error of all, or its own.
         shutil.rmtree(logs, ignore_errors=True)
         return code
     raise _failure(first, number)
 
 
-def _start(arguments: Sequence[str], number: int, logs: Path) -> list[_Child]:
+def end_with_launcher() -> None:
+    """Let the launcher's end, for example by SIGKILL, stop this process as SIGTERM does.
+
+    Does nothing in a process without a launcher, and on systems other than Linux.
+    """
+    parent = os.environ.get(_PARENT)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(parent):  # It has ended before.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _start(command: Sequence[str], number: int, logs: Path) -> list[_Child]:
     """Start the processes, the main one first."""
     environment = {
         **os.environ,
@@ -76,7 +99,7 @@ def _start(arguments: Sequence[str], number: int, logs: Path) -> list[_Child]:
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(number),
         "LOCAL_WORLD_SIZE": str(number),
-        PARENT: str(os.getpid()),
+        _PARENT: str(os.getpid()),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
     if sys.platform == "linux":
@@ -84,12 +107,16 @@ def _start(arguments: Sequence[str], number: int, logs: Path) -> list[_Child]:
     children: list[_Child] = []
     for rank in range(number):
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", "qlora_cli", *arguments]
         log = logs / f"process-{rank}.log" if rank else None
-        with open(os.devnull, "rb") as nothing, open(log or os.devnull, "wb") as stream:
-            output = stream if rank else None
-            given = {"stdin": nothing if rank else None, "stdout": output, "stderr": output}
-            process = subprocess.Popen(command, env=own, start_new_session=True, **given)
+        with open(log or os.devnull, "wb") as stream:
+            process = subprocess.Popen(
+                command,
+                env=own,
+                stdin=subprocess.DEVNULL if rank else None,
+                stdout=stream if rank else None,
+                stderr=stream if rank else None,
+                start_new_session=True,
+            )
         children.append(_Child(rank, process, log))
     return children
 
@@ -155,8 +182,14 @@ def _failure(child: _Child, number: int) -> QloraError:
     what = f"process {child.rank} of {number} {ending}, so the others were ended too"
     if child.log is None:
         return QloraError(what, hint="continue the run with --resume")
-    text = child.log.read_text(errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()][-_LOG_LINES:]
+    lines = _last_lines(child)
     last = f"; its last lines: {' | '.join(lines)}" if lines else ""
-    hint = f"its log is {child.log}{last}"
-    return QloraError(what, hint=hint)
+    return QloraError(what, hint=f"its log is {child.log}{last}")
+
+
+def _last_lines(child: _Child) -> list[str]:
+    """Return the last lines of a log; of a process that was killed, there may be none."""
+    if child.log is None:
+        return []
+    text = child.log.read_text(errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()][-_LOG_LINES:]

@@ -20,7 +20,7 @@ from qlora_cli.tasks.task import MetricSums
 
 @dataclass(frozen=True)
 class _Report:
-    """What a process tells the others before gradients are added up.
+    """What a process reports to the others before gradients are added up.
 
     shortage: what its memory did not suffice for. has_gradient: for each trained parameter. sums:
     its sums of the loss and of the task's other metrics.
@@ -36,7 +36,7 @@ _LOSS = ""
 
 
 def report_shortage(processes: Processes, what: str) -> None:
-    """Tell the other processes that this one ran out of memory in the step."""
+    """Report to the other processes that this one ran out of memory in the step."""
     processes.gather(_Report(what))
 
 

@@ -30,9 +30,7 @@ def join_processes() -> Processes:
     return DistributedProcesses(partial.local_process_index)
 
 
-def setup_device(
-    profile: DeviceProfile, seed: int, processes: Processes = SINGLE
-) -> torch.device:
+def setup_device(profile: DeviceProfile, seed: int, processes: Processes = SINGLE) -> torch.device:
     """Seed all random number generators and return the device that this process trains on.
 
     processes: those that the job has joined. Raises UsageError if a launcher started several

@@ -1,0 +1,201 @@
+"""Several processes train the same adapter as one, and stop and resume together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_cli.files.safetensors_io import read_header, read_tensor
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.metrics import read_evaluations
+from qlora_cli.train import loop, reduce
+from qlora_cli.train.step import train_step
+from tests.helpers.interrupted import train_run
+from tests.helpers.resumed_runs import STEPS, losses, make_bases, recipe_of
+from tests.helpers.together import train_together
+
+pytestmark = pytest.mark.slow
+
+CLOSE = 1e-6
+
+
+def recipe_in(folder: Path, name: str, **train: Any) -> Recipe:
+    """Return a recipe with dropout whose third step has one micro-batch of the four of a step."""
+    settings = {"grad_accum": 4, "eval_every": 2, "checkpoint_every": 2, "lr": 1e-3, **train}
+    return recipe_of(folder, folder / name, train=settings)
+
+
+def adapter_of(run: RunFolder) -> dict[str, torch.Tensor]:
+    entries, _ = read_header(run.adapter / "adapter_model.safetensors")
+    return {name: read_tensor(entry) for name, entry in entries.items()}
+
+
+def difference(run: RunFolder, reference: RunFolder) -> float:
+    """Return the largest difference of the adapters' values, and of losses and norms."""
+    weights, expected = adapter_of(run), adapter_of(reference)
+    assert weights.keys() == expected.keys()
+    values = [float((weights[name] - expected[name]).abs().max()) for name in weights]
+    assert len(losses(run)) == len(losses(reference)) == STEPS
+    for line, other in zip(losses(run), losses(reference), strict=True):
+        assert line[0] == other[0]
+        values += [abs(a - b) / b for a, b in zip(line[1:], other[1:], strict=True)]
+    evaluated, wanted = read_evaluations(run.metrics), read_evaluations(reference.metrics)
+    assert [item.step for item in evaluated] == [item.step for item in wanted]
+    values += [abs(a.loss - b.loss) for a, b in zip(evaluated, wanted, strict=True)]
+    return max(values)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bases(tmp_path_factory.mktemp("together"), "llama")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> RunFolder:
+    """Return the run of one process."""
+    return train_run(recipe_in(folder, "alone"))
+
+
+def record_states(folder: Path, rank: int) -> None:
+    """Write a hash of the trained weights and the optimizer after each step of this process."""
+
+    def recorded(state: Any, *rest: Any) -> Any:
+        outcome = train_step(state, *rest)
+        digest = hashlib.sha256()
+        tensors = [*state.trainable.values()]
+        for values in state.optimizer.state.values():
+            tensors += [value for value in values.values() if isinstance(value, torch.Tensor)]
+        for tensor in tensors:
+            digest.update(tensor.detach().numpy().tobytes())
+        with (folder / f"states-{rank}").open("a") as file:
+            file.write(f"{state.step} {digest.hexdigest()}\n")
+        return outcome
+
+    loop.train_step = recorded
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path) -> RunFolder:
+    """Return the run of two processes, which record their states in the same folder."""
+    recipe = recipe_in(folder, "together")
+    codes = train_together(recipe, prepare=lambda rank: record_states(folder, rank))
+    assert codes == [0, 0]
+    return RunFolder(Path(recipe.output))
+
+
+def test_two_processes_equal_one(together: RunFolder, alone: RunFolder) -> None:
+    assert difference(together, alone) < CLOSE
+    steps = json.loads((together.path / "run.json").read_text())["steps"]
+    assert steps == STEPS
+    assert together.steps() == alone.steps()
+
+
+def test_the_states_of_all_processes_are_equal_bit_for_bit(
+    folder: Path, together: RunFolder
+) -> None:
+    first, second = ((folder / f"states-{rank}").read_text().splitlines() for rank in (0, 1))
+    assert len(first) == STEPS
+    assert first == second
+
+
+def test_the_ledger_has_every_process_and_shows_the_highest_peak(together: RunFolder) -> None:
+    ledger = json.loads(together.memory_json.read_text())
+    assert [process["rank"] for process in ledger["processes"]] == [0, 1]
+    for phase in ledger["phases"]:
+        peaks = [
+            other["peak_bytes"]
+            for process in ledger["processes"]
+            for other in process["phases"]
+            if other["name"] == phase["name"]
+        ]
+        assert phase["peak_bytes"] == max(peaks)
+    assert "2 processes" in " ".join(ledger["notes"])
+    assert ledger["measured_peak_bytes"] == pytest.approx(ledger["planned_peak_bytes"], rel=0.01)
+
+
+def test_gradients_that_are_not_added_up_are_noticed(folder: Path, alone: RunFolder) -> None:
+    recipe = recipe_in(folder, "control", steps=1, eval_every=None)
+
+    def keep_own(_: int) -> None:
+        reduce._add_gradients = lambda *_: None
+
+    assert train_together(recipe, prepare=keep_own) == [0, 0]
+    norm, expected = (losses(run)[0][3] for run in (RunFolder(Path(recipe.output)), alone))
+    assert abs(norm - expected) / expected > 1000 * CLOSE
+
+
+def signal_in_step(step: int, number: int) -> None:
+    """Send this process a signal in a step."""
+
+    def interrupted(state: Any, *rest: Any) -> Any:
+        if state.step == step:
+            os.kill(os.getpid(), number)
+        return train_step(state, *rest)
+
+    loop.train_step = interrupted
+
+
+def test_a_signal_to_one_process_stops_all_and_one_process_resumes(
+    folder: Path, alone: RunFolder
+) -> None:
+    recipe = recipe_in(folder, "stopped", checkpoint_every=100)
+
+    def stop(rank: int) -> None:
+        if rank == 1:
+            signal_in_step(2, signal.SIGINT)
+
+    assert train_together(recipe, prepare=stop) == [130, 130]
+    run = RunFolder(Path(recipe.output))
+    assert run.read()["status"] == "interrupted"
+    assert run.steps()[-1] == 3
+    train_run(recipe, resume=True)
+    assert difference(run, alone) < CLOSE
+
+
+def test_a_killed_process_ends_all_and_two_resume(folder: Path, alone: RunFolder) -> None:
+    recipe = recipe_in(folder, "killed")
+
+    def kill(rank: int) -> None:
+        if rank == 1:
+            signal_in_step(3, signal.SIGKILL)
+
+    assert train_together(recipe, prepare=kill) == [1, -signal.SIGKILL]
+    run = RunFolder(Path(recipe.output))
+    assert run.read()["status"] == "failed"
+    assert run.steps() == [2]
+    assert train_together(recipe) == [0, 0]
+    assert difference(run, alone) < CLOSE
+
+
+def test_all_divide_their_micro_batches_if_one_runs_out_of_memory(
+    folder: Path, alone: RunFolder
+) -> None:
+    settings = {"micro_batch": 2, "grad_accum": 2, "steps": 1, "eval_every": None}
+    recipe = recipe_in(folder, "divided", **settings)
+
+    def limit(rank: int) -> None:
+        from qlora_cli.tasks.causal import CausalTask
+
+        real = CausalTask.loss
+
+        def loss(self: Any, loaded: Any, batch: Any, *rest: Any) -> Any:
+            if rank == 1 and batch.num_tokens > 30:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return real(self, loaded, batch, *rest)
+
+        CausalTask.loss = loss  # type: ignore[method-assign]
+
+    assert train_together(recipe, prepare=limit) == [0, 0]
+    run = RunFolder(Path(recipe.output))
+    assert run.read()["memory_shortages"][-1]["parts"] == 2
+    assert "process 1" in run.read()["memory_shortages"][0]["reason"]
+    # The same rows as in the first step of `alone`; B is still zero, so dropout changes nothing.
+    assert losses(run)[0][1] == pytest.approx(losses(alone)[0][1], rel=CLOSE)
