@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     'such as "RTX 4090", instead of for this machine.',
 )
 @click.option(
+    "--devices",
+    metavar="NxSIZE|NAME",
+    help="Plan each process of a job on several such GPUs, such as 2x24GiB or '2xRTX 4090'.",
+)
+@click.option(
     "--fit",
     is_flag=True,
     help="Also find the largest data.seq_len and the largest train.micro_batch that fit.",
@@ -54,6 +60,7 @@ def plan(
     recipe: str,
     overrides: tuple[str, ...],
     vram: str | None,
+    devices: str | None,
     fit: bool,
     compare: bool,
     details: bool,
@@ -70,7 +77,7 @@ def plan(
     and with code 2 if a data file is missing.
     """
     # The recipe is checked before the slow imports, so that its problems are reported at once.
-    profile = None if vram is None else planned_gpu(vram)
+    profile = planned_profile(vram, devices)
     loaded = recipe_of(recipe, overrides)
     with fast_import():
         from qlora_cli.jobs import plan as job
@@ -103,7 +110,25 @@ def planned_gpu(vram: str) -> DeviceProfile:
     """
     from qlora_cli.recipe import gpus
 
+    return _profile(gpus.planned_gpu, vram, "--vram")
+
+
+def planned_profile(vram: str | None, devices: str | None) -> DeviceProfile | None:
+    """Return the profile of the GPU that an option names; None for the device of this machine.
+
+    Raises UsageError if both options are given, BadParameter if one is not understood.
+    """
+    from qlora_cli.recipe import gpus
+
+    if devices is None:
+        return None if vram is None else planned_gpu(vram)
+    if vram is not None:
+        raise click.UsageError("--vram and --devices name two different GPUs; leave one out")
+    return _profile(gpus.planned_devices, devices, "--devices")
+
+
+def _profile(find: Callable[[str], DeviceProfile], text: str, option: str) -> DeviceProfile:
     try:
-        return gpus.planned_gpu(vram)
+        return find(text)
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--vram") from error
+        raise click.BadParameter(str(error), param_hint=option) from error

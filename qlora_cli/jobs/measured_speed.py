@@ -66,9 +66,10 @@ def measured_speed(recipe: Recipe, config: Any, profile: DeviceProfile) -> Measu
 def _file(recipe: Recipe, config: Any, profile: DeviceProfile) -> Path:
     """Return the file of the speed of runs with the same work per token on the same device."""
     threads = 0 if profile.kind == "cuda" else torch.get_num_threads()
+    count = [profile.count] if profile.count > 1 else []
     key = cache.key_of(
         {
-            "device": [profile.kind, short_name(profile.name), threads],
+            "device": [profile.kind, short_name(profile.name), threads, *count],
             "config": config.to_json_string(),
             "base": recipe.base.model_dump(mode="json"),
             "adapter": recipe.adapter.model_dump(

@@ -20,6 +20,7 @@ from qlora_cli.jobs.labels import resolve_labels
 from qlora_cli.jobs.padding import planned_padding
 from qlora_cli.jobs.planned_length import estimated_time, planned_length
 from qlora_cli.jobs.prepare import prepare
+from qlora_cli.jobs.process_start import check_processes
 from qlora_cli.jobs.results import PlanResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.memory.ledger import Allocator, Device, Ledger, peak_phase
@@ -58,7 +59,8 @@ def run(
     device_profile: the target device; None for the device of this machine. fit: also search the
     largest micro-batch and sequence length that fit. compare: also plan full fine-tuning and LoRA
     on 16, 8 and 4 bit. observer: receives the progress of `base.bits: auto`, which reads the
-    weights and the rows. Raises ModelError or RecipeError.
+    weights and the rows. Raises ModelError or RecipeError, and UsageError if
+    the recipe needs another number of devices.
     """
     began = time.perf_counter()
     profile = device_profile or inspect_device()
@@ -68,6 +70,7 @@ def run(
     check_seq_len(recipe.data, config)
     task = task_of(recipe)
     require_proof(config, task, Silent())
+    check_processes(recipe, profile.count)
     resolved, _ = resolve(recipe, profile)
     resolved, bits = _with_bits(resolved, profile, observer)
     has_copy = partial(_has_copy, config_file.parent, config, profile)

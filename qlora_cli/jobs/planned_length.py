@@ -76,9 +76,10 @@ def estimated_time(
         f"{speed.source}; a micro-batch computes {tera_flops:,.3g} TFLOP and moves "
         f"{gigabytes:,.3g} GB"
     )
+    own = -(-train.grad_accum // profile.count)
     if length is None:
-        step = micro_batch * train.grad_accum + update
+        step = micro_batch * own + update
         return TimeEstimate(step, step * train.steps if train.steps else None, source)
     share = length.tokens * length.epochs / (recipe.data.seq_len * train.pass_size)
-    total = share * micro_batch + length.updates * update
+    total = share * own / train.grad_accum * micro_batch + length.updates * update
     return TimeEstimate(total / length.updates, total, source)

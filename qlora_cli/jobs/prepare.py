@@ -30,6 +30,7 @@ from qlora_cli.models.build import ModelRequest
 from qlora_cli.models.checkpoint_source import open_source, with_new_head
 from qlora_cli.models.family import Family
 from qlora_cli.models.packed_base import has_packed_copy, packed_store
+from qlora_cli.parallel.processes import SINGLE, Processes
 from qlora_cli.proof.prove import ModelProof
 from qlora_cli.recipe.resolve import Choice, resolve
 from qlora_cli.recipe.schema import Recipe
@@ -70,11 +71,16 @@ class Prepared:
         source = open_source(self.folder, family)
         return with_new_head(source, family, self.config, self.recipe.train.seed)
 
-    def request(self, device: torch.device, observer: Observer) -> ModelRequest:
-        """Return the request for the model of this job on `device`."""
+    def request(
+        self, device: torch.device, observer: Observer, processes: Processes = SINGLE
+    ) -> ModelRequest:
+        """Return the request for the model of this job on `device`.
+
+        processes: those that train the job.
+        """
         recipe, copy = self.recipe, self.packed_store(observer)
         given = (recipe, self.config, self.source, device, self.profile, observer)
-        return ModelRequest(*given, copy=copy)
+        return ModelRequest(*given, copy=copy, processes=processes)
 
     def packed_store(self, observer: Observer) -> PackedStore | None:
         """Return the packed copy of the base; None if `base.cache` keeps none."""

@@ -14,6 +14,7 @@ from qlora_cli.errors import UsageError
 from qlora_cli.events import Silent
 from qlora_cli.jobs.prepare import Prepared
 from qlora_cli.parallel.processes import Processes
+from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.state import State
 
@@ -37,6 +38,12 @@ class JobStart:
 def check_processes(recipe: Recipe, number: int) -> None:
     """Raise UsageError if a recipe cannot be trained by this number of processes."""
     if number == 1:
+        if recipe.base.residency == SHARD:
+            raise UsageError(
+                "base.residency: shard shares the base among several processes, and there is one",
+                where="base.residency",
+                hint="start several with --processes, or set base.residency=host",
+            )
         return
     train = recipe.train
     if train.micro_batch == "auto":
@@ -59,9 +66,11 @@ def check_processes(recipe: Recipe, number: int) -> None:
 def take_turns(processes: Processes, prepared: Prepared) -> Iterator[None]:
     """Run the block first in one process of each machine, if it keeps a packed copy of the base.
 
-    The others then read the copy. Without a copy all run at once.
+    The others then read the copy. Without a copy all run at once, and so they do if each keeps a
+    part of the base, because then none of them can write a copy.
     """
-    if processes.size > 1 and prepared.packed_store(Silent()) is not None:
+    is_sharded = prepared.recipe.base.residency == SHARD
+    if processes.size > 1 and not is_sharded and prepared.packed_store(Silent()) is not None:
         if processes.local_rank > 0:
             processes.wait()
             yield

@@ -219,9 +219,8 @@ def load(
     machine loads the base before the others if it keeps a packed copy, which they then use.
     """
     with take_turns(processes, prepared), instrument.phase("load"):
-        state = build_state(prepared.request(device, observer), build_model)
+        state = build_state(prepared.request(device, observer, processes), build_model)
         tag_living(state, instrument.tracker)
-    state.processes = processes
     instrument.release_cache()
     return state
 

@@ -43,8 +43,10 @@ from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.derive import derive_family, dropout_keys
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel, is_tied
+from qlora_cli.models.placement.block_shards import ShardedPlacement
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.placement.held import PackedCopy
+from qlora_cli.models.placement.placement import Placement
 from qlora_cli.models.registry import known_family, refuse_by_name, unsupported
 from qlora_cli.models.sites import (
     find_sites,
@@ -61,7 +63,9 @@ from qlora_cli.nn.embedding import has_own_memory
 from qlora_cli.nn.input_offload import InputOffload
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
+from qlora_cli.parallel.processes import SINGLE, Processes
 from qlora_cli.recipe.activations import recomputed_blocks
+from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.schema import Recipe
 
 MakeSource = Callable[[Any, Family], TensorSource]
@@ -85,7 +89,8 @@ class ModelRequest:
     recipe: resolved, without `auto`. config: transformers' config of the base; it is not modified.
     make_source: opens the checkpoint. device: device of the model's tensors, meta in a dry run.
     profile: facts about the device that the model runs on or is planned for. model_class: the
-    transformers Auto class of the task. copy: of the packed base; None if none is kept.
+    transformers Auto class of the task. copy: of the packed base; None if none is kept. processes:
+    those that train the job, over which the base may be sharded.
     file_dtype: dtype of the checkpoint, read from the config.
     """
 
@@ -97,6 +102,7 @@ class ModelRequest:
     observer: Observer = field(default_factory=Silent)
     model_class: Any = field(default_factory=_causal_lm)
     copy: PackedCopy | None = None
+    processes: Processes = SINGLE
     file_dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
@@ -193,11 +199,24 @@ def build(request: ModelRequest) -> LoadedModel:
             _replace_modules(loaded, method, device)
     copy = request.copy if method.freezes_base else None
     num_streamed = streamed_blocks(loaded, recipe)
-    DevicePlacement(device, request.observer, copy, num_streamed).place(loaded, source)
+    _placement(request, copy, num_streamed).place(loaded, source)
     initialize_adapter(loaded, request)
     apply_train_settings(loaded, recipe)
     config.use_cache = False
     return loaded
+
+
+def _placement(request: ModelRequest, copy: PackedCopy | None, num_streamed: int) -> Placement:
+    """Return the placement that the recipe names. num_streamed: of `streamed_blocks`.
+
+    A sharded base in one process, as after training, is on its device.
+    """
+    device, observer, processes = request.device, request.observer, request.processes
+    if request.recipe.base.residency != SHARD:
+        return DevicePlacement(device, observer, copy, num_streamed)
+    if processes.size == 1 or not num_streamed:
+        return DevicePlacement(device, observer, copy)
+    return ShardedPlacement(device, observer, copy, num_streamed, processes)
 
 
 def streamed_blocks(loaded: LoadedModel, recipe: Recipe) -> int:
@@ -205,7 +224,7 @@ def streamed_blocks(loaded: LoadedModel, recipe: Recipe) -> int:
 
     They are those that are recomputed. Raises ModelError if blocks of the model share weights.
     """
-    if recipe.base.residency != "host":
+    if recipe.base.residency not in ("host", SHARD):
         return 0
     blocks: Any = loaded.model.get_submodule(loaded.family.blocks)
     if len(blocks) != num_blocks(loaded.config) or loaded.family.shared:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,18 @@ from torch import Tensor
 from qlora_cli.errors import ProcessLost
 
 _T = TypeVar("_T")
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""The same function; torch 2.13 has renamed it."""
 _LONG = timedelta(days=2)
 """Time that a process waits for another one, which may load the base or evaluate. A process that
 ends is noticed at once, because its connections end."""
+
+
+class Exchange(Protocol):
+    """An exchange that runs beside the computation."""
+
+    def wait(self) -> object:
+        """Let the following operations wait for its end."""
 
 
 class Processes:
@@ -67,6 +76,14 @@ class Processes:
     def copy_from_main(self, tensor: Tensor) -> None:
         """Replace a tensor by that of the main process."""
 
+    def gather_bytes(self, complete: Tensor, own: Tensor) -> Exchange | None:
+        """Begin to write the tensors of all processes, of one size, into `complete`.
+
+        Returns what to wait for before it is read; None if it is there.
+        """
+        complete.copy_(own)
+        return None
+
 
 SINGLE = Processes()
 """The processes of a job of one process."""
@@ -84,6 +101,10 @@ class PlannedProcesses(Processes):
     def share(self, number: int) -> range:
         """Return the indices of all items."""
         return range(number)
+
+    def gather_bytes(self, complete: Tensor, own: Tensor) -> Exchange | None:
+        """Do nothing: the link copies, and not the device's kernels."""
+        return None
 
 
 class DistributedProcesses(Processes):
@@ -129,9 +150,27 @@ class DistributedProcesses(Processes):
         """Replace a tensor by that of the main process."""
         self._exchange(lambda: dist.broadcast(tensor, 0))
 
+    def gather_bytes(self, complete: Tensor, own: Tensor) -> Exchange | None:
+        """Begin to write the tensors of all processes into `complete`."""
+        with _lost_reported():
+            work = _all_gather(complete, own, async_op=True)
+        return None if work is None else _Reported(work)
+
     def _exchange(self, action: Callable[[], object]) -> None:
         with _lost_reported():
             action()
+
+
+class _Reported:
+    """An exchange whose error is converted. work: of torch.distributed."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        """Let the following operations wait for its end. Raises ProcessLost."""
+        with _lost_reported():
+            self._work.wait()
 
 
 @contextmanager

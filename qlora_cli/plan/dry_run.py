@@ -178,8 +178,8 @@ class DryRun:
             recording.begin_phase()
             given = (recipe, config, make_source, meta, self.profile)
             copy = MetaCopy() if self._has_copy else None
-            state = build_state(ModelRequest(*given, copy=copy))
-            state.processes = PlannedProcesses(self.profile.count)
+            processes = PlannedProcesses(self.profile.count)
+            state = build_state(ModelRequest(*given, copy=copy, processes=processes))
             tag_living(state, tracker)
             recording.end_phase("load")
             recording.release_cache()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.bitsandbytes_adamw import PAGED_FROM
 from qlora_cli.train.optimizer import OPTIMIZERS
@@ -18,11 +19,30 @@ _LINK_BYTES_PER_SECOND = 31.5e9
 def plan_notes(recipe: Recipe, profile: DeviceProfile, plan: MemoryPlan) -> tuple[str, ...]:
     """Return the notes of a resolved recipe's plan for a device, one sentence each."""
     return (
+        *_processes_note(recipe, profile, plan),
         *_weights_note(profile, plan),
         *_gpu_notes(recipe, profile),
         *_recipe_notes(recipe),
-        *_streaming_note(plan),
+        *_streaming_note(recipe, plan),
     )
+
+
+def _processes_note(recipe: Recipe, profile: DeviceProfile, plan: MemoryPlan) -> Iterator[str]:
+    if profile.count == 1:
+        return
+    number, step = profile.count, recipe.train.grad_accum
+    base = "the complete base"
+    if recipe.base.residency == SHARD:
+        base = f"1/{number} of {format_bytes(plan.streamed_bytes)} of weights"
+    yield (
+        f"the figures are those of each of {number} devices. Each has a process with {base}, and "
+        f"up to {-(-step // number)} of the {step} micro-batches of a step"
+    )
+    exchanged = f"gradients of {format_bytes(plan.adapter_bytes)} once per step"
+    if recipe.base.residency == SHARD:
+        received = 2 * plan.streamed_bytes * (number - 1) // number
+        exchanged += f", and {format_bytes(received)} of weights that each receives per micro-batch"
+    yield f"the devices exchange {exchanged}; the estimated duration does not contain it"
 
 
 def _weights_note(profile: DeviceProfile, plan: MemoryPlan) -> Iterator[str]:
@@ -35,8 +55,8 @@ def _weights_note(profile: DeviceProfile, plan: MemoryPlan) -> Iterator[str]:
         )
 
 
-def _streaming_note(plan: MemoryPlan) -> Iterator[str]:
-    if plan.streamed_bytes:
+def _streaming_note(recipe: Recipe, plan: MemoryPlan) -> Iterator[str]:
+    if plan.streamed_bytes and recipe.base.residency != SHARD:
         copied = 2 * plan.streamed_bytes
         yield (
             f"base.residency=host: {format_bytes(plan.streamed_bytes)} of weights are in host "

@@ -48,7 +48,8 @@ class Planner:
     ) -> None:
         self.config = config
         self.profile = profile
-        self._batches_of = batches_of or partial(largest_batches, config=config)
+        largest = partial(largest_batches, config=config, processes=profile.count)
+        self._batches_of = batches_of or largest
         self._has_copy = has_copy
         self._settled: dict[str, Settled] = {}
         self._dry_runs: dict[str, DryRun] = {}
@@ -113,10 +114,11 @@ def plan_largest_batches(recipe: Recipe, config: Any, profile: DeviceProfile) ->
     return Planner(config, profile).plan(recipe)
 
 
-def largest_batches(recipe: Recipe, config: Any) -> Batches:
+def largest_batches(recipe: Recipe, config: Any, processes: int = 1) -> Batches:
     """Return the largest batches that a recipe allows.
 
-    Raises RecipeError if a micro-batch has more tokens than can be planned.
+    processes: number of processes that share the micro-batches of a step. Raises RecipeError if a
+    micro-batch has more tokens than can be planned.
     """
     seq_len, size = recipe.data.seq_len, recipe.train.pass_size
     if seq_len * size > _MAX_TOKENS:
@@ -131,7 +133,8 @@ def largest_batches(recipe: Recipe, config: Any) -> Batches:
             ],
         )
     batch = largest_batch(seq_len, size, config.vocab_size, segments=num_segments(recipe))
-    return Batches([batch] * min(2, recipe.train.grad_accum), [batch])
+    later = recipe.train.grad_accum > processes
+    return Batches([batch] * (1 + later), [batch])
 
 
 def num_segments(recipe: Recipe) -> int:

@@ -12,6 +12,9 @@ from qlora_cli.units import parse_bytes
 Bits = Literal[4, 8, 16]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
+SHARD = "shard"
+"""Value of `residency` of a base that is sharded over the processes of a job."""
+
 
 class Base(Section):
     """How the frozen base is stored and computed."""
@@ -38,11 +41,12 @@ class Base(Section):
     compute_dtype: Literal["auto"] | Dtype = "auto"
     """Dtype of activations and matrix products; auto selects bfloat16 on a GPU with bfloat16 units,
     float16 on an older GPU and float32 on a CPU."""
-    residency: Literal["auto", "device", "host"] = "auto"
+    residency: Literal["auto", "device", "host", "shard"] = "auto"
     """Memory that stores the packed base: device is that of the GPU or CPU that computes. host is
     host memory for the blocks that are recomputed (train.activation_checkpointing); each one is
     copied to the GPU when it computes, which is slower. auto selects host if the job does not fit
-    the GPU otherwise."""
+    the GPU otherwise. shard gives each of several processes (`qlora train --processes`) a part of
+    these blocks, which they exchange when a block computes."""
     cache: Literal["auto"] | bool = "auto"
     """Keep a packed copy of the base on disk, so that later starts need not quantize it (`qlora
     cache list`); auto keeps a base of more than 64 MiB if bits is 4 or 8."""

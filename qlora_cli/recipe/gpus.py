@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_cli.device import DeviceProfile
@@ -174,6 +174,19 @@ def planned_gpu(text: str) -> DeviceProfile:
     if capacity < _MIN_CAPACITY_BYTES:
         raise ValueError(f"{text} is less memory than any GPU has; write it with its unit, 24GiB")
     return planned_profile("a planned GPU", capacity, (8, 9), 128)
+
+
+def planned_devices(text: str) -> DeviceProfile:
+    """Return the profile of one of several equal GPUs that are not present: `2x24GiB`.
+
+    Raises ValueError, with a message for the user, if the text is not a number of GPUs and a GPU.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(.+)", text)
+    if match is None or int(match[1]) < 1:
+        raise ValueError(
+            f"{text!r} is not a number of GPUs and their memory or name; write 2x24GiB"
+        )
+    return replace(planned_gpu(match[2]), count=int(match[1]))
 
 
 def planned_profile(

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qlora_cli.recipe.adapter import Adapter
-from qlora_cli.recipe.base import Base
+from qlora_cli.recipe.base import SHARD, Base
 from qlora_cli.recipe.classification import Classification, Metric
 from qlora_cli.recipe.preference import Preference
 from qlora_cli.recipe.section import NoEffect, Section
@@ -252,15 +252,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _streamed_is_frozen(self) -> Recipe:
-        if self.base.residency != "host":
+        residency = self.base.residency
+        if residency not in ("host", SHARD):
             return self
         if self.adapter.method != "lora":
             raise ValueError(
-                f"base.residency: host supports adapter.method: lora, and not {self.adapter.method}"
+                f"base.residency: {residency} supports adapter.method: lora, and not "
+                f"{self.adapter.method}"
             )
         if self.train.activation_checkpointing in (False, 0):
             raise ValueError(
-                "base.residency: host keeps the blocks that are recomputed in host memory, and "
+                f"base.residency: {residency} moves the blocks that are recomputed, and "
                 "train.activation_checkpointing recomputes none; set it to true or to a number"
             )
         return self

@@ -61,7 +61,9 @@ def build_state(request: ModelRequest, build_model: BuildModel = build) -> State
     factors = method_of(recipe.adapter).lr_factors(loaded.model)
     optimizer = make_optimizer(recipe.train, trainable.values(), device, factors)
     half = {torch.float16} & {loaded.base_format.compute, torch_dtype(recipe.adapter.dtype)}
-    return State(recipe, task, loaded, trainable, optimizer, LossScale(needed=bool(half)), device)
+    scale = LossScale(needed=bool(half))
+    given = (recipe, task, loaded, trainable, optimizer, scale, device)
+    return State(*given, processes=request.processes)
 
 
 def tag_living(state: State, tracker: StorageTracker) -> None:

@@ -18,6 +18,7 @@ from qlora_cli.errors import DoesNotFit, MicroBatchTooLarge, NotFinite
 from qlora_cli.files.finite import DIVERGENCE_HINT
 from qlora_cli.files.safetensors_io import is_finite
 from qlora_cli.memory.scopes import mark, scope
+from qlora_cli.models.placement.block_shards import BlockShards
 from qlora_cli.shortage import converted
 from qlora_cli.tasks.task import MetricSums
 from qlora_cli.train.nonfinite import describe_nonfinite
@@ -59,6 +60,9 @@ def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome
         shortage = converted(error)
         if not isinstance(shortage, DoesNotFit):
             raise
+        if isinstance(state.loaded.stream, BlockShards):
+            # The others wait for an exchange of weights, and cannot try again.
+            raise shortage from error
         report_shortage(state.processes, shortage.what)
         raise MicroBatchTooLarge(shortage.what, hint=shortage.hint) from error
     mark("update")
@@ -91,16 +95,30 @@ def _accumulate_gradients(state: State, batches: Sequence[Batch], metrics: Metri
     scale = state.loss_scale.value / state.task.num_targets(batches)
     with scope("loss"):
         total = torch.zeros((), dtype=torch.float32, device=state.device)
-    for index in state.processes.share(len(batches)):
+    own = [(index, scale, metrics) for index in state.processes.share(len(batches))]
+    own += [(0, 0.0, MetricSums())] * _num_idle_passes(state, len(batches))
+    for index, own_scale, sums in own:
         mark("forward")
         _seed_dropout(state, index)
-        loss = state.task.loss(state.loaded, batches[index], state.device, scale, metrics)
+        loss = state.task.loss(state.loaded, batches[index], state.device, own_scale, sums)
         mark("backward")
         loss.backward()
         total += loss.detach()
         # Free the loss before the next forward pass, not when the name is assigned again.
         del loss
     return total
+
+
+def _num_idle_passes(state: State, number: int) -> int:
+    """Return how many passes this process runs that count for nothing, on another's micro-batch.
+
+    Processes that share the base exchange weights in every pass, so all run equally many. number:
+    of micro-batches of the step.
+    """
+    if not isinstance(state.loaded.stream, BlockShards):
+        return 0
+    processes = state.processes
+    return max(0, -(-number // processes.size) - len(processes.share(number)))
 
 
 def _seed_dropout(state: State, index: int) -> None:

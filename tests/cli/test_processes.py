@@ -88,3 +88,22 @@ def test_stopped_with_two_processes_and_resumed_by_accelerate_launch(job_recipe:
     expected, wanted = values_of(folder / "alone")
     assert losses == pytest.approx(expected, rel=1e-6)
     assert max(float((a - b).abs().max()) for a, b in zip(weights, wanted, strict=True)) < 1e-6
+
+
+def test_a_plan_for_several_devices_is_that_of_each_process(job_recipe: Path) -> None:
+    words = ("plan", job_recipe, "train.grad_accum=2", "--json")
+    alone = qlora(*words, "--vram", "24GiB").json
+    together = qlora(*words, "--devices", "2x24GiB").json
+    assert (alone["device"]["count"], together["device"]["count"]) == (1, 2)
+    assert "each of 2 devices" in " ".join(together["notes"])
+    # Each process has one micro-batch in a step, so no gradient exists during its forward pass.
+    peaks = [plan["ledger"]["planned_peak_bytes"] for plan in (alone, together)]
+    assert peaks[1] <= peaks[0]
+
+
+def test_devices_that_are_not_understood_are_refused(job_recipe: Path) -> None:
+    both = qlora("plan", job_recipe, "--devices", "2x24GiB", "--vram", "24GiB")
+    assert (both.code, "two different GPUs" in both.err) == (2, True)
+    for text in ("24GiB", "0x24GiB", "2xnothing"):
+        outcome = qlora("plan", job_recipe, "--devices", text)
+        assert (outcome.code, "--devices" in outcome.err) == (2, True)

@@ -8,13 +8,18 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Silent
+from qlora_cli.files.safetensors_io import read_header, read_tensor
 from qlora_cli.jobs import follow, train
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.metrics import read_evaluations
 from qlora_cli.train.runtime import join_processes
+from tests.helpers.resumed_runs import STEPS, losses
 
 
 def train_together(
@@ -29,6 +34,27 @@ def train_together(
         port = listener.getsockname()[1]
     children = [_fork(recipe, rank, size, port, prepare) for rank in range(size)]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def adapter_of(run: RunFolder) -> dict[str, torch.Tensor]:
+    """Return the tensors of the run's adapter."""
+    entries, _ = read_header(run.adapter / "adapter_model.safetensors")
+    return {name: read_tensor(entry) for name, entry in entries.items()}
+
+
+def difference(run: RunFolder, reference: RunFolder) -> float:
+    """Return the largest difference of the adapters' values, and of losses and norms."""
+    weights, expected = adapter_of(run), adapter_of(reference)
+    assert weights.keys() == expected.keys()
+    values = [float((weights[name] - expected[name]).abs().max()) for name in weights]
+    assert len(losses(run)) == len(losses(reference)) == STEPS
+    for line, other in zip(losses(run), losses(reference), strict=True):
+        assert line[0] == other[0]
+        values += [abs(a - b) / b for a, b in zip(line[1:], other[1:], strict=True)]
+    evaluated, wanted = read_evaluations(run.metrics), read_evaluations(reference.metrics)
+    assert [item.step for item in evaluated] == [item.step for item in wanted]
+    values += [abs(a.loss - b.loss) for a, b in zip(evaluated, wanted, strict=True)]
+    return max(values)
 
 
 def _fork(recipe: Recipe, rank: int, size: int, port: int, prepare: Callable[[int], object]) -> int:

@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_cli.files.safetensors_io import read_header, read_tensor
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.runs.metrics import read_evaluations
 from qlora_cli.train import loop, reduce
 from qlora_cli.train.step import train_step
 from tests.helpers.interrupted import train_run
 from tests.helpers.resumed_runs import STEPS, losses, make_bases, recipe_of
-from tests.helpers.together import train_together
+from tests.helpers.together import difference, train_together
 
 pytestmark = pytest.mark.slow
 
@@ -31,26 +29,6 @@ def recipe_in(folder: Path, name: str, **train: Any) -> Recipe:
     """Return a recipe with dropout whose third step has one micro-batch of the four of a step."""
     settings = {"grad_accum": 4, "eval_every": 2, "checkpoint_every": 2, "lr": 1e-3, **train}
     return recipe_of(folder, folder / name, train=settings)
-
-
-def adapter_of(run: RunFolder) -> dict[str, torch.Tensor]:
-    entries, _ = read_header(run.adapter / "adapter_model.safetensors")
-    return {name: read_tensor(entry) for name, entry in entries.items()}
-
-
-def difference(run: RunFolder, reference: RunFolder) -> float:
-    """Return the largest difference of the adapters' values, and of losses and norms."""
-    weights, expected = adapter_of(run), adapter_of(reference)
-    assert weights.keys() == expected.keys()
-    values = [float((weights[name] - expected[name]).abs().max()) for name in weights]
-    assert len(losses(run)) == len(losses(reference)) == STEPS
-    for line, other in zip(losses(run), losses(reference), strict=True):
-        assert line[0] == other[0]
-        values += [abs(a - b) / b for a, b in zip(line[1:], other[1:], strict=True)]
-    evaluated, wanted = read_evaluations(run.metrics), read_evaluations(reference.metrics)
-    assert [item.step for item in evaluated] == [item.step for item in wanted]
-    values += [abs(a.loss - b.loss) for a, b in zip(evaluated, wanted, strict=True)]
-    return max(values)
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ class BlockStream:
             for key, spec in held_specs(name, slot).items():
                 part = buffer[start : start + spec.num_bytes]
                 parts[name][key] = part.view(spec.dtype).view(spec.shape)
-                start += _aligned(spec.num_bytes)
+                start += aligned(spec.num_bytes)
         return parts
 
     def _on_host(self, tensor: Tensor) -> Tensor:
@@ -178,8 +178,9 @@ def streamed_slots(slots: Slots, blocks: str, num_streamed: int) -> list[dict[st
 def _size(slots: Slots) -> int:
     """Return the bytes that the packed tensors of a block need in a buffer."""
     specs = (spec for name, slot in slots.items() for spec in held_specs(name, slot).values())
-    return sum(_aligned(spec.num_bytes) for spec in specs)
+    return sum(aligned(spec.num_bytes) for spec in specs)
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """Return the bytes that a tensor needs in a buffer."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -59,18 +59,29 @@ class DevicePlacement:
                 if loaded.stream is not None and name in moved:
                     loaded.stream.keep(name, slots[name])
             self.observer.advance(done)
-        if is_tied(loaded):
-            # A copy is written only after the checkpoint's head was compared.
-            _tie_head(loaded, None if num_copied == len(slots) else source)
-        if loaded.stream is not None:
-            loaded.stream.allocate_buffers()
-        share_tied(loaded.model, loaded.family.tied, source)
-        rebuild_buffers(loaded, self.device)
+        # A copy is written only after the checkpoint's head was compared.
+        complete(loaded, source, self.device, is_compared=num_copied == len(slots))
         if self.copy is not None:
             absent = {*heads, *moved}
             of_base = {name: slot for name, slot in slots.items() if name not in absent}
             held = loaded.stream.held if loaded.stream else lambda: iter(())
             self.copy.finish(lambda: chain(held_tensors(of_base), held()))
+
+
+def complete(
+    loaded: LoadedModel, source: TensorSource, device: torch.device, *, is_compared: bool
+) -> None:
+    """Connect and create what no checkpoint contains, after all slots were filled.
+
+    is_compared: the checkpoint was compared with the config before. Raises ModelError if tied
+    tensors are different in it.
+    """
+    if is_tied(loaded):
+        _tie_head(loaded, None if is_compared else source)
+    if loaded.stream is not None:
+        loaded.stream.allocate_buffers()
+    share_tied(loaded.model, loaded.family.tied, source)
+    rebuild_buffers(loaded, device)
 
 
 def loading_order(slots: Mapping[str, TensorSlot], blocks: str) -> list[str]:

@@ -1,0 +1,75 @@
+"""A base that is sharded over processes gives the result of a complete one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.models.placement.block_shards import BlockShards
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.layout import RunFolder
+from tests.helpers.interrupted import train_run
+from tests.helpers.resumed_runs import make_bases, recipe_of
+from tests.helpers.together import difference, train_together
+
+pytestmark = pytest.mark.slow
+
+CLOSE = 1e-6
+
+
+def recipe_in(folder: Path, name: str, base: dict[str, Any]) -> Recipe:
+    """Return a recipe whose third step has one micro-batch of the four of a step."""
+    train = {"grad_accum": 4, "eval_every": 3, "lr": 1e-3, "activation_checkpointing": 1}
+    return recipe_of(folder, folder / name, train=train, base=base)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bases(tmp_path_factory.mktemp("shards"), "llama")
+
+
+def trained_together(recipe: Recipe, size: int) -> RunFolder:
+    assert train_together(recipe, size) == [0] * size
+    return RunFolder(Path(recipe.output))
+
+
+def test_a_sharded_base_gives_the_bits_of_a_complete_one(folder: Path) -> None:
+    mixed = {"overrides": {"down": 8, "q": 16}}
+    complete = trained_together(recipe_in(folder, "complete", mixed), 2)
+    sharded = trained_together(recipe_in(folder, "mixed", {"residency": "shard", **mixed}), 2)
+    assert difference(sharded, complete) == 0.0
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> RunFolder:
+    return train_run(recipe_in(folder, "alone", {}))
+
+
+def test_four_processes_that_share_the_base_equal_one(folder: Path, alone: RunFolder) -> None:
+    run = trained_together(recipe_in(folder, "sharded", {"residency": "shard"}), 4)
+    assert difference(run, alone) < CLOSE
+    ledger = json.loads(run.memory_json.read_text())
+    assert len(ledger["processes"]) == 4
+    assert ledger["measured_peak_bytes"] == pytest.approx(ledger["planned_peak_bytes"], rel=0.01)
+
+
+def test_a_buffer_that_is_used_again_too_early_is_noticed(folder: Path, alone: RunFolder) -> None:
+    recipe = recipe_in(folder, "control", {"residency": "shard"})
+    recipe = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"activation_checkpointing": True})}
+    )
+
+    def use_one_buffer(_: int) -> None:
+        real = BlockShards.allocate_buffers
+
+        def allocate(self: BlockShards) -> None:
+            real(self)
+            del self._buffers[1:]
+
+        BlockShards.allocate_buffers = allocate  # type: ignore[method-assign]
+
+    assert train_together(recipe, prepare=use_one_buffer) == [0, 0]
+    assert difference(RunFolder(Path(recipe.output)), alone) > 1000 * CLOSE
