@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -96,7 +97,7 @@ def _start(command: Sequence[str], number: int, logs: Path) -> list[_Child]:
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(number),
         "LOCAL_WORLD_SIZE": str(number),
         _PARENT: str(os.getpid()),
@@ -121,11 +122,17 @@ def _start(command: Sequence[str], number: int, logs: Path) -> list[_Child]:
     return children
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def free_port() -> int:
+    """Return a port for the processes to meet at that nothing listens to now.
+
+    It is below the range from which systems take the ports of connections, so that no connection
+    takes it before the main process listens.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

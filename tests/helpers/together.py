@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +18,7 @@ from qlora_cli.jobs import follow, train
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import read_evaluations
+from qlora_cli.train.launcher import free_port
 from qlora_cli.train.runtime import join_processes
 from tests.helpers.resumed_runs import STEPS, losses
 
@@ -29,9 +30,7 @@ def train_together(
 
     prepare: called with the rank in each process before it trains.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     children = [_fork(recipe, rank, size, port, prepare) for rank in range(size)]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
@@ -78,10 +77,12 @@ def _fork(recipe: Recipe, rank: int, size: int, port: int, prepare: Callable[[in
         _train(recipe)
         code = 0
     except QloraError as error:
+        traceback.print_exc()
         code = error.exit_code
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 

@@ -13,6 +13,7 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from tests.helpers.interrupted import train_run
 from tests.helpers.resumed_runs import make_bases, recipe_of
+from tests.helpers.runs import make_base
 from tests.helpers.together import difference, train_together
 
 pytestmark = pytest.mark.slow
@@ -22,13 +23,27 @@ CLOSE = 1e-6
 
 def recipe_in(folder: Path, name: str, base: dict[str, Any]) -> Recipe:
     """Return a recipe whose third step has one micro-batch of the four of a step."""
-    train = {"grad_accum": 4, "eval_every": 3, "lr": 1e-3, "activation_checkpointing": 1}
-    return recipe_of(folder, folder / name, train=train, base=base)
+    train = {"grad_accum": 4, "eval_every": 3, "lr": 1e-3, "activation_checkpointing": 3}
+    adapter = {"dropout": 0.2, "rank": 32}
+    return recipe_of(folder, folder / name, "wide", train=train, base=base, adapter=adapter)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bases(tmp_path_factory.mktemp("shards"), "llama")
+    """Return a folder with rows and a base whose weights need more memory than the loss."""
+    folder = make_bases(tmp_path_factory.mktemp("shards"))
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+    make_base(folder / "wide", "llama", spread=0.05, **sizes)
+    return folder
+
+
+def assert_planned(run: RunFolder, processes: int) -> None:
+    """Assert that each process' peak is the planned one."""
+    ledger = json.loads(run.memory_json.read_text())
+    assert len(ledger["processes"]) == processes
+    for process in ledger["processes"]:
+        peak = max(phase["peak_bytes"] for phase in process["phases"])
+        assert peak == pytest.approx(ledger["planned_peak_bytes"], rel=0.01)
 
 
 def trained_together(recipe: Recipe, size: int) -> RunFolder:
@@ -41,6 +56,8 @@ def test_a_sharded_base_gives_the_bits_of_a_complete_one(folder: Path) -> None:
     complete = trained_together(recipe_in(folder, "complete", mixed), 2)
     sharded = trained_together(recipe_in(folder, "mixed", {"residency": "shard", **mixed}), 2)
     assert difference(sharded, complete) == 0.0
+    assert_planned(complete, 2)
+    assert_planned(sharded, 2)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +68,7 @@ def alone(folder: Path) -> RunFolder:
 def test_four_processes_that_share_the_base_equal_one(folder: Path, alone: RunFolder) -> None:
     run = trained_together(recipe_in(folder, "sharded", {"residency": "shard"}), 4)
     assert difference(run, alone) < CLOSE
-    ledger = json.loads(run.memory_json.read_text())
-    assert len(ledger["processes"]) == 4
-    assert ledger["measured_peak_bytes"] == pytest.approx(ledger["planned_peak_bytes"], rel=0.01)
+    assert_planned(run, 4)
 
 
 def test_a_buffer_that_is_used_again_too_early_is_noticed(folder: Path, alone: RunFolder) -> None:
