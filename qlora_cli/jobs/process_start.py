@@ -42,7 +42,8 @@ def check_processes(recipe: Recipe, number: int) -> None:
             raise UsageError(
                 "base.residency: shard shares the base among several processes, and there is one",
                 where="base.residency",
-                hint="start several with --processes, or set base.residency=host",
+                hint="start several with --processes, plan them with --devices, or set "
+                "base.residency=host",
             )
         return
     train = recipe.train

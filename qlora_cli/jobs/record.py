@@ -15,6 +15,7 @@ from qlora_cli.files.paths import user_path
 from qlora_cli.files.source import config_digest, fingerprint
 from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.placement.block_shards import BlockShards
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.runs.layout import RunFolder
@@ -60,11 +61,13 @@ def describe_tensors(loaded: LoadedModel) -> list[dict[str, Any]]:
     Tensors are of one kind if their paths differ only in the numbers of blocks.
     """
     kinds: Counter[tuple[str, str, str]] = Counter()
+    is_sharded = isinstance(loaded.stream, BlockShards)
+    elsewhere = "in parts on all devices" if is_sharded else "in CPU memory"
     for path, module in loaded.model.named_modules():
         kind = ".".join("*" if part.isdigit() else part for part in path.split("."))
         kind = kind.removesuffix(".base")
         if isinstance(module, QuantLinear):
-            kinds[kind, *_linear_format(module, path == loaded.family.head)] += 1
+            kinds[kind, *_linear_format(module, path == loaded.family.head, elsewhere)] += 1
         elif isinstance(module, FrozenEmbedding | HostEmbedding):
             kinds[kind, *_table_format(module, module.weight is loaded.head.weight)] += 1
         elif "lora" not in kind and list(module.parameters(recurse=False)):
@@ -141,12 +144,15 @@ def _table_format(table: FrozenEmbedding | HostEmbedding, is_head: bool) -> tupl
     return weight_format, reason
 
 
-def _linear_format(layer: QuantLinear, is_head: bool) -> tuple[str, str]:
-    """Return (storage format, reason) of a frozen linear layer."""
+def _linear_format(layer: QuantLinear, is_head: bool, elsewhere: str) -> tuple[str, str]:
+    """Return (storage format, reason) of a frozen linear layer.
+
+    elsewhere: where the weights of a block are that does not compute.
+    """
     weight_format = layer.weight_format
     reason = "a frozen linear layer of a block"
     if not layer.weight.numel():
-        reason += ", in CPU memory while the block does not compute"
+        reason += f", {elsewhere} while the block does not compute"
     if is_head:
         return dtype_name(layer.weight.dtype), "the head: its errors affect every logit directly"
     if weight_format.bits == 4:

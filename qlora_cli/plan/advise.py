@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.data.positions import num_positions
+from qlora_cli.device import DeviceProfile
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.results import Advice
 from qlora_cli.plan.search import largest_that_fits
 from qlora_cli.plan.settle import least_memory
+from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.schema import Recipe
 
@@ -36,8 +38,8 @@ def changes_that_fit(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     recipe = least_memory(recipe)
     peak_bytes = planner.plan(recipe).peak_bytes
     weights_fit = _weights_fit(recipe, planner)
-    on_gpu = planner.profile.kind == "cuda"
-    changes = _changes(recipe, on_gpu) if weights_fit else _smaller_weights(recipe, on_gpu)
+    profile = planner.profile
+    changes = _changes(recipe, profile) if weights_fit else _smaller_weights(recipe, profile)
     advice = [_advice(text, changed, peak_bytes, planner) for text, changed in changes]
     sizes = (
         _sizes(recipe, recipe.data.seq_len, recipe.train.pass_size, recipe) if weights_fit else ()
@@ -93,8 +95,9 @@ def _weights_fit(recipe: Recipe, planner: Planner) -> bool:
     return planner.plan(recipe).frozen_bytes <= planner.profile.usable_bytes
 
 
-def _changes(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
+def _changes(recipe: Recipe, profile: DeviceProfile) -> Iterator[tuple[str, Recipe]]:
     """Yield (override, changed recipe) for settings that save memory and cost speed or quality."""
+    on_gpu = profile.kind == "cuda"
     if recipe.train.activation_checkpointing is not True:
         changed = with_settings(recipe, "train", activation_checkpointing=True)
         yield "train.activation_checkpointing=true", changed
@@ -112,14 +115,14 @@ def _changes(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
                 f"train.optimizer={optimizer}",
                 with_settings(recipe, "train", optimizer=optimizer),
             )
-    yield from _smaller_weights(recipe, on_gpu)
+    yield from _smaller_weights(recipe, profile)
     if recipe.adapter.rank > 8:
         yield "adapter.rank=8", with_settings(recipe, "adapter", rank=8)
     if recipe.adapter.targets == "all":
         yield "adapter.targets=[q,v]", with_settings(recipe, "adapter", targets=["q", "v"])
 
 
-def _smaller_weights(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe]]:
+def _smaller_weights(recipe: Recipe, profile: DeviceProfile) -> Iterator[tuple[str, Recipe]]:
     """Yield (override, changed recipe) for frozen weights that need less memory."""
     for bits in (8, 4):
         if recipe.base.default_bits > bits:
@@ -128,8 +131,12 @@ def _smaller_weights(recipe: Recipe, on_gpu: bool) -> Iterator[tuple[str, Recipe
         yield "base.overrides={}", with_settings(recipe, "base", overrides={})
     if recipe.base.bits == 4 and not recipe.base.double_quant:
         yield "base.double_quant=true", with_settings(recipe, "base", double_quant=True)
-    if on_gpu and recipe.adapter.method == "lora" and recipe.base.residency != "host":
-        recomputed = with_settings(recipe, "train", activation_checkpointing=True)
+    if recipe.adapter.method != "lora":
+        return
+    recomputed = with_settings(recipe, "train", activation_checkpointing=True)
+    if profile.count > 1 and recipe.base.residency != SHARD:
+        yield f"base.residency={SHARD}", with_settings(recomputed, "base", residency=SHARD)
+    if profile.kind == "cuda" and recipe.base.residency != "host":
         yield "base.residency=host", with_settings(recomputed, "base", residency="host")
 
 

@@ -38,6 +38,10 @@ def test_a_step_with_too_few_micro_batches_is_refused() -> None:
     check_processes(recipe, 3)
     with pytest.raises(UsageError, match="a step has 3 micro-batches, and 4 processes share them"):
         check_processes(recipe, 4)
+    sharded = with_settings(recipe, "base", residency="shard")
+    check_processes(sharded, 2)
+    with pytest.raises(UsageError, match="shares the base among several processes"):
+        check_processes(sharded, 1)
     automatic = with_settings(recipe, "train", micro_batch="auto")
     check_processes(automatic, 1)
     with pytest.raises(UsageError, match="micro_batch"):

@@ -1,0 +1,142 @@
+"""Plan large models on 1, 2, 4 and 8 GPUs: placement, memory per device, bytes over the link.
+
+    python tools/validation/scaling.py CONFIGS [--out FILE] [--models NAME ...]
+
+CONFIGS: folder with a config.json per model, named NAME.json. Nothing is measured: memory is the
+plan's, time is computed from published speeds. The result is the table of docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.files.locate import read_config
+from qlora_cli.jobs.planned_length import estimated_time
+from qlora_cli.plan.planner import Planner
+from qlora_cli.recipe.gpus import planned_devices
+from qlora_cli.recipe.resolve import resolve
+from qlora_cli.recipe.schema import Recipe
+
+MODELS = ("Llama-3-8B", "Qwen3-32B", "Llama-3-70B", "Llama-3.1-405B")
+COUNTS = (1, 2, 4, 8)
+GRAD_ACCUM = 8
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU and its links, in bytes per second and direction, by their specifications."""
+
+    name: str
+    host_link: float
+    device_link: float
+
+
+GPUS = (
+    Gpu("RTX 4090", 31.5e9, 31.5e9),  # PCIe 4.0 x16 to the host and, through it, to others.
+    Gpu("H100", 63.0e9, 450.0e9),  # PCIe 5.0 x16; NVLink 4, 900 GB/s in both directions together.
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A planned job. Bytes and seconds are those of one device in one optimizer step."""
+
+    model: str
+    gpu: str
+    count: int
+    placement: str | None
+    reserved_bytes: int
+    usable_bytes: int
+    link_bytes: int = 0
+    compute_seconds: float = 0.0
+    link_seconds: float = 0.0
+    bound: str = ""
+
+
+def recipe_of(placement: str) -> Recipe:
+    """Return the recipe: NF4, rank 16 on all linears, 8 micro-batches of 1 x 1024 tokens."""
+    return Recipe.model_validate(
+        {
+            "model": {"name": "planned"},
+            "base": {"residency": placement},
+            "adapter": {"rank": 16, "alpha": 32, "targets": "all"},
+            "data": {"train": "rows.jsonl", "seq_len": 1024},
+            "train": {"grad_accum": GRAD_ACCUM, "steps": 1, "activation_checkpointing": True},
+        }
+    )
+
+
+def planned(model: str, config: Any, gpu: Gpu, count: int) -> Case:
+    """Return the job with the first placement that fits: device, shard, host."""
+    profile = planned_devices(f"{count}x{gpu.name}")
+    smallest = 0
+    for placement in ("device", "shard", "host"):
+        if placement == "shard" and count == 1:
+            continue
+        recipe, _ = resolve(recipe_of(placement), profile)
+        planner = Planner(config, profile)
+        settled = planner.settle(recipe)
+        plan, recipe = settled.plan, settled.recipe
+        smallest = min(smallest or plan.needed_bytes, plan.needed_bytes)
+        if not planner.fits(plan):
+            continue
+        own = GRAD_ACCUM // count
+        gradients = 2 * plan.adapter_bytes * (count - 1) // count
+        weights = 2 * plan.streamed_bytes * own
+        link = gpu.host_link
+        if placement == "shard":
+            weights, link = weights * (count - 1) // count, gpu.device_link
+        seconds = estimated_time(recipe, config, profile, plan, None).step_seconds or 0.0
+        link_seconds = weights / link + gradients / gpu.device_link
+        bound = "link" if link_seconds > seconds else "compute"
+        shown = (plan.needed_bytes, profile.usable_bytes, gradients + weights)
+        return Case(model, gpu.name, count, placement, *shown, seconds, link_seconds, bound)
+    return Case(model, gpu.name, count, None, smallest, profile.usable_bytes)
+
+
+def row(case: Case) -> str:
+    """Return a case as a row of a Markdown table."""
+    start = f"| {case.model} | {case.count} x {case.gpu} |"
+    needed = f"{case.reserved_bytes / 2**30:.1f} of {case.usable_bytes / 2**30:.1f} GiB"
+    if case.placement is None:
+        return f"{start} does not fit | {needed} | - | - | - | - |"
+    return (
+        f"{start} {case.placement} | {needed} | {case.link_bytes / 1e9:.1f} GB | "
+        f"{case.compute_seconds:.1f} s | {case.link_seconds:.1f} s | {case.bound} |"
+    )
+
+
+def config_of(file: Path) -> Any:
+    """Return transformers' config in a file with any name."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "config.json"
+        copy.write_text(file.read_text())
+        return read_config(copy)
+
+
+def main() -> None:
+    """Plan every case, print the table and write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("configs", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--models", nargs="*", default=MODELS)
+    given = parser.parse_args()
+    cases = []
+    for model in given.models:
+        config = config_of(given.configs / f"{model}.json")
+        for gpu in GPUS:
+            for count in COUNTS:
+                cases.append(planned(model, config, gpu, count))
+                print(row(cases[-1]), flush=True)
+                if given.out is not None:
+                    content = {"source": "planned", "cases": [asdict(case) for case in cases]}
+                    given.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
