@@ -69,7 +69,8 @@ def finished_result(
 def describe_extension(earlier: Run, job: TrainingJob) -> str | None:
     """Return how the learning rate continues if the job has more steps than the earlier run had.
 
-    Returns None if it has not. earlier: the run as it was before this process.
+    Returns None if it has not. earlier: the run as it was before this process. Damaged checkpoints
+    must have been set aside, which `open_or_resume` does.
     """
     before, steps, done = _steps_of(earlier), job.steps, earlier.folder.steps()
     if steps <= before or not done:

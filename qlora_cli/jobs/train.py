@@ -94,9 +94,9 @@ def _run(
         observer.note(f"{job.run.path} is finished; there is nothing to resume")
         processes.broadcast(None)
         return finished
+    checkpoint = open_or_resume(job, description, earlier, observer)
     if earlier is not None and (extension := describe_extension(earlier, job)):
         observer.note(extension)
-    checkpoint = open_or_resume(job, description, earlier, observer)
     try:
         baseline = check_memory(job, planned, observer)
         start = JobStart(

@@ -52,6 +52,18 @@ def test_a_finished_run_is_extended(bases: Path, tmp_path: Path) -> None:
     assert (run.adapter / "adapter_model.safetensors").read_bytes() != adapter
 
 
+def test_an_extension_begins_after_the_last_good_checkpoint(bases: Path, tmp_path: Path) -> None:
+    settings = {"steps": 2, "checkpoint_every": 1, "schedule": "linear"}
+    recipe = recipe_of(bases, tmp_path / "run", train=settings)
+    run = train_run(recipe)
+    (run.checkpoint(2) / "state.pt").write_bytes(b"damaged")
+    observer = NoteRecorder()
+    train.run(changed(recipe, steps=4), recipe_path=None, resume=True, observer=observer)
+    (note,) = [note for note in observer.notes if note.startswith("extended from 2 to 4 steps")]
+    assert "From step 2 " in note
+    assert f"it continues with {losses(run)[1][2]:.2e}" in note
+
+
 def test_a_run_is_not_shortened(bases: Path, tmp_path: Path) -> None:
     recipe = recipe_of(bases, tmp_path / "run", train={"steps": 3})
     train_run(recipe)
