@@ -209,14 +209,13 @@ def build(request: ModelRequest) -> LoadedModel:
 def _placement(request: ModelRequest, copy: PackedCopy | None, num_streamed: int) -> Placement:
     """Return the placement that the recipe names. num_streamed: of `streamed_blocks`.
 
-    A sharded base in one process, as after training, is on its device.
+    One process, as after training, has in host memory what several share.
     """
     device, observer, processes = request.device, request.observer, request.processes
-    if request.recipe.base.residency != SHARD:
-        return DevicePlacement(device, observer, copy, num_streamed)
-    if processes.size == 1 or not num_streamed:
-        return DevicePlacement(device, observer, copy)
-    return ShardedPlacement(device, observer, copy, num_streamed, processes)
+    is_shared = request.recipe.base.residency == SHARD and processes.size > 1
+    if is_shared and num_streamed:
+        return ShardedPlacement(device, observer, copy, num_streamed, processes)
+    return DevicePlacement(device, observer, copy, num_streamed)
 
 
 def streamed_blocks(loaded: LoadedModel, recipe: Recipe) -> int:

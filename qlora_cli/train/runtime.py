@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,15 @@ def join_processes() -> Processes:
     """Join the other processes of the job, if a launcher has started several.
 
     That is `qlora train --processes` or `accelerate launch`. A process that trains alone gets
-    `SINGLE`. Afterwards the current GPU is the one of this process.
+    `SINGLE`. Afterwards the current GPU is the one of this process. Raises UsageError if there are
+    fewer GPUs than processes on this machine.
     """
+    number, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if 0 < gpus < number:
+        raise UsageError(
+            f"{number} processes were started, and the number of GPUs here is {gpus}",
+            hint="each process needs a GPU of its own; start fewer",
+        )
     partial = PartialState(cpu=not torch.cuda.is_available())
     if partial.num_processes == 1:
         return SINGLE

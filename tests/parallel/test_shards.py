@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.events import Silent
+from qlora_cli.jobs import evaluate
+from qlora_cli.jobs.results import EvalResult
 from qlora_cli.models.placement.block_shards import BlockShards
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.metrics import read_evaluations
 from tests.helpers.interrupted import train_run
 from tests.helpers.resumed_runs import make_bases, recipe_of
 from tests.helpers.runs import make_base
@@ -46,18 +50,30 @@ def assert_planned(run: RunFolder, processes: int) -> None:
         assert peak == pytest.approx(ledger["planned_peak_bytes"], rel=0.01)
 
 
+def evaluated(run: RunFolder) -> float:
+    """Return the held-out loss of a run, computed by one process."""
+    rows = run.path.parent / "rows.jsonl"
+    result = evaluate.run(str(run.path), data=str(rows), observer=Silent())
+    assert isinstance(result, EvalResult)
+    return result.loss
+
+
 def trained_together(recipe: Recipe, size: int) -> RunFolder:
     assert train_together(recipe, size) == [0] * size
     return RunFolder(Path(recipe.output))
 
 
 def test_a_sharded_base_gives_the_bits_of_a_complete_one(folder: Path) -> None:
-    mixed = {"overrides": {"down": 8, "q": 16}}
+    # The first run keeps a packed copy, which its other process and the second run read.
+    mixed = {"overrides": {"down": 8, "q": 16}, "cache": True}
     complete = trained_together(recipe_in(folder, "complete", mixed), 2)
     sharded = trained_together(recipe_in(folder, "mixed", {"residency": "shard", **mixed}), 2)
     assert difference(sharded, complete) == 0.0
     assert_planned(complete, 2)
     assert_planned(sharded, 2)
+    assert evaluated(sharded) == pytest.approx(
+        read_evaluations(sharded.metrics)[-1].loss, rel=CLOSE
+    )
 
 
 @pytest.fixture(scope="module")

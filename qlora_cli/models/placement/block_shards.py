@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qlora_cli.events import Observer
 from qlora_cli.files.source import TensorSource
-from qlora_cli.memory.scopes import attribute, module_scope, scope, unallocated
+from qlora_cli.memory.scopes import attribute, host_memory, module_scope, scope, unallocated
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.block_stream import BlockStream, Slots, aligned, streamed_slots
 from qlora_cli.models.placement.device import complete, loading_order
@@ -71,9 +71,10 @@ class BlockShards(BlockStream):
     def load(self, name: str, slot: TensorSlot, copy: PackedCopy | None) -> bool:
         """Keep this process' part of the weights in a packed copy. Return False if it has none.
 
-        Only the pages of the file that contain this part are read.
+        The copy is mapped into memory, so only this part is copied to the device.
         """
-        tensors = copy.read(held_specs(name, slot)) if copy is not None else None
+        with host_memory():
+            tensors = copy.read(held_specs(name, slot)) if copy is not None else None
         if tensors is None:
             return False
         self._keep(name, slot, tensors)
