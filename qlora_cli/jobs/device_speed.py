@@ -15,20 +15,17 @@ from bitsandbytes import functional as bitsandbytes
 from qlora_cli.device import DeviceProfile
 from qlora_cli.files import cache
 from qlora_cli.files.atomic import PARSE_ERRORS, write_json
+from qlora_cli.plan.speeds import published_device_speed
 from qlora_cli.plan.step_time import DeviceSpeed
-from qlora_cli.recipe.gpus import published_speed, short_name
+from qlora_cli.recipe.gpus import short_name
 
-MATRIX_EFFICIENCY = 0.6
-BANDWIDTH_EFFICIENCY = 0.7
-CALL_SECONDS = 10e-6
-"""Assumed shares of the published speeds, and time to start a kernel. Not measured."""
 _SECONDS = 0.4
 """Time to measure each of five operations."""
 _ROWS = 512
 _COLUMNS = {"cuda": 4096, "cpu": 1024}
 """Width of the matrices. A GPU needs large ones; on a CPU the tensors of large ones are allocated
 anew by the system each time, which those of small models are not."""
-_TERA, _GIGA = 1e12, 1e9
+_GIGA = 1e9
 
 
 def device_speed(profile: DeviceProfile, compute: torch.dtype) -> DeviceSpeed | None:
@@ -37,18 +34,20 @@ def device_speed(profile: DeviceProfile, compute: torch.dtype) -> DeviceSpeed | 
     The device of this machine is measured once; the result is kept in the cache.
     """
     if profile.is_planned:
-        return _published(profile, compute)
-    file = _file(profile, compute)
-    try:
-        return DeviceSpeed(**json.loads(file.read_text())["speed"])
-    except (OSError, *PARSE_ERRORS):
-        pass
-    speed = measure(torch.device(profile.kind), compute)
+        return published_device_speed(profile, compute)
+    if known := _measured_before(profile, compute):
+        return known
+    speed, file = measure(torch.device(profile.kind), compute), _file(profile, compute)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         description = f"{profile.name}: {speed.flops_per_second / _GIGA:,.0f} GFLOP/s"
         write_json(file, {"description": description, "speed": asdict(speed)})
     return speed
+
+
+def known_speed(profile: DeviceProfile, compute: torch.dtype) -> DeviceSpeed | None:
+    """Return the speed of a device as `device_speed`, without measuring it; None if unknown."""
+    return _measured_before(profile, compute) or published_device_speed(profile, compute)
 
 
 def measure(device: torch.device, compute: torch.dtype) -> DeviceSpeed:
@@ -100,19 +99,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _published(profile: DeviceProfile, compute: torch.dtype) -> DeviceSpeed | None:
-    speed = published_speed(profile)
-    if speed is None:
+def _measured_before(profile: DeviceProfile, compute: torch.dtype) -> DeviceSpeed | None:
+    """Return the stored speed of a device of this machine."""
+    try:
+        return DeviceSpeed(**json.loads(_file(profile, compute).read_text())["speed"])
+    except (OSError, *PARSE_ERRORS):
         return None
-    tflops = speed.float32_tflops if compute == torch.float32 else speed.matrix_tflops
-    return DeviceSpeed(
-        flops_per_second=MATRIX_EFFICIENCY * tflops * _TERA,
-        bytes_per_second={"other": BANDWIDTH_EFFICIENCY * speed.gigabytes_per_second * _GIGA},
-        call_seconds=CALL_SECONDS,
-        source=f"estimated from the published {tflops:g} TFLOP/s and "
-        f"{speed.gigabytes_per_second:,.0f} GB/s of {profile.name}, of which a job is assumed to "
-        f"reach {MATRIX_EFFICIENCY:.0%} and {BANDWIDTH_EFFICIENCY:.0%}; not measured",
-    )
 
 
 def _file(profile: DeviceProfile, compute: torch.dtype) -> Path:

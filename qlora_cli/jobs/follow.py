@@ -54,6 +54,7 @@ def _train(job: TrainingJob, start: JobStart, processes: Processes) -> None:
     share_state(state)
     loop = make_loop(
         job,
+        None,
         start,
         state,
         instrument,

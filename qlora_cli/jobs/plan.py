@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_cli.data.mixture import sources_of
 from qlora_cli.data.positions import check_seq_len, row_limit
 from qlora_cli.data.sources import open_sources
@@ -16,6 +18,7 @@ from qlora_cli.errors import InputError
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.jobs.auto_bits import choose_bits
+from qlora_cli.jobs.device_speed import device_speed
 from qlora_cli.jobs.labels import resolve_labels
 from qlora_cli.jobs.padding import planned_padding
 from qlora_cli.jobs.planned_length import estimated_time, planned_length
@@ -34,7 +37,10 @@ from qlora_cli.plan.notes import plan_notes
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.results import Advice, Chosen, Compared, DiskNeeds, PolicySummary
+from qlora_cli.plan.speeds import assumed_speed
+from qlora_cli.plan.step_time import DeviceSpeed
 from qlora_cli.proof.prove import require_proof
+from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.resolve import Choice, resolve
@@ -74,7 +80,8 @@ def run(
     resolved, _ = resolve(recipe, profile)
     resolved, bits = _with_bits(resolved, profile, observer)
     has_copy = partial(_has_copy, config_file.parent, config, profile)
-    planner = Planner(config, profile, has_copy=has_copy)
+    speed_of = partial(_speed, profile)
+    planner = Planner(config, profile, has_copy=has_copy, speed_of=speed_of)
     settled = planner.settle(resolved)
     plan, flexible = settled.plan, _with_settled_batch(resolved, settled.recipe)
     resolved = settled.recipe
@@ -111,7 +118,11 @@ def run(
         row_limit=row_limit(recipe.data, config),
         choices=tuple(Chosen(c.key, c.value, c.reason) for c in settled.choices),
         activation_policy=PolicySummary(
-            plan.num_blocks, plan.num_recomputed, plan.flops.recomputed_share
+            plan.num_blocks,
+            plan.num_recomputed,
+            plan.flops.recomputed_share,
+            plan.moved_inputs * resolved.train.grad_accum,
+            _copied_weights(resolved, plan),
         ),
     )
 
@@ -129,6 +140,16 @@ def _with_bits(
 def _has_copy(folder: Path, config: Any, profile: DeviceProfile, recipe: Recipe) -> bool:
     """Return whether a job would load the base in `folder` from its packed copy."""
     return has_packed_copy(recipe, folder, config, task_of(recipe).model_class, profile.kind)
+
+
+def _copied_weights(recipe: Recipe, plan: MemoryPlan) -> int:
+    """Return the weights that a step copies from host memory; shards come from other processes."""
+    return 0 if recipe.base.residency == SHARD else plan.copied_weights * recipe.train.grad_accum
+
+
+def _speed(profile: DeviceProfile, compute: torch.dtype) -> DeviceSpeed:
+    """Return the speed of a device, of which only ratios are of use if it is not known."""
+    return device_speed(profile, compute) or assumed_speed(profile)
 
 
 def _with_settled_batch(recipe: Recipe, settled: Recipe) -> Recipe:

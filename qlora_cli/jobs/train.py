@@ -16,6 +16,7 @@ from qlora_cli.jobs.initial_adapter import load_initial_adapter
 from qlora_cli.jobs.measured_speed import record_speed
 from qlora_cli.jobs.memory import EarlierProcess, MemoryRecord
 from qlora_cli.jobs.out_of_memory import shortage_explained
+from qlora_cli.jobs.planned_time import time_left
 from qlora_cli.jobs.prepare import Prepared, TrainingJob
 from qlora_cli.jobs.prepare_training import check_memory, prepare_training
 from qlora_cli.jobs.process_start import JobStart, share_state, take_turns
@@ -146,7 +147,7 @@ def _train(
         record.set_status(job.run, "running", energy=energy.source)
         key = f"{job.data_digest} {job.run.read()['base_fingerprint']}"
         shown = (observer, trackers, energy, memory.write)
-        loop = make_loop(job, start, state, instrument, *shown, key)
+        loop = make_loop(job, planned, start, state, instrument, *shown, key)
         with add_last_checkpoint_hint(job.run), shortage_explained(prepared, planned):
             progress = loop.train()
             # The last evaluation, if the process that trained the last step was stopped before it.
@@ -159,6 +160,7 @@ def _train(
 
 def make_loop(
     job: TrainingJob,
+    planned: MemoryPlan | None,
     start: JobStart,
     state: State,
     instrument: Instrument,
@@ -170,6 +172,7 @@ def make_loop(
 ) -> TrainingLoop:
     """Return the loop of a job whose state is loaded. Computes the constants of its rows.
 
+    planned: the plan of the job; None in a process that shows no progress.
     The last arguments are those of `TrainingLoop`, and the key of `add_constants`.
     """
     given = (job.run, constants_key, instrument, observer)
@@ -180,7 +183,8 @@ def make_loop(
     shared = (state, job.schedule, job.steps, job.run, instrument, observer, evaluator)
     base = (job.prepared.folder, job.prepared.chat_template)
     changes = (start.may_recompute_more, start.parts)
-    return TrainingLoop(*shared, *base, energy, on_checkpoint, *changes)
+    estimate = time_left(job, planned, state.step, start.parts)
+    return TrainingLoop(*shared, *base, energy, on_checkpoint, estimate, *changes)
 
 
 def _peaks(ledger: Ledger) -> dict[str, int]:

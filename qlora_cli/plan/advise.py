@@ -31,37 +31,36 @@ _MAX_SEQ_LEN = 2**17
 def changes_that_fit(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     """Return single changes of a resolved recipe that save memory.
 
-    Changes after which the job fits come first; among these, the change with the highest remaining
-    peak comes first, because it costs least. If the frozen weights alone exceed the device's
-    memory, only changes of the weights are planned.
+    Changes after which the job fits come first, the fastest of them first; then the others, that
+    with the lowest peak first. If the frozen weights alone exceed the device's memory, only changes
+    of the weights are planned.
     """
     recipe = least_memory(recipe)
-    peak_bytes = planner.plan(recipe).peak_bytes
     weights_fit = _weights_fit(recipe, planner)
     profile = planner.profile
     changes = _changes(recipe, profile) if weights_fit else _smaller_weights(recipe, profile)
-    advice = [_advice(text, changed, peak_bytes, planner) for text, changed in changes]
+    advice = [_advice(text, changed, recipe, planner) for text, changed in changes]
     sizes = (
         _sizes(recipe, recipe.data.seq_len, recipe.train.pass_size, recipe) if weights_fit else ()
     )
     for size in sizes:
         best = size.largest(planner)
         if best is not None and best < size.upper:
-            advice.append(_advice(size.override(best), size.changed(best), peak_bytes, planner))
+            advice.append(_advice(size.override(best), size.changed(best), recipe, planner))
     saving = [item for item in advice if item.saves_bytes > 0]
-    return tuple(sorted(saving, key=lambda item: (not item.fits, -item.peak_bytes)))
+    return tuple(sorted(saving, key=_rank))
 
 
 def largest_sizes(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     """Return the longest sequence and the largest micro-batch with which the job fits.
 
     The sequence length is searched at micro-batch 1, the micro-batch at the recipe's sequence
-    length. The result is empty if the frozen weights alone exceed the device's memory.
+    length. The one that trains a token faster comes first. The result is empty if the frozen
+    weights alone exceed the device's memory.
     """
     recipe = least_memory(recipe)
     if not _weights_fit(recipe, planner):
         return ()
-    peak_bytes = planner.plan(recipe).peak_bytes
     max_seq_len = num_positions(planner.config) or _MAX_SEQ_LEN
     max_micro_batch = max(_MAX_MICRO_BATCH, recipe.train.pass_size)
     one_row = with_settings(recipe, "train", micro_batch=1)
@@ -74,9 +73,9 @@ def largest_sizes(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
         if best is not None:
             change = f"{size.override(best)}{suffix}"
             limit = upper_limit if best + size.unit > size.upper else "memory"
-            item = _advice(change, size.changed(best), peak_bytes, planner)
+            item = _advice(change, size.changed(best), recipe, planner)
             advice.append(replace(item, limit=limit))
-    return tuple(advice)
+    return tuple(sorted(advice, key=_rank))
 
 
 def longest_sequence(recipe: Recipe, planner: Planner, max_seq_len: int) -> int | None:
@@ -181,7 +180,21 @@ def _sizes(
     )
 
 
-def _advice(change: str, changed: Recipe, peak_bytes: int, planner: Planner) -> Advice:
-    """Return the advice for a change. peak_bytes: planned peak of the unchanged recipe."""
-    plan = planner.plan(changed)
-    return Advice(change, peak_bytes - plan.peak_bytes, plan.peak_bytes, planner.fits(plan))
+def _rank(item: Advice) -> tuple[bool, float]:
+    """Return what advice is sorted by: the time if the job then fits, else the memory."""
+    return not item.fits, item.seconds_per_token if item.fits else item.peak_bytes
+
+
+def _advice(change: str, changed: Recipe, recipe: Recipe, planner: Planner) -> Advice:
+    """Return the advice for a change. recipe: the unchanged one."""
+    plan, before = planner.plan(changed), planner.plan(recipe)
+    seconds = planner.seconds_per_token(changed)
+    return Advice(
+        change,
+        before.peak_bytes - plan.peak_bytes,
+        plan.peak_bytes,
+        planner.fits(plan),
+        seconds_per_token=seconds,
+        time_ratio=seconds / planner.seconds_per_token(recipe),
+        time_source=planner.speed(changed).source,
+    )

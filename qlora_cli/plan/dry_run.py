@@ -124,7 +124,24 @@ class DryRun:
         with gc_paused():
             plan = self._extended(num_recomputed) or self._complete(num_recomputed)
         number = num_blocks(self.config)
-        return replace(plan, num_blocks=number, num_recomputed=num_recomputed)
+        moved = 0
+        if self.recipe.train.offload_inputs is True and num_recomputed:
+            # All are copied to the host. The last one is still on the device when it is needed.
+            moved = (2 * num_recomputed - 1) * self._input_bytes
+        return replace(
+            plan,
+            num_blocks=number,
+            num_recomputed=num_recomputed,
+            input_bytes=self._input_bytes,
+            moved_inputs=moved,
+        )
+
+    @property
+    def _input_bytes(self) -> int:
+        """Return the bytes of the input of one block for the largest micro-batch."""
+        compute = getattr(torch, self.recipe.base.compute_dtype)
+        tokens = max(batch.num_tokens for batch in self._step_batches)
+        return tokens * int(self.config.hidden_size) * int(compute.itemsize)
 
     def _extended(self, num_recomputed: int) -> MemoryPlan | None:
         """Plan with the recording of a few groups; None if they do not represent all blocks."""
@@ -193,12 +210,10 @@ class DryRun:
             total=total,
             trained=sums(state.trainable, family, nn.Parameter.numel),
             trained_bytes=sums(state.trainable, family, lambda p: p.numel() * p.element_size()),
-            input_bytes=num_tokens
-            * config.hidden_size
-            * state.loaded.base_format.compute.itemsize
-            * groups.period,
+            input_bytes=self._input_bytes * groups.period,
             has_single_blocks=groups.period == 1,
             streamed_bytes=_streamed_bytes(state.loaded, groups, sample.number),
+            num_tokens=num_tokens,
         )
 
     def _run_phases(self, state: State, tracker: StorageTracker, recording: Recording) -> None:

@@ -15,11 +15,13 @@ class StepFlops:
 
     total: of the step. recomputed: those that are done a second time. block: what recomputing one
     group of blocks costs; if none is recomputed, its forward pass, which is a little more.
+    micro_batches: of the recorded step.
     """
 
     total: int = 0
     recomputed: int = 0
     block: int = 0
+    micro_batches: int = 1
 
     @property
     def recomputed_share(self) -> float:
@@ -39,15 +41,16 @@ def step_flops(segments: Iterable[BlockSegment], middle: int) -> StepFlops:
     """
     forward: Tally[int | None] = Tally()
     again: Tally[int | None] = Tally()
-    total, part = 0, ""
+    total, part, micro_batches = 0, "", 0
     for segment in segments:
         for kind, _, _, category, flops in segment.events:
             if kind == "begin":
-                total, part = 0, ""
+                total, part, micro_batches = 0, "", 0
                 forward.clear()
                 again.clear()
             elif kind == "mark":
                 part = category
+                micro_batches += part == "forward"
             elif kind in ("work", "recompute"):
                 total += flops
                 if kind == "recompute":
@@ -57,5 +60,5 @@ def step_flops(segments: Iterable[BlockSegment], middle: int) -> StepFlops:
             elif kind == "end" and category == "step":
                 # The first blocks are recomputed before others are.
                 block = again[middle] or again[middle // 2] or again[0] or forward[middle]
-                return StepFlops(total, again.total(), block)
+                return StepFlops(total, again.total(), block, max(1, micro_batches))
     raise ValueError("the recording has no step")

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.plan.step_time import LINK_BYTES_PER_SECOND
 from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.bitsandbytes_adamw import PAGED_FROM
 from qlora_cli.train.optimizer import OPTIMIZERS
 from qlora_cli.units import format_bytes, format_duration
-
-_LINK_BYTES_PER_SECOND = 31.5e9
-"""PCIe 4.0 with 16 lanes: 16 GT/s per lane, of which 128 of 130 bits are data."""
 
 
 def plan_notes(recipe: Recipe, profile: DeviceProfile, plan: MemoryPlan) -> tuple[str, ...]:
@@ -57,11 +55,11 @@ def _weights_note(profile: DeviceProfile, plan: MemoryPlan) -> Iterator[str]:
 
 def _streaming_note(recipe: Recipe, plan: MemoryPlan) -> Iterator[str]:
     if plan.streamed_bytes and recipe.base.residency != SHARD:
-        copied = 2 * plan.streamed_bytes
+        copied = plan.copied_weights
         yield (
             f"base.residency=host: {format_bytes(plan.streamed_bytes)} of weights are in host "
             f"memory; each micro-batch copies up to {format_bytes(copied)} to the device, which "
-            f"takes at least {format_duration(copied / _LINK_BYTES_PER_SECOND)} over PCIe 4.0 x16 "
+            f"takes at least {format_duration(copied / LINK_BYTES_PER_SECOND)} over PCIe 4.0 x16 "
             "(31.5 GB/s by its specification); the estimated duration does not contain it"
         )
 

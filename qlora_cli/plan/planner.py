@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from qlora_cli.data.collate import Batch, largest_batch
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import Problem, RecipeError
@@ -16,6 +18,8 @@ from qlora_cli.plan.limit import limit_of
 from qlora_cli.plan.policy import first_chunk
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.settle import Settled, Settler
+from qlora_cli.plan.speeds import nominal_speed
+from qlora_cli.plan.step_time import DeviceSpeed, seconds_per_token, update_work
 from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
@@ -36,7 +40,8 @@ class Planner:
 
     config: transformers' config of the base. profile: the target device. batches_of: returns the
     batches of a recipe; if not given, the largest that it allows. has_copy: returns whether the
-    base of a resolved recipe is loaded from its packed copy.
+    base of a resolved recipe is loaded from its packed copy. speed_of: returns the device's speed
+    in a compute dtype, from which times are estimated; if not given, the nominal one.
     """
 
     def __init__(
@@ -45,14 +50,17 @@ class Planner:
         profile: DeviceProfile,
         batches_of: Callable[[Recipe], Batches] | None = None,
         has_copy: Callable[[Recipe], bool] = lambda _: False,
+        speed_of: Callable[[torch.dtype], DeviceSpeed] | None = None,
     ) -> None:
         self.config = config
         self.profile = profile
         largest = partial(largest_batches, config=config, processes=profile.count)
         self._batches_of = batches_of or largest
         self._has_copy = has_copy
+        self._speed_of = speed_of or partial(nominal_speed, profile)
         self._settled: dict[str, Settled] = {}
         self._dry_runs: dict[str, DryRun] = {}
+        self._seconds: dict[str, float] = {}
 
     def plan(self, recipe: Recipe) -> MemoryPlan:
         """Return the plan of a recipe, with its policy chosen if it is `auto`.
@@ -76,6 +84,20 @@ class Planner:
         """Return whether a planned job fits the device."""
         return plan.fits(self.profile.usable_bytes)
 
+    def speed(self, recipe: Recipe) -> DeviceSpeed:
+        """Return the speed of the device in the compute dtype of a resolved recipe."""
+        return self._speed_of(getattr(torch, recipe.base.compute_dtype))
+
+    def seconds_per_token(self, recipe: Recipe) -> float:
+        """Return the estimated time of training a resolved recipe, by its tokens."""
+        key = recipe.model_dump_json()
+        if key not in self._seconds:
+            plan, speed = self.plan(recipe), self.speed(recipe)
+            update = speed.seconds([update_work(plan.trainable_parameters)])
+            given = (plan.segments, speed, plan.num_tokens, plan.copied_bytes)
+            self._seconds[key] = seconds_per_token(*given, update / recipe.train.grad_accum)
+        return self._seconds[key]
+
     def _settle(self, recipe: Recipe) -> Settled:
         settler = Settler(
             num_blocks(self.config),
@@ -83,6 +105,7 @@ class Planner:
             self._dry_run,
             self._first_chunk,
             may_offload=self.profile.kind == "cuda",
+            flops_per_second=self._nominal_flops,
         )
         if recipe.train.micro_batch != "auto":
             return settler.settle(recipe)
@@ -99,6 +122,11 @@ class Planner:
             given = (recipe, self.config, self.profile, *batches)
             self._dry_runs[key] = DryRun(*given, has_copy=self._has_copy(recipe))
         return self._dry_runs[key]
+
+    def _nominal_flops(self, recipe: Recipe) -> float:
+        """Return the nominal speed of matrix products, which decides equally in every process."""
+        compute = getattr(torch, recipe.base.compute_dtype)
+        return nominal_speed(self.profile, compute).flops_per_second
 
     def _first_chunk(self, recipe: Recipe) -> int:
         batches = self._batches_of(recipe).step

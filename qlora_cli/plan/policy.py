@@ -13,7 +13,7 @@ one block uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,13 @@ class PolicySearch:
         if not later or not dry.is_recorded(later[0]):
             return None
         return found.plan.needed_bytes - dry.plan(later[0]).needed_bytes
+
+    def with_fewer(self, found: Attempt) -> Iterator[MemoryPlan]:
+        """Yield the plans with fewer recomputed blocks, each group more kept than before."""
+        dry = self.dry(found.chunk)
+        for number in reversed(dry.policies):
+            if number < found.plan.num_recomputed:
+                yield dry.plan(number)
 
     def fewest(self) -> Attempt:
         """Return the policy that recomputes the fewest blocks and is within the limit.

@@ -29,6 +29,8 @@ class MemoryPlan:
     the loss in a step, beside the peak of the rest. flops: operations of a step. num_blocks,
     num_recomputed: number of blocks, and of those that are recomputed in the backward pass.
     streamed_bytes: packed weights in host memory, which each pass over the blocks copies.
+    num_tokens: of the largest micro-batch. moved_inputs: bytes of inputs of recomputed blocks that
+    this micro-batch copies to host memory and back. input_bytes: of the input of one block.
     """
 
     phases: tuple[Phase, ...]
@@ -44,6 +46,19 @@ class MemoryPlan:
     num_blocks: int = 0
     num_recomputed: int = 0
     streamed_bytes: int = 0
+    num_tokens: int = 0
+    moved_inputs: int = 0
+    input_bytes: int = 0
+
+    @property
+    def copied_weights(self) -> int:
+        """Bytes of weights that a micro-batch copies from host memory, at most."""
+        return 2 * self.streamed_bytes
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that a micro-batch copies between host memory and the device, at most."""
+        return self.copied_weights + self.moved_inputs
 
     @property
     def needed_bytes(self) -> int:
@@ -87,7 +102,7 @@ class RecordedJob:
     two in parameters. input_bytes: size of one block's input, which activation checkpointing keeps.
     has_single_blocks: False if a block stands for a group of blocks; then one block's working set
     is not known, and the lower bound of the memory leaves it out. streamed_bytes: packed weights of
-    each recorded block that are in host memory.
+    each recorded block that are in host memory. num_tokens: of the largest micro-batch.
     """
 
     segments: list[BlockSegment]
@@ -99,6 +114,7 @@ class RecordedJob:
     input_bytes: int
     has_single_blocks: bool
     streamed_bytes: Sequence[int]
+    num_tokens: int = 0
 
 
 def replay(job: RecordedJob, repeats: Sequence[tuple[int, int]]) -> MemoryPlan:
@@ -137,6 +153,7 @@ def replay(job: RecordedJob, repeats: Sequence[tuple[int, int]]) -> MemoryPlan:
         memory_model=job.memory_model,
         loss=listener.peak,
         flops=step_flops(segments, num_blocks // 2),
+        num_tokens=job.num_tokens,
         streamed_bytes=sum(job.streamed_bytes)
         + sum(num_copies * job.streamed_bytes[block] for block, num_copies in repeats),
     )

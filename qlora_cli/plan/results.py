@@ -13,6 +13,8 @@ class Advice:
     peak; negative if the change needs more. peak_bytes: planned peak after the change. fits:
     whether the job then fits the device. limit: for the largest size that fits, what limits it:
     "model" (its positions), "memory" (of the device) or "search" (its upper end); else empty.
+    seconds_per_token: estimated time of training after the change. time_ratio: the same divided by
+    that of the unchanged recipe. time_source: of the estimate.
     """
 
     change: str
@@ -20,6 +22,9 @@ class Advice:
     peak_bytes: int
     fits: bool
     limit: str = ""
+    seconds_per_token: float = 0.0
+    time_ratio: float = 1.0
+    time_source: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,16 @@ class PolicySummary:
 
     blocks: number of blocks. recomputed: number of first blocks that are recomputed in the backward
     pass; the others keep their activations. recomputed_share: operations that are done twice,
-    divided by those of a step without recomputation.
+    divided by those of a step without recomputation. copied_inputs, copied_weights: bytes that a
+    step copies between host memory and the device because of `train.offload_inputs` and of
+    `base.residency: host`, if all its micro-batches are as large as the largest one.
     """
 
     blocks: int
     recomputed: int
     recomputed_share: float
+    copied_inputs: int = 0
+    copied_weights: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from qlora_cli.plan.limit import Limit
 from qlora_cli.plan.policy import MIN_CHUNK, Attempt, PolicySearch
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.search import largest_that_fits
+from qlora_cli.plan.step_time import LINK_BYTES_PER_SECOND
 from qlora_cli.recipe import activations
 from qlora_cli.recipe.activations import recomputed_blocks
 from qlora_cli.recipe.change import with_settings, with_values
@@ -21,6 +22,8 @@ from qlora_cli.recipe.resolve import RESIDENCY, Choice
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.units import format_bytes, format_count
 
+RESIDENT_INPUTS = 3
+"""Inputs that are on the device at any time if inputs are moved to host memory."""
 _CHUNK = "train.loss_chunk"
 
 
@@ -40,7 +43,8 @@ class Settler:
     num_blocks: of the base. limit: memory that a job with chosen settings may need. dry: returns
     the dry run of a recipe, whose activation policy is not used. first_chunk: returns the chunk of
     the loss that is planned first for a recipe. may_offload: the device is a GPU, so that inputs of
-    blocks may be moved to host memory.
+    blocks may be moved to host memory. flops_per_second: returns the speed with which the time of
+    recomputation is compared with that of copies.
     """
 
     num_blocks: int
@@ -48,6 +52,7 @@ class Settler:
     dry: Callable[[Recipe], DryRun]
     first_chunk: Callable[[Recipe], int]
     may_offload: bool = False
+    flops_per_second: Callable[[Recipe], float] = lambda _: 1.0
 
     def settle(self, recipe: Recipe) -> Settled:
         """Return the recipe with a policy, a chunk and a residency.
@@ -78,7 +83,7 @@ class Settler:
         choices: list[Choice] = []
         if recipe.train.activation_checkpointing == "auto":
             found, moved = search.fewest(), list[Choice]()
-            if self.may_offload and not search.fits(found.plan):
+            if self.may_offload and found.plan.num_recomputed:
                 search, found, moved = self._offloaded(recipe, search, found)
             choices = [self._policy_choice(search, found), *moved]
         else:
@@ -127,18 +132,50 @@ class Settler:
     ) -> tuple[PolicySearch, Attempt, list[Choice]]:
         """Return a policy that also moves inputs to host memory, if the recipe may and it helps.
 
-        search, found: the policy without it, which does not fit.
+        It helps if the job does not fit otherwise, or if recomputing fewer blocks saves more time
+        than the copies take. search, found: the policy without it.
         """
+        nothing = search, found, list[Choice]()
         if recipe.train.offload_inputs != "auto":
-            return search, found, []
+            return nothing
         other = self._search(with_settings(recipe, "train", offload_inputs=True))
-        moved = other.fewest()
-        if moved.plan.needed_bytes >= found.plan.needed_bytes:
-            return search, found, []
-        reason = f"without it {format_bytes(found.plan.needed_bytes)} are needed of "
-        reason += f"{self.limit.text}, with it {format_bytes(moved.plan.needed_bytes)}; the input "
-        reason += "of each recomputed block is copied to host memory and back"
+        if search.fits(found.plan):
+            number = self._fewer_with_copies(recipe, search, found)
+            moved = other.attempt(number, found.chunk) if number is not None else None
+            if moved is None or not other.fits(moved.plan):
+                return nothing
+            reason = f"without it {found.plan.num_recomputed} blocks would be recomputed, with it "
+            reason += f"{moved.plan.num_recomputed}, which is faster by estimate"
+        else:
+            moved = other.fewest()
+            if moved.plan.needed_bytes >= found.plan.needed_bytes:
+                return nothing
+            reason = f"without it {format_bytes(found.plan.needed_bytes)} are needed of "
+            reason += f"{self.limit.text}, with it {format_bytes(moved.plan.needed_bytes)}"
+        reason += f"; {format_bytes(moved.plan.moved_inputs)} per micro-batch are copied to host "
+        reason += "memory and back"
         return other, moved, [Choice(activations.OFFLOAD_KEY, True, reason)]
+
+    def _fewer_with_copies(
+        self, recipe: Recipe, search: PolicySearch, found: Attempt
+    ) -> int | None:
+        """Return a number of recomputed blocks with which copies of inputs save time, or None.
+
+        It is the smallest one that fits if all but `RESIDENT_INPUTS` inputs leave the device. Only
+        plans without copies are made for it, which are quick.
+        """
+        limit, best = self.limit.num_bytes, None
+        for plan in search.with_fewer(found):
+            inputs = plan.num_recomputed - RESIDENT_INPUTS
+            if plan.needed_bytes - inputs * plan.input_bytes > limit or inputs < 1:
+                break
+            best = plan
+        if best is None:
+            return None
+        copied = (2 * best.num_recomputed - 1) * best.input_bytes
+        flops = found.plan.flops.recomputed - best.flops.recomputed
+        saved = flops / best.flops.micro_batches / self.flops_per_second(recipe)
+        return best.num_recomputed if saved > copied / LINK_BYTES_PER_SECOND else None
 
     def _recomputed(self, recipe: Recipe) -> int:
         return recomputed_blocks(recipe.train.activation_checkpointing, self.num_blocks)

@@ -13,6 +13,8 @@ from typing import cast
 from qlora_cli.memory.work import Work, WorkKind
 from qlora_cli.plan.recording import BlockSegment
 
+LINK_BYTES_PER_SECOND = 31.5e9
+"""PCIe 4.0 with 16 lanes: 16 GT/s per lane, of which 128 of 130 bits are data."""
 _PASSES = ("forward", "loss", "backward")
 """Parts of a step that are work of a micro-batch."""
 
@@ -34,6 +36,22 @@ class DeviceSpeed:
     def seconds(self, work: Iterable[Work]) -> float:
         """Return the time of all operations together."""
         return sum(map(self._seconds_of_one, work))
+
+    def parts(self, work: Iterable[Work]) -> tuple[float, float, float]:
+        """Return the time that is fixed, grows with the tokens, and with their square.
+
+        Fixed are the calls and what is done to the weights, which are dequantized for each pass.
+        """
+        fixed = tokens = pairs = 0.0
+        for item in work:
+            seconds = self._seconds_of_one(item)
+            own = seconds if item.kind == "dequantize" else self.call_seconds
+            fixed += own
+            if item.kind == "attention":
+                pairs += seconds - own
+            else:
+                tokens += seconds - own
+        return fixed, tokens, pairs
 
     def _seconds_of_one(self, work: Work) -> float:
         speed = self.bytes_per_second.get(work.kind, self.bytes_per_second["other"])
@@ -71,3 +89,21 @@ def update_work(trained_parameters: int) -> Work:
     is a formula, because the operations on lists of tensors are not recorded by block.
     """
     return Work("other", 0, 7 * 4 * trained_parameters)
+
+
+def seconds_per_token(
+    segments: Iterable[BlockSegment],
+    speed: DeviceSpeed,
+    num_tokens: int,
+    copied_bytes: int,
+    update_seconds: float,
+) -> float:
+    """Return the estimated time of training by the tokens of the largest micro-batch.
+
+    segments: of a plan. num_tokens, copied_bytes: of that micro-batch. Copies between host memory
+    and the device take place while it computes, so the slower of both counts. update_seconds: what
+    one update takes, divided by the number of micro-batches before it.
+    """
+    micro_batch = speed.seconds(micro_batches(segments)[-1])
+    micro_batch = max(micro_batch, copied_bytes / LINK_BYTES_PER_SECOND)
+    return (micro_batch + update_seconds) / num_tokens

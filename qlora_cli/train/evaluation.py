@@ -106,20 +106,6 @@ class Evaluator:
             return False
         return sum(evaluation.step > best.step for evaluation in self.done) >= patience
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed of the last evaluation of this process; 0 before."""
-        return sum(batch.num_tokens for batch in self.batches) / self.seconds if self.seconds else 0
-
-    @property
-    def seconds_left(self) -> float:
-        """Estimated time of all evaluations that follow."""
-        step, every = self.state.step, self.every
-        if not self.batches or step >= self.steps:
-            return 0
-        left = 1 if every is None else -(-self.steps // every) - step // every
-        return left * self.seconds
-
     def _is_due(self, step: int) -> bool:
         return step in (0, self.steps) or (self.every is not None and step % self.every == 0)
 

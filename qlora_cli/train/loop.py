@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_cli.adapters.registry import method_of
-from qlora_cli.data.packing import BatchSchedule, peak_steps
+from qlora_cli.data.packing import BatchSchedule
 from qlora_cli.errors import Interrupted, MicroBatchTooLarge
 from qlora_cli.events import Observer, StepEvent
 from qlora_cli.memory.device import live_and_peak
@@ -30,19 +29,16 @@ from qlora_cli.train.schedule import learning_rate
 from qlora_cli.train.shortage import (
     Shortage,
     num_recomputed,
-    recomputed_share,
     record_shortage,
     reduce_memory,
 )
 from qlora_cli.train.state import State
 from qlora_cli.train.step import StepOutcome, train_step
-from qlora_cli.train.stop_signals import stop_signals
+from qlora_cli.train.stop_signals import StopRequested, stop_signals
+from qlora_cli.train.time_left import TimeLeft
 from qlora_cli.train.trained_weights import add_weights
 from qlora_cli.units import format_duration
 
-TRACKED_STEPS = 3
-"""Steps at the start of a process that the memory tracker records: the first one creates the
-optimizer states, two more show the steady state."""
 LAST_LOSSES = 10
 """Number of last steps whose mean loss is reported as the run's training loss."""
 _METRICS = (
@@ -62,7 +58,8 @@ class TrainingLoop:
     energy: counts the joules of each step.
     on_checkpoint: called after each checkpoint, to write what has been measured so far.
     may_recompute_more: whether the activation policy may change if memory runs short. parts: number
-    of parts that each micro-batch is divided into from the start.
+    of parts that each micro-batch is divided into from the start. time_left: estimates the time
+    of the rest, and has the steps that the memory tracker sees.
     """
 
     state: State
@@ -76,6 +73,7 @@ class TrainingLoop:
     chat_template: str | None
     energy: EnergyCounter
     on_checkpoint: Callable[[Progress], object]
+    time_left: TimeLeft
     may_recompute_more: bool = False
     parts: int = 1
 
@@ -89,47 +87,43 @@ class TrainingLoop:
         progress = Progress(parts=self.parts)
         checks = LearningChecks(self.state, LossSpikes(self.state, self.schedule))
         first = self.state.step
-        tracked_steps = peak_steps(self.schedule, range(first, self.steps))
-        tracked_steps |= {*range(first, first + TRACKED_STEPS)}
+        self.time_left.lap()
         with stop_signals(partial(self._report_stop, progress)) as is_requested_here:
 
             def is_stop_requested() -> bool:
                 return self.state.processes.is_any(is_requested_here())
 
-            self.evaluator.evaluate_if_due(is_stop_requested)
+            self._evaluate(is_stop_requested)
             if is_stop_requested() and first == 0:
                 raise KeyboardInterrupt  # There is nothing to save yet.
             self._report_duration()
             self.observer.stage("train", self.steps)
             self.observer.advance(first)
             while self.state.step < self.steps and not self._stops_early():
-                event = self._step(progress, checks, self.state.step in tracked_steps)
+                event = self._step(progress, checks, self.state.step in self.time_left.work.tracked)
                 self._write_metrics(event)
                 self.observer.step(event)
-                evaluation = self.evaluator.evaluate_if_due(is_stop_requested)
-                is_best = evaluation is not None and evaluation == self.evaluator.best
+                is_best = self._evaluate(is_stop_requested)
                 self._save_if_due(progress, is_stop_requested(), is_best)
         return progress
 
-    def _report_duration(self) -> None:
-        """Estimate the duration from the evaluation before training, if there was one.
+    def _evaluate(self, is_stop_requested: StopRequested) -> bool:
+        """Evaluate if it is due. Return whether the evaluation is the best one so far."""
+        evaluation = self.evaluator.evaluate_if_due(is_stop_requested)
+        if evaluation is None:
+            return False
+        is_best = evaluation == self.evaluator.best
+        self.time_left.add_evaluation(self.state.step, self.time_left.lap(), is_best)
+        return is_best
 
-        A forward pass costs one unit per token. The backward pass costs one more for the gradients
-        of the activations, another for those of the weights in full fine-tuning, and checkpointing
-        computes the forward pass again.
-        """
-        if not self.evaluator.tokens_per_second:
-            return
-        recipe = self.state.recipe
-        trains_base = not method_of(recipe.adapter).freezes_base
-        passes = 2 + trains_base + recomputed_share(self.state.loaded)
-        epochs = self.steps / self.schedule.steps_per_epoch
-        tokens = epochs * self.schedule.num_tokens[0]
-        seconds = passes * tokens / self.evaluator.tokens_per_second
-        self.observer.note(
-            f"training takes about {format_duration(seconds)}, estimated from the speed of the "
-            "evaluation; the time left is measured from the first step on"
-        )
+    def _report_duration(self) -> None:
+        """Report the estimated duration before the first step, with its source."""
+        if estimate := self.time_left.at_start(self.state.step):
+            seconds, source = estimate
+            self.observer.note(
+                f"training takes about {format_duration(seconds)}, {source}; the time left is "
+                "measured from the first step on"
+            )
 
     def _report_stop(self, progress: Progress) -> None:
         """Report at once that the stop signal has arrived, before the step is complete."""
@@ -170,7 +164,8 @@ class TrainingLoop:
         for warning in checks.after_step(outcome, lr):
             self.observer.note(warning)
         progress.add(outcome.tokens, seconds, tracked)
-        return self._event(outcome, lr, seconds, joules, progress)
+        self.time_left.add_step(step, self.time_left.lap())
+        return self._event(outcome, lr, seconds, joules)
 
     def _train_step(self, progress: Progress, lr: float) -> StepOutcome:
         """Do one optimizer step. If it runs out of memory, reduce what it needs and try again.
@@ -192,6 +187,7 @@ class TrainingLoop:
             # After the except block, so that the tensors of the failed pass are freed.
             torch.set_rng_state(random_state)
             self.instrument.release_cache()
+            self.time_left.restart(progress.parts)
             self._report_shortage(reason, change, progress)
 
     def _report_shortage(self, reason: str, change: str, progress: Progress) -> None:
@@ -222,10 +218,8 @@ class TrainingLoop:
         lr: float,
         seconds: float,
         joules: float | None,
-        progress: Progress,
     ) -> StepEvent:
         live, peak = live_and_peak(self.state.device)
-        tokens_left = (self.steps - self.state.step) * progress.tokens_per_step
         return StepEvent(
             step=self.state.step,
             steps=self.steps,
@@ -236,7 +230,7 @@ class TrainingLoop:
             tokens_per_second=outcome.tokens / seconds,
             live_bytes=live,
             peak_bytes=peak,
-            seconds_left=tokens_left / progress.tokens_per_second + self.evaluator.seconds_left,
+            seconds_left=self.time_left.seconds(self.state.step),
             eval_loss=self.evaluator.last.loss if self.evaluator.last else None,
             joules=joules,
             counts_process=self.state.device.type == "cpu",
@@ -254,6 +248,7 @@ class TrainingLoop:
         if is_stop_requested or is_due:
             self._save(step)
             self.on_checkpoint(progress)
+            self.time_left.add_checkpoint(self.time_left.lap())
         if is_stop_requested and not is_last:
             raise Interrupted(
                 f"stopped after step {step} of {self.steps}; its checkpoint is written",

@@ -46,11 +46,6 @@ class Progress:
         return self.first.steps + self.tracked.steps + self.plain.steps
 
     @property
-    def tokens_per_step(self) -> float:
-        """Mean number of tokens per step. There must be at least one step."""
-        return (self.first.tokens + self.tracked.tokens + self.plain.tokens) / self.steps
-
-    @property
     def tokens_per_second(self) -> float:
         """Speed of plain steps, else of tracked ones, else of the first; 0 without a step."""
         for times in (self.plain, self.tracked, self.first):

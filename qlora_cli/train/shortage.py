@@ -78,11 +78,3 @@ def _recompute_more(loaded: LoadedModel) -> bool:
 def num_recomputed(loaded: LoadedModel) -> int:
     """Return the number of blocks that are recomputed."""
     return loaded.recomputation.policy.num_recomputed if loaded.recomputation else 0
-
-
-def recomputed_share(loaded: LoadedModel) -> float:
-    """Return the number of recomputed blocks, divided by the number of all blocks."""
-    recomputation = loaded.recomputation
-    if recomputation is None:
-        return 0.0
-    return recomputation.policy.num_recomputed / len(recomputation.policy.actions)

@@ -80,7 +80,9 @@ PLAN = PlanResult(
     fits=True,
     usable_bytes=23 * GIB,
     floor_bytes=4 * GIB,
-    advice=(Advice("data.seq_len=512", 300 * MIB, 5 * GIB, True),),
+    advice=(
+        Advice("data.seq_len=512", 300 * MIB, 5 * GIB, True, "", 0.0004, 1.31, "a test's figures"),
+    ),
     compare=(Compared("full", 16, sum(FULL.values()), FULL, 1.0),),
     trainable_parameters=6_815_744,
     total_parameters=8_030_261_248,

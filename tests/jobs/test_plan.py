@@ -102,6 +102,11 @@ def test_every_change_that_is_reported_to_fit_fits(llama: Path) -> None:
     assert any(item.change.startswith("data.seq_len=") for item in fitting)
     order = [item.fits for item in result.advice]
     assert order == sorted(order, reverse=True)
+    seconds = [item.seconds_per_token for item in fitting]
+    assert seconds == sorted(seconds), "the fastest change is first"
+    ratios = {item.change: item.time_ratio for item in fitting}
+    assert ratios["train.activation_checkpointing=true"] > 1.0, "recomputation takes time"
+    assert all(item.time_source.startswith("assumed 50 TFLOP/s") for item in fitting)
     for item in (result.advice[0], result.advice[-1]):
         again = run(changed(recipe, item.change), capacity)
         assert again.fits == item.fits, item
@@ -129,7 +134,9 @@ def test_fit_finds_the_largest_size_that_fits(llama: Path) -> None:
     recipe = recipe_of(llama, train={"activation_checkpointing": True})
     capacity = run(recipe, 24 * GIB).ledger.allocator.reserved + CONTEXT + 20 * MIB
     result = run(recipe, capacity, fit=True)
-    length, sequences = result.advice
+    seconds = [item.seconds_per_token for item in result.advice]
+    assert seconds == sorted(seconds)
+    length, sequences = sorted(result.advice, key=lambda item: item.change)
     assert length.change.startswith("data.seq_len=")
     assert sequences.change.startswith("train.micro_batch=")
     assert recipe.train.micro_batch > 1

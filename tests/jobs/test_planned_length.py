@@ -13,6 +13,7 @@ from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.jobs import data, data_survey, device_speed, plan
 from qlora_cli.jobs.measured_speed import measured_speed, record_speed
 from qlora_cli.memory.device import inspect_device
+from qlora_cli.plan import speeds
 from qlora_cli.recipe.gpus import planned_gpu
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
@@ -126,7 +127,7 @@ def test_the_time_on_a_named_gpu_comes_from_its_published_speed(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Starting the kernels of a tiny model takes longer than their work.
-    monkeypatch.setattr(device_speed, "CALL_SECONDS", 0.0)
+    monkeypatch.setattr(speeds, "CALL_SECONDS", 0.0)
     slow, fast = (
         plan.run(recipe, device_profile=planned_gpu(name), fit=False, compare=False).time
         for name in ("RTX 3060", "RTX 5090")

@@ -6,17 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from qlora_cli.data.collate import largest_batch
 from qlora_cli.device import DeviceProfile
+from qlora_cli.nn.input_offload import InputOffload
 from qlora_cli.plan import dry_run as planning
+from qlora_cli.plan import planner as planner_module
 from qlora_cli.plan.dry_run import DryRun
 from qlora_cli.plan.limit import GPU_SHARE, limit_of
 from qlora_cli.plan.planner import Planner
 from qlora_cli.plan.policy import MIN_CHUNK
 from qlora_cli.plan.search import largest_that_fits
 from qlora_cli.plan.settle import Settled
+from qlora_cli.plan.speeds import nominal_speed
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.units import MIB
@@ -235,3 +239,52 @@ def test_a_base_that_does_not_fit_is_put_into_host_memory() -> None:
     kept = chosen(int((least - MIB) / GPU_SHARE), activation_checkpointing=False)
     assert kept.recipe.base.residency == "device"
     assert "no block can be in host memory" in kept.choices[0].reason
+
+
+@pytest.mark.slow
+def test_the_copied_inputs_are_those_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of two micro-batches run, so the job's own counter has four times as much."""
+    created: list[InputOffload] = []
+    begin = InputOffload.__init__
+
+    def counted(self: InputOffload) -> None:
+        begin(self)
+        created.append(self)
+
+    monkeypatch.setattr(InputOffload, "__init__", counted)
+    monkeypatch.setattr(planning, "groups_of", lambda *_: None)
+    recipe = recipe_of(GPU, 48, train={"offload_inputs": True})
+    batch = largest_batch(48, 1, SIZES["vocab_size"])
+    for number in (1, 5, BLOCKS):
+        plan = DryRun(recipe, config_of("llama"), GPU, [batch] * 2).plan(number)
+        assert 4 * plan.moved_inputs == created[-1].copied_bytes > 0, number
+    without = recipe_of(GPU, 48, train={"offload_inputs": False})
+    assert DryRun(without, config_of("llama"), GPU, [batch]).plan(BLOCKS).copied_bytes == 0
+
+
+@pytest.mark.slow
+def test_inputs_are_copied_if_that_is_faster_than_recomputing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The policy with the fewest recomputed operations and copied bytes, by their time."""
+    config = config_of("llama", hidden_size=1024, intermediate_size=1024)
+
+    def chosen(limit: int) -> Settled:
+        profile = replace(GPU, capacity_bytes=int(limit / GPU_SHARE) + 1)
+        recipe = recipe_of(profile, 2048, train={"loss_chunk": 64})
+        return Planner(config, profile).settle(recipe)
+
+    batch = largest_batch(2048, 1, SIZES["vocab_size"])
+    seven = DryRun(recipe_of(GPU, 2048, train={"loss_chunk": 64}), config, GPU, [batch]).plan(7)
+    # Seven recomputed blocks fit only if inputs of some of them leave the device.
+    limit = seven.needed_bytes - 3 * seven.input_bytes
+    fast = chosen(limit)
+    assert fast.recipe.train.offload_inputs == "auto"
+    assert fast.plan.num_recomputed == 8
+    slow_speed = replace(nominal_speed(GPU, torch.bfloat16), flops_per_second=1e6)
+    monkeypatch.setattr(planner_module, "nominal_speed", lambda *_: slow_speed)
+    slow = chosen(limit)
+    assert slow.recipe.train.offload_inputs is True
+    assert slow.plan.num_recomputed == 7
+    assert slow.plan.needed_bytes <= limit
+    assert any("7, which is faster by estimate" in choice.reason for choice in slow.choices)
