@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.events import Observer
 from qlora_cli.files import cache
 from qlora_cli.files.atomic import atomic_folder, require_free_space, write_json
+from qlora_cli.files.disk_tensor import DiskTensor
 from qlora_cli.files.packed_files import (
     DamagedCopy,
     PackedFiles,
     files_bytes,
     open_packed,
+    specs_of,
     write_packed,
 )
 from qlora_cli.files.safetensors_io import TensorSpec
@@ -76,6 +78,34 @@ class PackedStore:
             self._set_aside(str(fault))
             return None
 
+    def disk_tensors(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, DiskTensor] | None:
+        """Return the tensors of `specs` in the copy's files; None as `read` does."""
+        files = self._opened()
+        if files is None:
+            return None
+        try:
+            return {name: files.disk_tensor(name, spec) for name, spec in specs.items()}
+        except DamagedCopy as fault:
+            self._set_aside(str(fault))
+            return None
+
+    def write(self, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write the copy while `tensors` are computed, one after the other.
+
+        specs: of the tensors, in their order. Raises QloraError if the copy cannot be kept.
+        """
+        try:
+            self._write(specs, tensors)
+        except (OSError, QloraError) as fault:
+            what = "base.residency: disk reads the packed copy of the base, which cannot be kept: "
+            reason = fault.what if isinstance(fault, QloraError) else fault.strerror or str(fault)
+            room = f"make room for {format_bytes(files_bytes(specs))} in {self.folder.parent}"
+            hint = f"{room}, raise {LIMIT}"
+            raise QloraError(
+                f"{what}{reason}", where="base.residency", hint=f"{hint} or use another residency"
+            ) from fault
+        self._is_absent = self._is_damaged = False
+
     def finish(self, tensors: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
         """Write the copy if it is absent or was set aside.
 
@@ -83,9 +113,9 @@ class PackedStore:
         """
         if self._files is not None:
             return
-        num_bytes = files_bytes(tensors())
+        specs = specs_of(tensors())
         try:
-            self._write(tensors, num_bytes)
+            self._write(specs, tensors())
         except (OSError, QloraError) as fault:
             reason = fault.what if isinstance(fault, QloraError) else fault.strerror or str(fault)
             self._observer.note(f"the packed base is not kept for later starts: {reason}")
@@ -127,8 +157,11 @@ class PackedStore:
             "the base is packed again"
         )
 
-    def _write(self, tensors: Callable[[], Iterator[tuple[str, Tensor]]], num_bytes: int) -> None:
+    def _write(
+        self, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]
+    ) -> None:
         """Write the copy. Raises OSError, or QloraError if there is no room for it."""
+        num_bytes = files_bytes(specs)
         with ExitStack() as stack:
             locks = (self.folder, self.folder.with_name(_LIMIT_LOCK))
             if not all(stack.enter_context(cache.locked(lock, wait=False)) for lock in locks):
@@ -138,7 +171,7 @@ class PackedStore:
             self._make_room(num_bytes)
             require_free_space("it", self.folder.parent, num_bytes)
             with atomic_folder(self.folder) as partial:
-                write_packed(partial, self._description, tensors())
+                write_packed(partial, self._description, specs, tensors)
         self._observer.note(
             f"the packed base is kept for later starts ({format_bytes(num_bytes)} in "
             f"{self.folder}); base.cache=false keeps none"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -210,6 +210,27 @@ def write_tensors(
         stream.write(_header(specs, metadata))
         for name, spec in specs.items():
             _write_tensor(stream, name, spec, compute(name))
+
+
+def write_arriving(
+    file: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write a safetensors file whose tensors arrive in any order, each once.
+
+    file: as of `write_tensors`. specs: name -> dtype and shape, in the order of the file. tensors:
+    names and values, on the CPU. Raises OSError if the disk is full.
+    """
+    with file.open("wb") as stream:
+        header = _header(specs, {})
+        stream.write(header)
+        starts, position = {}, len(header)
+        for name, spec in specs.items():
+            starts[name], position = position, position + spec.num_bytes
+        for name, tensor in tensors:
+            stream.seek(starts.pop(name))
+            _write_tensor(stream, name, specs[name], tensor)
+            del tensor  # Before the next one is computed.
+        assert not starts, f"{len(starts)} tensors have not arrived"
 
 
 def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:

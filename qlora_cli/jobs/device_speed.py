@@ -17,10 +17,15 @@ from qlora_cli.files import cache
 from qlora_cli.files.atomic import PARSE_ERRORS, write_json
 from qlora_cli.plan.speeds import published_device_speed
 from qlora_cli.plan.step_time import DeviceSpeed
-from qlora_cli.recipe.gpus import short_name
+from qlora_cli.recipe.gpus import link_of, short_name
+from qlora_cli.units import MIB
 
+LINK_EFFICIENCY = 0.8
+"""Assumed share of the published speed of a link. Not measured."""
+_LINK_BYTES = {"cuda": 64 * MIB, "cpu": 16 * MIB}
+"""Size of a copy to the device that is measured, about that of a block."""
 _SECONDS = 0.4
-"""Time to measure each of five operations."""
+"""Time to measure each of six operations."""
 _ROWS = 512
 _COLUMNS = {"cuda": 4096, "cpu": 1024}
 """Width of the matrices. A GPU needs large ones; on a CPU the tensors of large ones are allocated
@@ -50,6 +55,22 @@ def known_speed(profile: DeviceProfile, compute: torch.dtype) -> DeviceSpeed | N
     return _measured_before(profile, compute) or published_device_speed(profile, compute)
 
 
+def link_speed(profile: DeviceProfile, speed: DeviceSpeed) -> tuple[float, str]:
+    """Return the bytes per second of copies from host memory to a device, and their source.
+
+    speed: of the device. Reading from a disk is not contained.
+    """
+    if speed.link_bytes_per_second is not None:
+        found = speed.link_bytes_per_second
+        return found, f"{found / _GIGA:,.3g} GB/s, measured on this machine"
+    link = link_of(profile)
+    published = link.bytes_per_second
+    return LINK_EFFICIENCY * published, (
+        f"{link.name}, {LINK_EFFICIENCY:.0%} of the {published / _GIGA:,.3g} GB/s of its "
+        "specification assumed; not measured"
+    )
+
+
 def measure(device: torch.device, compute: torch.dtype) -> DeviceSpeed:
     """Measure matrix products, memory bandwidth, dequantization and the time of a call.
 
@@ -66,6 +87,9 @@ def measure(device: torch.device, compute: torch.dtype) -> DeviceSpeed:
         activate = _seconds(lambda: torch.nn.functional.silu(weight), device)
         dequantize = _seconds(lambda: bitsandbytes.dequantize_4bit(packed, state), device)
         call = _seconds(lambda: one + one, device)
+        copied = torch.empty(_LINK_BYTES[device.type], dtype=torch.uint8, device=device)
+        host = torch.empty_like(copied, device="cpu", pin_memory=device.type == "cuda")
+        copy = _seconds(lambda: copied.copy_(host, non_blocking=True), device)
     size = weight.numel() * weight.element_size()
     return DeviceSpeed(
         flops_per_second=2 * x.numel() * width / product,
@@ -76,6 +100,7 @@ def measure(device: torch.device, compute: torch.dtype) -> DeviceSpeed:
         call_seconds=call,
         source=f"estimated from the speed of single operations, measured on this "
         f"{'GPU' if device.type == 'cuda' else 'CPU'} on {time.strftime('%Y-%m-%d')}",
+        link_bytes_per_second=host.nbytes / copy,
     )
 
 

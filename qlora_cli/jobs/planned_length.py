@@ -10,12 +10,14 @@ from qlora_cli.data.packing import pack
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import QloraError
 from qlora_cli.jobs.data_survey import row_loader, survey
-from qlora_cli.jobs.device_speed import device_speed
+from qlora_cli.jobs.device_speed import device_speed, link_speed
 from qlora_cli.jobs.measured_speed import measured_speed
 from qlora_cli.jobs.training_length import TrainingLength
+from qlora_cli.plan.link_time import overlapped_seconds
 from qlora_cli.plan.replay import MemoryPlan
-from qlora_cli.plan.results import TimeEstimate
-from qlora_cli.plan.step_time import micro_batches, update_work
+from qlora_cli.plan.results import LinkTime, TimeEstimate
+from qlora_cli.plan.step_time import micro_batches, update_work, work_of
+from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.schema import Recipe
 
 _UNKNOWN_GPU = "not estimated: --vram with the name of a GPU, such as RTX 4090, gives its speed"
@@ -67,19 +69,33 @@ def estimated_time(
     speed = device_speed(profile, getattr(torch, recipe.base.compute_dtype))
     if speed is None:
         return TimeEstimate(source=_UNKNOWN_GPU)
-    work = micro_batches(plan.segments)[-1]
+    parts = micro_batches(plan.segments)[-1]
+    work = work_of(parts)
     micro_batch = speed.seconds(work)
     update = speed.seconds([update_work(plan.trainable_parameters)])
+    own, copies = -(-train.grad_accum // profile.count), None
+    if plan.copied_bytes and recipe.base.residency != SHARD:
+        link, link_source = link_speed(profile, speed)
+        overlapped = overlapped_seconds(parts, plan, speed, link)
+        copies = LinkTime(
+            plan.copied_bytes * own,
+            link,
+            plan.copied_bytes * own / link,
+            micro_batch * own + update,
+            overlapped * own + update,
+            link_source,
+        )
+        micro_batch = overlapped
     tera_flops = sum(item.flops for item in work) / 1e12
     gigabytes = sum(item.num_bytes for item in work) / 1e9
     source = (
         f"{speed.source}; a micro-batch computes {tera_flops:,.3g} TFLOP and moves "
         f"{gigabytes:,.3g} GB"
     )
-    own = -(-train.grad_accum // profile.count)
     if length is None:
         step = micro_batch * own + update
-        return TimeEstimate(step, step * train.steps if train.steps else None, source)
+        all_steps = step * train.steps if train.steps else None
+        return TimeEstimate(step, all_steps, source, copies)
     share = length.tokens * length.epochs / (recipe.data.seq_len * train.pass_size)
     total = share * own / train.grad_accum * micro_batch + length.updates * update
-    return TimeEstimate(total / length.updates, total, source)
+    return TimeEstimate(total / length.updates, total, source, copies)

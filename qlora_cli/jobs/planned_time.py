@@ -11,7 +11,7 @@ from qlora_cli.jobs.measured_speed import measured_speed
 from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.speeds import assumed_speed
-from qlora_cli.plan.step_time import micro_batches, update_work
+from qlora_cli.plan.step_time import micro_batches, update_work, work_of
 from qlora_cli.train.step_time_fit import PlannedTime
 from qlora_cli.train.time_left import Interruptions, TimeLeft, WorkLeft
 
@@ -53,7 +53,7 @@ def planned_time(job: TrainingJob, plan: MemoryPlan) -> PlannedTime:
     recipe, profile = prepared.recipe, prepared.profile
     known = known_speed(profile, getattr(torch, recipe.base.compute_dtype))
     speed = known or assumed_speed(profile)
-    work, size = micro_batches(plan.segments)[-1], job.largest_step_batches[-1].size
+    work, size = work_of(micro_batches(plan.segments)[-1]), job.largest_step_batches[-1].size
     fixed, tokens, pairs = speed.parts(work)
     trains_base = not method_of(recipe.adapter).freezes_base
     planned = PlannedTime(

@@ -15,8 +15,8 @@ from qlora_cli.files.paths import user_path
 from qlora_cli.files.source import config_digest, fingerprint
 from qlora_cli.jobs.prepare import TrainingJob
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.models.placement.block_shards import BlockShards
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
+from qlora_cli.nn.host_head import HostHead
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.runs.layout import RunFolder
 
@@ -61,13 +61,14 @@ def describe_tensors(loaded: LoadedModel) -> list[dict[str, Any]]:
     Tensors are of one kind if their paths differ only in the numbers of blocks.
     """
     kinds: Counter[tuple[str, str, str]] = Counter()
-    is_sharded = isinstance(loaded.stream, BlockShards)
-    elsewhere = "in parts on all devices" if is_sharded else "in CPU memory"
     for path, module in loaded.model.named_modules():
         kind = ".".join("*" if part.isdigit() else part for part in path.split("."))
         kind = kind.removesuffix(".base")
         if isinstance(module, QuantLinear):
-            kinds[kind, *_linear_format(module, path == loaded.family.head, elsewhere)] += 1
+            where = loaded.stream.weights.where if loaded.stream is not None else ""
+            kinds[kind, *_linear_format(module, path == loaded.family.head, where)] += 1
+        elif isinstance(module, HostHead):
+            kinds[kind, *_host_head_format(module)] += 1
         elif isinstance(module, FrozenEmbedding | HostEmbedding):
             kinds[kind, *_table_format(module, module.weight is loaded.head.weight)] += 1
         elif "lora" not in kind and list(module.parameters(recurse=False)):
@@ -134,7 +135,7 @@ def _table_format(table: FrozenEmbedding | HostEmbedding, is_head: bool) -> tupl
     weight_format = dtype_name(table.weight.dtype)
     if isinstance(table, HostEmbedding):
         return (
-            f"{weight_format} in CPU memory",
+            f"{weight_format} {_host_place(table)}",
             f"{reason}; only the needed rows are copied to the GPU",
         )
     if is_head and table.weight.device.type != "cpu":
@@ -144,15 +145,24 @@ def _table_format(table: FrozenEmbedding | HostEmbedding, is_head: bool) -> tupl
     return weight_format, reason
 
 
-def _linear_format(layer: QuantLinear, is_head: bool, elsewhere: str) -> tuple[str, str]:
-    """Return (storage format, reason) of a frozen linear layer.
+def _host_place(table: HostEmbedding | HostHead) -> str:
+    return "in CPU memory" if table.disk is None else "on disk"
 
-    elsewhere: where the weights of a block are that does not compute.
-    """
+
+def _host_head_format(head: HostHead) -> tuple[str, str]:
+    """Return (storage format, reason) of a head in host memory."""
+    return (
+        f"{dtype_name(head.weight.dtype)} {_host_place(head)}",
+        "the head: its errors affect every logit directly; the loss copies it in pieces",
+    )
+
+
+def _linear_format(layer: QuantLinear, is_head: bool, where: str) -> tuple[str, str]:
+    """Return (storage format, reason) of a frozen linear layer. where: it is if it is streamed."""
     weight_format = layer.weight_format
     reason = "a frozen linear layer of a block"
     if not layer.weight.numel():
-        reason += f", {elsewhere} while the block does not compute"
+        reason += f", {where} while the block does not compute"
     if is_head:
         return dtype_name(layer.weight.dtype), "the head: its errors affect every logit directly"
     if weight_format.bits == 4:

@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 
-from qlora_cli.adapters.method import AdapterMethod
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import ModelError, Problem, RecipeError
@@ -29,7 +27,6 @@ from qlora_cli.files.composed import text_config_of, whole_config
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
-from qlora_cli.models import convert
 from qlora_cli.models.base_format import base_format_of
 from qlora_cli.models.classifier import (
     ClassifierClass,
@@ -42,27 +39,19 @@ from qlora_cli.models.coverage import check_logits
 from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.derive import derive_family, dropout_keys
 from qlora_cli.models.family import Family
-from qlora_cli.models.model import LoadedModel, is_tied
+from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.block_shards import ShardedPlacement
 from qlora_cli.models.placement.device import DevicePlacement
+from qlora_cli.models.placement.disk import DiskPlacement
 from qlora_cli.models.placement.held import PackedCopy
 from qlora_cli.models.placement.placement import Placement
 from qlora_cli.models.registry import known_family, refuse_by_name, unsupported
-from qlora_cli.models.sites import (
-    find_sites,
-    find_stacks,
-    mixer_paths,
-    mlp_paths,
-    norm_paths,
-)
-from qlora_cli.models.tying import share_modules
+from qlora_cli.models.replacement import replace_modules
+from qlora_cli.models.sites import find_sites, find_stacks, mixer_paths
 from qlora_cli.nn import attention
 from qlora_cli.nn.activation_policy import ActivationPolicy, Recomputation
 from qlora_cli.nn.by_row import restart_positions, run_by_row
-from qlora_cli.nn.embedding import has_own_memory
 from qlora_cli.nn.input_offload import InputOffload
-from qlora_cli.nn.quant import QuantLinear
-from qlora_cli.nn.site import Site
 from qlora_cli.parallel.processes import SINGLE, Processes
 from qlora_cli.recipe.activations import recomputed_blocks
 from qlora_cli.recipe.base import SHARD
@@ -196,7 +185,7 @@ def build(request: ModelRequest) -> LoadedModel:
     loaded = LoadedModel(model, family, config, sites, {}, base_format, kernel)
     if method.freezes_base:
         with unallocated():
-            _replace_modules(loaded, method, device)
+            replace_modules(loaded, recipe, device)
     copy = request.copy if method.freezes_base else None
     num_streamed = streamed_blocks(loaded, recipe)
     _placement(request, copy, num_streamed).place(loaded, source)
@@ -212,8 +201,11 @@ def _placement(request: ModelRequest, copy: PackedCopy | None, num_streamed: int
     One process, as after training, has in host memory what several share.
     """
     device, observer, processes = request.device, request.observer, request.processes
-    is_shared = request.recipe.base.residency == SHARD and processes.size > 1
-    if is_shared and num_streamed:
+    residency = request.recipe.base.residency
+    if residency == "disk":
+        assert copy is not None, "base.residency: disk keeps a copy"
+        return DiskPlacement(device, copy, num_streamed, observer)
+    if residency == SHARD and processes.size > 1 and num_streamed:
         return ShardedPlacement(device, observer, copy, num_streamed, processes)
     return DevicePlacement(device, observer, copy, num_streamed)
 
@@ -223,7 +215,7 @@ def streamed_blocks(loaded: LoadedModel, recipe: Recipe) -> int:
 
     They are those that are recomputed. Raises ModelError if blocks of the model share weights.
     """
-    if recipe.base.residency not in ("host", SHARD):
+    if not recipe.base.moves_blocks:
         return 0
     blocks: Any = loaded.model.get_submodule(loaded.family.blocks)
     if len(blocks) != num_blocks(loaded.config) or loaded.family.shared:
@@ -281,36 +273,3 @@ def apply_train_settings(loaded: LoadedModel, recipe: Recipe) -> None:
     if loaded.stream is not None:
         loaded.recomputation.before_block = loaded.stream.acquire
     loaded.recomputation.offload = InputOffload() if recipe.train.offload_inputs is True else None
-
-
-def _replace_modules(loaded: LoadedModel, method: AdapterMethod, device: torch.device) -> None:
-    """Replace the modules of a model whose base is frozen, and wrap the adapted linears."""
-    model, family, base_format = loaded.model, loaded.family, loaded.base_format
-    loaded.stacks = find_stacks(model, family)
-    loaded.adapted = method.adapted_roles([*loaded.sites, *loaded.stacks])
-
-    def wrap(linear: QuantLinear, site: Site) -> nn.Module:
-        roles = loaded.adapted.get(site.path)
-        return method.wrap(linear, {role: site.rows[role] for role in roles}) if roles else linear
-
-    convert.replace_linears(model, loaded.sites, base_format, wrap)
-    share_modules(model, family.shared)
-    convert.replace_experts(model, family, loaded.stacks, base_format)
-    for stack in loaded.stacks:
-        if stack.path in loaded.adapted:
-            packed: Any = model.get_submodule(stack.path)
-            convert.replace_module(model, stack.path, method.wrap_stack(packed))
-    convert.replace_embeddings(model, family, base_format.default)
-    if not family.is_classifier:
-        convert.replace_head(model, family.head, base_format.default)
-    # A tied table is also the head, and every step multiplies by all of it.
-    if has_own_memory(device) and not is_tied(loaded):
-        convert.move_embedding_to_host(model, family.token_embedding, device)
-    convert.replace_norms(model, norm_paths(model, family))
-    share_modules(model, family.shared)
-    if family.mlp is not None:
-        activation = getattr(loaded.config, family.mlp.activation)
-        paths = mlp_paths(model, family, family.mlp)
-        convert.replace_mlps(model, paths, family.mlp.projections, activation)
-    if family.attention is not None:
-        convert.share_attention_inputs(model.get_submodule(family.blocks), family.attention)

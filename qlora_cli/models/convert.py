@@ -20,6 +20,7 @@ from qlora_cli.models.family import AttentionSpec, Family
 from qlora_cli.models.tables import norm_of_table
 from qlora_cli.nn.embedding import FrozenEmbedding, HostEmbedding
 from qlora_cli.nn.experts import Experts
+from qlora_cli.nn.host_head import HostHead
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
 from qlora_cli.nn.quant import QuantLinear, WeightFormat
@@ -102,6 +103,13 @@ def move_embedding_to_host(model: nn.Module, path: str, device: torch.device) ->
     table = model.get_submodule(path)
     assert isinstance(table, FrozenEmbedding)
     replace_module(model, path, HostEmbedding(table, device))
+
+
+def move_head_to_host(model: nn.Module, path: str, device: torch.device) -> None:
+    """Store the weight of a replaced head in host memory; its pieces are copied to `device`."""
+    head = model.get_submodule(path)
+    assert isinstance(head, QuantLinear)
+    replace_module(model, path, HostHead(head, device))
 
 
 def replace_norms(model: nn.Module, paths: Sequence[str]) -> None:

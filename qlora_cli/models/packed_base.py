@@ -94,6 +94,8 @@ def _is_stored(recipe: Recipe, folder: Path, config: Any) -> bool:
 
 def _is_kept(recipe: Recipe, folder: Path) -> bool:
     """Return whether `base.cache` keeps the base in a folder."""
+    if recipe.base.residency == "disk":
+        return True
     if recipe.base.cache == "auto":
         # The copy of a 16-bit base would be as large as the base.
         return min(recipe.base.all_bits) < 16 and weights_bytes(folder) >= MIN_BYTES

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qlora_cli.files.disk_tensor import DiskTensor
 from qlora_cli.memory.scopes import counts_host_memory, host_memory
 
 
@@ -40,13 +41,17 @@ class FrozenEmbedding(nn.Module):
 
 
 class HostEmbedding(nn.Module):
-    """A frozen table, weight (entries, hidden), in host memory. The rows are on `device`.
+    """A frozen table, weight (entries, hidden), in host memory or on disk. Rows are on `device`.
 
     The weight is not a parameter: transformers reads a model's device from its first parameter, and
-    code that moves or shards parameters must not change this one.
+    code that moves or shards parameters must not change this one. If it is on disk, `disk` is its
+    place, and `weight` is on meta.
     """
 
     weight: Tensor
+    disk: DiskTensor | None = None
+    is_on_disk = False
+    """Whether the weight is on disk; in a dry run `disk` is None then, too."""
 
     def __init__(self, table: FrozenEmbedding, device: torch.device) -> None:
         super().__init__()
@@ -69,12 +74,19 @@ class HostEmbedding(nn.Module):
         they have moved.
         """
         with host_memory():
-            rows = self._gather(ids.to(self.weight.device))
+            rows = self._read(ids) if self.disk is not None else self._gather(ids)
         rows = _scaled(upload(rows, self.device).to(self.compute), self.scale)
         return _normed(self, self.norm, rows)
 
+    def _read(self, ids: Tensor) -> Tensor:
+        """Return the rows from the disk; for a GPU in pinned memory."""
+        assert self.disk is not None
+        rows = self.disk.read_rows(ids.flatten().cpu()).view(*ids.shape, -1)
+        return rows.pin_memory() if self.device.type == "cuda" else rows
+
     def _gather(self, ids: Tensor) -> Tensor:
         """Return the rows in pinned memory, which a GPU copies asynchronously."""
+        ids = ids.to(self.weight.device)
         rows = torch.empty(
             (ids.numel(), self.weight.shape[1]),
             dtype=self.weight.dtype,

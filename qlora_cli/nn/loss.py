@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from qlora_cli.memory.scopes import mark, scope
+from qlora_cli.nn.host_head import HostHead
 from qlora_cli.nn.logits import IDENTITY, LogitTransform
+from qlora_cli.nn.piecewise_loss import piecewise_cross_entropy, piecewise_scores
 
 _HEAD_ROWS = 8192
 """Rows of the head whose gradient is updated at once."""
@@ -132,7 +134,7 @@ def _add_product(grad_head: Tensor, grad_logits: Tensor, rows: Tensor) -> None:
 
 def chunked_cross_entropy(
     hidden: Tensor,
-    head: Tensor,
+    head: Tensor | HostHead,
     positions: Tensor,
     targets: Tensor,
     scale: float | Tensor,
@@ -142,12 +144,19 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Return the sum of the cross entropies of all targets times `scale`, a float32 scalar.
 
-    hidden: (n, d). head: (V, d). positions: (m,) int64, the rows of `hidden` that have a target.
-    targets: (m,) int64. scale: one for all targets, or (m,) float32 one for each; it includes the
-    loss scale of float16 training, so that it is applied before gradients are rounded to 16 bit.
-    bias: (V,) of the head. transform: of the head's output. chunk: number of targets whose logits
-    exist at once; None for as many as have CHUNK_ELEMENTS logits. `backward` can be called once.
+    hidden: (n, d). head: (V, d), or one in host memory. positions: (m,) int64, the rows of `hidden`
+    that have a target. targets: (m,) int64. scale: one for all targets, or (m,) float32 one for
+    each; it includes the loss scale of float16 training, so that it is applied before gradients are
+    rounded to 16 bit. bias: (V,) of the head. transform: of the head's output. chunk: number of
+    targets whose logits exist at once; None for as many as have CHUNK_ELEMENTS logits. With a head
+    in pieces, as many logits exist, of more targets and a part of the vocabulary. `backward` can be
+    called once.
     """
+    if isinstance(head, HostHead):
+        if head.num_pieces > 1:
+            given = (hidden, head, positions, targets, scale, transform)
+            return piecewise_cross_entropy(*given, _num_logits(head, chunk))
+        head = head.whole()
     loss: Tensor = _ChunkedCrossEntropy.apply(
         hidden, head, bias, positions, targets, scale, transform, chunk
     )
@@ -157,7 +166,7 @@ def chunked_cross_entropy(
 @torch.no_grad()
 def score(
     hidden: Tensor,
-    head: Tensor,
+    head: Tensor | HostHead,
     positions: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
@@ -182,7 +191,7 @@ def score(
 @torch.no_grad()
 def score_targets(
     hidden: Tensor,
-    head: Tensor,
+    head: Tensor | HostHead,
     positions: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
@@ -200,7 +209,7 @@ def score_targets(
 
 def _scored_chunks(
     hidden: Tensor,
-    head: Tensor,
+    head: Tensor | HostHead,
     positions: Tensor,
     targets: Tensor,
     bias: Tensor | None,
@@ -208,6 +217,12 @@ def _scored_chunks(
     chunk: int | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (whether each target is top-1 (c, 1), losses (c, 1)) per chunk."""
+    if isinstance(head, HostHead):
+        if head.num_pieces > 1:
+            num_logits = _num_logits(head, chunk)
+            yield piecewise_scores(hidden, head, positions, targets, transform, num_logits)
+            return
+        head = head.whole()
     mark("loss")
     for at, _, logits in _chunks(hidden, head, bias, positions, transform, chunk):
         chosen = targets[at][:, None]
@@ -231,6 +246,11 @@ def _chunks(
         at = slice(start, start + size)
         rows = hidden.index_select(0, positions[at])
         yield at, rows, transform.apply_(head_output(rows, weight, bias).float())
+
+
+def _num_logits(head: HostHead, chunk: int | None) -> int:
+    """Return the logits that exist at once. chunk: as of `chunked_cross_entropy`."""
+    return CHUNK_ELEMENTS if chunk is None else chunk * head.out_features
 
 
 def head_output(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -135,7 +135,7 @@ def _smaller_weights(recipe: Recipe, profile: DeviceProfile) -> Iterator[tuple[s
     recomputed = with_settings(recipe, "train", activation_checkpointing=True)
     if profile.count > 1 and recipe.base.residency != SHARD:
         yield f"base.residency={SHARD}", with_settings(recomputed, "base", residency=SHARD)
-    if profile.kind == "cuda" and recipe.base.residency != "host":
+    if profile.kind == "cuda" and not recipe.base.is_streamed:
         yield "base.residency=host", with_settings(recomputed, "base", residency="host")
 
 

@@ -32,6 +32,7 @@ from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.codebook import clear_scale_codebook
+from qlora_cli.nn.host_head import HostHead
 from qlora_cli.parallel.processes import PlannedProcesses
 from qlora_cli.plan.block_groups import BlockGroups, GroupSample
 from qlora_cli.plan.config_blocks import groups_of, matched_overrides, with_blocks
@@ -194,14 +195,15 @@ class DryRun:
         with tracker:
             recording.begin_phase()
             given = (recipe, config, make_source, meta, self.profile)
-            copy = MetaCopy() if self._has_copy else None
+            is_kept = self._has_copy or recipe.base.residency == "disk"
+            copy = MetaCopy(exists=self._has_copy) if is_kept else None
             processes = PlannedProcesses(self.profile.count)
             state = build_state(ModelRequest(*given, copy=copy, processes=processes))
             tag_living(state, tracker)
             recording.end_phase("load")
             recording.release_cache()
             self._run_phases(state, tracker, recording)
-        family = state.loaded.family
+        family, head = state.loaded.family, state.loaded.head
         num_tokens = max(batch.num_tokens for batch in self._step_batches)
         return RecordedJob(
             segments=recording.segments,
@@ -214,6 +216,7 @@ class DryRun:
             has_single_blocks=groups.period == 1,
             streamed_bytes=_streamed_bytes(state.loaded, groups, sample.number),
             num_tokens=num_tokens,
+            head_bytes=head.num_bytes if isinstance(head, HostHead) else 0,
         )
 
     def _run_phases(self, state: State, tracker: StorageTracker, recording: Recording) -> None:
@@ -245,7 +248,7 @@ class DryRun:
 
 
 def _streamed_bytes(loaded: LoadedModel, groups: BlockGroups, number: int) -> list[int]:
-    """Return the packed weights in host memory of each of the recorded groups. number: of them."""
+    """Return the streamed weights of each of the recorded groups. number: of them."""
     sizes = [0] * (number + 1)  # The last blocks may be no complete group.
     for block, num_bytes in enumerate(loaded.stream.block_bytes if loaded.stream else ()):
         sizes[groups.group_of(block)] += num_bytes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_cli.files.disk_tensor import DiskTensor
 from qlora_cli.files.safetensors_io import TensorSpec
 from qlora_cli.models.buffers import persistent_buffers
 from qlora_cli.models.family import Family
@@ -47,7 +49,19 @@ class MetaSource:
 
 
 class MetaCopy:
-    """The packed copy of a base that an earlier start has kept."""
+    """The packed copy of a base. exists: an earlier start has kept it."""
+
+    def __init__(self, exists: bool = True) -> None:
+        self._exists = exists
+
+    def disk_tensors(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, DiskTensor] | None:
+        """Return no tensor, because a dry run reads none; None if the copy does not exist."""
+        return {} if self._exists else None
+
+    def write(self, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Compute the tensors, one after the other as when they are written."""
+        deque(tensors, maxlen=0)
+        self._exists = True
 
     def read(self, specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
         """Return empty tensors on meta."""

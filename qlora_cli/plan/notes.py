@@ -6,12 +6,11 @@ from collections.abc import Iterator
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.plan.replay import MemoryPlan
-from qlora_cli.plan.step_time import LINK_BYTES_PER_SECOND
 from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.bitsandbytes_adamw import PAGED_FROM
 from qlora_cli.train.optimizer import OPTIMIZERS
-from qlora_cli.units import format_bytes, format_duration
+from qlora_cli.units import format_bytes
 
 
 def plan_notes(recipe: Recipe, profile: DeviceProfile, plan: MemoryPlan) -> tuple[str, ...]:
@@ -21,7 +20,6 @@ def plan_notes(recipe: Recipe, profile: DeviceProfile, plan: MemoryPlan) -> tupl
         *_weights_note(profile, plan),
         *_gpu_notes(recipe, profile),
         *_recipe_notes(recipe),
-        *_streaming_note(recipe, plan),
     )
 
 
@@ -50,17 +48,6 @@ def _weights_note(profile: DeviceProfile, plan: MemoryPlan) -> Iterator[str]:
             f"{format_bytes(profile.usable_bytes)}: no change of the batch, the adapter or the "
             "optimizer makes this job fit; use base.residency=host, a smaller base, fewer bits "
             "or a larger GPU"
-        )
-
-
-def _streaming_note(recipe: Recipe, plan: MemoryPlan) -> Iterator[str]:
-    if plan.streamed_bytes and recipe.base.residency != SHARD:
-        copied = plan.copied_weights
-        yield (
-            f"base.residency=host: {format_bytes(plan.streamed_bytes)} of weights are in host "
-            f"memory; each micro-batch copies up to {format_bytes(copied)} to the device, which "
-            f"takes at least {format_duration(copied / LINK_BYTES_PER_SECOND)} over PCIe 4.0 x16 "
-            "(31.5 GB/s by its specification); the estimated duration does not contain it"
         )
 
 

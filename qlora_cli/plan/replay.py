@@ -28,9 +28,10 @@ class MemoryPlan:
     segments: all events of the job. memory_model: the model of the target device. loss: the peak of
     the loss in a step, beside the peak of the rest. flops: operations of a step. num_blocks,
     num_recomputed: number of blocks, and of those that are recomputed in the backward pass.
-    streamed_bytes: packed weights in host memory, which each pass over the blocks copies.
-    num_tokens: of the largest micro-batch. moved_inputs: bytes of inputs of recomputed blocks that
-    this micro-batch copies to host memory and back. input_bytes: of the input of one block.
+    streamed_bytes: packed weights that are not on the device, and that each pass copies to it.
+    head_bytes: the same of the head, which each micro-batch copies once. num_tokens: of the largest
+    micro-batch. moved_inputs: bytes of inputs of recomputed blocks that this micro-batch copies to
+    host memory and back. input_bytes: of the input of one block.
     """
 
     phases: tuple[Phase, ...]
@@ -46,14 +47,15 @@ class MemoryPlan:
     num_blocks: int = 0
     num_recomputed: int = 0
     streamed_bytes: int = 0
+    head_bytes: int = 0
     num_tokens: int = 0
     moved_inputs: int = 0
     input_bytes: int = 0
 
     @property
     def copied_weights(self) -> int:
-        """Bytes of weights that a micro-batch copies from host memory, at most."""
-        return 2 * self.streamed_bytes
+        """Bytes of weights that a micro-batch copies to the device, at most."""
+        return 2 * self.streamed_bytes + self.head_bytes
 
     @property
     def copied_bytes(self) -> int:
@@ -102,7 +104,8 @@ class RecordedJob:
     two in parameters. input_bytes: size of one block's input, which activation checkpointing keeps.
     has_single_blocks: False if a block stands for a group of blocks; then one block's working set
     is not known, and the lower bound of the memory leaves it out. streamed_bytes: packed weights of
-    each recorded block that are in host memory. num_tokens: of the largest micro-batch.
+    each recorded block that are not on the device. head_bytes: the same of the head. num_tokens: of
+    the largest micro-batch.
     """
 
     segments: list[BlockSegment]
@@ -114,6 +117,7 @@ class RecordedJob:
     input_bytes: int
     has_single_blocks: bool
     streamed_bytes: Sequence[int]
+    head_bytes: int = 0
     num_tokens: int = 0
 
 
@@ -156,4 +160,5 @@ def replay(job: RecordedJob, repeats: Sequence[tuple[int, int]]) -> MemoryPlan:
         num_tokens=job.num_tokens,
         streamed_bytes=sum(job.streamed_bytes)
         + sum(num_copies * job.streamed_bytes[block] for block, num_copies in repeats),
+        head_bytes=job.head_bytes,
     )

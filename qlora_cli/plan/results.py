@@ -55,12 +55,46 @@ class PolicySummary:
 
 
 @dataclass(frozen=True)
+class LinkTime:
+    """The copies of a step. All times are in seconds.
+
+    bytes_per_step: copied to the device, at most. copy_seconds: of all copies of a step.
+    compute_seconds: of a step without them. step_seconds: of a step in which they overlap. source:
+    of the link's speed.
+    """
+
+    bytes_per_step: int
+    bytes_per_second: float
+    copy_seconds: float
+    compute_seconds: float
+    step_seconds: float
+    source: str
+
+    def text(self, copied: str, copying: str, computing: str) -> str:
+        """Return one sentence. copied, copying, computing: the first three fields as text."""
+        hidden = self.copy_seconds <= self.compute_seconds
+        effect = (
+            "the copies can be hidden behind the computation"
+            if hidden
+            else "the copies decide; a larger micro-batch or longer rows compute more per copy"
+        )
+        return (
+            f"A step copies up to {copied} of weights to the device, which takes {copying} "
+            f"({self.source}), and computes for {computing}: {effect}."
+        )
+
+
+@dataclass(frozen=True)
 class TimeEstimate:
-    """The time that training takes, in seconds; None if it is not known. source: of the figures."""
+    """The time that training takes, in seconds; None if it is not known.
+
+    source: of the figures. copies: of a base that is not on the device.
+    """
 
     step_seconds: float | None = None
     total_seconds: float | None = None
     source: str = "not measured"
+    copies: LinkTime | None = None
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Settler:
         if needed <= self.limit.num_bytes:
             choice = Choice(RESIDENCY, "device", f"the base fits the device: {what}")
         elif not _can_stream(recipe):
-            choice = Choice(RESIDENCY, "device", f"no block can be in host memory: {what}")
+            choice = Choice(RESIDENCY, "device", f"the base cannot be in host memory: {what}")
         else:
             streamed = self._settled(with_settings(recipe, "base", residency="host"))
             if streamed.plan.needed_bytes < needed:
@@ -210,16 +210,19 @@ class Settler:
 
 
 def _can_stream(recipe: Recipe) -> bool:
-    """Return whether blocks of the base may be in host memory."""
-    recomputes = recipe.train.activation_checkpointing not in (False, 0)
-    return recomputes and recipe.adapter.method == "lora"
+    """Return whether the base may be in host memory."""
+    return recipe.adapter.method == "lora"
 
 
 def _host_choice(plan: MemoryPlan, what: str) -> Choice:
     """Return the choice of host memory. what: the memory that a base on the device needs."""
-    reason = f"a base on the device does not fit: {what}. {plan.num_recomputed} of "
-    reason += f"{plan.num_blocks} blocks are in host memory ({format_bytes(plan.streamed_bytes)}) "
-    reason += f"and are copied to the GPU to compute: {format_bytes(plan.needed_bytes)} planned"
+    reason = f"a base on the device does not fit: {what}. The embedding, the head and "
+    reason += f"{plan.num_recomputed} of {plan.num_blocks} blocks are in host memory, and "
+    reason += (
+        f"{format_bytes(plan.streamed_bytes + plan.head_bytes)} of them are copied to the GPU "
+    )
+    reason += "to compute: "
+    reason += f"{format_bytes(plan.needed_bytes)} planned"
     return Choice(RESIDENCY, "host", reason)
 
 

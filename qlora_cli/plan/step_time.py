@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from qlora_cli.memory.work import Work, WorkKind
 from qlora_cli.plan.recording import BlockSegment
@@ -25,13 +25,15 @@ class DeviceSpeed:
 
     flops_per_second: of matrix products in the compute dtype. bytes_per_second: read and written,
     by the kind of work; `other` is the value of kinds that are not named. call_seconds: least time
-    of an operation.
+    of an operation. link_bytes_per_second: copies from pinned host memory to the device; None if
+    they were not measured.
     """
 
     flops_per_second: float
     bytes_per_second: Mapping[WorkKind, float]
     call_seconds: float
     source: str
+    link_bytes_per_second: float | None = None
 
     def seconds(self, work: Iterable[Work]) -> float:
         """Return the time of all operations together."""
@@ -58,13 +60,21 @@ class DeviceSpeed:
         return max(work.flops / self.flops_per_second, work.num_bytes / speed, self.call_seconds)
 
 
-def micro_batches(segments: Iterable[BlockSegment]) -> list[list[Work]]:
+class PartOfBatch(NamedTuple):
+    """Work of a micro-batch that belongs together. part: forward, loss or backward."""
+
+    part: str
+    block: int | None
+    work: list[Work]
+
+
+def micro_batches(segments: Iterable[BlockSegment]) -> list[list[PartOfBatch]]:
     """Return the work of the micro-batches of the phase `step` of a recorded dry run.
 
     It is that of the forward and backward pass: of the largest micro-batch, or of the largest first
     and the largest later one.
     """
-    found: list[list[Work]] = []
+    found: list[list[PartOfBatch]] = []
     part = ""
     for segment in segments:
         for event in segment.events:
@@ -75,11 +85,20 @@ def micro_batches(segments: Iterable[BlockSegment]) -> list[list[Work]]:
                 found += [[]] if part == "forward" else []
             # An evaluation has a loss and no training step.
             elif event.kind in ("work", "recompute") and found and part in _PASSES:
+                last = found[-1][-1] if found[-1] else None
+                if last is None or (last.part, last.block) != (part, segment.block):
+                    last = PartOfBatch(part, segment.block, [])
+                    found[-1].append(last)
                 kind = cast(WorkKind, event.category)
-                found[-1].append(Work(kind, event.flops, event.num_bytes))
+                last.work.append(Work(kind, event.flops, event.num_bytes))
             elif event.kind == "end" and event.category == "step":
                 return found
     raise ValueError("the recording has no step")
+
+
+def work_of(parts: Iterable[PartOfBatch]) -> list[Work]:
+    """Return the work of all parts of a micro-batch."""
+    return [item for part in parts for item in part.work]
 
 
 def update_work(trained_parameters: int) -> Work:
@@ -104,6 +123,6 @@ def seconds_per_token(
     and the device take place while it computes, so the slower of both counts. update_seconds: what
     one update takes, divided by the number of micro-batches before it.
     """
-    micro_batch = speed.seconds(micro_batches(segments)[-1])
+    micro_batch = speed.seconds(work_of(micro_batches(segments)[-1]))
     micro_batch = max(micro_batch, copied_bytes / LINK_BYTES_PER_SECOND)
     return (micro_batch + update_seconds) / num_tokens

@@ -41,12 +41,14 @@ class Base(Section):
     compute_dtype: Literal["auto"] | Dtype = "auto"
     """Dtype of activations and matrix products; auto selects bfloat16 on a GPU with bfloat16 units,
     float16 on an older GPU and float32 on a CPU."""
-    residency: Literal["auto", "device", "host", "shard"] = "auto"
+    residency: Literal["auto", "device", "host", "disk", "shard"] = "auto"
     """Memory that stores the packed base: device is that of the GPU or CPU that computes. host is
-    host memory for the blocks that are recomputed (train.activation_checkpointing); each one is
-    copied to the GPU when it computes, which is slower. auto selects host if the job does not fit
-    the GPU otherwise. shard gives each of several processes (`qlora train --processes`) a part of
-    these blocks, which they exchange when a block computes."""
+    host memory for the embedding, the head and the blocks that are recomputed
+    (train.activation_checkpointing); each block and each piece of the head is copied to the GPU
+    when it computes, which is slower. disk reads the same from the packed copy (cache), so that the
+    host memory may be smaller than the base. auto selects host if the job does not fit the GPU
+    otherwise. shard gives each of several processes (`qlora train --processes`) a part of these
+    blocks, which they exchange when a block computes."""
     cache: Literal["auto"] | bool = "auto"
     """Keep a packed copy of the base on disk, so that later starts need not quantize it (`qlora
     cache list`); auto keeps a base of more than 64 MiB if bits is 4 or 8."""
@@ -56,6 +58,16 @@ class Base(Section):
         """Bits of a linear without an override. They must not be `auto` any more."""
         assert self.bits != "auto", "the bits are chosen first"
         return self.bits
+
+    @property
+    def is_streamed(self) -> bool:
+        """Return whether blocks, embedding and head are copied to the device when they compute."""
+        return self.residency in ("host", "disk")
+
+    @property
+    def moves_blocks(self) -> bool:
+        """Return whether recomputed blocks get their weights when they compute."""
+        return self.is_streamed or self.residency == SHARD
 
     @property
     def all_bits(self) -> set[Bits]:
@@ -75,6 +87,15 @@ class Base(Section):
             what = f"budget applies to bits: auto only, and bits is {self.bits}"
             raise NoEffect(what, {"base.budget": "base.bits"})
         parse_bytes(self.budget)
+        return self
+
+    @model_validator(mode="after")
+    def _disk_needs_the_copy(self) -> Base:
+        if self.residency == "disk" and self.cache is False:
+            raise ValueError(
+                "residency: disk reads the base from its packed copy, and cache: false keeps none; "
+                "omit cache"
+            )
         return self
 
     @model_validator(mode="after")

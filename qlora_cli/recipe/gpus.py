@@ -34,6 +34,27 @@ class PublishedSpeed:
 
 
 @dataclass(frozen=True)
+class Link:
+    """The link between host memory and a GPU. generation, lanes: of PCI Express."""
+
+    generation: int
+    lanes: int
+
+    @property
+    def name(self) -> str:
+        """Return `PCIe 4.0 x16`."""
+        return f"PCIe {self.generation}.0 x{self.lanes}"
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Return the largest speed in one direction by the specification (PCI-SIG).
+
+        A lane has 8, 16 or 32 GT/s (generation 3, 4, 5), and 128 of 130 bits are data.
+        """
+        return 1e9 * float(2**self.generation) * self.lanes * 128 / 130 / 8
+
+
+@dataclass(frozen=True)
 class Gpu:
     """A GPU by the manufacturer's published figures.
 
@@ -143,6 +164,14 @@ one. GeForce GPUs sum in float32 at half speed. GPUs without tensor cores have t
 those of Turing twice that of float32.
 """
 
+_GENERATIONS = (((9, 0), 5), ((8, 0), 4), ((0, 0), 3))
+"""(Least compute capability, generation of PCI Express). Sources: as of `GPUS`."""
+_EIGHT_LANES = (
+    *("RTX 3050", "RTX 4060", "RTX 4060 Ti", "RTX 4060 Ti 16GB"),
+    *("RTX 5060", "RTX 5060 Ti", "RTX 5060 Ti 16GB"),
+)
+"""GPUs with 8 lanes; the others have 16."""
+
 _EXAMPLE_SIZES = (
     *((8, "RTX 4060"), (12, "RTX 4070"), (16, "RTX 4080"), (24, "RTX 4090"), (32, "RTX 5090")),
     *((48, "RTX 6000 Ada"), (80, "A100 80GB or H100"), (141, "H200")),
@@ -208,6 +237,14 @@ def published_speed(profile: DeviceProfile) -> PublishedSpeed | None:
     """Return the published speed of a GPU, by its name; None if it is not in the table."""
     gpu = _find(profile.name)
     return None if gpu is None else gpu.speed
+
+
+def link_of(profile: DeviceProfile) -> Link:
+    """Return the link that a GPU supports; the machine's own may be slower."""
+    capability = profile.capability or (0, 0)
+    generation = next(number for least, number in _GENERATIONS if capability >= least)
+    gpu = _find(profile.name)
+    return Link(generation, 8 if gpu is not None and gpu.name in _EIGHT_LANES else 16)
 
 
 def size_that_fits(needed_bytes: int) -> str | None:

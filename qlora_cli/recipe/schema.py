@@ -252,17 +252,18 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _streamed_is_frozen(self) -> Recipe:
-        residency = self.base.residency
-        if residency not in ("host", SHARD):
+        base = self.base
+        if not base.moves_blocks:
             return self
         if self.adapter.method != "lora":
             raise ValueError(
-                f"base.residency: {residency} supports adapter.method: lora, and not "
+                f"base.residency: {base.residency} supports adapter.method: lora, and not "
                 f"{self.adapter.method}"
             )
-        if self.train.activation_checkpointing in (False, 0):
+        # Host memory and disk have the embedding and the head, too.
+        if base.residency == SHARD and self.train.activation_checkpointing in (False, 0):
             raise ValueError(
-                f"base.residency: {residency} moves the blocks that are recomputed, and "
+                f"base.residency: {SHARD} moves the blocks that are recomputed, and "
                 "train.activation_checkpointing recomputes none; set it to true or to a number"
             )
         return self

@@ -21,7 +21,6 @@ from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.packed_base import packed_store
-from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.classification import task_of_model
@@ -164,7 +163,7 @@ def _open(
 ) -> LoadedModel:
     config = read_config(base / "config.json")
     inference = recipe
-    if recipe.base.residency not in ("host", SHARD):
+    if not recipe.base.moves_blocks:
         train = recipe.train.model_copy(update={"activation_checkpointing": False})
         inference = recipe.model_copy(update={"train": train})
     model_class = task_of(recipe).model_class

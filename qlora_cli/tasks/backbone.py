@@ -15,6 +15,7 @@ from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.probe import constant_arguments
 from qlora_cli.nn.embedding import HostEmbedding
 from qlora_cli.nn.full_mask import full_mask
+from qlora_cli.nn.host_head import HostHead
 from qlora_cli.nn.labels import IGNORE_INDEX
 from qlora_cli.nn.logits import LogitTransform
 from qlora_cli.nn.spans import Spans, use_spans
@@ -98,10 +99,14 @@ def _padded(loaded: LoadedModel, ids: Tensor, batch: Batch, device: torch.device
     return hidden.flatten(0, 1)[kept]
 
 
-def head_of(loaded: LoadedModel) -> tuple[Tensor, Tensor | None, LogitTransform]:
-    """Return weight (V, d), bias (V,) or None, and transformation of the head."""
+def head_of(loaded: LoadedModel) -> tuple[Tensor | HostHead, Tensor | None, LogitTransform]:
+    """Return weight (V, d), bias (V,) or None, and transformation of the head.
+
+    A head in host memory is returned in place of its weight.
+    """
     head: Any = loaded.head
-    return head.weight, head.bias, loaded.family.logits
+    weight = head if isinstance(head, HostHead) else head.weight
+    return weight, head.bias, loaded.family.logits
 
 
 def targets_of(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

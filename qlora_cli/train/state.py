@@ -13,6 +13,8 @@ from qlora_cli.files.dtype import torch_dtype
 from qlora_cli.memory.tracker import StorageTracker
 from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.nn.embedding import HostEmbedding
+from qlora_cli.nn.host_head import HostHead
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.parallel.processes import SINGLE, Processes
 from qlora_cli.recipe.schema import Recipe
@@ -71,6 +73,8 @@ def tag_living(state: State, tracker: StorageTracker) -> None:
     loaded = state.loaded
     table = loaded.model.get_submodule(loaded.family.token_embedding)
     for path, module in loaded.model.named_modules():
+        if isinstance(module, HostEmbedding | HostHead) and not module.is_on_disk:
+            tracker.tag([module.weight], "embeddings" if module.weight is table.weight else "head")
         if path in loaded.family.embeddings:
             tracker.tag(module.parameters(recurse=False), "embeddings")
         elif path == loaded.family.head and not loaded.family.is_classifier:

@@ -100,6 +100,9 @@ def _sentences(result: PlanResult) -> list[Text]:
         lines.append(Text(f"{text}holds several rows."))
     lines += [Text(f"{choice.key} = {choice.value}: {choice.reason}.") for choice in result.choices]
     lines += [Text(text) for text in _duration(result)]
+    if (copies := result.time.copies) is not None:
+        times = map(format_duration, (copies.copy_seconds, copies.compute_seconds))
+        lines.append(Text(copies.text(format_bytes(copies.bytes_per_step), *times)))
     if result.data_problem:
         lines.append(Text(result.data_problem, style="yellow"))
     return lines

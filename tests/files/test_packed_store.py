@@ -29,7 +29,7 @@ TENSORS = {
     "half": torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16(),
     "empty": torch.empty(0, 3),
 }
-SIZE = format_bytes(packed_files.files_bytes(iter(TENSORS.items())))
+SIZE = format_bytes(packed_files.files_bytes(packed_files.specs_of(TENSORS.items())))
 SPECS = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in TENSORS.items()}
 
 
@@ -171,7 +171,7 @@ def test_the_least_recently_used_are_removed(monkeypatch: pytest.MonkeyPatch) ->
         file = cache.entry_folder(cache.PACKED, key) / cache.ENTRY
         os.utime(file, (1000 + number, 1000 + number))
     store_of("a")[0].read(SPECS)  # Now b is the least recently used.
-    size = packed_files.files_bytes(named())
+    size = packed_files.files_bytes(packed_files.specs_of(named()))
     monkeypatch.setenv(LIMIT, str(3 * size))
     notes = keep("d")
     assert "removed the 1 least recently used packed base" in notes[0]

@@ -62,6 +62,8 @@ GRID = [
         ("llama", 128256, True, "data.seq_len=300 task=preference preference.loss=simpo"),
         ("gpt2", 8192, True, f"data.seq_len=128 task=preference {FULL} {NO_CHECKPOINTING}"),
         ("llama", 8192, False, "data.seq_len=256 base.residency=host"),
+        ("llama", 128256, True, "data.seq_len=300 base.residency=host"),
+        ("llama", 128256, False, "data.seq_len=128 base.residency=disk"),
         ("gpt2", 8192, True, "data.seq_len=256 adapter.targets=all"),
         ("gpt2", 8192, True, f"data.seq_len=256 base.bits=8 {NO_CHECKPOINTING}"),
         (

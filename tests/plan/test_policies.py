@@ -232,13 +232,16 @@ def test_a_base_that_does_not_fit_is_put_into_host_memory() -> None:
     host = chosen(int((least - MIB) / GPU_SHARE))
     number = host.recipe.train.activation_checkpointing
     assert host.recipe.base.residency == "host"
-    assert 0 < number < BLOCKS
+    # Embedding and head are not on the device either, which may be enough without recomputation.
+    assert 0 <= number < BLOCKS
     assert host.plan.needed_bytes <= least - MIB
-    assert host.plan.streamed_bytes
-    assert f"{number} of {BLOCKS} blocks are in host memory" in host.choices[0].reason
+    assert host.plan.copied_bytes
+    text = f"the head and {number} of {BLOCKS} blocks are in host memory"
+    assert text in host.choices[0].reason
     kept = chosen(int((least - MIB) / GPU_SHARE), activation_checkpointing=False)
+    # The activations of all blocks decide the peak, and this small head does not.
     assert kept.recipe.base.residency == "device"
-    assert "no block can be in host memory" in kept.choices[0].reason
+    assert "host memory would save nothing" in kept.choices[0].reason
 
 
 @pytest.mark.slow

@@ -53,7 +53,8 @@ def products(work: list[Work]) -> Counter[tuple[str, int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_planned_work_is_that_of_a_real_step(case: Case) -> None:
-    planned = [work for part in micro_batches(plan_case(case, PROFILE).segments) for work in part]
+    batches = micro_batches(plan_case(case, PROFILE).segments)
+    planned = [work for batch in batches for part in batch for work in part.work]
     run = Run.of(case, PROFILE)
     state = run.load()
     if state.task.needs_constants:

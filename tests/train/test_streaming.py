@@ -12,12 +12,25 @@ from torch import Tensor
 
 from qlora_cli.data.collate import collate
 from qlora_cli.errors import ModelError, UsageError
+from qlora_cli.files.locate import read_config
+from qlora_cli.memory.device import profile_of
+from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.placement.block_stream import BlockStream
 from qlora_cli.models.switch import AdapterSwitch
+from qlora_cli.nn import host_head
+from qlora_cli.nn.embedding import HostEmbedding
+from qlora_cli.nn.host_head import HostHead
 from qlora_cli.nn.quant import QuantLinear
+from qlora_cli.plan.meta_source import MetaSource
 from qlora_cli.train.state import State
 from qlora_cli.train.step import train_step
+from tests.helpers.classifiers import (
+    TASK,
+    classification_recipe,
+    make_classified_base,
+    make_labelled_rows,
+)
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.marks import slow_after_first
 from tests.helpers.runs import make_base
@@ -123,18 +136,69 @@ def test_weights_that_are_dropped_too_early_are_an_error(
         train_step(state, [collate(ROWS[:1])], 1e-3)
 
 
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"train": {"activation_checkpointing": False}}, "recomputes none"),
-        ({"adapter": {"method": "dora"}}, r"supports adapter\.method: lora, and not dora"),
-    ],
-)
-def test_settings_that_exclude_each_other_are_refused(
-    tmp_path: Path, sections: dict[str, Any], message: str
+def test_another_adapter_method_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"supports adapter\.method: lora, and not dora"):
+        make_state(tmp_path, base={"residency": "host"}, adapter={"method": "dora"})
+
+
+def tables_of(state: State) -> tuple[HostEmbedding, HostHead]:
+    embedding: Any = state.loaded.model.get_submodule(state.loaded.family.token_embedding)
+    head: Any = state.loaded.head
+    assert (type(embedding), type(head)) == (HostEmbedding, HostHead)
+    return embedding, head
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_embedding_and_head_are_in_host_memory_without_recomputed_blocks(
+    tmp_path: Path, is_tied: bool
 ) -> None:
-    with pytest.raises(ValidationError, match=message):
-        make_state(tmp_path, base={"residency": "host"}, **sections)
+    """A tied table is there once. Without recomputed blocks all blocks stay on the device."""
+    make_base(tmp_path / "llama", "llama", spread=0.15, tied=is_tied, num_hidden_layers=NUM_BLOCKS)
+    wanted = results(state_of(tmp_path, "llama", "device", 0))
+    state = state_of(tmp_path, "llama", "host", 0)
+    embedding, head = tables_of(state)
+    assert (embedding.weight is head.weight) == is_tied
+    assert state.loaded.stream is None
+    assert differences(results(state), wanted) == []
+
+
+@pytest.mark.parametrize("family", slow_after_first(MODEL_TYPES))
+def test_a_head_in_pieces_gives_equal_results(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums are added in another order, so results differ by rounding in float32."""
+    wanted = results(state_of(tmp_path, family, "device", 2))
+    monkeypatch.setattr(host_head, "PIECE_BYTES", 4096)
+    state = state_of(tmp_path, family, "host", 2)
+    assert tables_of(state)[1].num_pieces > 2
+    for name, own in results(state).items():
+        difference, largest = (own - wanted[name]).abs().max(), wanted[name].abs().max()
+        # Adam divides by the size of a gradient, so rounding of a small one is as large as any.
+        limit = 1e-6 if name.startswith(("step", "eval")) else 1e-3
+        assert difference <= limit * largest, name
+
+
+def test_the_head_of_a_classifier_stays_on_the_device(tmp_path: Path) -> None:
+    """It is trained, and small."""
+    base = make_classified_base(tmp_path / "base", "llama")
+    recipe = classification_recipe(
+        base, make_labelled_rows(tmp_path / "rows.jsonl"), base={"residency": "host"}
+    )
+    meta, config = torch.device("meta"), read_config(base / "config.json")
+    loaded = build(
+        ModelRequest(
+            recipe,
+            config,
+            lambda model, family: MetaSource(model, family, torch.float16),
+            meta,
+            profile_of(torch.device("cpu")),
+            model_class=TASK.model_class,
+        )
+    )
+    assert not isinstance(loaded.head, HostHead)
+    table = loaded.model.get_submodule(loaded.family.token_embedding)
+    assert isinstance(table, HostEmbedding)
+    assert all(p.requires_grad for p in loaded.head.parameters())
 
 
 def test_blocks_that_share_weights_are_refused(

@@ -152,6 +152,8 @@ _REAL_POLICIES = (
     ("8B", 8192, 14, "train.loss_chunk=261"),
     ("8B", 512, 32, "train.loss_chunk=64", "base.residency=host"),
     ("8B", 2048, 20, "train.loss_chunk=160", "base.residency=host"),
+    ("8B", 8192, 32, "train.loss_chunk=64", "base.residency=host", "train.optimizer=adamw8bit"),
+    ("1B", 2048, 16, "train.loss_chunk=64", "base.residency=disk"),
 )
 """(shape, tokens, policy, further overrides)."""
 _NO_CHECKPOINTING = "train.activation_checkpointing=false"

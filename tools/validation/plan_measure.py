@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from profiler_peak import PeakProfiler
 from qlora_cli.data.collate import Batch
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import QloraError
+from qlora_cli.events import Silent
+from qlora_cli.files.packed_store import PackedStore
 from qlora_cli.memory.device import inspect_device, profile_of
 from qlora_cli.memory.host import host_capacity_bytes
 from qlora_cli.models.build import ModelRequest
@@ -96,16 +99,29 @@ class Run:
             self.evaluate(state)
 
     def load(self) -> State:
-        """Return the state before the first step, with synthetic weights."""
-        return build_state(
-            ModelRequest(
-                self.recipe,
-                self.config,
-                lambda model, family: SyntheticSource(model, family, with_values=not is_fake_gpu()),
-                self.device,
-                profile_of(self.device),
+        """Return the state before the first step, with synthetic weights.
+
+        A base on disk is packed into a temporary folder, whose files stay readable.
+        """
+        with TemporaryDirectory() as folder:
+            return build_state(
+                ModelRequest(
+                    self.recipe,
+                    self.config,
+                    lambda model, family: SyntheticSource(
+                        model, family, with_values=not is_fake_gpu()
+                    ),
+                    self.device,
+                    profile_of(self.device),
+                    copy=self._copy(Path(folder)),
+                )
             )
-        )
+
+    def _copy(self, folder: Path) -> PackedStore | None:
+        """Return an empty packed copy, if the base of the case is on disk."""
+        if self.recipe.base.residency != "disk":
+            return None
+        return PackedStore(folder / "packed" / "copy", self.case.name, Silent())
 
     def batches(self, state: State) -> list[Batch]:
         """Return the micro-batches of a step."""

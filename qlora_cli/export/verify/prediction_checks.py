@@ -82,7 +82,8 @@ def compare_predictions(
             "figures include the change from quantization; a merge with --base dequantized avoids "
             "it"
         )
-    model = trained_model(expected, base, may_be_resident=True)
+    may_be_resident = run.recipe.base.residency != "disk"
+    model = trained_model(expected, base, may_be_resident)
     trained = model.compared_logits(rows.rows)
     is_classifier = model.loaded.family.is_classifier
     continuation = [] if is_classifier else [greedy_continuation(model, rows.rows)]

@@ -12,7 +12,7 @@ buffer of bytes per block needs one exchange, and the same code runs in the dry 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from qlora_cli.events import Observer
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import attribute, host_memory, module_scope, scope, unallocated
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.models.placement.block_stream import BlockStream, Slots, aligned, streamed_slots
+from qlora_cli.models.placement.block_stream import BlockStream, Slots, streamed_slots
 from qlora_cli.models.placement.device import complete, loading_order
 from qlora_cli.models.placement.held import (
     PackedCopy,
@@ -33,8 +33,21 @@ from qlora_cli.models.placement.held import (
     put_tensor,
 )
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots
+from qlora_cli.models.placement.weight_store import NUM_BUFFERS, aligned
 from qlora_cli.nn.packed_tensors import drop_packed
 from qlora_cli.parallel.processes import Processes
+
+
+class _Parts:
+    """The store of a sharded base: `BlockShards` exchanges the weights itself."""
+
+    where = "in parts on all devices"
+
+    def copy(self, targets: Mapping[str, Tensor]) -> None:
+        """Do nothing: the exchange fills a buffer."""
+
+    def will_need(self, names: Iterator[str]) -> None:
+        """Do nothing: the next block is exchanged, and none after it."""
 
 
 class BlockShards(BlockStream):
@@ -45,7 +58,7 @@ class BlockShards(BlockStream):
     """
 
     def __init__(self, blocks: Sequence[Slots], device: torch.device, processes: Processes) -> None:
-        super().__init__(blocks, device)
+        super().__init__(blocks, device, _Parts())
         self._processes = processes
         self._shards: dict[int, Tensor] = {}
         """Block -> the bytes of it that this process keeps, on the device."""
@@ -110,13 +123,9 @@ class BlockShards(BlockStream):
         with scope("base"):
             self._buffers = [
                 torch.empty(largest, dtype=torch.uint8, device=self.device)
-                for _ in range(min(2, self.num_blocks))
+                for _ in range(min(NUM_BUFFERS, self.num_blocks))
             ]
         attribute(self._buffers, "base")
-
-    def held(self) -> Iterator[tuple[str, Tensor]]:
-        """Raise AssertionError: no process has all weights, so none writes a packed copy."""
-        raise AssertionError("a sharded base is not written")
 
     def acquire(self, block: int) -> None:
         """Wait until the weights of a block are here, and begin to exchange the next."""

@@ -1,4 +1,4 @@
-"""Keeps the packed weights of the first blocks in host memory and streams them to the device.
+"""Keeps the packed weights of the first blocks in host memory or on disk, and streams them.
 
 The device has two buffers. One holds the weights of the block that computes; the weights of the
 next block are copied to the other one meanwhile. A block that is streamed is also recomputed in the
@@ -12,34 +12,32 @@ the operations of the block that used the buffer. The dry run calls the same cod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from qlora_cli.memory.scopes import attribute, host_memory, scope, unallocated
-from qlora_cli.models.placement.held import held_specs, held_tensors, put_held
+from qlora_cli.memory.scopes import attribute, scope, unallocated
+from qlora_cli.models.placement.held import held_specs, put_held
 from qlora_cli.models.placement.slots import TensorSlot
-from qlora_cli.nn.embedding import has_own_memory
+from qlora_cli.models.placement.weight_store import NUM_BUFFERS, WeightStore, aligned
 from qlora_cli.nn.packed_tensors import drop_packed
 
 Slots = Mapping[str, TensorSlot]
 """Name of a tensor in the checkpoint -> its destination."""
-_ALIGNMENT = 256
-"""Every tensor of a buffer begins at a multiple of this many bytes, as in torch's allocator."""
 
 
 class BlockStream:
     """Gives the first blocks of a model their weights when they compute.
 
     blocks: the slots of packed weights of each streamed block. device: the one that computes.
+    weights: has them while they are not in a buffer.
     """
 
-    def __init__(self, blocks: Sequence[Slots], device: torch.device) -> None:
+    def __init__(self, blocks: Sequence[Slots], device: torch.device, weights: WeightStore) -> None:
         self.device = device
+        self.weights = weights
         self._blocks = blocks
-        self._host: dict[str, dict[str, Tensor]] = {}
-        """Name of a slot -> its packed tensors in host memory by name; pinned for a GPU."""
         self._buffers: list[Tensor] = []
         self._arrivals: dict[int, torch.cuda.Event | None] = {}
         """The blocks whose weights are in a buffer or on their way -> end of the copy."""
@@ -62,26 +60,15 @@ class BlockStream:
         """Return the bytes of the weights of each streamed block."""
         return [_size(slots) for slots in self._blocks]
 
-    def keep(self, name: str, slot: TensorSlot) -> None:
-        """Move the weights of a slot that was just filled to host memory."""
-        self._host[name] = {key: self._on_host(t) for key, t in held_tensors({name: slot})}
-        for linear in slot.linears:
-            drop_packed(linear)
-
     def allocate_buffers(self) -> None:
         """Allocate the buffers on the device; the weights of all blocks were moved before."""
         largest = max(self.block_bytes)
         with scope("base"):
             self._buffers = [
                 torch.empty(largest, dtype=torch.uint8, device=self.device)
-                for _ in range(min(2, self.num_blocks))
+                for _ in range(min(NUM_BUFFERS, self.num_blocks))
             ]
         attribute(self._buffers, "base")
-
-    def held(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name -> tensor of all streamed weights, as `held_tensors` does."""
-        for tensors in self._host.values():
-            yield from tensors.items()
 
     def acquire(self, block: int) -> None:
         """Put the weights of a block on the device before it computes, and begin to copy the next.
@@ -96,6 +83,10 @@ class BlockStream:
         for wanted in (block, following):
             if 0 <= wanted < self.num_blocks and wanted not in self._arrivals:
                 self._arrivals[wanted] = self._copy(wanted)
+        later = 2 * following - block
+        if 0 <= later < self.num_blocks and later not in self._arrivals:
+            slots = self._blocks[later].items()
+            self.weights.will_need(key for name, slot in slots for key in held_specs(name, slot))
         arrival = self._arrivals[block]
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
@@ -135,9 +126,7 @@ class BlockStream:
 
     def _fill(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         with unallocated():  # The link between the memories copies, and not the device's kernels.
-            for name, tensors in parts.items():
-                for key, tensor in tensors.items():
-                    tensor.copy_(self._host[name][key], non_blocking=True)
+            self.weights.copy({key: part for own in parts.values() for key, part in own.items()})
 
     def _parts(self, block: int) -> dict[str, dict[str, Tensor]]:
         """Return the parts of a block's buffer that hold its tensors: by slot, then by name."""
@@ -151,15 +140,6 @@ class BlockStream:
                 parts[name][key] = part.view(spec.dtype).view(spec.shape)
                 start += aligned(spec.num_bytes)
         return parts
-
-    def _on_host(self, tensor: Tensor) -> Tensor:
-        if not has_own_memory(self.device):
-            return tensor  # It is in host memory already.
-        with host_memory():
-            if tensor.is_meta:
-                return torch.empty_like(tensor)
-            pinned = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            return pinned.copy_(tensor)
 
 
 def streamed_slots(slots: Slots, blocks: str, num_streamed: int) -> list[dict[str, TensorSlot]]:
@@ -179,8 +159,3 @@ def _size(slots: Slots) -> int:
     """Return the bytes that the packed tensors of a block need in a buffer."""
     specs = (spec for name, slot in slots.items() for spec in held_specs(name, slot).values())
     return sum(aligned(spec.num_bytes) for spec in specs)
-
-
-def aligned(num_bytes: int) -> int:
-    """Return the bytes that a tensor needs in a buffer."""
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

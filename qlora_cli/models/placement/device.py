@@ -24,7 +24,10 @@ from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.block_stream import BlockStream, streamed_slots
 from qlora_cli.models.placement.held import PackedCopy, held_tensors, put_tensor
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots, rebuild_buffers
+from qlora_cli.models.placement.weight_store import HostWeights
 from qlora_cli.models.tying import share_tied
+from qlora_cli.nn.host_head import HostHead, share_weight
+from qlora_cli.nn.packed_tensors import drop_packed
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,10 @@ class DevicePlacement:
         """Load every tensor of the model. Raises ModelError if the source does not fit."""
         slots = checked_slots(loaded, source)
         self.observer.stage("load", len(slots))
+        weights = HostWeights(self.device)
         if self.num_streamed:
             streamed = streamed_slots(slots, loaded.family.blocks, self.num_streamed)
-            loaded.stream = BlockStream(streamed, self.device)
+            loaded.stream = BlockStream(streamed, self.device, weights)
         moved = loaded.stream.names if loaded.stream is not None else set()
         num_copied = 0
         # A copy has the base only: a classification head is trained, and perhaps in no file.
@@ -56,16 +60,23 @@ class DevicePlacement:
             with scope("temporary"), module_scope(slots[name].module or name):
                 copy = None if name in heads else self.copy
                 num_copied += put_tensor(name, slots[name], source, copy, self.device)
-                if loaded.stream is not None and name in moved:
-                    loaded.stream.keep(name, slots[name])
+                if name in moved:
+                    _move(name, slots[name], weights)
             self.observer.advance(done)
         # A copy is written only after the checkpoint's head was compared.
         complete(loaded, source, self.device, is_compared=num_copied == len(slots))
         if self.copy is not None:
             absent = {*heads, *moved}
             of_base = {name: slot for name, slot in slots.items() if name not in absent}
-            held = loaded.stream.held if loaded.stream else lambda: iter(())
-            self.copy.finish(lambda: chain(held_tensors(of_base), held()))
+            self.copy.finish(lambda: chain(held_tensors(of_base), weights.held()))
+
+
+def _move(name: str, slot: TensorSlot, weights: HostWeights) -> None:
+    """Move the packed weights of a slot that was just filled to host memory."""
+    for key, tensor in held_tensors({name: slot}):
+        weights.keep(key, tensor)
+    for linear in slot.linears:
+        drop_packed(linear)
 
 
 def complete(
@@ -104,8 +115,13 @@ def _tie_head(loaded: LoadedModel, source: TensorSource | None) -> None:
     source: of the weights; None if it was checked before. Raises ModelError if the checkpoint
     contains a head with other values.
     """
-    table: Any = loaded.model.get_submodule(loaded.family.token_embedding).weight
-    loaded.head.weight = table
+    embedding: Any = loaded.model.get_submodule(loaded.family.token_embedding)
+    head: Any = loaded.head
+    if isinstance(head, HostHead):
+        share_weight(head, embedding)
+    else:
+        head.weight = embedding.weight
+    table = embedding.weight
     name = f"{loaded.family.head}.weight"
     if source is None or name not in source.names() or table.is_meta:
         return

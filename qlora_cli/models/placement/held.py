@@ -7,13 +7,14 @@ checkpoint that bitsandbytes quantized contains those of the linears.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files.disk_tensor import DiskTensor
 from qlora_cli.files.packed_entry import WEIGHT
 from qlora_cli.files.safetensors_io import TensorSpec
 from qlora_cli.files.source import FolderSource, TensorSource
@@ -28,8 +29,8 @@ NamedTensors = Callable[[], Iterator[tuple[str, Tensor]]]
 """Returns the names and the tensors of a loaded base."""
 
 
-class PackedCopy(Protocol):
-    """A copy of a base as memory holds it."""
+class HeldTensors(Protocol):
+    """Tensors of a base as memory holds it."""
 
     def read(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, Tensor] | None:
         """Return the tensors of `specs` on the CPU, or on meta in a dry run.
@@ -37,15 +38,28 @@ class PackedCopy(Protocol):
         specs: name -> dtype and shape. None if there is no copy or it is damaged.
         """
 
+
+class PackedCopy(HeldTensors, Protocol):
+    """A copy of a base as memory holds it."""
+
     def finish(self, tensors: NamedTensors) -> None:
         """Write the copy if it is absent. tensors: all that the model holds of the base."""
+
+    def disk_tensors(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, DiskTensor] | None:
+        """Return the tensors of `specs` in the files; none in a dry run. None without a copy."""
+
+    def write(self, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write the copy. Raises QloraError if it cannot be kept.
+
+        specs: name -> dtype and shape. tensors: in the same order, computed one after the other.
+        """
 
 
 def put_tensor(
     name: str,
     slot: TensorSlot,
     source: TensorSource,
-    copy: PackedCopy | None,
+    copy: HeldTensors | None,
     device: torch.device,
 ) -> bool:
     """Put a tensor into the model, from the copy if it has it. Return whether it has.

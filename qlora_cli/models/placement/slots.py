@@ -19,6 +19,7 @@ from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.tying import with_names_in_file
 from qlora_cli.nn.embedding import HostEmbedding, upload
 from qlora_cli.nn.experts import Experts, StackPart
+from qlora_cli.nn.host_head import HostHead
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
 
@@ -31,21 +32,27 @@ class TensorSlot:
     """One tensor of a checkpoint and its destination in the model.
 
     file_shape: shape of the tensor in the file. put: stores the tensor, in the model's orientation,
-    in the model. site: the linear whose weight it is. on_host: the tensor stays in host memory.
-    dtype: dtype in the model; None for a weight that is quantized. module: path of the module that
-    has the tensor, if the tensor's name is another one. linears: those that `put` packs the tensor
-    into. get: returns the tensor that `put` stored, if there are no such linears and the base is
-    frozen. The tensor is transposed and cast on the CPU, so that the device never stores it twice.
+    in the model. site: the linear whose weight it is. table: the module that has the tensor in host
+    memory or on disk. dtype: dtype in the model; None for a weight that is quantized. module: path
+    of the module that has the tensor, if the tensor's name is another one. linears: those that
+    `put` packs the tensor into. get: returns the tensor that `put` stored, if there are no such
+    linears and the base is frozen. The tensor is transposed and cast on the CPU, so that the device
+    never stores it twice.
     """
 
     file_shape: tuple[int, ...]
     put: Callable[[Tensor], None]
     site: Site | None = None
-    on_host: bool = False
+    table: HostEmbedding | HostHead | None = None
     dtype: torch.dtype | None = None
     module: str | None = None
     linears: Sequence[QuantLinear] = ()
     get: Callable[[], Tensor] | None = None
+
+    @property
+    def on_host(self) -> bool:
+        """Return whether the tensor is not on the device."""
+        return self.table is not None
 
     def fill(self, source: TensorSource, name: str, device: torch.device) -> None:
         """Read the tensor `name` and store it in the model on `device`."""
@@ -91,6 +98,11 @@ def _slots(loaded: LoadedModel) -> Iterator[tuple[str, TensorSlot]]:
                 yield f"{name}.bias", _parameter_slot(module, "bias", "base")
         elif isinstance(module, HostEmbedding):
             yield f"{path}.weight", _host_slot(module)
+        elif isinstance(module, HostHead):
+            if path != tied_head:
+                yield f"{path}.weight", _host_slot(module)
+            if module.bias is not None:
+                yield f"{path}.bias", _parameter_slot(module, "bias", "base")
         elif not isinstance(module, LoraLinear) and path != tied_head:
             for key, _ in module.named_parameters(recurse=False):
                 if parts := loaded.family.stacks.get(f"{path}.{key}"):
@@ -111,10 +123,10 @@ def _packed_slot(module: QuantLinear, site: Site | None) -> TensorSlot:
     return TensorSlot(shape, module.pack, site=site, dtype=dtype, linears=(module,))
 
 
-def _host_slot(module: HostEmbedding) -> TensorSlot:
+def _host_slot(module: HostEmbedding | HostHead) -> TensorSlot:
     old = module.weight
     return TensorSlot(
-        tuple(old.shape), module.put, on_host=True, dtype=old.dtype, get=lambda: module.weight
+        tuple(old.shape), module.put, table=module, dtype=old.dtype, get=lambda: module.weight
     )
 
 
