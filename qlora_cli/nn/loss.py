@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.memory.scopes import mark, scope
+from qlora_cli.memory.scopes import mark, represents, scope
 from qlora_cli.nn.host_head import HostHead
 from qlora_cli.nn.logits import IDENTITY, LogitTransform
 from qlora_cli.nn.piecewise_loss import piecewise_cross_entropy, piecewise_scores
@@ -27,6 +27,8 @@ _CONVERTED_ELEMENTS = 2**20
 """Values of the head that are converted to another dtype at once: 4 MiB in float32."""
 CHUNK_ELEMENTS = 2**25
 """Logits of one chunk if its number of tokens is not given: 128 MiB in float32."""
+_CHUNKS_ON_META = 4
+"""Complete chunks that a dry run computes; the others need the same memory again."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -202,7 +204,7 @@ def score_targets(
 
     The arguments are those of `chunked_cross_entropy`; there is at least one target.
     """
-    chunks = list(_scored_chunks(hidden, head, positions, targets, bias, transform, chunk))
+    chunks = list(_scored_chunks(hidden, head, positions, targets, bias, transform, chunk, True))
     is_top1, losses = (torch.cat(parts).squeeze(1) for parts in zip(*chunks, strict=True))
     return -losses, is_top1
 
@@ -215,8 +217,9 @@ def _scored_chunks(
     bias: Tensor | None,
     transform: LogitTransform,
     chunk: int | None,
+    keeps: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (whether each target is top-1 (c, 1), losses (c, 1)) per chunk."""
+    """Yield (whether each target is top-1 (c, 1), losses (c, 1)) per chunk. keeps: as `_chunks`."""
     if isinstance(head, HostHead):
         if head.num_pieces > 1:
             num_logits = _num_logits(head, chunk)
@@ -224,7 +227,7 @@ def _scored_chunks(
             return
         head = head.whole()
     mark("loss")
-    for at, _, logits in _chunks(hidden, head, bias, positions, transform, chunk):
+    for at, _, logits in _chunks(hidden, head, bias, positions, transform, chunk, keeps):
         chosen = targets[at][:, None]
         is_top1 = logits.argmax(dim=1, keepdim=True) == chosen
         yield is_top1, _losses(logits, chosen)[0]
@@ -239,13 +242,32 @@ def _chunks(
     positions: Tensor,
     transform: LogitTransform,
     chunk: int | None,
+    keeps: bool = False,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield (slice of the targets, their hidden states (c, d), float32 logits (c, V)) per chunk."""
+    """Yield (slice of the targets, their hidden states (c, d), float32 logits (c, V)) per chunk.
+
+    keeps: whether the caller keeps a tensor of each chunk. If not, a dry run computes a few of many
+    chunks of one size, whose work counts for all.
+    """
     size = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
-    for start in range(0, positions.shape[0], size):
+    num_targets = positions.shape[0]
+    num_full = num_targets // size
+    num_run = num_full if keeps or not hidden.is_meta else _num_run(num_full)
+    starts = [*range(0, num_run * size, size), *range(num_full * size, num_targets, size)]
+    for number, start in enumerate(starts, 1):
         at = slice(start, start + size)
-        rows = hidden.index_select(0, positions[at])
-        yield at, rows, transform.apply_(head_output(rows, weight, bias).float())
+        with represents(1 + num_full - num_run if number == num_run else 1):
+            rows = hidden.index_select(0, positions[at])
+            yield at, rows, transform.apply_(head_output(rows, weight, bias).float())
+
+
+def _num_run(num_full: int) -> int:
+    """Return how many of the complete chunks a dry run computes.
+
+    A small tensor of a chunk lives until the next one has its own, so the places of two chunks in
+    the allocator's memory take turns. The last chunk is of the same turn as without a dry run.
+    """
+    return min(num_full, _CHUNKS_ON_META + num_full % 2)
 
 
 def _num_logits(head: HostHead, chunk: int | None) -> int:

@@ -1,4 +1,4 @@
-"""A dry run computes a few chunks of attention and a few experts, and plans the memory of all."""
+"""A dry run computes a few chunks and experts, and plans the memory and the work of all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from qlora_cli.data.collate import largest_batch
 from qlora_cli.device import DeviceProfile
-from qlora_cli.nn import expert_stack, plain_attention
+from qlora_cli.nn import expert_stack, loss, plain_attention
 from qlora_cli.plan.dry_run import dry_run
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.proof.small_config import small_config
@@ -24,17 +24,23 @@ DEVICES = (
 )
 
 
-def plan(model_type: str, profile: DeviceProfile, window: int | None = None) -> MemoryPlan:
+def plan(
+    model_type: str, profile: DeviceProfile, window: int | None = None, **changes: Any
+) -> MemoryPlan:
+    """Plan a small model. changes: of the section `train`; `full`: of all parameters."""
     config = small_config(AutoConfig.for_model(model_type))
     config.dtype = torch.bfloat16
     if window is not None:
         config.sliding_window = window
+    is_full = changes.pop("full", False)
+    adapter = {"method": "full"} if is_full else {"rank": 4, "targets": "all"}
     recipe = Recipe.model_validate(
         {
             "model": {"name": "base"},
-            "adapter": {"rank": 4, "targets": "all"},
+            "base": {"bits": 16 if is_full else 4},
+            "adapter": adapter,
             "data": {"train": "", "seq_len": NUM_TOKENS},
-            "train": {"activation_checkpointing": True},
+            "train": {"activation_checkpointing": True, **changes},
         }
     )
     batches = [largest_batch(NUM_TOKENS, 1, config.vocab_size)] * 2
@@ -69,3 +75,31 @@ def test_one_chunk_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = peak()
     monkeypatch.setattr(plain_attention, "_CHUNKS_ON_META", 1)
     assert peak() < expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "chunk", "full", "device"),
+    [
+        ("llama", 57, False, 0),  # Seven chunks.
+        ("llama", 40, True, 1),  # Nine chunks and a smaller one.
+        ("gemma2", 33, False, 1),  # Twelve chunks and a smaller one, with capped logits.
+        ("gpt2", 7, True, 0),  # 57 chunks, with a tied head.
+    ],
+)
+def test_the_plan_of_a_few_chunks_of_the_loss_is_that_of_all(
+    model_type: str, chunk: int, full: bool, device: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = plan(model_type, DEVICES[device], loss_chunk=chunk, full=full)
+    monkeypatch.setattr(loss, "_CHUNKS_ON_META", 1000)
+    every = plan(model_type, DEVICES[device], loss_chunk=chunk, full=full)
+    assert few.phases == every.phases
+    assert few.reserved_bytes == every.reserved_bytes
+    assert few.flops == every.flops
+    assert few.loss == every.loss
+
+
+def test_one_chunk_of_the_loss_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = plan("llama", DEVICES[0], loss_chunk=57)
+    monkeypatch.setattr(loss, "_CHUNKS_ON_META", 0)
+    assert plan("llama", DEVICES[0], loss_chunk=57).loss != expected.loss
