@@ -36,6 +36,8 @@ _HTML = re.compile(
 )
 _OPEN_END = re.compile(r"[\w,]\Z")
 _WORDS = re.compile(r"[^\W_]+")
+_ASCII_WORDS = bytes(code if chr(code).isalnum() and code < 128 else 32 for code in range(256))
+"""Translation of ASCII characters that leaves what `_WORDS` finds, and spaces."""
 _LEAST_CUT = 40
 """Characters from which on an answer may have been cut."""
 _CUT_SHARE = 0.1
@@ -238,7 +240,9 @@ def _count_cut(cut: dict[str, int], answer: str, example: Example) -> None:
 
 
 def _digest(texts: Sequence[str]) -> int:
-    words = " ".join(_WORDS.findall("\n".join(texts).lower()))
-    if not words:
-        return 0
-    return int.from_bytes(blake2b(words.encode(errors="replace"), digest_size=8).digest())
+    text = "\n".join(texts).lower()
+    if text.isascii():
+        words = b" ".join(text.encode().translate(_ASCII_WORDS).split())
+    else:
+        words = " ".join(_WORDS.findall(text)).encode(errors="replace")
+    return int.from_bytes(blake2b(words, digest_size=8).digest()) if words else 0

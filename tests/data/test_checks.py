@@ -11,6 +11,7 @@ from qlora_cli.data.encode import Example
 from qlora_cli.data.encoded_dataset import EncodedDataset
 from qlora_cli.data.finding_codes import CODES
 from qlora_cli.data.findings import finding, stop_at_errors
+from qlora_cli.data.text_checks import _digest
 from qlora_cli.errors import DataError
 from qlora_cli.nn.labels import IGNORE_INDEX
 from tests.helpers.encoding import examples_of
@@ -104,3 +105,10 @@ def test_errors_stop_with_their_codes_and_warnings_do_not() -> None:
 
 def test_codes_are_short_words() -> None:
     assert all(name == name.lower() and " " not in name and len(name) < 25 for name in CODES)
+
+
+def test_the_digest_of_ascii_words_is_that_of_all_words() -> None:
+    every = "".join(map(chr, range(128)))
+    for text in (every, "A b_c\x1cd\ne", "", " ."):
+        # A character that is not of ASCII and of no word selects the other code path.
+        assert _digest([text]) == _digest([text + " \u2028"]), text
