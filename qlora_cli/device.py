@@ -38,7 +38,12 @@ class DeviceProfile:
         return max(0, self.capacity_bytes - self.context_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the profile as the `device` object of `qlora plan --json`."""
+        """Return the profile as the `device` object of `qlora plan --json`.
+
+        It has `count` if there are several devices.
+        """
         content = asdict(self)
         content["imagined"] = content.pop("is_planned")  # The output's key. words: allow
+        if self.count == 1:
+            del content["count"]
         return content
