@@ -165,12 +165,13 @@ those of Turing twice that of float32.
 """
 
 _GENERATIONS = (((9, 0), 5), ((8, 0), 4), ((0, 0), 3))
-"""(Least compute capability, generation of PCI Express). Sources: as of `GPUS`."""
+"""(Least compute capability, generation of PCI Express). Not looked up for each GPU."""
 _EIGHT_LANES = (
     *("RTX 3050", "RTX 4060", "RTX 4060 Ti", "RTX 4060 Ti 16GB"),
     *("RTX 5060", "RTX 5060 Ti", "RTX 5060 Ti 16GB"),
 )
-"""GPUs with 8 lanes; the others have 16."""
+"""GPUs with 8 lanes; the others have 16. Source for RTX 4060, 4060 Ti and 5060 Ti: TechPowerUp,
+"NVIDIA GeForce RTX 5060 Ti PCI-Express x8 Scaling"; RTX 3050 and 5060 were not looked up."""
 
 _EXAMPLE_SIZES = (
     *((8, "RTX 4060"), (12, "RTX 4070"), (16, "RTX 4080"), (24, "RTX 4090"), (32, "RTX 5090")),
