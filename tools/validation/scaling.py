@@ -91,7 +91,8 @@ def planned(model: str, config: Any, gpu: Gpu, count: int) -> Case:
         link = gpu.host_link
         if placement == "shard":
             weights, link = weights * (count - 1) // count, gpu.device_link
-        seconds = estimated_time(recipe, config, profile, plan, None).step_seconds or 0.0
+        time = estimated_time(recipe, config, profile, plan, None)
+        seconds = (time.copies.compute_seconds if time.copies else time.step_seconds) or 0.0
         link_seconds = weights / link + gradients / gpu.device_link
         bound = "link" if link_seconds > seconds else "compute"
         shown = (plan.needed_bytes, profile.usable_bytes, gradients + weights)
