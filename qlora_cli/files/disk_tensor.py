@@ -84,7 +84,7 @@ class DiskTensor:
             count = os.preadv(self.file.descriptor, [buffer[filled:]], at)
             if not count:
                 raise ModelError(
-                    "the packed copy of the base is shorter than its header says",
+                    "the packed copy of the base is shorter than its header states",
                     where=str(self.entry.file),
                     hint="clear it (`qlora cache clear`); the base is packed again",
                 )

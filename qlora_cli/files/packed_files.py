@@ -50,8 +50,9 @@ class DamagedCopy(Exception):
 class PackedFiles:
     """A packed base that was opened.
 
-    entries: name -> place of a tensor. checksums: CRC-32. files: stay
-    readable if the copy is removed. maps: of the shards that are mapped now.
+    entries: name -> place of a tensor. checksums: name -> CRC-32 of its bytes. files: path -> open
+    shard, which can be read even after the copy was removed. maps: path ->
+    mapped shard.
     """
 
     entries: Mapping[str, TensorEntry]

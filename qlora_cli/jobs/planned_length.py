@@ -78,12 +78,12 @@ def estimated_time(
         link, link_source = link_speed(profile, speed)
         overlapped = overlapped_seconds(parts, plan, speed, link)
         copies = LinkTime(
-            plan.copied_bytes * own,
-            link,
-            plan.copied_bytes * own / link,
-            micro_batch * own + update,
-            overlapped * own + update,
-            link_source,
+            bytes_per_step=plan.copied_bytes * own,
+            bytes_per_second=link,
+            copy_seconds=plan.copied_bytes * own / link,
+            compute_seconds=micro_batch * own + update,
+            step_seconds=overlapped * own + update,
+            source=link_source,
         )
         micro_batch = overlapped
     tera_flops = sum(item.flops for item in work) / 1e12

@@ -80,7 +80,7 @@ def launch(arguments: Sequence[str], number: int, command: Sequence[str] = _QLOR
 
 
 def end_with_launcher() -> None:
-    """Let the launcher's end, for example by SIGKILL, stop this process as SIGTERM does.
+    """Make the system send SIGTERM to this process when its launcher ends, even by SIGKILL.
 
     Does nothing in a process without a launcher, and on systems other than Linux.
     """

@@ -59,7 +59,7 @@ class TrainingLoop:
     on_checkpoint: called after each checkpoint, to write what has been measured so far.
     may_recompute_more: whether the activation policy may change if memory runs short. parts: number
     of parts that each micro-batch is divided into from the start. time_left: estimates the time
-    of the rest, and has the steps that the memory tracker sees.
+    of the rest, and has the steps that the memory tracker records.
     """
 
     state: State

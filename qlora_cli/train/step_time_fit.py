@@ -111,11 +111,6 @@ class StepTimeFit:
     _sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
     _seconds: float = 0.0
 
-    @property
-    def has_steps(self) -> bool:
-        """Whether a step was measured."""
-        return self._first is not None
-
     def add(self, work: StepWork, seconds: float) -> None:
         """Add one measured step."""
         parts = self.planned.parts(work)

@@ -190,6 +190,6 @@ def test_rows_of_a_tensor_on_disk(tmp_path: Path) -> None:
     for wrong in (-1, 20):
         with pytest.raises(IndexError):
             on_disk.read_rows(torch.tensor([wrong]))
-    with pytest.raises(QloraError, match="shorter than its header says"):
+    with pytest.raises(QloraError, match="shorter than its header states"):
         on_disk.read_into(part, 18)
     assert len(bytes_of(part)) == 24

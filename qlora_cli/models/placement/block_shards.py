@@ -3,7 +3,7 @@
 Each process keeps an equal part of the bytes of each block. Before a block computes, in the forward
 pass and again when it is recomputed in the backward pass, all processes exchange their parts, so
 that each has the complete block in one of two buffers. The parts of the next block are exchanged
-meanwhile. What is said of buffers in `block_stream.py` applies here too.
+meanwhile. `block_stream.py` describes how the buffers are used.
 
 All processes must run the same blocks in the same order. torch's `fully_shard` is not used: it
 casts and frees parameters by itself, and the scales of a packed weight are of several dtypes. One
@@ -33,7 +33,7 @@ from qlora_cli.models.placement.held import (
     put_tensor,
 )
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots
-from qlora_cli.models.placement.weight_store import NUM_BUFFERS, aligned
+from qlora_cli.models.placement.weight_store import aligned
 from qlora_cli.nn.packed_tensors import drop_packed
 from qlora_cli.parallel.processes import Processes
 
@@ -117,15 +117,10 @@ class BlockShards(BlockStream):
             attribute([self._shards[block]], "base")
         return self._shards[block]
 
-    def allocate_buffers(self) -> None:
-        """Allocate the buffers, which hold the parts of all processes."""
-        largest = max(self.shard_bytes) * self._processes.size
-        with scope("base"):
-            self._buffers = [
-                torch.empty(largest, dtype=torch.uint8, device=self.device)
-                for _ in range(min(NUM_BUFFERS, self.num_blocks))
-            ]
-        attribute(self._buffers, "base")
+    @property
+    def _buffer_bytes(self) -> int:
+        """Return the size of a buffer, which must hold the parts of all processes."""
+        return max(self.shard_bytes) * self._processes.size
 
     def acquire(self, block: int) -> None:
         """Wait until the weights of a block are here, and begin to exchange the next."""

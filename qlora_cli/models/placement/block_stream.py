@@ -62,13 +62,17 @@ class BlockStream:
 
     def allocate_buffers(self) -> None:
         """Allocate the buffers on the device; the weights of all blocks were moved before."""
-        largest = max(self.block_bytes)
         with scope("base"):
             self._buffers = [
-                torch.empty(largest, dtype=torch.uint8, device=self.device)
+                torch.empty(self._buffer_bytes, dtype=torch.uint8, device=self.device)
                 for _ in range(min(NUM_BUFFERS, self.num_blocks))
             ]
         attribute(self._buffers, "base")
+
+    @property
+    def _buffer_bytes(self) -> int:
+        """Return the size of a buffer, which must hold the largest block."""
+        return max(self.block_bytes)
 
     def acquire(self, block: int) -> None:
         """Put the weights of a block on the device before it computes, and begin to copy the next.

@@ -1,7 +1,8 @@
-"""Streams a base from its packed copy on disk. Memory of the process does not grow with the model.
+"""Streams a base from its packed copy on disk.
 
 The weights of recomputed blocks, the embedding and the head stay in the files of the packed copy
-(`files/packed_store.py`) and are read when they are needed. The system's cache of file pages makes
+(`files/packed_store.py`) and are read when they are needed, so that the process does not hold them
+in memory. The system's cache of file pages makes
 that fast if memory is free. If there is no copy, one is written first: each tensor is read from the
 checkpoint, packed and written before the next one.
 """

@@ -12,9 +12,9 @@ class Placement(Protocol):
     """A way to give a converted model on `meta` its weights.
 
     `device.py` loads all weights onto one device; some blocks may then move to host memory and be
-    copied back when they compute (`block_stream.py`). `block_shards.py` gives each process of a job
-    a part of these blocks. `streamed.py` reads the weights of a module
-    from the checkpoint when the module computes, and frees them afterwards.
+    copied back when they compute (`block_stream.py`). `disk.py` leaves them in the packed copy.
+    `block_shards.py` gives each process of a job a part of these blocks. `streamed.py` reads the
+    weights of a module from the checkpoint when the module computes, and frees them afterwards.
     """
 
     def place(self, loaded: LoadedModel, source: TensorSource) -> None:
