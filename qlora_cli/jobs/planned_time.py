@@ -16,8 +16,8 @@ from qlora_cli.train.step_time_fit import PlannedTime
 from qlora_cli.train.time_left import Interruptions, TimeLeft, WorkLeft
 
 TRACKED_STEPS = 3
-"""Steps at the start of a process that the memory tracker records: the first one creates the optimizer
-states, two more show the steady state."""
+"""Steps at the start of a process that the memory tracker records: the first one creates the
+optimizer states, two more show the steady state."""
 _TRACKER_SECONDS = 80e-6
 """Time that the memory tracker adds to an operation, on a CPU core of an AMD EPYC."""
 
