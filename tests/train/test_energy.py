@@ -110,7 +110,7 @@ def test_a_run_stores_the_energy_of_each_step(
     joules = count(100.0, 2.0)
     is_measured = source == "a counter"
     counter = EnergyCounter(source, lambda: next(joules) if is_measured else None)
-    monkeypatch.setattr(train, "energy_counter", lambda device: counter)
+    monkeypatch.setattr(train, "energy_counter", lambda device, processes: counter)
     recipe = recipe_of(tmp_path, tmp_path / "run")
     train.run(recipe, recipe_path=None, resume=False, observer=NoteRecorder())
     run = RunFolder(tmp_path / "run")
