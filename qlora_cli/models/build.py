@@ -260,8 +260,6 @@ def apply_train_settings(loaded: LoadedModel, recipe: Recipe) -> None:
         )
     chunk, setting = recipe.train.loss_chunk, recipe.train.activation_checkpointing
     loaded.loss_chunk = None if chunk == "auto" else chunk
-    if setting is False and loaded.recomputation is None:
-        return
     blocks: Any = loaded.model.get_submodule(loaded.family.blocks)
     # ALBERT computes its only block several times, so it is recomputed always or never.
     number = min(recomputed_blocks(setting, num_blocks(loaded.config)), len(blocks))

@@ -1,7 +1,7 @@
 """Which blocks keep what they need for the backward pass, and which compute it again.
 
-A block that is kept saves the tensors that its backward pass needs. A block that is recomputed
-saves only its input, and runs its forward pass a second time in the backward pass. Both give the
+A block that is kept saves the tensors that its backward pass needs, except the outputs of its norms
+(`norm_outputs.py`). A block that is recomputed saves only its input, and runs its forward pass a second time in the backward pass. Both give the
 same gradients, bit for bit, if the kernels are deterministic.
 
 The backward pass begins with the last block. Each kept block frees its tensors before the next
@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.nn.input_offload import InputOffload
+from qlora_cli.nn.norm_outputs import NormOutputs
 from qlora_cli.nn.spans import checkpoint_contexts
 
 Action = Literal["keep", "recompute"]
@@ -80,6 +82,7 @@ class Recomputation:
         """Return the forward method of a block under the policy."""
         # If the block referred to itself, only garbage collection would free it.
         reference, own_forward = weakref.ref(block), type(block).forward
+        norm_outputs = NormOutputs(block)
 
         def forward(living: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self.before_block(index)
@@ -88,8 +91,11 @@ class Recomputation:
         def forward_by_policy(*args: Any, **kwargs: Any) -> Any:
             living = reference()
             assert living is not None
-            if not living.training or self.policy.actions[index] == "keep":
+            if not (living.training and torch.is_grad_enabled()):
                 return forward(living, *args, **kwargs)
+            if self.policy.actions[index] == "keep":
+                with norm_outputs.recomputed():
+                    return forward(living, *args, **kwargs)
             with self.offload.storing() if self.offload is not None else nullcontext():
                 return checkpoint(
                     partial(forward, living, **kwargs),

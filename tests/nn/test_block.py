@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.data.collate import largest_batch
+from qlora_cli.memory.counter import Counter
+from qlora_cli.memory.tracker import KernelRules, StorageTracker
 from qlora_cli.models import convert
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.mlp import Mlp
@@ -106,21 +107,15 @@ def test_an_mlp_with_an_unknown_activation_is_not_replaced(tmp_path: Path, bases
 
 
 def saved_bytes(loaded: LoadedModel) -> int:
-    """Return the bytes that a forward pass saves, without parameters and buffers."""
-    apart = chain(loaded.model.parameters(), loaded.model.buffers())
-    known = {tensor.untyped_storage().data_ptr() for tensor in apart}
-    found: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        kept = hidden_states(loaded, largest_batch(48, 1, 250), CPU)
+    """Return the bytes that live after a forward pass and did not before: what it saves."""
+    batch, counter = largest_batch(48, 1, 250), Counter()
+    with StorageTracker(counter, KernelRules()) as tracker:
+        tracker.tag([*loaded.model.parameters(), *loaded.model.buffers()], "base")
+        before = counter.live_bytes
+        kept = hidden_states(loaded, batch, CPU)
+    saved = counter.live_bytes - before
     del kept
-    return sum(found.values())
+    return saved
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
