@@ -10,7 +10,7 @@ from typing import Any
 import compare_tools
 import pytest
 from compare_tools import Bench, Cell
-from tool_process import Meter
+from tool_meter import Meter
 
 from tests.helpers.runs import make_tokenizer
 

@@ -24,7 +24,8 @@ def test_every_check_runs_an_existing_tool(kind: str, tiny: bool, root: Path) ->
 def test_the_order_of_a_real_run() -> None:
     names = [check.name for check in gpu_check.checks("cuda", tiny=False)]
     assert names[:5] == ["environment", "tests", "plan", "plan_of_real_shapes", "cuda_smoke"]
-    assert names[5:] == ["inference", "training_starter", "training_1B", "training_8B"]
+    assert names[5:9] == ["inference", "training_starter", "training_1B", "training_8B"]
+    assert names[9:] == ["tools_1B", "tools_8B"]
 
 
 def test_the_speed_of_a_tiny_shape(tmp_path: Path) -> None:

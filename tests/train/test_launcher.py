@@ -67,7 +67,7 @@ def test_an_error_that_all_have_is_reported_once() -> None:
 
 SCRIPT = """
 import signal, sys, time
-from qlora_cli.train.launcher import launch
+from qlora_cli.train import launcher
 child = '''
 import os, signal, sys, time
 from qlora_cli.train.launcher import end_with_launcher
@@ -81,7 +81,8 @@ for number in (signal.SIGINT, signal.SIGTERM):
 open(folder + "ready", "w").close()
 time.sleep(60)
 '''
-sys.exit(launch([child, sys.argv[1]], 2, (sys.executable, "-c")))
+launcher._GRACE_SECONDS = 0.5
+sys.exit(launcher.launch([child, sys.argv[1]], 2, (sys.executable, "-c")))
 """
 
 

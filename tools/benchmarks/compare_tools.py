@@ -1,6 +1,7 @@
-"""Whole tools beside each other: ours, Trainer with PEFT and bitsandbytes, TRL's SFTTrainer.
+"""Whole tools beside each other: ours, Trainer with PEFT and bitsandbytes, TRL, Unsloth.
 
     python tools/benchmarks/compare_tools.py --model FOLDER --rows ALPACA.jsonl --out FILE.json
+    python tools/benchmarks/compare_tools.py --shape 8B --dtype bfloat16 --out FILE.json
 
 Every run is a process of its own (`tool_process.py`); the tools take turns, and each round begins
 with another one. Ratios are taken within a round, so that a busy machine slows all of them. Three
@@ -11,28 +12,30 @@ scenarios:
 - defaults: each tool's own settings on real rows, of which the answers are trained. Time that is
   spent on padding counts against the tool that pads.
 
-NF4, 8 or 16 bit, LoRA of rank 16 on all linears. A file that exists is continued: its cells are
-not measured again, and each cell records its command. `--table` writes docs/performance.md's table
-from a file that exists. Peft and trl are pinned in tools/constraints.txt.
+NF4, 8 or 16 bit, LoRA of rank 16 on all linears. `--shape` writes a model with random weights. A
+tool that is not installed is left out, with a line on stderr. A file that exists is continued: its
+cells are not measured again, and each cell records its command. `--table` writes the table of
+docs/performance.md from a file that exists. Peft and trl are pinned in tools/constraints.txt.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bench_inference import spread, where
-from tool_process import IGNORED, TOOLS
+from random_model import SHAPES, make_random_model, make_random_rows
+from tool_process import PACKAGES, TOOLS
+from tool_runs import Bench, Cell
 
 from qlora_cli.files.atomic import write_json
 
@@ -45,24 +48,6 @@ _PARTS = 4
 """Ours is tried with so many fewer quarters of its blocks recomputed."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One comparison. checkpointing: of all tools, or ours: a number of recomputed blocks."""
-
-    scenario: str
-    bits: int
-    tokens: int
-    checkpointing: bool | int
-
-    @property
-    def name(self) -> str:
-        """Return the settings for people."""
-        if self.scenario == "defaults":
-            return f"defaults, {self.bits} bit"
-        recomputed = "blocks recomputed" if self.checkpointing else "blocks kept"
-        return f"{self.scenario}, {self.bits} bit, {self.tokens} tokens, {recomputed}"
-
-
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Yield the comparisons that the options name."""
     for scenario in options.scenarios:
@@ -73,100 +58,6 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
             for tokens in options.tokens:
                 for checkpointing in (True,) if scenario == "memory" else options.checkpointing:
                     yield Cell(scenario, bits, tokens, checkpointing)
-
-
-class Bench:
-    """Runs tools in processes of their own."""
-
-    def __init__(self, options: argparse.Namespace, place: Path) -> None:
-        self._options = options
-        self._place = place
-        self._tokenizer: Any = None
-
-    def run(self, tool: str, cell: Cell) -> dict[str, Any]:
-        """Return the figures of one run. Raises SystemExit if the tool fails."""
-        spec = {
-            "tool": tool,
-            "model": str(self._options.model.resolve()),
-            "rows": str(self._rows(cell)),
-            "bits": cell.bits,
-            "tokens": cell.tokens,
-            "checkpointing": cell.checkpointing,
-            "defaults": cell.scenario == "defaults",
-            "dtype": self._options.dtype,
-            "threads": self._options.threads,
-            "skip": 0 if cell.scenario == "defaults" else self._options.skip,
-            "out": str(self._place / "result.json"),
-        }
-        file = self._place / "spec.json"
-        file.write_text(json.dumps(spec))
-        script = Path(__file__).with_name("tool_process.py")
-        surroundings = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, str(script), str(file)],
-            env=surroundings,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise SystemExit(f"{tool}, {cell.name}: {done.stderr[-2000:]}")
-        return dict(json.loads((self._place / "result.json").read_text()))
-
-    def _rows(self, cell: Cell) -> Path:
-        """Return a file of rows with token ids and labels."""
-        file = self._place / f"{cell.scenario}-{cell.tokens}.jsonl"
-        if not file.exists():
-            made = self._answers() if cell.scenario == "defaults" else self._full(cell.tokens)
-            file.write_text("".join(json.dumps(row) + "\n" for row in made))
-        return file
-
-    def _source(self) -> list[dict[str, str]]:
-        lines = self._options.rows.read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    def _full(self, tokens: int) -> list[dict[str, list[int]]]:
-        """Return one row of exactly so many tokens for each step, from the texts of the rows."""
-        count, ids = self._options.skip + self._options.steps, list[int]()
-        for row in self._source():
-            ids += self._tokenize(" ".join(row.values()))
-            if len(ids) >= count * tokens:
-                break
-        parts = [ids[start : start + tokens] for start in range(0, count * tokens, tokens)]
-        return [{"input_ids": part, "labels": part} for part in parts]
-
-    def _answers(self) -> list[dict[str, list[int]]]:
-        """Return chats of the first rows, of which the answers have labels."""
-        made = []
-        for row in self._source()[: self._options.num_rows]:
-            question = "\n\n".join(filter(None, (row["instruction"], row["input"])))
-            chat = [{"role": "user", "content": question}]
-            texts = [
-                self.tokenizer.apply_chat_template(
-                    chat, tokenize=False, add_generation_prompt=True
-                ),
-                f"{row['output']}<|im_end|>\n",
-            ]
-            prompt, answer = (self._tokenize(text) for text in texts)
-            labels = [IGNORED] * len(prompt) + answer
-            made.append({"input_ids": prompt + answer, "labels": labels})
-        return made
-
-    def _tokenize(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    @property
-    def tokenizer(self) -> Any:
-        """Return the model's tokenizer."""
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self._options.model)
-        return self._tokenizer
-
-    def trained_tokens(self, cell: Cell) -> int:
-        """Return the number of labels of all rows that are trained."""
-        rows = (json.loads(line) for line in self._rows(cell).read_text().splitlines())
-        return sum(label != IGNORED for row in rows for label in row["labels"])
 
 
 def compare(bench: Bench, cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
@@ -267,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", action="store_true", help="only write the table of --out")
     parser.add_argument("--model", type=Path, help="folder of a Hugging Face model")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights, in place of --model")
     parser.add_argument("--rows", type=Path, help="JSON lines: instruction, input, output")
     parser.add_argument("--scenarios", nargs="+", choices=_SCENARIOS, default=_SCENARIOS)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=tuple(TOOLS))
@@ -284,19 +176,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _is_installed(tool: str) -> bool:
+    missing = [package for package in PACKAGES[tool] if find_spec(package) is None]
+    if missing:
+        print(f"{tool} is left out: {', '.join(missing)} is not installed", file=sys.stderr)
+    return not missing
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run every cell and write one JSON file, after each cell."""
     options = _parser().parse_args(words)
     if options.table:
         write_table(PAGE, json.loads(options.out.read_text()))
         return
-    if options.model is None or options.rows is None or OURS not in options.tools:
-        raise SystemExit("give --model and --rows, and ours among --tools")
+    if OURS not in options.tools or (options.shape is None) != bool(options.model and options.rows):
+        raise SystemExit("give --model and --rows, or --shape, and ours among --tools")
+    options.tools = [tool for tool in options.tools if _is_installed(tool)]
     given = sys.argv[1:] if words is None else words
     command = shlex.join(["python", "tools/benchmarks/compare_tools.py", *given])
     report = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     measured = {row["cell"] for row in report["rows"]}
     with tempfile.TemporaryDirectory() as place:
+        if options.shape:
+            options.model = make_random_model(Path(place, "model"), options.shape)
+            options.rows = make_random_rows(Path(place, "random.jsonl"), options.num_rows)
         bench = Bench(options, Path(place))
         for cell in cells(options):
             if cell.name not in measured:

@@ -11,78 +11,16 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tool_meter import Meter
+
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 IGNORED = -100
-
-
-class Meter:
-    """Times of the steps and the memory that they add, from outside of the tool.
-
-    Seconds are those of the clock and of the processor (user and system, all threads). Memory on a
-    CPU: the largest resident set of the process since `begin`, minus what is resident at `begin`;
-    on a GPU the same of the allocator.
-    """
-
-    def __init__(self, on_gpu: bool) -> None:
-        self._on_gpu = on_gpu
-        self.marks: list[tuple[float, float]] = []
-        self.losses: list[float] = []
-        self._before = 0
-
-    def begin(self) -> None:
-        """Mark the beginning of the first step: the model is loaded."""
-        if self._on_gpu:
-            import torch
-
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-            self._before = _resident("VmRSS")
-        self.mark()
-
-    def mark(self) -> None:
-        """Mark the end of a step."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        self.marks.append((time.perf_counter(), usage.ru_utime + usage.ru_stime))
-
-    def result(self, skip: int) -> dict[str, Any]:
-        """Return the figures. skip: number of first steps without a time of their own."""
-        pairs = list(zip(self.marks[skip:], self.marks[skip + 1 :], strict=False))
-        steps = [tuple(end - begin for begin, end in zip(*pair, strict=True)) for pair in pairs]
-        whole = [end - begin for begin, end in zip(self.marks[0], self.marks[-1], strict=True)]
-        return {
-            "steps": len(self.marks) - 1,
-            "clock_per_step": sum(step[0] for step in steps) / len(steps),
-            "processor_per_step": sum(step[1] for step in steps) / len(steps),
-            "clock": whole[0],
-            "processor": whole[1],
-            "losses": self.losses,
-            "step_memory_bytes": self._peak() - self._before,
-        }
-
-    def _peak(self) -> int:
-        if not self._on_gpu:
-            return _resident("VmHWM")
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-
-
-def _resident(name: str) -> int:
-    """Return a figure of this process' memory in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise SystemExit(f"/proc/self/status has no {name}")
 
 
 def run_ours(spec: Mapping[str, Any], meter: Meter) -> None:
@@ -156,12 +94,9 @@ def run_trl(spec: Mapping[str, Any], meter: Meter) -> None:
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer = _model(spec)
-    settings = _arguments(spec)
-    if not spec["defaults"]:
-        settings |= {"max_length": spec["tokens"], "bf16": spec["dtype"] == "bfloat16"}
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**settings),
+        args=SFTConfig(**_sft_arguments(spec)),
         train_dataset=_dataset(spec),
         processing_class=tokenizer,
         peft_config=_adapter(),
@@ -170,7 +105,46 @@ def run_trl(spec: Mapping[str, Any], meter: Meter) -> None:
     trainer.train()
 
 
-TOOLS = {"ours": run_ours, "trainer": run_trainer, "trl": run_trl}
+def run_unsloth(spec: Mapping[str, Any], meter: Meter) -> None:
+    """Run TRL's SFTTrainer on Unsloth's model, as its examples set them up. It needs a GPU."""
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel  # Before trl and transformers, which it changes.
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name=spec["model"],
+        max_seq_length=spec["tokens"] or 2048,
+        load_in_4bit=spec["bits"] == 4,
+        load_in_8bit=spec["bits"] == 8,
+    )
+    recomputes = "unsloth" if spec["defaults"] else spec["checkpointing"]
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=[f"{name}_proj" for name in ["q", "k", "v", "o", "gate", "up", "down"]],
+        use_gradient_checkpointing=recomputes,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**_sft_arguments(spec)),
+        train_dataset=_dataset(spec),
+        processing_class=tokenizer,
+        callbacks=[_marks(meter)],
+    )
+    trainer.train()
+
+
+TOOLS = {"ours": run_ours, "trainer": run_trainer, "trl": run_trl, "unsloth": run_unsloth}
+PACKAGES = {"ours": (), "trainer": ("peft",), "trl": ("peft", "trl"), "unsloth": ("unsloth",)}
+"""Tool -> what it needs beside the dependencies of this project."""
+
+
+def _sft_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of TRL's SFTTrainer."""
+    settings = _arguments(spec)
+    if not spec["defaults"]:
+        settings |= {"max_length": spec["tokens"], "bf16": spec["dtype"] == "bfloat16"}
+    return settings
 
 
 def _model(spec: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -21,11 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from junit import read_tests
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 4000
@@ -39,32 +40,6 @@ _REAL = (
 def read_json(file: Path) -> Any:
     """Return the JSON figures that a tool wrote."""
     return json.loads(file.read_text())
-
-
-def read_tests(file: Path) -> dict[str, Any]:
-    """Return counts, failure messages and recorded properties of a JUnit file."""
-    suite = next(ElementTree.parse(file).getroot().iter("testsuite"))
-    cases = list(suite.iter("testcase"))
-    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    return {
-        **counts,
-        "not_passed": {_name(case): text for case in cases for text in _faults(case)},
-        "recorded": {
-            _name(case): {p.get("name"): p.get("value") for p in case.iter("property")}
-            for case in cases
-            if case.find("properties") is not None
-        },
-    }
-
-
-def _name(case: ElementTree.Element) -> str:
-    return f"{case.get('classname')}::{case.get('name')}"
-
-
-def _faults(case: ElementTree.Element) -> Iterator[str]:
-    for kind in ("failure", "error"):
-        for fault in case.iter(kind):
-            yield (fault.get("message") or fault.text or kind)[:TAIL]
 
 
 @dataclass(frozen=True)
@@ -98,6 +73,10 @@ def checks(kind: str, tiny: bool) -> list[Check]:
             )
             for shape, more in _TRAINING[tiny]
         ),
+        *(
+            _tool(f"tools_{shape}", "benchmarks/compare_tools", f"--shape {shape} {more}", seconds)
+            for shape, more, seconds in _TOOLS[tiny]
+        ),
     ]
 
 
@@ -109,6 +88,17 @@ _TRAINING = {
         ("tiny", "--seq-len 64 --rounds 2 --steps 1"),
     ),
 }
+
+
+_EQUAL = "--scenarios equal --bits 4"
+_TOOLS = {
+    False: (
+        ("1B", f"{_EQUAL} --dtype bfloat16 --tokens 1024 --steps 16", 240),
+        ("8B", f"{_EQUAL} --dtype bfloat16 --tokens 1024 --checkpointing true --rounds 3", 420),
+    ),
+    True: (("tiny", f"{_EQUAL} --tools ours --tokens 32 --rounds 2 --steps 1", 90),),
+}
+"""Whole tools: shape, options, seconds. Those that are not installed are left out."""
 
 
 def _tests() -> tuple[str, ...]:
