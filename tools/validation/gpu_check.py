@@ -96,7 +96,7 @@ _TOOLS = {
         ("1B", f"{_EQUAL} --dtype bfloat16 --tokens 1024 --steps 16", 240),
         ("8B", f"{_EQUAL} --dtype bfloat16 --tokens 1024 --checkpointing true --rounds 3", 420),
     ),
-    True: (("tiny", f"{_EQUAL} --tools ours --tokens 32 --rounds 2 --steps 1", 90),),
+    True: (("tiny", f"{_EQUAL} --tools ours --tokens 32 --checkpointing true --rounds 2", 150),),
 }
 """Whole tools: shape, options, seconds. Those that are not installed are left out."""
 
