@@ -24,6 +24,8 @@ from qlora_cli.errors import ModelError
 
 CLASSIFICATION = "SEQ_CLS"
 """PEFT's `task_type` of a sequence classifier, whose head is saved with the adapter."""
+NO_TARGETS = "dummy-target-modules"
+"""PEFT's value of `target_modules` for an adapter of `modules_to_save` alone."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _BLOCKS = re.compile(r"[\w.]+")

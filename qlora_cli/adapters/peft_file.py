@@ -198,7 +198,9 @@ def open_adapter(folder: Path) -> AdapterFile:
     saved = _saved(entries, config)
     magnitudes = magnitude_entries(entries)
     others = {*saved, *map(magnitude_name, magnitudes)}
-    pairs = factor_pairs({name: e for name, e in entries.items() if name not in others}, file)
+    factors = {name: e for name, e in entries.items() if name not in others}
+    # An adapter may be a classification head alone.
+    pairs = factor_pairs(factors, file) if factors or not saved else {}
     paths = stack_paths(config, pairs)
     stacks = {
         stack: _stack(stack, *pairs.pop(path), config)

@@ -112,7 +112,9 @@ def _peft_config(
     stacked = {path: _stacked_settings(layer) for path, layer in layers.items()}
     for path, stack in adapted_stacks(loaded.model):
         stacked[path] = (stack.settings.rank, stack.settings.alpha)
-    most_common = Counter(stacked.values()).most_common(1)[0][0]
+    pairs = Counter(stacked.values()).most_common(1)
+    # A head alone has no rank, and PEFT needs one.
+    most_common = pairs[0][0] if pairs else (recipe.adapter.rank, recipe.adapter.alpha)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for pair in sorted(set(stacked.values()) - {most_common}):
@@ -131,7 +133,7 @@ def _peft_config(
         lora_dropout=recipe.adapter.dropout,
         use_rslora=recipe.adapter.rslora,
         use_dora=any(isinstance(layer, DoraLinear) for layer in layers.values()),
-        target_modules=targets.modules(stacked) or None,
+        target_modules=(targets.modules(stacked) or None) if stacked else peft_config.NO_TARGETS,
         target_parameters=targets.parameters(stacked) or None,
         rank_pattern=ranks,
         alpha_pattern=alphas,

@@ -115,6 +115,8 @@ def _changes(recipe: Recipe, profile: DeviceProfile) -> Iterator[tuple[str, Reci
                 with_settings(recipe, "train", optimizer=optimizer),
             )
     yield from _smaller_weights(recipe, profile)
+    if not recipe.adapter.has_layers:
+        return
     if recipe.adapter.rank > 8:
         yield "adapter.rank=8", with_settings(recipe, "adapter", rank=8)
     if recipe.adapter.targets == "all":

@@ -8,7 +8,6 @@ each line here states what it counts. Sizes are decimal, as in the paper.
 
 from __future__ import annotations
 
-from qlora_cli.adapters.registry import method_of
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.results import Line
 from qlora_cli.recipe.schema import Recipe
@@ -20,9 +19,9 @@ _BYTES_16_BIT = 2
 def arithmetic_of(recipe: Recipe, plan: MemoryPlan) -> tuple[Line, ...]:
     """Return the arithmetic of a planned recipe, without activations.
 
-    The result is empty for full fine-tuning.
+    The result is empty if no linear has an adapter.
     """
-    if not method_of(recipe.adapter).freezes_base:
+    if not recipe.adapter.has_layers:
         return ()
     total, trained = plan.total_parameters, plan.trainable_parameters
     return *_checkpoints(total, trained), *_training(total, trained)

@@ -15,10 +15,10 @@ Alpha = Annotated[float, Field(gt=0)]
 class Adapter(Section):
     """What is trained."""
 
-    method: Literal["lora", "dora", "full"] = "lora"
+    method: Literal["lora", "dora", "full", "head"] = "lora"
     """lora trains the adapter matrices A and B; dora also the length of each row of an adapted
-    weight (Liu 2024), which takes more time; full trains every weight of the base (full
-    fine-tuning) and is meant for comparison."""
+    weight (Liu 2024), which takes more time. For comparison, full trains every weight of the base
+    (full fine-tuning) and head trains the head of a classifier alone."""
     rank: Rank = 16
     """LoRA rank, the number of rows of A and columns of B; a higher rank trains more parameters and
     needs more memory."""
@@ -49,12 +49,17 @@ class Adapter(Section):
     """Learning rate of B divided by that of A, which is `train.lr` (LoRA+, Hayou 2024); the paper
     uses 16 with a lower `train.lr`."""
 
+    @property
+    def has_layers(self) -> bool:
+        """Return whether linears get an adapter, so that rank, alpha and targets have an effect."""
+        return self.method not in ("full", "head")
+
     @model_validator(mode="after")
     def _settings_match_method(self) -> Adapter:
         lora_only = sorted(name.rstrip("_") for name in self.model_fields_set - {"method"})
-        if self.method == "full" and lora_only:
+        if not self.has_layers and lora_only:
             raise NoEffect(
-                f"{', '.join(lora_only)}: do not apply to method: full",
+                f"{', '.join(lora_only)}: do not apply to method: {self.method}",
                 {f"adapter.{name}": "adapter.method" for name in lora_only},
             )
         if not self.targets:

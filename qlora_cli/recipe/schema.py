@@ -251,6 +251,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _head_is_of_a_classifier(self) -> Recipe:
+        if self.adapter.method == "head" and self.task != "classification":
+            raise ValueError(
+                "adapter.method: head trains the head of a classifier and needs task: "
+                f"classification, and task is {self.task}; use lora, dora or full"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _streamed_is_frozen(self) -> Recipe:
         base = self.base
         if not base.moves_blocks:

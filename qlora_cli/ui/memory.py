@@ -28,7 +28,7 @@ _HEADING_WIDTH = 11
 _MIN_SHARE = 1e-5
 """A category with a smaller share of the peak is shown as `-`: full fine-tuning has a frozen table
 of 256 bytes, and its line would be taken for a quantized base."""
-_METHODS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}
+_METHODS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "head": "head alone"}
 
 
 @dataclass(frozen=True)

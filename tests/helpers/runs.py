@@ -113,8 +113,8 @@ def make_recipe(
         "classification": {},
     }
     merged = {key: {**content.get(key, {}), **sections.get(key, {})} for key in content}
-    if sections.get("adapter", {}).get("method") == "full":
-        merged["adapter"] = {"method": "full"}
+    if (method := sections.get("adapter", {}).get("method")) in ("full", "head"):
+        merged["adapter"] = {"method": method}
     return Recipe.model_validate({**merged, "task": task})
 
 

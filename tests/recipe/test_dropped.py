@@ -17,6 +17,7 @@ data: {train: rows.jsonl, eval: held-out.jsonl}
 train: {epochs: 3, eval_every: 10, patience: 2}
 """
 FULL = ("adapter.method=full", "base.bits=16")
+HEAD = ("adapter.method=head", "task=classification")
 
 
 @pytest.fixture
@@ -30,6 +31,7 @@ def recipe(tmp_path: Path) -> Path:
     ("overrides", "dropped"),
     [
         (FULL, {"base.quant_type": 2, "adapter.rank": 3, "adapter.alpha": 3}),
+        (HEAD, {"adapter.rank": 3, "adapter.alpha": 3}),
         (("train.steps=5",), {"train.epochs": 5}),
         (("data.eval=",), {"train.eval_every": 5, "train.patience": 5}),
         (("train.eval_every=",), {"train.patience": 5}),

@@ -137,6 +137,12 @@ def test_a_relation_between_sections_is_checked_despite_an_unknown_key(write: Wr
     assert any("base.bits=16" in problem.what for problem in found)
 
 
+@pytest.mark.parametrize("task", ["causal", "preference"])
+def test_a_head_that_is_no_classifier_is_refused(write: Write, task: str) -> None:
+    (problem,) = problems(write(GOOD), "adapter.method=head", f"task={task}")
+    assert f"needs task: classification, and task is {task}" in problem.what
+
+
 def test_a_relation_is_not_checked_with_a_default_in_place_of_a_wrong_value(write: Write) -> None:
     path = write(GOOD + "base: {bits: sixteen}\nadapter: {method: full}\n")
     assert only_problem(path).where == f"{path}:3: base.bits"

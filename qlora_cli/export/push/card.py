@@ -72,7 +72,7 @@ def _summary(contents: UploadContents) -> Iterator[str]:
     if run is not None and run.recipe.model.revision:
         base += f" (revision `{run.recipe.model.revision}`)"
     kinds = {
-        "adapter": f"A LoRA adapter for {base}, in PEFT's format.",
+        "adapter": f"{_adapter_name(run)} for {base}, in PEFT's format.",
         "full": f"A full fine-tuning of {base}.",
         "merged": f"A fine-tuning of {base} with LoRA. The adapter is merged into the weights.",
     }
@@ -85,6 +85,11 @@ def _summary(contents: UploadContents) -> Iterator[str]:
     if run is not None and run.recipe.adapter.method != "full":
         bits = " and ".join(map(str, sorted(run.recipe.base.all_bits)))
         yield f"During training, the weights of the base were stored in {bits} bit and frozen."
+
+
+def _adapter_name(run: Run | None) -> str:
+    is_head = run is not None and not run.recipe.adapter.has_layers
+    return "A classification head" if is_head else "A LoRA adapter"
 
 
 def _usage(contents: UploadContents, repo: str) -> Iterator[str]:
