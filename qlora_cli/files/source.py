@@ -231,21 +231,45 @@ def read_folder(folder: Path) -> dict[str, TensorEntry]:
     return entries
 
 
+def check_index(folder: Path) -> None:
+    """Raise ModelError if a folder's index is damaged, or if some of its files are missing.
+
+    A folder without any weight file is accepted: a plan does not need them.
+    """
+    if not (folder / WEIGHTS_INDEX).is_file():
+        return
+    files = _named_files(folder)
+    if any(file.is_file() for file in files):
+        _check_present(folder, files)
+
+
 def _files(folder: Path) -> list[Path]:
-    """Return the weight files. A single file has precedence over an index, as in transformers."""
+    """Return the weight files. Raises ModelError if one is missing or the index is damaged."""
+    files = _named_files(folder)
+    _check_present(folder, files)
+    return files
+
+
+def _named_files(folder: Path) -> list[Path]:
+    """Return the weight files, which may be missing.
+
+    A single file has precedence over an index, as in transformers.
+    """
     index = folder / WEIGHTS_INDEX
-    if index.is_file() and not (folder / WEIGHTS_FILE).is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
-        except PARSE_ERRORS as fault:
-            raise ModelError(f"damaged index: {str(fault)[:200]}", where=str(index)) from fault
-        for name in names:
-            if not isinstance(name, str) or len(name) > _MAX_NAME or _is_outside(name):
-                what = f"damaged index: {str(name)[:60]} is not a file in this folder"
-                raise ModelError(what, where=str(index))
-        files = [folder / name for name in names]
-    else:
-        files = [folder / WEIGHTS_FILE]
+    if not index.is_file() or (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
+    except PARSE_ERRORS as fault:
+        raise ModelError(f"damaged index: {str(fault)[:200]}", where=str(index)) from fault
+    for name in names:
+        if not isinstance(name, str) or len(name) > _MAX_NAME or _is_outside(name):
+            what = f"damaged index: {str(name)[:60]} is not a file in this folder"
+            raise ModelError(what, where=str(index))
+    return [folder / name for name in names]
+
+
+def _check_present(folder: Path, files: Sequence[Path]) -> None:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         pickled = sorted(path.name for path in folder.glob("*.bin"))
@@ -257,7 +281,6 @@ def _files(folder: Path) -> list[Path]:
             if pickled
             else "download the complete folder again",
         )
-    return files
 
 
 def _is_outside(name: str) -> bool:

@@ -17,11 +17,9 @@ from qlora_cli.files import cache
 from qlora_cli.files.atomic import PARSE_ERRORS, write_json
 from qlora_cli.plan.speeds import published_device_speed
 from qlora_cli.plan.step_time import DeviceSpeed
-from qlora_cli.recipe.gpus import link_of, short_name
+from qlora_cli.recipe.gpus import short_name
 from qlora_cli.units import MIB
 
-LINK_EFFICIENCY = 0.8
-"""Assumed share of the published speed of a link. Not measured."""
 _LINK_BYTES = {"cuda": 64 * MIB, "cpu": 16 * MIB}
 """Size of a copy to the device that is measured, about that of a block."""
 _SECONDS = 0.4
@@ -55,22 +53,6 @@ def known_speed(profile: DeviceProfile, compute: torch.dtype) -> DeviceSpeed | N
     return _measured_before(profile, compute) or published_device_speed(profile, compute)
 
 
-def link_speed(profile: DeviceProfile, speed: DeviceSpeed) -> tuple[float, str]:
-    """Return the bytes per second of copies from host memory to a device, and their source.
-
-    speed: of the device. Reading from a disk is not contained.
-    """
-    if speed.link_bytes_per_second is not None:
-        found = speed.link_bytes_per_second
-        return found, f"{found / _GIGA:,.3g} GB/s, measured on this machine"
-    link = link_of(profile)
-    published = link.bytes_per_second
-    return LINK_EFFICIENCY * published, (
-        f"{link.name}, {LINK_EFFICIENCY:.0%} of the {published / _GIGA:,.3g} GB/s of its "
-        "specification assumed; not measured"
-    )
-
-
 def measure(device: torch.device, compute: torch.dtype) -> DeviceSpeed:
     """Measure matrix products, memory bandwidth, dequantization and the time of a call.
 
@@ -101,6 +83,7 @@ def measure(device: torch.device, compute: torch.dtype) -> DeviceSpeed:
         source=f"estimated from the speed of single operations, measured on this "
         f"{'GPU' if device.type == 'cuda' else 'CPU'} on {time.strftime('%Y-%m-%d')}",
         link_bytes_per_second=host.nbytes / copy,
+        link_source=f"{host.nbytes / copy / _GIGA:,.3g} GB/s, measured on this machine",
     )
 
 

@@ -17,6 +17,8 @@ from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import InputError
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.locate import find_config, read_config
+from qlora_cli.files.paths import user_path
+from qlora_cli.files.source import check_index
 from qlora_cli.jobs.auto_bits import choose_bits
 from qlora_cli.jobs.device_speed import device_speed
 from qlora_cli.jobs.labels import resolve_labels
@@ -65,13 +67,15 @@ def run(
     device_profile: the target device; None for the device of this machine. fit: also search the
     largest micro-batch and sequence length that fit. compare: also plan full fine-tuning and LoRA
     on 16, 8 and 4 bit. observer: receives the progress of `base.bits: auto`, which reads the
-    weights and the rows. Raises ModelError or RecipeError, and UsageError if
-    the recipe needs another number of devices.
+    weights and the rows. Raises ModelError or RecipeError, and UsageError if the recipe needs
+    another number of devices.
     """
     began = time.perf_counter()
     profile = device_profile or inspect_device()
     config_file = find_config(recipe.model.name, recipe.model.revision)
     config = read_config(config_file)
+    if user_path(recipe.model.name).is_dir():  # Files of the hub may be downloaded later.
+        check_index(config_file.parent)
     recipe, chosen = resolve_labels(recipe, config, needs_rows=False)
     check_seq_len(recipe.data, config)
     task = task_of(recipe)

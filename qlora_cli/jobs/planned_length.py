@@ -10,7 +10,7 @@ from qlora_cli.data.packing import pack
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import QloraError
 from qlora_cli.jobs.data_survey import row_loader, survey
-from qlora_cli.jobs.device_speed import device_speed, link_speed
+from qlora_cli.jobs.device_speed import device_speed
 from qlora_cli.jobs.measured_speed import measured_speed
 from qlora_cli.jobs.training_length import TrainingLength
 from qlora_cli.plan.link_time import overlapped_seconds
@@ -75,15 +75,14 @@ def estimated_time(
     update = speed.seconds([update_work(plan.trainable_parameters)])
     own, copies = -(-train.grad_accum // profile.count), None
     if plan.copied_bytes and recipe.base.residency != SHARD:
-        link, link_source = link_speed(profile, speed)
-        overlapped = overlapped_seconds(parts, plan, speed, link)
+        link, overlapped = speed.link_bytes_per_second, overlapped_seconds(parts, plan, speed)
         copies = LinkTime(
             bytes_per_step=plan.copied_bytes * own,
             bytes_per_second=link,
             copy_seconds=plan.copied_bytes * own / link,
             compute_seconds=micro_batch * own + update,
             step_seconds=overlapped * own + update,
-            source=link_source,
+            source=speed.link_source,
         )
         micro_batch = overlapped
     tera_flops = sum(item.flops for item in work) / 1e12

@@ -15,11 +15,12 @@ from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.models.depth import num_blocks
 from qlora_cli.plan.dry_run import DryRun
 from qlora_cli.plan.limit import limit_of
+from qlora_cli.plan.link_time import overlapped_seconds
 from qlora_cli.plan.policy import first_chunk
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.settle import Settled, Settler
 from qlora_cli.plan.speeds import nominal_speed
-from qlora_cli.plan.step_time import DeviceSpeed, seconds_per_token, update_work
+from qlora_cli.plan.step_time import DeviceSpeed, micro_batches, update_work
 from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
@@ -94,8 +95,9 @@ class Planner:
         if key not in self._seconds:
             plan, speed = self.plan(recipe), self.speed(recipe)
             update = speed.seconds([update_work(plan.trainable_parameters)])
-            given = (plan.segments, speed, plan.num_tokens, plan.copied_bytes)
-            self._seconds[key] = seconds_per_token(*given, update / recipe.train.grad_accum)
+            micro_batch = overlapped_seconds(micro_batches(plan.segments)[-1], plan, speed)
+            seconds = micro_batch + update / recipe.train.grad_accum
+            self._seconds[key] = seconds / plan.num_tokens
         return self._seconds[key]
 
     def _settle(self, recipe: Recipe) -> Settled:
@@ -104,8 +106,8 @@ class Planner:
             limit_of(self.profile),
             self._dry_run,
             self._first_chunk,
+            self._nominal_speed,
             may_offload=self.profile.kind == "cuda",
-            flops_per_second=self._nominal_flops,
         )
         if recipe.train.micro_batch != "auto":
             return settler.settle(recipe)
@@ -123,10 +125,9 @@ class Planner:
             self._dry_runs[key] = DryRun(*given, has_copy=self._has_copy(recipe))
         return self._dry_runs[key]
 
-    def _nominal_flops(self, recipe: Recipe) -> float:
-        """Return the nominal speed of matrix products, which decides equally in every process."""
-        compute = getattr(torch, recipe.base.compute_dtype)
-        return nominal_speed(self.profile, compute).flops_per_second
+    def _nominal_speed(self, recipe: Recipe) -> DeviceSpeed:
+        """Return the nominal speed, with which a plan and each start of a job choose equally."""
+        return nominal_speed(self.profile, getattr(torch, recipe.base.compute_dtype))
 
     def _first_chunk(self, recipe: Recipe) -> int:
         batches = self._batches_of(recipe).step

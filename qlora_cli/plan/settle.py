@@ -14,7 +14,7 @@ from qlora_cli.plan.limit import Limit
 from qlora_cli.plan.policy import MIN_CHUNK, Attempt, PolicySearch
 from qlora_cli.plan.replay import MemoryPlan
 from qlora_cli.plan.search import largest_that_fits
-from qlora_cli.plan.step_time import LINK_BYTES_PER_SECOND
+from qlora_cli.plan.step_time import DeviceSpeed
 from qlora_cli.recipe import activations
 from qlora_cli.recipe.activations import recomputed_blocks
 from qlora_cli.recipe.change import with_settings, with_values
@@ -42,17 +42,17 @@ class Settler:
 
     num_blocks: of the base. limit: memory that a job with chosen settings may need. dry: returns
     the dry run of a recipe, whose activation policy is not used. first_chunk: returns the chunk of
-    the loss that is planned first for a recipe. may_offload: the device is a GPU, so that inputs of
-    blocks may be moved to host memory. flops_per_second: returns the speed with which the time of
-    recomputation is compared with that of copies.
+    the loss that is planned first for a recipe. nominal_speed: returns the speed of the device for
+    a recipe, by which the time of recomputation is compared with that of copies. may_offload: the
+    device is a GPU, so that inputs of blocks may be moved to host memory.
     """
 
     num_blocks: int
     limit: Limit
     dry: Callable[[Recipe], DryRun]
     first_chunk: Callable[[Recipe], int]
-    may_offload: bool = False
-    flops_per_second: Callable[[Recipe], float] = lambda _: 1.0
+    nominal_speed: Callable[[Recipe], DeviceSpeed]
+    may_offload: bool
 
     def settle(self, recipe: Recipe) -> Settled:
         """Return the recipe with a policy, a chunk and a residency.
@@ -174,8 +174,9 @@ class Settler:
             return None
         copied = (2 * best.num_recomputed - 1) * best.input_bytes
         flops = found.plan.flops.recomputed - best.flops.recomputed
-        saved = flops / best.flops.micro_batches / self.flops_per_second(recipe)
-        return best.num_recomputed if saved > copied / LINK_BYTES_PER_SECOND else None
+        speed = self.nominal_speed(recipe)
+        saved = flops / best.flops.micro_batches / speed.flops_per_second
+        return best.num_recomputed if saved > copied / speed.link_bytes_per_second else None
 
     def _recomputed(self, recipe: Recipe) -> int:
         return recomputed_blocks(recipe.train.activation_checkpointing, self.num_blocks)

@@ -13,8 +13,6 @@ from typing import NamedTuple, cast
 from qlora_cli.memory.work import Work, WorkKind
 from qlora_cli.plan.recording import BlockSegment
 
-LINK_BYTES_PER_SECOND = 31.5e9
-"""PCIe 4.0 with 16 lanes: 16 GT/s per lane, of which 128 of 130 bits are data."""
 _PASSES = ("forward", "loss", "backward")
 """Parts of a step that are work of a micro-batch."""
 
@@ -25,15 +23,16 @@ class DeviceSpeed:
 
     flops_per_second: of matrix products in the compute dtype. bytes_per_second: read and written,
     by the kind of work; `other` is the value of kinds that are not named. call_seconds: least time
-    of an operation. link_bytes_per_second: copies from pinned host memory to the device; None if
-    they were not measured.
+    of an operation. link_bytes_per_second: of copies from host memory to the device, without the
+    time to read a disk. link_source: of this figure.
     """
 
     flops_per_second: float
     bytes_per_second: Mapping[WorkKind, float]
     call_seconds: float
     source: str
-    link_bytes_per_second: float | None = None
+    link_bytes_per_second: float
+    link_source: str
 
     def seconds(self, work: Iterable[Work]) -> float:
         """Return the time of all operations together."""
@@ -108,21 +107,3 @@ def update_work(trained_parameters: int) -> Work:
     is a formula, because the operations on lists of tensors are not recorded by block.
     """
     return Work("other", 0, 7 * 4 * trained_parameters)
-
-
-def seconds_per_token(
-    segments: Iterable[BlockSegment],
-    speed: DeviceSpeed,
-    num_tokens: int,
-    copied_bytes: int,
-    update_seconds: float,
-) -> float:
-    """Return the estimated time of training by the tokens of the largest micro-batch.
-
-    segments: of a plan. num_tokens, copied_bytes: of that micro-batch. Copies between host memory
-    and the device take place while it computes, so the slower of both counts. update_seconds: what
-    one update takes, divided by the number of micro-batches before it.
-    """
-    micro_batch = speed.seconds(work_of(micro_batches(segments)[-1]))
-    micro_batch = max(micro_batch, copied_bytes / LINK_BYTES_PER_SECOND)
-    return (micro_batch + update_seconds) / num_tokens

@@ -170,8 +170,10 @@ _EIGHT_LANES = (
     *("RTX 3050", "RTX 4060", "RTX 4060 Ti", "RTX 4060 Ti 16GB"),
     *("RTX 5060", "RTX 5060 Ti", "RTX 5060 Ti 16GB"),
 )
-"""GPUs with 8 lanes; the others have 16. Source for RTX 4060, 4060 Ti and 5060 Ti: TechPowerUp,
-"NVIDIA GeForce RTX 5060 Ti PCI-Express x8 Scaling"; RTX 3050 and 5060 were not looked up."""
+"""GPUs with 8 lanes; the others have 16. Sources: RTX 3050: TechPowerUp, "Gigabyte GeForce RTX 3050
+Gaming OC Review"; RTX 4060, 4060 Ti and 5060 Ti: TechPowerUp, "NVIDIA GeForce RTX 5060 Ti
+PCI-Express x8 Scaling"; RTX 5060: Tom's Hardware, "Asus swaps out the PCIe x16 connector for x8 on
+new RTX 5060 Ti GPUs"."""
 
 _EXAMPLE_SIZES = (
     *((8, "RTX 4060"), (12, "RTX 4070"), (16, "RTX 4080"), (24, "RTX 4090"), (32, "RTX 5090")),

@@ -101,18 +101,27 @@ def test_a_missing_shard_and_a_damaged_index_are_refused(
     other = shutil.copytree(sharded_base, tmp_path / "other")
     shard = sorted(other.glob("model-*.safetensors"))[1]
     shard.unlink()
-    assert_refused(
-        qlora("train", job_recipe, f"model.name={other}"), 2, other, f"missing {shard.name}"
-    )
+
+    def assert_both_refused(*words: str | Path) -> None:
+        for command in ("train", "plan"):
+            assert_refused(qlora(command, job_recipe, f"model.name={other}"), 2, *words)
+
+    assert_both_refused(other, f"missing {shard.name}")
     (other / WEIGHTS_INDEX).write_text("{}")
-    assert_refused(
-        qlora("train", job_recipe, f"model.name={other}"), 2, other / WEIGHTS_INDEX, "damaged index"
-    )
+    assert_both_refused(other / WEIGHTS_INDEX, "damaged index")
     for foreign in ("../outside.safetensors", "/outside.safetensors"):
         (other / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": foreign}}))
-        outcome = qlora("train", job_recipe, f"model.name={other}")
-        assert_refused(outcome, 2, other / WEIGHTS_INDEX, f"{foreign} is not a file in this folder")
+        assert_both_refused(other / WEIGHTS_INDEX, f"{foreign} is not a file in this folder")
     assert_folder_is_usable(job_recipe)
+
+
+def test_a_plan_needs_no_weights_of_an_index(
+    job_recipe: Path, sharded_base: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(sharded_base, tmp_path / "other")
+    for shard in other.glob("model-*.safetensors"):
+        shard.unlink()
+    assert qlora("plan", job_recipe, f"model.name={other}", "--vram", "8GiB").code == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

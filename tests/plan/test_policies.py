@@ -285,6 +285,9 @@ def test_inputs_are_copied_if_that_is_faster_than_recomputing(
     assert fast.recipe.train.offload_inputs == "auto"
     assert fast.plan.num_recomputed == 8
     slow_speed = replace(nominal_speed(GPU, torch.bfloat16), flops_per_second=1e6)
+    slow_link = replace(slow_speed, link_bytes_per_second=1e3)
+    monkeypatch.setattr(planner_module, "nominal_speed", lambda *_: slow_link)
+    assert chosen(limit).plan.num_recomputed == 8
     monkeypatch.setattr(planner_module, "nominal_speed", lambda *_: slow_speed)
     slow = chosen(limit)
     assert slow.recipe.train.offload_inputs is True

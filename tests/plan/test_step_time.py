@@ -96,6 +96,6 @@ def test_causal_attention_is_half_of_the_square() -> None:
     ],
 )
 def test_the_slowest_of_three_decides(work: Work, seconds: float) -> None:
-    speed = DeviceSpeed(100.0, {"other": 10.0, "dequantize": 25.0}, 0.5, "a test")
+    speed = DeviceSpeed(100.0, {"other": 10.0, "dequantize": 25.0}, 0.5, "a test", 1.0, "a test")
     assert speed.seconds([work]) == seconds
     assert speed.seconds([work] * 3) == 3 * seconds
