@@ -35,6 +35,12 @@ _ANSWER_TOKENS = 256
     help="Maximum number of tokens of an answer; for --generate.  [default: 256]",
 )
 @click.option(
+    "--beams",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Search each answer with N beams; 1 is greedy decoding; for --generate.  [default: 1]",
+)
+@click.option(
     "--tasks",
     metavar="NAME,...",
     help="Tasks, groups or patterns of lm-eval, for example arc_easy,mmlu_*; needs the extra "
@@ -70,6 +76,7 @@ def eval_(
     data: str | None,
     answers: Path | None,
     max_new_tokens: int | None,
+    beams: int | None,
     tasks: str | None,
     num_fewshot: int | None,
     limit: int | None,
@@ -87,6 +94,7 @@ def eval_(
     _check_pairs(
         ("--generate", answers, "--data", data),
         ("--max-new-tokens", max_new_tokens, "--generate", answers),
+        ("--beams", beams, "--generate", answers),
         ("--num-fewshot", num_fewshot, "--tasks", tasks),
         ("--limit", limit, "--tasks", tasks),
         ("--include-path", include_path, "--tasks", tasks),
@@ -95,7 +103,8 @@ def eval_(
     where = str(at_step(run_or_model, step))
     if tasks is None:
         assert data is not None
-        _evaluate_rows(where, data, answers, max_new_tokens, as_json)
+        file = (answers, max_new_tokens or _ANSWER_TOKENS, beams or 1) if answers else None
+        _evaluate_rows(where, data, file, as_json)
         return
     with fast_import():
         from qlora_cli.jobs import eval_tasks as job
@@ -118,9 +127,9 @@ def _check_pairs(*pairs: tuple[str, object, str, object]) -> None:
 
 
 def _evaluate_rows(
-    where: str, data: str, answers: Path | None, max_new_tokens: int | None, as_json: bool
+    where: str, data: str, answers: tuple[Path, int, int] | None, as_json: bool
 ) -> None:
-    """Run and print the evaluation on the rows of `data`."""
+    """Run and print the evaluation on the rows of `data`. answers: fields of `AnswersFile`."""
     with fast_import():
         from qlora_cli.jobs import evaluate as job
         from qlora_cli.jobs.eval_answers import AnswersFile
@@ -131,6 +140,6 @@ def _evaluate_rows(
             where,
             data=data,
             observer=observer,
-            answers=AnswersFile(answers, max_new_tokens or _ANSWER_TOKENS) if answers else None,
+            answers=AnswersFile(*answers) if answers else None,
         )
     emit(result, as_json, tables.evaluation)

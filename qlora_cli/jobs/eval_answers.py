@@ -27,11 +27,13 @@ from qlora_cli.runs.open import OpenedModel
 class AnswersFile:
     """A new file of JSON lines with `origin`, `prompt`, `reference` and `answer` of each row.
 
-    path: it must not exist. max_new_tokens: maximum length of an answer; decoding is greedy.
+    path: it must not exist. max_new_tokens: maximum length of an answer. beams: answers that beam
+    search keeps; 1 is greedy decoding.
     """
 
     path: Path
     max_new_tokens: int
+    beams: int = 1
 
     def write(
         self, examples: Sequence[Example], opened: OpenedModel, tokenizer: Any, observer: Observer
@@ -57,7 +59,8 @@ class AnswersFile:
             report_write_errors("the answers", self.path),
             self.path.open("x", encoding="utf-8") as stream,
         ):
-            lines = _lines(generator, examples, starts, Sampling(self.max_new_tokens))
+            sampling = Sampling(self.max_new_tokens, beams=self.beams)
+            lines = _lines(generator, examples, starts, sampling)
             try:
                 for number, line in enumerate(lines, 1):
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -23,7 +23,8 @@ class Sampling:
     max_new_tokens: maximum length of an answer. temperature: 0 for greedy decoding. top_p: sample
     from the most likely tokens whose probabilities add up to it; None for the model's own setting.
     stop: texts at which an answer ends; they are not part of it. seed: for temperatures above 0;
-    None for other random numbers each time.
+    None for other random numbers each time. beams: answers that beam search keeps; 1 is no beam
+    search.
 
     Raises UsageError if `top_p` is set for greedy decoding or a text of `stop` is empty.
     """
@@ -33,6 +34,7 @@ class Sampling:
     top_p: float | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = 0
+    beams: int = 1
 
     def __post_init__(self) -> None:
         if self.top_p is not None and self.temperature == 0:
@@ -49,9 +51,11 @@ class Sampling:
         """Return the arguments of transformers' `generate`."""
         if self.temperature == 0:
             # None replaces the sampling settings in the model's generation_config.json.
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            return greedy | {"num_beams": self.beams}
         top_p = {} if self.top_p is None else {"top_p": self.top_p}
-        return {"do_sample": True, "temperature": self.temperature, **top_p}
+        sampled = {"do_sample": True, "temperature": self.temperature, **top_p}
+        return sampled | {"num_beams": self.beams}
 
 
 @dataclass(frozen=True)

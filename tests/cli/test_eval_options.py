@@ -18,6 +18,7 @@ from tests.helpers.cli_helpers import qlora
         (("--tasks", "arc_easy", "--generate", "out.jsonl"), "--generate: it needs --data"),
         (("--tasks", "arc_easy", "--max-new-tokens", "3"), "--max-new-tokens: it needs --generate"),
         (("--data", "x.jsonl", "--max-new-tokens", "3"), "--max-new-tokens: it needs --generate"),
+        (("--data", "x.jsonl", "--beams", "3"), "--beams: it needs --generate"),
         (("--tasks", " , "), "--tasks: it names no task"),
     ],
 )

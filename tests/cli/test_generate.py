@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.jobs import chat as chat_job
 from qlora_cli.jobs import generate as generate_job
@@ -196,6 +197,24 @@ def test_eval_writes_answers_next_to_references(run: Path, held_out: Path, tmp_p
     prompt = ("--prompt", rows[0]["prompt"], "--max-new-tokens", "4")
     assert qlora("generate", run, *prompt, "--json").json["text"].strip() == answers[0]["answer"]
     assert "exists" in qlora(*arguments).err
+
+
+def test_beam_search_gives_the_answers_of_transformers(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "data/models/stories260K"
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    prompt = "Once upon a time, there was a dog"
+    rows.write_text(json.dumps({"prompt": prompt, "completion": " named Max."}) + "\n")
+    arguments = ("eval", folder, "--data", rows, "--max-new-tokens", "24", "--generate")
+    assert qlora(*arguments, out, "--beams", "4").code == 0
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    found = {}
+    for beams in (1, 4):
+        output = model.generate(ids, max_new_tokens=24, num_beams=beams, do_sample=False)
+        found[beams] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert json.loads(out.read_text())["answer"] == found[4]
+    assert found[1] != found[4], "the search makes a difference here"
 
 
 def test_eval_refuses_answers_to_rows_without_a_prompt(run: Path, tmp_path: Path) -> None:
