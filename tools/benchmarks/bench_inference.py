@@ -101,8 +101,10 @@ def make_adapter(model: Path, folder: Path, settings: dict[str, Any]) -> Path:
 class Bench:
     """One opened model with its adapters, beside the weights and merged into them."""
 
-    def __init__(self, model: Path, adapters: dict[str, Path]) -> None:
+    def __init__(self, model: Path, adapters: dict[str, Path], batch: int = 1) -> None:
+        """Opens a model with its adapters. batch: prompts that are answered together."""
         facts = inspect_device()
+        self.batch = batch
         self.device = torch.device(facts.kind)
         opened = open_for_adapters(str(model), self.device, Silent())
         self.loaded: LoadedModel = opened.loaded
@@ -122,7 +124,7 @@ class Bench:
     @torch.no_grad()
     def read_prompt(self, num_tokens: int) -> tuple[float, Any]:
         """(seconds for the prompt, its cache)."""
-        ids = torch.arange(num_tokens, device=self.device)[None] % 61
+        ids = torch.arange(num_tokens, device=self.device).expand(self.batch, -1) % 61
         begin = self.now()
         out = self.loaded.model(ids, use_cache=True, logits_to_keep=1)
         return self.now() - begin, out.past_key_values
@@ -130,7 +132,7 @@ class Bench:
     @torch.no_grad()
     def decode(self, num_tokens: int, cache: Any) -> list[float]:
         """Seconds of each token behind a prompt, one token at a time."""
-        token = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        token = torch.ones(self.batch, 1, dtype=torch.long, device=self.device)
         taken = []
         for _ in range(num_tokens):
             begin = self.now()
@@ -188,14 +190,24 @@ def switches(bench: Bench, names: Sequence[str], rounds: int) -> dict[str, Any]:
     return found
 
 
-def latencies(bench: Bench, name: str, rounds: int, prompt: int, tokens: int) -> dict[str, Any]:
-    """Ratios to the base of the same round, and the base's own seconds."""
+def latencies(
+    bench: Bench,
+    name: str,
+    rounds: int,
+    prompt: int,
+    tokens: int,
+    states: Sequence[str] = STATES,
+) -> dict[str, Any]:
+    """Ratios to the base of the same round, and the base's own seconds.
+
+    states: what `bench.enter` takes; the first one is the base.
+    """
     seconds: dict[str, dict[str, list[float]]] = {
-        what: {state: [] for state in STATES} for what in ("prompt", "token")
+        what: {state: [] for state in states} for what in ("prompt", "token")
     }
     for turn in range(rounds + 1):
-        for place in range(len(STATES)):
-            state = STATES[(turn + place) % len(STATES)]
+        for place in range(len(states)):
+            state = states[(turn + place) % len(states)]
             bench.enter(state, name)
             for what, taken in zip(seconds, bench.answer(prompt, tokens), strict=True):
                 seconds[what][state].append(taken)
@@ -208,7 +220,8 @@ def _ratios(taken: dict[str, list[float]]) -> dict[str, Any]:
     base = taken["base"][1:]
     ratios = {
         f"{state} / base": spread([a / b for a, b in zip(taken[state][1:], base, strict=True)])
-        for state in STATES[1:]
+        for state in taken
+        if state != "base"
     }
     return {"base_seconds": spread(base), **ratios}
 
