@@ -1,4 +1,4 @@
-"""tools/paper/run.py measures small versions of the experiments, and docs/paper.md shows its figures."""
+"""run.py of tools/paper measures small experiments, and docs/paper.md shows the real figures."""
 
 from __future__ import annotations
 
