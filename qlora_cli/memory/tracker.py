@@ -139,14 +139,14 @@ class StorageTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.add.Tensor and accumulates_in_place(args):
             return args[0].add_(args[1])
-        if self._rules.workspace_bytes and func._schema.name in _MATRIX_PRODUCTS:
-            self._allocate_workspace(args)
         name = func.name()
         if self._device_type == "meta":
             output, work = self._operations.run(func, args, kwargs)
         else:
             output, work = func(*args, **kwargs), None
         self._track_output(output, args)
+        if self._rules.workspace_bytes and func._schema.name in _MATRIX_PRODUCTS:
+            self._allocate_workspace(args)
         if work is not None and self.location == "device":
             work = work.times(self.work_factor)._replace(recomputed=self.recomputes)
             self.listener.work(work)
@@ -185,7 +185,8 @@ class StorageTracker(TorchDispatchMode):
         keys = [next(self._keys) for _ in sizes]
         for key, num_bytes in zip(keys, sizes, strict=True):
             self.listener.allocate(key, num_bytes, "temporary")
-        for key in keys:
+        # Variables of a kernel in C++ end in the opposite order.
+        for key in reversed(keys):
             self.listener.free(key)
 
     def _resize(self, tracked: _TrackedStorage, num_bytes: int) -> None:
