@@ -7,8 +7,10 @@ import torch
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.memory.allocator import OutOfMemory
+from qlora_cli.memory.counter import Counter
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.scopes import host_memory
+from qlora_cli.memory.tracker import KernelRules, StorageTracker
 from qlora_cli.units import GIB, MIB
 
 CPU = DeviceProfile("cpu", "a CPU", 24 * GIB)
@@ -53,4 +55,34 @@ def test_a_matrix_product_on_the_cpu_needs_no_workspace_on_the_gpu() -> None:
         assert counter.live_bytes == 0
         product = torch.ones(2, 2, device="meta") @ torch.ones(2, 2, device="meta")
     assert counter.live_bytes > model.rules.workspace_bytes
+    del product
+
+
+class Order(Counter):
+    """A counter that keeps the sizes in the order in which they come (+) and go (-)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self._of_key: dict[object, int] = {}
+
+    def allocate(self, key, num_bytes, category, origin=None) -> None:  # type: ignore[no-untyped-def]
+        super().allocate(key, num_bytes, category, origin)
+        self._of_key[key] = num_bytes
+        self.sizes.append(num_bytes)
+
+    def free(self, key) -> None:  # type: ignore[no-untyped-def]
+        super().free(key)
+        self.sizes.append(-self._of_key[key])
+
+
+def test_the_order_of_allocations_is_that_of_a_kernel() -> None:
+    """Another order leaves other gaps in the allocator's segments: once 4 % of reserved bytes."""
+    order = Order()
+    rules = KernelRules({"aten::mm": lambda *_: (100, 200)}, workspace_bytes=4096)
+    with StorageTracker(order, rules, "meta") as tracker:
+        left = torch.ones(2, 2, device="meta")
+        tracker.tag([left], "base")
+        product = left @ left
+    assert order.sizes == [16, 16, 4096, 100, 200, -200, -100]
     del product
