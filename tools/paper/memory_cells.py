@@ -10,8 +10,11 @@ from paper_cells import Cell, Experiment, Workspace, folder_bytes
 
 SHAPE, LARGE_SHAPE = "gpt2-medium", "gpt3-175b"
 """Names of configs: of the measured model, which gets random weights, and of the planned one."""
-LARGE_CELLS = {"GPT-3 175B": "device", "GPT-3 175B, base in host memory": "host"}
-"""Names of the planned cells -> where the base is."""
+LARGE_CELLS = {
+    "GPT-3 175B": ("device", "400GiB"),
+    "GPT-3 175B, base in host memory": ("host", "80GiB"),
+}
+"""Names of the planned cells -> where the base is, and the memory of the planned GPU."""
 _FULL = ("adapter.method=full",)
 _METHODS = {
     "full": _FULL,
@@ -48,7 +51,8 @@ def measure(cell: Cell, space: Workspace) -> dict[str, Any]:
 
 def _planned(cell: Cell, space: Workspace) -> dict[str, Any]:
     """Return the plan of every method for the large shape; nothing is loaded."""
-    words = ["recipes/paper/gpt3.yaml", *cell.settings, "--vram", "80GiB", "--compare"]
+    words = ["recipes/paper/gpt3.yaml", *cell.settings]
+    words += ["--vram", LARGE_CELLS[cell.name][1], "--compare"]
     plan = space.qlora("plan", *words)
     kept = ("total_parameters", "trainable_parameters", "adapter_bytes", "arithmetic", "compare")
     return {key: plan[key] for key in kept}
@@ -81,7 +85,10 @@ MEMORY = Experiment(
     "memory",
     ("memory", SHAPE, LARGE_SHAPE),
     (
-        *(Cell(n, (f"base.residency={where}",), minutes=4.0) for n, where in LARGE_CELLS.items()),
+        *(
+            Cell(name, (f"base.residency={where}",), minutes=4.0)
+            for name, (where, _) in LARGE_CELLS.items()
+        ),
         *_CELLS,
     ),
     (_CELLS[0], _CELLS[3]),

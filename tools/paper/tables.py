@@ -261,8 +261,9 @@ def _where(entries: Sequence[Entry]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
         threads = f"{at['threads']} of {at['cores']} cores"
         texts[f"{at['device']['name']} ({at['device']['kind']}), {threads}; {versions}"] = None
-    loads = [entry["where"]["load_average"] for entry in entries]
-    return f"{'; '.join(texts)}. Load average {min(loads):.0f} to {max(loads):.0f}."
+    loads = sorted({round(entry["where"]["load_average"]) for entry in entries})
+    load = " to ".join(str(end) for end in dict.fromkeys((loads[0], loads[-1])))
+    return f"{'; '.join(texts)}. Load average {load}."
 
 
 def fill(text: str, folder: Path = MEASUREMENTS) -> str:
