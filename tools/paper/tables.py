@@ -244,12 +244,14 @@ def section(experiment: Experiment, entries: Sequence[Entry]) -> str:
     command = f"`python tools/paper/run.py --only {experiment.name}`"
     lines = [TABLES[experiment.name](experiment, entries), ""]
     total = len(experiment.cells)
+    left = sum(cell.minutes for cell in experiment.cells if find_cell(entries, cell) is None)
+    which = "others" if entries else "cells"
+    rest = f" The {which} take about {left:.0f} min of one core by estimate." if left else ""
     if not entries:
-        return "\n".join([*lines, f"{command}: none of {total} cells is measured."])
+        return "\n".join([*lines, f"{command}: none of {total} cells is measured.{rest}"])
     seconds = sum(entry["seconds"] for entry in entries)
-    lines.append(
-        f"{command}: {len(entries)} of {total} cells, {seconds / 60:.1f} min. {_where(entries)}"
-    )
+    measured = f"{len(entries)} of {total} cells, {seconds / 60:.1f} min.{rest}"
+    lines.append(f"{command}: {measured} {_where(entries)}")
     return "\n".join(lines)
 
 
