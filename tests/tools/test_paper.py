@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +125,27 @@ def test_a_measured_cell_is_not_repeated_and_a_stopped_one_is_resumed(
     assert cell["result"]["dev_accuracy"] == trained["metrics"]["accuracy"]
     assert runner("--only", "rte") == 0
     assert runner.cells("rte") == [cell]
-    (runner.out / "rte.json").write_text(
-        json.dumps({"cells": [cell | {"settings": ["train.lr=1"]}]})
-    )
+    changed = cell | {"recipes": {"recipes/paper/rte.yaml": "another recipe"}}
+    (runner.out / "rte.json").write_text(json.dumps({"cells": [changed]}))
     assert runner("--only", "rte") == 0
     (again,) = runner.cells("rte")
-    assert again["settings"] == []
+    assert again["recipes"] == cell["recipes"]
     assert not again["resumed"]
     assert again["result"] == cell["result"]
+
+
+def test_a_cell_with_other_settings_is_another_measurement(tmp_path: Path) -> None:
+    experiment = next(e for e in EXPERIMENTS if e.name == "tasks")
+    report = paper_run.Report(tmp_path / "tasks.json", experiment)
+    cell = experiment.cells[0]
+    entry = {"name": cell.name, "seed": 0, "settings": list(cell.settings), "recipes": {}}
+    report.add(cell, entry)
+    assert report.measured(cell) == entry
+    other = replace(cell, settings=("tasks=2", "rounds=2"))
+    assert report.measured(other) is None
+    report.add(other, entry | {"settings": list(other.settings)})
+    assert report.measured(cell) is None
+    assert len(paper_run.Report(report.file, experiment).content["cells"]) == 1
 
 
 def test_what_is_missing_is_reported_and_the_others_are_measured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.cli import main as qlora_main
+from qlora_cli.recipe.document import read_document
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENTS = ROOT / "tools" / "measurements" / "paper"
@@ -50,12 +52,13 @@ class Workspace:
     """The folder in which cells are measured, and the commands that a cell has run.
 
     folder: the working directory of the commands, so that paths in recipes are relative to it.
-    small: use few rows, steps and layers, as tests do.
+    small: use few rows, steps and layers, as tests do. recipes: file -> digest of what was used.
     """
 
     folder: Path
     small: bool
     commands: list[str] = field(default_factory=list)
+    recipes: dict[str, str] = field(default_factory=dict)
     is_resumed: bool = False
 
     def qlora(self, *words: str) -> dict[str, Any]:
@@ -64,6 +67,7 @@ class Workspace:
         Raises CellError with the command's error, KeyboardInterrupt if it was interrupted.
         """
         self.commands.append(" ".join(["qlora", *words]))
+        self.recipes |= {word: recipe_digest(word) for word in words if word.startswith("recipes/")}
         out, err = io.StringIO(), io.StringIO()
         with working_directory(self.folder), redirect_stdout(out), redirect_stderr(err):
             code = qlora_main.run([*words, "--json"])
@@ -107,6 +111,12 @@ class Experiment:
     def file_name(self) -> str:
         """Return the name of the JSON file in tools/measurements/paper."""
         return f"{self.name}.json"
+
+
+def recipe_digest(file: str) -> str:
+    """Return a digest of a recipe's settings, without comments. file: relative to the checkout."""
+    content = read_document((ROOT / file).read_text(encoding="utf-8")).content
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def folder_bytes(folder: Path) -> int:

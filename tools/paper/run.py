@@ -4,10 +4,10 @@
 
 Each experiment is a list of cells; a cell is one measurement with its settings and its seed. After
 each cell tools/measurements/paper/NAME.json is written, with the commands, the seconds, the device
-and the versions. A cell that is in the file with the same settings is not measured again, so the
-same command continues after a stop, and a run that was interrupted is resumed. `python
-tools/paper/tables.py` then writes the tables of docs/paper.md. Commands are relative to the folder
-of --work: `cd WORK && qlora train recipes/paper/sst2.yaml` repeats one by hand.
+and the versions. A cell that is in the file with the same settings and the same recipe is not
+measured again, so the same command continues after a stop, and a run that was interrupted is
+resumed. `python tools/paper/tables.py` then writes the tables of docs/paper.md. Commands are
+relative to the folder of --work: `cd WORK && qlora train recipes/paper/sst2.yaml` repeats one.
 
 Models and rows: tools/paper/paper_data.py names the packages and folders. Cells without their model
 or rows are reported, and the others are measured. BLEU and chrF need the package `sacrebleu`.
@@ -30,7 +30,16 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import torch
 from bench_inference import where
 from experiments import EXPERIMENTS
-from paper_cells import MEASUREMENTS, ROOT, Cell, CellError, Experiment, Workspace, find_cell
+from paper_cells import (
+    MEASUREMENTS,
+    ROOT,
+    Cell,
+    CellError,
+    Experiment,
+    Workspace,
+    find_cell,
+    recipe_digest,
+)
 from paper_data import Places, prepare
 
 from qlora_cli.files.atomic import write_json
@@ -46,9 +55,12 @@ class Report:
             self.content = json.loads(file.read_text())
 
     def measured(self, cell: Cell) -> Mapping[str, Any] | None:
-        """Return the entry of a cell that was measured with the same settings."""
+        """Return the entry of a cell that was measured with the same settings and recipe."""
         entry = find_cell(self.content["cells"], cell)
-        return entry if entry and entry["settings"] == list(cell.settings) else None
+        if entry is None or entry["settings"] != list(cell.settings):
+            return None
+        recipes = entry["recipes"]
+        return entry if all(recipe_digest(name) == recipes[name] for name in recipes) else None
 
     def add(self, cell: Cell, entry: Mapping[str, Any]) -> None:
         """Write the file with this entry, which replaces that of other settings."""
@@ -71,6 +83,7 @@ class Report:
 def measure_cell(experiment: Experiment, cell: Cell, space: Workspace) -> dict[str, Any]:
     """Measure a cell and return its entry. Raises CellError if it fails."""
     space.commands.clear()
+    space.recipes.clear()
     space.is_resumed = False
     began = time.perf_counter()
     result = experiment.measure(cell, space)
@@ -79,6 +92,7 @@ def measure_cell(experiment: Experiment, cell: Cell, space: Workspace) -> dict[s
         "seed": cell.seed,
         "settings": list(cell.settings),
         "commands": list(space.commands),
+        "recipes": dict(space.recipes),
         "result": result,
         "seconds": round(time.perf_counter() - began, 1),
         "resumed": space.is_resumed,
