@@ -25,9 +25,9 @@ class LoadedModel:
     roles with an adapter. base_format: format of each linear's weight. kernel: attention kernel
     of the device, in a dry run of the planned device. stacks: every stacked parameter of experts,
     if the experts are packed. loss_chunk: number of tokens whose logits exist at once; None for the
-    default. recomputation: which blocks are recomputed in the backward pass; None before the train settings
-    are applied. stream: gives blocks their weights while they compute; None if all weights stay in
-    place.
+    default. recomputation: which blocks are recomputed in the backward pass; None before the train
+    settings are applied. stream: gives blocks their weights while they compute; None if all weights
+    stay in place.
     """
 
     model: Any

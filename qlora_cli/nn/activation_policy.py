@@ -1,8 +1,9 @@
 """Which blocks keep what they need for the backward pass, and which compute it again.
 
 A block that is kept saves the tensors that its backward pass needs, except the outputs of its norms
-(`norm_outputs.py`). A block that is recomputed saves only its input, and runs its forward pass a second time in the backward pass. Both give the
-same gradients, bit for bit, if the kernels are deterministic.
+(`norm_outputs.py`). A block that is recomputed saves only its input, and runs its forward pass a
+second time in the backward pass. Both give the same gradients, bit for bit, if the kernels are
+deterministic.
 
 The backward pass begins with the last block. Each kept block frees its tensors before the next
 block runs, and a recomputed block needs space for its own tensors only while it runs. So the first

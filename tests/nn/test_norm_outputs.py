@@ -1,4 +1,4 @@
-"""Kept blocks save no output of a norm: equal gradients, fewer bytes, and guarded against writes."""
+"""Kept blocks save no output of a norm: equal gradients, fewer bytes, an error after a write."""
 
 from __future__ import annotations
 
