@@ -48,7 +48,7 @@ class DiskTensor:
         Raises ModelError if the file ends before.
         """
         if target.numel():
-            self._read(bytes_of(target), start_row * self._row_bytes)
+            self.read_bytes(bytes_of(target), start_row * self._row_bytes)
 
     def read_rows(self, ids: Tensor) -> Tensor:
         """Return rows (n, ...) of the tensor. ids: (n,) int64 on the CPU.
@@ -63,7 +63,7 @@ class DiskTensor:
             raise IndexError("a row of a table is out of range")
         buffer, size = bytes_of(rows), self._row_bytes
         for number, row in enumerate(unique.tolist()):
-            self._read(buffer[number * size : (number + 1) * size], row * size)
+            self.read_bytes(buffer[number * size : (number + 1) * size], row * size)
         return rows.index_select(0, places)
 
     def will_need(self) -> None:
@@ -77,7 +77,8 @@ class DiskTensor:
     def _row_bytes(self) -> int:
         return self.entry.num_bytes // (self.entry.shape[0] if self.entry.shape else 1)
 
-    def _read(self, buffer: memoryview, offset: int) -> None:
+    def read_bytes(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with bytes from `offset` on. Raises ModelError as `read_into` does."""
         filled = 0
         while filled < len(buffer):
             at = self.entry.start + offset + filled

@@ -11,7 +11,8 @@ import json
 import mmap
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -85,19 +86,26 @@ class PackedFiles:
     def disk_tensor(self, name: str, spec: TensorSpec) -> DiskTensor:
         """Return a tensor that stays in its file. Raises DamagedCopy if a byte has changed."""
         entry = self._entry(name, spec)
-        found = DiskTensor(entry, self.files[entry.file])
-        buffer, checksum = torch.empty(_CHECKED_BYTES, dtype=torch.uint8), 0
-        flat = replace(entry, dtype=torch.uint8, shape=(entry.num_bytes,))
+        found, checksum = DiskTensor(entry, self.files[entry.file]), 0
+        buffer = memoryview(self._buffer)
         for start in range(0, entry.num_bytes, _CHECKED_BYTES):
             part = buffer[: entry.num_bytes - start]
             try:
-                replace(found, entry=flat).read_into(part, start)
+                found.read_bytes(part, start)
             except (OSError, ModelError) as fault:
                 raise DamagedCopy(f"{name} cannot be read: {fault}") from fault
-            checksum = zlib.crc32(bytes_of(part), checksum)
+            checksum = zlib.crc32(part, checksum)
         if checksum != self.checksums.get(name):
             raise DamagedCopy(f"the checksum of {name} differs")
         return found
+
+    @cached_property
+    def _buffer(self) -> mmap.mmap:
+        """Return the memory to compute checksums in.
+
+        It is outside of the heap, which buffers of this size break up.
+        """
+        return mmap.mmap(-1, _CHECKED_BYTES)
 
     def _entry(self, name: str, spec: TensorSpec) -> TensorEntry:
         entry = self.entries.get(name)

@@ -5,63 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig
+from large_base import LargeModel
 
 from qlora_cli.adapters import peft_config, peft_names
 from qlora_cli.adapters.peft_config import PeftConfig
-from qlora_cli.export.merge.folder import plan_shards, write_index
 from qlora_cli.files.atomic import write_json
 from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 
-WIDTH, INNER, LAYERS, VOCAB = 2048, 5632, 4, 32000
-LARGEST_BYTES = VOCAB * WIDTH * 2
-"""Size of the largest tensor, in bfloat16."""
+LAYERS = 4
+LARGEST_BYTES = LargeModel(LAYERS).table_weights
+"""Size of the largest tensor, the embedding, in bfloat16."""
 SHARD_BYTES = 400_000_000
 
 
-def block_shapes(layer: int) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of each tensor of a block."""
-    path = f"model.layers.{layer}"
-    attention = {f"{path}.self_attn.{role}_proj.weight": (WIDTH, WIDTH) for role in "qkvo"}
-    return attention | {
-        f"{path}.mlp.gate_proj.weight": (INNER, WIDTH),
-        f"{path}.mlp.up_proj.weight": (INNER, WIDTH),
-        f"{path}.mlp.down_proj.weight": (WIDTH, INNER),
-        f"{path}.input_layernorm.weight": (WIDTH,),
-        f"{path}.post_attention_layernorm.weight": (WIDTH,),
-    }
-
-
 def make_large_base(folder: Path, num_layers: int = LAYERS) -> Path:
-    """Write a Llama model in bfloat16 as several files, one tensor at a time."""
-    folder.mkdir()
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=num_layers,
-        num_attention_heads=16,
-        dtype=torch.bfloat16,
-    )
-    config.save_pretrained(folder)
-    shapes = {"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
-    for layer in range(num_layers):
-        shapes |= block_shapes(layer)
-    shapes["lm_head.weight"] = (VOCAB, WIDTH)
-    planned = {name: TensorSpec(torch.bfloat16, shape) for name, shape in shapes.items()}
-    noise = (0.02 * torch.randn(INNER * WIDTH)).bfloat16()
-
-    def make(name: str) -> Tensor:
-        size = torch.Size(shapes[name])
-        return noise.repeat(-(-size.numel() // noise.numel()))[: size.numel()].view(size)
-
-    shards = plan_shards(planned, SHARD_BYTES)
-    for shard in shards:
-        write_tensors(folder / shard.name, shard.shapes, make, {"format": "pt"})
-    write_index(folder, shards)
+    """Write a Llama model in bfloat16 as several files."""
+    LargeModel(num_layers).write(folder, SHARD_BYTES)
     return folder
 
 
@@ -84,7 +45,7 @@ def make_large_run(path: Path, base: Path, num_layers: int = LAYERS) -> RunFolde
     write_json(run.adapter / peft_config.CONFIG, config.model_dump(mode="json"))
     shapes: dict[str, TensorSpec] = {}
     for layer in range(num_layers):
-        for name, shape in block_shapes(layer).items():
+        for name, shape in LargeModel(num_layers).block_shapes(layer).items():
             if len(shape) == 2:
                 path_of = name.removesuffix(".weight")
                 out_features, in_features = shape

@@ -1,11 +1,12 @@
 """Trains, evaluates, merges and verifies a model in less address space than its packed base has.
 
-python tools/validation/address_space.py FOLDER [--layers N] [--bits 16] [--share 0.6] [--json FILE]
+python tools/validation/address_space.py FOLDER [--layers N] [--width 2048] [--vocab 32000]
+    [--bits 16] [--share 0.9] [--json FILE]
 
-A Llama of `--layers` blocks of 51 million weights with random values is written to FOLDER, with
-`base.residency: disk`. Each command runs in a process of its own: after its imports, RLIMIT_AS is
-set to the address space that the process has then plus `--share` of the size of the packed base.
-With `base.residency: device` the same limit must stop the training.
+A Llama of `--layers` blocks with random values is written to FOLDER, whose rows and tokenizer are
+those of the starter, with `base.residency: disk`. Each command runs in a fork of a process that has
+imported everything: RLIMIT_AS is set to the address space that the fork has then plus `--share` of
+the size of the packed base. With `base.residency: device` the same limit must stop the training.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import LlamaConfig
+from large_base import LargeModel
 
-from qlora_cli.export.merge.folder import plan_shards, write_index
 from qlora_cli.files.locate import find_base
-from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
 
-WIDTH, INNER, VOCAB = 2048, 5632, 32000
+SHARD_BYTES = 10**9
+CONTROL = "train on the device"
+_NF4_BITS = 4.127
+"""Bits of a weight in NF4 with double quantization: 4, one byte of a scale per 64, and its own."""
 CHILD = """
-import resource, sys
+import json, os, resource, sys, time
 from pathlib import Path
-import bitsandbytes, transformers.models.llama.modeling_llama
+import bitsandbytes, matplotlib.pyplot, pandas, torch, transformers.models.llama.modeling_llama
+import qlora_cli.data.processes, qlora_cli.ui.report, qlora_cli.ui.tables
 import qlora_cli.jobs.evaluate, qlora_cli.jobs.merge, qlora_cli.jobs.train, qlora_cli.jobs.verify
 from qlora_cli.cli.main import run
 
@@ -44,55 +45,58 @@ def pages(name):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-limit = pages("VmSize") + int(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-code = run(sys.argv[2:])
-print(f"limit {limit} peak {pages('VmPeak')} resident {pages('VmHWM')}", file=sys.stderr)
-sys.exit(code)
-"""
-
-
-def write_base(folder: Path, num_layers: int) -> int:
-    """Write the model, one tensor at a time, and return its number of weights."""
-    folder.mkdir(parents=True)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=num_layers,
-        num_attention_heads=16,
-        dtype=torch.bfloat16,
+def limited(words, allowance, errors):
+    with open(errors, "wb") as file:
+        os.dup2(file.fileno(), 2)
+        os.dup2(file.fileno(), 1)
+    begin = pages("VmSize")
+    resource.setrlimit(resource.RLIMIT_AS, (begin + allowance,) * 2)
+    began = time.monotonic()
+    code = run(words)
+    used = pages("VmPeak") - begin
+    figures = {"code": code, "address_space_bytes": used, "resident_bytes": pages("VmHWM")}
+    Path(errors + ".json").write_text(
+        json.dumps({**figures, "seconds": round(time.monotonic() - began, 1)})
     )
-    config.save_pretrained(folder)
-    for file in find_base("starter", None).glob("*token*"):
-        shutil.copy(file, folder)
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCAB, WIDTH),
-        "model.norm.weight": (WIDTH,),
-        "lm_head.weight": (VOCAB, WIDTH),
-    }
-    for layer in range(num_layers):
-        path = f"model.layers.{layer}"
-        shapes |= {f"{path}.self_attn.{role}_proj.weight": (WIDTH, WIDTH) for role in "qkvo"}
-        shapes |= {f"{path}.mlp.{role}_proj.weight": (INNER, WIDTH) for role in ("gate", "up")}
-        shapes[f"{path}.mlp.down_proj.weight"] = (WIDTH, INNER)
-        shapes[f"{path}.input_layernorm.weight"] = (WIDTH,)
-        shapes[f"{path}.post_attention_layernorm.weight"] = (WIDTH,)
-    specs = {name: TensorSpec(torch.bfloat16, shape) for name, shape in shapes.items()}
-    torch.manual_seed(0)
-    noise = (0.02 * torch.randn(INNER * WIDTH)).bfloat16()
 
-    def make(name: str) -> Tensor:
-        size = torch.Size(shapes[name])
-        if len(size) == 1:
-            return torch.ones(size, dtype=torch.bfloat16)
-        return noise.repeat(-(-size.numel() // noise.numel()))[: size.numel()].view(size)
 
-    shards = plan_shards(specs, 10**9)
-    for shard in shards:
-        write_tensors(folder / shard.name, shard.shapes, make, {"format": "pt"})
-    write_index(folder, shards)
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
+torch.set_num_threads(1)
+allowance, folder = int(sys.argv[1]), sys.argv[2]
+for number, words in enumerate(json.loads(sys.argv[3])):
+    if not os.fork():
+        try:
+            limited(words, allowance, f"{folder}/command-{number}")
+        finally:
+            os._exit(0)
+    os.wait()
+"""
+"""Runs commands one after the other: those of argument 3, under the limit of argument 1."""
+
+
+def run_limited(folder: Path, allowance: int, commands: Mapping[str, Any]) -> dict[str, Any]:
+    """Run commands under the limit, and return the exit code and the figures of each.
+
+    A command that failed has the end of its messages, too.
+    """
+    settings = {"OMP_NUM_THREADS": "1", "QLORA_CACHE": str(folder / "c")}
+    # glibc and Arrow reserve a gigabyte of addresses that they do not use, and glibc keeps freed
+    # memory between memory that is in use, unless each large tensor is mapped by itself.
+    settings |= {"MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    settings |= {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    words = [list(map(str, command)) for command in commands.values()]
+    subprocess.run(
+        [sys.executable, "-c", CHILD, str(allowance), str(folder), json.dumps(words)],
+        env={**os.environ, **settings},
+        check=True,
+    )
+    results = {}
+    for number, name in enumerate(commands):
+        shown = folder / f"command-{number}"
+        figures = shown.with_name(f"{shown.name}.json")
+        results[name] = json.loads(figures.read_text()) if figures.exists() else {"code": None}
+        if results[name]["code"] != 0:
+            results[name]["error"] = shown.read_text(errors="replace")[-1500:]
+    return results
 
 
 def write_recipe(folder: Path, bits: int) -> Path:
@@ -112,51 +116,31 @@ def write_recipe(folder: Path, bits: int) -> Path:
     return recipe
 
 
-def limited(folder: Path, allowance: int, *words: str) -> dict[str, Any]:
-    """Run one command under the limit. Return its exit code, figures and the end of its stderr."""
-    began = time.monotonic()
-    settings = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "QLORA_CACHE": str(folder / "c")}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(allowance), *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **settings},
-    )
-    last = done.stderr.splitlines()[-1].split() if done.stderr else []
-    figures = dict(zip(last[::2], map(int, last[1::2]), strict=True)) if "limit" in last else {}
-    found: dict[str, Any] = {"code": done.returncode, "seconds": round(time.monotonic() - began, 1)}
-    found |= {f"{name}_bytes": value for name, value in figures.items()}
-    if done.returncode:
-        found["error"] = done.stderr[-1500:]
-    return found
+def validate(folder: Path, model: LargeModel, bits: int, share: float) -> dict[str, Any]:
+    """Return the figures of all commands, and whether each ended as it must.
 
-
-def validate(folder: Path, num_layers: int, bits: int, share: float) -> dict[str, Any]:
-    """Return the figures of all commands, and whether each ended as it must."""
-    num_weights = write_base(folder / "base", num_layers)
-    tables = 2 * 2 * VOCAB * WIDTH
-    in_blocks = num_weights - 2 * VOCAB * WIDTH
-    packed_bytes = int(tables + in_blocks * (bits / 8 if bits > 4 else 4.127 / 8))
+    folder: is created. share: of the packed base, which is added to the address space.
+    """
+    model.write(folder / "base", SHARD_BYTES)
+    for file in find_base("starter", None).glob("*token*"):
+        shutil.copy(file, folder / "base")
+    in_blocks = model.block_weights * (bits if bits > 4 else _NF4_BITS) / 8
+    packed_bytes = int(2 * model.table_weights + in_blocks)
     allowance = int(share * packed_bytes)
-    recipe, run = str(write_recipe(folder, bits)), str(folder / "run")
+    recipe, run, out = write_recipe(folder, bits), folder / "run", folder / "merged"
+    resident = ("base.residency=device", "base.cache=false", f"output={folder / 'resident'}")
     commands = {
-        "train on the device": ("train", recipe, "base.residency=device", "base.cache=false"),
+        CONTROL: ("train", recipe, *resident),
         "train": ("train", recipe),
-        "eval": ("eval", run, "--data", str(folder / "rows.jsonl"), "--json"),
-        "merge": ("merge", run, "--out", str(folder / "merged")),
-        "verify": ("verify", str(folder / "merged"), "--against", run),
+        "eval": ("eval", run, "--data", folder / "rows.jsonl", "--json"),
+        "merge": ("merge", run, "--out", out),
+        "verify": ("verify", out, "--against", run),
     }
-    results: dict[str, Any] = {}
-    for name, words in commands.items():
-        results[name] = limited(folder, allowance, *words)
-        print(name, results[name], flush=True)
-        if name == "train on the device":
-            shutil.rmtree(run, ignore_errors=True)
-    codes = {name: result["code"] for name, result in results.items()}
-    passed = codes.pop("train on the device") != 0 and not any(codes.values())
+    results = run_limited(folder, allowance, commands)
+    others = [result["code"] for name, result in results.items() if name != CONTROL]
     return {
-        "passed": passed,
-        "weights": num_weights,
+        "passed": results[CONTROL]["code"] not in (0, None) and not any(others),
+        "weights": model.table_weights + model.block_weights,
         "bits": bits,
         "packed_bytes": packed_bytes,
         "allowance_bytes": allowance,
@@ -171,11 +155,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--bits", type=int, default=16)
-    parser.add_argument("--share", type=float, default=0.6)
+    parser.add_argument("--share", type=float, default=0.9)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    result = validate(given.folder, given.layers, given.bits, given.share)
+    model = LargeModel(given.layers, given.width, 11 * given.width // 4, given.vocab)
+    result = validate(given.folder, model, given.bits, given.share)
     text = json.dumps(result, indent=1)
     if given.json:
         given.json.write_text(text + "\n")

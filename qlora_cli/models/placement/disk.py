@@ -23,7 +23,13 @@ from qlora_cli.memory.scopes import host_memory, module_scope, scope
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.block_stream import BlockStream, streamed_slots
 from qlora_cli.models.placement.device import complete, loading_order
-from qlora_cli.models.placement.held import PackedCopy, held_specs, held_tensors, put_tensor
+from qlora_cli.models.placement.held import (
+    PackedCopy,
+    UnmappedCopy,
+    held_specs,
+    held_tensors,
+    put_tensor,
+)
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots
 from qlora_cli.models.placement.weight_store import DiskWeights, on_host
 from qlora_cli.nn.packed_tensors import drop_packed
@@ -69,7 +75,7 @@ class DiskPlacement:
         for name in order:
             if name not in on_disk:
                 with scope("temporary"), module_scope(slots[name].module or name):
-                    copy = None if name in heads else _ReadCopy(self.copy)
+                    copy = None if name in heads else UnmappedCopy(self.copy)
                     put_tensor(name, slots[name], source, copy, self.device)
         for name, slot in slots.items():
             if slot.table is not None:
@@ -98,19 +104,6 @@ class DiskPlacement:
             while held:
                 yield held.pop(0)
             self.observer.advance(done)
-
-
-@dataclass(frozen=True)
-class _ReadCopy:
-    """A packed copy of which nothing is mapped: a mapped norm would keep its whole file mapped."""
-
-    copy: PackedCopy
-
-    def read(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, Tensor] | None:
-        places = self.copy.disk_tensors(specs)
-        if not places:  # A dry run.
-            return self.copy.read(specs)
-        return {name: place.read() for name, place in places.items()}
 
 
 def _specs(slots: Mapping[str, TensorSlot]) -> dict[str, TensorSpec]:

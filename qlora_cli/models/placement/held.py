@@ -8,6 +8,7 @@ checkpoint that bitsandbytes quantized contains those of the linears.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -53,6 +54,20 @@ class PackedCopy(HeldTensors, Protocol):
 
         specs: name -> dtype and shape. tensors: in the same order, computed one after the other.
         """
+
+
+@dataclass(frozen=True)
+class UnmappedCopy:
+    """A packed copy of which nothing is mapped: a mapped norm would keep its whole file mapped."""
+
+    copy: PackedCopy
+
+    def read(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, Tensor] | None:
+        """Return the tensors of `specs` in memory of their own; None without a usable copy."""
+        places = self.copy.disk_tensors(specs)
+        if not places:  # A dry run.
+            return self.copy.read(specs)
+        return {name: place.read() for name, place in places.items()}
 
 
 def put_tensor(

@@ -25,7 +25,7 @@ from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
 from qlora_cli.models.attach import attach_adapter, load_lora_weights, load_stack_weights
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.models.placement.held import PackedCopy, put_tensor
+from qlora_cli.models.placement.held import PackedCopy, UnmappedCopy, put_tensor
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots, rebuild_buffers
 from qlora_cli.nn.embedding import HostEmbedding, has_own_memory
 from qlora_cli.nn.experts import Experts
@@ -76,10 +76,11 @@ class StreamedPlacement:
         self, slots: _NamedSlots, source: TensorSource, layer: AdapterLayer | None
     ) -> Callable[[nn.Module, Any], None]:
         """Return a forward pre-hook that reads a module's tensors and its adapter's."""
+        copy = UnmappedCopy(self.copy) if self.copy is not None else None
 
         def read(module: nn.Module, _: Any) -> None:
             for name, slot in slots:
-                put_tensor(name, slot, source, self.copy, self.device)
+                put_tensor(name, slot, source, copy, self.device)
             if layer is not None:
                 assert isinstance(module, LoraLinear)
                 load_lora_weights(module, layer, self.device)
