@@ -74,6 +74,7 @@ def train(
     with fast_import():
         from qlora_cli.jobs import follow
         from qlora_cli.jobs import train as job
+        from qlora_cli.parallel.processes import leave
         from qlora_cli.train.launcher import end_with_launcher
         from qlora_cli.train.runtime import join_processes
         from qlora_cli.ui import tables
@@ -86,6 +87,7 @@ def train(
             follow.run(joined)
         except (Interrupted, NotFinite, MicroBatchTooLarge) as error:
             ctx.exit(error.exit_code)  # All processes raise it, and the main one reports it.
+        leave()
         return
     with job_observer() as observer:
         result = job.run(
@@ -97,5 +99,6 @@ def train(
             processes=joined,
         )
         write_page(result.run, observer)
+    leave()
     emit(result, as_json, tables.train)
     suggest("generate", result.run, "--prompt", "...")

@@ -87,6 +87,8 @@ def share_state(state: State) -> None:
     processes = state.processes
     if processes.size == 1:
         return
+    # NCCL and gloo wait 10 and 30 minutes for a process that is still loading, this one longer.
+    processes.wait()
     with torch.no_grad():
         for parameter in state.trainable.values():
             processes.copy_from_main(parameter.data)

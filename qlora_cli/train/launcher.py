@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import random
 import shutil
 import signal
 import socket
@@ -66,10 +65,11 @@ def launch(arguments: Sequence[str], number: int, command: Sequence[str] = _QLOR
     Raises QloraError if another process than the main one fails, with the end of its log.
     """
     logs = Path(tempfile.mkdtemp(prefix="qlora-processes-"))
-    children = _start([*command, *arguments], number, logs)
-    with _forwarded(children[0].process):
-        first = _wait_for_any(children)
-        _end(children)
+    with reserved_port() as port:
+        children = _start([*command, *arguments], number, logs, port)
+        with _forwarded(children[0].process):
+            first = _wait_for_any(children)
+            _end(children)
     code = children[0].process.returncode
     is_reported = first.rank == 0 or (first.process.returncode > 0 and not _last_lines(first))
     if is_reported and code >= 0:
@@ -92,12 +92,12 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _start(command: Sequence[str], number: int, logs: Path) -> list[_Child]:
-    """Start the processes, the main one first."""
+def _start(command: Sequence[str], number: int, logs: Path, port: int) -> list[_Child]:
+    """Start the processes, the main one first. port: at which they meet."""
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(port),
         "WORLD_SIZE": str(number),
         "LOCAL_WORLD_SIZE": str(number),
         _PARENT: str(os.getpid()),
@@ -122,17 +122,18 @@ def _start(command: Sequence[str], number: int, logs: Path) -> list[_Child]:
     return children
 
 
-def free_port() -> int:
-    """Return a port for the processes to meet at that nothing listens to now.
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Yield a port at which processes can meet, and which no other program takes in the block.
 
-    It is below the range from which systems take the ports of connections, so that no connection
-    takes it before the main process listens.
+    A socket that does not listen has the port. `SO_REUSEADDR` lets the main process listen at it
+    nevertheless, because it sets that option, too.
     """
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        # Only now, so that the system does not choose the port of another such socket.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield holder.getsockname()[1]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from qlora_cli.jobs import follow, train
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import read_evaluations
-from qlora_cli.train.launcher import free_port
+from qlora_cli.train.launcher import reserved_port
 from qlora_cli.train.runtime import join_processes
 from tests.helpers.resumed_runs import STEPS, losses
 
@@ -30,9 +30,9 @@ def train_together(
 
     prepare: called with the rank in each process before it trains.
     """
-    port = free_port()
-    children = [_fork(recipe, rank, size, port, prepare) for rank in range(size)]
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    with reserved_port() as port:
+        children = [_fork(recipe, rank, size, port, prepare) for rank in range(size)]
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def adapter_of(run: RunFolder) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A base on disk is trained, evaluated, merged and verified in fewer addresses than it has bytes."""
+"""A base on disk is trained, evaluated, merged and verified in fewer addresses than it has."""
 
 from __future__ import annotations
 

@@ -121,19 +121,21 @@ def signal_in_step(step: int, number: int) -> None:
     loop.train_step = interrupted
 
 
-def test_a_signal_to_one_process_stops_all_and_one_process_resumes(
+def test_a_signal_to_one_process_stops_all_and_other_numbers_of_processes_resume(
     folder: Path, alone: RunFolder
 ) -> None:
+    """Two processes do the first two steps, four the next two, and one the last."""
     recipe = recipe_in(folder, "stopped", checkpoint_every=100)
-
-    def stop(rank: int) -> None:
-        if rank == 1:
-            signal_in_step(2, signal.SIGINT)
-
-    assert train_together(recipe, prepare=stop) == [130, 130]
     run = RunFolder(Path(recipe.output))
-    assert run.read()["status"] == "interrupted"
-    assert run.steps()[-1] == 3
+    for size, last in ((2, 2), (4, 4)):
+
+        def stop(rank: int, last: int = last) -> None:
+            if rank == 1:
+                signal_in_step(last - 1, signal.SIGINT)
+
+        assert train_together(recipe, size, prepare=stop) == [130] * size
+        assert run.read()["status"] == "interrupted"
+        assert run.steps()[-1] == last
     train_run(recipe, resume=True)
     assert difference(run, alone) < CLOSE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.train import launcher
-from qlora_cli.train.launcher import check_no_launcher, launch
+from qlora_cli.train.launcher import check_no_launcher, launch, reserved_port
 
 WAIT = "import time; time.sleep(60)"
 """A process that hangs, such as one that waits for a process that has ended."""
@@ -113,6 +114,16 @@ def test_the_processes_end_with_a_killed_launcher(tmp_path: Path) -> None:
     while len(list(tmp_path.glob("*SIGTERM"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_reserved_port_is_free_for_the_main_process_only() -> None:
+    with reserved_port() as port, reserved_port() as other, socket.socket() as stranger:
+        assert port != other
+        with pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        # As the store of torch.distributed does.
+        with socket.create_server(("127.0.0.1", port), reuse_port=False) as store:
+            assert store.getsockname()[1] == port
 
 
 def test_a_launcher_inside_another_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
