@@ -56,7 +56,8 @@ def train(
     train.steps, --resume extends a finished run.
 
     With --processes, or started by `accelerate launch -m qlora_cli train RECIPE`, several processes
-    share the train.grad_accum micro-batches of each step. Each has the complete base on its GPU.
+    share the train.grad_accum micro-batches of each step. Each has the complete base on its GPU, or
+    a part of it with base.residency: shard.
     """
     from qlora_cli.recipe.shipped import find_recipe
 

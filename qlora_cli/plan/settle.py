@@ -17,6 +17,7 @@ from qlora_cli.plan.search import largest_that_fits
 from qlora_cli.plan.step_time import DeviceSpeed
 from qlora_cli.recipe import activations
 from qlora_cli.recipe.activations import recomputed_blocks
+from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.change import with_settings, with_values
 from qlora_cli.recipe.resolve import RESIDENCY, Choice
 from qlora_cli.recipe.schema import Recipe
@@ -82,16 +83,26 @@ class Settler:
         search = self._search(recipe)
         choices: list[Choice] = []
         if recipe.train.activation_checkpointing == "auto":
-            found, moved = search.fewest(), list[Choice]()
+            found, moved = self._fewest(recipe, search), list[Choice]()
             if self.may_offload and found.plan.num_recomputed:
                 search, found, moved = self._offloaded(recipe, search, found)
-            choices = [self._policy_choice(search, found), *moved]
+            choices = [self._policy_choice(recipe, search, found), *moved]
         else:
             found = search.attempt(self._recomputed(recipe))
         if recipe.train.loss_chunk == "auto":
             choices.append(_chunk_choice(found))
         values = {choice.key: choice.value for choice in choices}
         return Settled(with_values(recipe, values), tuple(choices), found.plan)
+
+    def _fewest(self, recipe: Recipe, search: PolicySearch) -> Attempt:
+        """Return the policy with the fewest recomputed blocks that fits.
+
+        Only weights of recomputed blocks are sharded, so a sharded base has at least one.
+        """
+        found = search.fewest()
+        if recipe.base.residency == SHARD and not found.plan.num_recomputed:
+            return search.attempt(self.dry(recipe).policies[1], found.chunk)
+        return found
 
     def micro_batch(self, recipe: Recipe, max_size: int) -> tuple[Recipe, tuple[Choice, Choice]]:
         """Return the recipe with the largest micro-batch that fits, and the choices.
@@ -190,7 +201,7 @@ class Settler:
             self.first_chunk(recipe),
         )
 
-    def _policy_choice(self, search: PolicySearch, found: Attempt) -> Choice:
+    def _policy_choice(self, recipe: Recipe, search: PolicySearch, found: Attempt) -> Choice:
         """Return the choice of a policy: what it needs and costs, and what the next one would."""
         plan = found.plan
         number, total = plan.num_recomputed, plan.num_blocks
@@ -199,7 +210,10 @@ class Settler:
         if not number:
             reason = f"every block keeps its activations: {needed} planned of {self.limit.text}"
         elif search.fits(plan):
-            reason = f"{number} of {total} blocks are recomputed, the fewest that fit: {needed} "
+            fewest = "the fewest that fit"
+            if recipe.base.residency == SHARD:
+                fewest += " and share weights"
+            reason = f"{number} of {total} blocks are recomputed, {fewest}: {needed} "
             reason += f"planned of {self.limit.text}; {more}"
         else:
             reason = f"{number} of {total} blocks are recomputed, which needs the least memory: "

@@ -245,6 +245,17 @@ def test_a_base_that_does_not_fit_is_put_into_host_memory() -> None:
 
 
 @pytest.mark.slow
+def test_a_sharded_base_has_a_recomputed_block() -> None:
+    """A base that fits each device would else share nothing, which the recipe refuses."""
+    profile = replace(GPU, capacity_bytes=2**34, count=2)
+    recipe = recipe_of(profile, base={"residency": "shard"})
+    chosen = Planner(config_of("llama"), profile).settle(recipe)
+    assert chosen.plan.num_recomputed == chosen.recipe.train.activation_checkpointing == 1
+    assert chosen.plan.streamed_bytes
+    assert "the fewest that fit and share weights" in chosen.choices[0].reason
+
+
+@pytest.mark.slow
 def test_the_copied_inputs_are_those_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of two micro-batches run, so the job's own counter has four times as much."""
     created: list[InputOffload] = []

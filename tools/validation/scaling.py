@@ -15,9 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qlora_cli.device import DeviceProfile
 from qlora_cli.files.locate import read_config
 from qlora_cli.jobs.planned_length import estimated_time
 from qlora_cli.plan.planner import Planner
+from qlora_cli.plan.speeds import LINK_EFFICIENCY, nominal_speed
 from qlora_cli.recipe.gpus import planned_devices
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
@@ -27,19 +31,9 @@ COUNTS = (1, 2, 4, 8)
 GRAD_ACCUM = 8
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU and its links, in bytes per second and direction, by their specifications."""
-
-    name: str
-    host_link: float
-    device_link: float
-
-
-GPUS = (
-    Gpu("RTX 4090", 31.5e9, 31.5e9),  # PCIe 4.0 x16 to the host and, through it, to others.
-    Gpu("H100", 63.0e9, 450.0e9),  # PCIe 5.0 x16; NVLink 4, 900 GB/s in both directions together.
-)
+NVLINK: dict[str, float | None] = {"RTX 4090": None, "H100": 450e9}
+"""GPU -> bytes per second and direction of its link to other GPUs by the specification (NVLink 4:
+900 GB/s in both directions together); None if it is that to the host."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +65,17 @@ def recipe_of(placement: str) -> Recipe:
     )
 
 
-def planned(model: str, config: Any, gpu: Gpu, count: int) -> Case:
+def links(profile: DeviceProfile) -> tuple[float, float]:
+    """Return the bytes per second of the links of a GPU to the host and to other GPUs."""
+    host = nominal_speed(profile, torch.bfloat16).link_bytes_per_second
+    specified = NVLINK[profile.name]
+    return host, host if specified is None else LINK_EFFICIENCY * specified
+
+
+def planned(model: str, config: Any, gpu: str, count: int) -> Case:
     """Return the job with the first placement that fits: device, shard, host."""
-    profile = planned_devices(f"{count}x{gpu.name}")
+    profile = planned_devices(f"{count}x{gpu}")
+    host_link, device_link = links(profile)
     smallest = 0
     for placement in ("device", "shard", "host"):
         if placement == "shard" and count == 1:
@@ -88,16 +90,16 @@ def planned(model: str, config: Any, gpu: Gpu, count: int) -> Case:
         own = GRAD_ACCUM // count
         gradients = 2 * plan.adapter_bytes * (count - 1) // count
         weights = 2 * plan.streamed_bytes * own
-        link = gpu.host_link
+        link = host_link
         if placement == "shard":
-            weights, link = weights * (count - 1) // count, gpu.device_link
+            weights, link = weights * (count - 1) // count, device_link
         time = estimated_time(recipe, config, profile, plan, None)
         seconds = (time.copies.compute_seconds if time.copies else time.step_seconds) or 0.0
-        link_seconds = weights / link + gradients / gpu.device_link
+        link_seconds = weights / link + gradients / device_link
         bound = "link" if link_seconds > seconds else "compute"
         shown = (plan.needed_bytes, profile.usable_bytes, gradients + weights)
-        return Case(model, gpu.name, count, placement, *shown, seconds, link_seconds, bound)
-    return Case(model, gpu.name, count, None, smallest, profile.usable_bytes)
+        return Case(model, gpu, count, placement, *shown, seconds, link_seconds, bound)
+    return Case(model, gpu, count, None, smallest, profile.usable_bytes)
 
 
 def row(case: Case) -> str:
@@ -130,7 +132,7 @@ def main() -> None:
     cases = []
     for model in given.models:
         config = config_of(given.configs / f"{model}.json")
-        for gpu in GPUS:
+        for gpu in NVLINK:
             for count in COUNTS:
                 cases.append(planned(model, config, gpu, count))
                 print(row(cases[-1]), flush=True)
