@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,17 +37,33 @@ class LoraSettings:
         """Return alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def doubled(self) -> LoraSettings:
+        """Return the settings of twice the rank with the same scaling."""
+        factor = math.sqrt(2) if self.rslora else 2
+        return replace(self, rank=2 * self.rank, alpha=factor * self.alpha)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of one role. b: (rows, rank). a: (rank, in)."""
+
+    b: Tensor
+    a: Tensor
+
 
 class LoraLinear(AdaptedLinear):
     """A packed linear with one LoRA adapter for each adapted role.
 
-    lora_slices: role -> the rows of the output that the role's adapter changes.
+    lora_slices: role -> the rows of the output that the role's adapter changes. initial: role ->
+    the factors that training began with, in host memory, if the base does not equal the model of
+    that moment (`adapter.init`).
     """
 
     def __init__(
         self, base: QuantLinear, lora_slices: Mapping[str, slice], settings: LoraSettings
     ) -> None:
         super().__init__()
+        self.initial: dict[str, Factors] = {}
         self.base = base
         self.lora_slices = dict(lora_slices)
         self.settings = settings
@@ -67,6 +83,14 @@ class LoraLinear(AdaptedLinear):
             a = drawn_a(shape, settings.dtype, device, generator)
             self.lora_a[role] = nn.Parameter(a)
             self.lora_b[role] = nn.Parameter(b)
+
+    @torch.no_grad()
+    def start_from(self, initial: Mapping[str, Factors]) -> None:
+        """Set A and B to these values and keep them. initial: role -> factors in host memory."""
+        self.initial = dict(initial)
+        for role, factors in initial.items():
+            self.lora_a[role].copy_(factors.a)
+            self.lora_b[role].copy_(factors.b)
 
     def delta(self) -> Tensor:
         """Return (alpha / rank) B A as (out, in) in float32: what merging adds to W."""

@@ -26,7 +26,8 @@ class LoraMethod:
     """The adapter method `lora`: A and B of the targeted linears and experts train.
 
     targets: role names, module paths, or `all`. ranks, alphas: of roles whose rank or alpha is not
-    that of `settings`. lr_ratio: learning rate of B / that of A.
+    that of `settings`. lr_ratio: learning rate of B / that of A. is_initialized: training begins
+    with B A that is not 0 (`models/initial_factors.py`).
     """
 
     targets: str | Sequence[str]
@@ -34,6 +35,7 @@ class LoraMethod:
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     lr_ratio: float = 1.0
+    is_initialized: bool = False
 
     name = "lora"
     freezes_base = True
@@ -43,7 +45,8 @@ class LoraMethod:
         """Create the method from the recipe's section `adapter`."""
         dtype = torch_dtype(section.dtype)
         settings = LoraSettings(section.rank, section.alpha, section.dropout, dtype, section.rslora)
-        return cls(section.targets, settings, section.ranks, section.alphas, section.lr_ratio)
+        given = (section.ranks, section.alphas, section.lr_ratio, section.is_initialized)
+        return cls(section.targets, settings, *given)
 
     def adapted_roles(self, sites: Sequence[Site]) -> dict[str, list[str]]:
         """Return path -> adapted roles of each targeted site. Raises ProblemsError."""
@@ -53,6 +56,11 @@ class LoraMethod:
                 "dropout is not supported for adapters on experts",
                 [Problem("adapter.dropout", "must be 0 with experts in adapter.targets")],
                 hint="PEFT cannot compute such an adapter either; write adapter.dropout=0",
+            )
+        if self.is_initialized and any(site.num_experts and site.path in roles for site in sites):
+            raise ProblemsError(
+                "adapters on experts begin with B = 0",
+                [Problem("adapter.init", "must be default with experts in adapter.targets")],
             )
         if problems := list(self._role_problems(roles)):
             raise ProblemsError("the ranks or alphas of roles do not fit the targets", problems)

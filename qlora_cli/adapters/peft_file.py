@@ -58,6 +58,8 @@ class AdapterLayer:
     rows: role -> the role's rows of the output. The role is `""` if one update covers all rows.
     settings: the settings of each update.
     magnitude: the entry of DoRA's magnitudes of all rows of the output; None for LoRA.
+    of_one_half: settings of the trained and of the initial factors if each update has both, one
+    after the other (`peft_initial.py`); None for a plain adapter.
     """
 
     path: str
@@ -66,6 +68,7 @@ class AdapterLayer:
     rows: Mapping[str, slice]
     settings: LoraSettings
     magnitude: TensorEntry | None = field(default=None, kw_only=True)
+    of_one_half: LoraSettings | None = field(default=None, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -268,7 +271,10 @@ def _layer(
         alpha = metadata.alphas.get(path, metadata.alpha)
         rslora = metadata.rslora
     settings = LoraSettings(rank, alpha, config.lora_dropout, a.dtype, rslora)
-    layer = AdapterLayer(path, a, b, rows, settings)
+    one_half = settings if metadata is not None and metadata.init else None
+    if one_half is not None:
+        settings = one_half.doubled()
+    layer = AdapterLayer(path, a, b, rows, settings, of_one_half=one_half)
     _check_agreement(layer, config)
     return layer
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files.atomic import PARSE_ERRORS
+from qlora_cli.recipe.adapter import INITS
 
 _HEADER_KEY = "qlora"
 
@@ -23,6 +24,8 @@ class AdapterMetadata:
         columns of B.
     ranks, alphas: path of a linear -> rank and alpha of one role, if they are others. Files of
         older versions have none.
+    init: `adapter.init` of the training, if the file has the factors that it began with, too
+        (`peft_initial.py`); else empty. Ranks and alphas are those of the training.
     """
 
     rank: int
@@ -31,10 +34,11 @@ class AdapterMetadata:
     blocks: Mapping[str, Mapping[str, tuple[int, int]]]
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    init: str = ""
 
     def header(self) -> dict[str, str]:
         """Return the entry for the safetensors header, whose values must be text."""
-        content = {key: value for key, value in vars(self).items() if value != {}}
+        content = {key: value for key, value in vars(self).items() if value not in ({}, "")}
         return {_HEADER_KEY: json.dumps({"blocks": {}} | content)}
 
     @classmethod
@@ -56,6 +60,8 @@ class AdapterMetadata:
             alphas = {path: float(own) for path, own in content.get("alphas", {}).items()}
             assert all(1 <= own < 2**31 for own in (rank, *ranks.values())), "impossible rank"
             assert all(map(math.isfinite, [alpha, *alphas.values()])), "an alpha is not finite"
-            return cls(rank, alpha, bool(content["rslora"]), blocks, ranks, alphas)
+            init = str(content.get("init", ""))
+            assert init in ("", *INITS), "unknown init"
+            return cls(rank, alpha, bool(content["rslora"]), blocks, ranks, alphas, init)
         except PARSE_ERRORS as fault:
             raise ModelError(f"damaged header: {str(fault)[:200]}", where=str(file)) from fault

@@ -1,6 +1,8 @@
-"""Starts a training job from an existing adapter (`adapter.from`)."""
+"""What a job reads from an existing adapter before it trains: `adapter.from`, `adapter.init`."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
 from qlora_cli.errors import InputError, UsageError
@@ -9,6 +11,8 @@ from qlora_cli.files.paths import user_path
 from qlora_cli.files.source import fingerprint
 from qlora_cli.jobs.prepare import Prepared
 from qlora_cli.models.attach import load_adapter
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.layout import ADAPTER
 from qlora_cli.runs.run import Run
 from qlora_cli.train.state import State
 
@@ -53,6 +57,16 @@ def load_initial_adapter(prepared: Prepared, state: State, observer: Observer) -
             f"cannot start from {where}: {fault.what}", where="adapter.from", hint=_HINT
         ) from fault
     observer.note(f"adapter.from: starting with the adapter in {folder}")
+
+
+def initial_factors_in(checkpoint: Path | None, recipe: Recipe) -> AdapterFile | None:
+    """Return the adapter in a checkpoint if it has the factors of `adapter.init`, else None.
+
+    A resumed job reads them, so that its base is that of the job before.
+    """
+    if checkpoint is None or not recipe.adapter.is_initialized:
+        return None
+    return open_adapter(checkpoint / ADAPTER)
 
 
 def _open(where: str) -> AdapterFile:

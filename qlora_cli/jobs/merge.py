@@ -16,7 +16,8 @@ from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
 from qlora_cli.export.merge.base_choice import is_stored_quantized
 from qlora_cli.export.merge.merge_settings import MergeSettings, choose_settings
-from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
+from qlora_cli.export.merge.merged_tensors import MergedTensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import find_equal_merge, write_merged
 from qlora_cli.export.options import AUTO_BASE, DEFAULT_DTYPE
 from qlora_cli.files.dtype import dtype_name, torch_dtype

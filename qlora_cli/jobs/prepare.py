@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_cli.adapters.peft_file import AdapterFile
 from qlora_cli.data.collate import Batch, BatchSize, synthetic_batch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.load import LoadedData, ModelLimits, RowLoader
@@ -72,15 +73,19 @@ class Prepared:
         return with_new_head(source, family, self.config, self.recipe.train.seed)
 
     def request(
-        self, device: torch.device, observer: Observer, processes: Processes = SINGLE
+        self,
+        device: torch.device,
+        observer: Observer,
+        processes: Processes = SINGLE,
+        adapter: AdapterFile | None = None,
     ) -> ModelRequest:
         """Return the request for the model of this job on `device`.
 
-        processes: those that train the job.
+        processes: those that train the job. adapter: as of `ModelRequest`.
         """
         recipe, copy = self.recipe, self.packed_store(observer)
         given = (recipe, self.config, self.source, device, self.profile, observer)
-        return ModelRequest(*given, copy=copy, processes=processes)
+        return ModelRequest(*given, copy=copy, processes=processes, adapter=adapter)
 
     def packed_store(self, observer: Observer) -> PackedStore | None:
         """Return the packed copy of the base; None if `base.cache` keeps none."""

@@ -46,6 +46,12 @@ def check_processes(recipe: Recipe, number: int) -> None:
                 "base.residency=host",
             )
         return
+    if recipe.adapter.is_initialized:
+        raise UsageError(
+            f"adapter.init: {recipe.adapter.init} needs one process, and there are {number}",
+            where="adapter.init",
+            hint="set adapter.init=default, or start one process",
+        )
     train = recipe.train
     if train.micro_batch == "auto":
         raise UsageError(

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from qlora_cli.adapters.peft_file import AdapterFile
 from qlora_cli.data.collate import Batch
 from qlora_cli.errors import Interrupted
 from qlora_cli.events import Observer
 from qlora_cli.jobs import record
-from qlora_cli.jobs.initial_adapter import load_initial_adapter
+from qlora_cli.jobs.initial_adapter import initial_factors_in, load_initial_adapter
 from qlora_cli.jobs.measured_speed import record_speed
 from qlora_cli.jobs.memory import EarlierProcess, MemoryRecord
 from qlora_cli.jobs.out_of_memory import shortage_explained
@@ -138,12 +139,13 @@ def _train(
         # A server that does not answer can take minutes.
         observer.note(f"starting {', '.join(prepared.recipe.train.log_to)}")
     with closing(Trackers.start(prepared.recipe, job.run, observer.note)) as trackers:
-        state = load(prepared, device, instrument, observer, build_model, processes)
+        given = (build_model, processes, initial_factors_in(checkpoint, prepared.recipe))
+        state = load(prepared, device, instrument, observer, *given)
         record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))
         earlier = _restore(job, checkpoint, state, observer)
         share_state(state)
-        given = (job, planned, baseline, instrument, earlier, processes)
-        memory, energy = MemoryRecord(*given), energy_counter(device, processes=processes.size)
+        measured = (job, planned, baseline, instrument, earlier, processes)
+        memory, energy = MemoryRecord(*measured), energy_counter(device, processes=processes.size)
         record.set_status(job.run, "running", energy=energy.source)
         key = f"{job.data_digest} {job.run.read()['base_fingerprint']}"
         shown = (observer, trackers, energy, memory.write)
@@ -215,15 +217,18 @@ def load(
     observer: Observer,
     build_model: BuildModel = build,
     processes: Processes = SINGLE,
+    adapter: AdapterFile | None = None,
 ) -> State:
     """Build the job's state before its first step and measure the phase `load`.
 
     device: of the model. instrument: registers every tensor of the state. build_model: as of
     `build_state`, whose errors are raised. processes: those that train the job. The first one of a
     machine loads the base before the others if it keeps a packed copy, which they then use.
+    adapter: as of `ModelRequest`.
     """
     with take_turns(processes, prepared), instrument.phase("load"):
-        state = build_state(prepared.request(device, observer, processes), build_model)
+        request = prepared.request(device, observer, processes, adapter)
+        state = build_state(request, build_model)
         tag_living(state, instrument.tracker)
     instrument.release_cache()
     return state

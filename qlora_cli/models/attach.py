@@ -159,14 +159,19 @@ def adapter_layers_for(loaded: LoadedModel, adapter: AdapterFile) -> dict[str, L
 def set_adapter_layers(loaded: LoadedModel, layers: Mapping[str, LoraModule]) -> None:
     """Make `layers` the adapter of `loaded` and remove all other adapter layers.
 
-    layers: path -> layer, from `adapter_layers_for` on the same model. No weight is copied.
+    layers: path -> layer, from `adapter_layers_for` on the same model. No weight is copied. Without
+    layers the model is the one before training.
     """
     loaded.adapted = {
         path: list(layer.lora_slices) if isinstance(layer, LoraLinear) else [EXPERTS]
         for path, layer in layers.items()
     }
     for site in (*loaded.sites, *loaded.stacks):
-        new = layers.get(site.path, base_at(loaded, site.path))
+        new: nn.Module = base_at(loaded, site.path)
+        if site.path in layers:
+            new = layers[site.path]
+        elif not layers:
+            new = loaded.initial.get(site.path, new)
         convert.replace_module(loaded.model, site.path, new)
     share_modules(loaded.model, loaded.family.shared)
 

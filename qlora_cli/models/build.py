@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from qlora_cli.adapters.peft_file import AdapterFile
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import ModelError, Problem, RecipeError
@@ -39,6 +40,7 @@ from qlora_cli.models.coverage import check_logits
 from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.derive import derive_family, dropout_keys
 from qlora_cli.models.family import Family
+from qlora_cli.models.initial_factors import InitialFactors
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.block_shards import ShardedPlacement
 from qlora_cli.models.placement.device import DevicePlacement
@@ -79,7 +81,8 @@ class ModelRequest:
     make_source: opens the checkpoint. device: device of the model's tensors, meta in a dry run.
     profile: facts about the device that the model runs on or is planned for. model_class: the
     transformers Auto class of the task. copy: of the packed base; None if none is kept. processes:
-    those that train the job, over which the base may be sharded.
+    those that train the job, over which the base may be sharded. adapter: has the factors that its
+    training began with (`adapter.init`); None to compute them.
     file_dtype: dtype of the checkpoint, read from the config.
     """
 
@@ -92,6 +95,7 @@ class ModelRequest:
     model_class: Any = field(default_factory=_causal_lm)
     copy: PackedCopy | None = None
     processes: Processes = SINGLE
+    adapter: AdapterFile | None = None
     file_dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
@@ -188,8 +192,10 @@ def build(request: ModelRequest) -> LoadedModel:
             replace_modules(loaded, recipe, device)
     copy = request.copy if method.freezes_base else None
     num_streamed = streamed_blocks(loaded, recipe)
-    _placement(request, copy, num_streamed).place(loaded, source)
-    initialize_adapter(loaded, request)
+    initial = InitialFactors.of(loaded, recipe, device, request.adapter)
+    base = source if initial is None else initial.source(source)
+    _placement(request, copy, num_streamed).place(loaded, base)
+    initialize_adapter(loaded, request, source, initial)
     apply_train_settings(loaded, recipe)
     config.use_cache = False
     return loaded
@@ -227,14 +233,22 @@ def streamed_blocks(loaded: LoadedModel, recipe: Recipe) -> int:
     return recomputed_blocks(recipe.train.activation_checkpointing, len(blocks))
 
 
-def initialize_adapter(loaded: LoadedModel, request: ModelRequest) -> None:
+def initialize_adapter(
+    loaded: LoadedModel,
+    request: ModelRequest,
+    source: TensorSource,
+    initial: InitialFactors | None,
+) -> None:
     """Create the parameters of the recipe's adapter method, and freeze all that it does not train.
 
-    The base is loaded, and the linears are wrapped.
+    The base is loaded, and the linears are wrapped. source: of the base. initial: None if
+    B begins as 0.
     """
     recipe, model = request.recipe, loaded.model
     method = method_of(recipe.adapter)
     method.initialize(model, request.device, recipe.train.seed)
+    if initial is not None:
+        initial.start(source)
     model.requires_grad_(False)
     heads = (model.get_submodule(path).parameters() for path in loaded.family.classifier.modules)
     for parameter in (*method.trained_parameters(model), *chain.from_iterable(heads)):

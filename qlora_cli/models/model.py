@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,9 @@ class LoadedModel:
     if the experts are packed. loss_chunk: number of tokens whose logits exist at once; None for the
     default. recomputation: which blocks are recomputed in the backward pass; None before the train
     settings are applied. stream: gives blocks their weights while they compute; None if all weights
-    stay in place.
+    stay in place. initial: path -> adapter layer that the model has before training, if that is not
+    the packed base alone (`adapter.init`); set for inference. is_residual: the packed base lacks
+    the product of these layers.
     """
 
     model: Any
@@ -41,6 +44,8 @@ class LoadedModel:
     loss_chunk: int | None = None
     recomputation: Recomputation | None = None
     stream: BlockStream | None = None
+    initial: Mapping[str, nn.Module] = field(default_factory=dict)
+    is_residual: bool = False
 
     @property
     def head(self) -> nn.Module:

@@ -20,6 +20,7 @@ from qlora_cli.files.quantized import BITSANDBYTES, stored_as
 from qlora_cli.files.source import config_digest, fingerprint, read_folder, weights_bytes
 from qlora_cli.models.base_format import BaseFormat, base_format_of
 from qlora_cli.nn.packed_tensors import is_in_format
+from qlora_cli.recipe.adapter import PISSA
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.units import MIB
 
@@ -42,7 +43,8 @@ def packed_store(
     differently. observer: receives notes. Raises ModelError if the base is damaged, UsageError if
     the limit of the size is not a size.
     """
-    if recipe.adapter.method == "full" or not _is_kept(recipe, folder):
+    changes_base = recipe.adapter.method == "full" or recipe.adapter.init == PISSA
+    if changes_base or not _is_kept(recipe, folder):
         return None
     base_format = base_format_of(recipe, file_dtype(config))
     base = fingerprint(folder)

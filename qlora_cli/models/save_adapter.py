@@ -18,8 +18,9 @@ from torch import Tensor
 from qlora_cli.adapters import peft_config, peft_names
 from qlora_cli.adapters.adapted_modules import adapted_layers, adapted_stacks
 from qlora_cli.adapters.dora import DoraLinear
-from qlora_cli.adapters.lora import LoraLinear
+from qlora_cli.adapters.lora import Factors, LoraLinear, LoraSettings
 from qlora_cli.adapters.peft_config import PeftConfig
+from qlora_cli.adapters.peft_initial import both
 from qlora_cli.adapters.peft_metadata import AdapterMetadata
 from qlora_cli.adapters.peft_stacks import EXPERT_LINEARS, file_paths, to_file
 from qlora_cli.data.template import TEMPLATE_FILE
@@ -97,7 +98,9 @@ def _metadata(
     own = {path: layer.settings for path, layer in layers.items()}
     ranks = {path: o.rank for path, o in own.items() if o.rank != settings.rank}
     alphas = {path: o.alpha for path, o in own.items() if o.alpha != settings.alpha}
-    return AdapterMetadata(settings.rank, settings.alpha, settings.rslora, blocks, ranks, alphas)
+    init = settings.init if settings.is_initialized else ""
+    given = (settings.rank, settings.alpha, settings.rslora)
+    return AdapterMetadata(*given, blocks, ranks, alphas, init)
 
 
 def _peft_config(
@@ -177,14 +180,27 @@ class _Targets:
 
 def _stacked_settings(layer: LoraLinear) -> tuple[int, float]:
     """Return (rank, alpha) of the stacked adapters of a linear, with unchanged scaling."""
-    settings, num_roles = layer.settings, len(layer.lora_slices)
+    settings, num_roles = _settings_in_file(layer), len(layer.lora_slices)
     factor = num_roles**0.5 if settings.rslora else num_roles
     return settings.rank * num_roles, settings.alpha * factor
 
 
+def _settings_in_file(layer: LoraLinear) -> LoraSettings:
+    """Return the settings of one role, of twice the rank with the initial factors in the file."""
+    return layer.settings.doubled() if layer.initial else layer.settings
+
+
+def _factors_in_file(layer: LoraLinear, role: str) -> Factors:
+    """Return the factors of one role, with the initial ones of `adapter.init`, on one device."""
+    b, a = layer.lora_b[role].detach(), layer.lora_a[role].detach()
+    if role not in layer.initial:
+        return Factors(b, a)
+    return both(Factors(b.cpu(), a.cpu()), layer.initial[role])
+
+
 def _stacked_spec(layer: LoraLinear, factor: str) -> TensorSpec:
     """Return dtype and shape of the layer's stacked A or B. factor: `A` or `B`."""
-    stacked = layer.settings.rank * len(layer.lora_slices)
+    stacked = _settings_in_file(layer).rank * len(layer.lora_slices)
     if factor == "A":
         return TensorSpec(layer.settings.dtype, (stacked, layer.base.in_features))
     return TensorSpec(layer.settings.dtype, (layer.base.out_features, stacked))
@@ -193,12 +209,13 @@ def _stacked_spec(layer: LoraLinear, factor: str) -> TensorSpec:
 def _stacked(layer: LoraLinear, factor: str) -> Tensor:
     """Return A (roles * rank, in), or B (out, roles * rank) with one block per role."""
     if factor == "A":
-        return torch.cat([layer.lora_a[role].detach() for role in layer.lora_slices])
-    rank, spec = layer.settings.rank, _stacked_spec(layer, "B")
-    first = next(iter(layer.lora_b.values()))
-    b = torch.zeros(spec.shape, dtype=spec.dtype, device=first.device)
+        return torch.cat([_factors_in_file(layer, role).a for role in layer.lora_slices])
+    rank, spec = _settings_in_file(layer).rank, _stacked_spec(layer, "B")
+    parts = {role: _factors_in_file(layer, role).b for role in layer.lora_slices}
+    device = next(iter(parts.values())).device
+    b = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
     for index, (role, rows) in enumerate(layer.lora_slices.items()):
-        b[rows, index * rank : (index + 1) * rank] = layer.lora_b[role].detach()
+        b[rows, index * rank : (index + 1) * rank] = parts[role]
     return b
 
 

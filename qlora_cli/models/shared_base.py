@@ -11,8 +11,12 @@ from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
 from qlora_cli.models.attach import base_at
 from qlora_cli.models.build import ModelRequest, apply_train_settings, build, initialize_adapter
+from qlora_cli.models.initial_factors import InitialFactors
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe import activations
+from qlora_cli.recipe.adapter import PISSA
+
+_INIT = "adapter.init"
 
 
 class SharedBase:
@@ -58,7 +62,9 @@ class SharedBase:
         trained = self._loaded.trainable().items()
         if not self._method.freezes_base or any(id(p) not in own for _, p in trained):
             return "the run before has trained its weights"
-        changed = [key for key in content if content[key] != self._content[key]]
+        if PISSA in (content[_INIT], self._content[_INIT]):
+            return f"{_INIT}: {PISSA} changes the base"
+        changed = [key for key in content if key != _INIT and content[key] != self._content[key]]
         return ", ".join(f"{key} is {content[key]}" for key in changed) or None
 
 
@@ -75,6 +81,7 @@ def _base_content(request: ModelRequest) -> dict[str, Any]:
     return content | {
         "task": recipe.task,
         # Methods that freeze the base can follow each other on it.
+        _INIT: recipe.adapter.init,
         "adapter.method": None if freezes_base else recipe.adapter.method,
         # The recomputed blocks are those whose weights are in host memory.
         activations.KEY: None
@@ -95,5 +102,7 @@ def _exchange_adapter(loaded: LoadedModel, request: ModelRequest) -> None:
             elif roles:
                 module = method.wrap(module, {role: site.rows[role] for role in roles})
             convert.replace_module(loaded.model, site.path, module)
-    initialize_adapter(loaded, request)
+    source = request.make_source(loaded.model, loaded.family)
+    given = (request.recipe, request.device, request.adapter)
+    initialize_adapter(loaded, request, source, InitialFactors.of(loaded, *given))
     apply_train_settings(loaded, request.recipe)

@@ -53,6 +53,12 @@ class AdapterSwitch:
                 where="--merged",
                 hint="omit it, or open the 16-bit model with the run as --adapter NAME=RUN",
             )
+        if merged and loaded.is_residual:
+            raise UsageError(
+                "an adapter cannot be added to the residual that adapter.init: pissa trains on",
+                where="--merged",
+                hint="omit it, or open the 16-bit model with the run as --adapter NAME=RUN",
+            )
         if merged and loaded.stream is not None:
             raise UsageError(
                 "an adapter cannot be added to weights in host memory (base.residency)",
@@ -79,13 +85,22 @@ class AdapterSwitch:
     def add(self, name: str, adapter: AdapterFile) -> None:
         """Load an adapter in addition to the others. The active adapter does not change.
 
-        Raises UsageError if the name is taken, ProblemsError if the adapter does not fit the base.
+        Raises UsageError if the name is taken or the base is a residual, ProblemsError if the
+        adapter does not fit the base.
         """
         if name in (BASE, OWN) or name in self._layers:
             raise UsageError(
                 f"the name {name!r} is taken",
                 where="--adapter",
                 hint=f"{BASE} is the base without an adapter, {OWN} the adapter of the opened run",
+            )
+        if self._loaded.is_residual:
+            raise UsageError(
+                "the base of a run with adapter.init: pissa is a residual, which is of use to its "
+                "own adapter only",
+                where="--adapter",
+                hint="open the model that the run was trained on, with the run as --adapter "
+                "NAME=RUN",
             )
         self._layers[name] = adapter_layers_for(self._loaded, adapter)
 

@@ -77,6 +77,15 @@ def put_packed(linear: QuantLinear, tensors: Mapping[str, Tensor], *, counted: b
     linear.renew_dequantized()
 
 
+def pack_weight(weight_format: WeightFormat, weight: Tensor) -> QuantLinear:
+    """Return a linear packed as in training. weight: (out, in), on the device that packs it."""
+    out_features, in_features = weight.shape
+    with unallocated():  # The weight on meta that `pack` replaces.
+        layer = QuantLinear(in_features, out_features, bias=False, weight_format=weight_format)
+    layer.pack(weight)
+    return layer
+
+
 def drop_packed(linear: QuantLinear) -> None:
     """Replace the weight and the scales of a packed linear by tensors without elements.
 

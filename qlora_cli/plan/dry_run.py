@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.data.collate import Batch
 from qlora_cli.device import DeviceProfile
 from qlora_cli.files.dtype import file_dtype
@@ -204,6 +205,7 @@ class DryRun:
             recording.release_cache()
             self._run_phases(state, tracker, recording)
         family, head = state.loaded.family, state.loaded.head
+        stored_twice = _stored_twice(state.loaded)
         num_tokens = max(batch.num_tokens for batch in self._step_batches)
         return RecordedJob(
             segments=recording.segments,
@@ -211,7 +213,9 @@ class DryRun:
             memory_model=memory_model,
             total=total,
             trained=sums(state.trainable, family, nn.Parameter.numel),
-            trained_bytes=sums(state.trainable, family, lambda p: p.numel() * p.element_size()),
+            trained_bytes=sums(
+                state.trainable, family, lambda p: p.nbytes * (1 + (id(p) in stored_twice))
+            ),
             input_bytes=self._input_bytes * groups.period,
             has_single_blocks=groups.period == 1,
             streamed_bytes=_streamed_bytes(state.loaded, groups, sample.number),
@@ -245,6 +249,12 @@ class DryRun:
             recording.begin_phase()
             state.task.evaluate(loaded, eval_batches, state.device)
             recording.end_phase("eval")
+
+
+def _stored_twice(loaded: LoadedModel) -> set[int]:
+    """Return the ids of A and B that a file has next to their first values (`adapter.init`)."""
+    layers = [layer for _, layer in adapted_layers(loaded.model) if layer.initial]
+    return {id(p) for y in layers for p in (*y.lora_a.values(), *y.lora_b.values())}
 
 
 def _streamed_bytes(loaded: LoadedModel, groups: BlockGroups, number: int) -> list[int]:

@@ -10,19 +10,19 @@ little more memory for many short rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_cli.adapters.registry import method_of
 from qlora_cli.data.collate import BatchSize, synthetic_batch
 from qlora_cli.device import DeviceProfile
 from qlora_cli.export.compare.comparison_models import merged_on_meta, trained_on_meta
 from qlora_cli.export.compare.eval_rows import MAX_TOKENS
 from qlora_cli.export.compare.logit_comparison import COMPARISON_BYTES
 from qlora_cli.export.merge.lora_sum import CHUNK_ELEMENTS
-from qlora_cli.export.merge.packed_weight import pack_weight
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.memory.ledger import Phase
 from qlora_cli.memory.profile import MemoryModel
@@ -30,15 +30,18 @@ from qlora_cli.memory.scopes import host_memory, scope, unallocated
 from qlora_cli.models.base_format import BaseFormat, base_format_of
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.depth import num_blocks
+from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.streamed import StreamedPlacement
 from qlora_cli.models.sites import find_sites, find_stacks
 from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.embedding import upload
+from qlora_cli.nn.packed_tensors import pack_weight
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.plan.config_blocks import num_kinds_prefix, with_blocks
 from qlora_cli.plan.meta_source import MetaSource
+from qlora_cli.recipe.adapter import PISSA
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.backbone import hidden_states
 from qlora_cli.tasks.registry import task_of
@@ -64,15 +67,19 @@ def dry_run_merge(recipe: Recipe, config: Any, profile: DeviceProfile) -> Phase:
     memory_model = MemoryModel.of(profile)
     counter = memory_model.new_counter()
     tracker = memory_model.new_tracker(counter, "meta")
+    residuals = _residuals(recipe, sites)
     with tracker, counter.phase("merge"), torch.no_grad():
         for site in _largest_of_each_format(sites, base_format):
-            _merge_one_tensor(site, base_format.of(site), dtype)
+            _merge_one_tensor(site, base_format.of(site), dtype, is_residual=bool(residuals))
         for stack in find_stacks(model, family):
             _merge_stack(stack, stack.path in family.stacks, base_format.of(stack), dtype)
         if base_format.is_quantized:
             models = _compared_models(task, shorter, base_format, sites, profile)
-            for loaded, source_class in zip(models, (MetaSource, _MergedSource), strict=True):
-                _run(loaded, source_class(model, family, dtype), recipe.data.seq_len)
+            trained = _TrainedSource(model, family, dtype, residuals)
+            for loaded, source in zip(
+                models, (trained, _MergedSource(model, family, dtype)), strict=True
+            ):
+                _run(loaded, source, recipe.data.seq_len)
             with scope("temporary"):
                 torch.empty(COMPARISON_BYTES, dtype=torch.uint8, device=_META)
     return counter.phases[0]
@@ -85,11 +92,25 @@ def _largest_of_each_format(sites: list[Site], base_format: BaseFormat) -> Itera
         yield max(own, key=lambda site: site.in_features * site.out_features)
 
 
-def _merge_one_tensor(site: Site, weight_format: WeightFormat, dtype: torch.dtype) -> None:
-    """Allocate what merging one linear layer allocates. dtype: dtype of the base's files."""
+def _residuals(recipe: Recipe, sites: Sequence[Site]) -> frozenset[str]:
+    """Return the names of the weights in place of which a residual was packed (`adapter.init`)."""
+    if recipe.adapter.init != PISSA:
+        return frozenset()
+    return frozenset(f"{path}.weight" for path in method_of(recipe.adapter).adapted_roles(sites))
+
+
+def _merge_one_tensor(
+    site: Site, weight_format: WeightFormat, dtype: torch.dtype, is_residual: bool = False
+) -> None:
+    """Allocate what merging one linear layer allocates.
+
+    dtype: dtype of the base's files. is_residual: it is computed in float32.
+    """
     with scope("temporary"):
         with host_memory():
             weight = torch.empty((site.out_features, site.in_features), dtype=dtype, device=_META)
+            if is_residual:
+                weight = weight.float()
         if weight_format.bits < 16:
             layer = pack_weight(weight_format, upload(weight, _META))
             del weight
@@ -120,6 +141,20 @@ def _add_adapter(weight: Tensor) -> Tensor:
         rows = torch.empty(min(CHUNK_ELEMENTS, weight.numel()), dtype=torch.float64, device=_META)
         rows.float()
     return merged
+
+
+class _TrainedSource(MetaSource):
+    """The weights that training packed. residuals: names of those that are computed in float32."""
+
+    def __init__(
+        self, model: Any, family: Family, dtype: torch.dtype, residuals: frozenset[str]
+    ) -> None:
+        super().__init__(model, family, dtype)
+        self._residuals = residuals
+
+    def read(self, name: str) -> Tensor:
+        tensor = super().read(name)
+        return tensor.float() if name in self._residuals else tensor
 
 
 class _MergedSource(MetaSource):

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.adapters.adapted_modules import adapted_layers, adapted_stacks
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.memory.device import profile_of
 from qlora_cli.memory.instrument import Instrument

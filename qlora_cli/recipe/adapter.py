@@ -6,10 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from qlora_cli.recipe.base import SHARD, Base
 from qlora_cli.recipe.section import NoEffect, Section
 
 Rank = Annotated[int, Field(ge=1, le=65536)]
 Alpha = Annotated[float, Field(gt=0)]
+
+PISSA, LOFTQ = "pissa", "loftq"
+INITS = (PISSA, LOFTQ)
+"""Values of `init` with which training begins with B A that is not 0."""
 
 
 class Adapter(Section):
@@ -49,6 +54,17 @@ class Adapter(Section):
     """Learning rate of B divided by that of A, which is `train.lr` (LoRA+, Hayou 2024); the paper
     uses 16 with a lower `train.lr`."""
 
+    init: Literal["default", "pissa", "loftq"] = "default"
+    """First values of A and B: default draws A and sets B to 0. pissa (Meng 2024) sets them to the
+    principal part of the weight, and the frozen base is the rest of it. loftq (Li 2023) sets them
+    to the principal part of the quantization error. Both make a 4-bit base more exact, and loading
+    takes more time."""
+
+    @property
+    def is_initialized(self) -> bool:
+        """Return whether training begins with B A that is not 0."""
+        return self.init in INITS
+
     @property
     def has_layers(self) -> bool:
         """Return whether linears get an adapter, so that rank, alpha and targets have an effect."""
@@ -62,6 +78,39 @@ class Adapter(Section):
                 f"{', '.join(lora_only)}: do not apply to method: {self.method}",
                 {f"adapter.{name}": "adapter.method" for name in lora_only},
             )
+        if self.is_initialized and self.method != "lora":
+            raise ValueError(f"init: {self.init} needs method: lora, and method is {self.method}")
+        if self.is_initialized and self.from_ is not None:
+            raise NoEffect(
+                f"init: {self.init} sets the first values of A and B, and so does from; omit one",
+                {"adapter.init": "adapter.from", "adapter.from": "adapter.init"},
+            )
         if not self.targets:
             raise ValueError("targets is empty; nothing would be trained")
         return self
+
+    def check_with(self, task: str, base: Base) -> None:
+        """Raise ValueError if the section does not apply to the recipe's other settings."""
+        if self.method == "head" and task != "classification":
+            raise ValueError(
+                "adapter.method: head trains the head of a classifier and needs task: "
+                f"classification, and task is {task}; use lora, dora or full"
+            )
+        if not self.is_initialized:
+            return
+        what = f"adapter.init: {self.init}"
+        if self.init == LOFTQ and base.all_bits == {16}:
+            raise ValueError(
+                f"{what} begins with the quantization error of the base, and a base of 16 bit has "
+                "none; use pissa, or base.bits=4"
+            )
+        if task == "preference":
+            raise ValueError(f"{what} does not support task: preference")
+        if base.residency == SHARD:
+            raise ValueError(f"{what} does not support base.residency: {SHARD}")
+        if self.init == PISSA and (base.residency == "disk" or base.cache is True):
+            other = "base.residency: disk" if base.residency == "disk" else "base.cache: true"
+            raise ValueError(
+                f"{what} gives each run a base of its own, of which no packed copy is kept; omit "
+                f"{other}"
+            )

@@ -251,15 +251,6 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _head_is_of_a_classifier(self) -> Recipe:
-        if self.adapter.method == "head" and self.task != "classification":
-            raise ValueError(
-                "adapter.method: head trains the head of a classifier and needs task: "
-                f"classification, and task is {self.task}; use lora, dora or full"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _streamed_is_frozen(self) -> Recipe:
         base = self.base
         if not base.moves_blocks:
@@ -280,6 +271,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _task_settings_match(self) -> Recipe:
         data, initial = self.data, self.adapter.from_
+        self.adapter.check_with(self.task, self.base)
         self.preference.check_with(self.task, data.format, data.long_rows, initial)
         self.classification.check_with(self.task, data.format, data.long_rows, self.best_metric)
         return self

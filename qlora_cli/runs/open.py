@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from qlora_cli.adapters.peft_file import AdapterFile
+from qlora_cli.adapters.peft_initial import OwnBase
 from qlora_cli.events import Observer
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.files.locate import find_base, read_config
 from qlora_cli.files.source import FolderSource, OverlaidSource
 from qlora_cli.memory.device import profile_of
-from qlora_cli.models.attach import attach_adapter, remove_adapter
+from qlora_cli.models.attach import adapter_layers_for, attach_adapter, remove_adapter
 from qlora_cli.models.build import MakeSource, ModelRequest, build
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
@@ -94,8 +95,12 @@ def open_run(run: Run, device: torch.device, observer: Observer) -> LoadedModel:
         return _open(run.recipe, base, trained, device, observer)
     adapter = run.adapter_file
     source = partial(_source_with_head, base, adapter)
-    loaded = _open(run.recipe, base, source, device, observer)
-    attach_adapter(loaded, adapter)
+    loaded = _open(run.recipe, base, source, device, observer, adapter)
+    own = OwnBase.of(adapter, run.recipe.adapter)
+    if own is not None:
+        loaded.initial = adapter_layers_for(loaded, own.start)
+        loaded.is_residual = own.is_residual
+    attach_adapter(loaded, adapter if own is None else own.added)
     return _ready(loaded, base)
 
 
@@ -159,8 +164,14 @@ def _source_with_head(
 
 
 def _open(
-    recipe: Recipe, base: Path, source: MakeSource, device: torch.device, observer: Observer
+    recipe: Recipe,
+    base: Path,
+    source: MakeSource,
+    device: torch.device,
+    observer: Observer,
+    adapter: AdapterFile | None = None,
 ) -> LoadedModel:
+    """Load a model for inference. adapter: as of `ModelRequest`."""
     config = read_config(base / "config.json")
     inference = recipe
     if not recipe.base.moves_blocks:
@@ -170,7 +181,7 @@ def _open(
     profile = profile_of(device)
     copy = packed_store(recipe, base, config, model_class, device.type, observer)
     given = (inference, config, source, device, profile, observer, model_class, copy)
-    loaded = build(ModelRequest(*given))
+    loaded = build(ModelRequest(*given, adapter=adapter))
     return _ready(loaded, base)
 
 

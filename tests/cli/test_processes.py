@@ -42,6 +42,10 @@ def test_a_step_with_too_few_micro_batches_is_refused() -> None:
     check_processes(sharded, 2)
     with pytest.raises(UsageError, match="shares the base among several processes"):
         check_processes(sharded, 1)
+    initialized = with_settings(recipe, "adapter", init="pissa")
+    check_processes(initialized, 1)
+    with pytest.raises(UsageError, match="init: pissa needs one process, and there are 2"):
+        check_processes(initialized, 2)
     automatic = with_settings(recipe, "train", micro_batch="auto")
     check_processes(automatic, 1)
     with pytest.raises(UsageError, match="micro_batch"):

@@ -93,6 +93,12 @@ CASES: dict[str, dict[str, Any]] = {
     "lora+": {"adapter": {"dropout": 0.2, "lr_ratio": 8.0}},
     "ranks": {"adapter": {"dropout": 0.2, "ranks": {"q": 5, "down": 1}, "alphas": {"up": 2.5}}},
     "dora": {"adapter": {"dropout": 0.2, "method": "dora"}},
+    "pissa": {"adapter": {"dropout": 0.2, "init": "pissa"}},
+    "loftq, host": {
+        "adapter": {"init": "loftq"},
+        "base": {"residency": "host"},
+        "train": {"activation_checkpointing": 1},
+    },
     "host": {"base": {"residency": "host"}, "train": {"activation_checkpointing": 1}},
     "mixed base": {"base": {"overrides": {"down": 8, "*.0.*": 16}}},
     "gpt2, without packing": {"family": "gpt2", "data": {"packing": False}},

@@ -17,7 +17,7 @@ import torch
 
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.jobs.eval_tasks import TaskOptions, run
 from qlora_cli.jobs.open_generator import open_generator

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from qlora_cli.events import Silent
 from qlora_cli.export.gguf.model import ARCHITECTURES
-from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.runs.run import Run
 from tests.helpers.runs import CPU, make_recipe, make_rows, make_run

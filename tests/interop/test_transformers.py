@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import InputError, ModelError, UsageError
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.files.atomic import atomic_folder
 from qlora_cli.runs.layout import RunFolder

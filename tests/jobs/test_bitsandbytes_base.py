@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.export.verify.tensor_checks import structure_faults, value_faults
 from qlora_cli.files.locate import read_config

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.errors import RecipeError
-from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.files.locate import read_config
 from qlora_cli.models.attach import base_at
 from qlora_cli.models.base_format import BaseFormat, base_format_of

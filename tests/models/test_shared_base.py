@@ -63,6 +63,17 @@ def test_each_model_is_like_one_that_is_built_anew(
     assert [name for name, _ in observer.stages] == ["load"]
 
 
+def test_a_base_is_shared_with_loftq_and_not_with_pissa(tmp_path: Path) -> None:
+    base, rows = make_base(tmp_path / "base", "llama"), make_rows(tmp_path / "rows.jsonl")
+    shared, observer = SharedBase(), StageRecorder()
+    for init in ("default", "loftq", "pissa", "pissa", "default"):
+        recipe = make_recipe(base, rows, adapter={"init": init})
+        model, fresh = shared.build(request_of(recipe, observer)), build_base(recipe)
+        assert torch.equal(logits(model, IDS), logits(fresh, IDS))
+    reason = "the base is loaded again: adapter.init: pissa changes the base"
+    assert observer.notes == [reason] * 3
+
+
 def test_a_base_with_other_settings_or_trained_weights_is_loaded_again(tmp_path: Path) -> None:
     base, rows = make_base(tmp_path / "base", "llama"), make_rows(tmp_path / "rows.jsonl")
     shared, observer = SharedBase(), StageRecorder()

@@ -14,7 +14,7 @@ from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.adapters.peft_file import AdapterFile, open_adapter
 from qlora_cli.errors import ModelError, ProblemsError, QloraError, UsageError
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.models.attach import attach_adapter, remove_adapter
 from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel

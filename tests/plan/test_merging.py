@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from qlora_cli.data.encode import Example
 from qlora_cli.device import DeviceProfile
 from qlora_cli.export.compare.comparison_models import merged_model, trained_model
-from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.options import MERGE_BASES
 from qlora_cli.files.locate import read_config
 from qlora_cli.memory.ledger import Phase
@@ -45,17 +46,33 @@ def test_the_plan_equals_the_measured_memory(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    settings = {"bits": bits, "cache": has_copy, "overrides": overrides}
+    _check_plan(family, tmp_path, monkeypatch, {"base": settings})
+
+
+@pytest.mark.slow
+def test_the_plan_of_residuals_equals_the_measured_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {"base": {"bits": 8}, "adapter": {"init": "pissa"}}
+    _check_plan("llama", tmp_path, monkeypatch, sections)
+
+
+def _check_plan(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
+) -> None:
+    """Compare the plan of a merge with the memory that it needs. sections: of the recipe."""
     sizes = LARGE_GPT2 if family == "gpt2" else LARGE
     base = make_base(tmp_path / "base", family, **sizes)
     recipe = make_recipe(
         base,
         make_rows(tmp_path / "rows.jsonl"),
-        base={"bits": bits, "cache": has_copy, "overrides": overrides},
         data={"seq_len": TOKENS},
+        **sections,
     )
     run, _ = make_run(tmp_path / "run", recipe)
     tensors = open_merged_tensors(Run(run.path), "original", torch.float16, CPU)
-    if has_copy:
+    if sections["base"].get("cache"):
         trained_model(tensors, base, may_be_resident=True)
         tensors = open_merged_tensors(Run(run.path), "original", torch.float16, CPU)
     ids = [3 + 7 * place % 250 for place in range(TOKENS)]

@@ -143,6 +143,25 @@ def test_a_head_that_is_no_classifier_is_refused(write: Write, task: str) -> Non
     assert f"needs task: classification, and task is {task}" in problem.what
 
 
+@pytest.mark.parametrize(
+    ("init", "overrides", "message"),
+    [
+        ("pissa", ("adapter.method=dora",), "init: pissa needs method: lora, and method is dora"),
+        ("pissa", ("adapter.from=runs/a",), "init: pissa sets the first values of A and B"),
+        ("pissa", ("task=preference",), "does not support task: preference"),
+        ("pissa", ("base.cache=true",), "of which no packed copy is kept; omit base.cache: true"),
+        ("pissa", ("base.residency=disk",), "omit base.residency: disk"),
+        ("loftq", ("base.residency=shard",), "does not support base.residency: shard"),
+        ("loftq", ("base.bits=16",), "a base of 16 bit has none"),
+    ],
+)
+def test_an_initial_adapter_that_is_impossible_is_refused(
+    write: Write, init: str, overrides: tuple[str, ...], message: str
+) -> None:
+    (problem,) = problems(write(GOOD), f"adapter.init={init}", *overrides)
+    assert message in problem.what
+
+
 def test_a_relation_is_not_checked_with_a_default_in_place_of_a_wrong_value(write: Write) -> None:
     path = write(GOOD + "base: {bits: sixteen}\nadapter: {method: full}\n")
     assert only_problem(path).where == f"{path}:3: base.bits"

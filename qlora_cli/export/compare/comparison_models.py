@@ -82,13 +82,13 @@ def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> 
     config = read_config(base / CONFIG)
     loaded = trained_on_meta(tensors.task, config, tensors.base_format, tensors.sites, kernel)
     if may_be_resident and fits(_resident_bytes(tensors), tensors.device):
-        DevicePlacement(tensors.device, copy=tensors.copy).place(loaded, tensors.source)
-        if tensors.adapter is not None:
-            attach_adapter(loaded, tensors.adapter)
+        DevicePlacement(tensors.device, copy=tensors.copy).place(loaded, tensors.trained_source)
+        if tensors.trained_adapter is not None:
+            attach_adapter(loaded, tensors.trained_adapter)
         is_resident = True
     else:
-        streamed = StreamedPlacement(tensors.device, tensors.adapter, tensors.copy)
-        streamed.place(loaded, tensors.source)
+        streamed = StreamedPlacement(tensors.device, tensors.trained_adapter, tensors.copy)
+        streamed.place(loaded, tensors.trained_source)
         is_resident = False
     # A classification head trains in float32.
     is_classifier = loaded.family.is_classifier
@@ -101,15 +101,19 @@ def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> 
 def frozen_base_model(
     trained: ComparisonModel, tensors: MergedTensors, base: Path
 ) -> ComparisonModel:
-    """Return the packed base without the adapter.
+    """Return the packed base without the adapter, or with the one that training began with.
 
     trained: the trained model. If it is resident, its adapter is removed and the same model is
     returned. tensors, base: as in `trained_model`.
     """
-    if trained.is_resident:
+    start = tensors.before_training()
+    if not trained.is_resident:
+        return trained_model(start, base, may_be_resident=False)
+    if start.trained_adapter is None:
         remove_adapter(trained.loaded)
-        return trained
-    return trained_model(replace(tensors, adapter=None), base, may_be_resident=False)
+    else:
+        attach_adapter(trained.loaded, start.trained_adapter)
+    return trained
 
 
 def merged_model(

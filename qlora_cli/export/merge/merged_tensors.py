@@ -23,39 +23,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_cli.adapters.peft_file import AdapterFile, LoraUpdate
-from qlora_cli.errors import UsageError, VerificationFailed
-from qlora_cli.events import Observer, Silent
-from qlora_cli.export.merge.combine import WeightedAdapter, combine, open_other_adapters
-from qlora_cli.export.merge.expert_tensors import ExpertTensor, expert_tensors
-from qlora_cli.export.merge.folder import CONFIG
+from qlora_cli.adapters.peft_initial import OwnBase
+from qlora_cli.errors import VerificationFailed
+from qlora_cli.export.merge.expert_tensors import ExpertTensor
 from qlora_cli.export.merge.lora_sum import merged_rows, rounds_to
-from qlora_cli.export.merge.packed_weight import pack_weight, trained_weight
+from qlora_cli.export.merge.packed_weight import trained_weight
 from qlora_cli.export.merge.underflow import Count, Underflow
 from qlora_cli.export.options import FALLBACK_DTYPE, MergeBase
-from qlora_cli.files.dtype import dtype_name, file_dtype
-from qlora_cli.files.locate import read_config
+from qlora_cli.files.dtype import dtype_name
 from qlora_cli.files.safetensors_io import TensorSpec, is_finite
-from qlora_cli.files.source import FolderSource, OverlaidSource
-from qlora_cli.models.base_format import BaseFormat, base_format_of
-from qlora_cli.models.build import skeleton
-from qlora_cli.models.checkpoint_source import open_source
-from qlora_cli.models.packed_base import packed_store
+from qlora_cli.files.source import FolderSource, TensorSource
+from qlora_cli.models.base_format import BaseFormat
 from qlora_cli.models.placement.held import PackedCopy
-from qlora_cli.models.sites import find_sites, find_stacks
+from qlora_cli.models.residual import residual_source
 from qlora_cli.nn.expert_stack import StackLora
+from qlora_cli.nn.packed_tensors import pack_weight
 from qlora_cli.nn.site import Site
-from qlora_cli.runs.run import Run
-from qlora_cli.tasks.registry import task_of
 from qlora_cli.tasks.task import Task
-
-_SILENT = Silent()
 
 
 @dataclass(frozen=True)
@@ -75,6 +65,7 @@ class MergedTensors:
     others: paths of the parts of a composed model that are copied bit for bit, in any dtype.
     copy: the packed copy of the base, for running the trained model and nothing else.
     config_entries: entries of config.json that differ from the base's.
+    own_base: what training added to its base, if that is not `adapter` (`adapter.init`).
     """
 
     source: FolderSource
@@ -89,6 +80,7 @@ class MergedTensors:
     others: tuple[str, ...] = ()
     copy: PackedCopy | None = None
     config_entries: Mapping[str, Any] = field(default_factory=dict)
+    own_base: OwnBase | None = None
 
     def shapes(self) -> dict[str, TensorSpec]:
         """Return tensor name -> shape and dtype of the merged checkpoint, in the file's order."""
@@ -97,12 +89,35 @@ class MergedTensors:
             for file_name, name in self._names.items()
         }
 
+    @property
+    def trained_adapter(self) -> AdapterFile | None:
+        """Return the adapter that is added to the base of the training."""
+        return self.adapter if self.own_base is None else self.own_base.added
+
+    @property
+    def trained_source(self) -> TensorSource:
+        """Return the weights that training packed."""
+        if self.own_base is None or not self.own_base.is_residual:
+            return self.source
+        return residual_source(self.source, self.own_base.start, self.sites)
+
+    def before_training(self) -> MergedTensors:
+        """Return the merge of the model at the start of the training."""
+        start = None if self.own_base is None else self.own_base.before_training()
+        return replace(self, adapter=None, own_base=start)
+
+    @property
+    def _added(self) -> AdapterFile | None:
+        """Return the adapter that is added to `base`."""
+        return self.adapter if self.base == "original" else self.trained_adapter
+
     def adapted_names(self) -> frozenset[str]:
         """Return the names, in the file, of the tensors that the adapter changes."""
-        if self.adapter is None:
+        added = self._added
+        if added is None:
             return frozenset()
-        names = [f"{path}.weight" for path in self.adapter.layers]
-        names += [n for n, t in self.experts.items() if t.site.path in self.adapter.stacks]
+        names = [f"{path}.weight" for path in added.layers]
+        names += [n for n, t in self.experts.items() if t.site.path in added.stacks]
         return frozenset(map(self.source.file_name, names))
 
     def compute(self, file_name: str, underflow: Underflow | None = None) -> Tensor:
@@ -159,7 +174,8 @@ class MergedTensors:
         return self.dtype if own.is_floating_point and not is_kept else own
 
     def _parts(self, name: str) -> list[LoraUpdate]:
-        layers = self.adapter.layers if self.adapter is not None else {}
+        added = self._added
+        layers = added.layers if added is not None else {}
         layer = layers.get(name.removesuffix(".weight"))
         return layer.read() if layer is not None else []
 
@@ -204,7 +220,7 @@ class MergedTensors:
         if self.base == "original":
             return site.from_file(self.source.read(name))
         weight_format = self.base_format.of(site)
-        layer = trained_weight(name, site, self.source, weight_format, self.device)
+        layer = trained_weight(name, site, self.trained_source, weight_format, self.device)
         return layer.dequantize().cpu()
 
     def _copied(self, name: str, count: Count) -> Tensor:
@@ -221,62 +237,6 @@ class MergedTensors:
             result[rows] = total.float()
             count(total, result[rows])
         return result
-
-
-def open_merged_tensors(
-    run: Run,
-    base: MergeBase,
-    dtype: torch.dtype,
-    device: torch.device,
-    weight: float = 1.0,
-    others: Sequence[tuple[Path, float]] = (),
-    observer: Observer = _SILENT,
-) -> MergedTensors:
-    """Return the tensors of this run's merge. No tensor is read yet.
-
-    run: a finished run.
-    base, dtype, device: as in `MergedTensors`.
-    weight: factor of the run's own adapter.
-    others: folders of further adapters on the same base, and their factors.
-    observer: receives notes about the packed copy of the base.
-
-    Raises InputError if the run, its base or an adapter is incomplete or does not match the
-    others.
-    """
-    recipe = run.recipe
-    folder = run.base_folder
-    config = read_config(folder / CONFIG)
-    base_format = base_format_of(recipe, file_dtype(config))
-    task = task_of(recipe)
-    model, family = skeleton(config, base_format.compute, task.model_class)
-    sites, stacks = find_sites(model, family, config), find_stacks(model, family)
-    adapter = None
-    if run.is_full_fine_tuning:
-        _refuse_adapters(run, weight, others)
-        folder = run.trained_weights
-        # Trained weights are stored in the compute dtype of the training.
-        base_format = BaseFormat(replace(base_format.default, storage=base_format.compute))
-    else:
-        own = WeightedAdapter(run.adapter_file, weight)
-        adapter = combine([own, *open_other_adapters(run, others)])
-        adapter.check([*sites, *stacks])
-    source = open_source(folder, family)
-    if family.is_classifier:
-        source = OverlaidSource(source, {} if adapter is None else adapter.saved)
-    experts = expert_tensors(stacks, family)
-    copy = packed_store(recipe, run.base_folder, config, task.model_class, device.type, observer)
-    how = (base_format, base, dtype, device)
-    what = (experts, family.others, copy, task.config_entries(model))
-    return MergedTensors(source, task, sites, adapter, *how, *what)
-
-
-def _refuse_adapters(run: Run, weight: float, others: Sequence[tuple[Path, float]]) -> None:
-    if others or weight != 1.0:
-        raise UsageError(
-            f"{run.path} is a full fine-tuning; it has no adapter to weight or to combine",
-            where="--with" if others else "--weight",
-            hint="leave --weight and --with out",
-        )
 
 
 def _ignore(before: Tensor, after: Tensor) -> None: ...

@@ -148,7 +148,7 @@ def _base_change_kl(
 
     frozen: predictions of the base as it was trained on.
     """
-    alone = merged_model(replace(expected, adapter=None), base).compared_logits(rows.rows)
+    alone = merged_model(expected.before_training(), base).compared_logits(rows.rows)
     return compare(frozen, alone).mean_kl
 
 

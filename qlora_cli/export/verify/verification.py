@@ -42,7 +42,8 @@ from qlora_cli.export.compare.logit_comparison import Comparison
 from qlora_cli.export.merge.combine import weighted_adapters_of
 from qlora_cli.export.merge.folder import CONFIG
 from qlora_cli.export.merge.manifest import MANIFEST, MergeManifest
-from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
+from qlora_cli.export.merge.merged_tensors import MergedTensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.verify.faults import shorten_faults
 from qlora_cli.export.verify.file_checks import config_faults, file_faults
 from qlora_cli.export.verify.gguf_checks import gguf_file_faults

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlora_cli.errors import VerificationFailed
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.export.verify.verification import verify
 from qlora_cli.jobs import merge

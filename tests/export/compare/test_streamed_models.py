@@ -20,7 +20,8 @@ from qlora_cli.export.compare.greedy_agreement import (
     greedy_continuation,
 )
 from qlora_cli.export.compare.logit_comparison import compare
-from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
+from qlora_cli.export.merge.merged_tensors import MergedTensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.export.verify.file_checks import loading_faults
 from qlora_cli.export.verify.verification import verify

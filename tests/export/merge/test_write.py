@@ -21,7 +21,8 @@ from qlora_cli.adapters.lora import LoraLinear
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.merge import write as writing
-from qlora_cli.export.merge.merged_tensors import MergedTensors, open_merged_tensors
+from qlora_cli.export.merge.merged_tensors import MergedTensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.export.options import MergeBase
 from qlora_cli.files.atomic import atomic_folder, make_partial_folder, partial_folders

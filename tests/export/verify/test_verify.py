@@ -16,7 +16,7 @@ from torch import Tensor
 from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Silent
-from qlora_cli.export.merge.merged_tensors import open_merged_tensors
+from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.export.options import MergeBase
 from qlora_cli.export.verify.verification import VerificationReport, verify
