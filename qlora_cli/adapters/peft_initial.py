@@ -4,7 +4,7 @@ PEFT adds an adapter to the original weight W. Training began with W as well, bu
 base and s B0 A0. So the change that was trained is s (B A - B0 A0), which is one product of twice
 the rank: s [B, -B0] [A; A0]. PEFT writes the same for such adapters
 (`path_initial_model_for_weight_conversion`), and every program reads it as LoRA. The safetensors
-header contains the method, so that the two halves can be told apart here.
+header contains the method, from which the two halves are separated here.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def test_pissa_begins_as_that_of_peft(tmp_path: Path) -> None:
     settings, file = recipe.adapter, base / "model.safetensors"
     tensors = load_file(file)
     for name in [n for n in tensors if n.endswith(("q_proj.weight", "down_proj.weight"))]:
-        # The singular values of a random matrix are too close to each other to be told apart.
+        # The singular values of a random matrix are too close to each other to compare subspaces.
         u, s, v = torch.linalg.svd(tensors[name].float(), full_matrices=False)
         tensors[name] = (u * (s[0] * 0.7 ** torch.arange(len(s))) @ v).half()
     save_file(tensors, file, metadata={"format": "pt"})
