@@ -149,7 +149,7 @@ def planned_load(recipe: Recipe, config: Any, has_copy: bool) -> Phase:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", FORMATS, ids=str)
+@pytest.mark.parametrize("settings", [*FORMATS, {"residency": "disk"}], ids=str)
 def test_the_plan_of_loading_a_copy_equals_the_run(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:

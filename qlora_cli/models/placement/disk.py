@@ -70,6 +70,9 @@ class DiskPlacement:
                 where="base.residency",
                 hint="check the disk of the cache (QLORA_CACHE)",
             )
+        for name in on_disk:
+            for linear in slots[name].linears:
+                drop_packed(linear)
         if self.num_streamed:
             loaded.stream = BlockStream(streamed, self.device, DiskWeights(tensors))
         for name in order:
