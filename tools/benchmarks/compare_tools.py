@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from bench_inference import spread, where
@@ -44,6 +44,7 @@ PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- tools -->", "<!-- end of tools -->"
 OURS, REFERENCE = "ours", "trainer"
 _SCENARIOS = ("equal", "memory", "defaults")
+_LIMIT_RUNS = 3
 _PARTS = 4
 """Ours is tried with so many fewer quarters of its blocks recomputed."""
 
@@ -82,8 +83,11 @@ def compare(bench: Bench, cell: Cell, options: argparse.Namespace) -> dict[str, 
 
 
 def own_cell(bench: Bench, cell: Cell, options: argparse.Namespace) -> Cell:
-    """Return the cell in which ours recomputes the fewest blocks within the other's memory."""
-    limit = bench.run(REFERENCE, cell)["step_memory_bytes"]
+    """Return the cell in which ours recomputes the fewest blocks within the other's memory.
+
+    The other's memory is the median of some runs, because resident memory differs between runs.
+    """
+    limit = median(bench.run(REFERENCE, cell)["step_memory_bytes"] for _ in range(_LIMIT_RUNS))
     config = json.loads((options.model / "config.json").read_text())
     blocks = int(config["num_hidden_layers"])
     for part in range(_PARTS + 1):

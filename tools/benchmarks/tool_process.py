@@ -140,8 +140,12 @@ PACKAGES = {"ours": (), "trainer": ("peft",), "trl": ("peft", "trl"), "unsloth":
 
 
 def _sft_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of TRL's SFTTrainer."""
+    """Return the settings of TRL's SFTTrainer. Its own dtype, bfloat16, is refused on a CPU."""
+    import torch
+
     settings = _arguments(spec)
+    if not torch.cuda.is_available():
+        settings |= {"use_cpu": True, "bf16": False}
     if not spec["defaults"]:
         settings |= {"max_length": spec["tokens"], "bf16": spec["dtype"] == "bfloat16"}
     return settings
