@@ -24,18 +24,8 @@ NORMS = (RmsNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
-class _Output:
-    """An output of a norm. version: of its tensor when it was made, changed by each write to it."""
-
-    storage: StorageWeakRef
-    version: int
-    norm: nn.Module
-    x: _Kept
-
-
-@dataclass(frozen=True)
 class _Kept:
-    """A tensor that is saved. version: of it when it was saved."""
+    """A tensor that is saved as it is. version: its version counter when it was saved."""
 
     tensor: Tensor
     version: int
@@ -51,8 +41,18 @@ class _Kept:
 
 
 @dataclass(frozen=True)
+class _Output:
+    """An output of a norm. version: its version counter after the norm. x: the norm's input."""
+
+    storage: StorageWeakRef
+    version: int
+    norm: nn.Module
+    x: _Kept
+
+
+@dataclass(frozen=True)
 class _Recomputed:
-    """A view of an output of a norm, saved as the norm's input."""
+    """A tensor of which only the norm's input is saved. size, stride, offset: of its view."""
 
     output: _Output
     size: torch.Size
@@ -78,13 +78,12 @@ class NormOutputs:
         self._outputs: list[_Output] = []
         self._is_active = False
         for module in block.modules():
-            is_trained = any(parameter.requires_grad for parameter in module.parameters())
-            if isinstance(module, NORMS) and not is_trained:
+            if isinstance(module, NORMS) and not any(p.requires_grad for p in module.parameters()):
                 module.register_forward_hook(self._remember)
 
     @contextmanager
     def recomputed(self) -> Iterator[None]:
-        """Save no output of a norm for the backward pass inside the block."""
+        """Save no output of a frozen norm for the backward pass while the context is active."""
         self._is_active = True
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._save, _returned):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import pytest
 import torch
 
@@ -64,14 +66,16 @@ class Order(Counter):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
-        self._of_key: dict[object, int] = {}
+        self._of_key: dict[Hashable, int] = {}
 
-    def allocate(self, key, num_bytes, category, origin=None) -> None:  # type: ignore[no-untyped-def]
+    def allocate(
+        self, key: Hashable, num_bytes: int, category: str, origin: Hashable = None
+    ) -> None:
         super().allocate(key, num_bytes, category, origin)
         self._of_key[key] = num_bytes
         self.sizes.append(num_bytes)
 
-    def free(self, key) -> None:  # type: ignore[no-untyped-def]
+    def free(self, key: Hashable) -> None:
         super().free(key)
         self.sizes.append(-self._of_key[key])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -71,7 +72,9 @@ def gradients(block: nn.Module, *, recomputes: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("norm", [rms_norm, layer_norm])
 @pytest.mark.parametrize("kind", [Block, WritesToOutput])
-def test_gradients_are_equal_to_the_last_bit(norm, kind) -> None:  # type: ignore[no-untyped-def]
+def test_gradients_are_equal_to_the_last_bit(
+    norm: Callable[[], nn.Module], kind: type[Block]
+) -> None:
     torch.manual_seed(1)
     block = kind(norm())
     wanted, found = gradients(block, recomputes=False), gradients(block, recomputes=True)
