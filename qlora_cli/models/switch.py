@@ -96,8 +96,8 @@ class AdapterSwitch:
             )
         if self._loaded.is_residual:
             raise UsageError(
-                "the base of a run with adapter.init: pissa is a residual, which is of use to its "
-                "own adapter only",
+                "the base of this run is a residual (adapter.init: pissa), so it takes no other "
+                "adapter",
                 where="--adapter",
                 hint="open the model that the run was trained on, with the run as --adapter "
                 "NAME=RUN",
