@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -85,6 +86,8 @@ def _start(function: bytes) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _function = pickle.loads(function)
+    # The imported modules live as long as the process, so the collector need not visit them.
+    gc.freeze()
 
 
 def _exit_with_parent() -> None:

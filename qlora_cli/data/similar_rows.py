@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isnan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,12 +72,12 @@ class _RowSets:
         return int(self.firsts[-1])
 
     def texts(self, place: int) -> tuple[list[int], list[int], float]:
-        """Return the tokens of the prompt, the trained tokens and the value of an example."""
+        """Return the tokens of the prompt, the trained tokens and the value, NaN without one."""
         number = int(np.searchsorted(self.firsts, place, side="right")) - 1
         examples, index = self.sets[number], place - int(self.firsts[number])
         ids, labels = examples.arrays(index)
         is_trained = labels != IGNORE_INDEX
-        value = float(np.nan_to_num(examples.encoded.values[examples.rows[index]], nan=-1.0))
+        value = float(examples.encoded.values[examples.rows[index]])
         return ids[~is_trained].tolist(), ids[is_trained].tolist(), value
 
     def shingles(self, places: NDArray[np.int64]) -> Iterator[_Shingles]:
@@ -154,7 +155,9 @@ def _is_similar(all_rows: _RowSets, sketch: _Sketch, first: int, second: int) ->
     """Return whether prompt and trained tokens of two rows differ in few of their tokens."""
     *texts, value = all_rows.texts(first)
     *others, other_value = all_rows.texts(second)
-    if value != other_value or texts == others:
+    # Rows without a value have NaN there, which differs from itself.
+    has_other_value = value != other_value and not (isnan(value) and isnan(other_value))
+    if has_other_value or texts == others:
         return False
     for text, other, size in zip(texts, others, (sketch.prompt, sketch.answer), strict=True):
         limit = int(_CHANGED * min(size[first], size[second]))
