@@ -18,7 +18,7 @@ from qlora_cli.jobs.quantize_results import QuantizeResult
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.units import format_bytes
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Version of the search, and of what an entry contains."""
 _PACKAGES = ("qlora-cli", "torch", "bitsandbytes", "transformers")
 
@@ -64,7 +64,7 @@ def _file(prepared: Prepared, budget: int, rows: EvalRows) -> Path:
             "base": fingerprint(prepared.folder),
             "config": config_digest(prepared.folder),
             "rows": hashlib.sha256(tokens.encode()).hexdigest(),
-            "format": [base.quant_type, base.double_quant, base.outlier_threshold],
+            "format": [base.quant_type, base.double_quant, base.scales, base.outlier_threshold],
             "compute": base.compute_dtype,
             "budget": budget,
             "kind": inspect_device().kind,

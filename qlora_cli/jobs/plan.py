@@ -21,6 +21,7 @@ from qlora_cli.files.paths import user_path
 from qlora_cli.files.source import check_index
 from qlora_cli.jobs.auto_bits import choose_bits
 from qlora_cli.jobs.device_speed import device_speed
+from qlora_cli.jobs.importance import check_scales
 from qlora_cli.jobs.labels import resolve_labels
 from qlora_cli.jobs.padding import planned_padding
 from qlora_cli.jobs.planned_length import estimated_time, planned_length
@@ -78,6 +79,7 @@ def run(
         check_index(config_file.parent)
     recipe, chosen = resolve_labels(recipe, config, needs_rows=False)
     check_seq_len(recipe.data, config)
+    check_scales(recipe, config)
     task = task_of(recipe)
     require_proof(config, task, Silent())
     check_processes(recipe, profile.count)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from qlora_cli.errors import DoesNotFit
 from qlora_cli.events import Observer
 from qlora_cli.jobs.auto_bits import choose_bits
+from qlora_cli.jobs.importance import choose_importance
 from qlora_cli.jobs.initial_adapter import check_initial_adapter
 from qlora_cli.jobs.prepare import TrainingJob, prepare, read_job
 from qlora_cli.jobs.process_start import check_processes
@@ -21,6 +23,7 @@ from qlora_cli.proof.prove import require_proof
 from qlora_cli.recipe.methods import full_fine_tuning
 from qlora_cli.recipe.resolve import Choice
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.registry import task_of
 from qlora_cli.train.trackers import check_trackers
@@ -49,6 +52,9 @@ def prepare_training(
     check_trackers(prepared.recipe)
     check_initial_adapter(prepared)
     _report(prepared.choices, observer)
+    run = RunFolder(Path(prepared.recipe.output))
+    prepared, choices = choose_importance(prepared, run, earlier, observer)
+    _report(choices, observer)
     prepared, choices = choose_bits(prepared, earlier, observer)
     _report(choices, observer)
     if earlier is not None:

@@ -8,19 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from qlora_cli.errors import DoesNotFit, UsageError
 from qlora_cli.events import Observer
-from qlora_cli.export.compare.eval_rows import EvalRows, Limits, eval_rows
+from qlora_cli.export.compare.eval_rows import EvalRows, eval_rows
 from qlora_cli.files.atomic import atomic_file, report_write_errors
-from qlora_cli.files.dtype import file_dtype
 from qlora_cli.jobs import mix_cache
 from qlora_cli.jobs.init import check_target
+from qlora_cli.jobs.measured_base import LIMITS, check_method, measured_base
 from qlora_cli.jobs.prepare import Prepared, prepare
 from qlora_cli.jobs.quantize_results import LinearCost, MixStep, QuantizeResult
 from qlora_cli.memory.device import inspect_device
-from qlora_cli.models.base_format import base_format_of
 from qlora_cli.nn.packed_tensors import packed_specs
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.plan.planner import Planner
@@ -35,11 +32,8 @@ from qlora_cli.recipe.resolve import Choice
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.write import recipe_text
 from qlora_cli.tasks.registry import task_of
-from qlora_cli.train.runtime import setup_device
 from qlora_cli.units import format_bytes, parse_bytes
 
-LIMITS = Limits(rows=64, tokens=4096)
-"""Rows that are measured: enough for the order of the linears, and quick on a CPU."""
 DEFAULT_SHARE = 0.1
 """Budget without an option: this share more bytes than the base in 4 bit."""
 _BASE_CATEGORIES = ("base", "quant_constants", "embeddings", "head")
@@ -89,7 +83,7 @@ def measure(
 ) -> QuantizeResult:
     """Return the result for a prepared recipe with a base of 4 bit; arguments as of `run`."""
     began = time.perf_counter()
-    base = _measured_base(prepared, rows)
+    base = measured_base(prepared, rows, observer)
     sizes = linear_sizes(base)
     linears_4bit = mix_bytes(sizes, {size.path: 4 for size in sizes})
     total = base_bytes(prepared)
@@ -159,20 +153,6 @@ def in_4_bit(recipe: Recipe) -> Recipe:
     return with_settings(recipe, "base", bits=4, overrides={}, budget=None)
 
 
-def check_method(recipe: Recipe) -> None:
-    """Raise UsageError if the base of a recipe cannot be measured."""
-    if recipe.adapter.method == "full":
-        raise UsageError(
-            "full fine-tuning does not quantize the base", where="adapter.method", hint="use lora"
-        )
-    if recipe.task == "classification":
-        raise UsageError(
-            "the cost is measured by predicted tokens, which a classifier does not have",
-            where="task",
-            hint="set base.bits or base.overrides by hand",
-        )
-
-
 def measured_rows(prepared: Prepared, observer: Observer) -> EvalRows:
     """Return the rows that are measured. Raises UsageError if there are none."""
     rows = eval_rows(prepared.recipe, prepared.folder, prepared.config, LIMITS)
@@ -183,15 +163,6 @@ def measured_rows(prepared: Prepared, observer: Observer) -> EvalRows:
     for note in rows.notes:
         observer.note(note)
     return rows
-
-
-def _measured_base(prepared: Prepared, rows: EvalRows) -> MeasuredBase:
-    recipe = prepared.recipe
-    # The plan may be for another device.
-    device = setup_device(inspect_device(), recipe.train.seed)
-    base_format = base_format_of(recipe, file_dtype(prepared.config))
-    given = (task_of(recipe), prepared.folder, prepared.config, base_format.default)
-    return MeasuredBase(*given, rows.rows, torch.device(device))
 
 
 def _step(

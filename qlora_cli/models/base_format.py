@@ -6,14 +6,16 @@ plan, the packed copy, merging and verification all ask a `BaseFormat`, made fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
+from torch import Tensor
 
 from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.files.dtype import torch_dtype
+from qlora_cli.models.importance import read_importance
 from qlora_cli.nn.quant import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.recipe.schema import Recipe
@@ -28,16 +30,24 @@ class BaseFormat:
     default: format of a linear without an exception; its dtypes are those of the complete model.
     overrides: (pattern, bits), in the recipe's order. Of several matching patterns the last counts.
     A pattern is a role, such as `down`, or a glob of a module's path, such as `*.down_proj`. It
-    may match stacks of experts, too.
+    may match stacks of experts, too. importance: path of a linear -> mean squares of its inputs,
+    for scales `measured`; empty in a plan.
     """
 
     default: WeightFormat
     overrides: tuple[tuple[str, int], ...] = ()
+    importance: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def of(self, site: Site) -> WeightFormat:
         """Return the format of a linear, or of a stack of experts."""
         bits = [bits for pattern, bits in self.overrides if matches(pattern, site)]
-        return replace(self.default, bits=bits[-1]) if bits else self.default
+        own = replace(self.default, bits=bits[-1]) if bits else self.default
+        if not self.importance:
+            return own
+        if site.path in self.importance:
+            return replace(own, importance=self.importance[site.path])
+        # Stacks of experts are not measured: each expert has other inputs.
+        return replace(own, scales="search")
 
     @property
     def compute(self) -> torch.dtype:
@@ -67,7 +77,10 @@ class BaseFormat:
         return {self.default.bits, *(bits for _, bits in self.overrides)}
 
     def check(self, sites: Sequence[Site]) -> None:
-        """Raise RecipeError that names every pattern without a match in the complete model."""
+        """Raise RecipeError that names every pattern without a match in the complete model.
+
+        sites: all linears, and the stacks of experts.
+        """
         unknown = [
             pattern for pattern, _ in self.overrides if not any(matches(pattern, s) for s in sites)
         ]
@@ -92,7 +105,8 @@ def matches(pattern: str, site: Site) -> bool:
 def base_format_of(recipe: Recipe, file_dtype: torch.dtype) -> BaseFormat:
     """Return the format of the base's linears.
 
-    recipe: resolved, without `auto`. file_dtype: dtype of the checkpoint.
+    recipe: resolved, without `auto`. file_dtype: dtype of the checkpoint. Raises ModelError if the
+    file of `base.importance` is missing or damaged.
     """
     base, compute = recipe.base, torch_dtype(recipe.base.compute_dtype)
     default = WeightFormat(
@@ -102,8 +116,10 @@ def base_format_of(recipe: Recipe, file_dtype: torch.dtype) -> BaseFormat:
         quant_type=base.quant_type,
         double_quant=base.double_quant,
         threshold=base.outlier_threshold,
+        scales=base.scales,
     )
-    return BaseFormat(default, tuple(base.overrides.items()))
+    importance = read_importance(base.importance) if base.importance is not None else {}
+    return BaseFormat(default, tuple(base.overrides.items()), importance)
 
 
 def storage_dtype(file: torch.dtype, compute: torch.dtype) -> torch.dtype:

@@ -40,6 +40,7 @@ from qlora_cli.models.coverage import check_logits
 from qlora_cli.models.depth import num_blocks
 from qlora_cli.models.derive import derive_family, dropout_keys
 from qlora_cli.models.family import Family
+from qlora_cli.models.importance import check_importance
 from qlora_cli.models.initial_factors import InitialFactors
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.placement.block_shards import ShardedPlacement
@@ -185,6 +186,8 @@ def build(request: ModelRequest) -> LoadedModel:
     config = text_config_of(model)
     sites = find_sites(model, family, config)
     base_format.check([*sites, *find_stacks(model, family)])
+    if base_format.importance:
+        check_importance(base_format.importance, sites)
     kernel = attention.kernel_for(request.profile, base_format.compute)
     loaded = LoadedModel(model, family, config, sites, {}, base_format, kernel)
     if method.freezes_base:

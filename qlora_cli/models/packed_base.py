@@ -19,6 +19,7 @@ from qlora_cli.files.packed_store import PackedStore
 from qlora_cli.files.quantized import BITSANDBYTES, stored_as
 from qlora_cli.files.source import config_digest, fingerprint, read_folder, weights_bytes
 from qlora_cli.models.base_format import BaseFormat, base_format_of
+from qlora_cli.models.importance import importance_digest
 from qlora_cli.nn.packed_tensors import is_in_format
 from qlora_cli.recipe.adapter import PISSA
 from qlora_cli.recipe.schema import Recipe
@@ -54,6 +55,7 @@ def packed_store(
         "config": config_digest(folder),
         "format": [_name(base_format), *map(dtype_name, _dtypes(base_format))],
         "overrides": base_format.overrides,
+        "scales": [base_format.default.scales, importance_digest(base_format.importance)],
         "model": model_class.__name__,
         "kind": kind,
         "versions": {name: version(name) for name in _PACKAGES},
@@ -85,7 +87,8 @@ def has_packed_copy(recipe: Recipe, folder: Path, config: Any, model_class: Any,
 def _is_stored(recipe: Recipe, folder: Path, config: Any) -> bool:
     """Return whether the checkpoint contains the weights in the format of the recipe."""
     base_format = base_format_of(recipe, file_dtype(config))
-    if base_format.overrides:  # Some linears are quantized again.
+    # Some linears are quantized again.
+    if base_format.overrides or base_format.default.scales != "absmax":
         return False
     with suppress(ModelError):
         entries = with_weights(read_folder(folder)).values()
@@ -109,6 +112,7 @@ def _name(base_format: BaseFormat) -> str:
     name = "int8" if default.bits == 8 else "16bit"
     if default.bits == 4:
         name = f"{default.quant_type}{'-nested' if default.double_quant else ''}"
+        name += "" if default.scales == "absmax" else f"-{default.scales}"
     return f"{name}-mixed" if base_format.overrides else name
 
 

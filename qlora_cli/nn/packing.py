@@ -44,19 +44,24 @@ def packed_4bit(weight: Tensor, quant_type: str, double_quant: bool) -> list[Ten
     flat, device = weight.reshape(-1), weight.device
     packed = torch.empty(-(-flat.numel() // 2), 1, dtype=torch.uint8, device=device)
     scale = torch.empty(-(-flat.numel() // BLOCK_SIZE_4BIT), device=device)
-    for start in _pieces(range(0, flat.numel(), PACK_ELEMENTS), flat):
+    for start in pieces(range(0, flat.numel(), PACK_ELEMENTS), flat):
         codes, scales = _ops.quantize_4bit(
             flat[start : start + PACK_ELEMENTS], BLOCK_SIZE_4BIT, quant_type, torch.uint8
         )
         packed[start // 2 :][: codes.shape[0]] = codes
         scale[start // BLOCK_SIZE_4BIT :][: scales.shape[0]] = scales
+    return [packed, *packed_scales(scale, double_quant)]
+
+
+def packed_scales(scale: Tensor, double_quant: bool) -> list[Tensor]:
+    """Return the scales of blocks as they are stored: as they are, or codes, scales and offset."""
     if not double_quant:
-        return [packed, scale]
+        return [scale]
     offset = scale.mean()
     codes, scale_of_scale = _ops.quantize_blockwise(
         scale - offset, scale_codebook(scale.device), BLOCK_SIZE_SCALES
     )
-    return [packed, codes, scale_of_scale, offset]
+    return [codes, scale_of_scale, offset]
 
 
 def dequantized_scales(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -92,14 +97,14 @@ def packed_8bit(weight: Tensor) -> list[Tensor]:
     packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], device=weight.device)
     num_rows = max(1, PACK_ELEMENTS // weight.shape[1])
-    pieces = zip(*(t.split(num_rows) for t in (weight, packed, scale)), strict=True)
-    for rows, codes, row_scale in _pieces(list(pieces), weight):
+    parts = zip(*(t.split(num_rows) for t in (weight, packed, scale)), strict=True)
+    for rows, codes, row_scale in pieces(list(parts), weight):
         # The scale of an all-zero row is 0, and the row is divided by it.
         row_scale.copy_(rows.abs().amax(dim=1).float() / 127).clamp_min_(TINY)
         codes.copy_(torch.div(rows, row_scale[:, None]).round_())
     return [packed, scale]
 
 
-def _pieces(pieces: Sequence[_T], weight: Tensor) -> Sequence[_T]:
-    """Return all pieces, or the first PIECES_ON_META of a weight on meta."""
-    return pieces[:PIECES_ON_META] if weight.is_meta else pieces
+def pieces(parts: Sequence[_T], weight: Tensor) -> Sequence[_T]:
+    """Return all parts, or the first PIECES_ON_META of a weight on meta."""
+    return parts[:PIECES_ON_META] if weight.is_meta else parts

@@ -16,7 +16,7 @@ Shapes: x (tokens, in), y (tokens, out), weight (out, in). Sources: Dettmers et 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from qlora_cli.nn.packing import (
     packed_4bit,
     packed_8bit,
 )
+from qlora_cli.nn.scale_search import searched_4bit
 
 PIECE_ELEMENTS = 2**25
 """Largest number of weights that a product dequantizes at once: 64 MiB in 16 bit."""
@@ -44,7 +45,9 @@ class WeightFormat:
 
     bits: 4, 8 or 16. compute: dtype of activations and of the dequantized weight. storage: dtype of
     16-bit weights. quant_type: nf4 or fp4, for 4 bits. double_quant: quantize the scales, too, for
-    4 bits. threshold: LLM.int8()'s outlier threshold for 8 bits, 0 for none.
+    4 bits. threshold: LLM.int8()'s outlier threshold for 8 bits, 0 for none. scales: how those of
+    4 bits are chosen (`base.scales`). importance: (in,), mean squares of the linear's inputs for
+    scales `measured`; None in a plan, and for a linear that was not measured.
     """
 
     bits: int
@@ -53,6 +56,8 @@ class WeightFormat:
     quant_type: str = "nf4"
     double_quant: bool = True
     threshold: float = 6.0
+    scales: str = "absmax"
+    importance: Tensor | None = field(default=None, compare=False, repr=False)
 
     def plain(self) -> WeightFormat:
         """Return the 16-bit format with the same dtypes, for a weight that is not quantized."""
@@ -104,8 +109,7 @@ class QuantLinear(nn.Module):
         assert weight.shape == (self.out_features, self.in_features), weight.shape
         with scope("temporary"):
             if self.weight_format.bits == 4:
-                settings = self.weight_format
-                tensors = packed_4bit(weight, settings.quant_type, settings.double_quant)
+                tensors = self._packed_4bit(weight)
             elif self.weight_format.bits == 8:
                 tensors = packed_8bit(weight)
             else:
@@ -117,6 +121,19 @@ class QuantLinear(nn.Module):
         attribute([self.weight], self.category)
         attribute(self.constants(), "quant_constants")
         self.renew_dequantized()
+
+    def _packed_4bit(self, weight: Tensor) -> list[Tensor]:
+        own, importance = self.weight_format, None
+        given = (weight, own.quant_type, own.double_quant)
+        if own.scales == "absmax":
+            return packed_4bit(*given)
+        if own.scales == "measured":
+            if weight.is_meta:  # A plan needs its size only.
+                importance = torch.empty(self.in_features, device="meta")
+            else:
+                assert own.importance is not None, "the inputs were not measured"
+                importance = own.importance.to(weight.device, copy=True)
+        return searched_4bit(*given, importance)
 
     def constants(self) -> Iterator[nn.Parameter]:
         """Yield the quantization constants of a packed weight: its scales."""

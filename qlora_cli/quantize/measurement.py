@@ -20,13 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_cli.data.encode import Example
 from qlora_cli.events import Observer
@@ -68,6 +68,7 @@ class MeasuredBase:
     """A base and the rows that it is measured on.
 
     config: transformers' config. default: format of the linears in training; its bits are not used.
+    importance: as of `BaseFormat`.
     """
 
     task: Task
@@ -76,6 +77,7 @@ class MeasuredBase:
     default: WeightFormat
     rows: Sequence[Example]
     device: torch.device
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -91,7 +93,7 @@ class MeasuredBase:
     def format_of(self, bits: Mapping[str, int], default: int = 4) -> BaseFormat:
         """Return the format of a mix, computing in float32. bits: by path of the linear."""
         plain = replace(self.default, bits=default, compute=torch.float32)
-        return BaseFormat(plain, tuple(bits.items()))
+        return BaseFormat(plain, tuple(bits.items()), self.importance)
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,23 @@ def compare_format(
     base: MeasuredBase, base_format: BaseFormat, reference: ComparedLogits
 ) -> Comparison:
     """Return how far the model in a format is from the 16-bit model, by a forward pass only."""
+    return compare(reference, streamed_model(base, base_format).compared_logits(base.rows))
+
+
+def streamed_model(
+    base: MeasuredBase,
+    base_format: BaseFormat,
+    wrap: Callable[[QuantLinear, Site], nn.Module] | None = None,
+) -> ComparisonModel:
+    """Return the model in a format, one module in memory at a time.
+
+    wrap: as of `trained_on_meta`.
+    """
     kernel = kernel_for(profile_of(base.device), torch.float32)
-    loaded = trained_on_meta(base.task, base.config, base_format, base.sites, kernel)
+    loaded = trained_on_meta(base.task, base.config, base_format, base.sites, kernel, wrap)
     source = open_source(base.folder, loaded.family)
     StreamedPlacement(base.device).place(loaded, source)
-    model = comparison_model(base.task, loaded, source, base.device, base_format.storage)
-    return compare(reference, model.compared_logits(base.rows))
+    return comparison_model(base.task, loaded, source, base.device, base_format.storage)
 
 
 def _show_progress(scores: Scores, total: int, stage: str, observer: Observer) -> None:
@@ -184,7 +197,7 @@ def _measured_model(
     scores = Scores()
 
     def wrap(linear: QuantLinear, site: Site) -> MeasuredLinear:
-        formats = [replace(base_format.default, bits=bits) for bits in others(site)]
+        formats = [replace(base_format.of(site), bits=bits) for bits in others(site)]
         return MeasuredLinear(linear, site.path, formats, scores)
 
     kernel = kernel_for(profile_of(base.device), torch.float32)

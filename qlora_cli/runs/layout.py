@@ -6,6 +6,7 @@
 - checkpoints/      step-000200/ ...; each folder is complete or absent, and contains what is needed
                     to resume and the adapter/ or weights/ of its step
 - constants.safetensors  log-probabilities under the reference model, of `task: preference`
+- importance.safetensors  mean squares of the inputs of linears, of `base.scales: measured`
 - memory.json       memory by phase and category
 - timeline.json     memory over time, of the phases that were tracked
 - metrics.jsonl     one line per optimizer step, one per evaluation (`runs/metrics.py`)
@@ -89,6 +90,11 @@ class RunFolder:
         return self.path / "constants.safetensors"
 
     @property
+    def importance(self) -> Path:
+        """The mean squares of the inputs of linears; only of `base.scales: measured`."""
+        return self.path / "importance.safetensors"
+
+    @property
     def memory_json(self) -> Path:
         """The ledger: memory by phase and category."""
         return self.path / "memory.json"
@@ -159,7 +165,7 @@ class RunFolder:
 
     def _is_foreign(self, path: Path) -> bool:
         """Return whether a path is not one that a process left which was killed at its start."""
-        left_over = (self.path / _LOCK, *partial_files(self.run_json))
+        left_over = (self.path / _LOCK, self.importance, *partial_files(self.run_json))
         return path not in left_over
 
     def create(self) -> None:
@@ -172,7 +178,8 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove the files of a run that has not completed a step; remove the folder if empty."""
-        for file in (self.run_json, self.metrics, self.constants, self.path / _LOCK):
+        own = (self.run_json, self.metrics, self.constants, self.importance, self.path / _LOCK)
+        for file in own:
             file.unlink(missing_ok=True)
         remove_partial_files(self.run_json)
         with suppress(OSError):  # The folder stays if it contains files of the user.

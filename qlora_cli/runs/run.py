@@ -13,6 +13,7 @@ from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.files.checksums import damage, damage_of_folder
 from qlora_cli.files.paths import user_path
 from qlora_cli.files.source import config_digest, fingerprint
+from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.section import Section
 from qlora_cli.runs.layout import ADAPTER, WEIGHTS, RunFolder, checkpoint_step
@@ -66,9 +67,13 @@ class Run:
         """The resolved recipe that the run was trained with. Raises UsageError if it is invalid."""
         recipe = self.require("recipe")
         try:
-            return Recipe.model_validate(_without_defaults(recipe, Recipe))
+            valid = Recipe.model_validate(_without_defaults(recipe, Recipe))
         except (ValueError, AttributeError) as fault:
             raise UsageError(f"damaged recipe: {fault}", where=str(self.folder.run_json)) from fault
+        if valid.base.importance is None:
+            return valid
+        # The run has the file; its folder may have been moved.
+        return with_settings(valid, "base", importance=str(self.folder.importance))
 
     @property
     def is_full_fine_tuning(self) -> bool:

@@ -38,6 +38,7 @@ GRID = [
     for family, vocab_size, tied, text in (
         ("llama", 8192, False, "data.seq_len=256"),
         ("llama", 8192, False, "data.seq_len=256 base.bits=8 adapter.targets=all"),
+        ("llama", 8192, False, "data.seq_len=128 base.scales=search adapter.targets=all"),
         ("llama", 8192, False, "data.seq_len=128 base.bits=16"),
         ("llama", 8192, False, 'data.seq_len=128 base.overrides={"down":8,"*.1.*":16}'),
         ("llama", 8192, False, "data.seq_len=128 base.bits=16 adapter.method=full"),

@@ -6,7 +6,7 @@ those cannot be read, random tokens. A note states which rows were used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,22 @@ def eval_rows(recipe: Recipe, base: Path, config: Any, limits: Limits | None = N
     config: the base's transformers config.
     limits: None for those of a comparison.
     """
-    limits = limits or Limits()
-    notes: list[str] = []
     held_out = [(sources_text(recipe.data.eval), False)] if recipe.data.eval else []
-    for where, from_end in [*held_out, (sources_text(recipe.data.train), True)]:
+    sources = [*held_out, (sources_text(recipe.data.train), True)]
+    return _rows_of(sources, recipe, base, config, limits or Limits())
+
+
+def training_rows(recipe: Recipe, base: Path, config: Any, limits: Limits) -> EvalRows:
+    """Return the last training rows, and never held-out ones. Arguments as of `eval_rows`."""
+    return _rows_of([(sources_text(recipe.data.train), True)], recipe, base, config, limits)
+
+
+def _rows_of(
+    sources: Sequence[tuple[str, bool]], recipe: Recipe, base: Path, config: Any, limits: Limits
+) -> EvalRows:
+    """Return the rows of the first usable source. sources: (in words, whether for training)."""
+    notes: list[str] = []
+    for where, from_end in sources:
         try:
             rows = _read(recipe, base, config, from_end, limits)
         except InputError as fault:
