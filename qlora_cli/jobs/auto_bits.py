@@ -33,6 +33,9 @@ def choose_bits(
     choices = _stored(earlier) if earlier is not None else _choose(prepared, observer)
     values = {choice.key.removeprefix("base."): choice.value for choice in choices}
     recipe = with_settings(prepared.recipe, "base", **{"overrides": {}, **values}, budget=None)
+    if recipe.base.all_bits == {16}:
+        # The settings of 4 and 8 bit have no effect, so a recipe with them would be refused.
+        recipe = recipe.model_copy(update={"base": recipe.base.without_quantization()})
     return replace(prepared, recipe=recipe, choices=(*prepared.choices, *choices)), choices
 
 

@@ -14,6 +14,13 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 SHARD = "shard"
 """Value of `residency` of a base that is sharded over the processes of a job."""
+_BITS_OF: dict[str, Bits] = {
+    "quant_type": 4,
+    "double_quant": 4,
+    "scales": 4,
+    "outlier_threshold": 8,
+}
+"""Setting -> the bits of the linears that it applies to."""
 
 
 class Base(Section):
@@ -84,6 +91,12 @@ class Base(Section):
             return {4, 8, 16}
         return {self.bits, *self.overrides.values()}
 
+    def without_quantization(self) -> Base:
+        """Return the settings with the defaults of those that apply to 4 or 8 bit only."""
+        names = (*_BITS_OF, "importance")
+        defaults = {name: type(self).model_fields[name].default for name in names}
+        return self.model_copy(update=defaults)
+
     @model_validator(mode="after")
     def _auto_chooses(self) -> Base:
         if self.bits == "auto" and self.overrides:
@@ -115,8 +128,7 @@ class Base(Section):
 
     @model_validator(mode="after")
     def _settings_match_bits(self) -> Base:
-        bits_of = {"quant_type": 4, "double_quant": 4, "scales": 4, "outlier_threshold": 8}
-        for name, bits in bits_of.items():
+        for name, bits in _BITS_OF.items():
             if name in self.model_fields_set and bits not in self.all_bits:
                 what = f"{name} applies to bits: {bits} only, and bits is {self.bits}"
                 raise NoEffect(what, {f"base.{name}": "base.bits"})

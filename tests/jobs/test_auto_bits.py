@@ -86,6 +86,12 @@ def test_the_base_gets_what_fits(tmp_path: Path) -> None:
     assert any(note.startswith("base.bits = 16: 16 bit needs") for note in result.notes)
 
 
+def test_settings_of_4_bit_end_if_16_bit_fits(tmp_path: Path) -> None:
+    run = train_run(recipe_of(tmp_path, budget="1GiB", quant_type="fp4", scales="search"))
+    base = Run(run.path).recipe.base
+    assert (base.bits, base.quant_type, base.scales) == (16, "nf4", "absmax")
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
