@@ -11,6 +11,8 @@ from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models import convert
 from qlora_cli.models.attach import base_at
 from qlora_cli.models.build import ModelRequest, apply_train_settings, build, initialize_adapter
+from qlora_cli.models.importance import KEY as IMPORTANCE
+from qlora_cli.models.importance import importance_digest, read_importance
 from qlora_cli.models.initial_factors import InitialFactors
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.recipe import activations
@@ -78,6 +80,9 @@ def _base_content(request: ModelRequest) -> dict[str, Any]:
         for name, section in sections.items()
         for key, value in section.model_dump().items()
     }
+    if (file := recipe.base.importance) is not None:
+        # Each run has a file of its own.
+        content[IMPORTANCE] = importance_digest(read_importance(file))
     return content | {
         "task": recipe.task,
         # Methods that freeze the base can follow each other on it.

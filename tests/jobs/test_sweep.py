@@ -88,6 +88,14 @@ def test_each_run_is_bit_identical_to_the_run_alone_on_a_base_that_is_loaded_onc
     assert_like_single_runs(result, recipe, tmp_path / "alone")
 
 
+def test_a_base_with_measured_scales_is_loaded_once(recipe: Path, tmp_path: Path) -> None:
+    observer = StageRecorder()
+    axes = ("adapter.rank=1,3", "base.scales=measured")
+    result = run_sweep(recipe, *axes, observer=observer)
+    assert [name for name, _ in observer.stages].count("load") == 1
+    assert_like_single_runs(result, recipe, tmp_path / "alone")
+
+
 def test_another_base_is_loaded_and_a_trained_one_is_not_used_again(
     recipe: Path, tmp_path: Path
 ) -> None:
