@@ -123,7 +123,16 @@ _E2E_CELLS = (
     *Cell("lora", minutes=25.0).with_seeds(3)[1:],
 )
 E2E = Experiment("e2e", ("books-gpt2", "e2e"), _E2E_CELLS, _E2E_CELLS[:1], measure_e2e)
-_KINDS = {"base": (), "nf4": ("base.bits=4",), "lora": (), "full": _FULL}
+_ALL_LINEARS = ("adapter.targets=all", "adapter.rank=16", "train.lr=1e-3")
+_KINDS = {
+    "base": (),
+    "nf4": ("base.bits=4",),
+    "lora": (),
+    "full": _FULL,
+    "lora, all linears": _ALL_LINEARS,
+    "nf4, all linears": ("base.bits=4", *_ALL_LINEARS),
+    "nf4 with measured scales, all linears": ("base.bits=4", "base.scales=measured", *_ALL_LINEARS),
+}
 _INSTRUCT_CELLS = tuple(
     Cell(f"{name}, {rows}", (*settings, f"rows={rows}"), minutes=5.0 if name == "base" else 15.0)
     for rows in ("sums", "alpaca")
