@@ -77,7 +77,8 @@ def _attempt(name: str, measure_error: Callable[[], float]) -> Check:
 
 def _quantize(bits: Bits, device: torch.device) -> float:
     """Quantize a Gaussian weight, run forward and backward; return the output's relative error."""
-    from qlora_cli.nn.quant import QuantLinear, WeightFormat
+    from qlora_cli.nn.packing import WeightFormat
+    from qlora_cli.nn.quant import QuantLinear
 
     weight, x = torch.randn(64, 64, device=device), torch.randn(32, 64, device=device)
     layer = QuantLinear(64, 64, False, WeightFormat(bits, torch.float32, torch.float32))

@@ -16,7 +16,7 @@ from torch import Tensor
 from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.files.dtype import torch_dtype
 from qlora_cli.models.importance import read_importance
-from qlora_cli.nn.quant import WeightFormat
+from qlora_cli.nn.packing import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.recipe.schema import Recipe
 

@@ -23,7 +23,8 @@ from qlora_cli.nn.experts import Experts
 from qlora_cli.nn.host_head import HostHead
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
 from qlora_cli.nn.norm import RmsNorm
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.shared_input import share_input
 from qlora_cli.nn.site import Site
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.memory.scopes import represents
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 
 _EXPERTS_ON_META = 2
 

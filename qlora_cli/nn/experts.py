@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.nn.expert_stack import AdaptedStack, ExpertStack, StackLora
-from qlora_cli.nn.quant import WeightFormat
+from qlora_cli.nn.packing import WeightFormat
 
 UP_NAMES = ("gate_up_proj", "up_proj")
 DOWN_NAME = "down_proj"

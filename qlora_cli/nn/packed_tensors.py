@@ -20,8 +20,8 @@ from qlora_cli.files.packed_entry import (
 )
 from qlora_cli.files.safetensors_io import TensorSpec
 from qlora_cli.memory.scopes import attribute, unallocated
-from qlora_cli.nn.packing import BLOCK_SIZE_4BIT, BLOCK_SIZE_SCALES
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import BLOCK_SIZE_4BIT, BLOCK_SIZE_SCALES, WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 
 
 def is_in_format(own: WeightFormat, stored: StoredFormat) -> bool:

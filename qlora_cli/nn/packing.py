@@ -11,6 +11,7 @@ equations 4 to 6).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -33,6 +34,31 @@ assert PACK_ELEMENTS % (BLOCK_SIZE_4BIT * BLOCK_SIZE_SCALES) == 0
 
 _T = TypeVar("_T")
 _ops = torch.ops.bitsandbytes
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """The storage format and the compute dtype of a base weight.
+
+    bits: 4, 8 or 16. compute: dtype of activations and of the dequantized weight. storage: dtype of
+    16-bit weights. quant_type: nf4 or fp4, for 4 bits. double_quant: quantize the scales, too, for
+    4 bits. threshold: LLM.int8()'s outlier threshold for 8 bits, 0 for none. scales: how those of
+    4 bits are chosen (`base.scales`). importance: (in,), mean squares of the linear's inputs for
+    scales `measured`; None in a plan, and for a linear that was not measured.
+    """
+
+    bits: int
+    compute: torch.dtype
+    storage: torch.dtype
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    threshold: float = 6.0
+    scales: str = "absmax"
+    importance: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def plain(self) -> WeightFormat:
+        """Return the 16-bit format with the same dtypes, for a weight that is not quantized."""
+        return WeightFormat(16, self.compute, self.storage)
 
 
 def packed_4bit(weight: Tensor, quant_type: str, double_quant: bool) -> list[Tensor]:

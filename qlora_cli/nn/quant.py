@@ -16,7 +16,6 @@ Shapes: x (tokens, in), y (tokens, out), weight (out, in). Sources: Dettmers et 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from qlora_cli.nn.codebook import scale_codebook
 from qlora_cli.nn.int8_product import int8_product, scaled_codes
 from qlora_cli.nn.packing import (
     BLOCK_SIZE_4BIT,
+    WeightFormat,
     dequantized_4bit,
     dequantized_scales,
     packed_4bit,
@@ -37,31 +37,6 @@ PIECE_ELEMENTS = 2**25
 """Largest number of weights that a product dequantizes at once: 64 MiB in 16 bit."""
 
 _ops = torch.ops.bitsandbytes
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """The storage format and the compute dtype of a base weight.
-
-    bits: 4, 8 or 16. compute: dtype of activations and of the dequantized weight. storage: dtype of
-    16-bit weights. quant_type: nf4 or fp4, for 4 bits. double_quant: quantize the scales, too, for
-    4 bits. threshold: LLM.int8()'s outlier threshold for 8 bits, 0 for none. scales: how those of
-    4 bits are chosen (`base.scales`). importance: (in,), mean squares of the linear's inputs for
-    scales `measured`; None in a plan, and for a linear that was not measured.
-    """
-
-    bits: int
-    compute: torch.dtype
-    storage: torch.dtype
-    quant_type: str = "nf4"
-    double_quant: bool = True
-    threshold: float = 6.0
-    scales: str = "absmax"
-    importance: Tensor | None = field(default=None, compare=False, repr=False)
-
-    def plain(self) -> WeightFormat:
-        """Return the 16-bit format with the same dtypes, for a weight that is not quantized."""
-        return WeightFormat(16, self.compute, self.storage)
 
 
 class QuantLinear(nn.Module):

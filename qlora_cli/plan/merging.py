@@ -37,7 +37,7 @@ from qlora_cli.models.sites import find_sites, find_stacks
 from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.embedding import upload
 from qlora_cli.nn.packed_tensors import pack_weight
-from qlora_cli.nn.quant import WeightFormat
+from qlora_cli.nn.packing import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.plan.config_blocks import num_kinds_prefix, with_blocks
 from qlora_cli.plan.meta_source import MetaSource

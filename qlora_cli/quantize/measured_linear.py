@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 
 
 @dataclass

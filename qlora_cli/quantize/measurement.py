@@ -47,7 +47,8 @@ from qlora_cli.models.placement.streamed import StreamedPlacement
 from qlora_cli.models.sites import find_sites
 from qlora_cli.nn.activation_policy import ActivationPolicy, Recomputation
 from qlora_cli.nn.attention import kernel_for
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
 from qlora_cli.quantize.gradients import divergence_gradient, sampled_gradient
 from qlora_cli.quantize.measured_linear import MeasuredLinear, Scores

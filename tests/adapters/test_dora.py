@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from qlora_cli.adapters.dora import DoraLinear
 from qlora_cli.adapters.lora import LoraSettings
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from tests.helpers.gradients import draw, grads
 from tests.helpers.runs import CPU
 

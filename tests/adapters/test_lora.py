@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from qlora_cli.adapters.lora import LoraLinear, LoraSettings
 from qlora_cli.nn.lora_matmul import draw_seed
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from tests.helpers.runs import (
     CPU,
 )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.adapters.lora import LoraLinear, LoraSettings
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from tests.helpers.quantized import draw
 from tests.helpers.runs import CPU
 

@@ -16,7 +16,7 @@ from qlora_cli.files.locate import read_config
 from qlora_cli.models.attach import base_at
 from qlora_cli.models.base_format import BaseFormat, base_format_of
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.nn.quant import WeightFormat
+from qlora_cli.nn.packing import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.plan import dry_run, replay
 from qlora_cli.plan.planner import plan_largest_batches

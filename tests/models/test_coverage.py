@@ -26,7 +26,8 @@ from qlora_cli.models.sites import find_sites, mlp_paths, norm_paths
 from qlora_cli.nn.embedding import FrozenEmbedding
 from qlora_cli.nn.mlp import Mlp
 from qlora_cli.nn.norm import RmsNorm
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from tests.helpers.families import MODEL_TYPES, small_config
 
 FORMAT = WeightFormat(4, torch.float32, torch.float16)

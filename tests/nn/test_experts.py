@@ -15,7 +15,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from qlora_cli.adapters.lora import LoraSettings
 from qlora_cli.adapters.lora_experts import LoraStack
 from qlora_cli.nn.experts import Experts
-from qlora_cli.nn.quant import WeightFormat
+from qlora_cli.nn.packing import WeightFormat
 from qlora_cli.nn.stacked_experts import run_stacked_experts
 from qlora_cli.proof.small_config import small_config
 

@@ -12,7 +12,8 @@ from qlora_cli.nn import host_head, piecewise_loss
 from qlora_cli.nn.host_head import HostHead
 from qlora_cli.nn.logits import IDENTITY, LogitTransform
 from qlora_cli.nn.loss import chunked_cross_entropy, score, score_targets
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 
 TOKENS, HIDDEN, WORDS = 23, 16, 50
 CPU = torch.device("cpu")

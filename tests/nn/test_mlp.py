@@ -14,7 +14,8 @@ from transformers.activations import ACT2FN
 from qlora_cli.adapters.lora import LoraLinear, LoraSettings
 from qlora_cli.nn import mlp as mlp_file
 from qlora_cli.nn.mlp import ACTIVATIONS, Mlp, Projections
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from tests.helpers.gradients import draw, grads
 from tests.helpers.runs import CPU
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.nn import packing, quant
-from qlora_cli.nn.packing import BLOCK_SIZE_4BIT
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import BLOCK_SIZE_4BIT, WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.quantized import draw, packed
 from tests.helpers.runs import build_base, logits, make_base, make_recipe, make_rows

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.nn import scale_search
-from qlora_cli.nn.packing import BLOCK_SIZE_4BIT
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import BLOCK_SIZE_4BIT, WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 
 FORMATS = [(quant_type, double) for quant_type in ("nf4", "fp4") for double in (False, True)]
 

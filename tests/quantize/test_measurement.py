@@ -17,7 +17,8 @@ from qlora_cli.events import Silent
 from qlora_cli.export.compare.logit_comparison import ComparedLogits
 from qlora_cli.files.locate import read_config
 from qlora_cli.nn.labels import IGNORE_INDEX
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.proof.small_config import small_config as proof_config
 from qlora_cli.quantize import measurement, search
 from qlora_cli.quantize.gradients import divergence_gradient

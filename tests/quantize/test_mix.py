@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_cli.models.base_format import BaseFormat
-from qlora_cli.nn.quant import WeightFormat
+from qlora_cli.nn.packing import WeightFormat
 from qlora_cli.nn.site import Site
 from qlora_cli.quantize.mix import LinearSize, Upgrade, mix_bytes, overrides_of, taken, upgrades
 

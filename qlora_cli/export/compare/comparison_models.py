@@ -42,7 +42,8 @@ from qlora_cli.models.placement.streamed import StreamedPlacement
 from qlora_cli.models.sites import find_stacks
 from qlora_cli.models.tying import share_modules
 from qlora_cli.nn.attention import kernel_for
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
 from qlora_cli.nn.spans import Kernel
 from qlora_cli.tasks.task import Task

@@ -7,7 +7,8 @@ import torch
 from qlora_cli.files.source import TensorSource
 from qlora_cli.models.placement.held import stored_tensors
 from qlora_cli.nn.packed_tensors import pack_weight, put_packed
-from qlora_cli.nn.quant import QuantLinear, WeightFormat
+from qlora_cli.nn.packing import WeightFormat
+from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.nn.site import Site
 
 
