@@ -199,6 +199,9 @@ def build(request: ModelRequest) -> LoadedModel:
     base = source if initial is None else initial.source(source)
     _placement(request, copy, num_streamed).place(loaded, base)
     initialize_adapter(loaded, request, source, initial)
+    blocks: Any = model.get_submodule(family.blocks)
+    policy = ActivationPolicy.recompute_first(0, len(blocks))
+    loaded.recomputation = Recomputation(blocks, policy)
     apply_train_settings(loaded, recipe)
     config.use_cache = False
     return loaded
@@ -277,14 +280,12 @@ def apply_train_settings(loaded: LoadedModel, recipe: Recipe) -> None:
         )
     chunk, setting = recipe.train.loss_chunk, recipe.train.activation_checkpointing
     loaded.loss_chunk = None if chunk == "auto" else chunk
-    blocks: Any = loaded.model.get_submodule(loaded.family.blocks)
+    recomputation = loaded.recomputation
+    num_modules = len(recomputation.policy.actions)
     # ALBERT computes its only block several times, so it is recomputed always or never.
-    number = min(recomputed_blocks(setting, num_blocks(loaded.config)), len(blocks))
-    policy = ActivationPolicy.recompute_first(number, len(blocks))
-    if loaded.recomputation is None:
-        loaded.recomputation = Recomputation(blocks, policy)
-    loaded.recomputation.policy = policy
-    loaded.recomputation.preserves_random_state = recipe.adapter.dropout > 0
+    number = min(recomputed_blocks(setting, num_blocks(loaded.config)), num_modules)
+    recomputation.policy = ActivationPolicy.recompute_first(number, num_modules)
+    recomputation.preserves_random_state = recipe.adapter.dropout > 0
     if loaded.stream is not None:
-        loaded.recomputation.before_block = loaded.stream.acquire
-    loaded.recomputation.offload = InputOffload() if recipe.train.offload_inputs is True else None
+        recomputation.before_block = loaded.stream.acquire
+    recomputation.offload = InputOffload() if recipe.train.offload_inputs is True else None

@@ -26,9 +26,9 @@ class LoadedModel:
     roles with an adapter. base_format: format of each linear's weight. kernel: attention kernel
     of the device, in a dry run of the planned device. stacks: every stacked parameter of experts,
     if the experts are packed. loss_chunk: number of tokens whose logits exist at once; None for the
-    default. recomputation: which blocks are recomputed in the backward pass; None before the train
-    settings are applied. stream: gives blocks their weights while they compute; None if all weights
-    stay in place. initial: path -> adapter layer that the model has before training, if that is not
+    default. recomputation: which blocks are recomputed in the backward pass; absent if the model
+    cannot train. stream: gives blocks their weights while they compute; None if all weights stay in
+    place. initial: path -> adapter layer that the model has before training, if that is not
     the packed base alone (`adapter.init`); set for inference. is_residual: the packed base lacks
     the product of these layers.
     """
@@ -42,7 +42,7 @@ class LoadedModel:
     kernel: Kernel
     stacks: list[Site] = field(default_factory=list)
     loss_chunk: int | None = None
-    recomputation: Recomputation | None = None
+    recomputation: Recomputation = field(init=False, repr=False)
     stream: BlockStream | None = None
     initial: Mapping[str, nn.Module] = field(default_factory=dict)
     is_residual: bool = False

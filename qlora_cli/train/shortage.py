@@ -67,14 +67,13 @@ def reduce_memory(loaded: LoadedModel | None, progress: Progress, is_divisible: 
 
 def _recompute_more(loaded: LoadedModel) -> bool:
     """Let half of the kept blocks be recomputed from now on. Return False if none is kept."""
-    recomputation = loaded.recomputation
-    following = recomputation.policy.next() if recomputation else None
-    if recomputation is None or following is None:
+    following = loaded.recomputation.policy.next()
+    if following is None:
         return False
-    recomputation.policy = following
+    loaded.recomputation.policy = following
     return True
 
 
 def num_recomputed(loaded: LoadedModel) -> int:
     """Return the number of blocks that are recomputed."""
-    return loaded.recomputation.policy.num_recomputed if loaded.recomputation else 0
+    return loaded.recomputation.policy.num_recomputed

@@ -38,7 +38,6 @@ def after_two_steps(state: State) -> dict[str, Tensor]:
 
 def offloaded(folder: Path, number: bool | int = True) -> tuple[State, InputOffload]:
     state = make_state(folder, train={"activation_checkpointing": number})
-    assert state.loaded.recomputation is not None
     state.loaded.recomputation.offload = offload = InputOffload()
     return state, offload
 
