@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from tests.helpers.classifiers import (
+    classification_recipe,
+    make_classified_base,
+    make_labelled_rows,
+)
 from tests.helpers.cli_helpers import qlora
+from tests.helpers.interrupted import train_run
 from tests.helpers.runs import make_base, make_recipe, make_rows, make_run
 
 pytestmark = pytest.mark.slow
@@ -173,3 +181,37 @@ def test_an_adapter_is_sent_without_the_path_of_its_base_and_with_a_license(
     assert qlora("push", world[0], REPO, "--dry-run", "--out", out).code == 0
     (base / "README.md").unlink()
     assert "license: apache-2.0" in (out / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_the_code_of_a_classifiers_card_loads_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three labels: PEFT and transformers would make a head of two."""
+    base = make_classified_base(tmp_path / "base", "llama")
+    rows = make_labelled_rows(tmp_path / "rows.jsonl")
+    labels = {"kind": "classes", "labels": ["high", "low", "none"]}
+    settings = classification_recipe(base, rows, classification=labels, train={"steps": 1})
+    run = train_run(settings.model_copy(update={"output": str(tmp_path / "run")}))
+    target, out = run.path, tmp_path / "preview"
+    if kind == "merged":
+        target = tmp_path / "merged"
+        assert qlora("merge", run.path, "--out", target).code == 0
+    outcome = qlora("push", target, REPO, "--dry-run", "--out", out, "--unverified")
+    assert outcome.code == 0, outcome.err
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    code = card.split("```python")[1].split("```")[0].replace(REPO, str(out))
+    monkeypatch.chdir(tmp_path)  # The uploaded adapter names its local base without a folder.
+    content: dict[str, Any] = {}
+    exec(code, content)
+    (head,) = (
+        weight
+        for name, weight in content["model"].named_parameters()
+        if name.endswith(("score.weight", "score.modules_to_save.default.weight"))
+    )
+    trained = load_file(run.adapter / "adapter_model.safetensors")
+    assert head.shape == (3, 64)
+    expected = trained["base_model.model.score.weight"]
+    assert torch.equal(head, expected.to(head.dtype))

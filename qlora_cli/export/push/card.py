@@ -20,6 +20,7 @@ from qlora_cli.files.locate import read_config
 from qlora_cli.memory.ledger import Ledger
 from qlora_cli.recipe.describe import to_yaml
 from qlora_cli.runs.run import Run
+from qlora_cli.tasks.classification import CLASSIFICATION, ClassificationTask, task_of_model
 from qlora_cli.units import format_bytes
 
 
@@ -36,8 +37,7 @@ def model_card(contents: UploadContents, repo: str) -> str:
 
 def _front_matter(contents: UploadContents) -> str:
     lines = ["---", f"library_name: {'peft' if contents.kind == 'adapter' else 'transformers'}"]
-    is_classifier = contents.run is not None and contents.run.recipe.task == "classification"
-    kind = "text-classification" if is_classifier else "text-generation"
+    kind = "text-generation" if _classifier(contents) is None else "text-classification"
     lines += [f"pipeline_tag: {kind}", "tags:", "- qlora-cli"]
     if contents.kind != "full":
         lines.append("- lora")
@@ -93,16 +93,31 @@ def _adapter_name(run: Run | None) -> str:
 
 
 def _usage(contents: UploadContents, repo: str) -> Iterator[str]:
+    task = _classifier(contents)
+    purpose = "CausalLM" if task is None else "SequenceClassification"
     if contents.kind == "adapter":
-        loaded = f'from peft import AutoPeftModelForCausalLM\n\nmodel = "{repo}"\n'
-        loaded += "model = AutoPeftModelForCausalLM.from_pretrained(model)"
+        name = f"AutoPeftModelFor{purpose}"
+        # The config of the base states the number of labels that it was made with.
+        labels = "" if task is None else f", num_labels={len(task.settings.names) or 1}"
+        loaded = f'from peft import {name}\n\nmodel = "{repo}"\n'
+        loaded += f"model = {name}.from_pretrained(model{labels})"
     else:
         is_whole = is_composed(read_config(contents.folder / CONFIG))
-        name = "AutoModelForImageTextToText" if is_whole else "AutoModelForCausalLM"
+        name = f"AutoModelFor{'ImageTextToText' if is_whole else purpose}"
         loaded = f"from transformers import {name}, AutoTokenizer\n\n"
         loaded += f'model = {name}.from_pretrained("{repo}")\n'
         loaded += f'tokenizer = AutoTokenizer.from_pretrained("{repo}")'
     yield f"## Use\n\n```python\n{loaded}\n```"
+
+
+def _classifier(contents: UploadContents) -> ClassificationTask | None:
+    """Return the task of a classifier with its labels; None for another model."""
+    if contents.kind != "adapter":
+        return task_of_model(read_config(contents.folder / CONFIG))
+    recipe = contents.run.recipe if contents.run is not None else None
+    if recipe is None or recipe.task != CLASSIFICATION.name:
+        return None
+    return CLASSIFICATION.configured(recipe)
 
 
 def _verification(contents: UploadContents) -> Iterator[str]:
