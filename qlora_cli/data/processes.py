@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -52,6 +53,7 @@ def workers(
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload([__name__, *modules])
+        _start_resource_tracker()
     pool = ProcessPoolExecutor(
         number, mp_context=context, initializer=_start, initargs=(pickle.dumps(function),)
     )
@@ -59,6 +61,19 @@ def workers(
         yield lambda jobs: _in_order(pool, jobs, number * _WAITING)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_resource_tracker() -> None:
+    """Start Python's resource tracker such that the hangup of a terminal does not end it.
+
+    Otherwise this process starts another tracker while it ends, which prints an error for each
+    semaphore that it did not register. The tracker ends with the processes that use it.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        resource_tracker.ensure_running()  # It inherits the mask.
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _in_order(pool: ProcessPoolExecutor, jobs: Iterable[Any], ahead: int) -> Iterator[Any]:
