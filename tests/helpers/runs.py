@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from byte_tokenizer import byte_tokenizer, byte_vocabulary
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +31,7 @@ from qlora_cli.runs.layout import RunFolder
 from tests.helpers.families import small_config
 
 CPU = torch.device("cpu")
-_TOKENS = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+_SPECIAL = ("<pad>", "<s>", "</s>")
 
 
 def make_base(
@@ -52,7 +52,7 @@ def make_base(
     """
     config = small_config(
         family,
-        vocab_size=len(_TOKENS),
+        vocab_size=len(byte_vocabulary(_SPECIAL)),
         tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
@@ -74,16 +74,8 @@ def make_base(
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per byte, which works for every family."""
-    vocabulary = {token: number for number, token in enumerate(_TOKENS)}
-    inner = Tokenizer(models.BPE(vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<pad>",
+    tokenizer = byte_tokenizer(
+        _SPECIAL, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
     )
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     return tokenizer

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.export.merge.folder import plan_shards, write_index
@@ -21,6 +20,7 @@ from qlora_cli.models.build import skeleton
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "validation"))
 
+from byte_tokenizer import byte_tokenizer
 from plan_cases import Case
 
 SHAPES = ("tiny", "1B", "8B")
@@ -58,16 +58,8 @@ def make_random_model(folder: Path, shape: str) -> Path:
 
 def _make_tokenizer() -> PreTrainedTokenizerFast:
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*special, *letters])}
-    inner = Tokenizer(models.BPE(vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=special[2:],
+    tokenizer = byte_tokenizer(
+        special, bos_token="<s>", eos_token="</s>", additional_special_tokens=special[2:]
     )
     tokenizer.chat_template = _CHATML
     return tokenizer
