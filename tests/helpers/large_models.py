@@ -1,4 +1,4 @@
-"""Models of several gigabytes and runs on them, written one tensor at a time."""
+"""Models larger than the memory of a test, and runs on them, written one tensor at a time."""
 
 from __future__ import annotations
 
@@ -14,20 +14,17 @@ from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 
-LAYERS = 4
-LARGEST_BYTES = LargeModel(LAYERS).table_weights
-"""Size of the largest tensor, the embedding, in bfloat16."""
-SHARD_BYTES = 400_000_000
+SHARD_BYTES = 10**8
 
 
-def make_large_base(folder: Path, num_layers: int = LAYERS) -> Path:
+def make_large_base(folder: Path, model: LargeModel) -> Path:
     """Write a Llama model in bfloat16 as several files."""
-    LargeModel(num_layers).write(folder, SHARD_BYTES)
+    model.write(folder, SHARD_BYTES)
     return folder
 
 
-def make_large_run(path: Path, base: Path, num_layers: int = LAYERS) -> RunFolder:
-    """Write a run with an adapter on every linear, in PEFT's format."""
+def make_large_run(path: Path, base: Path, model: LargeModel) -> RunFolder:
+    """Write a run on a model with an adapter on every linear, in PEFT's format."""
     recipe = Recipe.model_validate(
         {
             "model": {"name": str(base)},
@@ -44,8 +41,8 @@ def make_large_run(path: Path, base: Path, num_layers: int = LAYERS) -> RunFolde
     config = PeftConfig(r=16, lora_alpha=32.0, target_modules=roles)
     write_json(run.adapter / peft_config.CONFIG, config.model_dump(mode="json"))
     shapes: dict[str, TensorSpec] = {}
-    for layer in range(num_layers):
-        for name, shape in LargeModel(num_layers).block_shapes(layer).items():
+    for layer in range(model.num_layers):
+        for name, shape in model.block_shapes(layer).items():
             if len(shape) == 2:
                 path_of = name.removesuffix(".weight")
                 out_features, in_features = shape
@@ -59,8 +56,3 @@ def make_large_run(path: Path, base: Path, num_layers: int = LAYERS) -> RunFolde
         {"format": "pt"},
     )
     return run
-
-
-def make_large(folder: Path, num_layers: int) -> RunFolder:
-    """Write a model and a run on it; return the run."""
-    return make_large_run(folder / "run", make_large_base(folder / "base", num_layers), num_layers)
