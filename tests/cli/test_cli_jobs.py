@@ -53,13 +53,17 @@ def test_plan_compares_methods(recipe: Path) -> None:
     assert all(sum(entry["at_peak"].values()) == entry["peak_bytes"] for entry in compared)
 
 
-def test_plan_exits_3_with_advice_if_the_gpu_is_too_small(recipe: Path) -> None:
-    outcome = qlora("plan", recipe, "data.seq_len=512", "--vram", "8MiB", "--json")
+def test_plan_exits_3_with_advice_if_the_gpu_is_too_small(job_recipe: Path) -> None:
+    """Smaller than the CUDA context, so that no advice is enough."""
+    outcome = qlora("plan", job_recipe, "--vram", "64MiB", "--json")
     assert outcome.code == 3
     plan = outcome.json
     assert plan["fits"] is False
+    assert plan["usable_bytes"] == 0
+    assert plan["advice"]
     assert all(advice["saves_bytes"] > 0 for advice in plan["advice"])
-    text = qlora("plan", recipe, "--vram", "1MiB").out
+    assert not any(advice["fits"] for advice in plan["advice"])
+    text = qlora("plan", job_recipe, "--vram", "1MiB").out
     assert text.startswith("No, DOES NOT FIT")
     assert "A GPU with 8 GiB (such as RTX 4060) would do." in text
 
@@ -70,13 +74,6 @@ def test_plan_finds_the_largest_settings_that_fit(recipe: Path) -> None:
     assert limits.keys() == {"data.seq_len", "train.micro_batch"}
     assert limits["data.seq_len"] == "model"
     assert all(item["seconds_per_token"] > 0 for item in plan["advice"])
-
-
-def test_plan_for_a_gpu_that_is_smaller_than_the_cuda_context(recipe: Path) -> None:
-    outcome = qlora("plan", recipe, "--vram", "64MiB", "--json")
-    assert outcome.code == 3
-    assert outcome.json["usable_bytes"] == 0
-    assert not any(advice["fits"] for advice in outcome.json["advice"])
 
 
 def test_vram_plans_for_a_gpu_that_is_not_present(
@@ -153,9 +150,9 @@ def test_report_shows_a_run(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_report_measures_full_fine_tuning(run: Path, tmp_path: Path) -> None:
+def test_report_measures_full_fine_tuning(trained_recipe: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
+    shutil.copytree(trained_recipe.parent / "run", copy)
     outcome = qlora("report", copy, "--measure-before", "--json")
     assert outcome.code == 0, outcome.err
     ledger = outcome.json["ledger"]
@@ -183,11 +180,12 @@ def test_verify_passes_a_correct_merge(merged: Path, run: Path) -> None:
     assert {"max_logit_difference", "mean_kl", "top1_agreement", "faults"} <= set(outcome.json)
 
 
-def test_verify_exits_4_on_another_model(run: Path, recipe: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    changed = (f"output={other}", "train.lr=0.05", "train.steps=2")
-    assert qlora("train", recipe, *changed).code == 0
-    assert qlora("merge", other, "--out", tmp_path / "merged").code == 0
+def test_verify_exits_4_on_another_model(
+    trained_recipe: Path, job_recipe: Path, tmp_path: Path
+) -> None:
+    assert qlora("train", job_recipe, "train.lr=0.05", "train.steps=2").code == 0
+    assert qlora("merge", job_recipe.parent / "run", "--out", tmp_path / "merged").code == 0
+    run = trained_recipe.parent / "run"
     outcome = qlora("verify", tmp_path / "merged", "--against", run)
     assert outcome.code == 4
     assert "FAILED" in outcome.out
@@ -245,21 +243,26 @@ def test_doctor_checks_this_machine() -> None:
 def test_quickstart_runs_all_jobs_twice_in_one_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shipped recipe with 40 instead of 300 steps, in which the loss falls to half."""
+    """The shipped recipe with 40 instead of 300 steps, in which the loss falls to half.
+
+    The second run has two steps.
+    """
     from qlora_cli.jobs import quickstart
 
     shorter = tmp_path / "starter.yaml"
     shipped = find_recipe(quickstart.RECIPE).read_text()
     assert "steps: 300" in shipped
-    shorter.write_text(shipped.replace("steps: 300", "steps: 40"))
     monkeypatch.setattr(quickstart, "RECIPE", str(shorter))
-    for _ in range(2):
+    results = []
+    for steps in (40, 2):
+        shorter.write_text(shipped.replace("steps: 300", f"steps: {steps}"))
         outcome = qlora("quickstart", "--out", tmp_path / "quickstart", "--json")
         assert outcome.code == 0, outcome.err
-    result = outcome.json
-    assert result["verify"]["passed"] is True
-    assert result["loss_after"] <= result["loss_before"] / 2
-    assert result["samples"]
+        results.append(outcome.json)
+    assert results[0]["loss_after"] <= results[0]["loss_before"] / 2
+    for result in results:
+        assert result["verify"]["passed"] is True
+        assert result["samples"]
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])

@@ -33,6 +33,8 @@ from tests.helpers.runs import CPU
 
 NO_CHECKPOINTING = "train.activation_checkpointing=false"
 FULL = "base.bits=16 adapter.method=full"
+CHUNKS = "data.seq_len=300 train.loss_chunk=160"
+"""Two chunks of the loss, which a large vocabulary has without the setting."""
 GRID = [
     Case(family, "tiny", tuple(text.split()), vocab_size, tied)
     for family, vocab_size, tied, text in (
@@ -64,10 +66,10 @@ GRID = [
             f"data.seq_len=256 base.double_quant=false base.quant_type=fp4 {NO_CHECKPOINTING}",
         ),
         ("llama", 8192, False, "data.seq_len=256 task=preference"),
-        ("llama", 128256, True, "data.seq_len=300 task=preference preference.loss=simpo"),
+        ("llama", 8192, True, f"{CHUNKS} task=preference preference.loss=simpo"),
         ("gpt2", 8192, True, f"data.seq_len=128 task=preference {FULL} {NO_CHECKPOINTING}"),
         ("llama", 8192, False, "data.seq_len=256 base.residency=host"),
-        ("llama", 128256, True, "data.seq_len=300 base.residency=host"),
+        ("llama", 8192, True, f"{CHUNKS} base.residency=host"),
         ("llama", 128256, False, "data.seq_len=128 base.residency=disk"),
         ("gpt2", 8192, True, "data.seq_len=256 adapter.targets=all"),
         ("gpt2", 8192, True, f"data.seq_len=256 base.bits=8 {NO_CHECKPOINTING}"),

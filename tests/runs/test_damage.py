@@ -25,6 +25,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bases(tmp_path_factory.mktemp("bases"), "llama")
 
 
+@pytest.fixture(scope="module")
+def whole(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Return an uninterrupted run, which no test may change."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return train_run(recipe_of(bases, output, train={"checkpoint_every": 1}))
+
+
 def flip(file: Path) -> None:
     """Change one bit in the middle of a file."""
     content = bytearray(file.read_bytes())
@@ -66,16 +73,12 @@ def stopped(tmp_path: Path, bases: Path) -> tuple[Recipe, RunFolder]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_checkpoint_before_a_damaged_one_is_used(
-    stopped: tuple[Recipe, RunFolder],
-    tmp_path: Path,
-    bases: Path,
-    fault: Callable[[RunFolder], None],
+    stopped: tuple[Recipe, RunFolder], whole: RunFolder, fault: Callable[[RunFolder], None]
 ) -> None:
     recipe, run = stopped
     fault(run)
-    whole = recipe_of(bases, tmp_path / "whole", train={"checkpoint_every": 1})
     train_run(recipe, resume=True)
-    assert_same_run(train_run(whole), run)
+    assert_same_run(whole, run)
     assert (run.checkpoints / "step-000002.damaged-1").is_dir(), "nothing that was written is lost"
 
 

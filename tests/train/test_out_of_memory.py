@@ -26,16 +26,29 @@ pytestmark = pytest.mark.slow
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 STEPS = 4
+EVALUATED: dict[str, Any] = {"train": {"checkpoint_every": 1, "eval_every": 2}}
+
+Steps = list[tuple[float, float]]
+"""(loss, gradient norm) of each step."""
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    rows = make_rows(tmp_path / "rows.jsonl", num=24, length=12)
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("base")
+    rows = make_rows(folder / "rows.jsonl", num=24, length=12)
     settings: dict[str, Any] = {"steps": STEPS, "micro_batch": 2, "grad_accum": 2}
     # Set, so that micro-batches are divided at once.
     settings |= {"activation_checkpointing": True}
-    base = make_base(tmp_path / "base", "llama", spread=0.1)
+    base = make_base(folder / "base", "llama", spread=0.1)
     return make_recipe(base, rows, data={"seq_len": 32}, train=settings)
+
+
+@pytest.fixture(scope="module")
+def undivided(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Steps:
+    """Return the steps of a run that has enough memory."""
+    steps, notes = run(recipe, tmp_path_factory.mktemp("undivided") / "run")
+    assert not any("divided" in note for note in notes)
+    return steps
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +56,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bases(tmp_path_factory.mktemp("bases"), "llama")
 
 
-def run(recipe: Recipe, output: Path) -> tuple[list[tuple[float, float]], list[str]]:
+@pytest.fixture(scope="module")
+def evaluated(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Return an uninterrupted run with the settings EVALUATED."""
+    return train_run(recipe_of(bases, tmp_path_factory.mktemp("evaluated") / "run", **EVALUATED))
+
+
+def run(recipe: Recipe, output: Path) -> tuple[Steps, list[str]]:
     """Return (loss, gradient norm) of each step and the notes of a run."""
     recorder = NoteRecorder()
     changed = recipe.model_copy(update={"output": str(output)})
@@ -76,14 +95,17 @@ def raise_(error: Exception) -> None:
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY, MemoryError()], ids=["gpu", "host"])
 def test_a_step_that_runs_out_of_memory_is_repeated_in_parts(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+    recipe: Recipe,
+    undivided: Steps,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    error: Exception,
 ) -> None:
-    whole, notes = run(recipe, tmp_path / "whole")
-    assert not any("divided" in note for note in notes)
     monkeypatch.setattr(CausalTask, "loss", failing(where, 2, error))
     divided, notes = run(recipe, tmp_path / "divided")
     assert len(divided) == STEPS
-    for found, wanted in zip(divided, whole, strict=True):
+    for found, wanted in zip(divided, undivided, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
     assert sum("each micro-batch is divided into" in note for note in notes) >= 1
     assert any("step 1: " in note and "out of memory" in note for note in notes)
@@ -137,14 +159,23 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("error", [OUT_OF_MEMORY, MemoryError()], ids=["gpu", "host"])
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("the optimizer", OUT_OF_MEMORY),
+        ("the evaluation before training", OUT_OF_MEMORY),
+        ("an evaluation in training", MemoryError()),
+    ],
+)
 def test_a_lack_of_memory_elsewhere_ends_the_run_and_loses_nothing(
-    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
+    bases: Path,
+    evaluated: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    error: Exception,
 ) -> None:
-    settings = {"train": {"checkpoint_every": 1, "eval_every": 2}}
-    whole = train_run(recipe_of(bases, tmp_path / "whole", **settings))
-    stopped = recipe_of(bases, tmp_path / "stopped", **settings)
+    stopped = recipe_of(bases, tmp_path / "stopped", **EVALUATED)
     owner, name, on_call = PLACES[place]
     real, fail = getattr(owner, name), raising(error, on_call)
 
@@ -159,7 +190,7 @@ def test_a_lack_of_memory_elsewhere_ends_the_run_and_loses_nothing(
             train_run(stopped)
     resume = (tmp_path / "stopped" / "run.json").is_file()
     assert resume == (place != "the evaluation before training")
-    assert_same_run(train_run(stopped, resume=resume), whole)
+    assert_same_run(train_run(stopped, resume=resume), evaluated)
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(
