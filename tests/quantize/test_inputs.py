@@ -12,7 +12,7 @@ from qlora_cli.events import Silent
 from qlora_cli.quantize.inputs import measure_inputs
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.marks import slow_after_first
-from tests.quantize.test_measurement import ROWS, measured_base
+from tests.helpers.measured_base import ROWS, measured_base
 
 
 @pytest.mark.parametrize("family", slow_after_first(MODEL_TYPES))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from qlora_cli.events import Silent
 from qlora_cli.export.compare.logit_comparison import ComparedLogits
 from qlora_cli.files.locate import read_config
 from qlora_cli.nn.labels import IGNORE_INDEX
-from qlora_cli.nn.packing import WeightFormat
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.proof.small_config import small_config as proof_config
 from qlora_cli.quantize import measurement, search
@@ -26,17 +24,8 @@ from qlora_cli.quantize.measurement import MeasuredBase, measure_mix, measure_re
 from qlora_cli.quantize.mix import LinearSize
 from qlora_cli.tasks.causal import CAUSAL
 from tests.helpers.families import as_in_file
-from tests.helpers.runs import CPU, make_base
-
-ROWS = [[3 + (40 * r + 11 * i + i * i) % 250 for i in range(12)] for r in range(6)]
-FORMAT = WeightFormat(4, torch.float32, torch.float16, threshold=0.0)
-
-
-def measured_base(folder: Path, family: str = "llama", **settings: Any) -> MeasuredBase:
-    base = make_base(folder / "base", family, spread=0.15, **settings)
-    rows = [Example(ids, [IGNORE_INDEX, *ids[1:]], "") for ids in ROWS]
-    config = read_config(base / "config.json")
-    return MeasuredBase(CAUSAL, base, config, FORMAT, rows, CPU)
+from tests.helpers.measured_base import FORMAT, ROWS, measured_base
+from tests.helpers.runs import CPU
 
 
 def log_probabilities(base: MeasuredBase, changed: Mapping[str, Tensor]) -> Tensor:
