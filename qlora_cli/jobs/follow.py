@@ -51,6 +51,8 @@ def _train(job: TrainingJob, start: JobStart, processes: Processes) -> None:
     device = setup_device(prepared.profile, prepared.recipe.train.seed, processes)
     instrument = Instrument(device, prepared.profile)
     state = load(prepared, device, instrument, observer, processes=processes)
+    if start.resumes:
+        state.optimizer.load_state_dict({})  # The main process has the states.
     share_state(state)
     loop = make_loop(
         job,

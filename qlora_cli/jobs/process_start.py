@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Silent
@@ -18,21 +16,20 @@ from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.train.state import State
 
-_CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class JobStart:
     """What the main process has decided before loading, for the others.
 
     recipe: resolved, with every choice. data_digest: of the rows. parts, may_recompute_more: as of
-    `TrainingLoop`.
+    `TrainingLoop`. resumes: whether it restores a checkpoint.
     """
 
     recipe: Recipe
     data_digest: str
     parts: int
     may_recompute_more: bool
+    resumes: bool
 
 
 def check_processes(recipe: Recipe, number: int) -> None:
@@ -89,7 +86,10 @@ def take_turns(processes: Processes, prepared: Prepared) -> Iterator[None]:
 
 
 def share_state(state: State) -> None:
-    """Give all processes the state of the main one: trained weights, optimizer and step."""
+    """Give all processes the state of the main one: trained weights, loss scale and step.
+
+    Of the optimizer's states, each process has got its part when they were restored.
+    """
     processes = state.processes
     if processes.size == 1:
         return
@@ -98,14 +98,5 @@ def share_state(state: State) -> None:
     with torch.no_grad():
         for parameter in state.trainable.values():
             processes.copy_from_main(parameter.data)
-    # A tensor on a GPU would arrive on the main process' GPU.
-    own = (state.step, state.loss_scale.state(), _moved(state.optimizer.state_dict(), _CPU))
-    state.step, scale, optimizer = processes.broadcast(own)
+    state.step, scale = processes.broadcast((state.step, state.loss_scale.state()))
     state.loss_scale.restore(scale)
-    if optimizer["state"] and not processes.is_main:
-        state.optimizer.load_state_dict(_moved(optimizer, state.device))
-
-
-def _moved(tree: Any, device: torch.device) -> Any:
-    """Return a copy of nested values with the tensors on `device`."""
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tree)

@@ -106,6 +106,7 @@ def _run(
             job.data_digest,
             divided_parts(job.run),
             may_recompute_more(job.prepared),
+            resumes=checkpoint is not None,
         )
         processes.broadcast(start)
         return _train(job, start, checkpoint, planned, baseline, observer, build_model, processes)

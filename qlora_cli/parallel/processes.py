@@ -9,7 +9,7 @@ This is the only module that calls torch.distributed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -22,7 +22,8 @@ from qlora_cli.errors import ProcessLost
 
 _T = TypeVar("_T")
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""The same function; torch 2.13 has renamed it."""
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""The same functions; torch 2.13 has renamed them."""
 _LONG = timedelta(days=2)
 """Time that a process waits for another one, which may load the base or evaluate. A process that
 ends is noticed at once, because its connections end."""
@@ -63,6 +64,11 @@ class Processes:
         """Return the value of the main process."""
         return value
 
+    def scatter(self, values: Sequence[_T] | None) -> _T:
+        """Return the value for this process, of those of the main process in the order of ranks."""
+        assert values is not None
+        return values[0]
+
     def is_any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process."""
         return flag
@@ -76,7 +82,14 @@ class Processes:
     def copy_from_main(self, tensor: Tensor) -> None:
         """Replace a tensor by that of the main process."""
 
-    def gather_bytes(self, complete: Tensor, own: Tensor) -> Exchange | None:
+    def add_parts(self, own: Tensor, complete: Tensor) -> None:
+        """Write this process' part of the sum of the tensors `complete` of all into `own`.
+
+        The parts are of one size and in the order of the ranks.
+        """
+        own.copy_(complete)
+
+    def gather_parts(self, complete: Tensor, own: Tensor) -> Exchange | None:
         """Begin to write the tensors of all processes, of one size, into `complete`.
 
         Returns what to wait for before it is read; None if it is there.
@@ -102,7 +115,10 @@ class PlannedProcesses(Processes):
         """Return the indices of all items."""
         return range(number)
 
-    def gather_bytes(self, complete: Tensor, own: Tensor) -> Exchange | None:
+    def add_parts(self, own: Tensor, complete: Tensor) -> None:
+        """Do nothing."""
+
+    def gather_parts(self, complete: Tensor, own: Tensor) -> Exchange | None:
         """Do nothing: the link copies, and not the device's kernels."""
         return None
 
@@ -132,6 +148,14 @@ class DistributedProcesses(Processes):
         self._exchange(lambda: dist.broadcast_object_list(values, group=self._control))
         return values[0]
 
+    def scatter(self, values: Sequence[_T] | None) -> _T:
+        """Return the value for this process, of those of the main process."""
+        own: list[Any] = [None]
+        given = None if values is None else list(values)
+        self._exchange(lambda: dist.scatter_object_list(own, given, group=self._control))
+        value: _T = own[0]
+        return value
+
     def is_any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process."""
         found = torch.tensor([int(flag)])
@@ -150,7 +174,11 @@ class DistributedProcesses(Processes):
         """Replace a tensor by that of the main process."""
         self._exchange(lambda: dist.broadcast(tensor, 0))
 
-    def gather_bytes(self, complete: Tensor, own: Tensor) -> Exchange | None:
+    def add_parts(self, own: Tensor, complete: Tensor) -> None:
+        """Write this process' part of the sum of the tensors of all processes into `own`."""
+        self._exchange(lambda: _reduce_scatter(own, complete))
+
+    def gather_parts(self, complete: Tensor, own: Tensor) -> Exchange | None:
         """Begin to write the tensors of all processes into `complete`."""
         with _lost_reported():
             work = _all_gather(complete, own, async_op=True)

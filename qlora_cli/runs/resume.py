@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,22 +28,14 @@ from qlora_cli.files.safetensors_io import (
     read_tensor,
     write_tensors,
 )
+from qlora_cli.parallel.processes import SINGLE, Processes
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.optimizer_states import Checkpointed, read_states, save, write_states
 
 _TENSORS = "trained.safetensors"
 _STATE = "state.pt"
 _READ_ERRORS = (ModelError, OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError)
 """The exceptions of torch.load and our readers on missing, truncated or overwritten files."""
-
-
-class Checkpointed(Protocol):
-    """An object whose state is part of a checkpoint, for example an optimizer."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the checkpoint stores."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state exactly. Raises ValueError if it belongs to other parameters."""
 
 
 def save_checkpoint(
@@ -53,8 +45,12 @@ def save_checkpoint(
     optimizer: Checkpointed,
     loss_scale: Mapping[str, float],
     add_files: Callable[[Path, Path], object] | None = None,
+    processes: Processes = SINGLE,
 ) -> Path:
     """Write the checkpoint of a step atomically and return its folder.
+
+    All processes of a job call this together. Each writes the optimizer's states that it has, and
+    the main one everything else.
 
     step: number of completed optimizer steps.
     trainable: name -> trained parameter.
@@ -62,10 +58,15 @@ def save_checkpoint(
     loss_scale: the state of the loss scale.
     add_files: writes further files; it is called with the folder and with the file of the
         parameters in it.
+    processes: those of the job.
 
     Raises QloraError if it cannot be written, NotFinite if a parameter is NaN or infinite.
     """
     folder = run.checkpoint(step)
+    if not processes.is_main:
+        with report_write_errors("the checkpoint", folder, RESUME_HINT):
+            write_states(None, optimizer, processes)
+        return folder
     try:
         with (
             report_write_errors("the checkpoint", folder, RESUME_HINT),
@@ -74,13 +75,11 @@ def save_checkpoint(
             write_parameters(trainable, partial / _TENSORS)
             state = {
                 "step": step,
-                "optimizer": optimizer.state_dict(),
+                **write_states(partial, optimizer, processes),
                 "loss_scale": dict(loss_scale),
                 "random": _random_states(),
             }
-            # Given a path, torch.save reports a full disk as a RuntimeError without the reason.
-            with (partial / _STATE).open("wb") as stream:
-                torch.save(state, stream)
+            save(state, partial / _STATE)
             if add_files is not None:
                 add_files(partial, partial / _TENSORS)
             write_checksums(partial)
@@ -130,9 +129,8 @@ def load_checkpoint(
     """
     try:
         read_parameters(folder / _TENSORS, trainable)
-        device = next(iter(trainable.values())).device
-        state: dict[str, Any] = torch.load(folder / _STATE, map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
+        state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(read_states(folder, state))
         _restore_random_states(state["random"])
         return int(state["step"]), state["loss_scale"]
     except _READ_ERRORS as fault:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -14,6 +14,9 @@ from qlora_cli.memory.scopes import host_memory, scope
 from qlora_cli.train.adamw import BETAS, EPSILON
 from qlora_cli.train.optimizer_state import load_states
 
+EIGHT_BIT_FROM = 4096
+"""Number of values from which bitsandbytes keeps 8-bit states of a parameter. It is a multiple of
+the number of values that share a scale (`SCALE_BLOCK`)."""
 PAGED_FROM = 100_000
 """Number of values from which bitsandbytes allocates a paged optimizer's state as CUDA managed
 memory, which the driver moves between GPU and CPU."""
@@ -52,6 +55,11 @@ class BitsAndBytesAdamW:
     def state(self) -> Mapping[Any, Any]:
         """The states by parameter; empty before the first update."""
         return self._optimizer.state
+
+    @property
+    def param_groups(self) -> Sequence[Mapping[str, Any]]:
+        """The groups of parameters, each under the key `params`."""
+        return self._optimizer.param_groups
 
     def apply(self, factor: float, lr: float) -> None:
         """Update every parameter with its gradient times `factor` at learning rate `lr`."""

@@ -260,8 +260,6 @@ class TrainingLoop:
     def _save(self, step: int) -> None:
         """Write the checkpoint of the current step, and remove older ones that are not needed."""
         state = self.state
-        if not state.processes.is_main:
-            return
         with self.instrument.phase("checkpoint"):
             save_checkpoint(
                 self.run,
@@ -270,7 +268,10 @@ class TrainingLoop:
                 state.optimizer,
                 state.loss_scale.state(),
                 partial(add_weights, state, self.base, self.chat_template),
+                state.processes,
             )
+        if not state.processes.is_main:
+            return
         best = self.evaluator.best
         remove_old_checkpoints(
             self.run, state.recipe.train.keep_checkpoints, best.step if best else None

@@ -6,7 +6,7 @@ A new optimizer is one entry in `OPTIMIZERS` and its name in the recipe's schema
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from torch import nn
 from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.recipe.schema import Train
 from qlora_cli.train.adamw import AdamW
-from qlora_cli.train.bitsandbytes_adamw import BitsAndBytesAdamW
+from qlora_cli.train.bitsandbytes_adamw import EIGHT_BIT_FROM, BitsAndBytesAdamW
 
 
 class TrainingOptimizer(Protocol):
@@ -31,6 +31,10 @@ class TrainingOptimizer(Protocol):
     def state(self) -> Mapping[Any, Any]:
         """The states by parameter; empty before the first update."""
 
+    @property
+    def param_groups(self) -> Sequence[Mapping[str, Any]]:
+        """The groups of parameters, each under the key `params`."""
+
     def apply(self, factor: float, lr: float) -> None:
         """Update every parameter with its gradient times `factor` at learning rate `lr`.
 
@@ -42,7 +46,7 @@ class TrainingOptimizer(Protocol):
         """Free the gradients."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint stores."""
+        """Return what a checkpoint stores of this process."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the states exactly. Raises ValueError if they are for other parameters."""
@@ -55,22 +59,28 @@ class OptimizerEntry:
     create: called with the groups of trained parameters and the weight decay. A group has the keys
     `params` and `lr_factor`, by which its learning rate is multiplied. is_paged: its states are in
     CUDA managed memory, so it needs a GPU. has_master_weights: it keeps a float32 copy of each
-    16-bit parameter.
+    16-bit parameter. unit: number of values; a piece of a parameter that begins and ends at
+    multiples of it is updated like the same part of the complete parameter.
     """
 
     create: Callable[[list[dict[str, Any]], float], TrainingOptimizer]
     is_paged: bool = False
     has_master_weights: bool = False
+    unit: int = 16
 
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
     "adamw": OptimizerEntry(AdamW, has_master_weights=True),
-    "adamw8bit": OptimizerEntry(partial(BitsAndBytesAdamW, variant="AdamW8bit")),
+    "adamw8bit": OptimizerEntry(
+        partial(BitsAndBytesAdamW, variant="AdamW8bit"), unit=EIGHT_BIT_FROM
+    ),
     "paged_adamw": OptimizerEntry(
         partial(BitsAndBytesAdamW, variant="AdamW", paged=True), is_paged=True
     ),
     "paged_adamw8bit": OptimizerEntry(
-        partial(BitsAndBytesAdamW, variant="AdamW8bit", paged=True), is_paged=True
+        partial(BitsAndBytesAdamW, variant="AdamW8bit", paged=True),
+        is_paged=True,
+        unit=EIGHT_BIT_FROM,
     ),
 }
 """`train.optimizer` -> how it is created."""

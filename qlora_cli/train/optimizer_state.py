@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.runs.optimizer_states import VALUES
+
 
 def load_states(
     optimizer: torch.optim.Optimizer,
@@ -18,7 +20,7 @@ def load_states(
 
     load: the `load_state_dict` of the optimizer's class, which casts states to the dtype of their
     parameter; states of 16-bit parameters must stay float32. state_dict: from `state_dict()`, with
-    tensors on the device of the parameters. Raises ValueError if it is for other parameters.
+    tensors on any device. Raises ValueError if it is for other parameters.
     """
     groups = optimizer.state_dict()["param_groups"]
     load(state_dict)
@@ -27,4 +29,5 @@ def load_states(
     for index, parameter in zip(indices, parameters, strict=True):
         for key, value in state_dict["state"].get(index, {}).items():
             if isinstance(value, Tensor):
-                optimizer.state[parameter][key] = value
+                shape = parameter.shape if key in VALUES else value.shape
+                optimizer.state[parameter][key] = value.to(parameter.device).view(shape)

@@ -6,16 +6,15 @@ the whole step. So their sum is the gradient of one process that computes all mi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_cli.errors import MicroBatchTooLarge
-from qlora_cli.memory.scopes import scope
 from qlora_cli.parallel.processes import Processes
 from qlora_cli.tasks.task import MetricSums
+from qlora_cli.train.division import Division
 
 
 @dataclass(frozen=True)
@@ -40,51 +39,26 @@ def report_shortage(processes: Processes, what: str) -> None:
     processes.gather(_Report(what))
 
 
-def reduce_step(
-    processes: Processes, parameters: Sequence[nn.Parameter], total: Tensor, metrics: MetricSums
-) -> None:
+def reduce_step(division: Division, total: Tensor, metrics: MetricSums) -> None:
     """Replace gradients, loss and metrics of this process by their sums over all processes.
 
-    parameters: the trained ones. total: the loss, a scalar. A parameter without a gradient in any
-    process gets none. Raises MicroBatchTooLarge if a process ran out of memory; all raise it then.
+    division: of the trained parameters, whose pieces get the gradients. total: the loss, a scalar.
+    Raises MicroBatchTooLarge if a process ran out of memory; all raise it then.
     """
+    processes = division.processes
     if processes.size == 1:
         return
     sums = {_LOSS: total, **metrics.sums}
     values = [0.0] * len(sums) if total.is_meta else torch.stack(list(sums.values())).tolist()
-    present = tuple(parameter.grad is not None for parameter in parameters)
+    present = tuple(parameter.grad is not None for parameter in division.parameters)
     report = _Report(None, present, tuple(zip(sums, values, strict=True)))
     reports = processes.gather(report)
     for rank, other in enumerate(reports):
         if other.shortage is not None:
             raise MicroBatchTooLarge(f"process {rank}: {other.shortage}")
-    _add_gradients(processes, parameters, [other.has_gradient for other in reports])
+    division.add_gradients([other.has_gradient for other in reports])
     added: dict[str, float] = {}
     for name, value in (item for other in reports for item in other.sums):
         added[name] = added.get(name, 0.0) + value
     total.fill_(added.pop(_LOSS))
     metrics.sums = {name: torch.full_like(total, value) for name, value in added.items()}
-
-
-def _add_gradients(
-    processes: Processes, parameters: Sequence[nn.Parameter], present: Sequence[Sequence[bool]]
-) -> None:
-    """Add up the gradients of all processes, those of one dtype as one buffer.
-
-    present: for each process, whether each parameter has a gradient.
-    """
-    is_used = [any(flags) for flags in zip(*present, strict=True)]
-    used = [p for p, is_one in zip(parameters, is_used, strict=True) if is_one]
-    for dtype in sorted({p.dtype for p in used}, key=str):
-        group = [parameter for parameter in used if parameter.dtype == dtype]
-        with scope("gradients"):
-            flat = group[0].new_zeros(sum(map(nn.Parameter.numel, group)))
-        parts = flat.split([parameter.numel() for parameter in group])
-        views = [part.view(p.shape) for part, p in zip(parts, group, strict=True)]
-        own = [(view, p.grad) for view, p in zip(views, group, strict=True) if p.grad is not None]
-        if own:
-            torch._foreach_copy_([view for view, _ in own], [grad for _, grad in own])
-        del own
-        processes.add(flat)
-        for parameter, view in zip(group, views, strict=True):
-            parameter.grad = view

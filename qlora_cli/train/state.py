@@ -20,8 +20,10 @@ from qlora_cli.parallel.processes import SINGLE, Processes
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 from qlora_cli.tasks.task import Task
+from qlora_cli.train.divided_optimizer import make_divided_optimizer
+from qlora_cli.train.division import Division
 from qlora_cli.train.loss_scale import LossScale
-from qlora_cli.train.optimizer import TrainingOptimizer, make_optimizer
+from qlora_cli.train.optimizer import OPTIMIZERS, TrainingOptimizer
 
 BuildModel = Callable[[ModelRequest], LoadedModel]
 """Builds the requested model, as `models.build.build` does."""
@@ -33,13 +35,15 @@ class State:
 
     recipe: resolved, without `auto`. task: the recipe's training objective. trainable: name ->
     parameter that the optimizer updates. step: number of optimizer steps done. processes: those
-    that train the job, each with a state of its own; all states are equal after a step.
+    that train the job, each with a state of its own; all parameters are equal after a step.
+    division: of the trained parameters over the processes.
     """
 
     recipe: Recipe
     task: Task
     loaded: LoadedModel
     trainable: dict[str, nn.Parameter]
+    division: Division
     optimizer: TrainingOptimizer
     loss_scale: LossScale
     device: torch.device
@@ -60,11 +64,13 @@ def build_state(request: ModelRequest, build_model: BuildModel = build) -> State
     loaded = build_model(replace(request, model_class=task.model_class))
     loaded.model.train()
     trainable = loaded.trainable()
+    unit = OPTIMIZERS[recipe.train.optimizer].unit
+    division = Division(trainable, loaded.family.blocks, unit, request.processes)
     factors = method_of(recipe.adapter).lr_factors(loaded.model)
-    optimizer = make_optimizer(recipe.train, trainable.values(), device, factors)
+    optimizer = make_divided_optimizer(recipe.train, division, device, factors)
     half = {torch.float16} & {loaded.base_format.compute, torch_dtype(recipe.adapter.dtype)}
     scale = LossScale(needed=bool(half))
-    given = (recipe, task, loaded, trainable, optimizer, scale, device)
+    given = (recipe, task, loaded, trainable, division, optimizer, scale, device)
     return State(*given, processes=request.processes)
 
 

@@ -135,15 +135,22 @@ def _seed_dropout(state: State, index: int) -> None:
 def _reduce(state: State, total: Tensor, metrics: MetricSums) -> None:
     """Add up loss, metrics and gradients of all processes. Raises MicroBatchTooLarge."""
     try:
-        reduce_step(state.processes, list(state.trainable.values()), total, metrics)
+        reduce_step(state.division, total, metrics)
     except MicroBatchTooLarge:
         state.optimizer.zero_grad(set_to_none=True)
         raise
 
 
 def _gradient_norm(state: State) -> Tensor:
-    grads = [p.grad for p in state.trainable.values() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(grads)
+    """Return the norm of all gradients, of which each process has those of its pieces."""
+    grads = [p.grad for p in state.division.pieces if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if state.processes.size == 1:
+        return norm
+    # In float64, which holds the square of every float32 norm.
+    square = norm.to(state.device, torch.float64).square()
+    state.processes.add(square)
+    return square.sqrt()
 
 
 def _update(state: State, norm: float, lr: float) -> None:

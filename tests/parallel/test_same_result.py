@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_cli.parallel.processes import DistributedProcesses
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
-from qlora_cli.train import loop, reduce
+from qlora_cli.train import loop
 from qlora_cli.train.step import train_step
 from tests.helpers.interrupted import train_run
 from tests.helpers.resumed_runs import STEPS, losses, make_bases, recipe_of
@@ -42,18 +43,15 @@ def alone(folder: Path) -> RunFolder:
     return train_run(recipe_in(folder, "alone"))
 
 
-def record_states(folder: Path, rank: int) -> None:
-    """Write a hash of the trained weights and the optimizer after each step of this process."""
+def record_weights(folder: Path, rank: int) -> None:
+    """Write a hash of the trained weights after each step of this process."""
 
     def recorded(state: Any, *rest: Any) -> Any:
         outcome = train_step(state, *rest)
         digest = hashlib.sha256()
-        tensors = [*state.trainable.values()]
-        for values in state.optimizer.state.values():
-            tensors += [value for value in values.values() if isinstance(value, torch.Tensor)]
-        for tensor in tensors:
-            digest.update(tensor.detach().numpy().tobytes())
-        with (folder / f"states-{rank}").open("a") as file:
+        for parameter in state.trainable.values():
+            digest.update(parameter.detach().numpy().tobytes())
+        with (folder / f"weights-{rank}").open("a") as file:
             file.write(f"{state.step} {digest.hexdigest()}\n")
         return outcome
 
@@ -62,9 +60,9 @@ def record_states(folder: Path, rank: int) -> None:
 
 @pytest.fixture(scope="module")
 def together(folder: Path) -> RunFolder:
-    """Return the run of two processes, which record their states in the same folder."""
+    """Return the run of two processes, which record their weights in the same folder."""
     recipe = recipe_in(folder, "together")
-    codes = train_together(recipe, prepare=lambda rank: record_states(folder, rank))
+    codes = train_together(recipe, prepare=lambda rank: record_weights(folder, rank))
     assert codes == [0, 0]
     return RunFolder(Path(recipe.output))
 
@@ -76,10 +74,10 @@ def test_two_processes_equal_one(together: RunFolder, alone: RunFolder) -> None:
     assert together.steps() == alone.steps()
 
 
-def test_the_states_of_all_processes_are_equal_bit_for_bit(
+def test_the_weights_of_all_processes_are_equal_bit_for_bit(
     folder: Path, together: RunFolder
 ) -> None:
-    first, second = ((folder / f"states-{rank}").read_text().splitlines() for rank in (0, 1))
+    first, second = ((folder / f"weights-{rank}").read_text().splitlines() for rank in (0, 1))
     assert len(first) == STEPS
     assert first == second
 
@@ -102,8 +100,11 @@ def test_the_ledger_has_every_process_and_shows_the_highest_peak(together: RunFo
 def test_gradients_that_are_not_added_up_are_noticed(folder: Path, alone: RunFolder) -> None:
     recipe = recipe_in(folder, "control", steps=1, eval_every=None)
 
+    def take_own(self: DistributedProcesses, own: torch.Tensor, complete: torch.Tensor) -> None:
+        own.copy_(complete.chunk(self.size)[self.rank])
+
     def keep_own(_: int) -> None:
-        reduce._add_gradients = lambda *_: None
+        DistributedProcesses.add_parts = take_own  # type: ignore[method-assign]
 
     assert train_together(recipe, prepare=keep_own) == [0, 0]
     norm, expected = (losses(run)[0][3] for run in (RunFolder(Path(recipe.output)), alone))

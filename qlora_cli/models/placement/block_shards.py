@@ -143,7 +143,7 @@ class BlockShards(BlockStream):
         buffer = self._buffers[block % len(self._buffers)]
         with unallocated():
             complete_block = buffer[: len(shard) * self._processes.size]
-            self._exchanges[block] = self._processes.gather_bytes(complete_block, shard)
+            self._exchanges[block] = self._processes.gather_parts(complete_block, shard)
         for name, slot in self._blocks[block].items():
             put_held(name, slot, parts[name], counted=False)
 
