@@ -108,6 +108,7 @@ class Planner:
             self._first_chunk,
             self._nominal_speed,
             may_offload=self.profile.kind == "cuda",
+            num_devices=self.profile.count,
         )
         if recipe.train.micro_batch != "auto":
             return settler.settle(recipe)

@@ -6,13 +6,14 @@ These are `train.micro_batch`, `train.activation_checkpointing`, `train.loss_chu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from qlora_cli.plan.dry_run import DryRun
 from qlora_cli.plan.limit import Limit
 from qlora_cli.plan.policy import MIN_CHUNK, Attempt, PolicySearch
 from qlora_cli.plan.replay import MemoryPlan
+from qlora_cli.plan.residency import moved_choice, other_residencies
 from qlora_cli.plan.search import largest_that_fits
 from qlora_cli.plan.step_time import DeviceSpeed
 from qlora_cli.recipe import activations
@@ -45,7 +46,8 @@ class Settler:
     the dry run of a recipe, whose activation policy is not used. first_chunk: returns the chunk of
     the loss that is planned first for a recipe. nominal_speed: returns the speed of the device for
     a recipe, by which the time of recomputation is compared with that of copies. may_offload: the
-    device is a GPU, so that inputs of blocks may be moved to host memory.
+    device is a GPU, so that inputs of blocks may be moved to host memory. num_devices: of the job,
+    with a process each.
     """
 
     num_blocks: int
@@ -54,12 +56,13 @@ class Settler:
     first_chunk: Callable[[Recipe], int]
     nominal_speed: Callable[[Recipe], DeviceSpeed]
     may_offload: bool
+    num_devices: int = 1
 
     def settle(self, recipe: Recipe) -> Settled:
         """Return the recipe with a policy, a chunk and a residency.
 
-        recipe: its micro-batch is a number. A base that does not fit the device is put into host
-        memory, unless that does not help.
+        recipe: its micro-batch is a number. A base that does not fit the device is shared among
+        the devices of the job, or put into host memory, unless that does not help.
         """
         if recipe.base.residency != "auto":
             return self._settled(recipe)
@@ -68,15 +71,30 @@ class Settler:
         what = f"{format_bytes(needed)} planned of {self.limit.text}"
         if needed <= self.limit.num_bytes:
             choice = Choice(RESIDENCY, "device", f"the base fits the device: {what}")
-        elif not _can_stream(recipe):
+        elif not (others := other_residencies(recipe, self.num_devices)):
             choice = Choice(RESIDENCY, "device", f"the base cannot be in host memory: {what}")
         else:
-            streamed = self._settled(with_settings(recipe, "base", residency="host"))
-            if streamed.plan.needed_bytes < needed:
-                settled, choice = streamed, _host_choice(streamed.plan, what)
-            else:
-                choice = Choice(RESIDENCY, "device", f"host memory would save nothing: {what}")
+            settled, choice = self._moved(recipe, settled, others, what)
         return replace(settled, choices=(choice, *settled.choices))
+
+    def _moved(
+        self, recipe: Recipe, resident: Settled, others: Sequence[str], what: str
+    ) -> tuple[Settled, Choice]:
+        """Return the first of the other residencies with which the job fits, and the choice.
+
+        If none fits, it is the one that needs the least memory. resident: with the base on the
+        device. what: the memory that it needs.
+        """
+        best, residency = resident, "device"
+        for other in others:
+            found = self._settled(with_settings(recipe, "base", residency=other))
+            if found.plan.needed_bytes < best.plan.needed_bytes:
+                best, residency = found, other
+            if found.plan.needed_bytes <= self.limit.num_bytes:
+                break
+        if residency == "device":
+            return best, Choice(RESIDENCY, residency, f"host memory would save nothing: {what}")
+        return best, moved_choice(residency, self.num_devices, best.plan, what)
 
     def _settled(self, recipe: Recipe) -> Settled:
         """Return the recipe with a policy and a chunk. recipe: its residency is not `auto`."""
@@ -222,23 +240,6 @@ class Settler:
             reason += f". One step less memory{_step_text(search, found)} would cost "
             reason += f"{plan.flops.block_share:.1%} more operations"
         return Choice(activations.KEY, number, reason)
-
-
-def _can_stream(recipe: Recipe) -> bool:
-    """Return whether the base may be in host memory."""
-    return recipe.adapter.method == "lora"
-
-
-def _host_choice(plan: MemoryPlan, what: str) -> Choice:
-    """Return the choice of host memory. what: the memory that a base on the device needs."""
-    reason = f"a base on the device does not fit: {what}. The embedding, the head and "
-    reason += f"{plan.num_recomputed} of {plan.num_blocks} blocks are in host memory, and "
-    reason += (
-        f"{format_bytes(plan.streamed_bytes + plan.head_bytes)} of them are copied to the GPU "
-    )
-    reason += "to compute: "
-    reason += f"{format_bytes(plan.needed_bytes)} planned"
-    return Choice(RESIDENCY, "host", reason)
 
 
 def _step_text(search: PolicySearch, found: Attempt) -> str:

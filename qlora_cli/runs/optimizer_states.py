@@ -6,7 +6,7 @@ any number of processes can continue.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +52,7 @@ def write_states(
         return {_COMPLETE: own}
     folder = processes.broadcast(folder)
     assert folder is not None
-    is_visible = folder.is_dir()
+    is_visible = _is_visible(folder)
     if is_visible:
         save(own, _file(folder, processes.rank, processes.size))
     sent = processes.gather(None if is_visible else _on_cpu(own))
@@ -96,30 +96,51 @@ def part_of_state(state: Mapping[str, Any], start: int, end: int) -> dict[str, A
 
     start: a multiple of `SCALE_BLOCK` if the states have scales.
     """
-    part: dict[str, Any] = {}
-    for key, value in state.items():
+
+    def part(key: str, value: Any) -> Any:
         if key in VALUES:
-            part[key] = value.reshape(-1)[start:end].clone()
-        elif key in _SCALES:
-            part[key] = value[start // SCALE_BLOCK : -(-end // SCALE_BLOCK)].clone()
-        else:
-            part[key] = value
-    return part
+            return value.reshape(-1)[start:end].clone()
+        if key in _SCALES:
+            return value[start // SCALE_BLOCK : -(-end // SCALE_BLOCK)].clone()
+        return value
+
+    return mapped_state(part, state)
 
 
 def joined_states(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the states of a parameter from those of its pieces, in their order."""
+    """Return the states of a parameter, flat, from those of its pieces in their order."""
+
+    def joined(key: str, value: Any, *others: Any) -> Any:
+        if key in VALUES | _SCALES:
+            return torch.cat([tensor.reshape(-1) for tensor in (value, *others)])
+        return value
+
+    return mapped_state(joined, *parts)
+
+
+def mapped_state(
+    function: Callable[..., Any], state: Mapping[str, Any], *others: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the results of `function` for each key and its values in one or several states.
+
+    bitsandbytes nests some of the states of a parameter in a dictionary.
+    """
     return {
-        key: torch.cat([part[key].reshape(-1) for part in parts])
-        if key in VALUES | _SCALES
-        else value
-        for key, value in parts[0].items()
+        key: mapped_state(function, value, *(other[key] for other in others))
+        if isinstance(value, dict)
+        else function(key, value, *(other[key] for other in others))
+        for key, value in state.items()
     }
 
 
 def _file(folder: Path, rank: int, size: int) -> Path:
     """Return the file of a process."""
     return folder / f"state-{rank + 1:05d}-of-{size:05d}.pt"
+
+
+def _is_visible(folder: Path) -> bool:
+    """Return whether this process sees the folder that the main process has made."""
+    return folder.is_dir()
 
 
 def _on_cpu(tree: Any) -> Any:

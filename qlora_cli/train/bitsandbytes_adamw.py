@@ -64,9 +64,10 @@ class BitsAndBytesAdamW:
     def apply(self, factor: float, lr: float) -> None:
         """Update every parameter with its gradient times `factor` at learning rate `lr`."""
         groups = self._optimizer.param_groups
-        if factor != 1.0:
-            parameters = (p for group in groups for p in group["params"])
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+        parameters = (p for group in groups for p in group["params"])
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if factor != 1.0 and grads:
+            torch._foreach_mul_(grads, factor)
         for group in groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
         # bitsandbytes allocates its states within the first step and names no category for them.

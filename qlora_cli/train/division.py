@@ -13,7 +13,7 @@ Source: Rajbhandari et al. 2020.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -123,12 +123,10 @@ class Division:
             if any(flags) and piece.numel()
         }
         for bucket in self._buckets:
-            share = self._added(bucket)
-            for piece, part in zip(bucket.pieces, bucket.own_parts(share), strict=True):
-                piece.grad = part if piece in used else None
+            self._add(bucket, used)
 
-    def _added(self, bucket: _Bucket) -> Tensor:
-        """Return the sums of the gradients of this process' pieces, one after the other."""
+    def _add(self, bucket: _Bucket, used: Set[nn.Parameter]) -> None:
+        """Add up the gradients of some parameters. used: the pieces that get one."""
         first, size = bucket.parameters[0], self.processes.size
         with scope("gradients"), torch.no_grad():
             complete = first.new_zeros(size * bucket.num_values)
@@ -139,22 +137,27 @@ class Division:
         for parameter in bucket.parameters:
             parameter.grad = None
         self.processes.add_parts(share, complete)
-        return share
+        for piece, part in zip(bucket.pieces, bucket.own_parts(share), strict=True):
+            piece.grad = part if piece in used else None
 
     @torch.no_grad()
     def exchange_pieces(self) -> None:
         """Give every process the pieces that the others have updated."""
         for bucket in self._buckets:
-            first, size = bucket.parameters[0], self.processes.size
-            with scope("temporary"):
-                complete = first.new_empty(size * bucket.num_values)
-                share = first.new_empty(bucket.num_values)
-            _copy(zip(bucket.own_parts(share), bucket.pieces, strict=True))
-            exchange = self.processes.gather_parts(complete, share)
-            if exchange is not None:
-                exchange.wait()
-            values = [parameter.view(-1) for parameter in bucket.parameters]
-            _copy((value, part) for part, value in bucket.pairs(complete, values))
+            self._exchange(bucket)
+
+    def _exchange(self, bucket: _Bucket) -> None:
+        """Exchange the pieces of some parameters. Its buffers are freed before the next ones."""
+        first, size = bucket.parameters[0], self.processes.size
+        with scope("temporary"):
+            complete = first.new_empty(size * bucket.num_values)
+            share = first.new_empty(bucket.num_values)
+        _copy(zip(bucket.own_parts(share), bucket.pieces, strict=True))
+        exchange = self.processes.gather_parts(complete, share)
+        if exchange is not None:
+            exchange.wait()
+        values = [parameter.view(-1) for parameter in bucket.parameters]
+        _copy((value, part) for part, value in bucket.pairs(complete, values))
 
 
 def _together(trainable: Mapping[str, nn.Parameter], blocks: str) -> list[list[int]]:

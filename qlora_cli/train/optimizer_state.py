@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_cli.runs.optimizer_states import VALUES
+from qlora_cli.runs.optimizer_states import VALUES, mapped_state
 
 
 def load_states(
@@ -23,11 +23,19 @@ def load_states(
     tensors on any device. Raises ValueError if it is for other parameters.
     """
     groups = optimizer.state_dict()["param_groups"]
-    load(state_dict)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     indices = [index for group in groups for index in group["params"]]
-    for index, parameter in zip(indices, parameters, strict=True):
-        for key, value in state_dict["state"].get(index, {}).items():
+    by_index = dict(zip(indices, parameters, strict=True))
+
+    def shaped(index: int, state: dict[str, Any]) -> dict[str, Any]:
+        """Return states in the shape of their parameter: files of several processes have none."""
+        shape = by_index[index].shape
+        return mapped_state(lambda key, v: v.view(shape) if key in VALUES else v, state)
+
+    states = {i: shaped(i, s) if i in by_index else s for i, s in state_dict["state"].items()}
+    load({**state_dict, "state": states})
+    for index, state in states.items():
+        for key, value in state.items():
             if isinstance(value, Tensor):
-                shape = parameter.shape if key in VALUES else value.shape
-                optimizer.state[parameter][key] = value.to(parameter.device).view(shape)
+                parameter = by_index[index]
+                optimizer.state[parameter][key] = value.to(parameter.device)

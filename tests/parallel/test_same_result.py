@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_cli.errors import Interrupted
 from qlora_cli.parallel.processes import DistributedProcesses
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.runs import optimizer_states
 from qlora_cli.runs.layout import RunFolder
+from qlora_cli.runs.resume import last_good_step
 from qlora_cli.train import loop
 from qlora_cli.train.step import train_step
 from tests.helpers.interrupted import train_run
@@ -111,6 +115,30 @@ def test_gradients_that_are_not_added_up_are_noticed(folder: Path, alone: RunFol
     assert abs(norm - expected) / expected > 1000 * CLOSE
 
 
+def test_a_checkpoint_has_the_optimizer_states_of_each_process(
+    tmp_path: Path, together: RunFolder, alone: RunFolder
+) -> None:
+    folder, complete = together.checkpoint(4), alone.checkpoint(4)
+    parts = [f"state-{number:05d}-of-00002.pt" for number in (1, 2)]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted([*(path.name for path in complete.iterdir()), *parts])
+    common, *own = (
+        torch.load(folder / name, weights_only=True)["state"] if name in parts else None
+        for name in ("state.pt", *parts)
+    )
+    assert common is None
+    expected = torch.load(complete / "state.pt", weights_only=True)["optimizer"]["state"]
+    for index, state in expected.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            joined = torch.cat([states[index][key] for states in own if index in states])
+            torch.testing.assert_close(joined, state[key].view(-1), rtol=1e-4, atol=1e-8)
+    run = RunFolder(shutil.copytree(together.path, tmp_path / "run"))
+    (run.checkpoint(STEPS) / parts[1]).unlink()
+    notes: list[str] = []
+    assert last_good_step(run, notes.append) == 4
+    assert parts[1] in notes[0]
+
+
 def signal_in_step(step: int, number: int) -> None:
     """Send this process a signal in a step."""
 
@@ -125,35 +153,58 @@ def signal_in_step(step: int, number: int) -> None:
 def test_a_signal_to_one_process_stops_all_and_other_numbers_of_processes_resume(
     folder: Path, alone: RunFolder
 ) -> None:
-    """Two processes do the first two steps, four the next two, and one the last."""
+    """One process does the first step, two the second, four the next two, and one the last.
+
+    Two of the four do not see the run's folder, as on another machine.
+    """
     recipe = recipe_in(folder, "stopped", checkpoint_every=100)
+    with pytest.raises(Interrupted):
+        train_run(recipe, stop_after=1)
     run = RunFolder(Path(recipe.output))
     for size, last in ((2, 2), (4, 4)):
 
         def stop(rank: int, last: int = last) -> None:
             if rank == 1:
                 signal_in_step(last - 1, signal.SIGINT)
+            if rank >= 2:
+                optimizer_states._is_visible = lambda _: False
 
         assert train_together(recipe, size, prepare=stop) == [130] * size
         assert run.read()["status"] == "interrupted"
         assert run.steps()[-1] == last
+        assert len(list(run.checkpoint(last).glob("state-*.pt"))) == size
     train_run(recipe, resume=True)
     assert difference(run, alone) < CLOSE
 
 
+def kill_in_step(rank: int) -> None:
+    if rank == 1:
+        signal_in_step(3, signal.SIGKILL)
+
+
+def kill_in_checkpoint(rank: int) -> None:
+    """Kill a process when half of its file of a checkpoint is written."""
+
+    def write(content: Any, file: Path) -> None:
+        real(content, file)
+        os.truncate(file, file.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    real = optimizer_states.save
+    if rank == 1:
+        optimizer_states.save = write
+
+
 def test_a_killed_process_ends_all_and_two_resume(folder: Path, alone: RunFolder) -> None:
     recipe = recipe_in(folder, "killed")
-
-    def kill(rank: int) -> None:
-        if rank == 1:
-            signal_in_step(3, signal.SIGKILL)
-
-    assert train_together(recipe, prepare=kill) == [1, -signal.SIGKILL]
     run = RunFolder(Path(recipe.output))
-    assert run.read()["status"] == "failed"
-    assert run.steps() == [2]
+    for kill in (kill_in_step, kill_in_checkpoint):
+        assert train_together(recipe, prepare=kill) == [1, -signal.SIGKILL]
+        assert run.read()["status"] == "failed"
+        assert run.steps() == [2]
     assert train_together(recipe) == [0, 0]
     assert difference(run, alone) < CLOSE
+    assert not list(run.checkpoints.glob(".*"))
 
 
 def test_all_divide_their_micro_batches_if_one_runs_out_of_memory(

@@ -214,11 +214,11 @@ def test_a_search_finds_the_largest_number(best: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_base_that_does_not_fit_is_put_into_host_memory() -> None:
+def test_a_base_that_does_not_fit_is_shared_or_put_into_host_memory() -> None:
     """As many blocks as fit stay on the device with their activations; the others are streamed."""
 
-    def chosen(capacity: int, **train: Any) -> Settled:
-        profile = replace(GPU, capacity_bytes=capacity)
+    def chosen(capacity: int, count: int = 1, **train: Any) -> Settled:
+        profile = replace(GPU, capacity_bytes=capacity, count=count)
         # Inputs of blocks in host memory would make it fit.
         recipe = recipe_of(
             profile, base={"residency": "auto"}, train={"offload_inputs": False, **train}
@@ -238,6 +238,15 @@ def test_a_base_that_does_not_fit_is_put_into_host_memory() -> None:
     assert host.plan.copied_bytes
     text = f"the head and {number} of {BLOCKS} blocks are in host memory"
     assert text in host.choices[0].reason
+    of_two = chosen(2**34, 2, activation_checkpointing=True).plan.needed_bytes
+    assert of_two < least  # Each device has half of the optimizer's states.
+    several = chosen(int((of_two - MIB) / GPU_SHARE), 2)
+    number = several.recipe.train.activation_checkpointing
+    assert several.recipe.base.residency == "shard"
+    assert several.plan.needed_bytes <= of_two - MIB
+    assert f"Each of 2 devices has a part of {number} of {BLOCKS} blocks" in (
+        several.choices[0].reason
+    )
     kept = chosen(int((least - MIB) / GPU_SHARE), activation_checkpointing=False)
     # The activations of all blocks decide the peak, and this small head does not.
     assert kept.recipe.base.residency == "device"
