@@ -50,6 +50,21 @@ def assert_planned(run: RunFolder, processes: int) -> None:
         assert peak == pytest.approx(ledger["planned_peak_bytes"], rel=0.01)
 
 
+def optimizer_bytes(phases: list[dict[str, Any]]) -> int:
+    """Return the bytes of optimizer states in a step."""
+    (step,) = (phase for phase in phases if phase["name"] == "step")
+    return int(step["at_peak"]["optimizer"])
+
+
+def assert_divided(run: RunFolder, alone: RunFolder) -> None:
+    """Assert that each process has its share of the optimizer states of one process."""
+    ledger, complete = (json.loads(item.memory_json.read_text()) for item in (run, alone))
+    own = [optimizer_bytes(process["phases"]) for process in ledger["processes"]]
+    total = optimizer_bytes(complete["phases"])
+    assert sum(own) == pytest.approx(total, rel=0.01)
+    assert max(own) == pytest.approx(total / len(own), rel=0.01)
+
+
 def evaluated(run: RunFolder) -> float:
     """Return the held-out loss of a run, computed by one process."""
     rows = run.path.parent / "rows.jsonl"
@@ -85,6 +100,7 @@ def test_four_processes_that_share_the_base_equal_one(folder: Path, alone: RunFo
     run = trained_together(recipe_in(folder, "sharded", {"residency": "shard"}), 4)
     assert difference(run, alone) < CLOSE
     assert_planned(run, 4)
+    assert_divided(run, alone)
 
 
 def test_a_buffer_that_is_used_again_too_early_is_noticed(folder: Path, alone: RunFolder) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from qlora_cli.parallel.processes import SINGLE, Processes
 from qlora_cli.recipe.schema import Train
 from qlora_cli.runs.optimizer_states import joined_states, mapped_state, part_of_state
+from qlora_cli.train.divided_optimizer import DividedOptimizer
 from qlora_cli.train.division import Division, cuts_of
 from qlora_cli.train.optimizer import OPTIMIZERS, TrainingOptimizer, make_optimizer
 from tests.helpers.optimizers import gradient
@@ -36,14 +37,18 @@ def trained(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     return {f"blocks.{number}": nn.Parameter(tensor) for number, tensor in enumerate(tensors)}
 
 
+def make_grouped(settings: Train, division: Division) -> TrainingOptimizer:
+    """Return the optimizer of pieces of which every second one has a learning rate of its own."""
+    factors = dict.fromkeys(division.pieces[1::2], 3.0)
+    return make_optimizer(settings, division.pieces, CPU, factors)
+
+
 def updated(
     name: Any, processes: Processes, unit: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Division, TrainingOptimizer]:
     """Update the pieces of one process three times. The others' pieces stay as they are."""
     division = Division(trained(dtype), "blocks", unit, processes)
-    groups = dict.fromkeys(division.pieces[1::2], 3.0)
-    settings = Train(optimizer=name, weight_decay=0.1)
-    optimizer = make_optimizer(settings, division.pieces, CPU, groups)
+    optimizer = make_grouped(Train(optimizer=name, weight_decay=0.1), division)
     for step in range(3):
         for number, parameter in enumerate(division.parameters):
             parameter.grad = gradient(10 * step + number, parameter)
@@ -111,6 +116,24 @@ def test_updated_pieces_have_the_bits_of_complete_parameters(
             cuts = cuts_of(division.parameters[numbers[order[index]]].numel(), size, unit)
             part = part_of_state(expected_states[index], cuts[rank], cuts[rank + 1])
             assert_equal(part, flat({0: state})[0])
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_joined_states_are_restored_by_one_process_and_by_several(
+    name: str, dtype: torch.dtype
+) -> None:
+    unit = OPTIMIZERS[name].unit
+    _, optimizer = updated(name, SINGLE, unit, dtype)
+    saved = optimizer.state_dict()
+    _, joined, own = together(name, 2, unit, dtype)
+    settings = Train(optimizer=name)  # type: ignore[arg-type]
+    restored = make_grouped(settings, Division(trained(dtype), "blocks", unit, SINGLE))
+    restored.load_state_dict({**saved, "state": joined})
+    assert_equal(restored.state_dict(), saved)
+    division = Division(trained(dtype), "blocks", unit, OneOf(0, 2))
+    part = DividedOptimizer(make_grouped(settings, division), division)
+    part.load_state_dict({**saved, "state": joined})
+    assert_equal(flat(part.state_dict()["state"]), flat(own[0]))
 
 
 def test_pieces_that_divide_a_block_of_values_are_noticed() -> None:

@@ -3,7 +3,7 @@
     python tools/validation/scaling.py CONFIGS [--out FILE] [--models NAME ...]
 
 CONFIGS: folder with a config.json per model, named NAME.json. Nothing is measured: memory is the
-plan's, time is computed from published speeds. The result is the table of docs/scaling.md.
+plan's, time is computed from published speeds. The result is the two tables of docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Case:
     compute_seconds: float = 0.0
     link_seconds: float = 0.0
     bound: str = ""
+    adapter_bytes: int = 0
+    optimizer_bytes: int = 0
 
 
 def recipe_of(placement: str) -> Recipe:
@@ -98,7 +100,9 @@ def planned(model: str, config: Any, gpu: str, count: int) -> Case:
         link_seconds = weights / link + gradients / device_link
         bound = "link" if link_seconds > seconds else "compute"
         shown = (plan.needed_bytes, profile.usable_bytes, gradients + weights)
-        return Case(model, gpu, count, placement, *shown, seconds, link_seconds, bound)
+        step = next(phase for phase in plan.phases if phase.name == "step")
+        trained = (plan.adapter_bytes, step.at_peak["optimizer"])
+        return Case(model, gpu, count, placement, *shown, seconds, link_seconds, bound, *trained)
     return Case(model, gpu, count, None, smallest, profile.usable_bytes)
 
 
@@ -114,6 +118,14 @@ def row(case: Case) -> str:
     )
 
 
+def trained_row(case: Case) -> str:
+    """Return what the trained part of a case needs on each device, as a row of a Markdown table."""
+    more = 2 * case.adapter_bytes * (case.count - 1) // case.count
+    sizes = (case.adapter_bytes, case.adapter_bytes, case.optimizer_bytes, more)
+    texts = " | ".join(f"{size / 2**20:,.0f} MiB" for size in sizes)
+    return f"| {case.model} | {case.count} | {texts} | {more / case.reserved_bytes:.1%} |"
+
+
 def config_of(file: Path) -> Any:
     """Return transformers' config in a file with any name."""
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +135,7 @@ def config_of(file: Path) -> Any:
 
 
 def main() -> None:
-    """Plan every case, print the table and write the JSON file."""
+    """Plan every case, print the tables and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configs", type=Path)
     parser.add_argument("--out", type=Path)
@@ -139,6 +151,9 @@ def main() -> None:
                 if given.out is not None:
                     content = {"source": "planned", "cases": [asdict(case) for case in cases]}
                     given.out.write_text(json.dumps(content, indent=1) + "\n")
+    for case in cases:
+        if case.placement is not None and case.gpu == next(iter(NVLINK)):
+            print(trained_row(case))
 
 
 if __name__ == "__main__":
