@@ -31,10 +31,11 @@ def _processes_note(recipe: Recipe, profile: DeviceProfile, plan: MemoryPlan) ->
     if recipe.base.residency == SHARD:
         base = f"1/{number} of {format_bytes(plan.streamed_bytes)} of weights"
     yield (
-        f"the figures are those of each of {number} devices. Each has a process with {base}, and "
-        f"up to {-(-step // number)} of the {step} micro-batches of a step"
+        f"the figures are those of each of {number} devices. Each has a process with {base}, "
+        f"1/{number} of the optimizer states, and up to {-(-step // number)} of the {step} "
+        "micro-batches of a step"
     )
-    exchanged = f"gradients of {format_bytes(plan.adapter_bytes)} once per step"
+    exchanged = f"gradients and updates of {format_bytes(plan.adapter_bytes)} once per step"
     if recipe.base.residency == SHARD:
         received = 2 * plan.streamed_bytes * (number - 1) // number
         exchanged += f", and {format_bytes(received)} of weights that each receives per micro-batch"

@@ -31,9 +31,14 @@ CLOSE = 1e-6
 
 
 def recipe_in(folder: Path, name: str, **train: Any) -> Recipe:
-    """Return a recipe with dropout whose third step has one micro-batch of the four of a step."""
+    """Return a recipe whose third step has one micro-batch of the four of a step.
+
+    It has dropout, two learning rates, weight decay, magnitudes, and gradients that are clipped.
+    """
     settings = {"grad_accum": 4, "eval_every": 2, "checkpoint_every": 2, "lr": 1e-3, **train}
-    return recipe_of(folder, folder / name, train=settings)
+    settings |= {"weight_decay": 0.1, "max_grad_norm": 0.05}
+    adapter = {"method": "dora", "dropout": 0.2, "lr_ratio": 4.0}
+    return recipe_of(folder, folder / name, train=settings, adapter=adapter)
 
 
 @pytest.fixture(scope="module")

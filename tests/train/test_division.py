@@ -20,7 +20,7 @@ from tests.helpers.resumed_runs import assert_equal
 from tests.helpers.runs import CPU
 
 SHAPES = [(64, 300), (5,), (1, 4096), (8, 1061), (3, 100)]
-"""Of parameters with 8-bit states that are cut, that are not, and that have 32-bit states."""
+"""Shapes of parameters with 8-bit states that are cut, that are not, and with 32-bit states."""
 
 
 class OneOf(Processes):

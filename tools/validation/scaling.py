@@ -113,7 +113,7 @@ def row(case: Case) -> str:
     if case.placement is None:
         return f"{start} does not fit | {needed} | - | - | - | - |"
     return (
-        f"{start} {case.placement} | {needed} | {case.link_bytes / 1e9:.1f} GB | "
+        f"{start} {case.placement} | {needed} | {case.link_bytes / 1e9:,.1f} GB | "
         f"{case.compute_seconds:.1f} s | {case.link_seconds:.1f} s | {case.bound} |"
     )
 
@@ -152,7 +152,7 @@ def main() -> None:
                     content = {"source": "planned", "cases": [asdict(case) for case in cases]}
                     given.out.write_text(json.dumps(content, indent=1) + "\n")
     for case in cases:
-        if case.placement is not None and case.gpu == next(iter(NVLINK)):
+        if case.placement is not None and case.count > 1 and case.gpu == "RTX 4090":
             print(trained_row(case))
 
 
