@@ -23,6 +23,8 @@ class DividedOptimizer:
     def __init__(self, own: TrainingOptimizer, division: Division) -> None:
         self._own = own
         self._division = division
+        self.has_states = False
+        """Whether any process has states. One whose pieces are all empty has none."""
 
     @property
     def state(self) -> Mapping[Any, Any]:
@@ -37,6 +39,7 @@ class DividedOptimizer:
     def apply(self, factor: float, lr: float) -> None:
         """Update every parameter. All processes call this together."""
         self._own.apply(factor, lr)
+        self.has_states = True
         self.zero_grad()
         self._division.exchange_pieces()
 
@@ -59,6 +62,7 @@ class DividedOptimizer:
         processes = self._division.processes
         ranks = range(processes.size)
         parts = [self._part(state_dict, rank) for rank in ranks] if processes.is_main else None
+        self.has_states = processes.broadcast(bool(state_dict.get("state")))
         self._own.load_state_dict(processes.scatter(parts))
 
     def _part(self, complete: dict[str, Any], rank: int) -> dict[str, Any]:

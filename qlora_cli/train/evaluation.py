@@ -141,7 +141,7 @@ class Evaluator:
         """
         state = self.state
         self.instrument.release_cache()
-        if state.optimizer.state and not self._is_tracked:
+        if state.has_optimizer_states and not self._is_tracked:
             indices = sorted(peak_batches([batch.size for batch in self.batches]))
             with self.instrument.phase("eval"):
                 peaks = _until_stop([self.batches[index] for index in indices], is_stop_requested)

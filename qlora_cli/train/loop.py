@@ -202,7 +202,7 @@ class TrainingLoop:
     @contextmanager
     def _measured(self, tracked: bool) -> Iterator[None]:
         """Measure the memory of a step: with the tracker, or with the device's counters only."""
-        phase = "step" if self.state.optimizer.state else "first_step"
+        phase = "step" if self.state.has_optimizer_states else "first_step"
         if not tracked:
             with self.instrument.count_only(phase):
                 yield

@@ -20,7 +20,7 @@ from qlora_cli.parallel.processes import SINGLE, Processes
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 from qlora_cli.tasks.task import Task
-from qlora_cli.train.divided_optimizer import make_divided_optimizer
+from qlora_cli.train.divided_optimizer import DividedOptimizer, make_divided_optimizer
 from qlora_cli.train.division import Division
 from qlora_cli.train.loss_scale import LossScale
 from qlora_cli.train.optimizer import OPTIMIZERS, TrainingOptimizer
@@ -49,6 +49,13 @@ class State:
     device: torch.device
     step: int = 0
     processes: Processes = SINGLE
+
+    @property
+    def has_optimizer_states(self) -> bool:
+        """Whether the optimizer has updated parameters; equal in all processes."""
+        if isinstance(self.optimizer, DividedOptimizer):
+            return self.optimizer.has_states
+        return bool(self.optimizer.state)
 
 
 def build_state(request: ModelRequest, build_model: BuildModel = build) -> State:

@@ -212,6 +212,18 @@ def test_a_killed_process_ends_all_and_two_resume(folder: Path, alone: RunFolder
     assert not list(run.checkpoints.glob(".*"))
 
 
+def test_a_process_without_optimizer_states_trains_and_evaluates(folder: Path) -> None:
+    """Parameters of fewer than 4,096 values are not cut if their states may have 8 bit."""
+    recipe = recipe_in(folder, "eight", optimizer="adamw8bit", eval_every=1, steps=2)
+    assert train_together(recipe) == [0, 0]
+    run = RunFolder(Path(recipe.output))
+    parts = [
+        torch.load(run.checkpoint(2) / f"state-{number:05d}-of-00002.pt", weights_only=True)
+        for number in (1, 2)
+    ]
+    assert [bool(part["state"]) for part in parts] == [True, False]
+
+
 def test_all_divide_their_micro_batches_if_one_runs_out_of_memory(
     folder: Path, alone: RunFolder
 ) -> None:
