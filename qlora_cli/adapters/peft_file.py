@@ -23,6 +23,7 @@ from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.adapters.peft_magnitudes import check_magnitudes, magnitude_entries
 from qlora_cli.adapters.peft_metadata import AdapterMetadata
 from qlora_cli.adapters.peft_names import factor_pairs, magnitude_name, parse_saved_name
+from qlora_cli.adapters.peft_prefix import prefix_folder
 from qlora_cli.adapters.peft_stacks import AdapterStack, stack_paths, unused_targets
 from qlora_cli.errors import ModelError, Problem, ProblemsError
 from qlora_cli.files.safetensors_io import TensorEntry, is_finite, read_header, read_tensor
@@ -133,6 +134,11 @@ class AdapterFile:
     layers: Mapping[str, AdapterLayer]
     stacks: Mapping[str, AdapterStack] = field(default_factory=dict)
     saved: Mapping[str, TensorEntry] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def prefix(self) -> Path | None:
+        """Return the folder of the prefix that was trained with the adapter; None for none."""
+        return prefix_folder(self.folder)
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise ProblemsError if the adapter does not fit a base.

@@ -32,13 +32,21 @@ def row_limit(data: Data, config: Any) -> int | None:
     return positions if positions is not None and data.seq_len > positions else None
 
 
-def check_seq_len(data: Data, config: Any) -> None:
+def check_seq_len(data: Data, config: Any, prefix: int) -> None:
     """Raise RecipeError if `data.seq_len` is larger than the base's number of positions.
 
     With packing it may be larger: positions start at 0 in each row, so only rows are limited.
+    prefix: `adapter.prefix`, the positions before each row, for which there must be place always.
     Planning, `qlora data` and training call this, so they refuse the same recipes.
     """
     positions = num_positions(config)
+    if positions is not None and prefix and data.seq_len + prefix > positions:
+        total = f"{format_count(data.seq_len)} tokens and a prefix of {format_count(prefix)}"
+        what = f"{total} are more than the base's {format_count(positions)} positions"
+        hint = f"set data.seq_len={max(8, positions - prefix)} or less, or a shorter prefix"
+        raise RecipeError(
+            "the sequences are longer than the base allows", [Problem("adapter.prefix", what, hint)]
+        )
     if positions is None or data.packing or data.seq_len <= positions:
         return
     what = f"is {format_count(data.seq_len)}; the base has {format_count(positions)} positions"

@@ -88,5 +88,5 @@ def _model_limits(recipe: Recipe, folder: Path) -> ModelLimits:
     if not file.is_file():
         return ModelLimits()
     config = read_config(file)
-    check_seq_len(recipe.data, config)
+    check_seq_len(recipe.data, config, recipe.adapter.prefix)
     return ModelLimits.of(config)

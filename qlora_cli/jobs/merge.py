@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.adapters.peft_prefix import FOLDER
 from qlora_cli.data.template import trained_template
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
@@ -58,6 +59,12 @@ def run(
         raise UsageError(
             "a classifier cannot be written as a GGUF file", where="--gguf", hint="omit --gguf"
         )
+    if gguf is not None and source.recipe.adapter.prefix:
+        raise UsageError(
+            "a prefix (adapter.prefix) cannot be written to a GGUF file",
+            where="--gguf",
+            hint="omit --gguf, or train without a prefix",
+        )
     device = torch.device(inspect_device().kind)
     torch_type = torch_dtype(dtype or DEFAULT_DTYPE)
     tensors = open_merged_tensors(source, "original", torch_type, device, weight, others, observer)
@@ -70,6 +77,12 @@ def run(
         settings = choose_settings(source, tensors, base, dtype, observer)
         merged, reason = settings.tensors, settings.dtype_reason
         _write(source, settings, out, observer)
+    if merged.prefix is not None:
+        observer.note(
+            f"the prefix (adapter.prefix) cannot be merged into weights: it is {out / FOLDER}, "
+            "which this package uses with the merged model, and PEFT loads; other programs give "
+            "the model without the prefix"
+        )
     if gguf is not None:
         observer.note(f"GGUF file: {_gguf_writer().export_gguf(out, gguf, observer)}")
     return _result(out, merged, reason)
@@ -192,5 +205,6 @@ def _manifest_details(run: Run, settings: MergeSettings) -> dict[str, Any]:
         "method": run.recipe.adapter.method,
         "step": run.trained_step,
         "data_format": trained_format(run),
+        "prefix": FOLDER if run.recipe.adapter.prefix else None,
         **settings.to_dict(),
     }

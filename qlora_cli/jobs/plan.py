@@ -78,7 +78,7 @@ def run(
     if user_path(recipe.model.name).is_dir():  # Files of the hub may be downloaded later.
         check_index(config_file.parent)
     recipe, chosen = resolve_labels(recipe, config, needs_rows=False)
-    check_seq_len(recipe.data, config)
+    check_seq_len(recipe.data, config, recipe.adapter.prefix)
     check_scales(recipe, config)
     task = task_of(recipe)
     require_proof(config, task, Silent())

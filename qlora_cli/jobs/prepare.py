@@ -185,7 +185,7 @@ def read_job(
     positions.
     """
     recipe = prepared.recipe
-    check_seq_len(recipe.data, prepared.config)
+    check_seq_len(recipe.data, prepared.config, recipe.adapter.prefix)
     rows = read_rows(prepared, observer)
     for note in rows.notes:
         observer.note(note)

@@ -34,6 +34,7 @@ from qlora_cli.adapters.targets import EXPERTS
 from qlora_cli.errors import ModelError
 from qlora_cli.models import convert
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.prefix import activate_prefix, load_prefix
 from qlora_cli.models.trained_head import check_head, load_head
 from qlora_cli.models.tying import share_modules
 from qlora_cli.nn.quant import QuantLinear
@@ -76,6 +77,7 @@ def load_adapter(loaded: LoadedModel, folder: Path) -> None:
         lora.a.copy_(values.a)
         lora.b.copy_(values.b)
     load_head(loaded, adapter)
+    load_prefix(loaded, adapter.prefix)
 
 
 def _check_same(layer: LoraLinear, source: AdapterLayer, site: Site, folder: Path) -> None:
@@ -160,12 +162,13 @@ def set_adapter_layers(loaded: LoadedModel, layers: Mapping[str, LoraModule]) ->
     """Make `layers` the adapter of `loaded` and remove all other adapter layers.
 
     layers: path -> layer, from `adapter_layers_for` on the same model. No weight is copied. Without
-    layers the model is the one before training.
+    layers the model is the one before training, and a prefix has no effect.
     """
     loaded.adapted = {
         path: list(layer.lora_slices) if isinstance(layer, LoraLinear) else [EXPERTS]
         for path, layer in layers.items()
     }
+    activate_prefix(loaded.model, bool(layers))
     for site in (*loaded.sites, *loaded.stacks):
         new: nn.Module = base_at(loaded, site.path)
         if site.path in layers:

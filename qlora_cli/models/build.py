@@ -25,7 +25,7 @@ from qlora_cli.errors import ModelError, Problem, RecipeError
 from qlora_cli.events import Observer, Silent
 from qlora_cli.files.atomic import PARSE_ERRORS
 from qlora_cli.files.composed import text_config_of, whole_config
-from qlora_cli.files.dtype import file_dtype
+from qlora_cli.files.dtype import file_dtype, torch_dtype
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import unallocated
 from qlora_cli.models.base_format import base_format_of
@@ -48,6 +48,7 @@ from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.placement.disk import DiskPlacement
 from qlora_cli.models.placement.held import PackedCopy
 from qlora_cli.models.placement.placement import Placement
+from qlora_cli.models.prefix import create_prefix, prefix_parameters
 from qlora_cli.models.registry import known_family, refuse_by_name, unsupported
 from qlora_cli.models.replacement import replace_modules
 from qlora_cli.models.sites import find_sites, find_stacks, mixer_paths
@@ -255,9 +256,13 @@ def initialize_adapter(
     method.initialize(model, request.device, recipe.train.seed)
     if initial is not None:
         initial.start(source)
+    if recipe.adapter.prefix:
+        dtype = torch_dtype(recipe.adapter.dtype)
+        create_prefix(loaded, recipe.adapter.prefix, dtype, request.device, recipe.train.seed)
     model.requires_grad_(False)
     heads = (model.get_submodule(path).parameters() for path in loaded.family.classifier.modules)
-    for parameter in (*method.trained_parameters(model), *chain.from_iterable(heads)):
+    own = (*method.trained_parameters(model), *prefix_parameters(model))
+    for parameter in (*own, *chain.from_iterable(heads)):
         parameter.requires_grad_(True)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from qlora_cli.models.base_format import BaseFormat
 from qlora_cli.models.family import Family
 from qlora_cli.nn.activation_policy import Recomputation
+from qlora_cli.nn.prefix import BlockPrefix
 from qlora_cli.nn.site import Site
 from qlora_cli.nn.spans import Kernel
 
@@ -56,7 +57,11 @@ class LoadedModel:
     def num_positions(self) -> int | None:
         """Return the maximum number of tokens in a row; None if the config states none."""
         positions = getattr(self.config, "max_position_embeddings", None)
-        return None if positions is None else int(positions) - self.family.rows.first_position
+        if positions is None:
+            return None
+        modules = self.model.modules()
+        prefix = next((m.length for m in modules if isinstance(m, BlockPrefix)), 0)
+        return int(positions) - self.family.rows.first_position - prefix
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return name -> parameter of all parameters that the optimizer updates."""

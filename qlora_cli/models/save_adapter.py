@@ -22,12 +22,14 @@ from qlora_cli.adapters.lora import Factors, LoraLinear, LoraSettings
 from qlora_cli.adapters.peft_config import PeftConfig
 from qlora_cli.adapters.peft_initial import both
 from qlora_cli.adapters.peft_metadata import AdapterMetadata
+from qlora_cli.adapters.peft_prefix import FOLDER, write_prefix
 from qlora_cli.adapters.peft_stacks import EXPERT_LINEARS, file_paths, to_file
 from qlora_cli.data.template import TEMPLATE_FILE
 from qlora_cli.files.atomic import RESUME_HINT, atomic_folder, report_write_errors, write_json
 from qlora_cli.files.finite import finite_cpu_copy
 from qlora_cli.files.safetensors_io import TensorSpec, write_tensors
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.prefix import block_prefixes
 from qlora_cli.models.trained_head import head_parameters
 from qlora_cli.recipe.adapter import Adapter
 from qlora_cli.recipe.schema import Recipe
@@ -58,6 +60,8 @@ def save_adapter(
         config = _peft_config(loaded, layers, recipe)
         write_json(partial / peft_config.CONFIG, config.model_dump(mode="json"))
         write_tensors(partial / peft_config.WEIGHTS, specs, compute, header)
+        if prefixes := block_prefixes(loaded.model):
+            write_prefix(prefixes, partial / FOLDER, recipe.model.name)
         if chat_template is not None:
             (partial / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
 

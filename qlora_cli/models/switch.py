@@ -26,6 +26,7 @@ from qlora_cli.errors import ModelError, QloraError, UsageError
 from qlora_cli.files.source import FolderSource
 from qlora_cli.models.attach import adapter_layers_for, set_adapter_layers
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.prefix import block_prefixes
 from qlora_cli.nn.quant import QuantLinear
 from qlora_cli.recipe.suggest import nearest_word
 
@@ -65,6 +66,12 @@ class AdapterSwitch:
                 where="--merged",
                 hint="omit it, or merge the run with `qlora merge`",
             )
+        if merged and block_prefixes(loaded.model):
+            raise UsageError(
+                "a prefix (adapter.prefix) cannot be added to weights",
+                where="--merged",
+                hint="omit it",
+            )
         self._loaded = loaded
         self._source = source
         self._stamps = {entry.file: _stamp(entry.file) for entry in source.entries.values()}
@@ -101,6 +108,13 @@ class AdapterSwitch:
                 where="--adapter",
                 hint="open the model that the run was trained on, with the run as --adapter "
                 "NAME=RUN",
+            )
+        if adapter.prefix is not None or block_prefixes(self._loaded.model):
+            where = "the adapter" if adapter.prefix is not None else "the opened run"
+            raise UsageError(
+                f"{where} has a prefix (adapter.prefix), which is not switched",
+                where="--adapter",
+                hint="open the run with the prefix on its own",
             )
         self._layers[name] = adapter_layers_for(self._loaded, adapter)
 

@@ -32,6 +32,7 @@ from transformers import AttentionInterface
 from qlora_cli.device import DeviceProfile
 from qlora_cli.nn.attention_arguments import is_causal, refusal, refuse, refuse_arguments
 from qlora_cli.nn.plain_attention import PlainSettings, plain_attention
+from qlora_cli.nn.prefix import add_prefix, check_window, prefix_of
 from qlora_cli.nn.spans import Kernel, Spans, current_spans, first_visible_key
 
 NAME = "qlora"
@@ -77,6 +78,30 @@ def attend(
     spans = current_spans()
     if spans is not None and query.shape[2] != key.shape[2]:
         raise refusal(module, "keys that are not those of its tokens")
+    prefix = prefix_of(module)
+    if prefix is None:
+        given = (scaling, sliding_window, softcap, s_aux)
+        return _attend(module, query, key, value, spans, causal, *given), None
+    check_window(sliding_window, key.shape[2] if spans is None else spans.longest, prefix.length)
+    rows = add_prefix(prefix, query, key, value, spans)
+    given = (scaling, None, softcap, s_aux)
+    output = _attend(module, rows.query, rows.key, rows.value, rows.spans, causal, *given)
+    return rows.kept(output, prefix.length), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans | None,
+    causal: bool,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Compute the rows of `spans`, with the arguments of `attend`, and return (B, T, H, D)."""
     if (size := _chunk_size(module)) is not None:
         first = first_visible_key(query.shape[2], key.shape[2], size)
         key, value = key[:, :, first:], value[:, :, first:]
@@ -88,13 +113,13 @@ def attend(
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         settings = PlainSettings(scaling, sliding_window, softcap)
         attend_row = partial(plain_attention, sinks=s_aux, settings=settings)
-        return _attend_rows(attend_row, query, key, value, spans), None
+        return _attend_rows(attend_row, query, key, value, spans)
     if spans is not None and spans.offsets is not None and _supports_flash(query, value):
-        return _attend_flash(query, key, value, scaling, sliding_window, spans, causal), None
+        return _attend_flash(query, key, value, scaling, sliding_window, spans, causal)
     attend_row = partial(
         _attend_row, scaling=scaling, window=sliding_window, kernel=kernel, causal=causal
     )
-    return _attend_rows(attend_row, query, key, value, spans), None
+    return _attend_rows(attend_row, query, key, value, spans)
 
 
 def _chunk_size(module: nn.Module) -> int | None:

@@ -61,13 +61,15 @@ def largest_sizes(recipe: Recipe, planner: Planner) -> tuple[Advice, ...]:
     recipe = least_memory(recipe)
     if not _weights_fit(recipe, planner):
         return ()
-    max_seq_len = num_positions(planner.config) or _MAX_SEQ_LEN
+    positions = num_positions(planner.config)
+    prefix = recipe.adapter.prefix
+    max_seq_len = _MAX_SEQ_LEN if positions is None else positions - prefix
     max_micro_batch = max(_MAX_MICRO_BATCH, recipe.train.pass_size)
     one_row = with_settings(recipe, "train", micro_batch=1)
     length, micro_batch = _sizes(recipe, max_seq_len, max_micro_batch, one_row)
     also = "" if recipe.train.pass_size == 1 else " train.micro_batch=1"
     advice = []
-    by_model = "model" if num_positions(planner.config) else "search"
+    by_model = "search" if positions is None else "model"
     for size, suffix, upper_limit in ((length, also, by_model), (micro_batch, "", "search")):
         best = size.largest(planner)
         if best is not None:

@@ -60,6 +60,10 @@ class Adapter(Section):
     to the principal part of the quantization error. Both make a 4-bit base more exact, and loading
     takes more time."""
 
+    prefix: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Number of trained keys and values before every row, in each block (prefix-tuning, Li and
+    Liang 2021), together with A and B; 0 for none. They take N positions and cannot be merged."""
+
     @property
     def is_initialized(self) -> bool:
         """Return whether training begins with B A that is not 0."""
@@ -96,6 +100,8 @@ class Adapter(Section):
                 "adapter.method: head trains the head of a classifier and needs task: "
                 f"classification, and task is {task}; use lora, dora or full"
             )
+        if self.prefix:
+            self._check_prefix(task, base)
         if not self.is_initialized:
             return
         what = f"adapter.init: {self.init}"
@@ -114,3 +120,12 @@ class Adapter(Section):
                 f"{what} gives each run a base of its own, of which no packed copy is kept; omit "
                 f"{other}"
             )
+
+    def _check_prefix(self, task: str, base: Base) -> None:
+        """Raise ValueError if `prefix` does not apply to the recipe's other settings."""
+        if task != "causal":
+            raise ValueError(f"adapter.prefix does not support task: {task}; omit it")
+        if self.is_initialized:
+            raise ValueError(f"adapter.prefix does not support adapter.init: {self.init}; omit one")
+        if base.residency == SHARD:
+            raise ValueError(f"adapter.prefix does not support base.residency: {SHARD}; omit one")

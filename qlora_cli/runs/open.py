@@ -11,6 +11,8 @@ from torch import nn
 
 from qlora_cli.adapters.peft_file import AdapterFile
 from qlora_cli.adapters.peft_initial import OwnBase
+from qlora_cli.adapters.peft_prefix import prefix_folder
+from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.files.locate import find_base, read_config
@@ -22,6 +24,7 @@ from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.family import Family
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.packed_base import packed_store
+from qlora_cli.models.prefix import attach_prefix
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.classification import task_of_model
@@ -68,6 +71,12 @@ def open_for_adapters(where: str, device: torch.device, observer: Observer) -> O
     run = Run.find(where)
     if run is None:
         folder = find_base(where, None)
+        if prefix_folder(folder) is not None:
+            raise UsageError(
+                f"{where} has a prefix (adapter.prefix), and takes no other adapter",
+                where="--adapter",
+                hint="omit it",
+            )
         loaded = _open_packed(folder, folder, _compute_on(device, folder), device, observer)
         return OpenedModel(loaded, folder, folder)
     if not run.is_full_fine_tuning:
@@ -101,17 +110,22 @@ def open_run(run: Run, device: torch.device, observer: Observer) -> LoadedModel:
         loaded.initial = adapter_layers_for(loaded, own.start)
         loaded.is_residual = own.is_residual
     attach_adapter(loaded, adapter if own is None else own.added)
+    if adapter.prefix is not None:
+        attach_prefix(loaded, adapter.prefix, device)
     return _ready(loaded, base)
 
 
 def open_model(folder: Path, device: torch.device, observer: Observer) -> LoadedModel:
-    """Load a transformers folder without an adapter.
+    """Load a transformers folder without an adapter, with the prefix of a merged run if it has one.
 
     The compute dtype is float32 on a CPU. On a GPU it is bfloat16, or float16 if the checkpoint is
     in float16 or the GPU does not support bfloat16.
     """
     compute = _compute_on(device, folder)
-    return open_plain(folder, partial(_folder_source, folder), compute, device, observer)
+    loaded = open_plain(folder, partial(_folder_source, folder), compute, device, observer)
+    if (prefix := prefix_folder(folder)) is not None:
+        attach_prefix(loaded, prefix, device)
+    return loaded
 
 
 def open_plain(

@@ -6,7 +6,8 @@ resident, if it fits into memory, because it generates tokens one by one.
 
 The trained model computes as it was trained, with this package's linears and attention. The merged
 model is transformers' own, with its own attention, because other programs will run it that way.
-Only experts are this package's, in 16 bit: transformers' functions for them cannot run on meta. The
+Only experts are this package's, in 16 bit: transformers' functions for them cannot run on meta. So
+is the attention if the run has a prefix, which PEFT would keep in the cache of keys and values. The
 merged model computes in float32, so that a comparison shows the rounding of the weights and not the
 rounding of the arithmetic. Only its embeddings and head keep the dtype of the file; their rows are
 cast when they are used.
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.adapters.peft_prefix import prefix_folder
 from qlora_cli.data.encode import Example
 from qlora_cli.export.compare.logit_comparison import ComparedLogits, Head, compute_logits
 from qlora_cli.export.merge.folder import CONFIG
@@ -39,8 +41,10 @@ from qlora_cli.models.checkpoint_source import open_source
 from qlora_cli.models.model import LoadedModel, is_tied
 from qlora_cli.models.placement.device import DevicePlacement
 from qlora_cli.models.placement.streamed import StreamedPlacement
+from qlora_cli.models.prefix import attach_prefix
 from qlora_cli.models.sites import find_stacks
 from qlora_cli.models.tying import share_modules
+from qlora_cli.nn import attention
 from qlora_cli.nn.attention import kernel_for
 from qlora_cli.nn.packing import WeightFormat
 from qlora_cli.nn.quant import QuantLinear
@@ -91,6 +95,7 @@ def trained_model(tensors: MergedTensors, base: Path, may_be_resident: bool) -> 
         streamed = StreamedPlacement(tensors.device, tensors.trained_adapter, tensors.copy)
         streamed.place(loaded, tensors.trained_source)
         is_resident = False
+    _add_prefix(loaded, tensors.prefix, tensors.device)
     # A classification head trains in float32.
     is_classifier = loaded.family.is_classifier
     storage = torch.float32 if is_classifier else tensors.base_format.storage
@@ -132,6 +137,7 @@ def merged_model(
     """
     loaded = _transformers_model(tensors.task, base, compute, tensors.dtype, tensors.device)
     StreamedPlacement(tensors.device).place(loaded, _MergedSource(tensors, underflow))
+    _add_prefix(loaded, tensors.prefix, tensors.device)
     return comparison_model(tensors.task, loaded, tensors.source, tensors.device, tensors.dtype)
 
 
@@ -152,7 +158,15 @@ def folder_model(
     loaded = _transformers_model(task, merged, compute, dtype, device)
     source = open_source(merged, loaded.family)
     StreamedPlacement(device).place(loaded, source)
+    _add_prefix(loaded, prefix_folder(merged), device)
     return comparison_model(task, loaded, source, device, dtype)
+
+
+def _add_prefix(loaded: LoadedModel, prefix: Path | None, device: torch.device) -> None:
+    """Attach the prefix in a folder, if there is one; only this package's attention has one."""
+    if prefix is not None:
+        loaded.model.set_attn_implementation(attention.NAME)
+        attach_prefix(loaded, prefix, device)
 
 
 def trained_on_meta(

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +101,11 @@ class MergedTensors:
         if self.own_base is None or not self.own_base.is_residual:
             return self.source
         return residual_source(self.source, self.own_base.start, self.sites)
+
+    @property
+    def prefix(self) -> Path | None:
+        """Return the folder of the prefix that was trained with the adapter; None for none."""
+        return None if self.adapter is None else self.adapter.prefix
 
     def before_training(self) -> MergedTensors:
         """Return the merge of the model at the start of the training."""

@@ -68,6 +68,9 @@ def open_merged_tensors(
         if recipe.adapter.is_initialized:
             refused = f"{run.path} has adapter.init: {recipe.adapter.init}, and its adapter is not "
             _refuse_adapters(f"{refused}weighted or combined", weight, others)
+        if recipe.adapter.prefix:
+            refused = f"{run.path} has a prefix (adapter.prefix), and its adapter is not "
+            _refuse_adapters(f"{refused}weighted or combined", weight, others)
         own = WeightedAdapter(run.adapter_file, weight)
         adapter = combine([own, *open_other_adapters(run, others)])
         adapter.check([*sites, *stacks])

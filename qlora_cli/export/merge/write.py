@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.adapters.peft_prefix import FOLDER
 from qlora_cli.data.template import TEMPLATE_FILE
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Observer
@@ -96,6 +97,8 @@ def _write_other_files(
     """Write the config, the tokenizer and the other files of the base into `folder`."""
     write_json(folder / CONFIG, merged_config(base, tensors.dtype, tensors.config_entries))
     copy_files(base, folder)
+    if tensors.prefix is not None:
+        shutil.copytree(tensors.prefix, folder / FOLDER, dirs_exist_ok=True)
     if chat_template is not None:
         (folder / TEMPLATE_FILE).write_text(chat_template)
 

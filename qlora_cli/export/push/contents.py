@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.adapters.peft_prefix import prefix_folder
 from qlora_cli.data.template import TEMPLATE_FILE
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.export.merge.folder import CONFIG, copied_files
@@ -65,6 +66,11 @@ def select_contents(target: Path, *, unverified: bool) -> UploadContents:
     weights are damaged.
     """
     run = Run.find(target)
+    if prefix_folder(target if run is None or run.is_full_fine_tuning else run.adapter_file.folder):
+        raise UsageError(
+            f"{target} has a prefix (adapter.prefix), which needs a repository of its own",
+            hint="upload the folders with `hf upload`, the prefix apart from the weights",
+        )
     if run is not None:
         return _of_run(run)
     if (target / ADAPTER_FILES[0]).is_file() or not (target / CONFIG).is_file():

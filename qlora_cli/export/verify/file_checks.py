@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from qlora_cli.adapters.peft_config import CONFIG as ADAPTER_CONFIG
+from qlora_cli.adapters.peft_config import WEIGHTS as ADAPTER_WEIGHTS
+from qlora_cli.adapters.peft_prefix import FOLDER
 from qlora_cli.data.template import TEMPLATE_FILE
 from qlora_cli.export.merge.folder import CONFIG, copied_files, merged_config
 from qlora_cli.files.composed import language_config
@@ -39,6 +42,24 @@ def file_faults(merged: Path, base: Path, chat_template: str | None = None) -> I
     for path in copied_files(merged):
         if not (base / path).is_file() and path not in own:
             yield f"{path} is not among the base's files; remove it"
+
+
+def prefix_faults(merged: Path, prefix: Path | None) -> Iterator[str]:
+    """Yield a line for each file of the merged model's prefix that differs from the run's.
+
+    prefix: folder of the run's prefix; None if it has none.
+    """
+    own = merged / FOLDER
+    if prefix is None:
+        if own.exists():
+            yield f"{FOLDER} is a prefix that the run does not have; remove it"
+        return
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        path = f"{FOLDER}/{name}"
+        if not (own / name).is_file():
+            yield f"{path} is missing; merge again"
+        elif (own / name).read_bytes() != (prefix / name).read_bytes():
+            yield f"{path} differs from the run's; merge again"
 
 
 def _template_faults(path: Path, chat_template: str) -> Iterator[str]:

@@ -45,7 +45,7 @@ from qlora_cli.export.merge.manifest import MANIFEST, MergeManifest
 from qlora_cli.export.merge.merged_tensors import MergedTensors
 from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.verify.faults import shorten_faults
-from qlora_cli.export.verify.file_checks import config_faults, file_faults
+from qlora_cli.export.verify.file_checks import config_faults, file_faults, prefix_faults
 from qlora_cli.export.verify.gguf_checks import gguf_file_faults
 from qlora_cli.export.verify.prediction_checks import compare_predictions
 from qlora_cli.export.verify.tensor_checks import structure_faults, value_faults
@@ -108,6 +108,7 @@ def verify(merged: Path, run: Run, device: torch.device, observer: Observer) -> 
     ]
     template = trained_template(run.recipe.data, base)
     faults = [*_adapter_faults(manifest, expected), *broken, *file_faults(merged, base, template)]
+    faults += prefix_faults(merged, expected.prefix)
     faults += gguf_file_faults(merged, can_compare=not broken, observer=observer)
     if broken:
         return VerificationReport(shorten_faults(faults))

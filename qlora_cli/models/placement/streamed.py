@@ -29,6 +29,7 @@ from qlora_cli.models.placement.held import PackedCopy, UnmappedCopy, put_tensor
 from qlora_cli.models.placement.slots import TensorSlot, checked_slots, rebuild_buffers
 from qlora_cli.nn.embedding import HostEmbedding, has_own_memory
 from qlora_cli.nn.experts import Experts
+from qlora_cli.nn.prefix import BlockPrefix
 from qlora_cli.nn.quant import QuantLinear
 
 _NamedSlots = Sequence[tuple[str, TensorSlot]]
@@ -124,6 +125,8 @@ def _free_weights(module: nn.Module, *_: Any) -> None:
     """Replace the tensors of a module by meta tensors; a forward hook."""
     with unallocated():
         for part in module.modules():
+            if isinstance(part, BlockPrefix):
+                continue
             if isinstance(part, HostEmbedding):
                 part.weight = torch.empty_like(part.weight, device="meta")
             for key, parameter in list(part.named_parameters(recurse=False)):
