@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from qlora_cli.adapters.peft_prefix import prefix_folder
+from qlora_cli.errors import UsageError
 from qlora_cli.events import Observer
 from qlora_cli.export.serve.client import ServerClient
 from qlora_cli.export.serve.rounding import Bits
@@ -29,6 +31,12 @@ def run(
     server fails.
     """
     return_freed_memory()
+    if prefix_folder(merged) is not None:
+        raise UsageError(
+            f"{merged} has a prefix (adapter.prefix), which a server does not use",
+            where="--server",
+            hint="omit --server",
+        )
     client = ServerClient(url, name)
     device = torch.device(inspect_device().kind)
     report = verify_server(merged, Run(against), client, bits, device, observer)

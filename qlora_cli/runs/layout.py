@@ -1,7 +1,8 @@
 """The files in a run's folder, and the operations on the folder itself.
 
 - run.json          resolved recipe, automatic choices with reasons, versions, device, status
-- adapter/          adapter_config.json + adapter_model.safetensors, in PEFT's format
+- adapter/          adapter_config.json + adapter_model.safetensors, in PEFT's format; prefix/ in it
+                    with the same two files if there is a prefix (`adapter.prefix`)
 - weights/          the trained model after full fine-tuning, instead of adapter/
 - checkpoints/      step-000200/ ...; each folder is complete or absent, and contains what is needed
                     to resume and the adapter/ or weights/ of its step

@@ -53,7 +53,9 @@ def assert_same_run(run: RunFolder, reference: RunFolder) -> None:
     """
     assert losses(run) == losses(reference)
     assert [line[0] for line in losses(run)] == list(range(1, STEPS + 1))
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
+    files = [path.relative_to(run.adapter) for path in run.adapter.rglob("adapter_*")]
+    assert len(files) in (2, 4)  # An adapter, and a prefix if there is one.
+    for name in files:
         assert (run.adapter / name).read_bytes() == (reference.adapter / name).read_bytes()
     states = [
         torch.load(folder.checkpoint(STEPS) / "state.pt", weights_only=True)
@@ -93,6 +95,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora+": {"adapter": {"dropout": 0.2, "lr_ratio": 8.0}},
     "ranks": {"adapter": {"dropout": 0.2, "ranks": {"q": 5, "down": 1}, "alphas": {"up": 2.5}}},
     "dora": {"adapter": {"dropout": 0.2, "method": "dora"}},
+    "prefix": {"adapter": {"dropout": 0.2, "prefix": 3}},
     "pissa": {"adapter": {"dropout": 0.2, "init": "pissa"}},
     "loftq, host": {
         "adapter": {"init": "loftq"},

@@ -158,7 +158,15 @@ def open_other_adapters(run: Run, others: Sequence[tuple[Path, float]]) -> list[
 
     Raises UsageError if one of them was trained on another base.
     """
-    return [WeightedAdapter(_open_on_base_of(run, where), weight) for where, weight in others]
+    opened = [WeightedAdapter(_open_on_base_of(run, where), weight) for where, weight in others]
+    for weighted in opened:
+        if weighted.adapter.prefix is not None:
+            raise UsageError(
+                f"{weighted.adapter.folder} has a prefix (adapter.prefix), which cannot be added",
+                where="--with",
+                hint="merge its run on its own",
+            )
+    return opened
 
 
 def _open_on_base_of(run: Run, where: Path) -> AdapterFile:
