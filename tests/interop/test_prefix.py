@@ -27,6 +27,7 @@ from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.open import open_model, open_run
 from qlora_cli.runs.run import Run
 from qlora_cli.tasks.backbone import hidden_states
+from tests.helpers.interrupted import train_run
 from tests.helpers.observers import NoteRecorder
 from tests.helpers.peft_helpers import (
     IDS,
@@ -35,7 +36,9 @@ from tests.helpers.peft_helpers import (
     peft_logits,
     transformers_model,
 )
+from tests.helpers.resumed_runs import losses, make_bases, recipe_of
 from tests.helpers.runs import CPU, build_base, logits, make_recipe, make_run
+from tests.helpers.together import train_together
 from tests.helpers.training import ROWS, make_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -86,6 +89,27 @@ def test_packed_rows_have_the_gradients_of_single_rows(
     for name, gradient in packed.items():
         scale = float(single[name].abs().max())
         torch.testing.assert_close(gradient, single[name], rtol=1e-4, atol=1e-4 * scale, msg=name)
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
+def test_a_streamed_base_gives_the_same_gradients(residency: str, tmp_path: Path) -> None:
+    bases, found = make_bases(tmp_path, "llama"), []
+    for place in ("device", residency):
+        base, train = {"residency": place}, {"activation_checkpointing": 1}
+        sections = {"base": base, "train": train, "adapter": {"prefix": LENGTH, "dropout": 0.2}}
+        found.append(train_run(recipe_of(bases, tmp_path / place, **sections)))
+    assert losses(found[0]) == losses(found[1])
+
+
+def test_two_processes_train_the_prefix_of_one(tmp_path: Path) -> None:
+    bases = make_bases(tmp_path, "llama")
+    sections = {"adapter": {"prefix": LENGTH}, "train": {"lr": 1e-3}}
+    alone = train_run(recipe_of(bases, tmp_path / "alone", **sections))
+    recipe = recipe_of(bases, tmp_path / "together", **sections)
+    assert train_together(recipe) == [0, 0]
+    files = [folder / "adapter" / "prefix" for folder in (alone.path, tmp_path / "together")]
+    one, two = (load_file(file / "adapter_model.safetensors") for file in files)
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
 
 def greedy(loaded: LoadedModel, num: int) -> list[int]:
