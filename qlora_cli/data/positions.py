@@ -32,7 +32,7 @@ def row_limit(data: Data, config: Any) -> int | None:
     return positions if positions is not None and data.seq_len > positions else None
 
 
-def check_seq_len(data: Data, config: Any, prefix: int) -> None:
+def check_seq_len(data: Data, config: Any, prefix: int = 0) -> None:
     """Raise RecipeError if `data.seq_len` is larger than the base's number of positions.
 
     With packing it may be larger: positions start at 0 in each row, so only rows are limited.

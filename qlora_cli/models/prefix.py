@@ -43,8 +43,12 @@ def create_prefix(
     _shift_positions(loaded)
 
 
-def attach_prefix(loaded: LoadedModel, folder: Path, device: torch.device) -> None:
+def attach_prefix(
+    loaded: LoadedModel, folder: Path, device: torch.device, *, is_switched: bool = True
+) -> None:
     """Replace the prefix of a model by the one in `folder`, frozen. device: that computes.
+
+    is_switched: it has no effect while the model has no adapter. False for a merged model.
 
     Raises ModelError if it is damaged or does not fit the model.
     """
@@ -58,6 +62,7 @@ def attach_prefix(loaded: LoadedModel, folder: Path, device: torch.device) -> No
     has_prefix = bool(block_prefixes(loaded.model))
     for index, path in enumerate(paths):
         prefix = BlockPrefix(*(tensor.to(device) for tensor in stored.block(index)))
+        prefix.is_switched = is_switched
         module = loaded.model.get_submodule(path)
         module.register_module(SUBMODULE, prefix.requires_grad_(False).eval())
     if not has_prefix:
@@ -89,9 +94,9 @@ def load_prefix(loaded: LoadedModel, folder: Path | None) -> None:
 
 
 def activate_prefix(model: nn.Module, is_active: bool) -> None:
-    """Let the prefix of a model have an effect or not. A model without a prefix is not changed."""
+    """Let the prefix of a model have an effect or not, if it has one that is switched."""
     for prefix in block_prefixes(model):
-        prefix.is_active = is_active
+        prefix.is_active = is_active or not prefix.is_switched
 
 
 def prefix_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

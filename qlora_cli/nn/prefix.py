@@ -29,13 +29,16 @@ _STD = 0.02
 
 
 class BlockPrefix(nn.Module):
-    """The keys and values of one block, each (N, G, D). Without `is_active` they have no effect."""
+    """The keys and values of one block, each (N, G, D).
+
+    is_active: they have an effect. is_switched: only together with an adapter.
+    """
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__()
         self.key = nn.Parameter(key)
         self.value = nn.Parameter(value)
-        self.is_active = True
+        self.is_active = self.is_switched = True
 
     @classmethod
     def drawn(

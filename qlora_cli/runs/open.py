@@ -124,7 +124,7 @@ def open_model(folder: Path, device: torch.device, observer: Observer) -> Loaded
     compute = _compute_on(device, folder)
     loaded = open_plain(folder, partial(_folder_source, folder), compute, device, observer)
     if (prefix := prefix_folder(folder)) is not None:
-        attach_prefix(loaded, prefix, device)
+        attach_prefix(loaded, prefix, device, is_switched=False)
     return loaded
 
 

@@ -27,6 +27,7 @@ def settings(seq_len: int, packing: bool = False) -> Data:
 def test_the_limit_itself_is_accepted() -> None:
     check_seq_len(settings(64), Config())
     check_seq_len(settings(10**6), object())
+    check_seq_len(settings(60), Config(), 4)
     check_seq_len(settings(65, packing=True), Config())
     with pytest.raises(RecipeError, match=r"data.seq_len: is 65; the base has 64 positions"):
         check_seq_len(settings(65), Config())
@@ -48,3 +49,8 @@ def test_plan_data_and_train_refuse_the_same_recipe(tmp_path: Path) -> None:
     assert len(set(messages)) == 1
     assert "the base has 512 positions" in messages[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prefix_needs_positions_of_its_own() -> None:
+    with pytest.raises(RecipeError, match=r"adapter\.prefix: 61 tokens and a prefix of 4"):
+        check_seq_len(settings(61, packing=True), Config(), 4)

@@ -19,6 +19,7 @@ from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.events import Silent
 from qlora_cli.export.push.contents import select_contents
 from qlora_cli.jobs import merge, verify, verify_server
+from qlora_cli.jobs.open_generator import open_generator
 from qlora_cli.models.attach import load_adapter, remove_adapter
 from qlora_cli.models.model import LoadedModel
 from qlora_cli.models.prefix import MODEL_TYPES, block_prefixes
@@ -133,6 +134,10 @@ def test_merge_keeps_the_prefix_beside_the_model(tmp_path: Path) -> None:
     wanted = logits(loaded, IDS)
     torch.testing.assert_close(logits(opened, IDS), wanted)
     torch.testing.assert_close(logits(merged, IDS), wanted, rtol=0, atol=0.1)
+    generator = open_generator(str(out), Silent())
+    generator.switch.use("base")
+    generated = generator.opened.loaded
+    torch.testing.assert_close(logits(generated, IDS), logits(merged, IDS))
     peft = PeftModel.from_pretrained(transformers_model(out), out / "prefix")
     torch.testing.assert_close(peft_logits(peft), logits(merged, IDS), rtol=1e-4, atol=1e-3)
 
