@@ -130,6 +130,7 @@ _KINDS = {
     "lora": (),
     "full": _FULL,
     "lora, all linears": _ALL_LINEARS,
+    "lora with a prefix, all linears": ("adapter.prefix=16", *_ALL_LINEARS),
     "nf4, all linears": ("base.bits=4", *_ALL_LINEARS),
     "nf4 with measured scales, all linears": ("base.bits=4", "base.scales=measured", *_ALL_LINEARS),
 }
