@@ -7,9 +7,9 @@ from typing import Any
 
 from qlora_cli.events import Observer
 from qlora_cli.jobs import mix_cache
-from qlora_cli.jobs.measured_base import check_method
+from qlora_cli.jobs.measured_base import check_method, in_4_bit
 from qlora_cli.jobs.prepare import Prepared
-from qlora_cli.jobs.quantize import base_bytes, in_4_bit, measure, measured_rows
+from qlora_cli.jobs.quantize import base_bytes, measure, measured_rows
 from qlora_cli.plan.limit import limit_of
 from qlora_cli.plan.planner import Planner
 from qlora_cli.recipe.change import with_settings

@@ -17,9 +17,9 @@ from qlora_cli.memory.device import inspect_device
 from qlora_cli.models.base_format import base_format_of
 from qlora_cli.quantize.inputs import measure_inputs
 from qlora_cli.quantize.measurement import MeasuredBase
+from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
-from qlora_cli.train.runtime import setup_device
 
 LIMITS = Limits(rows=64, tokens=4096)
 """Rows that are measured: enough for the order of the linears, and quick on a CPU."""
@@ -39,6 +39,11 @@ def check_method(recipe: Recipe) -> None:
         )
 
 
+def in_4_bit(recipe: Recipe) -> Recipe:
+    """Return the recipe with all linears in 4 bit."""
+    return with_settings(recipe, "base", bits=4, overrides={}, budget=None)
+
+
 def measured_base(prepared: Prepared, rows: EvalRows, observer: Observer) -> MeasuredBase:
     """Return the base of a prepared recipe, to be measured on these rows.
 
@@ -54,8 +59,8 @@ def measured_base(prepared: Prepared, rows: EvalRows, observer: Observer) -> Mea
 def measured_squares(prepared: Prepared, observer: Observer) -> tuple[Mapping[str, Tensor], str]:
     """Return path -> mean squares of the inputs of each linear, and the origin of the rows.
 
-    Training rows are used, so that held-out rows stay unseen. Raises
-    UsageError if there are none, or if the task has no predicted tokens.
+    Training rows are used, so that held-out rows stay unseen. Raises UsageError if there are none,
+    or if the task has no predicted tokens.
     """
     check_method(prepared.recipe)
     rows = training_rows(prepared.recipe, prepared.folder, prepared.config, LIMITS)
@@ -63,13 +68,15 @@ def measured_squares(prepared: Prepared, observer: Observer) -> tuple[Mapping[st
         raise UsageError(
             f"there are no rows to measure: {'; '.join(rows.notes)}", where="data.train"
         )
-    return measure_inputs(_base_on(prepared, rows), observer), rows.origin
+    # The bits may be chosen later, and have no effect on the inputs.
+    plain = replace(prepared, recipe=in_4_bit(prepared.recipe))
+    return measure_inputs(_base_on(plain, rows), observer), rows.origin
 
 
 def _base_on(prepared: Prepared, rows: EvalRows) -> MeasuredBase:
     recipe = prepared.recipe
-    # The plan may be for another device.
-    device = setup_device(inspect_device(), recipe.train.seed)
+    # The plan may be for another device. The first process of several measures for all.
+    device = torch.device(inspect_device().kind)
     base_format = base_format_of(recipe, file_dtype(prepared.config))
     given = (task_of(recipe), prepared.folder, prepared.config, base_format.default)
-    return MeasuredBase(*given, rows.rows, torch.device(device), base_format.importance)
+    return MeasuredBase(*given, rows.rows, device, base_format.importance)

@@ -14,7 +14,7 @@ from qlora_cli.export.compare.eval_rows import EvalRows, eval_rows
 from qlora_cli.files.atomic import atomic_file, report_write_errors
 from qlora_cli.jobs import mix_cache
 from qlora_cli.jobs.init import check_target
-from qlora_cli.jobs.measured_base import LIMITS, check_method, measured_base
+from qlora_cli.jobs.measured_base import LIMITS, check_method, in_4_bit, measured_base
 from qlora_cli.jobs.prepare import Prepared, prepare
 from qlora_cli.jobs.quantize_results import LinearCost, MixStep, QuantizeResult
 from qlora_cli.memory.device import inspect_device
@@ -146,11 +146,6 @@ def linear_sizes(base: MeasuredBase) -> list[LinearSize]:
             num_bytes[bits] = sum(spec.num_bytes for spec in packed_specs(linear).values())
         found.append(LinearSize(site.path, num_bytes))
     return found
-
-
-def in_4_bit(recipe: Recipe) -> Recipe:
-    """Return the recipe with all linears in 4 bit."""
-    return with_settings(recipe, "base", bits=4, overrides={}, budget=None)
 
 
 def measured_rows(prepared: Prepared, observer: Observer) -> EvalRows:

@@ -19,6 +19,7 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs import optimizer_states
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.resume import last_good_step
+from qlora_cli.runs.run import Run
 from qlora_cli.train import loop
 from qlora_cli.train.step import train_step
 from tests.helpers.interrupted import train_run
@@ -81,6 +82,21 @@ def test_two_processes_equal_one(together: RunFolder, alone: RunFolder) -> None:
     steps = json.loads((together.path / "run.json").read_text())["steps"]
     assert steps == STEPS
     assert together.steps() == alone.steps()
+
+
+def test_the_first_process_measures_the_base_for_all(folder: Path) -> None:
+    """The inputs of the linears, and which of them need more bits."""
+    base = {"bits": "auto", "budget": "142KiB", "scales": "measured"}
+    one, two = (
+        recipe_of(folder, folder / f"measured-{name}", base=base, train={"steps": 1})
+        for name in ("alone", "together")
+    )
+    assert train_together(two) == [0, 0]
+    run, reference = RunFolder(Path(two.output)), train_run(one)
+    assert run.importance.read_bytes() == reference.importance.read_bytes()
+    bits = Run(run.path).recipe.base.overrides
+    assert bits == Run(reference.path).recipe.base.overrides != {}
+    assert losses(run)[0][1] == pytest.approx(losses(reference)[0][1], rel=CLOSE)
 
 
 def test_the_weights_of_all_processes_are_equal_bit_for_bit(
