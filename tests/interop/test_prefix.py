@@ -92,6 +92,7 @@ def test_packed_rows_have_the_gradients_of_single_rows(
         torch.testing.assert_close(gradient, single[name], rtol=1e-4, atol=1e-4 * scale, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residency", ["host", "disk"])
 def test_a_streamed_base_gives_the_same_gradients(residency: str, tmp_path: Path) -> None:
     bases, found = make_bases(tmp_path, "llama"), []
@@ -102,6 +103,7 @@ def test_a_streamed_base_gives_the_same_gradients(residency: str, tmp_path: Path
     assert losses(found[0]) == losses(found[1])
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_prefix_of_one(tmp_path: Path) -> None:
     bases = make_bases(tmp_path, "llama")
     sections = {"adapter": {"prefix": LENGTH}, "train": {"lr": 1e-3}}
@@ -121,6 +123,7 @@ def greedy(loaded: LoadedModel, num: int) -> list[int]:
     return ids[0].tolist()
 
 
+@pytest.mark.slow
 def test_merge_keeps_the_prefix_beside_the_model(tmp_path: Path) -> None:
     _, recipe = frozen_16_bit(tmp_path, "llama", prefix=LENGTH)
     run, loaded = prefix_run(tmp_path / "run", recipe)
@@ -142,6 +145,7 @@ def test_merge_keeps_the_prefix_beside_the_model(tmp_path: Path) -> None:
     torch.testing.assert_close(peft_logits(peft), logits(merged, IDS), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_verification_fails_with_another_prefix(tmp_path: Path) -> None:
     _, recipe = frozen_16_bit(tmp_path, "llama", prefix=LENGTH)
     run, _ = prefix_run(tmp_path / "run", recipe)
