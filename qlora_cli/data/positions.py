@@ -36,7 +36,8 @@ def check_seq_len(data: Data, config: Any, prefix: int = 0) -> None:
     """Raise RecipeError if `data.seq_len` is larger than the base's number of positions.
 
     With packing it may be larger: positions start at 0 in each row, so only rows are limited.
-    prefix: `adapter.prefix`, the positions before each row, for which there must be place always.
+    prefix: `adapter.prefix`, the number of positions before each row. With a prefix, `data.seq_len`
+    and the prefix together must not exceed the positions, also with packing.
     Planning, `qlora data` and training call this, so they refuse the same recipes.
     """
     positions = num_positions(config)

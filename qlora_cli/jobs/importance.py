@@ -17,18 +17,16 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.run import Run
 
-_SCALES = "base.scales"
-
 
 def check_scales(recipe: Recipe, config: Any) -> None:
-    """Raise RecipeError if the checkpoint is quantized: `base.scales` has no effect.
+    """Raise RecipeError if `base.scales` is set for a base that bitsandbytes has quantized.
 
     config: of the base.
     """
     if recipe.base.scales != "absmax" and stored_as(config) == BITSANDBYTES:
         raise RecipeError(
             "the recipe does not fit the base",
-            [Problem(_SCALES, "bitsandbytes has chosen the scales of this checkpoint")],
+            [Problem("base.scales", "bitsandbytes has chosen the scales of this checkpoint")],
             hint="omit it, or name the base that the checkpoint was made from",
         )
 
@@ -36,27 +34,25 @@ def check_scales(recipe: Recipe, config: Any) -> None:
 def choose_importance(
     prepared: Prepared, run: RunFolder, earlier: Run | None, observer: Observer
 ) -> tuple[Prepared, tuple[Choice, ...]]:
-    """Return the recipe with a file in `base.importance`, and the choice made.
+    """Return the job with `base.importance` set to a file of the run, and the choice made, if any.
 
-    The file is in the run's folder: measured now, or a copy of that of the recipe. earlier: the run
-    that is resumed, which keeps its file. Without `scales: measured` nothing changes. Raises
-    UsageError if there are no rows, and for a task without predicted tokens.
+    The inputs are measured now, or copied from the file that the recipe names. run: folder of the
+    run. earlier: the run that is resumed, which keeps its file. Without `scales: measured` nothing
+    changes. Raises UsageError if there are no rows to measure, or if the task has no predicted
+    tokens, and the errors of `check_scales` and `read_importance`.
     """
     check_scales(prepared.recipe, prepared.config)
-    given = prepared.recipe.base.importance
-    if prepared.recipe.base.scales != "measured":
+    base = prepared.recipe.base
+    if base.scales != "measured":
         return prepared, ()
-    if earlier is not None and earlier.recipe.base.importance is not None:
-        return _with_file(prepared, str(run.importance)), ()
-    if given is not None:
-        write_importance(run.importance, read_importance(given))
-        return _with_file(prepared, str(run.importance)), ()
-    squares, origin = measured_squares(prepared, observer)
-    write_importance(run.importance, squares)
-    choice = Choice(KEY, run.importance.name, f"inputs of {len(squares)} linears on {origin}")
-    prepared = replace(prepared, choices=(*prepared.choices, choice))
-    return _with_file(prepared, str(run.importance)), (choice,)
-
-
-def _with_file(prepared: Prepared, file: str) -> Prepared:
-    return replace(prepared, recipe=with_settings(prepared.recipe, "base", importance=file))
+    made: tuple[Choice, ...] = ()
+    has_file = earlier is not None and earlier.recipe.base.importance is not None
+    if not has_file and base.importance is not None:
+        write_importance(run.importance, read_importance(base.importance))
+    elif not has_file:
+        squares, origin = measured_squares(prepared, observer)
+        write_importance(run.importance, squares)
+        reason = f"inputs of {len(squares)} linears on {origin}"
+        made = (Choice(KEY, run.importance.name, reason),)
+    recipe = with_settings(prepared.recipe, "base", importance=str(run.importance))
+    return replace(prepared, recipe=recipe, choices=(*prepared.choices, *made)), made

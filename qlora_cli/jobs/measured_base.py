@@ -56,6 +56,14 @@ def measured_base(prepared: Prepared, rows: EvalRows, observer: Observer) -> Mea
     return replace(base, importance=squares)
 
 
+def check_rows(rows: EvalRows) -> None:
+    """Raise UsageError if no rows of the recipe can be measured."""
+    if not rows.is_task_data:
+        raise UsageError(
+            f"there are no rows to measure: {'; '.join(rows.notes)}", where="data.train"
+        )
+
+
 def measured_squares(prepared: Prepared, observer: Observer) -> tuple[Mapping[str, Tensor], str]:
     """Return path -> mean squares of the inputs of each linear, and the origin of the rows.
 
@@ -64,10 +72,7 @@ def measured_squares(prepared: Prepared, observer: Observer) -> tuple[Mapping[st
     """
     check_method(prepared.recipe)
     rows = training_rows(prepared.recipe, prepared.folder, prepared.config, LIMITS)
-    if not rows.is_task_data:
-        raise UsageError(
-            f"there are no rows to measure: {'; '.join(rows.notes)}", where="data.train"
-        )
+    check_rows(rows)
     # The bits may be chosen later, and have no effect on the inputs.
     plain = replace(prepared, recipe=in_4_bit(prepared.recipe))
     return measure_inputs(_base_on(plain, rows), observer), rows.origin

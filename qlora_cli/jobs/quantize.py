@@ -8,13 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_cli.errors import DoesNotFit, UsageError
+from qlora_cli.errors import DoesNotFit
 from qlora_cli.events import Observer
 from qlora_cli.export.compare.eval_rows import EvalRows, eval_rows
 from qlora_cli.files.atomic import atomic_file, report_write_errors
 from qlora_cli.jobs import mix_cache
 from qlora_cli.jobs.init import check_target
-from qlora_cli.jobs.measured_base import LIMITS, check_method, in_4_bit, measured_base
+from qlora_cli.jobs.measured_base import (
+    LIMITS,
+    check_method,
+    check_rows,
+    in_4_bit,
+    measured_base,
+)
 from qlora_cli.jobs.prepare import Prepared, prepare
 from qlora_cli.jobs.quantize_results import LinearCost, MixStep, QuantizeResult
 from qlora_cli.memory.device import inspect_device
@@ -151,10 +157,7 @@ def linear_sizes(base: MeasuredBase) -> list[LinearSize]:
 def measured_rows(prepared: Prepared, observer: Observer) -> EvalRows:
     """Return the rows that are measured. Raises UsageError if there are none."""
     rows = eval_rows(prepared.recipe, prepared.folder, prepared.config, LIMITS)
-    if not rows.is_task_data:
-        raise UsageError(
-            f"there are no rows to measure: {'; '.join(rows.notes)}", where="data.train"
-        )
+    check_rows(rows)
     for note in rows.notes:
         observer.note(note)
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -39,17 +40,24 @@ def write_importance(file: Path, squares: Mapping[str, Tensor]) -> None:
         write_tensors(partial, specs, lambda path: squares[path], metadata)
 
 
-def read_importance(file: str) -> dict[str, Tensor]:
+def read_importance(file: str) -> Mapping[str, Tensor]:
     """Return what `write_importance` wrote. Raises ModelError if the file is missing or damaged."""
     path = user_path(file)
     if not path.is_file():
         raise ModelError(f"{KEY} names a file that does not exist", where=file, hint=_HINT)
+    status = path.stat()
+    return _read(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, *_: int) -> Mapping[str, Tensor]:
+    """Return the content of a file, once for its time and size: each dry run of a plan needs it."""
     # They stay in host memory, 4 bytes for each input of a linear, and the plan does not have them.
     with unallocated():
         entries, metadata = read_header(path)
         squares = {name: read_tensor(entry) for name, entry in entries.items()}
         if not _is_valid(squares) or metadata.get(_DIGEST) != importance_digest(squares):
-            raise ModelError("its content does not match its checksum", where=file, hint=_HINT)
+            raise ModelError("its content does not match its checksum", where=str(path), hint=_HINT)
     return squares
 
 

@@ -14,7 +14,7 @@ from qlora_cli.adapters.peft_prefix import read_prefix
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.memory.scopes import module_scope, scope
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.nn.prefix import SUBMODULE, BlockPrefix
+from qlora_cli.nn.prefix import SUBMODULE, BlockPrefix, prefix_of
 
 MODEL_TYPES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 """The model types with a prefix; tests compare each of them with PEFT."""
@@ -94,7 +94,7 @@ def load_prefix(loaded: LoadedModel, folder: Path | None) -> None:
 
 
 def activate_prefix(model: nn.Module, is_active: bool) -> None:
-    """Let the prefix of a model have an effect or not, if it has one that is switched."""
+    """Turn the prefix of a model on or off. One that belongs to a merged model stays on."""
     for prefix in block_prefixes(model):
         prefix.is_active = is_active or not prefix.is_switched
 
@@ -132,18 +132,23 @@ def _head_sizes(config: Any) -> tuple[int, int]:
 
 
 def _shift_positions(loaded: LoadedModel) -> None:
-    """Let the positions of tokens begin at N, by a hook on the backbone."""
+    """Shift the positions of tokens by N while the prefix is active, by a hook on the backbone."""
     backbone = loaded.model.get_submodule(loaded.family.backbone)
-    hook = partial(_with_shifted_positions, loaded.model)
+    # Not the prefix itself, which another one may replace.
+    attention = loaded.model.get_submodule(_attention_paths(loaded)[0])
+    hook = partial(_with_shifted_positions, attention)
     backbone.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _with_shifted_positions(
-    model: nn.Module, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    attention: nn.Module, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return the arguments of a backbone with positions that begin at N."""
-    prefix = next(iter(block_prefixes(model)))
-    if not prefix.is_active:
+    """Return the arguments of a backbone with positions that begin at N; None without a prefix.
+
+    attention: that of the first block.
+    """
+    prefix = prefix_of(attention)
+    if prefix is None:
         return None
     positions = named.get("position_ids")
     if positions is None:

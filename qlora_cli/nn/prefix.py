@@ -31,7 +31,8 @@ _STD = 0.02
 class BlockPrefix(nn.Module):
     """The keys and values of one block, each (N, G, D).
 
-    is_active: they have an effect. is_switched: only together with an adapter.
+    is_active: whether `attend` uses them. is_switched: whether they are turned off while the model
+    has no adapter; those of a merged model are not.
     """
 
     def __init__(self, key: Tensor, value: Tensor) -> None:

@@ -98,17 +98,16 @@ class QuantLinear(nn.Module):
         self.renew_dequantized()
 
     def _packed_4bit(self, weight: Tensor) -> list[Tensor]:
-        own, importance = self.weight_format, None
+        own = self.weight_format
         given = (weight, own.quant_type, own.double_quant)
         if own.scales == "absmax":
             return packed_4bit(*given)
-        if own.scales == "measured":
-            if weight.is_meta:  # A plan needs its size only.
-                importance = torch.empty(self.in_features, device="meta")
-            else:
-                assert own.importance is not None, "the inputs were not measured"
-                importance = own.importance.to(weight.device, copy=True)
-        return searched_4bit(*given, importance)
+        if own.scales == "search":
+            return searched_4bit(*given, None)
+        if weight.is_meta:  # A plan needs its size only.
+            return searched_4bit(*given, torch.empty(self.in_features, device="meta"))
+        assert own.importance is not None, "the inputs were not measured"
+        return searched_4bit(*given, own.importance.to(weight.device, copy=True))
 
     def constants(self) -> Iterator[nn.Parameter]:
         """Yield the quantization constants of a packed weight: its scales."""

@@ -88,11 +88,11 @@ class _Levels:
         self._middles = (self.values[1:] + self.values[:-1]) / 2
 
     def nearest(self, blocks: Tensor, scale: Tensor) -> Tensor:
-        """Return the nearest level of each value, without the scale (n, 1)."""
+        """Return the level that is nearest to each value of `blocks / scale`. scale: (n, 1)."""
         return self._of_nearest(self.values, blocks, scale)
 
     def codes(self, blocks: Tensor, scale: Tensor) -> Tensor:
-        """Return the codes of the nearest levels, two in each byte (m, 1)."""
+        """Return the codes of the levels of `nearest`, uint8 (m, 1) with two codes in each."""
         codes = self._of_nearest(self._code_of_level, blocks, scale).view(-1, 2)
         return (codes[:, :1] << 4) | codes[:, 1:]
 
@@ -103,7 +103,11 @@ class _Levels:
 
 
 def _best_scales(blocks: Tensor, weights: Tensor | None, levels: _Levels) -> Tensor:
-    """Return the scale of each block (n,). weights: of the squared errors, as `blocks`."""
+    """Return the scale of each block (n,) with the lowest squared error.
+
+    blocks: (n, BLOCK_SIZE_4BIT). weights: of the squared errors, of the shape of `blocks`; None for
+    equal ones.
+    """
     largest = blocks.abs().amax(dim=1, keepdim=True).clamp_min_(TINY)
     best = largest.clone()
     least = torch.full_like(largest, torch.inf)

@@ -93,6 +93,11 @@ class Adapter(Section):
             raise ValueError("targets is empty; nothing would be trained")
         return self
 
+    @property
+    def may_be_sharded(self) -> bool:
+        """Return whether the section supports `base.residency: shard`."""
+        return not self.prefix and not self.is_initialized
+
     def check_with(self, task: str, base: Base) -> None:
         """Raise ValueError if the section does not apply to the recipe's other settings."""
         if self.method == "head" and task != "classification":

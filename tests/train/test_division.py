@@ -126,7 +126,7 @@ def test_joined_states_are_restored_by_one_process_and_by_several(
     _, optimizer = updated(name, SINGLE, unit, dtype)
     saved = optimizer.state_dict()
     _, joined, own = together(name, 2, unit, dtype)
-    settings = Train(optimizer=name)  # type: ignore[arg-type]
+    settings = Train.model_validate({"optimizer": name})
     restored = make_grouped(settings, Division(trained(dtype), "blocks", unit, SINGLE))
     restored.load_state_dict({**saved, "state": joined})
     assert_equal(restored.state_dict(), saved)

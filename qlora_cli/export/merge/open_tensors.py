@@ -65,12 +65,11 @@ def open_merged_tensors(
         # Trained weights are stored in the compute dtype of the training.
         base_format = BaseFormat(replace(base_format.default, storage=base_format.compute))
     else:
-        if recipe.adapter.is_initialized:
-            refused = f"{run.path} has adapter.init: {recipe.adapter.init}, and its adapter is not "
-            _refuse_adapters(f"{refused}weighted or combined", weight, others)
-        if recipe.adapter.prefix:
-            refused = f"{run.path} has a prefix (adapter.prefix), and its adapter is not "
-            _refuse_adapters(f"{refused}weighted or combined", weight, others)
+        if recipe.adapter.is_initialized or recipe.adapter.prefix:
+            init = f"adapter.init: {recipe.adapter.init}"
+            setting = "a prefix (adapter.prefix)" if recipe.adapter.prefix else init
+            refused = f"{run.path} has {setting}, and its adapter is not weighted or combined"
+            _refuse_adapters(refused, weight, others)
         own = WeightedAdapter(run.adapter_file, weight)
         adapter = combine([own, *open_other_adapters(run, others)])
         adapter.check([*sites, *stacks])
