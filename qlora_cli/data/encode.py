@@ -20,6 +20,7 @@ from qlora_cli.data.align import Span
 from qlora_cli.data.chat_template import ChatTemplate
 from qlora_cli.data.contents import Content, PromptCompletion, TokenIds
 from qlora_cli.data.conversation import Conversation
+from qlora_cli.data.fast_tokens import FastTokenizer, fast_tokenizer
 from qlora_cli.data.formats import FORMATS, content_of
 from qlora_cli.data.row_errors import FieldsError, RowError
 from qlora_cli.data.row_store import Row
@@ -222,27 +223,17 @@ def tokenized(
     origins, contents: of the texts.
     """
     results: list[Any] = list(texts)
+    fast = fast_tokenizer(tokenizer)
     for add_begin in (True, False):
         batch = [
             (index, text)
             for index, text in enumerate(texts)
             if isinstance(text, RenderedText) and text.add_begin == add_begin
         ]
-        if not batch:
-            continue
-        # verbose=False: the limit is seq_len, not the tokenizer's own maximum.
-        tokens = tokenizer(
-            [text.text for _, text in batch],
-            add_special_tokens=add_begin,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        for i, (index, text) in enumerate(batch):
-            ids, encoding = tokens["input_ids"][i], tokens.encodings[i]
-            labels = trained_labels(encoding, ids, text.spans, len(text.text))
-            # A chat template decides about the characters in front of a turn itself.
-            is_inside = text.add_end and begins_inside_token(encoding, labels, text.spans[0][0])
+        found = _encode_fast(fast, batch, add_begin) if fast and batch else {}
+        found |= _encode(tokenizer, [item for item in batch if item[0] not in found], add_begin)
+        for index, text in batch:
+            ids, labels, is_inside = found[index]
             if text.add_end:
                 _add_end(ids, labels, tokenizer.eos_token_id)
             content = contents[index] if contents is not None else None
@@ -250,6 +241,48 @@ def tokenized(
                 ids, labels, origins[index], begins_inside_token=is_inside, content=content
             )
     return results
+
+
+_Batch = Sequence[tuple[int, RenderedText]]
+_Found = dict[int, tuple[list[int], list[int], bool]]
+"""Token ids, labels, and whether the first trained token begins inside a token, by index."""
+
+
+def _encode_fast(fast: FastTokenizer, batch: _Batch, add_begin: bool) -> _Found:
+    """Return the tokens of the texts whose trained spans begin and end between tokens."""
+    found = fast.encode(
+        [text.text for _, text in batch],
+        [text.spans for _, text in batch],
+        add_special_tokens=add_begin,
+    )
+    return {
+        index: (*row, False)
+        for (index, _), row in zip(batch, found, strict=True)
+        if row is not None
+    }
+
+
+def _encode(tokenizer: Any, batch: _Batch, add_begin: bool) -> _Found:
+    """Return the tokens of all texts of a batch."""
+    if not batch:
+        return {}
+    # verbose=False: the limit is seq_len, not the tokenizer's own maximum.
+    tokens = tokenizer(
+        [text.text for _, text in batch],
+        add_special_tokens=add_begin,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    found: _Found = {}
+    for (index, text), ids, encoding in zip(
+        batch, tokens["input_ids"], tokens.encodings, strict=True
+    ):
+        labels = trained_labels(encoding, ids, text.spans, len(text.text))
+        # A chat template decides about the characters in front of a turn itself.
+        is_inside = text.add_end and begins_inside_token(encoding, labels, text.spans[0][0])
+        found[index] = (ids, labels, is_inside)
+    return found
 
 
 def _add_end(ids: list[int], labels: list[int], eos: int | None) -> None:
