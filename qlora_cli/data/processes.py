@@ -85,7 +85,8 @@ def _in_order(pool: ProcessPoolExecutor, jobs: Iterable[Any], ahead: int) -> Ite
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, BrokenPipeError) as error:
+        # The pipe breaks if the process ends before it has read the function.
         raise QloraError(
             "a process that tokenizes rows was killed",
             hint="the system may be out of memory; set data.processes to a smaller number",

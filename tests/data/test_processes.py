@@ -1,4 +1,4 @@
-"""Processes that tokenize rows end without a message when their terminal is closed."""
+"""Processes that tokenize rows: their terminal is closed, or they end at once."""
 
 from __future__ import annotations
 
@@ -43,3 +43,27 @@ def test_a_hangup_of_all_processes_prints_nothing() -> None:
     os.killpg(job.pid, signal.SIGHUP)
     out, err = job.communicate(timeout=120)
     assert (job.returncode, out, err) == (0, "ended\n", "")
+
+
+FAILING = """
+import sys
+from functools import partial
+from qlora_cli.data.processes import workers
+from qlora_cli.errors import QloraError
+
+try:
+    # A process imports the main module again, and fails: this one has no file.
+    with workers(partial(max, "a" * int(sys.argv[1])), 2) as apply:
+        list(apply(["b", "c"]))
+except QloraError as error:
+    print(error.hint)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 50_000_000], ids=["small", "larger than a pipe"])
+def test_processes_that_end_at_once_are_one_error(size: int) -> None:
+    job = subprocess.run(
+        [sys.executable, "-", str(size)], input=FAILING, capture_output=True, text=True, timeout=120
+    )
+    assert "set data.processes to a smaller number" in job.stdout, job.stderr
