@@ -39,10 +39,20 @@ def fast_tokenizer(tokenizer: Any) -> FastTokenizer | None:
     return _fast_tokenizer(tokenizer, len(tokenizer)) if find_spec(PACKAGE) else None
 
 
+def install_hint(tokenizer: Any) -> str | None:
+    """Return a line on how to tokenize faster; None if it is not possible or done already."""
+    if find_spec(PACKAGE) or not _is_byte_level(_definition(tokenizer)):
+        return None
+    return (
+        "pip install 'qlora-cli[fast-tokens]' makes the tokenization of many rows faster; the "
+        "tokens are the same"
+    )
+
+
 @lru_cache(maxsize=1)
 def _fast_tokenizer(tokenizer: Any, size: int) -> FastTokenizer | None:
     """Return the same as `fast_tokenizer`. size: of the vocabulary, which can grow."""
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    definition = _definition(tokenizer)
     if not _is_byte_level(definition):
         return None
     try:
@@ -142,6 +152,12 @@ class FastTokenizer:
         )
         start = full.index(bare[0])
         return full[:start], full[start + len(bare) :]
+
+
+def _definition(tokenizer: Any) -> dict[str, Any]:
+    """Return the content of the tokenizer.json."""
+    definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return definition
 
 
 def _is_byte_level(definition: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ lists but in a file, of the cache or temporary, that is mapped into memory.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 from qlora_cli.data.encode import encode
 from qlora_cli.data.encoded import EncodedRows, Examples
+from qlora_cli.data.fast_tokens import install_hint
+from qlora_cli.data.formats import FORMATS
 from qlora_cli.data.long_rows import LongRowsReport, fit_rows, policy_of
 from qlora_cli.data.mixture import (
     DataRows,
@@ -31,6 +34,7 @@ from qlora_cli.data.rows import read_rows
 from qlora_cli.data.stream import (
     Encode,
     Encoder,
+    Group,
     groups_of,
     num_processes,
     record_batches,
@@ -59,6 +63,8 @@ from qlora_cli.units import format_count
 _SILENT = Silent()
 _MAPPED_ROWS = 10_000
 """Number of rows from which on their tokens are in a file."""
+_MANY_ROWS = 50_000
+"""Number of rows from which on a faster tokenizer saves more time than installing it takes."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +219,8 @@ class RowLoader:
         with workers(encoder, num_processes(number, self.data), encoder.modules) as apply:
             for part, name in zip(chosen, PART_FILES, strict=False):
                 groups = groups_of(part, self.data)
+                if hint := self._hint(groups):
+                    observer.note(hint)
                 faults = RowFaults()
                 batches = record_batches(groups, apply, observer.advance, faults, done)
                 names = part.store.names
@@ -225,6 +233,11 @@ class RowLoader:
                 parts.append(EncodedPart(encoded, formats, faults))
                 done += len(part)
         return EncodedData(parts[0], parts[1] if parts[1:] else None, rows.sources), checksums
+
+    def _hint(self, groups: Sequence[Group]) -> str | None:
+        """Return a line on how these rows are tokenized faster, if they are many."""
+        many = sum(len(rows) for name, rows in groups if FORMATS[name].tokenized) >= _MANY_ROWS
+        return install_hint(self.tokenizer) if many and self.tokenizer else None
 
     def _fitted(self, part: EncodedPart) -> LoadedRows:
         """Apply `data.long_rows` to the rows."""

@@ -99,7 +99,7 @@ def _start(function: bytes) -> None:
     # The main process stops the workers after Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One thread per process: there are as many processes as cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _function = pickle.loads(function)
     # The imported modules live as long as the process, so the collector need not visit them.

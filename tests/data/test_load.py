@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qlora_cli.data import conversation
+from qlora_cli.data import conversation, fast_tokens, load
 from qlora_cli.data.load import ModelLimits, RowLoader
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import DataError
@@ -16,6 +16,7 @@ from qlora_cli.jobs.prepare import prepare, read_rows
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.recipe.schema import Data, Recipe
 from tests.helpers.observers import NoteRecorder
+from tests.helpers.vocabularies import byte_level_of
 
 LIMITS = ModelLimits.of(read_config(STARTER_FOLDER / "config.json"))
 
@@ -131,3 +132,14 @@ def test_progress_is_reported_over_all_rows(tmp_path, monkeypatch):
     data, observer = Data(train=where, eval=str(tmp_path / "eval.csv")), Progress()
     RowLoader(data, load_tokenizer("starter"), LIMITS).load(observer)
     assert observer.events == [("tokenize", 6), 2, 4, 5, 6]
+
+
+@pytest.mark.parametrize("row", [{"text": "A day."}, {"input_ids": [5, 6]}], ids=["text", "tokens"])
+def test_many_rows_bring_a_hint_to_the_faster_library(tmp_path, monkeypatch, row):
+    monkeypatch.setattr(load, "_MANY_ROWS", 2)
+    monkeypatch.setattr(fast_tokens, "find_spec", lambda name: None)
+    data = Data(train=write_rows(tmp_path, row, row))
+    observer = NoteRecorder()
+    RowLoader(data, byte_level_of("gpt-2"), ModelLimits()).load(observer)
+    assert [note for note in observer.notes if "fast-tokens" in note] == observer.notes
+    assert len(observer.notes) == ("text" in row)
