@@ -91,7 +91,7 @@ def read_data(data: Data, folder: Path | None = None, observer: Observer = _SILE
     held_out: Rows | None = None
     rest = read
     if isinstance(data.eval, float):
-        held_out, rest = _share(read, data.eval, data.seed)
+        held_out, rest = _share(read, data.eval, data)
     elif data.eval is not None:
         held_out = _read_eval(data.eval, data, folder, observer)
     weighted = [
@@ -169,8 +169,11 @@ def _check_columns(data: Data) -> None:
             )
 
 
-def _share(read: list[Rows], share: float, seed: int) -> tuple[Rows, list[Rows]]:
-    """Return the held-out rows and the rest of each source."""
+def _share(read: list[Rows], share: float, data: Data) -> tuple[Rows, list[Rows]]:
+    """Return the held-out rows and the rest of each source.
+
+    With `data.max_rows` it is a share of these training rows and the held-out ones together.
+    """
     all_rows = Rows.joined(read)
     number = len(all_rows)
     if number == 1 and (parts_of_text := _cut_text(all_rows, share)) is not None:
@@ -182,9 +185,10 @@ def _share(read: list[Rows], share: float, seed: int) -> tuple[Rows, list[Rows]]
             [Problem(all_rows[0].origin, "it is the only row")],
             hint="name a file of held-out rows, or add more text",
         )
-    size = min(max(round(share * number), 1), number - 1)
+    used = number if data.max_rows is None else min(number, data.max_rows / (1 - share))
+    size = min(max(round(share * used), 1), number - 1)
     is_held_out = np.zeros(number, bool)
-    is_held_out[_chosen(number, size, f"{seed}/eval")] = True
+    is_held_out[_chosen(number, size, f"{data.seed}/eval")] = True
     bounds = np.cumsum([len(rows) for rows in read])[:-1]
     parts = zip(read, np.split(is_held_out, bounds), strict=True)
     return all_rows.take(is_held_out), [rows.take(~held_out) for rows, held_out in parts]

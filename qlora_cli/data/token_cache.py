@@ -24,8 +24,8 @@ from qlora_cli.files.atomic import PARSE_ERRORS, report_write_errors
 from qlora_cli.files.cache import ENTRY, TOKENS, entry_folder, key_of
 from qlora_cli.recipe.schema import Data, DataFormat, Source
 
-_LAYOUT = 4
-"""Version of the files of an entry."""
+_LAYOUT = 5
+"""Version of the files of an entry, and of the choice of its rows."""
 _MIN_BYTES = 8 * 1024**2
 """Size of the data files from which on tokens are kept; fewer are tokenized in a few seconds."""
 _PACKAGES = ("qlora-cli", "transformers", "tokenizers", "jinja2")

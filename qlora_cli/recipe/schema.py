@@ -73,7 +73,7 @@ class Data(Section):
     {path, weight}."""
     eval: Sources | Annotated[float, Field(gt=0, lt=1)] | None = None
     """Held-out rows, given in the same way as `train`; a number such as 0.02 takes this share of
-    the training rows away and holds it out; null trains without evaluation."""
+    the rows that are used away and holds it out; null trains without evaluation."""
     format: Literal["auto"] | DataFormat = "auto"
     """Fields of each row (`?`: optional); text: {text}; completion: {prompt, completion};
     alpaca: {instruction, output, input?, system?, tools?}; sharegpt: {conversations, system?,

@@ -64,13 +64,21 @@ def test_a_share_is_at_least_one_row_and_leaves_one(tmp_path):
         read_data(data(write_rows(tmp_path / "rows.jsonl", 1), eval=0.5))
 
 
+@pytest.mark.parametrize(("max_rows", "numbers"), [(9, (9, 1)), (45, (45, 5)), (99, (90, 10))])
+def test_a_share_is_of_the_rows_that_are_used(tmp_path, max_rows, numbers):
+    where = write_rows(tmp_path / "rows.jsonl", 100)
+    rows = read_data(data(where, eval=0.1, max_rows=max_rows))
+    assert (len(rows.train), len(rows.held_out)) == numbers
+    assert not set(origins(rows.train)) & set(origins(rows.held_out))
+
+
 def test_every_command_reads_the_same_share(tmp_path):
     settings = data(write_rows(tmp_path / "rows.jsonl", 40), eval=0.1, max_rows=20)
     loader = RowLoader(settings, load_tokenizer("starter"), ModelLimits())
     loaded = loader.load()
     assert loaded.held_out.examples == loader.held_out().examples
     assert loaded.train.examples == loader.train().examples
-    assert (len(loaded.train.examples), len(loaded.held_out.examples)) == (20, 4)
+    assert (len(loaded.train.examples), len(loaded.held_out.examples)) == (20, 2)
     assert [note.split(":")[0] for note in loaded.notes] == ["data.eval=0.1", "data.max_rows=20"]
 
 
