@@ -53,7 +53,7 @@ def _train(job: TrainingJob, start: JobStart, processes: Processes) -> None:
     state = load(prepared, device, instrument, observer, processes=processes)
     if start.resumes:
         state.optimizer.load_state_dict({})  # The main process has the states.
-    share_state(state)
+    share_state(state, instrument)
     loop = make_loop(
         job,
         None,

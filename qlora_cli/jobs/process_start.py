@@ -11,6 +11,7 @@ import torch
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Silent
 from qlora_cli.jobs.prepare import Prepared
+from qlora_cli.memory.instrument import Instrument
 from qlora_cli.parallel.processes import Processes
 from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.schema import Recipe
@@ -85,10 +86,11 @@ def take_turns(processes: Processes, prepared: Prepared) -> Iterator[None]:
     yield
 
 
-def share_state(state: State) -> None:
+def share_state(state: State, instrument: Instrument) -> None:
     """Give all processes the state of the main one: trained weights, loss scale and step.
 
-    Of the optimizer's states, each process has got its part when they were restored.
+    Of the optimizer's states, each process has got its part when they were restored. Of the trained
+    weights it keeps its part where the base is sharded. instrument: measures the phase `load`.
     """
     processes = state.processes
     if processes.size == 1:
@@ -100,3 +102,7 @@ def share_state(state: State) -> None:
             processes.copy_from_main(parameter.data)
     state.step, scale = processes.broadcast((state.step, state.loss_scale.state()))
     state.loss_scale.restore(scale)
+    if state.division.sharded is not None:
+        with instrument.phase("load"):
+            state.division.divide()
+        instrument.release_cache()

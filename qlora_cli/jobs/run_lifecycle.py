@@ -24,6 +24,7 @@ _LENGTH = ("train.epochs", "train.steps")
 _CHANGEABLE = (
     "output",
     "base.cache",
+    "base.residency",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.patience",

@@ -144,7 +144,7 @@ def _train(
         state = load(prepared, device, instrument, observer, *given)
         record.set_status(job.run, "running", tensors=record.describe_tensors(state.loaded))
         earlier = _restore(job, checkpoint, state, observer)
-        share_state(state)
+        share_state(state, instrument)
         measured = (job, planned, baseline, instrument, earlier, processes)
         memory, energy = MemoryRecord(*measured), energy_counter(device, processes=processes.size)
         record.set_status(job.run, "running", energy=energy.source)
@@ -243,14 +243,14 @@ def _export(job: TrainingJob, state: State, evaluator: Evaluator, observer: Obse
     """
     best = evaluator.best
     if best is None or not state.recipe.train.keep_best or best.step == state.step:
-        write_weights(state, job.prepared.folder, job.run.path, job.prepared.chat_template)
+        _export_last(job, state)
         return state.step
     if not job.run.checkpoint(best.step).is_dir():
         observer.note(
             f"warning: the checkpoint of step {best.step:,}, which has the best evaluation, "
             "is gone; the exported weights are those of the last step"
         )
-        write_weights(state, job.prepared.folder, job.run.path, job.prepared.chat_template)
+        _export_last(job, state)
         return state.step
     copy_weights(job.run.checkpoint(best.step), job.run.path)
     observer.note(
@@ -258,6 +258,14 @@ def _export(job: TrainingJob, state: State, evaluator: Evaluator, observer: Obse
         f"those of the last step are in its checkpoint ({job.run.checkpoint(state.step)})"
     )
     return best.step
+
+
+def _export_last(job: TrainingJob, state: State) -> None:
+    """Write the trained weights of the last step, which has a checkpoint, to the run's folder."""
+    if state.division.sharded is not None:  # This process has only a part of them.
+        copy_weights(job.run.checkpoint(state.step), job.run.path)
+        return
+    write_weights(state, job.prepared.folder, job.run.path, job.prepared.chat_template)
 
 
 def _finish(

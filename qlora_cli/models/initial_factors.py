@@ -30,7 +30,7 @@ from qlora_cli.files.quantized import BITSANDBYTES, stored_as
 from qlora_cli.files.source import TensorSource
 from qlora_cli.memory.scopes import attribute, host_memory, module_scope, scope
 from qlora_cli.models.model import LoadedModel
-from qlora_cli.models.placement.weight_store import on_host
+from qlora_cli.models.placement.weight_store import host_copy, on_host
 from qlora_cli.models.residual import ResidualSource
 from qlora_cli.nn.embedding import upload
 from qlora_cli.nn.low_rank import low_rank_factors
@@ -118,7 +118,7 @@ class InitialFactors:
         if self._loaded.base_format.of(site).bits < 16:
             return self._factors(path, self._error(site, source))
         return {  # There is no error to begin with.
-            role: Factors(_host_copy(layer.lora_b[role]), _host_copy(layer.lora_a[role]))
+            role: Factors(_as_adapter(layer.lora_b[role]), _as_adapter(layer.lora_a[role]))
             for role in layer.lora_slices
         }
 
@@ -148,11 +148,9 @@ class InitialFactors:
             return error.sub_(dequantized)
 
 
-def _host_copy(parameter: Tensor) -> Tensor:
-    with scope("adapter"), host_memory():
-        if parameter.is_meta:
-            return torch.empty_like(parameter)
-        return parameter.detach().to("cpu", copy=True)
+def _as_adapter(parameter: Tensor) -> Tensor:
+    with scope("adapter"):
+        return host_copy(parameter.detach())
 
 
 def _check_ranks(layers: dict[str, LoraLinear], init: str) -> None:

@@ -39,12 +39,16 @@ class BlockGroups:
     """The groups of a model with `num_blocks` blocks.
 
     first: number of blocks before the first repeated one. period: number of blocks of a group. The
-    last blocks, if they are no complete group, are a group of their own.
+    last blocks, if they are no complete group, are a group of their own. is_sharded: recomputed
+    blocks are sharded (`sharded_parameters.py`). Then a recomputed block adds up the gradients of
+    the recomputed block after it, so the last one differs from the others. An update has events of
+    kept blocks only, so the first kept one differs, too. One more group of each kind is recorded.
     """
 
     first: int
     period: int
     num_blocks: int
+    is_sharded: bool = False
 
     @property
     def number(self) -> int:
@@ -79,16 +83,17 @@ class BlockGroups:
         None if the number is not that of whole groups.
         """
         if num_recomputed in (0, self.num_blocks):
-            number = min(NUM_RECORDED_GROUPS, self.number)
+            number = min(NUM_RECORDED_GROUPS + self.is_sharded, self.number)
             repeats = _additions((1, self.number - number))
             return GroupSample(number, number if num_recomputed else 0, repeats)
         number, rest = divmod(num_recomputed - self.first, self.period)
         if rest or not 0 < number < self.number:
             return None
-        recomputed, kept = (min(_OF_EACH_KIND, n) for n in (number, self.number - number))
+        of_each = _OF_EACH_KIND + self.is_sharded
+        recomputed, kept = (min(of_each, n) for n in (number, self.number - number))
         added = (number - recomputed, self.number - number - kept)
         # From the last one, so that the first addition does not move the second.
-        repeats = _additions((recomputed, added[1]), (1, added[0]))
+        repeats = _additions((recomputed + self.is_sharded, added[1]), (1, added[0]))
         return GroupSample(recomputed + kept, recomputed, repeats)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qlora_cli.models.registry import known_family
 from qlora_cli.models.sites import find_sites, find_stacks
 from qlora_cli.nn.site import Site
 from qlora_cli.plan.block_groups import BlockGroups, find_groups
-from qlora_cli.recipe.base import Bits
+from qlora_cli.recipe.base import SHARD, Bits
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.tasks.registry import task_of
 
@@ -41,7 +42,9 @@ def groups_of(recipe: Recipe, config: Any) -> BlockGroups | None:
     if recipe.base.overrides:
         formats = _formats_of_blocks(recipe, config)
         kinds = [f"{kind} {formats.get(index)}" for index, kind in enumerate(kinds)]
-    return find_groups(kinds)
+    found = find_groups(kinds)
+    is_sharded = recipe.base.residency == SHARD
+    return found if found is None else replace(found, is_sharded=is_sharded)
 
 
 def _formats_of_blocks(recipe: Recipe, config: Any) -> dict[int, list[int]]:

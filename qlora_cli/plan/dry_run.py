@@ -203,6 +203,11 @@ class DryRun:
             tag_living(state, tracker)
             recording.end_phase("load")
             recording.release_cache()
+            if state.division.sharded is not None:
+                recording.begin_phase()
+                state.division.divide()
+                recording.end_phase("load")
+                recording.release_cache()
             self._run_phases(state, tracker, recording)
         family, head = state.loaded.family, state.loaded.head
         stored_twice = _stored_twice(state.loaded)
@@ -242,8 +247,11 @@ class DryRun:
                 recording.begin_phase()
                 train_step(state, step_batches, learning_rate(self.recipe.train, step, 2))
                 recording.end_phase(name)
-        # Saving a checkpoint writes living tensors to files and allocates nothing on the device.
+        # Saving a checkpoint writes living tensors to files and allocates nothing on the device,
+        # except copies in host memory of parameters that are not complete.
         recording.begin_phase()
+        with state.division.completed():
+            pass
         recording.end_phase("checkpoint")
         if eval_batches:
             recording.begin_phase()

@@ -38,6 +38,7 @@ class DividedOptimizer:
 
     def apply(self, factor: float, lr: float) -> None:
         """Update every parameter. All processes call this together."""
+        self._division.release()
         self._own.apply(factor, lr)
         self.has_states = True
         self.zero_grad()
@@ -46,8 +47,7 @@ class DividedOptimizer:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Free the gradients of the pieces and of the parameters."""
         self._own.zero_grad(set_to_none=set_to_none)
-        for parameter in self._division.parameters:
-            parameter.grad = None
+        self._division.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores of this process."""

@@ -56,8 +56,10 @@ class LearningChecks:
             )
 
     def _is_b_zero(self) -> bool:
-        weights = [tensor for name, tensor in self.state.trainable.items() if ".lora_b." in name]
-        return bool(weights) and not any(tensor.detach().cpu().any() for tensor in weights)
+        pieces = zip(self.state.trainable, self.state.division.pieces, strict=True)
+        own = [piece for name, piece in pieces if ".lora_b." in name]
+        is_any = self.state.processes.is_any(any(bool(piece.detach().cpu().any()) for piece in own))
+        return bool(own) and not is_any
 
     def _zero_b(self, lr: float) -> str:
         cause = f"the learning rate ({lr:.1e}) is too low for the adapter's dtype; raise train.lr"

@@ -260,7 +260,7 @@ class TrainingLoop:
     def _save(self, step: int) -> None:
         """Write the checkpoint of the current step, and remove older ones that are not needed."""
         state = self.state
-        with self.instrument.phase("checkpoint"):
+        with self.instrument.phase("checkpoint"), state.division.completed():
             save_checkpoint(
                 self.run,
                 step,

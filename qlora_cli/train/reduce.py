@@ -50,8 +50,7 @@ def reduce_step(division: Division, total: Tensor, metrics: MetricSums) -> None:
         return
     sums = {_LOSS: total, **metrics.sums}
     values = [0.0] * len(sums) if total.is_meta else torch.stack(list(sums.values())).tolist()
-    present = tuple(parameter.grad is not None for parameter in division.parameters)
-    report = _Report(None, present, tuple(zip(sums, values, strict=True)))
+    report = _Report(None, division.have_gradient(), tuple(zip(sums, values, strict=True)))
     reports = processes.gather(report)
     for rank, other in enumerate(reports):
         if other.shortage is not None:

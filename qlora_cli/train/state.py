@@ -13,6 +13,7 @@ from qlora_cli.files.dtype import torch_dtype
 from qlora_cli.memory.tracker import StorageTracker
 from qlora_cli.models.build import ModelRequest, build
 from qlora_cli.models.model import LoadedModel
+from qlora_cli.models.placement.block_shards import BlockShards
 from qlora_cli.nn.embedding import HostEmbedding
 from qlora_cli.nn.host_head import HostHead
 from qlora_cli.nn.quant import QuantLinear
@@ -72,13 +73,25 @@ def build_state(request: ModelRequest, build_model: BuildModel = build) -> State
     loaded.model.train()
     trainable = loaded.trainable()
     unit = OPTIMIZERS[recipe.train.optimizer].unit
-    division = Division(trainable, loaded.family.blocks, unit, request.processes)
+    division = _division(loaded, trainable, unit, request.processes)
     factors = method_of(recipe.adapter).lr_factors(loaded.model)
     optimizer = make_divided_optimizer(recipe.train, division, device, factors)
     half = {torch.float16} & {loaded.base_format.compute, torch_dtype(recipe.adapter.dtype)}
     scale = LossScale(needed=bool(half))
     given = (recipe, task, loaded, trainable, division, optimizer, scale, device)
     return State(*given, processes=request.processes)
+
+
+def _division(
+    loaded: LoadedModel, trainable: dict[str, nn.Parameter], unit: int, processes: Processes
+) -> Division:
+    """Return the division of the parameters. Where the base is sharded, they are, too."""
+    blocks, stream = loaded.family.blocks, loaded.stream
+    if not isinstance(stream, BlockShards):
+        return Division(trainable, blocks, unit, processes)
+    division = Division(trainable, blocks, unit, processes, stream.num_blocks)
+    stream.trained = division.sharded
+    return division
 
 
 def tag_living(state: State, tracker: StorageTracker) -> None:

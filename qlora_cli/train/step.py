@@ -5,6 +5,7 @@ The dry run calls the same function, and the package has no other `.backward()` 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,7 @@ def _accumulate_gradients(state: State, batches: Sequence[Batch], metrics: Metri
         loss = state.task.loss(state.loaded, batches[index], state.device, own_scale, sums)
         mark("backward")
         loss.backward()
+        state.division.end_backward()
         total += loss.detach()
         # Free the loss before the next forward pass, not when the name is assigned again.
         del loss
@@ -189,9 +191,10 @@ def _check_overflow(state: State, loss: float, batches: Sequence[Batch]) -> None
         where = describe_nonfinite(state, batches)
         place = f"; {where}" if where else ""
         raise _diverged(state, f"the loss is {loss}, which is not finite{place}")
-    for name, parameter in state.trainable.items():
-        if not is_finite(parameter.detach().cpu()):
-            raise _diverged(state, f"{name} is not finite")
+    pieces = zip(state.trainable, state.division.pieces, strict=True)
+    own = [name for name, piece in pieces if not is_finite(piece.detach().cpu())]
+    for name in itertools.chain.from_iterable(state.processes.gather(own)):
+        raise _diverged(state, f"{name} is not finite")
 
 
 def _diverged(state: State, reason: str) -> NotFinite:

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,8 +19,10 @@ from qlora_cli.jobs import follow, train
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.runs.layout import RunFolder
 from qlora_cli.runs.metrics import read_evaluations
+from qlora_cli.train import loop
 from qlora_cli.train.launcher import reserved_port
 from qlora_cli.train.runtime import join_processes
+from qlora_cli.train.step import train_step
 from tests.helpers.resumed_runs import STEPS, losses
 
 
@@ -33,6 +36,17 @@ def train_together(
     with reserved_port() as port:
         children = [_fork(recipe, rank, size, port, prepare) for rank in range(size)]
         return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def signal_in_step(step: int, number: int) -> None:
+    """Send this process a signal in a step."""
+
+    def interrupted(state: Any, *rest: Any) -> Any:
+        if state.step == step:
+            os.kill(os.getpid(), number)
+        return train_step(state, *rest)
+
+    loop.train_step = interrupted
 
 
 def adapter_of(run: RunFolder) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from qlora_cli.train import loop
 from qlora_cli.train.step import train_step
 from tests.helpers.interrupted import train_run
 from tests.helpers.resumed_runs import STEPS, losses, make_bases, recipe_of
-from tests.helpers.together import difference, train_together
+from tests.helpers.together import difference, signal_in_step, train_together
 
 pytestmark = pytest.mark.slow
 
@@ -158,17 +158,6 @@ def test_a_checkpoint_has_the_optimizer_states_of_each_process(
     notes: list[str] = []
     assert last_good_step(run, notes.append) == 4
     assert parts[1] in notes[0]
-
-
-def signal_in_step(step: int, number: int) -> None:
-    """Send this process a signal in a step."""
-
-    def interrupted(state: Any, *rest: Any) -> Any:
-        if state.step == step:
-            os.kill(os.getpid(), number)
-        return train_step(state, *rest)
-
-    loop.train_step = interrupted
 
 
 def test_a_signal_to_one_process_stops_all_and_other_numbers_of_processes_resume(

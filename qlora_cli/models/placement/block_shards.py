@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,16 @@ class _Parts:
         """Do nothing: the next block is exchanged, and none after it."""
 
 
+class TrainedParameters(Protocol):
+    """The trained parameters of sharded blocks, of which each process keeps a part, too."""
+
+    def leave(self, block: int | None) -> None:
+        """End the work of the block that computed last. block: the one that computes next."""
+
+    def enter(self, block: int, following: int) -> None:
+        """Complete the parameters of a block, and begin to exchange those of the following one."""
+
+
 class BlockShards(BlockStream):
     """Gives the first blocks of a model their weights, of which each process keeps a part.
 
@@ -59,6 +69,8 @@ class BlockShards(BlockStream):
 
     def __init__(self, blocks: Sequence[Slots], device: torch.device, processes: Processes) -> None:
         super().__init__(blocks, device, _Parts())
+        self.trained: TrainedParameters | None = None
+        """Those of the blocks; None if they are always complete."""
         self._processes = processes
         self._shards: dict[int, Tensor] = {}
         """Block -> the bytes of it that this process keeps, on the device."""
@@ -124,8 +136,12 @@ class BlockShards(BlockStream):
 
     def acquire(self, block: int) -> None:
         """Wait until the weights of a block are here, and begin to exchange the next."""
+        if self.trained is not None:
+            self.trained.leave(block)
         super().acquire(block)
         self._wait(block)
+        if self.trained is not None and block < self.num_blocks:
+            self.trained.enter(block, self.following)
 
     def _wait(self, block: int) -> None:
         exchange = self._exchanges.pop(block, None)

@@ -81,7 +81,8 @@ class BlockStream:
         """
         if block >= self.num_blocks:
             return
-        following = self._following(block)
+        self._turn(block)
+        following = self.following
         for other in [b for b in self._arrivals if b not in (block, following)]:
             self._drop(other)
         for wanted in (block, following):
@@ -95,8 +96,8 @@ class BlockStream:
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
 
-    def _following(self, block: int) -> int:
-        """Return the block that probably computes next.
+    def _turn(self, block: int) -> None:
+        """Remember the direction in which blocks compute. block: the one that computes now.
 
         At both ends the direction turns, and the neighbour's weights are there already.
         """
@@ -105,7 +106,11 @@ class BlockStream:
         elif block != self._last:
             self._is_ascending = block > self._last
         self._last = block
-        return block + 1 if self._is_ascending else block - 1
+
+    @property
+    def following(self) -> int:
+        """Return the block that probably computes next."""
+        return self._last + 1 if self._is_ascending else self._last - 1
 
     def _drop(self, block: int) -> None:
         del self._arrivals[block]

@@ -126,6 +126,14 @@ def on_host(tensor: Tensor, device: torch.device, *, pinned: bool = False) -> Te
         return host.copy_(tensor)
 
 
+def host_copy(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor in host memory, also if the device has no other."""
+    with host_memory():
+        if tensor.is_meta:
+            return torch.empty_like(tensor)
+        return tensor.to("cpu", copy=True)
+
+
 _ALIGNMENT = 256
 """Every tensor of a buffer begins at a multiple of this many bytes, as in torch's allocator."""
 
