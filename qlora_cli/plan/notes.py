@@ -29,7 +29,8 @@ def _processes_note(recipe: Recipe, profile: DeviceProfile, plan: MemoryPlan) ->
     number, step = profile.count, recipe.train.grad_accum
     base = "the complete base"
     if recipe.base.residency == SHARD:
-        base = f"1/{number} of {format_bytes(plan.streamed_bytes)} of weights"
+        weights = format_bytes(plan.streamed_bytes)
+        base = f"1/{number} of {weights} of weights and of the adapter of their blocks"
     yield (
         f"the figures are those of each of {number} devices. Each has a process with {base}, "
         f"1/{number} of the optimizer states, and up to {-(-step // number)} of the {step} "
@@ -38,7 +39,8 @@ def _processes_note(recipe: Recipe, profile: DeviceProfile, plan: MemoryPlan) ->
     exchanged = f"gradients and updates of {format_bytes(plan.adapter_bytes)} once per step"
     if recipe.base.residency == SHARD:
         received = 2 * plan.streamed_bytes * (number - 1) // number
-        exchanged += f", and {format_bytes(received)} of weights that each receives per micro-batch"
+        exchanged = f"per micro-batch {format_bytes(received)} of weights that each receives, with "
+        exchanged += "the adapter and the gradients of their blocks"
     yield f"the devices exchange {exchanged}; the estimated duration does not contain it"
 
 

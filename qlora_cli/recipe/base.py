@@ -62,8 +62,9 @@ class Base(Section):
     (train.activation_checkpointing); each block and each piece of the head is copied to the GPU
     when it computes, which is slower. disk reads the same from the packed copy (cache), so that the
     host memory may be smaller than the base. shard gives each of several processes (`qlora train
-    --processes`) a part of these blocks, which they exchange when a block computes. auto selects
-    device if the job fits the GPU, else shard for several processes if it fits then, else host."""
+    --processes`) a part of these blocks and of their adapter, which they exchange when a block
+    computes. auto selects device if the job fits the GPU, else shard for several processes if it
+    fits then, else host."""
     cache: Literal["auto"] | bool = "auto"
     """Keep a packed copy of the base on disk, so that later starts need not quantize it (`qlora
     cache list`); auto keeps a base of more than 64 MiB if bits is 4 or 8."""

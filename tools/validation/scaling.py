@@ -38,7 +38,11 @@ NVLINK: dict[str, float | None] = {"RTX 4090": None, "H100": 450e9}
 
 @dataclass(frozen=True)
 class Case:
-    """A planned job. Bytes and seconds are those of one device in one optimizer step."""
+    """A planned job. Bytes and seconds are those of one device in one optimizer step.
+
+    adapter_bytes: of the complete adapter. own_adapter_bytes, gradient_bytes, optimizer_bytes: what
+    the device has of them at the peak of a step, with buffers.
+    """
 
     model: str
     gpu: str
@@ -51,6 +55,8 @@ class Case:
     link_seconds: float = 0.0
     bound: str = ""
     adapter_bytes: int = 0
+    own_adapter_bytes: int = 0
+    gradient_bytes: int = 0
     optimizer_bytes: int = 0
 
 
@@ -90,18 +96,22 @@ def planned(model: str, config: Any, gpu: str, count: int) -> Case:
         if not planner.fits(plan):
             continue
         own = GRAD_ACCUM // count
-        gradients = 2 * plan.adapter_bytes * (count - 1) // count
+        # Gradients are added up and parameters exchanged: once per step, or if they are sharded,
+        # once and twice per micro-batch.
+        exchanges = 3 * own if placement == "shard" else 2
+        trained_bytes = exchanges * plan.adapter_bytes * (count - 1) // count
         weights = 2 * plan.streamed_bytes * own
         link = host_link
         if placement == "shard":
             weights, link = weights * (count - 1) // count, device_link
         time = estimated_time(recipe, config, profile, plan, None)
         seconds = (time.copies.compute_seconds if time.copies else time.step_seconds) or 0.0
-        link_seconds = weights / link + gradients / device_link
+        link_seconds = weights / link + trained_bytes / device_link
         bound = "link" if link_seconds > seconds else "compute"
-        shown = (plan.needed_bytes, profile.usable_bytes, gradients + weights)
+        shown = (plan.needed_bytes, profile.usable_bytes, trained_bytes + weights)
         step = next(phase for phase in plan.phases if phase.name == "step")
-        trained = (plan.adapter_bytes, step.at_peak["optimizer"])
+        own_bytes = (step.at_peak.get(name, 0) for name in ("adapter", "gradients", "optimizer"))
+        trained = (plan.adapter_bytes, *own_bytes)
         return Case(model, gpu, count, placement, *shown, seconds, link_seconds, bound, *trained)
     return Case(model, gpu, count, None, smallest, profile.usable_bytes)
 
@@ -120,10 +130,15 @@ def row(case: Case) -> str:
 
 def trained_row(case: Case) -> str:
     """Return what the trained part of a case needs on each device, as a row of a Markdown table."""
-    more = 2 * case.adapter_bytes * (case.count - 1) // case.count
-    sizes = (case.adapter_bytes, case.adapter_bytes, case.optimizer_bytes, more)
+    sizes = (
+        case.adapter_bytes,
+        case.own_adapter_bytes,
+        case.gradient_bytes,
+        case.optimizer_bytes,
+    )
     texts = " | ".join(f"{size / 2**20:,.0f} MiB" for size in sizes)
-    return f"| {case.model} | {case.count} | {texts} | {more / case.reserved_bytes:.1%} |"
+    memory = f"{case.reserved_bytes / 2**30:.1f} GiB"
+    return f"| {case.model} | {case.count} x {case.gpu} | {case.placement} | {texts} | {memory} |"
 
 
 def config_of(file: Path) -> Any:
@@ -152,7 +167,7 @@ def main() -> None:
                     content = {"source": "planned", "cases": [asdict(case) for case in cases]}
                     given.out.write_text(json.dumps(content, indent=1) + "\n")
     for case in cases:
-        if case.placement is not None and case.count > 1 and case.gpu == "RTX 4090":
+        if case.count > 1 and (case.placement == "shard" or case.gpu == "RTX 4090"):
             print(trained_row(case))
 
 
