@@ -53,6 +53,7 @@ class ShardedParameters:
         """The block whose parameters are complete."""
         self._coming: int | None = None
         """The block whose shares are received."""
+        self._absent_values: dict[torch.dtype, Tensor] = {}
         self._used: set[nn.Parameter] = set()
         """The pieces that have got a gradient in this step."""
 
@@ -69,7 +70,7 @@ class ShardedParameters:
                 [(parameter.numel(), parameter.dtype) for parameter in self._parameters(block)]
                 for block in range(len(self._blocks))
             ]
-            device = self._parameters(0)[0].device
+            device = next(share.device for own in self._shares for share in own)
             self._received = _views(received, device)
             self._complete = _views(complete, device)
 
@@ -186,10 +187,17 @@ class ShardedParameters:
 
     def _free(self, block: int) -> None:
         """Let the parameters of a block have no memory of their own."""
-        with unallocated():
-            for parameter in self._parameters(block):
-                absent = torch.full((), math.nan, dtype=parameter.dtype, device=parameter.device)
-                parameter.data = absent.expand(parameter.shape)
+        for parameter in self._parameters(block):
+            parameter.data = self._absent(parameter).expand(parameter.shape)
+
+    def _absent(self, parameter: nn.Parameter) -> Tensor:
+        """Return the value of parameters that are not complete, one for all of a dtype."""
+        dtype = parameter.dtype
+        if dtype not in self._absent_values:
+            with unallocated():
+                value = torch.full((), math.nan, dtype=dtype, device=parameter.device)
+            self._absent_values[dtype] = value
+        return self._absent_values[dtype]
 
     def _parameters(self, block: int) -> list[nn.Parameter]:
         return [parameter for bucket in self._blocks[block] for parameter in bucket.parameters]

@@ -37,7 +37,8 @@ class State:
     recipe: resolved, without `auto`. task: the recipe's training objective. trainable: name ->
     parameter that the optimizer updates. step: number of optimizer steps done. processes: those
     that train the job, each with a state of its own; all parameters are equal after a step.
-    division: of the trained parameters over the processes.
+    division: of the trained parameters over the processes. Where the base is sharded, a parameter
+    has its values while its block runs, or in `division.completed`; pieces have them always.
     """
 
     recipe: Recipe

@@ -143,6 +143,26 @@ def test_gradients_of_micro_batches_are_added_to_the_pieces(size: int) -> None:
         assert not any(division.have_gradient())
 
 
+def test_a_block_may_have_nothing_that_is_trained() -> None:
+    """Only the second of three sharded blocks has an adapter."""
+    parameter = nn.Parameter(torch.arange(40.0))
+    wanted = parameter.detach().clone()
+    processes = Together(0, 2, lambda own: [own, wanted.chunk(2)[1].new_zeros(own.numel())])
+    division = Division({"blocks.1.a": parameter}, "blocks", 16, processes, 3)
+    division.divide()
+    sharded = _sharded(division)
+    for block, following in ((0, 1), (1, 2), (2, 1), (1, 0), (0, 1)):
+        sharded.leave(block)
+        sharded.enter(block, following)
+        assert torch.equal(parameter[:16], wanted[:16]) == (block == 1)
+        if block == 1:
+            parameter.grad = torch.ones(40)
+    sharded.leave()
+    assert division.have_gradient() == (True,)
+    assert division.pieces[0].grad is not None
+    assert division.pieces[0].grad.tolist() == [4.0] * division.pieces[0].numel()
+
+
 def test_the_main_process_has_everything_for_a_checkpoint() -> None:
     divisions = divided(3, 16)
     for division in divisions:
