@@ -187,15 +187,15 @@ class ShardedParameters:
 
     def _free(self, block: int) -> None:
         """Let the parameters of a block have no memory of their own."""
-        for parameter in self._parameters(block):
-            parameter.data = self._absent(parameter).expand(parameter.shape)
+        with unallocated():
+            for parameter in self._parameters(block):
+                parameter.data = self._absent(parameter).expand(parameter.shape)
 
     def _absent(self, parameter: nn.Parameter) -> Tensor:
         """Return the value of parameters that are not complete, one for all of a dtype."""
         dtype = parameter.dtype
         if dtype not in self._absent_values:
-            with unallocated():
-                value = torch.full((), math.nan, dtype=dtype, device=parameter.device)
+            value = torch.full((), math.nan, dtype=dtype, device=parameter.device)
             self._absent_values[dtype] = value
         return self._absent_values[dtype]
 

@@ -116,7 +116,6 @@ def test_sharding_gives_the_bits_of_a_complete_base(folder: Path) -> None:
     complete = trained_together(recipe_in(folder, "complete", mixed, grad_accum=2), 2)
     run = trained_together(recipe_in(folder, "mixed", sharded | mixed, grad_accum=2), 2)
     assert difference(run, complete) == 0.0
-    assert_planned(complete, 2)
     assert_planned(run, 2)
     assert evaluated(run) == pytest.approx(read_evaluations(run.metrics)[-1].loss, rel=CLOSE)
 
