@@ -36,6 +36,8 @@ def int8_product(x: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> T
         columns = _outlier_columns(magnitudes, threshold)
     if columns.numel() > x.shape[1] // OUTLIER_DIVISOR:
         return None
+    # In float32 it is what is returned, so it is allocated before what is freed.
+    scaled = x.new_empty(x.shape[0], codes.shape[0]) if x.dtype == torch.float32 else None
     with scope("temporary"):
         # Outliers are set to zero in tensors that are computed from x, not in a copy of x.
         row_scale = magnitudes.index_fill_(1, columns, 0).amax(dim=1, keepdim=True).float()
@@ -44,7 +46,7 @@ def int8_product(x: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> T
         row_codes = torch.div(x, row_scale).index_fill_(1, columns, 0).round_().to(torch.int8)
         counts = _ops.int8_linear_matmul(row_codes, codes)
         del row_codes
-        scaled = torch.mul(counts, row_scale).mul_(scale)
+        scaled = torch.mul(counts, row_scale, out=scaled).mul_(scale)
         del counts
     y = scaled.to(x.dtype)
     if columns.numel():
@@ -60,7 +62,7 @@ def _outlier_columns(magnitudes: Tensor, threshold: float) -> Tensor:
     """
     if threshold == 0:
         return torch.empty(0, dtype=torch.long, device=magnitudes.device)
-    is_outlier = (magnitudes > threshold).any(dim=0)
+    is_outlier = magnitudes.amax(dim=0) > threshold
     if magnitudes.is_meta:
         return torch.empty(is_outlier.shape[0] // OUTLIER_DIVISOR, dtype=torch.long, device="meta")
     return is_outlier.nonzero().flatten()

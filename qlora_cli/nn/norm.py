@@ -69,10 +69,17 @@ def _normalize(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tenso
             return x * weight, x.new_empty((*x.shape[:-1], 1), dtype=_accumulation_dtype(x))
         y, factor = _aten._fused_rms_norm(x, weight.shape, weight, epsilon)
         return y, factor
-    accumulator = x.to(_accumulation_dtype(x), copy=True)
-    factor = accumulator.square_().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
-    del accumulator
-    return torch.mul(x, factor, out=torch.empty_like(x)).mul_(weight), factor
+    if x.dtype == _accumulation_dtype(x):
+        y = x.square()  # The output takes the place of the squares.
+        factor = _factor(y, epsilon)
+    else:
+        factor = _factor(x.to(_accumulation_dtype(x)).square_(), epsilon)
+        y = torch.empty_like(x)
+    return torch.mul(x, factor, out=y).mul_(weight), factor
+
+
+def _factor(squares: Tensor, epsilon: float) -> Tensor:
+    return squares.mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:

@@ -233,14 +233,21 @@ class QuantLinear(nn.Module):
 
     def _dense_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + b with the dequantized weight."""
-        if self._piece_rows == self.out_features:
+        is_one_piece = self._piece_rows == self.out_features
+        if self._has_whole or (is_one_piece and self.scale is not None):
             weight = self.dequantize().t()
             return x @ weight if bias is None else torch.addmm(bias, x, weight)
+        # Allocated before the weight, which is freed first: on a CPU its place in the heap is then
+        # not taken by y, and the next weight fits there. With the scales of a 4-bit weight, which
+        # live while it is dequantized, the peak would be higher.
         y = x.new_empty(x.shape[0], self.out_features)
         for rows, piece in self._dequantized_pieces():
-            torch.mm(x, piece.t(), out=y[:, rows])
+            if bias is None:
+                torch.mm(x, piece.t(), out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, piece.t(), out=y[:, rows])
             del piece
-        return y if bias is None else y.add_(bias)
+        return y
 
     def _fused_product(self, x: Tensor) -> Tensor:
         is_nested = self.scale_of_scale is not None

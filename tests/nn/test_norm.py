@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_cli.device import DeviceProfile
 from qlora_cli.memory.profile import MemoryModel
+from qlora_cli.memory.tracker import KernelRules, StorageTracker
 from qlora_cli.nn.norm import RmsNorm
 from qlora_cli.plan.recording import Recording
 from tests.helpers.gradients import draw, grads
@@ -66,3 +67,16 @@ def test_a_dry_run_for_a_gpu_allocates_what_the_fused_kernel_does() -> None:
     events = [event for segment in recording.segments for event in segment.events]
     assert [event.num_bytes for event in events if event.kind == "allocate"] == [2560, 80]
     assert y.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_norm_on_a_cpu_allocates_its_output_and_a_factor_per_row(dtype: torch.dtype) -> None:
+    """The squares are computed in the memory of the output."""
+    recording = Recording()
+    norm = RmsNorm(nn.Parameter(torch.ones(HIDDEN, dtype=dtype), False), 1e-6)
+    x = draw(TOKENS, HIDDEN, dtype=dtype)
+    with StorageTracker(recording, KernelRules()):
+        norm(x)
+    events = [event for segment in recording.segments for event in segment.events]
+    wanted = [TOKENS * HIDDEN * dtype.itemsize, TOKENS * dtype.itemsize]
+    assert [event.num_bytes for event in events if event.kind == "allocate"] == wanted

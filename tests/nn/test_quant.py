@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_cli.memory.tracker import KernelRules, StorageTracker
 from qlora_cli.nn import packing, quant
 from qlora_cli.nn.packing import BLOCK_SIZE_4BIT, WeightFormat
 from qlora_cli.nn.quant import QuantLinear
+from qlora_cli.plan.recording import Recording
 from tests.helpers.families import MODEL_TYPES
 from tests.helpers.quantized import draw, packed
 from tests.helpers.runs import build_base, logits, make_base, make_recipe, make_rows
@@ -52,6 +54,25 @@ def test_products_in_pieces_equal_products_with_the_whole_weight(
     assert len(list(layer._dequantized_pieces())) == 3
     for found, whole in zip((layer.product(x), layer.grad_input(grad)), wanted, strict=True):
         torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_output_of_a_product_is_allocated_before_the_large_temporaries(bits: int) -> None:
+    """Else the output takes a part of a freed place, and the next temporary needs a new one."""
+    layer, x = packed(draw(200, 172), bits), draw(11, 172)
+    recording = Recording()
+    with StorageTracker(recording, KernelRules()) as tracker:
+        tracker.tag([layer.weight], "base")
+        y = layer.product(x)
+    events = [event for segment in recording.segments for event in segment.events]
+    freed = {event.storage for event in events if event.kind == "free"}
+    allocated = [event for event in events if event.kind == "allocate" and event.category != "base"]
+    (kept,) = [event for event in allocated if event.storage not in freed]
+    assert kept.num_bytes == y.nbytes
+    assert kept.category != "temporary", "the ledger counts it as an activation"
+    large = [event for event in allocated if event.num_bytes >= y.nbytes]
+    assert large[0] == kept
+    assert len(large) > 1, "there are large temporaries"
 
 
 @pytest.mark.parametrize("bits", [4, 8])

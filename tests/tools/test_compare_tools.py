@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +119,40 @@ def test_a_meter_leaves_out_the_first_steps() -> None:
     found = meter.result(skip=1)
     assert (found["clock_per_step"], found["processor_per_step"]) == (2.0, 0.5)
     assert (found["clock"], found["processor"], found["steps"]) == (12.0, 5.0, 3)
+
+
+_REUSED_HEAP = """
+import ctypes
+from tool_meter import Meter
+
+heap = ctypes.CDLL(None)
+heap.malloc.restype = ctypes.c_void_p
+heap.free.argtypes = [ctypes.c_void_p]
+
+
+def fill():
+    places = [ctypes.c_void_p(heap.malloc(100_000)) for _ in range(400)]
+    for place in places:
+        ctypes.memset(place, 1, 100_000)
+    return places
+
+
+for place in fill()[:-1]:  # The heap cannot shrink below the last one.
+    heap.free(place)
+meter = Meter(on_gpu=False)
+meter.begin()
+fill()
+meter.mark()
+print(meter.result(skip=0)["step_memory_bytes"])
+"""
+
+
+def test_a_meter_counts_memory_that_loading_has_freed_and_steps_use_again(root: Path) -> None:
+    """40 MB are freed before the first step, and as much is used again."""
+    command = [sys.executable, "-c", _REUSED_HEAP]
+    tools = {"PYTHONPATH": str(root / "tools" / "benchmarks")}
+    done = subprocess.run(command, env=os.environ | tools, capture_output=True, check=True)
+    assert 36e6 < int(done.stdout) < 60e6
 
 
 def test_the_table_is_that_of_the_measurement(root: Path) -> None:
