@@ -280,7 +280,7 @@ def head_output(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dtype != rows.dtype:
         output = rows.new_empty(rows.shape[0], weight.shape[0])
         for at, piece in _converted(weight, rows.dtype):
-            torch.mm(rows, piece.t(), out=output[:, at])
+            output[:, at] = rows @ piece.t()
         return output if bias is None else output.add_(bias)
     if bias is None:
         return rows @ weight.t()
