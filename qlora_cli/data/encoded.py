@@ -125,6 +125,13 @@ class EncodedRows:
             return part.labels[tokens]
         return np.where(part.trained[tokens], part.ids[tokens], np.int32(IGNORE_INDEX))
 
+    def trained(self, row: int, start: int = 0, length: int | None = None) -> NDArray[np.bool_]:
+        """Return for each token of a row, or of a part of it, whether it is trained."""
+        part, tokens = self._find(row, start, length)
+        own = None if part.labels is None else part.labels[tokens] != IGNORE_INDEX
+        is_trained: NDArray[np.bool_] = part.trained[tokens].view(np.bool_) if own is None else own
+        return is_trained
+
     def segments(self, row: int) -> tuple[int, ...]:
         """Return the lengths of a row's segments; empty if the row is one segment."""
         part = self.parts[bisect_right(self._firsts, row) - 1]

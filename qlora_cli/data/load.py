@@ -28,7 +28,7 @@ from qlora_cli.data.mixture import (
     read_held_out,
 )
 from qlora_cli.data.positions import num_positions
-from qlora_cli.data.processes import workers
+from qlora_cli.data.processes import prepare_workers, workers
 from qlora_cli.data.row_store import Rows
 from qlora_cli.data.rows import read_rows
 from qlora_cli.data.stream import (
@@ -63,6 +63,8 @@ from qlora_cli.units import format_count
 _SILENT = Silent()
 _MAPPED_ROWS = 10_000
 """Number of rows from which on their tokens are in a file."""
+_PARALLEL_BYTES = 16 * 1024**2
+"""Size of data files whose rows are so many that several processes will probably tokenize them."""
 _MANY_ROWS = 50_000
 """Number of rows from which on a faster tokenizer saves more time than installing it takes."""
 
@@ -187,6 +189,8 @@ class RowLoader:
 
     def _new_entry(self, key: CacheKey, observer: Observer) -> EncodedData:
         """Encode the recipe's rows into a new entry of the cache and return them."""
+        if key.num_bytes >= _PARALLEL_BYTES and num_processes(_MANY_ROWS, self.data) > 1:
+            prepare_workers(self._encoder.modules)
         rows = read_data(self.data, key.folder.parent, observer)
         with write_errors(key.folder), atomic_folder(key.folder) as partial:
             encoded, checksums = self._encode_into(partial, rows, observer)
@@ -211,7 +215,7 @@ class RowLoader:
         """
         number = _num_rows(rows)
         observer.stage("tokenize", number)
-        encoder = Encoder(self.encode, self.tokenizer, self.limits.vocab_size, self.data.system)
+        encoder = self._encoder
         parts: list[EncodedPart] = []
         checksums: list[int] = []
         done = 0
@@ -233,6 +237,10 @@ class RowLoader:
                 parts.append(EncodedPart(encoded, formats, faults))
                 done += len(part)
         return EncodedData(parts[0], parts[1] if parts[1:] else None, rows.sources), checksums
+
+    @property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.encode, self.tokenizer, self.limits.vocab_size, self.data.system)
 
     def _hint(self, groups: Sequence[Group]) -> str | None:
         """Return a line on how these rows are tokenized faster, if they are many."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -48,19 +48,33 @@ def workers(
     if number == 1:
         yield lambda jobs: map(function, jobs)
         return
-    # A fork of this process could deadlock: it has threads and possibly a CUDA context.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__, *modules])
-        _start_resource_tracker()
+    prepare_workers(modules)
     pool = ProcessPoolExecutor(
-        number, mp_context=context, initializer=_start, initargs=(pickle.dumps(function),)
+        number,
+        mp_context=multiprocessing.get_context(_method()),
+        initializer=_start,
+        initargs=(pickle.dumps(function),),
     )
     try:
         yield lambda jobs: _in_order(pool, jobs, number * _WAITING)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def prepare_workers(modules: Sequence[str]) -> None:
+    """Begin to import modules in the process that the workers are forked from, if there is one.
+
+    This process does not wait for it.
+    """
+    if _method() == "forkserver":
+        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *modules])
+        _start_resource_tracker()
+        forkserver.ensure_running()
+
+
+def _method() -> str:
+    # A fork of this process could deadlock: it has threads and possibly a CUDA context.
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 def _start_resource_tracker() -> None:

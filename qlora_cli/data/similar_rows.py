@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.encoded import Examples, Part, chosen_of_parts
-from qlora_cli.nn.labels import IGNORE_INDEX
 
 _WIDTH = 4
 """Tokens of a shingle."""
@@ -61,6 +60,24 @@ class _Shingles:
         return _Shingles(self.hashes[kept], self.rows[kept], self.is_trained[kept])
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row's tokens, which of them are trained, and its value, NaN without one."""
+
+    ids: NDArray[np.int32]
+    is_trained: NDArray[np.bool_]
+    value: float
+
+    def text(self, trained: bool) -> str:
+        """Return the trained or the other tokens, as one character each.
+
+        Parts of strings are compared faster than parts of lists. The characters are from U+10000
+        on, where the million that Unicode has are all valid.
+        """
+        ids = self.ids[self.is_trained == trained].astype("<u4") + np.uint32(0x10000)
+        return str(ids.tobytes(), "utf-32-le", "replace")
+
+
 class _RowSets:
     """Several sets of examples, whose places are counted through."""
 
@@ -71,14 +88,15 @@ class _RowSets:
     def __len__(self) -> int:
         return int(self.firsts[-1])
 
-    def texts(self, place: int) -> tuple[list[int], list[int], float]:
-        """Return the tokens of the prompt, the trained tokens and the value, NaN without one."""
+    def row(self, place: int) -> _Row:
+        """Return one of the examples."""
         number = int(np.searchsorted(self.firsts, place, side="right")) - 1
         examples, index = self.sets[number], place - int(self.firsts[number])
-        ids, labels = examples.arrays(index)
-        is_trained = labels != IGNORE_INDEX
-        value = float(examples.encoded.values[examples.rows[index]])
-        return ids[~is_trained].tolist(), ids[is_trained].tolist(), value
+        columns = (examples.rows, examples.starts, examples.lengths)
+        row, start, length = (int(column[index]) for column in columns)
+        encoded = examples.encoded
+        ids = encoded.ids(row, start, length)
+        return _Row(ids, encoded.trained(row, start, length), float(encoded.values[row]))
 
     def shingles(self, places: NDArray[np.int64]) -> Iterator[_Shingles]:
         """Yield the shingles of some examples that are not pieces, some of them at a time."""
@@ -153,27 +171,28 @@ def similar_rows(*sets: Examples) -> dict[int, int]:
 
 def _is_similar(all_rows: _RowSets, sketch: _Sketch, first: int, second: int) -> bool:
     """Return whether prompt and trained tokens of two rows differ in few of their tokens."""
-    *texts, value = all_rows.texts(first)
-    *others, other_value = all_rows.texts(second)
+    row, other = all_rows.row(first), all_rows.row(second)
     # Rows without a value have NaN there, which differs from itself.
-    has_other_value = value != other_value and not (isnan(value) and isnan(other_value))
-    if has_other_value or texts == others:
+    if row.value != other.value and not (isnan(row.value) and isnan(other.value)):
         return False
-    for text, other, size in zip(texts, others, (sketch.prompt, sketch.answer), strict=True):
+    is_equal = True
+    for trained, size in ((False, sketch.prompt), (True, sketch.answer)):
+        text, other_text = row.text(trained), other.text(trained)
         limit = int(_CHANGED * min(size[first], size[second]))
-        if not differ_in_one_word(text, other, limit):
+        if not differ_in_one_word(text, other_text, limit):
             return False
-    return True
+        is_equal = is_equal and text == other_text
+    return not is_equal
 
 
-def differ_in_one_word(first: Sequence[int], second: Sequence[int], limit: int) -> bool:
+def differ_in_one_word(first: str, second: str, limit: int) -> bool:
     """Return whether two texts differ in one word at most, which may be replaced several times.
 
-    limit: number of tokens that may differ, in all places together. At one place, at most `_WORD`
-    tokens differ, and `_ANCHOR` equal ones follow.
+    first, second: one character for each token. limit: number of tokens that may differ, in all
+    places together. At one place, at most `_WORD` tokens differ, and `_ANCHOR` equal ones follow.
     """
     changed = i = j = 0
-    replaced: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+    replaced: set[tuple[str, str]] = set()
     while True:
         equal = _common(first, second, i, j)
         i, j = i + equal, j + equal
@@ -182,14 +201,14 @@ def differ_in_one_word(first: Sequence[int], second: Sequence[int], limit: int) 
         place = _difference(first, second, i, j)
         if place is None:
             return False
-        replaced.add((tuple(first[i : i + place[0]]), tuple(second[j : j + place[1]])))
+        replaced.add((first[i : i + place[0]], second[j : j + place[1]]))
         changed += max(place)
         if changed > limit or len(replaced) > 1:
             return False
         i, j = i + place[0], j + place[1]
 
 
-def _common(first: Sequence[int], second: Sequence[int], i: int, j: int) -> int:
+def _common(first: str, second: str, i: int, j: int) -> int:
     """Return the number of equal tokens from `i` and `j` on."""
     rest = min(len(first) - i, len(second) - j)
     if first[i : i + rest] == second[j : j + rest]:
@@ -210,9 +229,7 @@ _DIFFERENCES = sorted(
 )
 
 
-def _difference(
-    first: Sequence[int], second: Sequence[int], i: int, j: int
-) -> tuple[int, int] | None:
+def _difference(first: str, second: str, i: int, j: int) -> tuple[int, int] | None:
     """Return the smallest numbers of tokens after which the texts are equal again."""
     for a, b in _DIFFERENCES:
         if i + a > len(first) or j + b > len(second):

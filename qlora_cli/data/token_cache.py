@@ -69,6 +69,11 @@ class CacheKey:
     description: str
     files: tuple[tuple[Path, int, int], ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of the data files."""
+        return sum(size for _, size, _ in self.files)
+
     def check_unchanged(self) -> None:
         """Raise InputError if a data file has changed since the key was computed."""
         for path, *facts in self.files:

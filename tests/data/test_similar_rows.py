@@ -79,9 +79,12 @@ def test_a_short_answer_must_be_the_same() -> None:
 
 def test_a_name_that_is_replaced_everywhere_is_one_difference() -> None:
     named = replaced(ANSWER, 4, 12, 25, by=(7777,))
-    assert differ_in_one_word(named, replaced(ANSWER, 4, 12, 25, by=(8888, 8889)), 6)
-    assert not differ_in_one_word(named, replaced(ANSWER, 4, 12, 25, by=(8888, 8889)), 5)
-    assert not differ_in_one_word(named, replaced(replaced(named, 4), 25, by=(8888,)), 9)
+    other = replaced(ANSWER, 4, 12, 25, by=(8888, 8889))
+    two_words = replaced(replaced(named, 4), 25, by=(8888,))
+    first, *others = ("".join(map(chr, text)) for text in (named, other, two_words))
+    assert differ_in_one_word(first, others[0], 6)
+    assert not differ_in_one_word(first, others[0], 5)
+    assert not differ_in_one_word(first, others[1], 9)
 
 
 def test_rows_of_one_template_are_not_similar() -> None:
