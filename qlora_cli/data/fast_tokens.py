@@ -55,19 +55,22 @@ def _fast_tokenizer(tokenizer: Any, size: int) -> FastTokenizer | None:
     definition = _definition(tokenizer)
     if not _is_byte_level(definition):
         return None
+    added = "".join(token.content for token in tokenizer.added_tokens_decoder.values())
     try:
         found = FastTokenizer(tokenizer, definition, size)
-    except (ValueError, NotImplementedError):  # A part of the definition that it does not support.
+        agrees = all(map(found.agrees, (_PROBE, f" {added} a", f"a{added}a")))
+    except (ValueError, LookupError, NotImplementedError):
+        # The library does not support the definition, or its tokens are not all bytes.
         return None
-    added = "".join(token.content for token in tokenizer.added_tokens_decoder.values())
-    return found if all(map(found.agrees, (_PROBE, f" {added} a", f"a{added}a"))) else None
+    return found if agrees else None
 
 
 class FastTokenizer:
     """Encodes texts and their trained spans as the base's tokenizer does.
 
     tokenizer: of the base. definition: the content of its tokenizer.json. size: of its vocabulary.
-    Raises ValueError if the library does not support the definition.
+    Raises ValueError if the library does not support the definition, LookupError if a token is not
+    a sequence of bytes.
     """
 
     def __init__(self, tokenizer: Any, definition: dict[str, Any], size: int) -> None:

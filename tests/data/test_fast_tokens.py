@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.data import encode
 from qlora_cli.data.encode import RenderedText, tokenized
 from qlora_cli.data.fast_tokens import FastTokenizer, fast_tokenizer
+from qlora_cli.data.row_errors import RowError
 from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import QloraError
 from tests.helpers.shared_data import SHARED_DATA, needs_shared_data
@@ -104,6 +106,28 @@ def test_other_tokenizers_are_not_replaced() -> None:
     with_prefix = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True))
     assert fast_tokenizer(sentencepiece()) is None
     assert fast_tokenizer(with_prefix) is None
+
+
+def _without(token: str, other: str) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer in whose vocabulary one token is replaced by another."""
+    definition = json.loads(byte_level_of("gpt-2").backend_tokenizer.to_str())
+    vocabulary = definition["model"]["vocab"]
+    vocabulary[other] = vocabulary.pop(token)
+    merges = [pair for pair in definition["model"]["merges"] if token not in "".join(pair)]
+    definition["model"]["merges"] = merges
+    inner = Tokenizer.from_str(json.dumps(definition))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+
+
+@pytest.mark.parametrize("other", ["a token with spaces", "Ġthing!"])
+def test_a_vocabulary_without_every_byte_is_no_error(other: str) -> None:
+    """Its tokens are not all bytes, or a byte of some texts has none."""
+    tokenizer = _without("ð", other)  # The first byte of an emoji.
+    text = "one \U0001f642"
+    row = RenderedText(text, ((0, len(text)),), add_begin=False, add_end=False)
+    (example,) = tokenized(["row"], [row], tokenizer)
+    assert not isinstance(example, RowError)
+    assert example.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _faulty(tokenizer: Any, **changes: Any) -> FastTokenizer:
