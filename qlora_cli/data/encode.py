@@ -223,7 +223,7 @@ def tokenized(
     origins, contents: of the texts.
     """
     results: list[Any] = list(texts)
-    fast = fast_tokenizer(tokenizer)
+    fast = fast_tokenizer(tokenizer, len(texts))
     for add_begin in (True, False):
         batch = [
             (index, text)

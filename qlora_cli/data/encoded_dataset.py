@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_cli.data.encoded import Examples
+from qlora_cli.data.examples import Examples
 from qlora_cli.data.formats import FORMATS, RowFormat
 from qlora_cli.data.text_checks import RowFaults
 from qlora_cli.data.token_facts import TokenFacts, TokenIds

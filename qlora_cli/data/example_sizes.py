@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.encode import Example
-from qlora_cli.data.encoded import Examples
+from qlora_cli.data.examples import Examples
 
 
 def sizes(examples: Sequence[Example]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,24 +25,32 @@ from qlora_cli.data.align import Span
 from qlora_cli.errors import QloraError
 from qlora_cli.nn.labels import IGNORE_INDEX
 
-PACKAGE = "fastokens"
+_PACKAGE = "fastokens"
+_FEW_TEXTS = 2_000
+"""Texts that a process encodes in about the time in which a FastTokenizer is created."""
+_num_texts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""Tokenizer -> number of texts that this process has encoded with it."""
 TokensAndLabels = tuple[list[int], list[int]]
 _PROBE = "It's 3,141 €:\n\n  don't\tnaïve\r\n 東京 🙂 x=1; "
 _SHOWN = 80
 """Characters of a text that an error shows."""
 
 
-def fast_tokenizer(tokenizer: Any) -> FastTokenizer | None:
-    """Return a FastTokenizer for the base's tokenizer; None if there is none for it.
+def fast_tokenizer(tokenizer: Any, num_texts: int) -> FastTokenizer | None:
+    """Return a FastTokenizer for the base's tokenizer; None if there is none, or texts are few.
 
-    tokenizer: a fast tokenizer of transformers.
+    tokenizer: a fast tokenizer of transformers. num_texts: number of texts that are encoded next.
     """
-    return _fast_tokenizer(tokenizer, len(tokenizer)) if find_spec(PACKAGE) else None
+    if not find_spec(_PACKAGE):
+        return None
+    earlier = _num_texts.get(tokenizer, 0)
+    _num_texts[tokenizer] = earlier + num_texts
+    return _fast_tokenizer(tokenizer, len(tokenizer)) if earlier >= _FEW_TEXTS else None
 
 
 def install_hint(tokenizer: Any) -> str | None:
     """Return a line on how to tokenize faster; None if it is not possible or done already."""
-    if find_spec(PACKAGE) or not _is_byte_level(_definition(tokenizer)):
+    if find_spec(_PACKAGE) or not _is_byte_level(_definition(tokenizer)):
         return None
     return (
         "pip install 'qlora-cli[fast-tokens]' makes the tokenization of many rows faster; the "
@@ -51,7 +60,7 @@ def install_hint(tokenizer: Any) -> str | None:
 
 @lru_cache(maxsize=1)
 def _fast_tokenizer(tokenizer: Any, size: int) -> FastTokenizer | None:
-    """Return the same as `fast_tokenizer`. size: of the vocabulary, which can grow."""
+    """Return a FastTokenizer, or None. size: of the vocabulary, which can grow."""
     definition = _definition(tokenizer)
     if not _is_byte_level(definition):
         return None
@@ -142,9 +151,9 @@ class FastTokenizer:
                 continue
             if ids.tolist() != self._expected(text):
                 raise QloraError(
-                    f"{PACKAGE} and the base's tokenizer have different tokens for "
+                    f"{_PACKAGE} and the base's tokenizer have different tokens for "
                     f"{text[:_SHOWN]!r}",
-                    hint=f"uninstall {PACKAGE}; rows are then tokenized by the base's tokenizer",
+                    hint=f"uninstall {_PACKAGE}; rows are then tokenized by the base's tokenizer",
                 )
             self._compared |= new
 
@@ -182,8 +191,9 @@ def _token_bytes(tokenizer: Any, size: int) -> list[bytes]:
 
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     added = tokenizer.added_tokens_decoder
-    found = [b""] * max(size, *(number + 1 for number in tokenizer.get_vocab().values()))
-    for token, number in tokenizer.get_vocab().items():
+    vocabulary = tokenizer.get_vocab()
+    found = [b""] * max(size, max(vocabulary.values()) + 1)
+    for token, number in vocabulary.items():
         found[number] = (
             token.encode() if number in added else bytes(map(byte_of.__getitem__, token))
         )

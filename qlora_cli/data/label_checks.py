@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_cli.data.encoded import Examples
+from qlora_cli.data.examples import Examples
 from qlora_cli.data.findings import Finding, finding
 from qlora_cli.data.row_findings import about
 

@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qlora_cli.data.encode import encode
-from qlora_cli.data.encoded import EncodedRows, Examples
+from qlora_cli.data.encoded import EncodedRows
+from qlora_cli.data.examples import Examples
 from qlora_cli.data.fast_tokens import install_hint
 from qlora_cli.data.formats import FORMATS
 from qlora_cli.data.long_rows import LongRowsReport, fit_rows, policy_of
@@ -36,6 +37,7 @@ from qlora_cli.data.stream import (
     Encoder,
     Group,
     groups_of,
+    may_use_processes,
     num_processes,
     record_batches,
 )
@@ -63,8 +65,6 @@ from qlora_cli.units import format_count
 _SILENT = Silent()
 _MAPPED_ROWS = 10_000
 """Number of rows from which on their tokens are in a file."""
-_PARALLEL_BYTES = 16 * 1024**2
-"""Size of data files whose rows are so many that several processes will probably tokenize them."""
 _MANY_ROWS = 50_000
 """Number of rows from which on a faster tokenizer saves more time than installing it takes."""
 
@@ -189,7 +189,7 @@ class RowLoader:
 
     def _new_entry(self, key: CacheKey, observer: Observer) -> EncodedData:
         """Encode the recipe's rows into a new entry of the cache and return them."""
-        if key.num_bytes >= _PARALLEL_BYTES and num_processes(_MANY_ROWS, self.data) > 1:
+        if may_use_processes(key.num_bytes, self.data):
             prepare_workers(self._encoder.modules)
         rows = read_data(self.data, key.folder.parent, observer)
         with write_errors(key.folder), atomic_folder(key.folder) as partial:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_cli.data.encoded import Examples
+from qlora_cli.data.examples import Examples
 from qlora_cli.data.row_errors import SHOWN_PROBLEMS
 from qlora_cli.errors import DataError, Problem
 from qlora_cli.nn.labels import IGNORE_INDEX

@@ -172,7 +172,7 @@ def _check_columns(data: Data) -> None:
 def _share(read: list[Rows], share: float, data: Data) -> tuple[Rows, list[Rows]]:
     """Return the held-out rows and the rest of each source.
 
-    With `data.max_rows` it is a share of these training rows and the held-out ones together.
+    share: of all rows; with `data.max_rows`, of so many training rows and the held-out ones.
     """
     all_rows = Rows.joined(read)
     number = len(all_rows)

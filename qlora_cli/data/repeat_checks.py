@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_cli.data.encoded import Examples
 from qlora_cli.data.encoded_dataset import OWN_PROMPTS, EncodedDataset
+from qlora_cli.data.examples import Examples
 from qlora_cli.data.findings import Finding
 from qlora_cli.data.row_findings import about
 from qlora_cli.data.similar_rows import similar_rows

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_cli.data.encoded import Examples
+from qlora_cli.data.examples import Examples
 from qlora_cli.data.findings import NAMED, Finding, finding
 
 

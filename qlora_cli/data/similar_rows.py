@@ -15,7 +15,8 @@ from math import isnan
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_cli.data.encoded import Examples, Part, chosen_of_parts
+from qlora_cli.data.encoded import Part
+from qlora_cli.data.examples import Examples, chosen_of_parts
 
 _WIDTH = 4
 """Tokens of a shingle."""

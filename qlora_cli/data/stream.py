@@ -33,6 +33,8 @@ _PART_BYTES = 4 * 1024**2
 """Size of the rows of a part that is not exceeded by more than one row."""
 _ROWS_PER_PROCESS = 10_000
 """Rows that are tokenized in about the time that starting a process takes."""
+_MANY_BYTES = 16 * 1024**2
+"""Size of data files whose rows are probably so many that several processes tokenize them."""
 _NAMED = 3
 """Rows that an error about tools names."""
 
@@ -129,6 +131,12 @@ def num_processes(num_rows: int, data: Data) -> int:
     if data.processes is not None:
         return data.processes
     return max(1, min(num_cores(), num_rows // _ROWS_PER_PROCESS))
+
+
+def may_use_processes(num_bytes: int, data: Data) -> bool:
+    """Return whether several processes probably tokenize. num_bytes: size of the data files."""
+    most = num_cores() if data.processes is None else data.processes
+    return num_bytes >= _MANY_BYTES and most > 1
 
 
 def record_batches(

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_cli.data.encoded import Examples, Part, chosen_of_parts
+from qlora_cli.data.encoded import Part
+from qlora_cli.data.examples import Examples, chosen_of_parts
 
 _NONE = -1
 """A token id that no token has."""

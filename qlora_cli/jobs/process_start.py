@@ -89,8 +89,8 @@ def take_turns(processes: Processes, prepared: Prepared) -> Iterator[None]:
 def share_state(state: State, instrument: Instrument) -> None:
     """Give all processes the state of the main one: trained weights, loss scale and step.
 
-    Of the optimizer's states, each process has got its part when they were restored. Of the trained
-    weights it keeps its part where the base is sharded. instrument: measures the phase `load`.
+    Of the optimizer's states, each process has got its part when they were restored. If the base is
+    sharded, it keeps only its part of the trained weights. instrument: measures the phase `load`.
     """
     processes = state.processes
     if processes.size == 1:

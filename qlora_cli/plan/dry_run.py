@@ -35,6 +35,7 @@ from qlora_cli.models.model import LoadedModel
 from qlora_cli.nn.codebook import clear_scale_codebook
 from qlora_cli.nn.host_head import HostHead
 from qlora_cli.parallel.processes import PlannedProcesses
+from qlora_cli.plan.active_blocks import report_active_blocks
 from qlora_cli.plan.block_groups import BlockGroups, GroupSample
 from qlora_cli.plan.config_blocks import groups_of, matched_overrides, with_blocks
 from qlora_cli.plan.meta_source import MetaCopy, MetaSource
@@ -231,7 +232,7 @@ class DryRun:
     def _run_phases(self, state: State, tracker: StorageTracker, recording: Recording) -> None:
         """Run all phases after loading."""
         loaded = state.loaded
-        _report_active_blocks(loaded.model.get_submodule(loaded.family.blocks), recording)
+        report_active_blocks(loaded.model.get_submodule(loaded.family.blocks), recording)
         if state.task.needs_constants:
             recording.begin_phase()
             for batch in (*self._step_batches, *self._eval_batches):
@@ -283,26 +284,3 @@ def _sums(
     prefixes = tuple(f"{family.blocks}.{block}." for block in middle)
     of_group = sum(size(p) for name, p in parameters.items() if name.startswith(prefixes))
     return sum(map(size, parameters.values())), of_group
-
-
-def _report_active_blocks(blocks: Any, recording: Recording) -> None:
-    """Report to the recording which block runs, in the forward and the backward pass."""
-    for index, block in enumerate(blocks):
-        path = f"{recording.blocks}.{index}"
-        block.forward = _reporting_forward(block.forward, path, recording)
-
-
-def _reporting_forward(
-    forward: Callable[..., Any], path: str, recording: Recording
-) -> Callable[..., Any]:
-    def reporting_forward(*args: Any, **kwargs: Any) -> Any:
-        # The block stays active until the next one runs, because it frees the previous one's
-        # output.
-        recording.enter_module(path)
-        output = forward(*args, **kwargs)
-        hidden = output[0] if isinstance(output, tuple | list) else output
-        if hidden.requires_grad:
-            hidden.register_hook(lambda _: recording.enter_module(path))
-        return output
-
-    return reporting_forward

@@ -72,8 +72,8 @@ class Data(Section):
     `starter:train`, the rows embedded in the package; or a list of these, each optionally as
     {path, weight}."""
     eval: Sources | Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Held-out rows, given in the same way as `train`; a number such as 0.02 takes this share of
-    the rows that are used away and holds it out; null trains without evaluation."""
+    """Held-out rows, given in the same way as `train`; a number such as 0.02 holds out this
+    share of the rows that are used; null trains without evaluation."""
     format: Literal["auto"] | DataFormat = "auto"
     """Fields of each row (`?`: optional); text: {text}; completion: {prompt, completion};
     alpaca: {instruction, output, input?, system?, tools?}; sharegpt: {conversations, system?,

@@ -37,7 +37,7 @@ class State:
     recipe: resolved, without `auto`. task: the recipe's training objective. trainable: name ->
     parameter that the optimizer updates. step: number of optimizer steps done. processes: those
     that train the job, each with a state of its own; all parameters are equal after a step.
-    division: of the trained parameters over the processes. Where the base is sharded, a parameter
+    division: of the trained parameters over the processes. If the base is sharded, a parameter
     has its values while its block runs, or in `division.completed`; pieces have them always.
     """
 
@@ -86,7 +86,7 @@ def build_state(request: ModelRequest, build_model: BuildModel = build) -> State
 def _division(
     loaded: LoadedModel, trainable: dict[str, nn.Parameter], unit: int, processes: Processes
 ) -> Division:
-    """Return the division of the parameters. Where the base is sharded, they are, too."""
+    """Return the division of the parameters, which are sharded if the base is."""
     blocks, stream = loaded.family.blocks, loaded.stream
     if not isinstance(stream, BlockShards):
         return Division(trainable, blocks, unit, processes)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_cli.data import encode
+from qlora_cli.data import encode, fast_tokens
 from qlora_cli.data.encode import RenderedText, tokenized
 from qlora_cli.data.fast_tokens import FastTokenizer, fast_tokenizer
 from qlora_cli.data.row_errors import RowError
@@ -42,6 +42,13 @@ PARTS = st.lists(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_text_is_needed_before() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_tokens, "_FEW_TEXTS", 0)
+        yield
+
+
 @pytest.fixture(scope="module", params=OWN)
 def own_tokenizer(request: pytest.FixtureRequest) -> Any:
     return byte_level_of(request.param)
@@ -69,9 +76,9 @@ def _assert_equal(tokenizer: Any, parts: list[str]) -> None:
     texts = list(_texts(parts))
     origins = [f"row {number}" for number in range(len(texts))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "fast_tokenizer", lambda tokenizer: None)
+        patch.setattr(encode, "fast_tokenizer", lambda *_: None)
         expected = tokenized(origins, texts, tokenizer)
-    assert fast_tokenizer(tokenizer) is not None
+    assert fast_tokenizer(tokenizer, 1) is not None
     assert tokenized(origins, texts, tokenizer) == expected
 
 
@@ -94,7 +101,7 @@ def test_real_texts_are_left_to_the_tokenizer_rarely(real_tokenizer: Any) -> Non
     rows = [json.loads(line) for line in lines]
     texts = [f"{row['question']} {row['answer']}" for row in rows]
     spans = [[(len(row["question"]), len(text))] for row, text in zip(rows, texts, strict=True)]
-    fast = fast_tokenizer(real_tokenizer)
+    fast = fast_tokenizer(real_tokenizer, 1)
     assert fast is not None
     found = fast.encode(texts, spans, add_special_tokens=False)
     assert sum(row is None for row in found) < 0.02 * len(found)
@@ -104,8 +111,8 @@ def test_real_texts_are_left_to_the_tokenizer_rarely(real_tokenizer: Any) -> Non
 
 def test_other_tokenizers_are_not_replaced() -> None:
     with_prefix = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True))
-    assert fast_tokenizer(sentencepiece()) is None
-    assert fast_tokenizer(with_prefix) is None
+    assert fast_tokenizer(sentencepiece(), 1) is None
+    assert fast_tokenizer(with_prefix, 1) is None
 
 
 def _without(token: str, other: str) -> PreTrainedTokenizerFast:
@@ -162,4 +169,10 @@ def test_other_tokens_of_a_new_character_are_an_error() -> None:
 def test_a_definition_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_level_of("gpt-2")
     monkeypatch.setattr(FastTokenizer, "_expected", lambda self, text: [])
-    assert fast_tokenizer(tokenizer) is None
+    assert fast_tokenizer(tokenizer, 1) is None
+
+
+def test_few_texts_are_not_worth_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_tokens, "_FEW_TEXTS", 3)
+    tokenizer = byte_level_of("gpt-2")
+    assert [bool(fast_tokenizer(tokenizer, 2)) for _ in range(3)] == [False, False, True]

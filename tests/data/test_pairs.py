@@ -13,7 +13,7 @@ from qlora_cli.data.collate import collate
 from qlora_cli.data.conversation import PAIR
 from qlora_cli.data.encode import Example, encode
 from qlora_cli.data.encode_pairs import encode_pairs
-from qlora_cli.data.encoded import Examples
+from qlora_cli.data.examples import Examples
 from qlora_cli.data.load import LoadedRows, ModelLimits, RowLoader
 from qlora_cli.data.packing import BatchSchedule
 from qlora_cli.data.row_errors import RowError

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from qlora_cli.data.encode import Example
-from qlora_cli.data.encoded import Examples
+from qlora_cli.data.examples import Examples
 from qlora_cli.data.similar_rows import differ_in_one_word, similar_rows
 from qlora_cli.nn.labels import IGNORE_INDEX
 from tests.helpers.encoding import examples_of

@@ -9,7 +9,8 @@ import numpy as np
 
 from qlora_cli.data.encode import Example
 from qlora_cli.data.encode import encode as encode_rows
-from qlora_cli.data.encoded import EncodedRows, Examples
+from qlora_cli.data.encoded import EncodedRows
+from qlora_cli.data.examples import Examples
 from qlora_cli.data.formats import Content, content_of
 from qlora_cli.data.record_batch import record_batch
 from qlora_cli.data.row_errors import FieldsError, RowError

@@ -181,7 +181,7 @@ def test_a_buffer_that_is_used_again_too_early_is_noticed(folder: Path, alone: R
             real(self)
             del self._buffers[1:]
 
-        BlockShards.allocate_buffers = allocate  # type: ignore[method-assign]
+        pytest.MonkeyPatch().setattr(BlockShards, "allocate_buffers", allocate)
 
     assert train_together(recipe, prepare=use_one_buffer) == [0, 0]
     assert difference(RunFolder(Path(recipe.output)), alone) > 1000 * CLOSE
@@ -202,7 +202,7 @@ def test_parameters_that_are_replaced_too_early_are_noticed(folder: Path, alone:
                 for parameter, view in zip(self._parameters(block), views, strict=True):
                     parameter.data = view
 
-        ShardedParameters.enter = enter  # type: ignore[method-assign]
+        pytest.MonkeyPatch().setattr(ShardedParameters, "enter", enter)
 
     assert train_together(recipe, prepare=replace_early) == [0, 0]
     assert difference(RunFolder(Path(recipe.output)), alone) > 1000 * CLOSE
@@ -222,7 +222,7 @@ def test_parameters_that_are_freed_too_early_are_noticed(
             if torch._C._current_graph_task_id() >= 0:  # In a backward pass.
                 self._free(block)
 
-        ShardedParameters.enter = enter  # type: ignore[method-assign]
+        pytest.MonkeyPatch().setattr(ShardedParameters, "enter", enter)
 
     assert train_together(recipe, prepare=free_early) == [NotFinite.exit_code] * 2
     assert capfd.readouterr().err.count("NotFinite: step 1") >= 2
