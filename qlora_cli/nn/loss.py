@@ -23,8 +23,9 @@ from qlora_cli.nn.piecewise_loss import piecewise_cross_entropy, piecewise_score
 
 _HEAD_ROWS = 8192
 """Rows of the head whose gradient is updated at once."""
-_CONVERTED_ELEMENTS = 2**20
-"""Values of the head that are converted to another dtype at once: 4 MiB in float32."""
+_CONVERTED_ELEMENTS = 2**18
+"""Values of the head that are converted to another dtype at once: 1 MiB in float32, which stays in
+a CPU's cache until the product has read it (docs/performance.md)."""
 CHUNK_ELEMENTS = 2**25
 """Logits of one chunk if its number of tokens is not given: 128 MiB in float32."""
 _CHUNKS_ON_META = 4
@@ -280,7 +281,7 @@ def head_output(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dtype != rows.dtype:
         output = rows.new_empty(rows.shape[0], weight.shape[0])
         for at, piece in _converted(weight, rows.dtype):
-            output[:, at] = rows @ piece.t()
+            torch.mm(rows, piece.t(), out=output[:, at])
         return output if bias is None else output.add_(bias)
     if bias is None:
         return rows @ weight.t()
