@@ -103,8 +103,8 @@ MATRICES = Experiment(
         ),
         Cell(
             "rank",
-            ("adapter.rank=1,2,4,8,64", "adapter.targets=[q];[q,v];[q,k,v,o]", "seeds=2"),
-            minutes=90.0,
+            ("adapter.rank=1,2,4,8,64", "adapter.targets=[q];[q,v];[q,k,v,o]", "seeds=1"),
+            minutes=45.0,
         ),
         Cell("learning rate", (f"train.lr={','.join(_LEARNING_RATES)}", "seeds=1"), minutes=12.0),
     ),
