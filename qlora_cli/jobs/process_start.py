@@ -57,6 +57,12 @@ def check_processes(recipe: Recipe, number: int) -> None:
             where="train.micro_batch",
             hint="set a number; `qlora plan --fit` finds the largest one that fits",
         )
+    if train.update_in_backward:
+        raise UsageError(
+            f"train.update_in_backward needs one process, and there are {number}",
+            where="train.update_in_backward",
+            hint="set it to false: several processes add up gradients after the backward pass",
+        )
     if train.grad_accum < number:
         raise UsageError(
             f"a step has {train.grad_accum} micro-batch{'' if train.grad_accum == 1 else 'es'}, "

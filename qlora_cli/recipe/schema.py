@@ -148,6 +148,10 @@ class Train(Section):
     """Decoupled weight decay of AdamW, applied to every trained weight."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Scale gradients down to this total norm if it is exceeded; null disables clipping."""
+    update_in_backward: bool = False
+    """Update the weights of a block as soon as the backward pass has all their gradients, and free
+    these: a step has the gradients of one block and not of all. Needs grad_accum: 1,
+    max_grad_norm: null, one process and no float16."""
     activation_checkpointing: Literal["auto"] | bool | Annotated[int, Field(ge=0)] = "auto"
     """Store only the input of a block and compute the rest again in the backward pass: true for
     every block, false for none, a number for that many first blocks; auto recomputes as few as fit
@@ -181,6 +185,22 @@ class Train(Section):
         """Number of sequences per forward pass. It must not be `auto` any more."""
         assert self.micro_batch != "auto", "a plan chooses the micro-batch first"
         return self.micro_batch
+
+    @model_validator(mode="after")
+    def _updates_need_one_pass(self) -> Train:
+        if not self.update_in_backward:
+            return self
+        if self.grad_accum != 1 or self.micro_batch == "auto":
+            raise ValueError(
+                "update_in_backward frees gradients before another pass can add to them; set "
+                "train.grad_accum=1 and train.micro_batch to the sequences of a step"
+            )
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                "update_in_backward never has all gradients, so it cannot clip their norm; set "
+                "train.max_grad_norm=null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offload_has_inputs(self) -> Train:

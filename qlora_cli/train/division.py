@@ -68,7 +68,7 @@ class Division:
             ]
         self._buckets: list[Bucket] = []
         sharded: list[list[Bucket]] = [[] for _ in range(num_sharded)]
-        for block, numbers in _together(trainable, blocks):
+        for block, numbers in together(trainable, blocks):
             is_sharded = block is not None and block < num_sharded
             buckets = sharded[block] if is_sharded and block is not None else self._buckets
             buckets.append(self._bucket(numbers))
@@ -166,10 +166,10 @@ class Division:
         copy_pairs((value, part) for part, value in bucket.pairs(complete, values))
 
 
-def _together(
+def together(
     trainable: Mapping[str, nn.Parameter], blocks: str
 ) -> Iterator[tuple[int | None, list[int]]]:
-    """Yield the block and the numbers of parameters that are exchanged together.
+    """Yield the block and the numbers of parameters that are exchanged or updated together.
 
     Those of one block and dtype are; one outside of the blocks, which may be large, is alone.
     """

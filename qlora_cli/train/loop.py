@@ -180,7 +180,9 @@ class TrainingLoop:
             except MicroBatchTooLarge as error:
                 loaded = self.state.loaded if self.may_recompute_more else None
                 finer = self.schedule.step_batches(self.state.step, 2 * progress.parts)
-                change = reduce_memory(loaded, progress, len(finer) > len(batches))
+                # An update within the backward pass needs all rows of the step in one pass.
+                may_divide = not self.state.recipe.train.update_in_backward
+                change = reduce_memory(loaded, progress, may_divide and len(finer) > len(batches))
                 if change is None:
                     raise
                 reason = error.what

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qlora_cli.adapters.registry import method_of
+from qlora_cli.errors import Problem, RecipeError
 from qlora_cli.files.dtype import torch_dtype
 from qlora_cli.memory.tracker import StorageTracker
 from qlora_cli.models.build import ModelRequest, build
@@ -78,6 +79,18 @@ def build_state(request: ModelRequest, build_model: BuildModel = build) -> State
     factors = method_of(recipe.adapter).lr_factors(loaded.model)
     optimizer = make_divided_optimizer(recipe.train, division, device, factors)
     half = {torch.float16} & {loaded.base_format.compute, torch_dtype(recipe.adapter.dtype)}
+    if half and recipe.train.update_in_backward:
+        raise RecipeError(
+            "float16 cannot be trained with a setting of the recipe",
+            [
+                Problem(
+                    "train.update_in_backward",
+                    "a step whose float16 gradients overflow is skipped, and is not known before "
+                    "all gradients exist",
+                    "set it to false, or base.compute_dtype and adapter.dtype to another dtype",
+                )
+            ],
+        )
     scale = LossScale(needed=bool(half))
     given = (recipe, task, loaded, trainable, division, optimizer, scale, device)
     return State(*given, processes=request.processes)

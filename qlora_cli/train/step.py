@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,7 @@ from qlora_cli.memory.scopes import mark, scope
 from qlora_cli.models.placement.block_shards import BlockShards
 from qlora_cli.shortage import converted
 from qlora_cli.tasks.task import MetricSums
+from qlora_cli.train.backward_update import BackwardUpdates
 from qlora_cli.train.nonfinite import describe_nonfinite
 from qlora_cli.train.reduce import reduce_step, report_shortage
 from qlora_cli.train.state import State
@@ -54,25 +56,28 @@ def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome
     MicroBatchTooLarge if a pass runs out of memory, and then nothing has changed.
     """
     metrics = MetricSums()
+    updates = _updates_in_backward(state, lr)
     try:
-        total = _accumulate_gradients(state, batches, metrics)
+        with updates or nullcontext():
+            total = _accumulate_gradients(state, batches, metrics)
     except (RuntimeError, MemoryError) as error:
         state.optimizer.zero_grad(set_to_none=True)
         shortage = converted(error)
         if not isinstance(shortage, DoesNotFit):
             raise
-        if isinstance(state.loaded.stream, BlockShards):
-            # The others wait for an exchange of weights, and cannot try again.
+        if isinstance(state.loaded.stream, BlockShards) or (updates and updates.has_begun):
+            # The others wait for an exchange of weights, or some parameters are those of the next
+            # step already, so this step cannot be tried again.
             raise shortage from error
         report_shortage(state.processes, shortage.what)
         raise MicroBatchTooLarge(shortage.what, hint=shortage.hint) from error
     mark("update")
     _reduce(state, total, metrics)
     with scope("temporary"):
-        norm = _gradient_norm(state)
+        norm = updates.norm().to(state.device) if updates else _gradient_norm(state)
         loss_value, norm_value, *sums = _read([total, norm, *metrics.sums.values()])
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-        if finite:
+        if finite and not updates:
             _update(state, norm_value, lr)
     state.optimizer.zero_grad(set_to_none=True)
     loss_value, norm_value = (v / state.loss_scale.value for v in (loss_value, norm_value))
@@ -85,6 +90,14 @@ def train_step(state: State, batches: Sequence[Batch], lr: float) -> StepOutcome
     tokens, targets = sum(batch.num_tokens for batch in batches), state.task.num_targets(batches)
     means = {name: value / targets for name, value in zip(metrics.sums, sums, strict=True)}
     return StepOutcome(loss_value, norm_value, tokens, not finite, means)
+
+
+def _updates_in_backward(state: State, lr: float) -> BackwardUpdates | None:
+    """Return what updates parameters in the backward pass; None if the recipe does it after."""
+    if not state.recipe.train.update_in_backward:
+        return None
+    blocks = state.loaded.family.blocks
+    return BackwardUpdates(state.trainable, blocks, state.optimizer, lr)
 
 
 def _accumulate_gradients(state: State, batches: Sequence[Batch], metrics: MetricSums) -> Tensor:
@@ -103,12 +116,21 @@ def _accumulate_gradients(state: State, batches: Sequence[Batch], metrics: Metri
         _seed_dropout(state, index)
         loss = state.task.loss(state.loaded, batches[index], state.device, own_scale, sums)
         mark("backward")
-        loss.backward()
+        if _may_update(state, loss):
+            loss.backward()
         state.division.end_backward()
         total += loss.detach()
         # Free the loss before the next forward pass, not when the name is assigned again.
         del loss
     return total
+
+
+def _may_update(state: State, loss: Tensor) -> bool:
+    """Return False if a backward pass would update parameters with a loss that is not finite.
+
+    The loss is read from the device only if the backward pass updates parameters.
+    """
+    return loss.is_meta or not state.recipe.train.update_in_backward or bool(loss.isfinite())
 
 
 def _num_idle_passes(state: State, number: int) -> int:

@@ -32,6 +32,7 @@ from tests.helpers.marks import slow_after_first
 from tests.helpers.runs import CPU
 
 NO_CHECKPOINTING = "train.activation_checkpointing=false"
+IN_BACKWARD = "train.update_in_backward=true train.grad_accum=1 train.max_grad_norm=null"
 FULL = "base.bits=16 adapter.method=full"
 CHUNKS = "data.seq_len=300 train.loss_chunk=160"
 """Two chunks of the loss, which a large vocabulary has without the setting."""
@@ -50,6 +51,9 @@ GRID = [
         ("llama", 8192, False, "data.seq_len=256 adapter.method=dora adapter.targets=all"),
         ("gpt2", 8192, True, f"data.seq_len=128 adapter.method=dora {NO_CHECKPOINTING}"),
         ("llama", 8192, False, "data.seq_len=128 adapter.method=dora base.bits=8"),
+        ("llama", 8192, False, f"data.seq_len=64 adapter.rank=64 {IN_BACKWARD}"),
+        ("llama", 8192, False, f"data.seq_len=64 base.residency=host {IN_BACKWARD}"),
+        ("gpt2", 8192, True, f"data.seq_len=64 {FULL} {NO_CHECKPOINTING} {IN_BACKWARD}"),
         ("llama", 8192, False, "data.seq_len=64 adapter.rank=64 adapter.lr_ratio=8"),
         ("llama", 8192, False, "data.seq_len=128 adapter.prefix=32 train.micro_batch=2"),
         ("gpt2", 8192, True, f"data.seq_len=128 adapter.prefix=16 {NO_CHECKPOINTING}"),

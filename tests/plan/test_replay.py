@@ -42,6 +42,7 @@ DEVICES = {
     "ada": DeviceProfile("cuda", "a GPU", 2**34, (8, 9), 128),
     "turing": DeviceProfile("cuda", "an old GPU", 2**34, (7, 5), 40),
 }
+IN_BACKWARD = {"update_in_backward": True, "grad_accum": 1, "max_grad_norm": None}
 CASES = [
     # family, device, more
     ("llama", "ada", {}),
@@ -58,6 +59,14 @@ CASES = [
     ("qwen2", "cpu", {"base": {"bits": 8}}),
     ("qwen2", "ada", {"train": {"activation_checkpointing": False, "micro_batch": 2}}),
     ("qwen3", "ada", {"adapter": {"targets": ["q", "v"]}}),
+    ("llama", "ada", {"train": IN_BACKWARD}),
+    ("llama", "ada", {"base": {"residency": "host"}, "train": IN_BACKWARD}),
+    ("qwen2", "cpu", {"train": {**IN_BACKWARD, "optimizer": "adamw8bit"}}),
+    (
+        "gpt2",
+        "ada",
+        {"base": {"bits": 16}, "adapter": {"method": "full"}, "train": IN_BACKWARD},
+    ),
     ("gpt2", "ada", {}),
     ("gpt2", "cpu", {"train": {"activation_checkpointing": False}}),
     ("gpt2", "turing", {"base": {"bits": 16}, "adapter": {"method": "full"}}),
@@ -89,7 +98,8 @@ def recipe_of(bases: Any, family: str, more: dict[str, Any], profile: DeviceProf
 
 
 def plan(recipe: Recipe, config: Any, profile: DeviceProfile) -> MemoryPlan:
-    batches = [largest_batch(48, recipe.train.micro_batch, config.vocab_size)] * 2
+    number = min(2, recipe.train.grad_accum)
+    batches = [largest_batch(48, recipe.train.micro_batch, config.vocab_size)] * number
     return dry_run(recipe, config, profile, batches, batches[:1])
 
 
