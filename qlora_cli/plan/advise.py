@@ -105,6 +105,9 @@ def _changes(recipe: Recipe, profile: DeviceProfile) -> Iterator[tuple[str, Reci
     if on_gpu and recipe.train.offload_inputs is not True:
         changed = with_settings(recipe, "train", activation_checkpointing=True, offload_inputs=True)
         yield "train.activation_checkpointing=true train.offload_inputs=true", changed
+    if profile.count == 1 and _may_update_in_backward(recipe):
+        changed = with_settings(recipe, "train", update_in_backward=True, max_grad_norm=None)
+        yield "train.update_in_backward=true train.max_grad_norm=null", changed
     if recipe.base.compute_dtype == "float32":
         yield "base.compute_dtype=bfloat16", with_settings(recipe, "base", compute_dtype="bfloat16")
     if not method_of(recipe.adapter).freezes_base:
@@ -123,6 +126,12 @@ def _changes(recipe: Recipe, profile: DeviceProfile) -> Iterator[tuple[str, Reci
         yield "adapter.rank=8", with_settings(recipe, "adapter", rank=8)
     if recipe.adapter.targets == "all":
         yield "adapter.targets=[q,v]", with_settings(recipe, "adapter", targets=["q", "v"])
+
+
+def _may_update_in_backward(recipe: Recipe) -> bool:
+    """Return whether `train.update_in_backward` can be set without another size of a step."""
+    train, dtypes = recipe.train, (recipe.base.compute_dtype, recipe.adapter.dtype)
+    return not train.update_in_backward and train.grad_accum == 1 and "float16" not in dtypes
 
 
 def _smaller_weights(recipe: Recipe, profile: DeviceProfile) -> Iterator[tuple[str, Recipe]]:

@@ -188,17 +188,11 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _updates_need_one_pass(self) -> Train:
-        if not self.update_in_backward:
-            return self
-        if self.grad_accum != 1 or self.micro_batch == "auto":
+        has_sum = self.grad_accum != 1 or self.micro_batch == "auto"
+        if self.update_in_backward and (has_sum or self.max_grad_norm is not None):
             raise ValueError(
-                "update_in_backward frees gradients before another pass can add to them; set "
-                "train.grad_accum=1 and train.micro_batch to the sequences of a step"
-            )
-        if self.max_grad_norm is not None:
-            raise ValueError(
-                "update_in_backward never has all gradients, so it cannot clip their norm; set "
-                "train.max_grad_norm=null"
+                "update_in_backward frees gradients before they can be added up or clipped; set "
+                "train.grad_accum=1, train.micro_batch to a number and train.max_grad_norm=null"
             )
         return self
 

@@ -172,24 +172,18 @@ def test_float16_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "what"),
+    "settings",
     [
-        (["train.max_grad_norm=null"], "train.grad_accum=1"),
-        (["train.grad_accum=1"], "train.max_grad_norm=null"),
-        (
-            ["train.grad_accum=1", "train.max_grad_norm=null", "train.micro_batch=auto"],
-            "train.micro_batch",
-        ),
+        ["train.max_grad_norm=null"],
+        ["train.grad_accum=1"],
+        ["train.grad_accum=1", "train.max_grad_norm=null", "train.micro_batch=auto"],
     ],
 )
-def test_settings_that_need_all_gradients_are_refused(
-    tmp_path: Path, settings: list[str], what: str
-) -> None:
+def test_settings_that_need_all_gradients_are_refused(tmp_path: Path, settings: list[str]) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("model: {name: base}\ndata: {train: rows.jsonl}\n")
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError, match=r"train\.grad_accum=1, .* train\.max_grad_norm=null"):
         load_recipe(file, ["train.update_in_backward=true", *settings])
-    assert what in str(caught.value)
 
 
 @pytest.mark.slow

@@ -36,7 +36,14 @@ _QWEN3_32B = {
     "head_dim": 128,
     "max_position_embeddings": 40960,
 }
-OPTIMIZERS = ("adamw", "adamw8bit")
+LEAN = {"update_in_backward": True, "max_grad_norm": None, "offload_inputs": True}
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"optimizer": "adamw"},
+    {"optimizer": "adamw", **LEAN},
+    {"optimizer": "adamw8bit"},
+    {"optimizer": "adamw8bit", **LEAN},
+)
+"""Settings of `train` that decide what the training itself needs."""
 GPUS = ("8GiB", "12GiB", "24GiB")
 PEAK_TOKENS = 512
 
@@ -50,15 +57,15 @@ def configs() -> dict[str, Any]:
     }
 
 
-def recipe_of(optimizer: str, residency: str = "host", tokens: int = PEAK_TOKENS) -> Recipe:
-    """Return the recipe of a case."""
+def recipe_of(settings: Mapping[str, Any], residency: str = "host") -> Recipe:
+    """Return the recipe of a case. settings: of `train`."""
     return Recipe.model_validate(
         {
             "model": {"name": "planned"},
             "base": {"residency": residency},
             "adapter": {"rank": 16, "targets": "all"},
-            "data": {"train": "none", "seq_len": tokens},
-            "train": {"activation_checkpointing": True, "optimizer": optimizer, "grad_accum": 1},
+            "data": {"train": "none", "seq_len": PEAK_TOKENS},
+            "train": {"activation_checkpointing": True, "grad_accum": 1, **settings},
         }
     )
 
@@ -66,12 +73,12 @@ def recipe_of(optimizer: str, residency: str = "host", tokens: int = PEAK_TOKENS
 def peaks(config: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the planned peak of one row of 512 tokens, on the device and in host memory."""
     gpu = planned_gpu("80GiB")
-    for optimizer, residency in (*((o, "host") for o in OPTIMIZERS), ("adamw", "device")):
-        recipe, _ = resolve(recipe_of(optimizer, residency), gpu)
+    for settings, residency in [*((s, "host") for s in SETTINGS), (SETTINGS[0], "device")]:
+        recipe, _ = resolve(recipe_of(settings, residency), gpu)
         plan = Planner(config, gpu).plan(recipe)
         largest = max(plan.phases, key=lambda phase: phase.peak_bytes)
         yield {
-            "optimizer": optimizer,
+            "settings": settings,
             "residency": residency,
             "peak_bytes": plan.peak_bytes,
             "reserved_bytes": plan.reserved_bytes,
@@ -84,12 +91,12 @@ def lengths(config: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the longest row that fits each GPU, at most the model's positions."""
     for size in GPUS:
         gpu = planned_gpu(size)
-        for optimizer in OPTIMIZERS:
-            recipe, _ = resolve(recipe_of(optimizer), gpu)
+        for settings in SETTINGS:
+            recipe, _ = resolve(recipe_of(settings), gpu)
             recipe = with_settings(recipe, "train", loss_chunk=64)
             planner = Planner(config, replace(gpu, is_planned=True))
             longest = longest_sequence(recipe, planner, config.max_position_embeddings)
-            yield {"gpu": size, "optimizer": optimizer, "tokens": longest}
+            yield {"gpu": size, "settings": settings, "tokens": longest}
 
 
 def main() -> None:
