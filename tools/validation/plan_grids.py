@@ -130,6 +130,8 @@ def policy_grid(device: str) -> tuple[Case, ...]:
 
 _ALL = "adapter.targets=all"
 _CHECKPOINTING = "train.activation_checkpointing"
+_IN_BACKWARD = ("train.update_in_backward=true", "train.grad_accum=1", "train.max_grad_norm=null")
+_LEAN = (*_IN_BACKWARD, "train.offload_inputs=true")
 _POLICIES = (
     ("llama", "data.seq_len=256", (1, 3, 5), f"{_ALL} train.loss_chunk=64"),
     ("llama", "data.seq_len=128", (3,), "base.bits=16 adapter.method=full"),
@@ -137,12 +139,20 @@ _POLICIES = (
     ("mistral", "data.seq_len=256", (4,), f"train.micro_batch=2 {_ALL} train.loss_chunk=100"),
     ("gpt2", "data.seq_len=256", (2,), f"{_ALL} adapter.dropout=0.1"),
     ("llama", "data.seq_len=256", (1, 4, 6), f"base.residency=host {_ALL}"),
+    ("llama", "data.seq_len=256", (0, 3), f"{_ALL} train.loss_chunk=64 {' '.join(_IN_BACKWARD)}"),
+    (
+        "gpt2",
+        "data.seq_len=128",
+        (3,),
+        f"base.bits=16 adapter.method=full {' '.join(_IN_BACKWARD)}",
+    ),
 )
 """(family, overrides, numbers of recomputed blocks, more overrides)."""
 _REAL_POLICIES = (
     ("1B", 2048, "false", "train.loss_chunk=128"),
     ("8B", 2048, "true", "train.loss_chunk=160"),
     ("8B", 2048, "true", "train.loss_chunk=160", "train.offload_inputs=true"),
+    ("8B", 2048, "true", "train.loss_chunk=160", *_IN_BACKWARD),
     ("1B", 2048, "9", "train.loss_chunk=128", "train.offload_inputs=true"),
     ("8B", 4096, "auto", "train.loss_chunk=auto"),
     ("8B", 8192, "auto", "train.loss_chunk=auto"),
@@ -151,6 +161,7 @@ _REAL_POLICIES = (
     ("8B", 2048, 26, "train.loss_chunk=160"),
     ("8B", 8192, 14, "train.loss_chunk=261"),
     ("8B", 512, 32, "train.loss_chunk=64", "base.residency=host"),
+    ("8B", 512, 32, "train.loss_chunk=64", "base.residency=host", *_LEAN),
     ("8B", 2048, 20, "train.loss_chunk=160", "base.residency=host"),
     ("8B", 8192, 32, "train.loss_chunk=64", "base.residency=host", "train.optimizer=adamw8bit"),
     ("1B", 2048, 16, "train.loss_chunk=64", "base.residency=disk"),
