@@ -130,7 +130,7 @@ def _may_update(state: State, loss: Tensor) -> bool:
 
     The loss is read from the device only if the backward pass updates parameters.
     """
-    return loss.is_meta or not state.recipe.train.update_in_backward or bool(loss.isfinite())
+    return loss.is_meta or not state.recipe.train.update_in_backward or math.isfinite(loss.item())
 
 
 def _num_idle_passes(state: State, number: int) -> int:
