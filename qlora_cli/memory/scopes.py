@@ -31,6 +31,9 @@ class ActiveTracker(Protocol):
     def tag(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count the storages of these tensors under `category` from now on."""
 
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Report that the storages of these tensors are freed, before the tensors end."""
+
     def mark(self, name: str) -> None:
         """Report that a part of a training step begins."""
 
@@ -66,6 +69,12 @@ def attribute(tensors: Iterable[Tensor], category: str) -> None:
     """Count the storages of these tensors under `category` from now on."""
     if _active:
         _active[-1].tag(tensors, category)
+
+
+def report_freed(tensors: Iterable[Tensor]) -> None:
+    """Report that the caller frees the storages of these tensors, before the tensors end."""
+    if _active:
+        _active[-1].forget(tensors)
 
 
 def mark(name: str) -> None:

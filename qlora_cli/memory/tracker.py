@@ -54,7 +54,7 @@ _MATRIX_PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "addmm", "addmm_
 
 @dataclass
 class _TrackedStorage:
-    """A living storage. key: None if it is in host memory and is not reported."""
+    """A living storage. key: None if it is in host memory, or if its end was reported already."""
 
     key: int | None
     num_bytes: int
@@ -128,6 +128,14 @@ class StorageTracker(TorchDispatchMode):
             elif tracked.key is not None and tracked.category != category:
                 tracked.category = category
                 self.listener.recategorize(tracked.key, category)
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Report that the storages of these tensors are freed, before the tensors end."""
+        for tensor in tensors:
+            tracked = self._living.get(tensor.untyped_storage()._cdata)
+            if tracked is not None and tracked.key is not None:
+                self.listener.free(tracked.key)
+                tracked.key = None
 
     def __torch_dispatch__(
         self,

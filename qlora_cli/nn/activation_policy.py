@@ -14,10 +14,11 @@ ones have freed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -98,13 +99,27 @@ class Recomputation:
                 with norm_outputs.recomputed():
                     return forward(living, *args, **kwargs)
             with self.offload.storing() if self.offload is not None else nullcontext():
-                return checkpoint(
-                    partial(forward, living, **kwargs),
-                    *args,
-                    use_reentrant=False,
-                    preserve_rng_state=self.preserves_random_state,
-                    determinism_check="none",
-                    context_fn=checkpoint_contexts,
-                )
+                return self._checkpointed(partial(own_forward, living, **kwargs), args, index)
 
         return forward_by_policy
+
+    def _checkpointed(self, forward: Callable[..., Any], args: Sequence[Any], index: int) -> Any:
+        """Run the forward pass of the block `index`, which is recomputed in the backward pass."""
+        # Not inside the checkpoint: an exchange of gloo that begins there copies the hooks of the
+        # thread, and with them keeps the input of the block until the exchange is waited for.
+        self.before_block(index)
+        passes = count()
+
+        def run(*inputs: Any) -> Any:
+            if next(passes):
+                self.before_block(index)
+            return forward(*inputs)
+
+        return checkpoint(
+            run,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=self.preserves_random_state,
+            determinism_check="none",
+            context_fn=checkpoint_contexts,
+        )

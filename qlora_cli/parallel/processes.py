@@ -85,7 +85,7 @@ class Processes:
     def add_parts(self, own: Tensor, complete: Tensor) -> None:
         """Write this process' part of the sum of the tensors `complete` of all into `own`.
 
-        The parts are of one size and in the order of the ranks.
+        The parts are of one size and in the order of the ranks. The values of `complete` are lost.
         """
         own.copy_(complete)
 
@@ -176,7 +176,12 @@ class DistributedProcesses(Processes):
 
     def add_parts(self, own: Tensor, complete: Tensor) -> None:
         """Write this process' part of the sum of the tensors of all processes into `own`."""
-        self._exchange(lambda: _reduce_scatter(own, complete))
+        if complete.is_cpu:
+            # gloo's reduce-scatter does the same in a copy of `complete`.
+            self.add(complete)
+            own.copy_(complete.view(self.size, -1)[self.rank])
+        else:
+            self._exchange(lambda: _reduce_scatter(own, complete))
 
     def gather_parts(self, complete: Tensor, own: Tensor) -> Exchange | None:
         """Begin to write the tensors of all processes into `complete`."""

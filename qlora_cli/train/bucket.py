@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.memory.release import free_now
 from qlora_cli.memory.scopes import scope
 from qlora_cli.parallel.processes import Processes
 
@@ -73,6 +74,7 @@ class Bucket:
         for parameter in self.parameters:
             parameter.grad = None
         processes.add_parts(share, complete)
+        free_now([complete])
         return share
 
 

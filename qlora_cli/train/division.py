@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from qlora_cli.memory.release import free_now
 from qlora_cli.memory.scopes import scope
 from qlora_cli.parallel.processes import Processes
 from qlora_cli.train.bucket import Bucket, Cuts, copy_pairs
@@ -164,6 +165,7 @@ class Division:
             exchange.wait()
         values = [parameter.view(-1) for parameter in bucket.parameters]
         copy_pairs((value, part) for part, value in bucket.pairs(complete, values))
+        free_now([complete, share])
 
 
 def together(

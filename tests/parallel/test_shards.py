@@ -53,12 +53,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_planned(run: RunFolder, processes: int) -> None:
-    """Assert that each process' peak is the planned one."""
+    """Assert that each process' peak is the planned one, except for the rows of a step."""
     ledger = json.loads(run.memory_json.read_text())
     assert len(ledger["processes"]) == processes
     for process in ledger["processes"]:
         peak = max(phase["peak_bytes"] for phase in process["phases"])
-        assert peak == pytest.approx(ledger["planned_peak_bytes"], rel=0.01)
+        assert peak == pytest.approx(ledger["planned_peak_bytes"], rel=0.0012)
 
 
 def bytes_in_step(phases: list[dict[str, Any]], category: str) -> int:
