@@ -15,7 +15,7 @@ from qlora_cli.memory.instrument import Instrument
 from qlora_cli.parallel.processes import Processes
 from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.schema import Recipe
-from qlora_cli.train.state import State
+from qlora_cli.train.state import State, tag_optimizer
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,10 @@ def share_state(state: State, instrument: Instrument) -> None:
     """Give all processes the state of the main one: trained weights, loss scale and step.
 
     Of the optimizer's states, each process has got its part when they were restored. If the base is
-    sharded, it keeps only its part of the trained weights. instrument: measures the phase `load`.
+    sharded, it keeps only its part of the trained weights. instrument: measures the phase `load`,
+    and registers restored states of the optimizer.
     """
+    tag_optimizer(state, instrument.tracker)
     processes = state.processes
     if processes.size == 1:
         return

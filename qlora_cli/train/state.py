@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qlora_cli.adapters.registry import method_of
 from qlora_cli.errors import Problem, RecipeError
@@ -133,3 +134,9 @@ def tag_living(state: State, tracker: StorageTracker) -> None:
             tracker.tag(frozen, "base")
         tracker.tag(module.buffers(recurse=False), "base")
     tracker.tag(state.trainable.values(), "adapter")
+
+
+def tag_optimizer(state: State, tracker: StorageTracker) -> None:
+    """Register the optimizer's states with `tracker`, which has not met those of a checkpoint."""
+    values = tree_leaves([dict(own) for own in state.optimizer.state.values()])
+    tracker.tag((value for value in values if isinstance(value, Tensor)), "optimizer")

@@ -56,6 +56,27 @@ def copy_of(run: RunFolder, folder: Path) -> RunFolder:
     return copy
 
 
+def step_at_peak(run: RunFolder) -> dict[str, int]:
+    """Return the bytes by category at the peak of the steps after the first one."""
+    phases = json.loads(run.memory_json.read_text())["phases"]
+    (step,) = (phase["at_peak"] for phase in phases if phase["name"] == "step")
+    return {name: int(value) for name, value in step.items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_restored_optimizer_states_are_counted(base: Path, tmp_path: Path, optimizer: str) -> None:
+    """The first process ends before a step that has optimizer states."""
+    sections = {"train": {"optimizer": optimizer}, "adapter": {"rank": 64}}
+    whole = train_run(recipe_of(base, tmp_path / "whole", **sections))
+    recipe = recipe_of(base, tmp_path / "resumed", **sections)
+    with pytest.raises(Interrupted):
+        train_run(recipe, stop_after=1)
+    resumed = train_run(recipe, resume=True)
+    found, expected = step_at_peak(resumed), step_at_peak(whole)
+    assert found["optimizer"] == pytest.approx(expected["optimizer"], rel=0.01)
+    assert sum(found.values()) == pytest.approx(sum(expected.values()), rel=0.01)
+
+
 def test_the_timeline_reaches_each_phase_s_peak_and_numbers_its_steps(finished: RunFolder) -> None:
     result = report.run(finished.path)
     seen: dict[str, int] = {}
