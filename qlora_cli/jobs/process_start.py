@@ -38,7 +38,7 @@ def check_processes(recipe: Recipe, number: int) -> None:
     if number == 1:
         if recipe.base.residency == SHARD:
             raise UsageError(
-                "base.residency: shard shares the base among several processes, and there is one",
+                "shard shares the base among several processes, and there is one",
                 where="base.residency",
                 hint="start several with --processes, plan them with --devices, or set "
                 "base.residency=host",
@@ -46,14 +46,14 @@ def check_processes(recipe: Recipe, number: int) -> None:
         return
     if recipe.adapter.is_initialized:
         raise UsageError(
-            f"adapter.init: {recipe.adapter.init} needs one process, and there are {number}",
+            f"{recipe.adapter.init} needs one process, and there are {number}",
             where="adapter.init",
             hint="set adapter.init=default, or start one process",
         )
     train = recipe.train
     if train.micro_batch == "auto":
         raise UsageError(
-            f"train.micro_batch: auto chooses for one process, and there are {number}",
+            f"auto chooses for one process, and there are {number}",
             where="train.micro_batch",
             hint="set a number; `qlora plan --fit` finds the largest one that fits",
         )

@@ -71,12 +71,13 @@ def launch(arguments: Sequence[str], number: int, command: Sequence[str] = _QLOR
             first = _wait_for_any(children)
             _end(children)
     code = children[0].process.returncode
-    is_reported = first.rank == 0 or (first.process.returncode > 0 and not _last_lines(first))
-    if is_reported and code >= 0:
-        # The main process has reported the error of all, or its own.
+    lines = _last_lines(first)
+    if not lines:
         shutil.rmtree(logs, ignore_errors=True)
+    if code >= 0 and (first.rank == 0 or (first.process.returncode > 0 and not lines)):
+        # The main process has reported the error of all, or its own.
         return code
-    raise _failure(first, number)
+    raise _failure(first, number, lines)
 
 
 def end_with_launcher() -> None:
@@ -181,18 +182,20 @@ def _end(children: Sequence[_Child]) -> None:
                 child.process.wait(None if end else max(0.0, deadline - time.monotonic()))
 
 
-def _failure(child: _Child, number: int) -> QloraError:
-    """Return the error for a process that failed, with the last lines of its log."""
+def _failure(child: _Child, number: int, lines: Sequence[str]) -> QloraError:
+    """Return the error for a process that failed. lines: the last ones of its log."""
     code = child.process.returncode
     ending = f"ended with exit code {code}"
     if code < 0:
         ending = f"was ended by {signal.Signals(-code).name}"
     what = f"process {child.rank} of {number} {ending}, so the others were ended too"
-    if child.log is None:
-        return QloraError(what, hint="continue the run with --resume")
-    lines = _last_lines(child)
-    last = f"; its last lines: {' | '.join(lines)}" if lines else ""
-    return QloraError(what, hint=f"its log is {child.log}{last}")
+    hints = []
+    if code == -signal.SIGKILL:
+        hints.append("the system kills a process if host memory is short")
+    if lines:
+        hints.append(f"its log is {child.log}; its last lines: {' | '.join(lines)}")
+    hints.append("continue the run with --resume")
+    return QloraError(what, hint="; ".join(hints))
 
 
 def _last_lines(child: _Child) -> list[str]:

@@ -68,7 +68,9 @@ def _verdict(result: PlanResult) -> Text:
         ("Yes, fits", "bold green") if result.fits else ("No, DOES NOT FIT", "bold red")
     )
     needed = _needed_bytes(result)
-    text = f" on {device_text(ledger)}: {format_bytes(needed)} of "
+    number = result.device.get("count", 1)
+    text = f" on each of {number} devices," if number > 1 else " on"
+    text += f" {device_text(ledger)}: {format_bytes(needed)} of "
     text += f"{format_bytes(result.usable_bytes)}; tensors need "
     text += f"{format_bytes(ledger.planned_peak_bytes)} in phase "
     return Text.assemble((verdict, style), f"{text}{memory.peak_phase_name(ledger)}.")

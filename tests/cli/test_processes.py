@@ -40,7 +40,7 @@ def test_a_step_with_too_few_micro_batches_is_refused() -> None:
         check_processes(recipe, 4)
     sharded = with_settings(recipe, "base", residency="shard")
     check_processes(sharded, 2)
-    with pytest.raises(UsageError, match="shares the base among several processes"):
+    with pytest.raises(UsageError, match=r"^base\.residency: shard shares the base among several"):
         check_processes(sharded, 1)
     initialized = with_settings(recipe, "adapter", init="pissa")
     check_processes(initialized, 1)
@@ -105,6 +105,8 @@ def test_a_plan_for_several_devices_is_that_of_each_process(job_recipe: Path) ->
     assert "count" not in alone["device"]
     assert together["device"]["count"] == 2
     assert "each of 2 devices" in " ".join(together["notes"])
+    shown = qlora(*words[:-1], "--devices", "2x24GiB").out
+    assert shown.startswith("Yes, fits on each of 2 devices, a planned GPU (24.0 GiB): ")
     # Each process has one micro-batch in a step, so no gradient exists during its forward pass.
     peaks = [plan["ledger"]["planned_peak_bytes"] for plan in (alone, together)]
     assert peaks[1] <= peaks[0]

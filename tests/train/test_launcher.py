@@ -47,9 +47,12 @@ def test_each_process_has_the_environment_of_accelerate(tmp_path: Path) -> None:
 def test_a_killed_process_ends_the_main_one_with_the_reason() -> None:
     script = f"if rank: os.kill(os.getpid(), signal.SIGKILL)\n{WAIT}"
     start = time.monotonic()
-    with pytest.raises(QloraError, match="process 1 of 2 was ended by SIGKILL"):
+    with pytest.raises(QloraError, match="process 1 of 2 was ended by SIGKILL") as raised:
         started(script)
     assert time.monotonic() - start < 50  # The main process would have waited longer.
+    # Its log is empty, so the message does not name it.
+    hint = "the system kills a process if host memory is short; continue the run with --resume"
+    assert raised.value.hint == hint
 
 
 def test_an_error_of_another_process_is_shown_with_its_log() -> None:
@@ -57,7 +60,7 @@ def test_an_error_of_another_process_is_shown_with_its_log() -> None:
         started(f"if rank: sys.exit('error: no such file')\n{WAIT}")
     assert raised.value.what.startswith("process 1 of 2 ended with exit code 1")
     assert raised.value.hint is not None
-    assert "error: no such file" in raised.value.hint
+    assert "its last lines: error: no such file; continue the run" in raised.value.hint
     log = Path(raised.value.hint.split()[3].rstrip(";"))
     assert log.read_text() == "error: no such file\n"
 
