@@ -189,8 +189,10 @@ class _Sweep:
     def write(self) -> None:
         """Write sweep.json. Raises QloraError if that fails."""
         file = self.grid.folder / SWEEP_JSON
+        content = self._result().to_dict()
+        del content["plot"]  # The figure is drawn after the sweep.
         with report_write_errors("the result of the sweep", file):
-            write_json(file, self._result().to_dict())
+            write_json(file, content)
 
     def _result(self) -> SweepResult:
         runs = tuple(self.outcomes[item.name] for item in self.grid.runs)

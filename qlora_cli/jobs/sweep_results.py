@@ -58,7 +58,7 @@ class RefusedCell:
 
 @dataclass(frozen=True)
 class SweepResult(Result):
-    """Result of `qlora sweep`, the content of sweep.json.
+    """Result of `qlora sweep`, the content of sweep.json but for `plot`.
 
     folder: of the sweep; each run is a folder in it. metric: compares the cells. higher_is_better:
     of that metric. axes: dotted key -> values in the order of the command line. table: one entry

@@ -34,8 +34,8 @@ def result_of(folder: Path, runs: list[SweepRun], *, higher: bool = False) -> Sw
     return SweepResult(folder, folder, "eval_loss", higher, axes, tuple(runs), table, refused)
 
 
-def text_of(renderable: RenderableType) -> str:
-    console = Console(width=100, record=True)
+def text_of(renderable: RenderableType, width: int = 100) -> str:
+    console = Console(width=width, record=True)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()
@@ -60,6 +60,27 @@ def test_the_table_has_mean_and_spread_and_what_is_not_done(tmp_path: Path) -> N
     assert "train loss" not in text
     assert "! 2_all_0 does not fit: the job needs 9 GiB" in text
     assert "! 2 combinations are not possible: set base.bits=16" in text
+
+
+@pytest.mark.parametrize("width", [50, 60, 80, 120])
+def test_settings_and_the_metric_are_complete_on_a_narrow_console(
+    tmp_path: Path, width: int
+) -> None:
+    runs = [
+        item({"base.bits": "4", "adapter.method": method, "adapter.targets": "[q,v]"}, seed, loss)
+        for method, loss in (("lora", 2.0), ("full", 1.0))
+        for seed in (0, 1)
+    ]
+    lines = text_of(sweep(result_of(tmp_path, runs)), width).splitlines()
+    (header,) = (line for line in lines if line.lstrip().startswith("method"))
+    assert header.split()[:6] == ["method", "targets", "bits", "seeds", "held-out", "loss"]
+    for method, loss in (("lora", "2.0000 ± 0.0000"), ("full", "1.0000 ± 0.0000")):
+        assert any(
+            line.split()[:4] == [method, "[q,v]", "4", "2"] and loss in line for line in lines
+        )
+    left_out = {"accuracy", "trained"} - set(header.split())
+    assert bool(left_out) == any("Without" in line for line in lines)
+    assert all(any("Without" in line and name in line for line in lines) for name in left_out)
 
 
 @pytest.mark.parametrize(("higher", "rank"), [(False, "16"), (True, "2")])
