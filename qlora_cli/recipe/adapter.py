@@ -79,7 +79,7 @@ class Adapter(Section):
         lora_only = sorted(name.rstrip("_") for name in self.model_fields_set - {"method"})
         if not self.has_layers and lora_only:
             raise NoEffect(
-                f"{', '.join(lora_only)}: do not apply to method: {self.method}",
+                f"{', '.join(lora_only)}: no effect with method: {self.method}",
                 {f"adapter.{name}": "adapter.method" for name in lora_only},
             )
         if self.is_initialized and self.method != "lora":

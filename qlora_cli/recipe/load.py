@@ -177,8 +177,7 @@ class _Draft:
             causes = map(_path, fault.causes if isinstance(fault, NoEffect) else ())
             if override := next((key for key in causes if key in self.overridden), None):
                 return Problem(self.where(override), str(fault))
-            hint = "an override KEY= removes the value that the file sets for KEY"
-            return Problem(where, str(fault), hint if self.overridden else None)
+            return self._contradiction(path, str(fault))
         if error["type"] == "missing":
             return Problem(where, "is missing", meaning(info) if info else None)
         value = _value_at(self.content, path)
@@ -186,6 +185,21 @@ class _Draft:
             return Problem(where, f"is {_show(value)}; it must be a section of settings")
         what = f"is {_show(value)}; it must be {accepts(info)}"
         return Problem(where, what, nearest_word(str(value), choices(info)))
+
+    def _contradiction(self, path: KeyPath, what: str) -> Problem:
+        """Return the problem of settings that exclude each other, at the place of one of them.
+
+        path: of their section; empty if they are in several. An override is preferred as the place.
+        """
+        named = _named(path, what)
+        overridden = [key for key in named if key in self.overridden]
+        of_file = [key for key in named if key in self.document.lines and key not in overridden]
+        key = (*overridden, *of_file, path)[0]
+        where = self.where(key)
+        if what.startswith(name := ".".join(key)):
+            where = where.removesuffix(f": {name}")
+        hint = "an override KEY= removes the value that the file sets for KEY"
+        return Problem(where, what, hint if overridden and of_file else None)
 
 
 def _read(file: Path) -> _Draft:
@@ -226,6 +240,17 @@ def _unknown_key(path: KeyPath, where: str) -> Problem:
 def _path(key: str) -> KeyPath:
     """Return the path of a setting's dotted key. Not for keys of a file, which may contain dots."""
     return tuple(key.split("."))
+
+
+def _named(section: KeyPath, text: str) -> list[KeyPath]:
+    """Return the paths of the settings that a message names.
+
+    section: of the message, which names settings of this section without it; empty for a message
+    about several sections.
+    """
+    words = re.findall(r"[a-z][a-z_]*(?:\.[a-z][a-z_]*)?", text)
+    paths = [(*section, *_path(word)) for word in dict.fromkeys(words)]
+    return [path for path in paths if field_at(".".join(path)) is not None]
 
 
 def _value_at(content: dict[str, Any], path: KeyPath) -> Any:

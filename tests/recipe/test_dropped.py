@@ -72,8 +72,30 @@ def test_overrides_that_contradict_each_other_are_refused(
 
 def test_a_file_that_contradicts_itself_is_refused(recipe: Path) -> None:
     recipe.write_text(TEXT.replace("rank: 4", "method: full, rank: 4"))
-    with pytest.raises(RecipeError, match="do not apply to method: full"):
+    with pytest.raises(RecipeError, match="no effect with method: full"):
         load_recipe(recipe, ["train.lr=1", "base.quant_type=", "base.bits=16"])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "overrides", "where", "has_hint"),
+    [
+        ("", ("adapter.method=full", "base.quant_type="), "override adapter.method=full", False),
+        ("", ("adapter.method=head",), "override adapter.method=head", False),
+        ("", ("adapter.prefix=2", "task=preference"), "override adapter.prefix=2", False),
+        ("", ("adapter.init=pissa", "adapter.method=dora"), "override adapter.init=pissa", False),
+        ("init: pissa, ", ("base.cache=true",), "override base.cache=true", True),
+        ("prefix: 2, init: pissa, ", ("train.lr=1",), "{file}:3", False),
+    ],
+)
+def test_a_contradiction_has_the_place_of_a_setting_that_it_names(
+    recipe: Path, adapter: str, overrides: tuple[str, ...], where: str, has_hint: bool
+) -> None:
+    recipe.write_text(TEXT.replace("rank: 4", f"{adapter}rank: 4"))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides)
+    (problem,) = caught.value.problems
+    assert problem.where == where.format(file=recipe)
+    assert (problem.hint is not None) == has_hint
 
 
 def test_an_override_is_dropped_only_if_the_caller_allows_it(recipe: Path) -> None:

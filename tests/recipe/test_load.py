@@ -111,7 +111,7 @@ def test_all_problems_are_reported_at_once_with_their_places(write: Write) -> No
     assert set(found) == {
         f"{path}:1: model.name",
         f"{path}:1: model.nme",
-        f"{path}:2: base",
+        f"{path}:2: base.quant_type",
         f"{path}:3: adapter.rank",
         f"{path}:3: adapter.targets",
         f"{path}:5: train.lrr",
