@@ -79,9 +79,9 @@ class _Cells:
             texts, label = [figure(cell, name) for cell in cells], metric_label(name)
             table.add_column(label, min_width=_width(label, texts), justify="right", no_wrap=True)
             columns.append(texts)
-        for cell, texts in zip(cells, zip(*columns, strict=True), strict=True):
+        for cell, line in zip(cells, zip(*columns, strict=True), strict=True):
             style = "bold green" if cell.is_best else ("" if cell.seeds else "dim")
-            table.add_row(*map(Text, texts), style=style)
+            table.add_row(*map(Text, line), style=style)
         return table
 
 
