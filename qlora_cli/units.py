@@ -5,6 +5,7 @@ All output uses these functions, so that every size has a unit and a GiB is 1024
 
 from __future__ import annotations
 
+import math
 import re
 
 KIB = 1024
@@ -66,6 +67,12 @@ def format_duration(seconds: float) -> str:
 def format_count(number: int) -> str:
     """Format a count exactly, with digits grouped by thousands: `8,030,261,248`."""
     return f"{number:,}"
+
+
+def format_figure(value: float) -> str:
+    """Format a positive number with three significant digits and no exponent: `0.0195`, `1,050`."""
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{digits}f}"
 
 
 def format_rows(number: int) -> str:

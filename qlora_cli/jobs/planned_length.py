@@ -19,6 +19,7 @@ from qlora_cli.plan.results import LinkTime, TimeEstimate
 from qlora_cli.plan.step_time import micro_batches, update_work, work_of
 from qlora_cli.recipe.base import SHARD
 from qlora_cli.recipe.schema import Recipe
+from qlora_cli.units import format_figure
 
 _UNKNOWN_GPU = "not estimated: --vram with the name of a GPU, such as RTX 4090, gives its speed"
 
@@ -77,6 +78,7 @@ def estimated_time(
     if plan.copied_bytes and recipe.base.residency != SHARD:
         link, overlapped = speed.link_bytes_per_second, overlapped_seconds(parts, plan, speed)
         copies = LinkTime(
+            contents=_copied_contents(plan),
             bytes_per_step=plan.copied_bytes * own,
             bytes_per_second=link,
             copy_seconds=plan.copied_bytes * own / link,
@@ -88,8 +90,8 @@ def estimated_time(
     tera_flops = sum(item.flops for item in work) / 1e12
     gigabytes = sum(item.num_bytes for item in work) / 1e9
     source = (
-        f"{speed.source}; a micro-batch computes {tera_flops:,.3g} TFLOP and moves "
-        f"{gigabytes:,.3g} GB"
+        f"{speed.source}; a micro-batch computes {format_figure(tera_flops)} TFLOP and moves "
+        f"{format_figure(gigabytes)} GB"
     )
     if length is None:
         step = micro_batch * own + update
@@ -98,3 +100,11 @@ def estimated_time(
     share = length.tokens * length.epochs / (recipe.data.seq_len * train.pass_size)
     total = share * own / train.grad_accum * micro_batch + length.updates * update
     return TimeEstimate(total / length.updates, total, source, copies)
+
+
+def _copied_contents(plan: MemoryPlan) -> str:
+    """Return what a micro-batch copies between host memory and the device, and the direction."""
+    if not plan.moved_inputs:
+        return "weights to the device"
+    weights = "weights to the device and " if plan.copied_weights else ""
+    return f"{weights}inputs of blocks to host memory and back"

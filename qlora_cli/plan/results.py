@@ -58,11 +58,12 @@ class PolicySummary:
 class LinkTime:
     """The copies of a step. All times are in seconds.
 
-    bytes_per_step: copied to the device, at most. copy_seconds: of all copies of a step.
-    compute_seconds: of a step without them. step_seconds: of a step in which they overlap. source:
-    of the link's speed.
+    contents: what is copied, and the direction. bytes_per_step: of the copies, at most.
+    copy_seconds: of all copies of a step. compute_seconds: of a step without them. step_seconds: of
+    a step in which they overlap. source: of the link's speed.
     """
 
+    contents: str
     bytes_per_step: int
     bytes_per_second: float
     copy_seconds: float
@@ -71,7 +72,7 @@ class LinkTime:
     source: str
 
     def text(self, copied: str, copying: str, computing: str) -> str:
-        """Return one sentence. copied, copying, computing: the first three fields as text."""
+        """Return one sentence. copied: the bytes. copying, computing: the times, as text."""
         hidden = self.copy_seconds <= self.compute_seconds
         effect = (
             "the copies can be hidden behind the computation"
@@ -79,7 +80,7 @@ class LinkTime:
             else "the copies decide; a larger micro-batch or longer rows compute more per copy"
         )
         return (
-            f"A step copies up to {copied} of weights to the device, which takes {copying} "
+            f"A step copies up to {copied} of {self.contents}, which takes {copying} "
             f"({self.source}), and computes for {computing}: {effect}."
         )
 

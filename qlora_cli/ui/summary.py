@@ -8,7 +8,7 @@ from typing import Any
 from qlora_cli.jobs.results import ReportResult
 from qlora_cli.recipe.classification import CLASS_METRICS, REGRESSION_METRICS
 from qlora_cli.ui import memory_facts
-from qlora_cli.units import format_count
+from qlora_cli.units import format_count, format_figure
 
 
 def summary(result: ReportResult) -> dict[str, str]:
@@ -89,7 +89,8 @@ def _energy(result: ReportResult) -> dict[str, str]:
     source = result.run.get("energy")
     if joules := sum(line["joules"] for line in lines):
         tokens = sum(line["tokens"] for line in lines)
-        text = f"{joules / 3600:.3g} Wh, {tokens / joules:,.3g} tokens/J ({source})"
+        text = f"{format_figure(joules / 3600)} Wh, {format_figure(tokens / joules)} tokens/J"
+        text += f" ({source})"
         if len(lines) < len(result.metrics):
             text += f"; of {format_count(len(lines))} steps"
         return {"energy": text}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -14,6 +14,7 @@ from qlora_cli.jobs import data, data_survey, device_speed, plan
 from qlora_cli.jobs.measured_speed import measured_speed, record_speed
 from qlora_cli.memory.device import inspect_device
 from qlora_cli.plan import speeds
+from qlora_cli.recipe.change import with_settings
 from qlora_cli.recipe.gpus import planned_gpu
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
@@ -138,6 +139,25 @@ def test_the_time_on_a_named_gpu_comes_from_its_published_speed(
     # The recipe computes in float32.
     assert "published 12.7 TFLOP/s and 360 GB/s of RTX 3060" in slow.source
     assert "not measured" in slow.source
+
+
+@pytest.mark.parametrize(
+    ("residency", "offload", "contents"),
+    [
+        ("device", True, "inputs of blocks to host memory and back"),
+        ("host", False, "weights to the device"),
+        ("host", True, "weights to the device and inputs of blocks to host memory and back"),
+    ],
+)
+def test_the_sentence_about_copies_names_what_is_copied(
+    recipe: Recipe, residency: Literal["device", "host"], offload: bool, contents: str
+) -> None:
+    train = {"activation_checkpointing": True, "offload_inputs": offload}
+    changed = with_settings(with_settings(recipe, "train", **train), "base", residency=residency)
+    profile = planned_gpu("RTX 3060")
+    copies = plan.run(changed, device_profile=profile, fit=False, compare=False).time.copies
+    assert copies is not None
+    assert f" 1 MiB of {contents}, which takes 1 s " in copies.text("1 MiB", "1 s", "2 s")
 
 
 def test_the_time_on_a_gpu_without_a_name_is_not_estimated(recipe: Recipe) -> None:

@@ -132,7 +132,7 @@ def explain(is_base_changed: bool, base_kl: float, greedy: GreedyAgreement | Non
     )
     if greedy.num_agreeing < greedy.num_tokens:
         yield (
-            "Not checked: greedy decoding, because it stops to agree at the first token that "
+            "Not checked: greedy decoding, because it stops agreeing at the first token that "
             f"{cause} changes, for example if two tokens are almost equally likely."
         )
 
