@@ -10,14 +10,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Observer
@@ -27,6 +26,7 @@ from qlora_cli.files.composed import model_type_of
 from qlora_cli.files.locate import find_config, read_config
 from qlora_cli.models.build import skeleton
 from qlora_cli.models.classifier import check_classifier
+from qlora_cli.models.progress_bars import without_progress_bars
 from qlora_cli.models.registry import known_family, refuse_by_name, unsupported
 from qlora_cli.proof import job_laws, laws
 from qlora_cli.proof.small_model import SmallModel, small_model
@@ -178,7 +178,7 @@ def _prove(config: Any, task: Task) -> ModelProof:
     # The random numbers of the job must not depend on whether a proof ran before it.
     with (
         torch.random.fork_rng(devices=[]),
-        _without_progress_bars(),
+        without_progress_bars(),
         small_model(config, task) as small,
     ):
         # A type that no family can describe is refused for this reason, and not by a law.
@@ -186,18 +186,6 @@ def _prove(config: Any, task: Task) -> ModelProof:
         results = tuple(_until_failure(small, LAWS))
     seconds = time.perf_counter() - started
     return ModelProof(model_type_of(config), results, seconds, _versions(), task.name)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Disable transformers' progress bars inside the block: its models here are small."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 def _until_failure(small: SmallModel, checked: Sequence[Law]) -> list[LawResult]:

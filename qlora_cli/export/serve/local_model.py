@@ -15,6 +15,7 @@ from qlora_cli.data.tokenizer import load_tokenizer
 from qlora_cli.errors import ModelError
 from qlora_cli.files.locate import read_config
 from qlora_cli.models.composed import auto_class
+from qlora_cli.models.progress_bars import without_progress_bars
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 """A token that is one byte, in tokenizers of SentencePiece's kind."""
@@ -41,9 +42,10 @@ class LocalModel:
             raise ModelError("the model has no tokenizer", where=str(folder))
         try:
             config = read_config(folder / "config.json")
-            model: Any = auto_class(config, AutoModelForCausalLM).from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False
-            )
+            with without_progress_bars():
+                model: Any = auto_class(config, AutoModelForCausalLM).from_pretrained(
+                    folder, dtype=torch.float32, trust_remote_code=False
+                )
         except (OSError, ValueError, RuntimeError) as fault:
             raise ModelError(f"cannot be loaded: {fault}", where=str(folder)) from fault
         self.model = model.to(device).eval()

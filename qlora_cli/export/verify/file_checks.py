@@ -17,6 +17,7 @@ from qlora_cli.export.merge.folder import CONFIG, copied_files, merged_config
 from qlora_cli.files.composed import language_config
 from qlora_cli.files.source import read_folder
 from qlora_cli.models.composed import auto_class
+from qlora_cli.models.progress_bars import without_progress_bars
 
 _MAX_VALUE_CHARACTERS = 80
 """Length to which a JSON value is cut in a message."""
@@ -102,26 +103,25 @@ def loading_faults(merged: Path, model_class: Any) -> Iterator[str]:
     merged: the merged folder. model_class: transformers Auto class of the task.
     """
     from transformers import AutoConfig
-    from transformers.utils.logging import disable_progress_bar
 
     tensors = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         for name, entry in read_folder(merged).items()
     }
     try:
-        disable_progress_bar()  # Nothing is read, so there is no progress to show.
         config = AutoConfig.from_pretrained(merged, trust_remote_code=False)
         with torch.device("meta"):
             auto = auto_class(language_config(config), model_class)
             concrete_class: Any = type(auto.from_config(config, trust_remote_code=False))
-        _, info = concrete_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            device_map="meta",
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        with without_progress_bars():
+            _, info = concrete_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                device_map="meta",
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, TypeError, RuntimeError) as fault:
         yield f"transformers cannot load the folder: {fault}; merge again"
         return
