@@ -8,6 +8,7 @@ reader.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -203,6 +204,17 @@ _LEDGER = TypeAdapter(Ledger)
 def peak_phase(phases: tuple[Phase, ...]) -> Phase:
     """Return the phase with the highest peak."""
     return max(phases, key=lambda phase: phase.peak_bytes)
+
+
+def last_step(phases: Iterable[Phase]) -> Phase:
+    """Return the phase of the steps after the first one; of the first step if it is the only one.
+
+    phases: of a job with at least one step.
+    """
+    return max(
+        (phase for phase in phases if phase.name in STEP_PHASES),
+        key=lambda phase: STEP_PHASES.index(phase.name),
+    )
 
 
 def larger_of_each(earlier: tuple[Phase, ...], later: tuple[Phase, ...]) -> tuple[Phase, ...]:

@@ -25,7 +25,7 @@ from qlora_cli.data.collate import Batch
 from qlora_cli.device import DeviceProfile
 from qlora_cli.files.dtype import file_dtype
 from qlora_cli.memory.gc_pause import gc_paused
-from qlora_cli.memory.ledger import FigureSource, MethodPeak, Phase, peak_phase
+from qlora_cli.memory.ledger import STEP_PHASES, FigureSource, MethodPeak, Phase, peak_phase
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.memory.tracker import StorageTracker, track_gradients
 from qlora_cli.models.build import ModelRequest
@@ -244,7 +244,9 @@ class DryRun:
             for batches in (self._step_batches, self._eval_batches)
         )
         with track_gradients(state.trainable.values(), tracker):
-            for step, name in enumerate(("first_step", "step")):
+            # Optimizer states exist from the second step on, which a job of one step does not have.
+            phases = STEP_PHASES[:1] if self.recipe.train.steps == 1 else STEP_PHASES
+            for step, name in enumerate(phases):
                 recording.begin_phase()
                 train_step(state, step_batches, learning_rate(self.recipe.train, step, 2))
                 recording.end_phase(name)

@@ -6,6 +6,7 @@ from collections import Counter as Tally
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from qlora_cli.memory.ledger import STEP_PHASES
 from qlora_cli.plan.recording import BlockSegment
 
 
@@ -35,13 +36,14 @@ class StepFlops:
 
 
 def step_flops(segments: Iterable[BlockSegment], middle: int) -> StepFlops:
-    """Return the operations of the phase `step` of a recording.
+    """Return the operations of the last step of a recording.
 
     middle: number of a group of blocks that is like most others.
     """
     forward: Tally[int | None] = Tally()
     again: Tally[int | None] = Tally()
     total, part, micro_batches = 0, "", 0
+    last: StepFlops | None = None
     for segment in segments:
         for kind, _, _, category, flops in segment.events:
             if kind == "begin":
@@ -57,8 +59,10 @@ def step_flops(segments: Iterable[BlockSegment], middle: int) -> StepFlops:
                     again[segment.block] += flops
                 elif part == "forward":
                     forward[segment.block] += flops
-            elif kind == "end" and category == "step":
+            elif kind == "end" and category in STEP_PHASES:
                 # The first blocks are recomputed before others are.
                 block = again[middle] or again[middle // 2] or again[0] or forward[middle]
-                return StepFlops(total, again.total(), block, max(1, micro_batches))
-    raise ValueError("the recording has no step")
+                last = StepFlops(total, again.total(), block, max(1, micro_batches))
+    if last is None:
+        raise ValueError("the recording has no step")
+    return last

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_cli.memory.allocator import OutOfMemory
-from qlora_cli.memory.ledger import PHASE_ORDER, Phase, peak_phase
+from qlora_cli.memory.ledger import PHASE_ORDER, Phase, last_step, peak_phase
 from qlora_cli.memory.profile import MemoryModel
 from qlora_cli.plan.flops import StepFlops, step_flops
 from qlora_cli.plan.loss_peak import LossPeak, PartListener
@@ -75,7 +75,7 @@ class MemoryPlan:
     @property
     def frozen_bytes(self) -> int:
         """Memory of the frozen weights, which no change of batch, adapter or optimizer reduces."""
-        step = next(phase for phase in self.phases if phase.name == "step")
+        step = last_step(self.phases)
         return sum(step.at_peak.get(category, 0) for category in _FROZEN)
 
     def fits(self, capacity_bytes: int) -> bool:
@@ -144,7 +144,7 @@ def replay(job: RecordedJob, repeats: Sequence[tuple[int, int]]) -> MemoryPlan:
 
     listener = PartListener(counter)
     play(segments, listener, measure_working_set)
-    step = next(phase for phase in counter.phases if phase.name == "step")
+    step = last_step(counter.phases)
     permanent_bytes = sum(step.at_peak.get(category, 0) for category in _PERMANENT)
     return MemoryPlan(
         phases=tuple(sorted(counter.phases, key=lambda phase: PHASE_ORDER.index(phase.name))),

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+from qlora_cli.memory.ledger import STEP_PHASES
 from qlora_cli.memory.work import Work, WorkKind
 from qlora_cli.plan.recording import BlockSegment
 
@@ -68,12 +69,13 @@ class PartOfBatch(NamedTuple):
 
 
 def micro_batches(segments: Iterable[BlockSegment]) -> list[list[PartOfBatch]]:
-    """Return the work of the micro-batches of the phase `step` of a recorded dry run.
+    """Return the work of the micro-batches of the last step of a recorded dry run.
 
     It is that of the forward and backward pass: of the largest micro-batch, or of the largest first
     and the largest later one.
     """
     found: list[list[PartOfBatch]] = []
+    step: list[list[PartOfBatch]] = []
     part = ""
     for segment in segments:
         for event in segment.events:
@@ -90,9 +92,11 @@ def micro_batches(segments: Iterable[BlockSegment]) -> list[list[PartOfBatch]]:
                     found[-1].append(last)
                 kind = cast(WorkKind, event.category)
                 last.work.append(Work(kind, event.flops, event.num_bytes))
-            elif event.kind == "end" and event.category == "step":
-                return found
-    raise ValueError("the recording has no step")
+            elif event.kind == "end" and event.category in STEP_PHASES:
+                step = found
+    if not step:
+        raise ValueError("the recording has no step")
+    return step
 
 
 def work_of(parts: Iterable[PartOfBatch]) -> list[Work]:

@@ -90,6 +90,19 @@ def test_the_timeline_reaches_each_phase_s_peak_and_numbers_its_steps(finished: 
     assert [word for _, word in step.marks] == ["forward", "loss", "backward"] * 2 + ["update"]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_states_of_the_optimizer_are_planned_from_the_second_step_on(
+    base: Path, tmp_path: Path, optimizer: str, steps: int
+) -> None:
+    train = {"steps": steps, "optimizer": optimizer, "activation_checkpointing": False}
+    settings: dict[str, Any] = {"adapter": {"targets": "all", "rank": 64}, "train": train}
+    # All rows have the same length, so each step has the same batches.
+    ledger = report.run(train_run(recipe_of(base, tmp_path / "run", **settings)).path).ledger
+    assert ("step" in {phase.name for phase in ledger.phases}) == (steps > 1)
+    assert ledger.measured_peak_bytes == pytest.approx(ledger.planned_peak_bytes, rel=0.002)
+
+
 def test_the_figures_of_the_report_are_measured(finished: RunFolder) -> None:
     ledger = report.run(finished.path).ledger
     assert 0 < ledger.floor_bytes <= ledger.after.peak_bytes
