@@ -17,6 +17,11 @@ from qlora_cli.files.atomic import PARSE_ERRORS, write_json
 from qlora_cli.recipe.gpus import short_name
 from qlora_cli.recipe.schema import Recipe
 
+_OF_ADAPTER = {"method", "rank", "ranks", "targets", "dropout", "dtype", "prefix"}
+_OF_TRAIN = {"micro_batch", "activation_checkpointing", "offload_inputs", "optimizer"}
+"""Settings of these sections that change the work of a token. The chunk of the loss is left out,
+because a plan without the rows may choose another one than the run."""
+
 
 @dataclass(frozen=True)
 class MeasuredSpeed:
@@ -72,14 +77,10 @@ def _file(recipe: Recipe, config: Any, profile: DeviceProfile) -> Path:
             "device": [profile.kind, short_name(profile.name), threads, *count],
             "config": config.to_json_string(),
             "base": recipe.base.model_dump(mode="json"),
-            "adapter": recipe.adapter.model_dump(
-                mode="json", include={"method", "rank", "targets"}
-            ),
+            "adapter": recipe.adapter.model_dump(mode="json", include=_OF_ADAPTER),
             "task": recipe.task,
             "data": recipe.data.model_dump(mode="json", include={"seq_len", "packing"}),
-            "train": recipe.train.model_dump(
-                mode="json", include={"micro_batch", "activation_checkpointing", "optimizer"}
-            ),
+            "train": recipe.train.model_dump(mode="json", include=_OF_TRAIN),
         }
     )
     return cache.entry_folder(cache.SPEEDS, key) / cache.ENTRY

@@ -83,20 +83,23 @@ def test_the_time_comes_from_a_like_run_on_the_same_device(recipe: Recipe) -> No
     assert result.time.total_seconds == pytest.approx(tokens / 1000.0)
     assert result.time.step_seconds == pytest.approx(tokens / 1000.0 / result.length.updates)
     assert "1,000 tokens/s" in result.time.source
-    for key, value in other_work().items():
+    for key, value in OTHER_WORK:
         section = getattr(resolved, key).model_copy(update=value)
         other = resolved.model_copy(update={key: section})
-        assert measured_speed(other, config, profile) is None, key
+        assert measured_speed(other, config, profile) is None, (key, value)
 
 
-def other_work() -> dict[str, dict[str, Any]]:
-    """Return settings with which a token needs other work."""
-    return {
-        "base": {"bits": 8},
-        "adapter": {"rank": 5},
-        "data": {"seq_len": 32},
-        "train": {"micro_batch": 2},
-    }
+OTHER_WORK: list[tuple[str, dict[str, Any]]] = [
+    ("base", {"bits": 8}),
+    ("adapter", {"rank": 5}),
+    ("adapter", {"ranks": {"q": 5}}),
+    ("adapter", {"prefix": 4}),
+    ("adapter", {"dropout": 0.1}),
+    ("data", {"seq_len": 32}),
+    ("train", {"micro_batch": 2}),
+    ("train", {"offload_inputs": True}),
+]
+"""Settings with which a token needs other work."""
 
 
 def test_a_finished_run_records_its_speed(recipe: Recipe, tmp_path: Path) -> None:
