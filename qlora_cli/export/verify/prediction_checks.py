@@ -96,7 +96,7 @@ def compare_predictions(
     num = trained.targets.numel()
     comparison = compare(trained, predictions[:num], rows.signs)
     base_kl = _base_change_kl(expected, base, rows, frozen)
-    faults += _divergence_faults(rows, base_kl, comparison)
+    faults += divergence_faults(rows, base_kl, comparison, _is_base_changed(expected))
     if rows.is_task_data and _is_base_changed(expected):
         faults += _lost_fine_tune_faults(expected, base, rows, trained, frozen, comparison)
     if has_narrow_range(dtype_name(expected.dtype)):
@@ -152,18 +152,23 @@ def _base_change_kl(
     return compare(frozen, alone).mean_kl
 
 
-def _divergence_faults(rows: EvalRows, base_kl: float, comparison: Comparison) -> Iterator[str]:
+def divergence_faults(
+    rows: EvalRows, base_kl: float, comparison: Comparison, is_base_changed: bool
+) -> Iterator[str]:
     """Yield a fault if the merged model is too far from the trained model (check 3).
 
     base_kl: mean KL that the change of the base causes without the adapter. comparison: trained
-    against merged.
+    against merged. is_base_changed: whether the adapter is added to other weights than it was
+    trained on.
     """
     allowed = _allowed_kl(base_kl)
     # `not <=` also reports NaN.
     if not comparison.mean_kl <= allowed:
+        # The same merge would give the same difference.
+        again = "merge again with --base dequantized" if is_base_changed else "merge again"
         yield (
             f"the predictions differ from the trained model's: the mean KL on {rows.origin} is "
-            f"{comparison.mean_kl:.3g} nats, and at most {allowed:.3g} is allowed; merge again"
+            f"{comparison.mean_kl:.3g} nats, and at most {allowed:.3g} is allowed; {again}"
         )
 
 

@@ -16,9 +16,12 @@ from torch import Tensor
 from qlora_cli.adapters.adapted_modules import adapted_layers
 from qlora_cli.errors import UsageError
 from qlora_cli.events import Silent
+from qlora_cli.export.compare.eval_rows import EvalRows
+from qlora_cli.export.compare.logit_comparison import Comparison
 from qlora_cli.export.merge.open_tensors import open_merged_tensors
 from qlora_cli.export.merge.write import write_merged
 from qlora_cli.export.options import MergeBase
+from qlora_cli.export.verify.prediction_checks import divergence_faults
 from qlora_cli.export.verify.verification import VerificationReport, verify
 from qlora_cli.jobs import verify as job
 from qlora_cli.runs.layout import RunFolder
@@ -28,6 +31,15 @@ from tests.helpers.runs import CPU, make_base, make_recipe, make_rows, make_run
 
 torch.set_num_threads(1)
 ADAPTED = "model.layers.1.self_attn.q_proj"
+
+
+def test_the_fault_of_different_predictions_names_a_merge_that_helps() -> None:
+    rows = EvalRows([], "3 rows", True, (), False)
+    far = Comparison(1.0, 0.5, 0.5, 1.0, 1.0)
+    (changed,) = divergence_faults(rows, 0.01, far, is_base_changed=True)
+    assert changed.endswith("merge again with --base dequantized")
+    (rounded,) = divergence_faults(rows, 0.01, far, is_base_changed=False)
+    assert rounded.endswith("merge again")
 
 
 @dataclass(frozen=True)
