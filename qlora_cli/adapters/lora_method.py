@@ -71,7 +71,8 @@ class LoraMethod:
         adapted = list(dict.fromkeys(role for own in roles.values() for role in own))
         for key, values in (("adapter.ranks", self.ranks), ("adapter.alphas", self.alphas)):
             for role in values.keys() - set(adapted):
-                yield Problem(key, f"{role!r} is not an adapted role", f"{', '.join(adapted)} are")
+                known = f"adapted roles: {', '.join(adapted)}"
+                yield Problem(key, f"{role!r} is not an adapted role", known)
         fused: dict[tuple[str, ...], str] = {}
         for path, own in roles.items():
             fused.setdefault(tuple(own), path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_cli.errors import Problem, RecipeError
-from qlora_cli.recipe.schema import Data
+from qlora_cli.recipe.schema import MIN_SEQ_LEN, Data
 from qlora_cli.units import format_count
 
 _AFTER_PADDING = (
@@ -44,7 +44,9 @@ def check_seq_len(data: Data, config: Any, prefix: int = 0) -> None:
     if positions is not None and prefix and data.seq_len + prefix > positions:
         total = f"{format_count(data.seq_len)} tokens and a prefix of {format_count(prefix)}"
         what = f"{total} are more than the base's {format_count(positions)} positions"
-        hint = f"set data.seq_len={max(8, positions - prefix)} or less, or a shorter prefix"
+        hint = "set a shorter prefix"
+        if (length := positions - prefix) >= MIN_SEQ_LEN:
+            hint = f"set data.seq_len={length} or less, or a shorter prefix"
         raise RecipeError(
             "the sequences are longer than the base allows", [Problem("adapter.prefix", what, hint)]
         )

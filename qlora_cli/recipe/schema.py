@@ -35,6 +35,8 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 MAX_SEQ_LEN = 2**30
 """Largest value of `data.seq_len`; no row reaches it."""
+MIN_SEQ_LEN = 8
+"""Smallest value of `data.seq_len`."""
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Count = Annotated[int, Field(ge=1, le=2**20)]
 
@@ -81,7 +83,7 @@ class Data(Section):
     attention_mask?}; preference: {chosen, rejected, prompt?, tools?} for task: preference;
     classification: {text, label, text_pair?} for task: classification; auto detects the format
     from the field names."""
-    seq_len: Annotated[int, Field(ge=8, le=MAX_SEQ_LEN)] = 1024
+    seq_len: Annotated[int, Field(ge=MIN_SEQ_LEN, le=MAX_SEQ_LEN)] = 1024
     """Maximum length of a sequence in tokens, also the length that packing fills; `long_rows`
     applies to longer rows, and memory for activations grows with it."""
     long_rows: Literal["auto"] | LongRows = "auto"

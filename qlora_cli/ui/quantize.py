@@ -29,7 +29,7 @@ def quantize(result: QuantizeResult) -> RenderableType:
         _linears(result),
     ]
     facts = {
-        "base": f"{format_bytes(chosen.bytes)}, {_growth(chosen, result)} to 4 bit",
+        "base": f"{format_bytes(chosen.bytes)}, {_growth(chosen, result)} compared with 4 bit",
         "KL": f"{chosen.kl:.4f} measured, {_predicted(chosen)} predicted; "
         f"{chosen.recovered:.0%} of the KL of 4 bit is recovered",
         "base.overrides": ", ".join(f"{k}: {v}" for k, v in chosen.overrides.items()) or "none",
@@ -68,7 +68,11 @@ def _bases(result: QuantizeResult) -> Table:
 
 
 def _linears(result: QuantizeResult) -> Table:
-    table = Table("linear", "weights", "alone in 4 bit", "alone in 8 bit", "chosen", box=None)
+    table = Table(box=None)
+    table.add_column("linear", no_wrap=True, overflow="fold")  # It is copied into base.overrides.
+    for name in ("weights", "alone in 4 bit", "alone in 8 bit"):
+        table.add_column(name, justify="right")
+    table.add_column("chosen")
     for cost in result.linears[:_SHOWN]:
         table.add_row(
             cost.path,

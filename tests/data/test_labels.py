@@ -14,11 +14,11 @@ from qlora_cli.data.contents import LabelledText
 from qlora_cli.data.encode import Example, encode
 from qlora_cli.data.encode_labels import LabelEncoder, encoded_texts, separates_texts
 from qlora_cli.data.load import ModelLimits, RowLoader
-from qlora_cli.data.positions import num_positions
+from qlora_cli.data.positions import check_seq_len, num_positions
 from qlora_cli.data.row_errors import RowError
 from qlora_cli.data.row_store import Row
 from qlora_cli.data.rows import read_rows
-from qlora_cli.errors import InputError
+from qlora_cli.errors import InputError, RecipeError
 from qlora_cli.jobs.data_findings import dataset_of
 from qlora_cli.recipe.schema import Data
 from tests.helpers.classifiers import encoder_config
@@ -144,6 +144,18 @@ def test_the_files_of_glue_are_read() -> None:
     counts = {"RTE/train": 2490, "RTE/dev": 277, "SST-2/dev": 872}
     for name, number in counts.items():
         assert len(read_rows(str(SHARED_DATA / "glue" / f"{name}.tsv"))) == number
+
+
+@pytest.mark.parametrize(
+    ("prefix", "hint"),
+    [(56, "set data.seq_len=8 or less, or a shorter prefix"), (57, "set a shorter prefix")],
+)
+def test_the_hint_about_a_prefix_names_only_what_helps(prefix: int, hint: str) -> None:
+    data = Data(train="rows.jsonl", seq_len=64)
+    with pytest.raises(RecipeError) as caught:
+        check_seq_len(data, encoder_config("bert"), prefix)
+    (problem,) = caught.value.problems
+    assert problem.hint == hint
 
 
 def test_positions_begin_after_that_of_padding_in_roberta() -> None:

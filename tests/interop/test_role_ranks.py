@@ -86,8 +86,16 @@ def test_experts_can_have_a_rank_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("llama", {"ranks": {"qq": 2}}, "adapter.ranks: 'qq' is not an adapted role (q, k, v, o"),
-        ("llama", {"targets": ["q"], "alphas": {"v": 2.0}}, "'v' is not an adapted role (q are)"),
+        (
+            "llama",
+            {"ranks": {"qq": 2}},
+            "adapter.ranks: 'qq' is not an adapted role (adapted roles: q, k, v, o",
+        ),
+        (
+            "llama",
+            {"targets": ["q"], "alphas": {"v": 2.0}},
+            "'v' is not an adapted role (adapted roles: q)",
+        ),
         ("gpt2", {"ranks": {"q": 2}}, "q, k, v are rows of one linear (transformer.h.0.attn"),
     ],
 )

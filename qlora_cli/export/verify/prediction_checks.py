@@ -70,18 +70,12 @@ def compare_predictions(
     merged: the merged folder, which has every tensor of `expected` in the right shape.
     run: the run that it was merged from.
     expected: the tensors that merging must write.
-    observer: receives notes about the rows and about the base.
+    observer: receives notes about the rows.
     """
     base = run.base_folder
     rows = eval_rows(run.recipe, base, read_config(base / CONFIG))
     for note in rows.notes:
         observer.note(note)
-    if _is_base_changed(expected):
-        observer.note(
-            "the adapter was trained on a quantized base and is merged into the original base: the "
-            "figures include the change from quantization; a merge with --base dequantized avoids "
-            "it"
-        )
     may_be_resident = run.recipe.base.residency != "disk"
     model = trained_model(expected, base, may_be_resident)
     trained = model.compared_logits(rows.rows)
