@@ -135,7 +135,7 @@ def sources_of(setting: Sources) -> list[Source]:
 def sources_text(setting: Sources | float | None) -> str:
     """Return `data.train` or `data.eval` as text for people."""
     if setting is None or isinstance(setting, float):
-        return "none" if setting is None else f"{setting:.3g} of the training rows"
+        return "none" if setting is None else f"data.eval={setting:g}"
     return ", ".join(source.path for source in sources_of(setting))
 
 

@@ -95,6 +95,7 @@ def test_weights_repeat_and_sample_rows(tmp_path):
     (note,) = choice_notes(data(mixture), rows.sources, 0)
     assert f"25 from {first} (weight 2.5)" in note
     assert sources_text(mixture and data(mixture).train) == f"{first}, {second}"
+    assert sources_text(0.1) == "data.eval=0.1"
 
 
 def test_a_held_out_row_is_not_repeated_by_a_weight(tmp_path):
