@@ -46,7 +46,8 @@ def _growth(step: MixStep, result: QuantizeResult) -> str:
 
 
 def _predicted(step: MixStep) -> str:
-    return "-" if step.predicted_kl is None else f"{step.predicted_kl:.4f}"
+    # The estimate is of first order and can be a little below 0; adding 0 removes the sign of -0.
+    return "-" if step.predicted_kl is None else f"{round(step.predicted_kl, 4) + 0.0:.4f}"
 
 
 def _bases(result: QuantizeResult) -> Table:
