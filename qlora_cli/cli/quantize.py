@@ -41,6 +41,7 @@ from qlora_cli.errors import QloraError, UsageError
     metavar="FILE",
     help="Write the recipe with the mix as base.overrides to this new file.",
 )
+@click.option("--force", is_flag=True, help="Replace the file of --out if it exists.")
 @json_option
 @click.pass_context
 def quantize(
@@ -50,6 +51,7 @@ def quantize(
     budget: str | None,
     target_kl: float | None,
     out: Path | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Measure what quantization costs, linear by linear.
@@ -64,6 +66,8 @@ def quantize(
     """
     if budget is not None and target_kl is not None:
         raise UsageError("name one of --budget and --target-kl")
+    if force and out is None:
+        raise UsageError("--force is for --out")
     num_bytes = None if budget is None else _size(budget)
     loaded = recipe_of(recipe, overrides)
     with fast_import():
@@ -71,7 +75,14 @@ def quantize(
         from qlora_cli.ui import quantize as ui
 
     with job_observer() as observer:
-        result = job.run(loaded, budget=num_bytes, target_kl=target_kl, out=out, observer=observer)
+        result = job.run(
+            loaded,
+            budget=num_bytes,
+            target_kl=target_kl,
+            out=out,
+            observer=observer,
+            force=force,
+        )
     emit(result, as_json, ui.quantize)
     if not result.reached:
         ctx.exit(QloraError.exit_code)

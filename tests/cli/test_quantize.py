@@ -48,6 +48,20 @@ def test_the_mix_is_written_as_a_recipe_that_trains(small: Path, tmp_path: Path)
     assert of_base == pytest.approx(chosen["bytes"], rel=0.01)
 
 
+def test_an_existing_recipe_is_replaced_only_with_force(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mixed.yaml"
+    out.write_text("mine")
+    outcome = qlora("quantize", small, "--out", out)
+    assert outcome.code == 2
+    assert "already exists" in outcome.err
+    assert out.read_text() == "mine"
+    assert qlora("quantize", small, "--out", out, "--force").code == 0
+    assert load_recipe(out).base.overrides
+    outcome = qlora("quantize", small, "--force")
+    assert outcome.code == 2
+    assert "--force is for --out" in outcome.err
+
+
 def test_the_table_names_the_linears_and_the_bases(small: Path) -> None:
     outcome = qlora("quantize", small, "--budget", "1GiB")
     assert outcome.code == 0
