@@ -142,6 +142,22 @@ def test_a_run_is_merged_and_verified(finished: RunFolder, tmp_path: Path, base:
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("model", TYPES)
+def test_the_packed_copy_of_a_classifier_is_not_called_damaged(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """The copy has no head. The models that merging compares read it from the run."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    run = train_run(recipe(bases, tmp_path / "run", model, base={"bits": 4, "cache": True}))
+    notes = NoteRecorder()
+    out = tmp_path / "merged"
+    merge.run(run.path, out=out, dtype="float32", base="auto", observer=notes)
+    assert verify.run(out, against=run.path, observer=notes).passed
+    assert any("the packed base of an earlier start is used" in note for note in notes.notes)
+    assert not any("damaged" in note for note in notes.notes), notes.notes
+    assert not list((tmp_path / "cache").glob("*/*-damaged"))
+
+
 def test_verification_finds_a_changed_head(finished: RunFolder, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     merge.run(finished.path, out=out, dtype=None, base="dequantized", observer=Silent())

@@ -66,7 +66,10 @@ class StreamedPlacement:
         stacks = self.adapter.stacks if self.adapter is not None else {}
         for path, slots in slots_by_module.items():
             module = loaded.model.get_submodule(path)
-            read = self._read_weights(slots, source, layers.get(path))
+            # As of `DevicePlacement`: a copy has no classification head.
+            is_head = not loaded.family.classifier.shapes.keys().isdisjoint(dict(slots))
+            copy = None if is_head else self.copy
+            read = self._read_weights(slots, source, copy, layers.get(path))
             module.register_forward_pre_hook(read)
             if isinstance(module, Experts):
                 own = {name: stacks.get(f"{path}.{name}") for name in module.stacks}
@@ -74,10 +77,14 @@ class StreamedPlacement:
             module.register_forward_hook(_free_weights)
 
     def _read_weights(
-        self, slots: _NamedSlots, source: TensorSource, layer: AdapterLayer | None
+        self,
+        slots: _NamedSlots,
+        source: TensorSource,
+        packed: PackedCopy | None,
+        layer: AdapterLayer | None,
     ) -> Callable[[nn.Module, Any], None]:
         """Return a forward pre-hook that reads a module's tensors and its adapter's."""
-        copy = UnmappedCopy(self.copy) if self.copy is not None else None
+        copy = UnmappedCopy(packed) if packed is not None else None
 
         def read(module: nn.Module, _: Any) -> None:
             for name, slot in slots:
