@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_cli.device import DeviceProfile
+from qlora_cli.recipe.describe import to_yaml
 from qlora_cli.recipe.preference import Preference
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.section import Section
 
 RESIDENCY = "base.residency"
+_SHOWN_ENTRIES = 3
+"""Longest mapping that is shown."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,11 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """Return `key = value: reason`; of a mapping the number of its entries."""
-        value = self.value
-        shown = f"{len(value)} entries" if isinstance(value, dict) else value
+        """Return `key = value: reason`; of a long mapping the number of its entries."""
+        shown = self.value
+        if isinstance(shown, dict):
+            number = len(shown)
+            shown = to_yaml(shown) if number <= _SHOWN_ENTRIES else f"{number} entries"
         return f"{self.key} = {shown}: {self.reason}"
 
 
