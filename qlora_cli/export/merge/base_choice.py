@@ -10,9 +10,9 @@ of any size can be compared. The rule:
     and the loss of `original` is higher than the loss of `dequantized`. For preference pairs this
     loss is the cross entropy of the chosen answers minus that of the rejected ones.
 
-KL(trained || frozen base) measures how much the fine-tuning changed the model's predictions. A
-merge that is half as far from the trained model as the base without an adapter has lost much of
-the fine-tuning.
+KL(trained || frozen base) measures how much the adapter changed the model's predictions. A merge
+that is half as far from the trained model as the base without an adapter has lost much of the
+fine-tuning. If it is 0, as with a trained head alone, `original` is chosen.
 
 Usually the original base gives the better 16-bit model, because its weights were never quantized.
 It gives the worse one if quantization changed the base more than the adapter did (large weights
@@ -113,7 +113,9 @@ def loses_fine_tune(original: Comparison, dequantized: Comparison, frozen: Compa
 
 
 def _is_far(original: Comparison, dequantized: Comparison, frozen: Comparison) -> bool:
-    return original.mean_kl > dequantized.mean_kl + frozen.mean_kl / 2
+    # Without effect on the predictions, as with a trained head alone, nothing can be lost.
+    changes = frozen.mean_kl > 0
+    return changes and original.mean_kl > dequantized.mean_kl + frozen.mean_kl / 2
 
 
 def _compare_bases(tensors: MergedTensors, base: Path, rows: EvalRows) -> BaseChoice:

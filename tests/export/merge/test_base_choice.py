@@ -124,6 +124,11 @@ def test_the_rule_for_losing_the_fine_tuning(original: Comparison, lost: bool) -
     assert loses_fine_tune(original, comparison(0.001, 2.0), frozen=comparison(1.0, 3.0)) is lost
 
 
+def test_an_adapter_without_effect_is_not_lost() -> None:
+    original, frozen = comparison(0.001, 2.0), comparison(0.0, 1.0)
+    assert not loses_fine_tune(original, comparison(0.0, 1.0), frozen=frozen)
+
+
 def test_a_trained_model_that_computes_nan_cannot_be_the_reference(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
     recipe = make_recipe(base, make_rows(tmp_path / "rows.jsonl"))
