@@ -18,7 +18,13 @@ from qlora_cli.recipe.gpus import short_name
 from qlora_cli.recipe.schema import Recipe
 
 _OF_ADAPTER = {"method", "rank", "ranks", "targets", "dropout", "dtype", "prefix"}
-_OF_TRAIN = {"micro_batch", "activation_checkpointing", "offload_inputs", "optimizer"}
+_OF_TRAIN = {
+    "micro_batch",
+    "activation_checkpointing",
+    "offload_inputs",
+    "optimizer",
+    "update_in_backward",
+}
 """Settings of these sections that change the work of a token. The chunk of the loss is left out,
 because a plan without the rows may choose another one than the run."""
 

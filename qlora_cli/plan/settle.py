@@ -107,6 +107,8 @@ class Settler:
             choices = [self._policy_choice(recipe, search, found), *moved]
         else:
             found = search.attempt(self._recomputed(recipe))
+            if self.may_offload and found.plan.num_recomputed and not search.fits(found.plan):
+                _, found, choices = self._offloaded(recipe, search, found)
         if recipe.train.loss_chunk == "auto":
             choices.append(_chunk_choice(found))
         values = {choice.key: choice.value for choice in choices}
@@ -176,7 +178,9 @@ class Settler:
             reason = f"without it {found.plan.num_recomputed} blocks would be recomputed, with it "
             reason += f"{moved.plan.num_recomputed}, which is faster by estimate"
         else:
-            moved = other.fewest()
+            policy = recipe.train.activation_checkpointing
+            number = None if policy == "auto" else found.plan.num_recomputed
+            moved = other.fewest() if number is None else other.attempt(number, found.chunk)
             if moved.plan.needed_bytes >= found.plan.needed_bytes:
                 return nothing
             reason = f"without it {format_bytes(found.plan.needed_bytes)} are needed of "
@@ -236,7 +240,7 @@ class Settler:
         else:
             reason = f"{number} of {total} blocks are recomputed, which needs the least memory: "
             reason += f"{needed} planned, and {self.limit.text} should not be exceeded; {more}"
-        if number < total:
+        if number < total and search.fits(plan):
             reason += f". One step less memory{_step_text(search, found)} would cost "
             reason += f"{plan.flops.block_share:.1%} more operations"
         return Choice(activations.KEY, number, reason)
@@ -271,8 +275,9 @@ def _chunk_choice(found: Attempt) -> Choice:
     loss = found.plan.loss
     during, rest = format_bytes(loss.loss_bytes), format_bytes(loss.rest_bytes)
     if loss.decides:
-        reason = f"{during} are in use during the loss and {rest} at most in the rest of a step; a "
-        reason += "smaller chunk would be slow"
+        reason = f"{during} are in use during the loss and {rest} at most in the rest of a step; "
+        few = f"a micro-batch has no more than {format_count(found.chunk)} targets"
+        reason += few if found.chunk < MIN_CHUNK else "a smaller chunk would be slow"
     else:
         reason = f"{during} are in use during the loss, not more than the {rest} of the rest of a "
         reason += "step"

@@ -21,6 +21,7 @@ from qlora_cli.plan.policy import MIN_CHUNK
 from qlora_cli.plan.search import largest_that_fits
 from qlora_cli.plan.settle import Settled
 from qlora_cli.plan.speeds import nominal_speed
+from qlora_cli.recipe.activations import OFFLOAD_KEY
 from qlora_cli.recipe.resolve import resolve
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.units import MIB
@@ -317,3 +318,27 @@ def test_inputs_are_copied_if_that_is_faster_than_recomputing(
     assert slow.plan.num_recomputed == 7
     assert slow.plan.needed_bytes <= limit
     assert any("7, which is faster by estimate" in choice.reason for choice in slow.choices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [True, 6])
+def test_inputs_are_copied_if_a_policy_that_is_set_does_not_fit_otherwise(policy: int) -> None:
+    config = config_of("llama", hidden_size=1024, intermediate_size=1024)
+    settings = {"loss_chunk": 64, "activation_checkpointing": policy}
+    batch = largest_batch(2048, 1, SIZES["vocab_size"])
+    number = BLOCKS if policy is True else policy
+    plan = DryRun(recipe_of(GPU, 2048, train=settings), config, GPU, [batch] * 2).plan(number)
+
+    def chosen(limit: int) -> Settled:
+        profile = replace(GPU, capacity_bytes=int(limit / GPU_SHARE) + 1)
+        return Planner(config, profile).settle(recipe_of(profile, 2048, train=settings))
+
+    enough = chosen(plan.needed_bytes)
+    assert enough.recipe.train.offload_inputs == "auto"
+    assert not [choice for choice in enough.choices if choice.key == OFFLOAD_KEY]
+    short = chosen(plan.needed_bytes - plan.input_bytes)
+    assert short.recipe.train.offload_inputs is True
+    assert short.recipe.train.activation_checkpointing == policy
+    assert short.plan.num_recomputed == number
+    assert short.plan.needed_bytes < plan.needed_bytes - plan.input_bytes
+    assert "without it" in next(c.reason for c in short.choices if c.key == OFFLOAD_KEY)
