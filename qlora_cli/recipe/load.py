@@ -183,7 +183,10 @@ class _Draft:
         value = _value_at(self.content, path)
         if info is None:
             return Problem(where, f"is {_show(value)}; it must be a section of settings")
-        what = f"is {_show(value)}; it must be {accepts(info)}"
+        accepted = accepts(info)
+        is_mapping = isinstance(value, dict) and accepted.startswith("a mapping")
+        found = "has an item that is not accepted" if is_mapping else f"is {_show(value)}"
+        what = f"{found}; it must be {accepted}"
         return Problem(where, what, nearest_word(str(value), choices(info)))
 
     def _contradiction(self, path: KeyPath, what: str) -> Problem:

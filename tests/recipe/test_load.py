@@ -189,6 +189,11 @@ def test_a_relation_is_not_checked_with_a_default_in_place_of_a_wrong_value(writ
             "did you mean bfloat16?",
         ),
         ("adapter: {targets: q}", "is 'q'; it must be all or a list of strings", None),
+        (
+            "base: {overrides: {q: 5}}",
+            "has an item that is not accepted; it must be a mapping of strings to 4, 8 or 16 each",
+            None,
+        ),
         ("adapter: {targets: {q: 1}}", "is a section; it must be all or a list of strings", None),
         (
             "task: casual",

@@ -7,6 +7,7 @@ A cell that an experiment has and the figures lack is shown as not measured.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -284,4 +285,5 @@ def fill(text: str, folder: Path = MEASUREMENTS) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Write the tables of docs/paper.md.").parse_args()
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
