@@ -31,7 +31,8 @@ def _calls(function: ast.FunctionDef) -> Iterator[set[str]]:
     for node in ast.walk(function):
         match node:
             case ast.Call(func=ast.Name(id="qlora"), args=args):
-                named = [arg.value.id for arg in args if isinstance(arg, ast.Starred)]  # type: ignore[attr-defined]
+                starred = [arg.value for arg in args if isinstance(arg, ast.Starred)]
+                named = [value.id for value in starred if isinstance(value, ast.Name)]
                 words = [_words(arg) for arg in args] + [tuples.get(name, set()) for name in named]
                 yield set[str]().union(*words)
 
