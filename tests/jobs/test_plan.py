@@ -69,7 +69,7 @@ def run(recipe: Recipe, capacity: int, *, fit: bool = False, compare: bool = Fal
 
 
 def test_the_memory_of_the_cuda_context_is_not_available(llama: Path) -> None:
-    recipe = recipe_of(llama)
+    recipe = recipe_of(llama, train={"offload_inputs": False})
     needed = run(recipe, 24 * GIB).ledger.allocator.reserved
     assert run(recipe, needed + CONTEXT).fits
     # Below the peak of the tensors themselves, no allocator state can fit.

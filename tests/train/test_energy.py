@@ -15,6 +15,7 @@ from qlora_cli.runs.metrics import read_steps
 from qlora_cli.train import energy
 from qlora_cli.train.energy import EnergyCounter, energy_counter
 from qlora_cli.ui.summary import summary
+from qlora_cli.units import format_figure
 from tests.helpers.observers import NoteRecorder
 from tests.helpers.resumed_runs import recipe_of
 from tests.helpers.runs import make_base, make_rows
@@ -119,5 +120,5 @@ def test_a_run_stores_the_energy_of_each_step(
     assert run.read()["energy"] == source
     shown = summary(report.run(run.path))["energy"]
     tokens = sum(line["tokens"] for line in lines)
-    assert (f"{tokens / (2.0 * len(lines)):,.3g} tokens/J" in shown) == is_measured
+    assert (f"{format_figure(tokens / (2.0 * len(lines)))} tokens/J" in shown) == is_measured
     assert source in shown

@@ -118,7 +118,7 @@ def _answers(where: str, rows: str, space: Workspace, *options: str) -> list[dic
 
 _E2E_CELLS = (
     Cell("lora", minutes=25.0),
-    Cell("full", _FULL, minutes=25.0),
+    Cell("full", ("adapter.method=full", "train.lr=1e-3"), minutes=25.0),
     Cell("nf4", ("base.bits=4",), minutes=30.0),
     *Cell("lora", minutes=25.0).with_seeds(3)[1:],
 )
