@@ -125,8 +125,6 @@ class Examples(Sequence[Example]):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def origin(self, index: int) -> str:
         """Return file and line of an example, and the number of the piece if its row is split."""
         origin = self.encoded.origin(int(self.rows[index]))

@@ -59,7 +59,7 @@ def check_processes(recipe: Recipe, number: int) -> None:
         )
     if train.update_in_backward:
         raise UsageError(
-            f"train.update_in_backward needs one process, and there are {number}",
+            f"updates in the backward pass need one process, and there are {number}",
             where="train.update_in_backward",
             hint="set it to false: several processes add up gradients after the backward pass",
         )

@@ -12,8 +12,8 @@ from qlora_cli.memory.scopes import report_freed
 def free_now(tensors: Sequence[Tensor]) -> None:
     """Free the memory of tensors that nothing reads any more, views of them included.
 
-    After an exchange, a thread of gloo refers to its tensors for a moment. So the end of the last
-    Python name would free them at a time that no plan can state.
+    After an exchange, gloo may refer to its tensors for a moment longer. If they were freed with
+    their last reference, measured memory would differ between runs.
     """
     report_freed(tensors)
     for tensor in tensors:

@@ -244,7 +244,8 @@ class DryRun:
             for batches in (self._step_batches, self._eval_batches)
         )
         with track_gradients(state.trainable.values(), tracker):
-            # Optimizer states exist from the second step on, which a job of one step does not have.
+            # The passes of the first step run before the optimizer has states, those of a second
+            # step beside them. A job of one step has no second one.
             phases = STEP_PHASES[:1] if self.recipe.train.steps == 1 else STEP_PHASES
             for step, name in enumerate(phases):
                 recording.begin_phase()

@@ -101,13 +101,12 @@ class Settler:
         search = self._search(recipe)
         choices: list[Choice] = []
         if recipe.train.activation_checkpointing == "auto":
-            found, moved = self._fewest(recipe, search), list[Choice]()
-            if self.may_offload and found.plan.num_recomputed:
-                search, found, moved = self._offloaded(recipe, search, found)
+            found = self._fewest(recipe, search)
+            search, found, moved = self._offloaded(recipe, search, found)
             choices = [self._policy_choice(recipe, search, found), *moved]
         else:
             found = search.attempt(self._recomputed(recipe))
-            if self.may_offload and found.plan.num_recomputed and not search.fits(found.plan):
+            if not search.fits(found.plan):
                 _, found, choices = self._offloaded(recipe, search, found)
         if recipe.train.loss_chunk == "auto":
             choices.append(_chunk_choice(found))
@@ -167,7 +166,8 @@ class Settler:
         than the copies take. search, found: the policy without it.
         """
         nothing = search, found, list[Choice]()
-        if recipe.train.offload_inputs != "auto":
+        may_offload = self.may_offload and recipe.train.offload_inputs == "auto"
+        if not may_offload or not found.plan.num_recomputed:
             return nothing
         other = self._search(with_settings(recipe, "train", offload_inputs=True))
         if search.fits(found.plan):

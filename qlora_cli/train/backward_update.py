@@ -2,8 +2,8 @@
 
 The parameters of a block are updated as soon as all their gradients exist, and the gradients are
 freed (`train.update_in_backward`). A step then has the gradients of one block and not of all. Each
-parameter gets the update that it gets after the backward pass, bit for bit, because autograd adds
-to a gradient only when everything that uses the parameter has run its backward pass.
+parameter gets the update that it gets after the backward pass, bit for bit: autograd gives it its
+gradient only after every operation that uses it has run its backward pass.
 
 Clipping needs the norm of all gradients before the first update, and several micro-batches need a
 sum, so the recipe has neither. Source: the optimizer step in backward of torch's tutorials.
@@ -17,15 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.memory.scopes import scope
-from qlora_cli.train.division import together
+from qlora_cli.train.division import grouped_by_block
 from qlora_cli.train.optimizer import TrainingOptimizer
 
 
 class BackwardUpdates:
-    """The updates of one step, which are made while this is entered.
-
-    optimizer: of the parameters. lr: learning rate of the step.
-    """
+    """Context manager that updates each block in the backward pass of one step."""
 
     def __init__(
         self,
@@ -34,12 +31,16 @@ class BackwardUpdates:
         optimizer: TrainingOptimizer,
         lr: float,
     ) -> None:
-        """trainable: name -> parameter. blocks: path of the list of blocks."""
+        """trainable: name -> parameter. blocks: path of the list of blocks.
+
+        optimizer: of these parameters. lr: learning rate of the step.
+        """
         parameters = list(trainable.values())
-        self._groups = [
-            [parameters[number] for number in numbers] for _, numbers in together(trainable, blocks)
-        ]
-        self._group_of = {p: index for index, group in enumerate(self._groups) for p in group}
+        groups = [numbers for _, numbers in grouped_by_block(trainable, blocks)]
+        self._group_of = {
+            parameters[number]: index for index, group in enumerate(groups) for number in group
+        }
+        self._num_missing = [len(group) for group in groups]
         self._optimizer = optimizer
         self._lr = lr
         self._waiting: list[nn.Parameter] = []
@@ -79,10 +80,10 @@ class BackwardUpdates:
         updated when the next group begins.
         """
         group = self._group_of[parameter]
-        if self._waiting and self._group_of[self._waiting[0]] != group:
-            self._update()
+        is_next = bool(self._waiting) and self._group_of[self._waiting[0]] != group
         self._waiting.append(parameter)
-        if len(self._waiting) == len(self._groups[group]):
+        self._num_missing[group] -= 1
+        if is_next or not self._num_missing[group]:
             self._update()
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ class Division:
             ]
         self._buckets: list[Bucket] = []
         sharded: list[list[Bucket]] = [[] for _ in range(num_sharded)]
-        for block, numbers in together(trainable, blocks):
+        for block, numbers in grouped_by_block(trainable, blocks):
             is_sharded = block is not None and block < num_sharded
             buckets = sharded[block] if is_sharded and block is not None else self._buckets
             buckets.append(self._bucket(numbers))
@@ -168,7 +168,7 @@ class Division:
         free_now([complete, share])
 
 
-def together(
+def grouped_by_block(
     trainable: Mapping[str, nn.Parameter], blocks: str
 ) -> Iterator[tuple[int | None, list[int]]]:
     """Yield the block and the numbers of parameters that are exchanged or updated together.
